@@ -1,0 +1,88 @@
+"""The command line: ``python -m dit_rewrite demo | generate | verify``."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+from pathlib import Path
+
+from dit_rewrite.errors import DitRewriteError
+
+FAILED = 2  # the exit code of what could not be done; argparse's own for a wrong command line
+
+
+def positive(text: str) -> int:
+    """An argparse type: an integer of at least 1."""
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{value} is not at least 1")
+    return value
+
+
+def _add_demo(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--out", type=Path, default=Path("demo"), help="folder of the pictures, graphs and figures")
+    parser.add_argument("--images", type=positive, default=16, help="how many images a method samples")
+    parser.add_argument("--steps", type=positive, default=50, help="DDIM steps of the uncached reference")
+    parser.add_argument("--intervals", type=positive, nargs="+", default=[2, 3, 5], help="FORA's intervals")
+    parser.add_argument("--rounds", type=positive, default=3, help="timed runs of each method; the median counts")
+    parser.add_argument("--seed", type=int, default=0, help="of the noise that all methods start from")
+    parser.add_argument("--backend", default="inductor", help="what lowers the graphs: inductor or aot_eager")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda")
+
+
+def _add_generate(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", required=True, help="hub id, or a folder written by save_pretrained")
+    parser.add_argument("--policy", default="fora:interval=3", help="for instance fora:interval=3, or never")
+    wanted = parser.add_mutually_exclusive_group(required=True)
+    wanted.add_argument("--prompt", help="what to draw, for pipelines that read text")
+    wanted.add_argument("--label", type=int, nargs="+", help="class numbers, for class-conditional pipelines")
+    parser.add_argument("--steps", type=positive, default=50)
+    parser.add_argument("--guidance", type=float, help="guidance scale; the pipeline's own when not given")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--backend", default="inductor", help="what lowers the graphs: inductor or aot_eager")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto")
+    parser.add_argument("--out", type=Path, default=Path("image.png"), help="further images get a number")
+
+
+def _add_verify(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", required=True, help="module:factory, a folder, or a hub id")
+    parser.add_argument("--policy", default="fora:interval=3", help="for instance fora:interval=3")
+    parser.add_argument("--backend", default="aot_eager", help="what lowers the graphs: aot_eager or inductor")
+    parser.add_argument("--steps", type=positive, default=12, help="of the trajectory that is replayed")
+    parser.add_argument("--dump", type=Path, help="folder for each pass's graph and the diffs")
+
+
+COMMANDS = {
+    "demo": (_add_demo, "dit_rewrite.demo", "sample images with and without caching, and compare"),
+    "generate": (_add_generate, "dit_rewrite.generate", "run a diffusers pipeline with its denoiser rewritten"),
+    "verify": (_add_verify, "dit_rewrite.verify_cli", "prove that a rewrite computes what it should"),
+}
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m dit_rewrite", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name, (add_arguments, _, summary) in COMMANDS.items():
+        command = commands.add_parser(
+            name, help=summary, description=summary, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+        )
+        add_arguments(command)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; 0 is success, 2 an error that is named on stderr."""
+    arguments = build_parser().parse_args(argv)
+    _, module, _ = COMMANDS[arguments.command]
+    try:
+        return import_module(module).run(arguments)
+    except DitRewriteError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return FAILED
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

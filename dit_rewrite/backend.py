@@ -1,0 +1,165 @@
+"""The torch.compile backend: it runs the passes over each captured graph and hands the result to dispatch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import sympy
+import torch
+from torch import fx
+
+from dit_rewrite import lowering
+from dit_rewrite.lowering import Lowering
+from dit_rewrite.passes.capture import Captured, capture
+from dit_rewrite.passes.guard import Guarded, GuardedGraph, guard
+from dit_rewrite.passes.guards import Value
+from dit_rewrite.passes.sites import Found, find_sites
+from dit_rewrite.passes.specialise import Row, Variant, specialise
+from dit_rewrite.policy import Policy, SiteRules, forced
+from dit_rewrite.runtime.decide import Moment, SiteSpec, decide
+from dit_rewrite.runtime.dispatch import Executable, Graph
+from dit_rewrite.runtime.session import Session
+from dit_rewrite.runtime.stats import Stats
+
+FORESEEN_STEPS = 64  # how far to look ahead where nobody told the number of steps
+MAX_FORESEEN = 8
+
+
+@dataclass
+class Rewritten:
+    """One captured graph with all that the passes made of it."""
+
+    captured: Captured
+    found: Found
+    rules: tuple[SiteRules, ...]
+    guarded: GuardedGraph
+    graph: Graph
+    variants: dict[Row, Variant]
+    whole: bool
+
+    @property
+    def reached(self) -> tuple[int, ...]:
+        """The indices of the sites that are guarded."""
+        return tuple(i for i, rules in enumerate(self.rules) if rules.reachable)
+
+
+class Backend:
+    """Compared by identity: Dynamo would share one graph between two models whose backends are equal."""
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        policy: Policy,
+        lowering: Lowering,
+        force: bool = False,
+        observe: Callable[[Rewritten], None] | None = None,
+    ) -> None:
+        self.policy, self.lowering, self.force, self.observe = policy, lowering, force, observe
+        self.stats = Stats()
+        self.session = Session(self.stats)
+        self.rewritten: list[Rewritten] = []
+        self._frames: set[int | None] = set()
+        self._names = frozenset(n for named in (model.named_parameters, model.named_buffers) for n, _ in named())
+
+    def __call__(self, gm: fx.GraphModule, example_inputs: Sequence[Any], **_: Any) -> Callable[..., Any]:
+        """What Dynamo calls with each graph that it captured."""
+        frame = getattr(torch._guards.CompileContext.current_compile_id(), "frame_id", None)
+        self.stats.recompiles += frame in self._frames
+        self._frames.add(frame)
+        self.stats.graph_breaks += bool(getattr(getattr(gm, "compile_subgraph_reason", None), "graph_break", False))
+        return capture(gm, example_inputs, self._rewrite)
+
+    def _rewrite(self, captured: Captured) -> Graph:
+        found = find_sites(captured.gm, captured.static)
+        whole = self._is_whole(captured)
+        rules = tuple(self.policy.for_site(site, _known(found, site.layer, whole)) for site in found.sites)
+        labels = [
+            Guarded(i, site_rules.guard, site_rules.strategy)
+            for i, site_rules in enumerate(rules)
+            if site_rules.reachable
+        ]
+        guarded = guard(captured.gm, found.sites, labels)
+        specs = [self._spec(guarded, k, rules[label.site]) for k, label in enumerate(labels)]
+        rewritten: Rewritten
+
+        def compile_variant(row: Row) -> Executable:
+            return self._compile(rewritten, row)
+
+        graph = Graph(
+            len(self.rewritten),
+            specs,
+            found.num_layers,
+            captured.static,
+            len(captured.placeholders),
+            self.session,
+            compile_variant,
+        )
+        rewritten = Rewritten(captured, found, rules, guarded, graph, {}, whole)
+        for row in self._foresee(specs):
+            graph.add_variant(row)
+        self.rewritten.append(rewritten)
+        if self.observe is not None:
+            self.observe(rewritten)
+        return graph
+
+    def _is_whole(self, captured: Captured) -> bool:
+        """Whether this graph is all of the model: rooted at it, not broken, and the first of its call."""
+        call = self.session.call
+        rooted = captured.parameter_names <= self._names
+        return captured.complete and rooted and (call is None or not call.graphs)
+
+    def _spec(self, guarded: GuardedGraph, index: int, rules: SiteRules) -> SiteSpec:
+        site = guarded.sites[index]
+        choose = forced if self.force else rules.chooser()
+        return SiteSpec(site.name, site.kind, site.layer, guarded.parents[index], len(site.values), choose)
+
+    def _foresee(self, specs: Sequence[SiteSpec]) -> list[Row]:
+        """The rows that the plan is known to need, computing first; the most frequent where they are too many."""
+        call = self.session.call
+        num_steps = call.trajectory.num_steps if call is not None else None
+        rows = simulate(specs, num_steps or FORESEEN_STEPS, num_steps)
+        counted = sorted(set(rows), key=lambda row: (any(row), -rows.count(row)))
+        never = (False,) * len(specs)
+        return [never, *(row for row in counted if row != never)][:MAX_FORESEEN]
+
+    def _compile(self, rewritten: Rewritten, row: Row) -> Executable:
+        """Specialise and lower one variant. Sizes that this assumes are checked by dispatch when Dynamo cannot."""
+        variant = specialise(rewritten.guarded, row)
+        rewritten.variants[row] = variant
+        fake_mode = rewritten.captured.fake_mode
+        before = lowering.count_guards(fake_mode)
+        placeholders = rewritten.captured.placeholders
+        gm = fx.GraphModule(variant.gm, variant.gm.graph)  # lowering may change it
+        run = self.lowering.lower(gm, fake_mode)
+        late = torch._guards.CompileContext.try_get() is None
+        assumed = lowering.new_guards(fake_mode, before) if late else ()
+        symbols = {i: s for i, node in enumerate(placeholders) if (s := _symbol(node)) is not None}
+        check = lowering.admits(assumed, symbols) if assumed else None
+        return Executable(run, variant.inputs, variant.cached, variant.fresh, check)
+
+
+def simulate(specs: Sequence[SiteSpec], steps: int, num_steps: int | None) -> list[Row]:
+    """The rows of a trajectory in which every call finds the slots that it left: the plan, as far as it can be known."""
+    computed_at, streak = [0] * len(specs), [0] * len(specs)
+    rows = []
+    for step in range(steps):
+        holds = [step > 0] * len(specs)
+        row = decide(specs, Moment(step, num_steps), computed_at, streak, holds).row
+        rows.append(row)
+        for i, reused in enumerate(row):
+            streak[i] = streak[i] + 1 if reused else 0
+            computed_at[i] = computed_at[i] if reused else step
+    return rows
+
+
+def _known(found: Found, layer: int, whole: bool) -> dict[str, Value]:
+    """What is known of a site at rewrite time. In a part of a model its layer is not: blocks may share the graph."""
+    return {"layer": layer, "num_layers": found.num_layers} if whole else {}
+
+
+def _symbol(node: fx.Node) -> sympy.Symbol | None:
+    value = node.meta.get("val")
+    expression = value.node.expr if isinstance(value, torch.SymInt) else None
+    return expression if isinstance(expression, sympy.Symbol) else None

@@ -1,0 +1,175 @@
+"""The public face: `compile`, and the module that it returns."""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections.abc import Iterator, Mapping
+from copy import copy
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch._dynamo.eval_frame import OptimizedModule
+from torch._dynamo.exc import BackendCompilerFailed
+from torch.utils._pytree import tree_leaves
+
+from dit_rewrite import lowering
+from dit_rewrite.backend import Backend
+from dit_rewrite.errors import DitRewriteError, GradientsNeeded, NoSites, NotCaptured, Reason
+from dit_rewrite.lowering import Lowering
+from dit_rewrite.policy import Policy
+from dit_rewrite.report import Dump, Report
+from dit_rewrite.runtime.inputs import Reader
+from dit_rewrite.runtime.stats import Stats
+from dit_rewrite.runtime.trajectory import Named, Told
+
+
+class RewrittenModule(OptimizedModule):
+    """A denoiser compiled by `compile`. Shares the original's parameters and forwards its attributes."""
+
+    _own = frozenset({"_backend", "_reader", "_checked"})
+
+    def __init__(self, model: torch.nn.Module, context: Any, backend: Backend) -> None:
+        object.__setattr__(self, "_orig_mod", model)
+        super().__init__(model, context)
+        self._torchdynamo_orig_callable = model.forward
+        object.__setattr__(self, "_backend", backend)
+        object.__setattr__(self, "_reader", Reader(model.forward))
+        object.__setattr__(self, "_checked", False)
+
+    def __reduce__(self) -> Any:
+        raise TypeError("A rewritten module holds compiled code and cannot be pickled: pickle the original and compile.")
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """One call of the denoiser: a step of one stream of the present trajectory. For inference only.
+
+        Raises GradientsNeeded where autograd would record it, NoSites where the policy has nothing to work on.
+        """
+        self._refuse_gradients(args, kwargs)
+        session = self._backend.session
+        call = session.begin(self._reader.read(args, kwargs))
+        try:
+            with _one_graph():
+                output = super().__call__(*args, **kwargs)
+        except BaseException as error:
+            session.abandon(call)
+            if isinstance(error, BackendCompilerFailed) and isinstance(error.inner_exception, DitRewriteError):
+                raise error.inner_exception from None
+            raise
+        session.end(call)
+        if not self._checked:
+            object.__setattr__(self, "_checked", True)
+            self._check_policy()
+        return output
+
+    def _refuse_gradients(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        if not torch.is_grad_enabled():
+            return
+        if any(p.requires_grad for p in self._orig_mod.parameters()):
+            raise GradientsNeeded("a parameter of the model")
+        if any(isinstance(a, torch.Tensor) and a.requires_grad for a in tree_leaves((args, dict(kwargs)))):
+            raise GradientsNeeded("an input")
+
+    def _check_policy(self) -> None:
+        """After the first call all graphs are known: a policy that can do nothing is not passed over in silence."""
+        backend = self._backend
+        if not backend.policy.rules:
+            return
+        if not any(r.found.sites for r in backend.rewritten):
+            refused = [f"{p.path or p.node}: {p.reason}" for r in backend.rewritten for p in r.found.refused]
+            raise NoSites(type(self._orig_mod).__name__, refused)
+        if not any(r.reached for r in backend.rewritten):
+            warnings.warn(f"{backend.policy} reaches no site of {type(self._orig_mod).__name__}", stacklevel=4)
+
+    @contextlib.contextmanager
+    def trajectory(self, num_steps: int | None = None, scheduler: Any = None) -> Iterator[None]:
+        """Tell that the calls inside are one run of the sampler, of `num_steps` steps.
+
+        Where only `scheduler` is given, ``len(scheduler.timesteps)`` is read at the first call. In a told trajectory
+        nothing is read from the device. Raises BadTrajectory inside another trajectory, or for num_steps < 1.
+        """
+        session = self._backend.session
+        session.tell(Told(num_steps, scheduler))
+        try:
+            yield
+        finally:
+            session.told = None
+            session.forget()
+
+    @contextlib.contextmanager
+    def cache_context(self, name: str, step_index: int | None = None, sigma: float | None = None) -> Iterator[None]:
+        """Name the stream ("cond", "uncond", …) of the calls inside, as diffusers' pipelines do.
+
+        `step_index` (from 0) and `sigma`, where given, are the step's.
+        """
+        session = self._backend.session
+        before, session.named = session.named, Named(name, step_index, sigma)
+        try:
+            yield
+        finally:
+            session.named = before
+
+    def explain(self) -> Report:
+        """What was found and rewritten. Raises NotCaptured before the first call."""
+        if not self._backend.rewritten:
+            raise NotCaptured("explain()")
+        return Report(self._backend.policy, tuple(self._backend.rewritten))
+
+    def stats(self) -> Stats:
+        """A copy of the counts so far; its row of decisions is shared."""
+        stats = copy(self._backend.stats)
+        stats.cache_bytes = self._backend.session.cache_bytes()
+        return stats
+
+    def reset(self) -> None:
+        """Forget all trajectories and their cached values (of the calling thread)."""
+        self._backend.session.forget()
+        self._backend.stats.trajectories[Reason.RESET] += 1
+
+
+class _one_graph:
+    """Let Dynamo capture ops whose output's size depends on data, should it compile during this call.
+
+    By default `nonzero` breaks the graph, in Mochi inside of every attention branch. A plain context manager, and no
+    config.patch: it is entered at each call of the model.
+    """
+
+    __slots__ = ("before",)
+
+    def __enter__(self) -> None:
+        self.before = torch._dynamo.config.capture_dynamic_output_shape_ops
+        torch._dynamo.config.capture_dynamic_output_shape_ops = True
+
+    def __exit__(self, *_: object) -> None:
+        torch._dynamo.config.capture_dynamic_output_shape_ops = self.before
+
+
+def compile(
+    model: torch.nn.Module,
+    policy: Policy,
+    *,
+    backend: lowering.Backend = "inductor",
+    mode: str | None = None,
+    options: Mapping[str, Any] | None = None,
+    fullgraph: bool = False,
+    dynamic: bool | None = None,
+    dump: str | Path | None = None,
+) -> RewrittenModule:
+    """Compile a diffusion transformer so that its residual branches are computed or reused as `policy` says.
+
+    `backend` lowers the rewritten graphs: "inductor" (with torch.compile's `mode` and `options`), "aot_eager" (runs
+    them as they are) or a callable ``(graph module, fake inputs) -> callable``. `fullgraph=True` makes a graph break an
+    error, `dynamic` is torch.compile's. `dump` names a folder that gets every pass's graph and their differences.
+
+    The model is compiled at its first call, for inference only. Raises BadParameter for arguments that do not fit.
+    """
+    lower = Lowering.of(backend, mode, options)
+    observe = Dump(Path(dump)).write if dump is not None else None
+    return wrap(model, Backend(model, policy, lower, observe=observe), fullgraph, dynamic)
+
+
+def wrap(model: torch.nn.Module, backend: Backend, fullgraph: bool = False, dynamic: bool | None = None) -> RewrittenModule:
+    """A model whose captured graphs go through `backend`."""
+    context = torch._dynamo.optimize(backend=backend, nopython=fullgraph, dynamic=dynamic)
+    return RewrittenModule(model, context, backend)

@@ -1,0 +1,146 @@
+"""The one catalogue of what can be refused, missed or go wrong; a leaf that every layer may import.
+
+A `Reason` says why a place was not rewritten or a value not reused: it stands in reports, dumps and decisions.
+An error is raised where going on would be wrong. Its message says what happened, where, and what to do.
+"""
+
+from __future__ import annotations
+
+from enum import Enum
+
+
+class Reason(str, Enum):
+    """Why a place is no site, why a site computed, or why a cached value was not used."""
+
+    # a summand of a residual sum that is not a site
+    NOT_FROM_STREAM = "the summand is not computed from the stream"
+    NO_CONTRACTION = "the summand is computed from the stream without any matrix product"
+    ENTANGLED = "values that share a contraction feed each other's inputs: each is a site of its own"
+    # a site that costs nothing at run time
+    UNREACHED = "no rule can ever apply"
+    TOTAL_UNKNOWN = "the guard needs the number of steps, and nobody told it"
+    # decisions
+    NO_RULE = "no rule applies"
+    RULE = "a rule applies"
+    COVERED = "an enclosing site is reused"
+    FORCED = "every decision is forced to compute"
+    # misses: a rule wanted to reuse, and there was no value that fits
+    EMPTY = "nothing was computed yet in this trajectory"
+    CHANGED_INPUT = "shape, dtype or device of an input changed"
+    CHANGED_GRAPH = "another graph ran at this place of the call before"
+    CHANGED_WEIGHTS = "the graph ran with other weights before"
+    BEYOND_END = "the trajectory was told fewer steps"
+    SIZES_NOT_COMPILED = "the variant was compiled later, for other sizes"
+    OUTSIDE_CALL = "the graph ran outside a call of the compiled model"
+    # trajectories, while nobody tells
+    FIRST_CALL = "the first call"
+    NEW_CONDITIONING = "the conditioning is another object, or was changed in place"
+    NEW_LATENT = "the latent does not continue the last one"
+    TIMESTEP_TURNED = "the timestep went against the direction of the trajectory"
+    REPEATED = "the latent is the one of the call before"
+    RESET = "reset"
+
+    def __str__(self) -> str:
+        return self.value
+
+
+class DitRewriteError(Exception):
+    """Base of all errors of this package."""
+
+
+class PolicyError(DitRewriteError, ValueError):
+    """A policy, rule or guard that has no meaning."""
+
+
+class UnknownSymbol(PolicyError):
+    def __init__(self, names: list[str], guard: object, known: list[str]) -> None:
+        super().__init__(
+            f"The guard `{guard}` uses {', '.join(names)}, which no guard can know. "
+            f"Use the symbols of dit_rewrite.guards: {', '.join(known)}."
+        )
+
+
+class NotBoolean(PolicyError):
+    def __init__(self, guard: object) -> None:
+        super().__init__(
+            f"The guard `{guard}` is not a Boolean expression. Write a comparison or a combination of them, "
+            f"for instance `Ne(Mod(step, 3), 0) & (age < 4)`, or sympy.true."
+        )
+
+
+class BadParameter(PolicyError):
+    def __init__(self, where: str, name: str, value: object, allowed: str) -> None:
+        super().__init__(f"{where}: {name}={value!r} is out of range. Give {name} as {allowed}.")
+
+
+class UnknownPolicy(PolicyError):
+    def __init__(self, text: str, known: list[str]) -> None:
+        super().__init__(f"No policy is called {text!r}. Known: {', '.join(known)}; e.g. `fora:interval=3`.")
+
+
+class GradientsNeeded(DitRewriteError, RuntimeError):
+    def __init__(self, what: str) -> None:
+        super().__init__(
+            f"Gradients are enabled and {what} requires them, but a rewritten denoiser is for inference only: "
+            f"reused values carry no gradient. Call it under torch.no_grad() or torch.inference_mode(), "
+            f"or use model.requires_grad_(False)."
+        )
+
+
+class NoSites(DitRewriteError, RuntimeError):
+    def __init__(self, model: str, refused: list[str]) -> None:
+        places = "\n  ".join(refused) or "no residual sum at all"
+        super().__init__(
+            f"{model} has no residual branch that could be reused, so the policy can change nothing. Places seen:\n"
+            f"  {places}\nCompile a denoiser whose blocks add branches to a stream (x + f(x)), or use policies.Never()."
+        )
+
+
+class UnreachedPolicy(PolicyError):
+    def __init__(self, policy: object, sites: int) -> None:
+        super().__init__(
+            f"The policy {policy} reaches none of the model's {sites} sites, so there is nothing to verify. "
+            f"Check its kinds and guards against model.explain()."
+        )
+
+
+class NotCaptured(DitRewriteError, RuntimeError):
+    def __init__(self, what: str) -> None:
+        super().__init__(
+            f"{what} needs the captured graph, and the model was not called yet. Call the compiled model once, "
+            f"under torch.no_grad()."
+        )
+
+
+class BadTrajectory(DitRewriteError, ValueError):
+    def __init__(self, what: str, todo: str) -> None:
+        super().__init__(f"{what} {todo}")
+
+
+class DamagedWeights(DitRewriteError, OSError):
+    def __init__(self, path: object, cause: BaseException) -> None:
+        super().__init__(
+            f"The weights in {path} cannot be used ({type(cause).__name__}: {str(cause)[:200]}). "
+            f"Restore the file, or train it again (examples/shapes/train.py)."
+        )
+
+
+class MissingExtra(DitRewriteError, ImportError):
+    def __init__(self, package: str, purpose: str, extra: str = "diffusers") -> None:
+        super().__init__(f"{purpose} needs {package}. Install it: pip install 'dit_rewrite[{extra}]'.")
+
+
+class HubUnreachable(DitRewriteError, OSError):
+    def __init__(self, model: str, cause: BaseException) -> None:
+        super().__init__(
+            f"{model!r} is not a local folder, and the hub could not be reached ({type(cause).__name__}). "
+            f"Give --model the path of a folder that was saved with save_pretrained, or go online."
+        )
+
+
+class BadModel(DitRewriteError, ValueError):
+    def __init__(self, text: str, cause: object) -> None:
+        super().__init__(
+            f"--model {text} cannot be used ({cause}). Give module:factory, where factory() returns (model, calls) "
+            f"and calls is a list with a dict of keyword arguments for each step."
+        )

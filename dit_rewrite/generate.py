@@ -1,0 +1,147 @@
+"""``python -m dit_rewrite generate``: a diffusers pipeline whose denoiser is rewritten."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import inspect
+import socket
+import time
+import warnings
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+import dit_rewrite
+from dit_rewrite.errors import DitRewriteError, HubUnreachable, MissingExtra
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+
+    from dit_rewrite.compile import RewrittenModule
+    from dit_rewrite.policy import Policy
+
+TRANSPORTS = ("httpx", "httpx2", "requests")  # the clients of the hub, by version
+
+
+class PipelineNotLoaded(DitRewriteError, OSError):
+    def __init__(self, model: str, cause: BaseException) -> None:
+        super().__init__(
+            f"No pipeline could be loaded from {model!r} ({type(cause).__name__}: {str(cause)[:300]}). Give --model a "
+            f"hub id such as facebook/DiT-XL-2-256, or a folder that a pipeline's save_pretrained has written."
+        )
+
+
+class NoDenoiser(DitRewriteError, ValueError):
+    def __init__(self, pipeline: str) -> None:
+        super().__init__(
+            f"{pipeline} has no component called transformer, so there is no denoiser to rewrite here. "
+            f"Give --model a pipeline of a diffusion transformer."
+        )
+
+
+class WrongInput(DitRewriteError, ValueError):
+    def __init__(self, pipeline: str, given: str, wanted: str) -> None:
+        super().__init__(f"{pipeline} takes no {given}. Give {wanted} instead.")
+
+
+def causes(error: BaseException) -> Iterator[BaseException]:
+    """An exception, what it was raised from, and so on."""
+    seen: BaseException | None = error
+    while seen is not None:
+        yield seen
+        seen = seen.__cause__ or seen.__context__
+
+
+def is_unreachable(error: BaseException) -> bool:
+    """Whether nothing answered, as opposed to an answer that says no."""
+    for cause in causes(error):
+        name, package = type(cause).__name__, type(cause).__module__.partition(".")[0]
+        if isinstance(cause, (ConnectionError, TimeoutError, socket.gaierror)):
+            return True
+        if package in TRANSPORTS and name not in ("HTTPStatusError", "HTTPError"):
+            return True
+    return False
+
+
+def choose_device(device: str, dtype: str) -> tuple[torch.device, torch.dtype]:
+    """A GPU where there is one; bfloat16 there and float32 on a CPU."""
+    kind = device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    name = dtype if dtype != "auto" else "bfloat16" if kind == "cuda" else "float32"
+    return torch.device(kind), getattr(torch, name)
+
+
+def load_pipeline(model: str, dtype: torch.dtype) -> DiffusionPipeline:
+    """The pipeline of a folder or hub id."""
+    try:
+        from diffusers import DiffusionPipeline
+    except ImportError as error:
+        raise MissingExtra("diffusers", "generate") from error
+    thrifty = importlib.util.find_spec("accelerate") is not None
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "`torch_dtype` is deprecated", FutureWarning)  # the name up to 0.39
+            return DiffusionPipeline.from_pretrained(model, torch_dtype=dtype, low_cpu_mem_usage=thrifty)
+    except (OSError, ValueError) as error:
+        if not Path(model).exists() and is_unreachable(error):
+            raise HubUnreachable(model, error) from error
+        raise PipelineNotLoaded(model, error) from error
+
+
+def rewrite(pipeline: DiffusionPipeline, policy: Policy, backend: str) -> RewrittenModule:
+    """Put the rewritten denoiser into the pipeline, and return it."""
+    if getattr(pipeline, "transformer", None) is None:
+        raise NoDenoiser(type(pipeline).__name__)
+    pipeline.transformer = dit_rewrite.compile(pipeline.transformer, policy, backend=backend)
+    return pipeline.transformer
+
+
+def call_arguments(pipeline: DiffusionPipeline, arguments: argparse.Namespace) -> dict[str, Any]:
+    """What the pipeline is called with, in its own words."""
+    name, known = type(pipeline).__name__, inspect.signature(pipeline.__call__).parameters
+    if arguments.label is not None and "class_labels" not in known:
+        raise WrongInput(name, "--label", "--prompt")
+    if arguments.prompt is not None and "prompt" not in known:
+        raise WrongInput(name, "--prompt", "--label")
+    asked = {"prompt": arguments.prompt} if arguments.label is None else {"class_labels": arguments.label}
+    if arguments.guidance is not None:
+        asked["guidance_scale"] = arguments.guidance
+    generator = torch.Generator().manual_seed(arguments.seed)
+    return {**asked, "num_inference_steps": arguments.steps, "generator": generator}
+
+
+def pictures_of(output: Any) -> list[list[Any]]:
+    """The PIL images of a pipeline's output, each as a list of frames."""
+    if hasattr(output, "frames"):
+        return [list(frames) for frames in output.frames]
+    return [[image] for image in output.images]
+
+
+def save_pictures(pictures: Sequence[Sequence[Any]], out: Path) -> list[Path]:
+    """Write each picture; frames become one animated file, further pictures get a number."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    paths = []
+    for index, (first, *rest) in enumerate(pictures):
+        path = out if index == 0 else out.with_stem(f"{out.stem}-{index}")
+        first.save(path, **({"save_all": True, "append_images": rest} if rest else {}))
+        paths.append(path)
+    return paths
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """`python -m dit_rewrite generate`."""
+    policy = dit_rewrite.policies.parse(arguments.policy)
+    device, dtype = choose_device(arguments.device, arguments.dtype)
+    pipeline = load_pipeline(arguments.model, dtype).to(device)
+    model = rewrite(pipeline, policy, arguments.backend)
+    asked = call_arguments(pipeline, arguments)
+    began = time.perf_counter()
+    with torch.no_grad(), model.trajectory(num_steps=None, scheduler=pipeline.scheduler):
+        output = pipeline(**asked)
+    seconds = time.perf_counter() - began
+    for path in save_pictures(pictures_of(output), arguments.out):
+        print(f"wrote {path}")
+    print(f"{seconds:.1f} s with compilation; {model.stats()}")
+    return 0

@@ -1,0 +1,11 @@
+"""The symbols of guards: write ``when=Ne(Mod(step, 3), 0) & (age < 5)`` with them and sympy's functions.
+
+step, num_steps: of the trajectory, from 0; num_steps is known only where it was told.
+progress: step / (num_steps - 1), 0 to 1.
+layer, num_layers: the block that the site lies in, from 0, in the order of the graph.
+age: steps since the site was last computed. streak: consecutive reuses.
+"""
+
+from dit_rewrite.passes.guards import age, layer, num_layers, num_steps, progress, step, streak
+
+__all__ = ["age", "layer", "num_layers", "num_steps", "progress", "step", "streak"]

@@ -1,0 +1,103 @@
+"""Pass 05: what lowers a straight-line graph. "inductor", "aot_eager" (runs it as it is), or a callable of your own."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import sympy
+import torch
+from torch import fx
+from torch._guards import TracingContext, tracing
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from dit_rewrite.errors import BadParameter
+from dit_rewrite.passes import attention_core
+
+Backend = str | Callable[[fx.GraphModule, list[Any]], Callable[..., Any]]
+Compiled = Callable[..., Sequence[Any]]
+
+
+@dataclass(frozen=True)
+class Lowering:
+    """How variants become callables. `options` are Inductor's config patches.
+
+    Raises BadParameter for an unknown backend, or options that a backend cannot take.
+    """
+
+    backend: Backend = "inductor"
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, backend: Backend, mode: str | None, options: Mapping[str, Any] | None) -> Lowering:
+        """As torch.compile takes them: `mode` is a named set of Inductor options."""
+        if not callable(backend) and backend not in ("inductor", "aot_eager"):
+            raise BadParameter("compile", "backend", backend, '"inductor", "aot_eager" or a callable')
+        patches = dict(torch._inductor.list_mode_options(mode)) if mode is not None else {}
+        patches.update(options or {})
+        if patches and backend != "inductor":
+            raise BadParameter("compile", "mode or options", patches, 'none, unless backend is "inductor"')
+        return cls(backend, patches)
+
+    @property
+    def owns_outputs(self) -> bool:
+        """Whether what a variant returns stays ours: CUDA graphs overwrite their outputs at the next replay."""
+        return not self.options.get("triton.cudagraphs", False)
+
+    def lower(self, gm: fx.GraphModule, fake_mode: FakeTensorMode | None) -> Compiled:
+        """Compile a straight-line graph for the fake inputs in its placeholders' metadata."""
+        inputs = [node.meta["val"] for node in gm.graph.find_nodes(op="placeholder")]
+        attention_core.unmark(gm)
+        if self.backend == "aot_eager":
+            return gm.forward
+        with _quiet(fake_mode):
+            run = self._compile(gm, inputs)
+        return run if self.owns_outputs else _cloning(run)
+
+    def _compile(self, gm: fx.GraphModule, inputs: list[Any]) -> Compiled:
+        if callable(self.backend):
+            return self.backend(gm, inputs)
+        from torch._inductor.compile_fx import compile_fx
+
+        return compile_fx(gm, inputs, config_patches=dict(self.options))
+
+
+@contextlib.contextmanager
+def _quiet(fake_mode: FakeTensorMode | None) -> Iterator[None]:
+    """A tracing context of our own; no autograd and no autocast: the graph has its casts already."""
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(tracing(TracingContext(fake_mode)) if fake_mode is not None else contextlib.nullcontext())
+        stack.enter_context(torch.no_grad())
+        stack.enter_context(torch._C._DisableAutocast())
+        yield
+
+
+def _cloning(run: Compiled) -> Compiled:
+    def cloned(*args: Any) -> Sequence[Any]:
+        return [out.clone() if isinstance(out, torch.Tensor) else out for out in run(*args)]
+
+    return cloned
+
+
+def new_guards(fake_mode: FakeTensorMode | None, before: int) -> tuple[sympy.Basic, ...]:
+    """The guards on sizes that were added to the trace since it had `before` of them."""
+    shape_env = fake_mode.shape_env if fake_mode is not None else None
+    return tuple(guard.expr for guard in shape_env.guards[before:]) if shape_env is not None else ()
+
+
+def count_guards(fake_mode: FakeTensorMode | None) -> int:
+    """How many guards on sizes the trace has."""
+    shape_env = fake_mode.shape_env if fake_mode is not None else None
+    return len(shape_env.guards) if shape_env is not None else 0
+
+
+def admits(expressions: tuple[sympy.Basic, ...], symbols: Mapping[int, sympy.Symbol]) -> Callable[[Sequence[Any]], bool]:
+    """A check of `expressions` on a graph's inputs, where the input at each position of `symbols` is that size."""
+
+    def check(args: Sequence[Any]) -> bool:
+        sizes = {symbol: args[i] for i, symbol in symbols.items()}
+        return all(expression.subs(sizes) == sympy.true for expression in expressions)
+
+    return check

@@ -1,0 +1,72 @@
+"""Pass 00: Dynamo's graph to the functional ATen graph that every other pass works on.
+
+On that graph there are no in-place ops, no autocast regions and no copies that lose metadata (design.md).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+from torch._dynamo.backends.common import aot_autograd
+from torch._guards import TracingContext
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from dit_rewrite.errors import GradientsNeeded
+from dit_rewrite.passes import attention_core
+
+Runner = Callable[[list[Any]], Sequence[Any]]
+
+
+@dataclass(frozen=True)
+class Captured:
+    """A functional ATen graph and what is known about it.
+
+    ``static`` are the positions of the placeholders that are parameters or buffers; ``parameter_names`` are theirs,
+    as seen from the module whose forward was traced (``blocks.0.attn.to_q.weight`` from the model,
+    ``attn.to_q.weight`` from a block). ``complete`` is False when Dynamo left a part of that forward to another graph.
+    """
+
+    gm: fx.GraphModule
+    static: frozenset[int]
+    parameter_names: frozenset[str]
+    complete: bool
+    fake_mode: FakeTensorMode | None
+
+    @property
+    def placeholders(self) -> list[fx.Node]:
+        return self.gm.graph.find_nodes(op="placeholder")
+
+
+def capture(gm: fx.GraphModule, example_inputs: Sequence[Any], then: Callable[[Captured], Runner]) -> Callable[..., Any]:
+    """Trace `gm` to functional ATen and call `then` with it, under Dynamo's fake inputs; what runs in its place.
+
+    Raises GradientsNeeded where autograd would have to differentiate the graph.
+    """
+    attention_core.mark(gm)
+    names = frozenset(gm.meta.get("dynamo_flat_name_to_original_fqn", {}).values())
+    reason = getattr(gm, "compile_subgraph_reason", None)
+
+    def inference(functional: fx.GraphModule, fake_inputs: Sequence[Any]) -> Runner:
+        context = TracingContext.try_get()
+        metadata = context.fw_metadata if context is not None else None
+        functional.graph.eliminate_dead_code()
+        functional.recompile()
+        captured = Captured(
+            functional,
+            frozenset(metadata.static_input_indices if metadata is not None else ()),
+            names,
+            complete=not getattr(reason, "graph_break", False),
+            fake_mode=torch._guards.detect_fake_mode(list(fake_inputs)),
+        )
+        runner = then(captured)
+        runner._boxed_call = True  # type: ignore[attr-defined]  # AOTAutograd: takes its arguments as one list
+        return runner
+
+    def training(*_: object) -> Runner:
+        raise GradientsNeeded("an input or parameter of the graph")
+
+    return aot_autograd(fw_compiler=training, inference_compiler=inference)(gm, example_inputs)

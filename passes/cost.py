@@ -1,0 +1,62 @@
+"""What a node costs: FLOPs by ATen's own formulas, bytes by storage."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.utils._pytree import tree_map
+from torch.utils.flop_counter import flop_registry, sdpa_flop_count
+
+from dit_rewrite.passes import attention_core
+from dit_rewrite.passes.graph import aten, packet
+
+
+def hint(size: int | torch.SymInt) -> int:
+    """A size as a number: that of the trace where it is symbolic. Adds no guard."""
+    if isinstance(size, int):
+        return size
+    return int(size.node.hint) if size.node.hint is not None else 0
+
+
+def shape(value: Tensor) -> tuple[int, ...]:
+    """The shape of the trace."""
+    return tuple(map(hint, value.shape))
+
+
+def flops(nodes: Iterable[fx.Node]) -> int:
+    """Floating-point operations of the contractions among `nodes`, a multiply-add counted as two."""
+    return sum(_flops(node) for node in nodes)
+
+
+def _flops(node: fx.Node) -> int:
+    if node.target is attention_core.OP:
+        return sdpa_flop_count(*(shape(n.meta["val"]) for n in node.all_input_nodes[:3]))
+    formula = flop_registry.get(packet(node))
+    if formula is None:
+        return 2 * shape(node.args[0].meta["val"])[-1] * _numel(node) if packet(node) is aten.linear else 0
+    args, kwargs, out = tree_map(_shapes, (node.args, node.kwargs, node))
+    return int(formula(*args, **kwargs, out_val=out))
+
+
+def _numel(node: fx.Node) -> int:
+    return torch.Size(shape(node.meta["val"])).numel()
+
+
+def _shapes(argument: Any) -> Any:
+    """FLOP formulas take shapes in the place of tensors."""
+    value = argument.meta.get("val") if isinstance(argument, fx.Node) else argument
+    return torch.Size(shape(value)) if isinstance(value, Tensor) else argument
+
+
+def stored_bytes(node: fx.Node) -> int:
+    """Bytes that holding the node's value keeps alive: its storage's, which may exceed those of a view."""
+    value = node.meta["val"]
+    return hint(value.untyped_storage().nbytes())
+
+
+def total_flops(graph: fx.Graph) -> int:
+    """FLOPs of the whole graph."""
+    return flops(graph.nodes)

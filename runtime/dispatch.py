@@ -1,0 +1,135 @@
+"""Dispatch: decisions -> variant -> call. Plain Python over tuples; no tensor work on the host."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from dit_rewrite.errors import Reason
+from dit_rewrite.runtime.cache import Bank, stamp_of
+from dit_rewrite.runtime.decide import Decisions, Moment, SiteSpec, decide
+from dit_rewrite.runtime.session import Call, Session
+from dit_rewrite.runtime.stats import Record
+
+
+@dataclass(frozen=True)
+class Executable:
+    """A compiled variant: it takes the captured inputs at ``inputs`` and the slots at ``cached``, and returns the
+    captured outputs, then the values of ``fresh`` (pairs of site and index within the site).
+
+    ``admits`` is set where compiling assumed something of the sizes that Dynamo does not check.
+    """
+
+    run: Callable[..., Sequence[Any]]
+    inputs: tuple[int, ...]
+    cached: tuple[tuple[int, int], ...]
+    fresh: tuple[tuple[int, int], ...]
+    admits: Callable[[Sequence[Any]], bool] | None = None
+
+
+Row = tuple[bool, ...]
+Observer = Callable[["Graph", Call, Record, list[Any], Sequence[Any]], None]
+
+
+class Graph:
+    """What runs in the place of one captured graph."""
+
+    def __init__(
+        self,
+        index: int,
+        sites: Sequence[SiteSpec],
+        num_layers: int,
+        static: frozenset[int],
+        num_inputs: int,
+        session: Session,
+        compile_variant: Callable[[Row], Executable],
+    ) -> None:
+        self.index = index
+        self.sites = tuple(sites)
+        self.names = tuple(site.name for site in sites)
+        self.num_layers = num_layers
+        self.session = session
+        self.variants: dict[Row, Executable] = {}
+        self.observer: Observer | None = None
+        self._compile = compile_variant
+        self._weights = tuple(sorted(static))
+        self._data = tuple(i for i in range(num_inputs) if i not in static)
+        self._never = (False,) * len(self.sites)
+
+    def __call__(self, args: list[Any]) -> Sequence[Any]:
+        """Run the graph on its flat inputs, as AOTAutograd calls it."""
+        call = self.session.call
+        if call is None:
+            return self._outside(args)
+        occurrence, bank, changed = call.enter(self.index, len(self.sites))
+        unfit = bank.fit(stamp_of([args[i] for i in self._data]), tuple(args[i] for i in self._weights))
+        moment = call.moment
+        call.layers += self.num_layers
+        decided = self._decide(moment, bank, changed or unfit)
+        executable = self.variants.get(decided.row) or self.add_variant(decided.row, late=True)
+        if executable.admits is not None and not executable.admits(args):
+            decided = _all_compute(decided)
+            executable = self.variants[self._never]
+        outputs, fresh = _execute(executable, args, bank)
+        self._store(executable, fresh, bank, moment.step, decided)
+        record = Record(
+            call.trajectory.number,
+            moment.step,
+            call.stream.name,
+            self.index,
+            occurrence,
+            self.names,
+            decided.row,
+            decided.reasons,
+        )
+        self.session.stats.count(record, decided.misses)
+        if self.observer is not None:
+            self.observer(self, call, record, args, outputs)
+        args.clear()
+        return outputs
+
+    def add_variant(self, row: Row, late: bool = False) -> Executable:
+        """Compile the variant of a row. A late one was not foreseen, and is compiled in the middle of a call."""
+        executable = self._compile(row)
+        self.variants[row] = executable
+        self.session.stats.variants += 1
+        self.session.stats.late_variants += late
+        return executable
+
+    def _decide(self, moment: Moment, bank: Bank, unfit: Reason | None) -> Decisions:
+        holds = [values is not None for values in bank.values]
+        return decide(self.sites, moment, bank.computed_at, bank.streak, holds, unfit)
+
+    def _store(
+        self, executable: Executable, fresh: Sequence[Tensor], bank: Bank, step: int, decided: Decisions
+    ) -> None:
+        values: dict[int, list[Tensor]] = {}
+        for (site, _), value in zip(executable.fresh, fresh, strict=True):
+            values.setdefault(site, []).append(value)
+        for site, tensors in values.items():
+            bank.store(site, tuple(tensors), step)
+        for site, reason in enumerate(decided.reasons):
+            if decided.row[site] and reason is not Reason.COVERED:
+                bank.streak[site] += 1
+
+    def _outside(self, args: list[Any]) -> Sequence[Any]:
+        """The graph was called without the compiled model around it: compute, and keep nothing."""
+        executable = self.variants.get(self._never) or self.add_variant(self._never, late=True)
+        self.session.stats.misses[Reason.OUTSIDE_CALL] += 1
+        return _execute(executable, args, Bank(len(self.sites)))[0]
+
+
+def _all_compute(decided: Decisions) -> Decisions:
+    count = len(decided.row)
+    lacking = Reason.SIZES_NOT_COMPILED
+    return Decisions((False,) * count, (lacking,) * count, (*decided.misses, *(lacking for r in decided.row if r)))
+
+
+def _execute(executable: Executable, args: list[Any], bank: Bank) -> tuple[Sequence[Any], Sequence[Tensor]]:
+    cached = [bank.values[site][k] for site, k in executable.cached]  # type: ignore[index]
+    results = executable.run(*[args[i] for i in executable.inputs], *cached)
+    split = len(results) - len(executable.fresh)
+    return results[:split], results[split:]

@@ -1,0 +1,98 @@
+"""The state of one thread: its trajectory, told or watched, and the call of the model that is under way."""
+
+from __future__ import annotations
+
+import threading
+from collections import Counter
+from dataclasses import dataclass, field
+
+from dit_rewrite.errors import BadTrajectory, Reason
+from dit_rewrite.runtime.cache import Bank
+from dit_rewrite.runtime.decide import Moment
+from dit_rewrite.runtime.inputs import Inputs
+from dit_rewrite.runtime.stats import Stats
+from dit_rewrite.runtime.trajectory import Named, Stream, Told, Trajectory, Watched
+
+
+@dataclass
+class Call:
+    """One call of the model, while it runs: the graphs that it has called so far and the layers they held."""
+
+    trajectory: Trajectory
+    stream: Stream
+    graphs: list[int] = field(default_factory=list)
+    layers: int = 0
+    _occurrences: Counter[int] = field(default_factory=Counter)
+
+    @property
+    def moment(self) -> Moment:
+        """Where the next graph of the call stands."""
+        return Moment(self.trajectory.step, self.trajectory.num_steps, self.layers, self.stream.num_layers)
+
+    def enter(self, graph: int, num_sites: int) -> tuple[int, Bank, Reason | None]:
+        """Count a call of a graph: which occurrence it is, its slots, and why they cannot be used if so."""
+        occurrence = self._occurrences[graph]
+        self._occurrences[graph] += 1
+        position = len(self.graphs)
+        self.graphs.append(graph)
+        bank = self.stream.banks.setdefault((graph, occurrence), Bank(num_sites))
+        before = self.stream.sequence
+        if before is not None and before[position : position + 1] != (graph,):
+            bank.clear()
+            bank.stamp = None
+            return occurrence, bank, Reason.CHANGED_GRAPH
+        return occurrence, bank, None
+
+
+class Session(threading.local):
+    """Each thread that calls the model has trajectories and slots of its own."""
+
+    def __init__(self, stats: Stats) -> None:
+        self.stats = stats
+        self.told: Told | None = None
+        self.watched = Watched()
+        self.named = Named()
+        self.call: Call | None = None
+        self.known: Trajectory | None = None
+
+    def begin(self, inputs: Inputs) -> Call:
+        """A call of the model begins."""
+        if self.told is not None:
+            trajectory, stream = self.told.place(inputs, self.named)
+        else:
+            trajectory, stream = self.watched.place(inputs, self.named)
+        if trajectory is not self.known:
+            self.known = trajectory
+            if trajectory.why is not None:
+                self.stats.trajectories[trajectory.why] += 1
+        self.call = Call(trajectory, stream)
+        return self.call
+
+    def end(self, call: Call) -> None:
+        """The call has returned: remember its shape for the next of its stream."""
+        call.stream.sequence = tuple(call.graphs)
+        call.stream.num_layers = call.layers
+        self.stats.calls += 1
+        self.call = None
+
+    def abandon(self, call: Call) -> None:
+        """The call raised: nothing that it left behind is used."""
+        call.stream.banks.clear()
+        call.stream.sequence = None
+        self.call = None
+
+    def tell(self, told: Told) -> None:
+        """A told trajectory begins."""
+        if self.told is not None:
+            raise BadTrajectory("A trajectory is told inside another.", "Leave the outer context first.")
+        self.forget()
+        self.told = told
+
+    def forget(self) -> None:
+        """Drop the watched trajectory and all its slots."""
+        self.watched = Watched()
+
+    def cache_bytes(self) -> int:
+        """Bytes that the present trajectory's slots hold."""
+        trajectory = self.told.trajectory if self.told is not None else self.watched.trajectory
+        return sum(bank.bytes for stream in trajectory.streams.values() for bank in stream.banks.values())

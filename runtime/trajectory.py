@@ -1,0 +1,198 @@
+"""Trajectories: which step of which run of the sampler a call belongs to, and which stream of it.
+
+Told (`Told`) by whoever drives the sampler, or watched (`Watched`) when nobody tells. A watched trajectory is
+suspicious: what does not fit starts a new one, which forgets every cached value.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Hashable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dit_rewrite.errors import BadTrajectory, Reason
+from dit_rewrite.runtime.cache import Bank
+from dit_rewrite.runtime.inputs import Inputs
+
+CONTINUES = 0.5  # a latent whose relative L2 change is below this continues the last; independent noise has 1.41
+MAX_STREAMS = 8
+
+_numbers = itertools.count()
+
+
+@dataclass
+class Stream:
+    """What belongs to one stream of a trajectory: its slots, and the sequence of graphs that its last call ran."""
+
+    name: Hashable
+    banks: dict[tuple[int, int], Bank] = field(default_factory=dict)
+    sequence: tuple[int, ...] | None = None
+    num_layers: int | None = None
+    conditioning: tuple[Tensor, ...] = ()
+    versions: tuple[int, ...] = ()
+    latent: Tensor | None = None
+    timestep: float = float("nan")
+
+    def is_conditioned_by(self, conditioning: tuple[Tensor, ...], by_value: bool = False) -> bool:
+        """Whether a call's conditioning is the stream's: the same objects, not changed in place since.
+
+        `by_value` also accepts other objects of equal content, at the price of reading the device.
+        """
+        if len(self.conditioning) != len(conditioning):
+            return False
+        return all(
+            version == _version(b) if a is b else by_value and a.shape == b.shape and torch.equal(a, b)
+            for a, b, version in zip(self.conditioning, conditioning, self.versions, strict=True)
+        )
+
+    def hold(self, conditioning: tuple[Tensor, ...]) -> None:
+        """Take this conditioning for the stream's. It is held: the id of a freed tensor could come again."""
+        self.conditioning, self.versions = conditioning, tuple(map(_version, conditioning))
+
+
+def _version(tensor: Tensor) -> int:
+    return -1 if tensor.is_inference() else tensor._version  # inference tensors do not count
+
+
+@dataclass
+class Trajectory:
+    """One run of the sampler. `why` is the reason that it began; None where it was told."""
+
+    why: Reason | None
+    num_steps: int | None = None
+    step: int = 0
+    streams: dict[Hashable, Stream] = field(default_factory=dict)
+    number: int = field(default_factory=lambda: next(_numbers))
+    _called: set[Hashable] = field(default_factory=set)
+
+    def stream(self, name: Hashable) -> Stream:
+        """The stream of that name, made at its first call. The oldest goes when there are too many."""
+        if name not in self.streams and len(self.streams) == MAX_STREAMS:
+            self.streams.pop(next(iter(self.streams)))
+        return self.streams.setdefault(name, Stream(name))
+
+    def new_name(self) -> int:
+        """A name for a stream that nobody named."""
+        return next(n for n in itertools.count() if n not in self.streams)
+
+    def enter(self, stream: Stream, step: int | None = None) -> None:
+        """Count a call: that of a stream which was called in this step already begins the next one."""
+        if step is not None:
+            self.step = step
+        elif stream.name in self._called:
+            self.step += 1
+            self._called.clear()
+        self._called.add(stream.name)
+
+
+@dataclass(frozen=True)
+class Named:
+    """What `cache_context` says of the calls inside it."""
+
+    name: str | None = None
+    step_index: int | None = None
+    sigma: float | None = None
+
+
+class Told:
+    """A trajectory that the caller marks: everything called inside its context belongs to it.
+
+    It reads no device, unless the conditioning is made anew at each call and its streams are not named.
+    """
+
+    def __init__(self, num_steps: int | None, scheduler: Any) -> None:
+        if num_steps is not None and num_steps < 1:
+            raise BadTrajectory(f"A trajectory of {num_steps} steps has no step.", "Give num_steps >= 1.")
+        self.scheduler = scheduler
+        self.trajectory = Trajectory(None, num_steps)
+
+    def place(self, inputs: Inputs, named: Named) -> tuple[Trajectory, Stream]:
+        """The trajectory and stream of a call."""
+        trajectory = self.trajectory
+        if trajectory.num_steps is None and self.scheduler is not None:
+            trajectory.num_steps = len(self.scheduler.timesteps)  # at the first call: pipelines set timesteps late
+        stream = trajectory.stream(named.name) if named.name is not None else self._match(inputs.conditioning)
+        trajectory.enter(stream, named.step_index)
+        return trajectory, stream
+
+    def _match(self, conditioning: tuple[Tensor, ...]) -> Stream:
+        for by_value in (False, True):
+            for stream in self.trajectory.streams.values():
+                if stream.is_conditioned_by(conditioning, by_value):
+                    return stream
+        stream = self.trajectory.stream(self.trajectory.new_name())
+        stream.hold(conditioning)
+        return stream
+
+
+class Watched:
+    """Tells steps, streams and trajectories apart by what the calls look like: one fused read of the device a call."""
+
+    def __init__(self) -> None:
+        self.trajectory = Trajectory(Reason.FIRST_CALL)
+        self._direction = 0.0
+        self._latest: Stream | None = None
+
+    def place(self, inputs: Inputs, named: Named) -> tuple[Trajectory, Stream]:
+        """The trajectory and stream of a call; a new trajectory unless everything speaks for the present one."""
+        stream = self._find(inputs, named)
+        before = stream or self._latest
+        timestep, change = _read(inputs, None if before is None else before.latent)
+        why = self._misfit(stream, inputs, timestep, change)
+        if why is not None:
+            self.trajectory, self._direction, stream = Trajectory(why), 0.0, None
+        elif stream is not None:
+            self._direction = self._direction or timestep - stream.timestep
+        if stream is None:
+            stream = self.trajectory.stream(self.trajectory.new_name() if named.name is None else named.name)
+        stream.hold(inputs.conditioning)
+        stream.latent = None if inputs.latent is None else inputs.latent.detach().clone()  # may be updated in place
+        stream.timestep = timestep
+        self._latest = stream
+        self.trajectory.enter(stream, named.step_index)
+        return self.trajectory, stream
+
+    def _find(self, inputs: Inputs, named: Named) -> Stream | None:
+        streams = self.trajectory.streams
+        if named.name is not None:
+            return streams.get(named.name)
+        return next((s for s in streams.values() if s.is_conditioned_by(inputs.conditioning)), None)
+
+    def _misfit(self, stream: Stream | None, inputs: Inputs, timestep: float, change: float) -> Reason | None:
+        """Why a call does not belong to the present trajectory; None where it does. NaN never fits."""
+        if self._latest is None:
+            return Reason.FIRST_CALL
+        if stream is None:  # another stream of the step that is under way: same latent, same timestep
+            joins = change < CONTINUES and timestep == self._latest.timestep
+            return None if joins else Reason.NEW_CONDITIONING
+        if not stream.is_conditioned_by(inputs.conditioning):
+            return Reason.NEW_CONDITIONING
+        moved = timestep - stream.timestep
+        if change == 0 and moved == 0:
+            return Reason.REPEATED
+        if not change < CONTINUES:
+            return Reason.NEW_LATENT
+        return None if moved * self._direction >= 0 else Reason.TIMESTEP_TURNED
+
+
+def _read(inputs: Inputs, before: Tensor | None) -> tuple[float, float]:
+    """The timestep (0 where there is none) and the relative L2 change of the latent, in one read of the device."""
+    timestep, latent = inputs.timestep, inputs.latent
+    numbers: list[Tensor] = []
+    if isinstance(timestep, Tensor):
+        numbers.append(timestep.detach().to(torch.float64).mean())
+    if latent is not None and before is not None and _alike(latent, before):
+        change = torch.linalg.vector_norm(latent.detach() - before, dtype=torch.float32)
+        numbers.append((change / torch.linalg.vector_norm(before, dtype=torch.float32)).to(torch.float64))
+        read = torch.stack([n.to(latent.device) for n in numbers]).tolist()
+    else:
+        read = [*(n.item() for n in numbers), float("nan")]
+    return (read[0] if isinstance(timestep, Tensor) else float(timestep or 0.0)), read[-1]
+
+
+def _alike(a: Tensor, b: Tensor) -> bool:
+    return a.shape == b.shape and a.dtype == b.dtype and a.device == b.device
