@@ -55,8 +55,11 @@ class Backend:
         lowering: Lowering,
         force: bool = False,
         observe: Callable[[Rewritten], None] | None = None,
+        store: int | None = None,
     ) -> None:
-        self.policy, self.lowering, self.force, self.observe = policy, lowering, force, observe
+        """`force` makes every decision compute, `store` limits how many sites' fresh values are returned; both are
+        for `verify`. `observe` is called with each rewritten graph."""
+        self.policy, self.lowering, self.force, self.observe, self.store = policy, lowering, force, observe, store
         self.stats = Stats()
         self.session = Session(self.stats)
         self.rewritten: list[Rewritten] = []
@@ -126,7 +129,8 @@ class Backend:
 
     def _compile(self, rewritten: Rewritten, row: Row) -> Executable:
         """Specialise and lower one variant. Sizes that this assumes are checked by dispatch when Dynamo cannot."""
-        variant = specialise(rewritten.guarded, row)
+        stored = None if self.store is None else [i < self.store for i in range(len(row))]
+        variant = specialise(rewritten.guarded, row, stored)
         rewritten.variants[row] = variant
         fake_mode = rewritten.captured.fake_mode
         before = lowering.count_guards(fake_mode)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import warnings
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from copy import copy
 from pathlib import Path
@@ -18,6 +20,7 @@ from dit_rewrite import lowering
 from dit_rewrite.backend import Backend
 from dit_rewrite.errors import DitRewriteError, GradientsNeeded, NoSites, NotCaptured, Reason
 from dit_rewrite.lowering import Lowering
+from dit_rewrite.passes.capture import one_graph
 from dit_rewrite.policy import Policy
 from dit_rewrite.report import Dump, Report
 from dit_rewrite.runtime.inputs import Reader
@@ -39,7 +42,9 @@ class RewrittenModule(OptimizedModule):
         object.__setattr__(self, "_checked", False)
 
     def __reduce__(self) -> Any:
-        raise TypeError("A rewritten module holds compiled code and cannot be pickled: pickle the original and compile.")
+        raise TypeError(
+            "A rewritten module holds compiled code and cannot be pickled: pickle the original and compile."
+        )
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """One call of the denoiser: a step of one stream of the present trajectory. For inference only.
@@ -50,7 +55,7 @@ class RewrittenModule(OptimizedModule):
         session = self._backend.session
         call = session.begin(self._reader.read(args, kwargs))
         try:
-            with _one_graph():
+            with one_graph():
                 output = super().__call__(*args, **kwargs)
         except BaseException as error:
             session.abandon(call)
@@ -114,7 +119,8 @@ class RewrittenModule(OptimizedModule):
         """What was found and rewritten. Raises NotCaptured before the first call."""
         if not self._backend.rewritten:
             raise NotCaptured("explain()")
-        return Report(self._backend.policy, tuple(self._backend.rewritten))
+        backend = self._backend
+        return Report(backend.policy, tuple(backend.rewritten), Counter(backend.session.ran))
 
     def stats(self) -> Stats:
         """A copy of the counts so far; its row of decisions is shared."""
@@ -126,23 +132,6 @@ class RewrittenModule(OptimizedModule):
         """Forget all trajectories and their cached values (of the calling thread)."""
         self._backend.session.forget()
         self._backend.stats.trajectories[Reason.RESET] += 1
-
-
-class _one_graph:
-    """Let Dynamo capture ops whose output's size depends on data, should it compile during this call.
-
-    By default `nonzero` breaks the graph, in Mochi inside of every attention branch. A plain context manager, and no
-    config.patch: it is entered at each call of the model.
-    """
-
-    __slots__ = ("before",)
-
-    def __enter__(self) -> None:
-        self.before = torch._dynamo.config.capture_dynamic_output_shape_ops
-        torch._dynamo.config.capture_dynamic_output_shape_ops = True
-
-    def __exit__(self, *_: object) -> None:
-        torch._dynamo.config.capture_dynamic_output_shape_ops = self.before
 
 
 def compile(
@@ -169,7 +158,20 @@ def compile(
     return wrap(model, Backend(model, policy, lower, observe=observe), fullgraph, dynamic)
 
 
-def wrap(model: torch.nn.Module, backend: Backend, fullgraph: bool = False, dynamic: bool | None = None) -> RewrittenModule:
+def wrap(
+    model: torch.nn.Module, backend: Backend, fullgraph: bool = False, dynamic: bool | None = None
+) -> RewrittenModule:
     """A model whose captured graphs go through `backend`."""
-    context = torch._dynamo.optimize(backend=backend, nopython=fullgraph, dynamic=dynamic)
-    return RewrittenModule(model, context, backend)
+    return RewrittenModule(model, isolated(model, backend, fullgraph, dynamic).dynamo_ctx, backend)
+
+
+def isolated(
+    model: torch.nn.Module, backend: lowering.Backend, fullgraph: bool = False, dynamic: bool | None = None
+) -> OptimizedModule:
+    """torch.compile with recompiles counted for this model alone, where torch can do that (2.13).
+
+    Otherwise every compiled module of one class shares a budget of 8, and then runs eagerly in silence.
+    """
+    separate = "isolate_recompiles" in inspect.signature(torch.compile).parameters
+    more = {"isolate_recompiles": True} if separate else {}
+    return torch.compile(model, backend=backend, fullgraph=fullgraph, dynamic=dynamic, **more)

@@ -31,6 +31,7 @@ class Reason(str, Enum):
     CHANGED_WEIGHTS = "the graph ran with other weights before"
     BEYOND_END = "the trajectory was told fewer steps"
     SIZES_NOT_COMPILED = "the variant was compiled later, for other sizes"
+    NOT_CAPTURED = "Dynamo ran the call without a captured graph (recompile limit reached, or disabled)"
     OUTSIDE_CALL = "the graph ran outside a call of the compiled model"
     # trajectories, while nobody tells
     FIRST_CALL = "the first call"

@@ -93,7 +93,9 @@ def count_guards(fake_mode: FakeTensorMode | None) -> int:
     return len(shape_env.guards) if shape_env is not None else 0
 
 
-def admits(expressions: tuple[sympy.Basic, ...], symbols: Mapping[int, sympy.Symbol]) -> Callable[[Sequence[Any]], bool]:
+def admits(
+    expressions: tuple[sympy.Basic, ...], symbols: Mapping[int, sympy.Symbol]
+) -> Callable[[Sequence[Any]], bool]:
     """A check of `expressions` on a graph's inputs, where the input at each position of `symbols` is that size."""
 
     def check(args: Sequence[Any]) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -20,9 +20,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Place:
-    """A row of the report: a site, with what the policy leaves of its guard (empty: no rule can reach it)."""
+    """A row of the report: a site in one occurrence of its graph, with what the policy leaves of its guard."""
 
     graph: int
+    occurrence: int
     site: Site
     guard: str
     reachable: bool
@@ -30,16 +31,21 @@ class Place:
 
 @dataclass(frozen=True)
 class Report:
-    """Prints as a table. ``sites`` are rows for every site of every graph, ``refused`` the places that are none."""
+    """Prints as a table. ``sites`` are rows for every site of every graph, ``refused`` the places that are none.
+
+    ``occurrences`` says how often each graph ran in the last call: behind a graph break identical blocks share one.
+    """
 
     policy: Policy
     rewritten: tuple[Rewritten, ...]
+    occurrences: Mapping[int, int]
 
     @property
     def sites(self) -> tuple[Place, ...]:
         return tuple(
-            Place(i, site, rules.guard if rules.reachable else "", rules.reachable)
+            Place(i, occurrence, site, rules.guard if rules.reachable else "", rules.reachable)
             for i, r in enumerate(self.rewritten)
+            for occurrence in range(self.occurrences.get(i, 0) or 1)
             for site, rules in zip(r.found.sites, r.rules, strict=True)
         )
 
@@ -78,7 +84,7 @@ class Report:
         for place in self.sites:
             site = place.site
             yield (
-                str(place.graph),
+                f"{place.graph}.{place.occurrence}",
                 site.name,
                 str(site.kind),
                 str(site.layer),

@@ -41,7 +41,26 @@ class Captured:
         return self.gm.graph.find_nodes(op="placeholder")
 
 
-def capture(gm: fx.GraphModule, example_inputs: Sequence[Any], then: Callable[[Captured], Runner]) -> Callable[..., Any]:
+class one_graph:
+    """Let Dynamo capture ops whose output's size depends on data, should it compile inside.
+
+    By default `nonzero` breaks the graph, in Mochi inside of every attention branch. A plain context manager, and no
+    config.patch: it is entered at each call of a model.
+    """
+
+    __slots__ = ("before",)
+
+    def __enter__(self) -> None:
+        self.before = torch._dynamo.config.capture_dynamic_output_shape_ops
+        torch._dynamo.config.capture_dynamic_output_shape_ops = True
+
+    def __exit__(self, *_: object) -> None:
+        torch._dynamo.config.capture_dynamic_output_shape_ops = self.before
+
+
+def capture(
+    gm: fx.GraphModule, example_inputs: Sequence[Any], then: Callable[[Captured], Runner]
+) -> Callable[..., Any]:
     """Trace `gm` to functional ATen and call `then` with it, under Dynamo's fake inputs; what runs in its place.
 
     Raises GradientsNeeded where autograd would have to differentiate the graph.

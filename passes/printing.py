@@ -5,7 +5,6 @@ from __future__ import annotations
 import difflib
 from collections import Counter
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 from torch import Tensor, fx
@@ -86,7 +85,5 @@ def diff(before: fx.GraphModule, after: fx.GraphModule, names: tuple[str, str] =
     changed = sorted((op for op in old | new if old[op] != new[op]), key=lambda op: (new[op] - old[op], op))
     head = [f"# nodes: {old.total()} -> {new.total()} ({new.total() - old.total():+d})"]
     head += [f"# {op}: {old[op]} -> {new[op]} ({new[op] - old[op]:+d})" for op in changed]
-    lines = difflib.unified_diff(
-        readable(before).splitlines(), readable(after).splitlines(), *names, lineterm="", n=2
-    )
+    lines = difflib.unified_diff(readable(before).splitlines(), readable(after).splitlines(), *names, lineterm="", n=2)
     return "\n".join([*head, "", *lines]) + "\n"

@@ -68,7 +68,9 @@ class _Flat:
     """The nodes of a guarded graph with the calls of computed sites inlined and those of reused sites resolved."""
 
     def __init__(self, guarded: GuardedGraph, row: Row) -> None:
-        self.meaning: dict[fx.Node, Any] = {}  # a placeholder of a subgraph, or a result of a call, to what it stands for
+        self.meaning: dict[
+            fx.Node, Any
+        ] = {}  # a placeholder of a subgraph, or a result of a call, to what it stands for
         self.home: dict[fx.Node, fx.GraphModule] = {}
         inputs = guarded.gm.graph.find_nodes(op="placeholder")[guarded.num_inputs :]
         self.meaning.update(zip(inputs, row, strict=False))

@@ -1,10 +1,10 @@
 """What runs between the sampler and the compiled pieces: which step this is, what is cached, what is decided.
 
-    trajectory.py  trajectories and their streams, told or watched
-    inputs.py      which inputs of a denoiser are latent, timestep and conditioning
-    cache.py       slots of one graph's occurrence, with stamps
-    decide.py      the decision machine: a pure function
-    session.py     the state of one thread: its trajectory and its call
-    dispatch.py    decisions -> variant -> call
-    stats.py       what was counted
+trajectory.py  trajectories and their streams, told or watched
+inputs.py      which inputs of a denoiser are latent, timestep and conditioning
+cache.py       slots of one graph's occurrence, with stamps
+decide.py      the decision machine: a pure function
+session.py     the state of one thread: its trajectory and its call
+dispatch.py    decisions -> variant -> call
+stats.py       what was counted
 """

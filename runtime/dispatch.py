@@ -11,7 +11,7 @@ from torch import Tensor
 from dit_rewrite.errors import Reason
 from dit_rewrite.runtime.cache import Bank, stamp_of
 from dit_rewrite.runtime.decide import Decisions, Moment, SiteSpec, decide
-from dit_rewrite.runtime.session import Call, Session
+from dit_rewrite.runtime.session import Observation, Session
 from dit_rewrite.runtime.stats import Record
 
 
@@ -31,7 +31,6 @@ class Executable:
 
 
 Row = tuple[bool, ...]
-Observer = Callable[["Graph", Call, Record, list[Any], Sequence[Any]], None]
 
 
 class Graph:
@@ -53,7 +52,6 @@ class Graph:
         self.num_layers = num_layers
         self.session = session
         self.variants: dict[Row, Executable] = {}
-        self.observer: Observer | None = None
         self._compile = compile_variant
         self._weights = tuple(sorted(static))
         self._data = tuple(i for i in range(num_inputs) if i not in static)
@@ -86,8 +84,11 @@ class Graph:
             decided.reasons,
         )
         self.session.stats.count(record, decided.misses)
-        if self.observer is not None:
-            self.observer(self, call, record, args, outputs)
+        if self.session.observer is not None:
+            position = len(call.graphs) - 1
+            self.session.observer(
+                Observation(self.index, position, record, tuple(args), tuple(outputs), tuple(bank.values))
+            )
         args.clear()
         return outputs
 

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
 
 from dit_rewrite.errors import BadTrajectory, Reason
 from dit_rewrite.runtime.cache import Bank
 from dit_rewrite.runtime.decide import Moment
 from dit_rewrite.runtime.inputs import Inputs
-from dit_rewrite.runtime.stats import Stats
+from dit_rewrite.runtime.stats import Record, Stats
 from dit_rewrite.runtime.trajectory import Named, Stream, Told, Trajectory, Watched
 
 
@@ -44,6 +48,18 @@ class Call:
         return occurrence, bank, None
 
 
+@dataclass(frozen=True)
+class Observation:
+    """One call of a graph as it happened: its inputs, its outputs, and what its slots held after it."""
+
+    graph: int
+    position: int
+    record: Record
+    args: tuple[Any, ...]
+    outputs: tuple[Any, ...]
+    held: tuple[tuple[Tensor, ...] | None, ...]
+
+
 class Session(threading.local):
     """Each thread that calls the model has trajectories and slots of its own."""
 
@@ -54,6 +70,8 @@ class Session(threading.local):
         self.named = Named()
         self.call: Call | None = None
         self.known: Trajectory | None = None
+        self.ran: tuple[int, ...] = ()  # the graphs of the last call
+        self.observer: Callable[[Observation], None] | None = None
 
     def begin(self, inputs: Inputs) -> Call:
         """A call of the model begins."""
@@ -70,10 +88,12 @@ class Session(threading.local):
 
     def end(self, call: Call) -> None:
         """The call has returned: remember its shape for the next of its stream."""
-        call.stream.sequence = tuple(call.graphs)
+        self.ran = call.stream.sequence = tuple(call.graphs)
         call.stream.num_layers = call.layers
         self.stats.calls += 1
         self.call = None
+        if not call.graphs:
+            self.stats.misses[Reason.NOT_CAPTURED] += 1
 
     def abandon(self, call: Call) -> None:
         """The call raised: nothing that it left behind is used."""

@@ -60,9 +60,7 @@ def main() -> None:
     model = build_denoiser()
     initialise(model)
     model.eval()  # no module has dropout of its own to train with; see loss_of
-    ema = torch.optim.swa_utils.AveragedModel(
-        model, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(EMA_DECAY)
-    )
+    ema = torch.optim.swa_utils.AveragedModel(model, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(EMA_DECAY))
     optimiser = torch.optim.AdamW(model.parameters(), lr=arguments.rate, weight_decay=0.0, betas=(0.9, 0.99))
     scheduler = DDPMScheduler(**SCHEDULE)
     checkpoint = arguments.out / "checkpoint.pt"
