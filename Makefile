@@ -44,13 +44,13 @@ format: $(INSTALLED)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-# Type checkers do not follow the mapping of the top-level folders, so an installed copy is checked.
+# Type checkers do not follow the mapping of the top-level folders, so an installed copy is checked. The cache goes
+# with the copy: mypy trusts an old one that says that a new module does not exist.
 types: $(INSTALLED)
 	rm -rf build/types build/lib build/bdist.*
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation \
 		--target build/types .
-	cd build/types && $(abspath $(BIN))/mypy --config-file $(abspath pyproject.toml) \
-		--cache-dir $(abspath .mypy_cache) -p dit_rewrite
+	cd build/types && $(abspath $(BIN))/mypy --config-file $(abspath pyproject.toml) -p dit_rewrite
 
 verify: $(INSTALLED)
 	$(BIN)/python -m dit_rewrite verify --model $(VERIFY_MODEL) --policy $(VERIFY_POLICY) --dump build/verify
@@ -60,4 +60,4 @@ wheel: $(INSTALLED)
 	$(BIN)/python -m pip wheel --disable-pip-version-check --no-deps --wheel-dir dist .
 
 clean:
-	rm -rf build dist demo *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf build dist demo *.egg-info .ruff_cache .pytest_cache .hypothesis

@@ -30,6 +30,7 @@ def _add_demo(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=0, help="of the noise that all methods start from")
     parser.add_argument("--backend", default="inductor", help="what lowers the graphs: inductor or aot_eager")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
+    parser.add_argument("--threads", type=positive, default=1, help="one is hardly disturbed by a busy machine")
 
 
 def _add_generate(parser: argparse.ArgumentParser) -> None:

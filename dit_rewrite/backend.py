@@ -141,11 +141,13 @@ class Backend:
         assumed = lowering.new_guards(fake_mode, before) if late else ()
         symbols = {i: s for i, node in enumerate(placeholders) if (s := _symbol(node)) is not None}
         check = lowering.admits(assumed, symbols) if assumed else None
+        if late and self.observe is not None:
+            self.observe(rewritten)
         return Executable(run, variant.inputs, variant.cached, variant.fresh, check)
 
 
 def simulate(specs: Sequence[SiteSpec], steps: int, num_steps: int | None) -> list[Row]:
-    """The rows of a trajectory in which every call finds the slots that it left: the plan, as far as it can be known."""
+    """The plan, as far as it can be known: the rows of a trajectory whose every call finds the slots it left."""
     computed_at, streak = [0] * len(specs), [0] * len(specs)
     rows = []
     for step in range(steps):

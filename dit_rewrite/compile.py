@@ -42,9 +42,7 @@ class RewrittenModule(OptimizedModule):
         object.__setattr__(self, "_checked", False)
 
     def __reduce__(self) -> Any:
-        raise TypeError(
-            "A rewritten module holds compiled code and cannot be pickled: pickle the original and compile."
-        )
+        raise TypeError("A rewritten module holds compiled code. Pickle the original model, and compile it again.")
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """One call of the denoiser: a step of one stream of the present trajectory. For inference only.
@@ -173,5 +171,6 @@ def isolated(
     Otherwise every compiled module of one class shares a budget of 8, and then runs eagerly in silence.
     """
     separate = "isolate_recompiles" in inspect.signature(torch.compile).parameters
-    more = {"isolate_recompiles": True} if separate else {}
-    return torch.compile(model, backend=backend, fullgraph=fullgraph, dynamic=dynamic, **more)
+    more: dict[str, Any] = {"isolate_recompiles": True} if separate else {}
+    compiled: Any = torch.compile(model, backend=backend, fullgraph=fullgraph, dynamic=dynamic, **more)
+    return compiled

@@ -33,7 +33,7 @@ class Method:
     """One way to get the images, and what was measured of it."""
 
     name: str
-    denoiser: nn.Module
+    denoiser: Any  # a module, compiled or rewritten
     steps: int
     control_of: str | None = None
     first_seconds: float | None = None  # of the run that compiled it
@@ -161,6 +161,7 @@ def stats_figures(stats: Any) -> dict[str, object]:
 def run(arguments: argparse.Namespace) -> int:
     """`python -m dit_rewrite demo`."""
     began = time.perf_counter()
+    torch.set_num_threads(arguments.threads)
     device = torch.device(arguments.device)
     task = Task(choose_labels(arguments.images).to(device), arguments.steps, arguments.seed)
     denoiser, classifier = load_denoiser().to(device), load_classifier().to(device)

@@ -7,6 +7,7 @@ import json
 import math
 import os
 import platform
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -56,20 +57,23 @@ class Result:
 def announce(arguments: argparse.Namespace, guidance: float) -> None:
     console.print(
         f"{arguments.images} images, {arguments.steps} DDIM steps, guidance {guidance}, on {arguments.device} "
-        f"({torch.get_num_threads()} threads). Compiling comes first and takes the longest."
+        f"(threads: {torch.get_num_threads()}). Compiling comes first and takes the longest."
     )
 
 
 @contextmanager
 def open_progress() -> Iterator[Callable[..., Any]]:
-    """Gives ``bar(title, total)``, a context manager that gives ``tick()``."""
+    """Gives ``bar(title, total)``, a context manager that gives ``tick()``; in a log, a line when each bar is full."""
     columns = (SpinnerColumn(), TextColumn("{task.description:<42}"), BarColumn(), MofNCompleteColumn())
-    with Progress(*columns, TimeElapsedColumn(), console=console, refresh_per_second=4) as progress:
+    drawn = console.is_terminal
+    with Progress(*columns, TimeElapsedColumn(), console=console, refresh_per_second=4, disable=not drawn) as progress:
 
         @contextmanager
         def bar(title: str, total: int) -> Iterator[Callable[[], None]]:
-            row = progress.add_task(title, total=total)
+            row, began = progress.add_task(title, total=total), time.perf_counter()
             yield lambda: progress.advance(row)
+            if not drawn:
+                console.print(f"{title}: {time.perf_counter() - began:.0f} s")
 
         yield bar
 
@@ -160,7 +164,7 @@ def hardware(device: str) -> dict[str, object]:
 def versions() -> dict[str, str]:
     packages = ("dit_rewrite", "torch", "diffusers", "triton", "sympy", "networkx")
     found = {dist.name: dist.version for dist in metadata.distributions() if dist.name in packages}
-    return {"python": platform.python_version(), "system": platform.platform(), **found}
+    return {"python": platform.python_version(), "system": f"{platform.system()} {platform.machine()}", **found}
 
 
 def write_results(path: Path, arguments: argparse.Namespace, results: Sequence[Result], verdicts: list[str]) -> None:

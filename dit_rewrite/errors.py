@@ -142,6 +142,6 @@ class HubUnreachable(DitRewriteError, OSError):
 class BadModel(DitRewriteError, ValueError):
     def __init__(self, text: str, cause: object) -> None:
         super().__init__(
-            f"--model {text} cannot be used ({cause}). Give module:factory, where factory() returns (model, calls) "
-            f"and calls is a list with a dict of keyword arguments for each step."
+            f"--model {text} cannot be used ({cause}). Give module:factory, where factory(steps) returns (model, "
+            f"calls), calls being a list with a dict of keyword arguments for each step."
         )

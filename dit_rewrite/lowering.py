@@ -61,7 +61,7 @@ class Lowering:
             return self.backend(gm, inputs)
         from torch._inductor.compile_fx import compile_fx
 
-        return compile_fx(gm, inputs, config_patches=dict(self.options))
+        return compile_fx(gm, inputs, config_patches=dict(self.options))  # type: ignore[return-value]
 
 
 @contextlib.contextmanager

@@ -1,4 +1,7 @@
-"""Policies: ordered rules (where: which sites, when: guard, do: strategy). The first that applies wins; none = compute."""
+"""Policies: ordered rules (where: which sites, when: guard, do: strategy). The first that applies wins.
+
+Where none applies the site computes.
+"""
 
 from __future__ import annotations
 
@@ -148,7 +151,9 @@ def _chooser(rules: SiteRules) -> Choose:
     return choose
 
 
-def forced(*_: object) -> tuple[bool, Reason]:
+def forced(
+    step: int, num_steps: int | None, layer: int, num_layers: int | None, age: int | None, streak: int
+) -> tuple[bool, Reason]:
     """The chooser of reuse 0: every decision computes."""
     return False, Reason.FORCED
 

@@ -92,7 +92,8 @@ def _replay(
 ) -> dict[str, Tensor] | None:
     """Run one observation again; outputs as ``output i`` and the values of sites, by name. None: it cannot be run."""
     record = observation.record
-    computed, reused = [], []
+    computed: list[str] = []
+    reused: list[str] = []
     for site, reuse, reason in zip(graph.guarded.sites, record.row, record.reasons, strict=True):
         if reason is not Reason.COVERED:
             (reused if reuse else computed).extend(site.values)

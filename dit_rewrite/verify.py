@@ -40,7 +40,7 @@ class Trajectory:
 
 @dataclass
 class Verification:
-    """What `verify` found. ``exact``: equal bit for bit throughout. ``passed``: exact, or within rounding of float64."""
+    """What `verify` found. ``exact``: equal bit for bit. ``passed``: exact, or within rounding of float64."""
 
     reuse0: Check
     replay: Check
@@ -69,9 +69,9 @@ class Verification:
 
     def __str__(self) -> str:
         line = (
-            f"{'ok' if self.passed else 'FAILED'}: reuse 0 {self.reuse0} ({self.sites} sites forced, {self.values} values "
-            f"exported), replay {self.replay} ({self.calls} calls, {self.reused} of {self.decisions} decisions reused), "
-            f"max abs error {self.max_abs_error:.3g}"
+            f"{'ok' if self.passed else 'FAILED'}: reuse 0 {self.reuse0} ({self.sites} sites forced, {self.values} "
+            f"values exported), replay {self.replay} ({self.calls} calls, {self.reused} of {self.decisions} decisions "
+            f"reused), max abs error {self.max_abs_error:.3g}"
         )
         first = self.first_difference
         return "; ".join([line, *([] if first is None else [f"first difference {first}"]), *self.notes])
@@ -94,9 +94,9 @@ def verify(
     (a) *reuse 0*: every site that the policy reaches is guarded and stored, each decision is forced to compute, and the
     outputs must be those of torch.compile(model, backend) bit for bit. Where low precision under Inductor cannot hold
     that, their RMS distance from a float64 run may be at most eager's own, and a note names the stored value.
-    (b) *replay*: the policy runs over the trajectory twice; its recorded decisions are replayed by an interpreter of the
-    captured graphs that keeps values in a dictionary. Outputs and held values must be equal; lowered by Inductor, their
-    RMS distance from a float64 replay may be at most twice the interpreter's own.
+    (b) *replay*: the policy runs over the trajectory twice; its recorded decisions are replayed by an interpreter of
+    the captured graphs that keeps values in a dictionary. Outputs and held values must be equal; lowered by Inductor,
+    their RMS distance from a float64 replay may be at most twice the interpreter's own.
 
     Raises UnreachedPolicy where the policy reaches no site, BadParameter for empty inputs.
     """
@@ -190,7 +190,7 @@ def _sites_of(model: torch.nn.Module, trajectory: Trajectory, policy: Policy, lo
 def _check_replay(
     model: torch.nn.Module, trajectory: Trajectory, policy: Policy, lower: Lowering, dump: str | Path | None
 ) -> tuple[Check, list[Observation]]:
-    """Run the policy over the trajectory twice and replay each run on its own: nothing may pass from one to the other."""
+    """Run the policy over the trajectory twice, and replay each run on its own: nothing may pass between them."""
     observe = Dump(Path(dump)).write if dump is not None else None
     backend = Backend(model, policy, lower, observe=observe)
     ours = wrap(model, backend)

@@ -6,6 +6,8 @@ strides that SDPA itself would give, and is turned back before the graph is lowe
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
@@ -31,7 +33,7 @@ def _autocast(device: str) -> None:
 
         def cast(value: object) -> object:
             eligible = isinstance(value, Tensor) and value.is_floating_point() and value.dtype != torch.float64
-            return value.to(dtype) if eligible else value  # type: ignore[union-attr]
+            return value.to(dtype) if eligible else value  # type: ignore[attr-defined]
 
         with torch._C._ExcludeDispatchKeyGuard(keys):
             return OP(*map(cast, args), **{name: cast(value) for name, value in kwargs.items()})
@@ -56,13 +58,13 @@ def unmark(gm: fx.GraphModule) -> int:
     return _swap(gm, OP, F.scaled_dot_product_attention)
 
 
-def _swap(gm: fx.GraphModule, old: object, new: object) -> int:
+def _swap(gm: fx.GraphModule, old: Any, new: Any) -> int:
     count = 0
     for module in gm.modules():
         if not isinstance(module, fx.GraphModule):
             continue
         for node in module.graph.find_nodes(op="call_function", target=old):
-            node.target = new  # type: ignore[assignment]
+            node.target = new
             count += 1
         module.recompile()
     return count

@@ -36,9 +36,13 @@ def _flops(node: fx.Node) -> int:
         return sdpa_flop_count(*(shape(n.meta["val"]) for n in node.all_input_nodes[:3]))
     formula = flop_registry.get(packet(node))
     if formula is None:
-        return 2 * shape(node.args[0].meta["val"])[-1] * _numel(node) if packet(node) is aten.linear else 0
+        return _linear_flops(node) if packet(node) is aten.linear else 0
     args, kwargs, out = tree_map(_shapes, (node.args, node.kwargs, node))
     return int(formula(*args, **kwargs, out_val=out))
+
+
+def _linear_flops(node: fx.Node) -> int:
+    return 2 * shape(node.all_input_nodes[0].meta["val"])[-1] * _numel(node)
 
 
 def _numel(node: fx.Node) -> int:

@@ -114,7 +114,8 @@ class _Rewriter:
                 env["cached", i, value] = graph.placeholder(f"cached_{i}_{value.name}")
                 env["cached", i, value].meta = {"val": value.meta["val"]}
         attributes = self._emit(graph, None, env)
-        outputs = tuple(fx.map_arg(self.gm.graph.output_node().args[0], lambda n: env[n]))
+        captured: Any = self.gm.graph.output_node().args[0]
+        outputs = tuple(fx.map_arg(captured, lambda n: env[n]))
         held = [env["held", i, value] for i, values in enumerate(self.values) for value in values]
         graph.output((*outputs, *held))
         gm = fx.GraphModule(attributes, graph)

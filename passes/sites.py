@@ -45,9 +45,9 @@ class Kind(str, Enum):
 class Site:
     """A place whose values may be reused together.
 
-    ``values`` names the nodes that are cached: one, or several that share a contraction (joint attention). ``closure`` are
-    the nodes that vanish with them, ``flops`` their cost, ``bytes`` what holding the values takes. ``parent`` is the
-    index of the innermost site that contains this one; ``layer`` counts blocks in the order of the graph.
+    ``values`` names the nodes that are cached: one, or several that share a contraction (joint attention).
+    ``closure`` are the nodes that vanish with them, ``flops`` their cost, ``bytes`` what holding the values takes.
+    ``parent`` is the index of the innermost site that contains this one; ``layer`` counts blocks in graph order.
     """
 
     name: str
@@ -261,8 +261,7 @@ def _core_kind(dependence: Dependence, core: fx.Node, branch: _Branch) -> Kind:
         return Kind.CROSS
     for key in keys:
         for cat in _cats(dependence, dependence.between(branch.stream, key)):
-            parts = cat.args[0]
-            others = [p for p in parts if not dependence.depends(p, branch.stream)]  # type: ignore[union-attr,arg-type,unused-ignore]
+            others = [p for p in cat.all_input_nodes if not dependence.depends(p, branch.stream)]
             if any(dependence.is_data(part) for part in others):
                 return Kind.JOINT
     return Kind.SELF
@@ -275,7 +274,7 @@ def _joins_attention_with_mlp(dependence: Dependence, branch: _Branch) -> bool:
         return any(dependence.depends(node, core) for core in branch.cores)
 
     for cat in _cats(dependence, branch.region):
-        parts = [p for p in cat.args[0] if dependence.depends(p, branch.stream)]  # type: ignore[union-attr,arg-type,unused-ignore]
+        parts = [p for p in cat.all_input_nodes if dependence.depends(p, branch.stream)]
         beside = [p for p in parts if not from_core(p)]
         projected = any(dependence.contractions(dependence.between(branch.stream, p)) for p in beside)
         if projected and len(beside) < len(parts):

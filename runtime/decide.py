@@ -19,7 +19,7 @@ class Choose(Protocol):
 
 @dataclass(frozen=True)
 class SiteSpec:
-    """What dispatch knows of a guarded site; `layer` counts within its graph, `parent` is the enclosing site's index."""
+    """What dispatch knows of a guarded site; `layer` counts within its graph, `parent` is the enclosing site."""
 
     name: str
     kind: str

@@ -15,7 +15,7 @@ TIMESTEP_NAMES = ("timestep", "timesteps", "t", "time", "sigma", "sigmas", "nois
 
 @dataclass(frozen=True)
 class Inputs:
-    """The inputs of one call: the first tensor is the latent, the timestep goes by name, tensors left are conditioning."""
+    """The inputs of one call: the first tensor is the latent, the timestep goes by name, the rest is conditioning."""
 
     latent: Tensor | None
     timestep: Tensor | float | None

@@ -11,8 +11,8 @@ from PIL import Image
 
 diffusers = pytest.importorskip("diffusers")
 
-from dit_rewrite.__main__ import FAILED, main  # noqa: E402
-from dit_rewrite.generate import causes, is_unreachable, save_pictures  # noqa: E402
+from dit_rewrite.__main__ import FAILED, build_parser, main  # noqa: E402
+from dit_rewrite.generate import WrongInput, call_arguments, causes, is_unreachable, save_pictures  # noqa: E402
 
 STEPS = 6
 LABELS = ["3", "7"]
@@ -104,6 +104,20 @@ def test_a_pipeline_without_a_transformer_is_refused(tmp_path, capsys):
 def test_an_unknown_policy_is_refused(dit_folder, tmp_path, capsys):
     assert generate(dit_folder, tmp_path / "a.png", "--label", "1", "--policy", "nonsense") == FAILED
     assert "nonsense" in capsys.readouterr().err
+
+
+class TextPipeline:
+    def __call__(self, prompt, num_inference_steps, guidance_scale=4.0, generator=None):
+        """What a text-to-image pipeline takes."""
+
+
+def test_a_text_pipeline_is_asked_in_its_own_words():
+    line = ["generate", "--model", "x", "--prompt", "a red circle", "--steps", "7", "--guidance", "2.5"]
+    asked = call_arguments(TextPipeline(), build_parser().parse_args(line))
+    assert asked.pop("generator").initial_seed() == 0
+    assert asked == {"prompt": "a red circle", "num_inference_steps": 7, "guidance_scale": 2.5}
+    with pytest.raises(WrongInput, match="takes no --label. Give --prompt instead"):
+        call_arguments(TextPipeline(), build_parser().parse_args(["generate", "--model", "x", "--label", "1"]))
 
 
 def raised_from(error: Exception, cause: Exception) -> Exception:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,8 @@ from dit_rewrite.shapes.data import NUM_CLASSES, SIZE
 
 if TYPE_CHECKING:
     from diffusers import DDIMScheduler, DiTTransformer2DModel
+
+M = TypeVar("M", bound=nn.Module)
 
 WEIGHTS = Path(__file__).parent / "weights"
 SCHEDULE = {"num_train_timesteps": 1000, "beta_schedule": "linear", "prediction_type": "v_prediction"}
@@ -70,7 +72,7 @@ def save(module: nn.Module, path: Path) -> None:
     save_file({name: value.half().contiguous() for name, value in module.state_dict().items()}, path)
 
 
-def load(module: nn.Module, path: Path) -> nn.Module:
+def load(module: M, path: Path) -> M:
     """Fill a module from `save`'s file, in the module's own dtype, and put it in eval mode.
 
     Raises DamagedWeights when the file is missing, unreadable, or not of this module.

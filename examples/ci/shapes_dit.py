@@ -1,6 +1,7 @@
-"""What `verify` is given to prove: a model and the calls of one trajectory. Here: the bundled denoiser.
+"""A factory for ``python -m dit_rewrite verify --model examples.ci.shapes_dit:build``.
 
-python -m dit_rewrite verify --model examples.ci.shapes_dit:build --policy fora:interval=3
+Write one like it for your model: it takes the number of steps and returns the model and, for each step, the keyword
+arguments of its call. Conditioning tensors are the same objects at every step, as in a pipeline.
 """
 
 from __future__ import annotations
@@ -8,27 +9,22 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import nn
 
-from dit_rewrite.shapes.data import NULL_CLASS, SIZE
-from dit_rewrite.shapes.model import load_denoiser
-
-STEPS = 12
+from dit_rewrite.shapes import SIZE, load_denoiser
 
 
-def build() -> tuple[nn.Module, list[dict[str, Any]]]:
-    """The trained denoiser, and its keyword arguments at each step: two images, with and without their class.
-
-    The latents need not come from a sampler: equality has to hold for any. The labels are one object for all
-    steps, as in a sampler, since that is how the calls of one trajectory are known to belong together.
-    """
+def build(steps: int) -> tuple[torch.nn.Module, list[dict[str, Any]]]:
+    """The bundled denoiser and one trajectory of it: two images on the way from noise to a fixed picture."""
     generator = torch.Generator().manual_seed(0)
-    start, target = torch.randn(2, 4, 3, SIZE, SIZE, generator=generator)
-    labels = torch.tensor([0, 7, NULL_CLASS, NULL_CLASS])
-    calls = []
-    for step in range(STEPS):
-        part = step / STEPS
-        latents = (1 - part) * start + part * target
-        timestep = torch.full((4,), round(999 * (1 - part)))
-        calls.append({"hidden_states": latents, "timestep": timestep, "class_labels": labels, "return_dict": False})
+    noise, picture = torch.randn(2, 2, 3, SIZE, SIZE, generator=generator)
+    labels = torch.tensor([1, 8])
+    calls = [
+        {
+            "hidden_states": noise * (1 - step / steps) + picture * (step / steps),
+            "timestep": torch.tensor([999 - step * 1000 // steps] * 2),
+            "class_labels": labels,
+            "return_dict": False,
+        }
+        for step in range(steps)
+    ]
     return load_denoiser(), calls

@@ -1,0 +1,207 @@
+"""What rewriting costs and saves: python benchmarks/overhead.py [--rounds 40] [--device cuda]
+
+A 6-layer DiT of width 384 on 2 x 256 tokens. Reuse 0 against plain torch.compile, a fully reusing step against a
+computing one, FORA(3) over 50 steps against its ideal, compile time, and the host time that dispatch adds. Every ratio
+is of alternating runs in one process; an A/A run of plain torch.compile against itself is the noise floor.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import sympy
+import torch
+from diffusers import DiTTransformer2DModel
+from torch._dynamo.backends.common import aot_autograd
+
+import dit_rewrite
+from benchmarks.timing import Row, Spread, alternate, ratio, report, seconds
+from dit_rewrite.backend import Backend
+from dit_rewrite.compile import RewrittenModule, isolated, wrap
+from dit_rewrite.lowering import Lowering
+from dit_rewrite.policies import FORA
+from dit_rewrite.policy import Policy, Rule
+
+STEPS, INTERVAL = 50, 3
+ALWAYS = Policy((Rule(sympy.true),), "reuse always")
+
+
+def build(device: str) -> DiTTransformer2DModel:
+    """The benchmark's denoiser; random weights, gates among them, as they are drawn."""
+    torch.manual_seed(0)
+    model = DiTTransformer2DModel(
+        num_attention_heads=6, attention_head_dim=64, in_channels=4, out_channels=4, num_layers=6, sample_size=32
+    )
+    return model.to(device).eval().requires_grad_(False)
+
+
+def calls(device: str) -> list[dict[str, Any]]:
+    """The keyword arguments of each step: one conditioning, latents that go on."""
+    labels = torch.tensor([1, 2], device=device)
+    latent = torch.randn(2, 4, 32, 32, device=device)
+    drift = torch.randn(2, 4, 32, 32, device=device) / STEPS
+    return [
+        {
+            "hidden_states": latent + step * drift,
+            "timestep": torch.tensor([999 - 20 * step] * 2, device=device),
+            "class_labels": labels,
+            "return_dict": False,
+        }
+        for step in range(STEPS)
+    ]
+
+
+class Stepper:
+    """Calls a model with the next step's inputs, in told trajectories of `steps` steps without end."""
+
+    def __init__(self, model: Any, inputs: Sequence[dict[str, Any]], steps: int = 1 << 30) -> None:
+        self.model, self.steps, self.inputs = model, steps, itertools.cycle(inputs)
+        self.context: Any = None
+        self.count = 0
+
+    def __call__(self) -> None:
+        if isinstance(self.model, RewrittenModule) and self.count % self.steps == 0:
+            self.close()
+            self.context = self.model.trajectory(self.steps)
+            self.context.__enter__()
+        self.count += 1
+        self.model(**next(self.inputs))
+
+    def close(self) -> None:
+        """Leave the trajectory."""
+        if self.context is not None:
+            self.context.__exit__(None, None, None)
+            self.context = None
+
+
+def measure_steps(device: str, rounds: int) -> list[Row]:
+    """Reuse 0 and a reusing step, against plain torch.compile."""
+    model, inputs, lower = build(device), calls(device), Lowering()
+    plain = isolated(model, "inductor")
+    computing = wrap(model, Backend(model, ALWAYS, lower, force=True))
+    reusing = dit_rewrite.compile(model, ALWAYS)
+    runs = {
+        "plain": Stepper(plain, inputs),
+        "plain again": Stepper(plain, inputs),
+        "reuse 0": Stepper(computing, inputs),
+        "reusing": Stepper(reusing, inputs),
+    }
+    for run in runs.values():
+        for _ in range(5):
+            run()
+    samples = alternate(runs, rounds)
+    for run in runs.values():
+        run.close()
+    again, computed, reused = (ratio(samples, *pair) for pair in _PAIRS)
+    return [
+        Row("plain torch.compile, a step", Spread.of(samples["plain"]), "s", "", True),
+        Row("A/A: plain / plain", again, "", "noise floor", True),
+        Row("reuse 0 / plain", computed, "", "<= 1.02", computed.median <= 1.02),
+        Row("reusing step / computing step", reused, "", "<= 0.02", reused.median <= 0.02),
+    ]
+
+
+_PAIRS = (("plain again", "plain"), ("reuse 0", "plain"), ("reusing", "reuse 0"))
+
+
+def measure_trajectory(device: str, rounds: int) -> list[Row]:
+    """FORA over a whole trajectory, against plain torch.compile and the ideal of steps / computed steps."""
+    model, inputs = build(device), calls(device)
+    plain, rewritten = isolated(model, "inductor"), dit_rewrite.compile(model, FORA(INTERVAL))
+
+    def run_plain() -> None:
+        for kwargs in inputs:
+            plain(**kwargs)
+
+    def run_fora() -> None:
+        with rewritten.trajectory(num_steps=STEPS):
+            for kwargs in inputs:
+                rewritten(**kwargs)
+
+    run_plain(), run_fora()
+    samples = alternate({"plain": run_plain, "FORA": run_fora}, rounds)
+    speedup = ratio(samples, "plain", "FORA")
+    ideal = STEPS / len(range(0, STEPS, INTERVAL))
+    share = Spread(speedup.median / ideal, speedup.low / ideal, speedup.high / ideal, speedup.runs)
+    return [
+        Row(f"FORA({INTERVAL}), {STEPS} steps: speed-up", speedup, "", f"ideal {ideal:.3f}", True),
+        Row("… as a share of the ideal", share, "", ">= 0.96", share.median >= 0.96),
+    ]
+
+
+def measure_compile(device: str, rounds: int) -> list[Row]:
+    """Seconds of the first call, Inductor's caches off: FORA's two variants against plain torch.compile's one."""
+    model, (first, *_) = build(device), calls(device)
+
+    def cold(make: Callable[[], Any]) -> Callable[[], None]:
+        def run() -> None:
+            torch._dynamo.reset()
+            make()(**first)
+
+        return run
+
+    runs = {
+        "plain": cold(lambda: isolated(model, "inductor")),
+        "FORA": cold(lambda: dit_rewrite.compile(model, FORA(INTERVAL))),
+    }
+    with torch._inductor.config.patch(force_disable_caches=True):
+        seconds(runs["plain"])  # the process's first compile also loads the compiler
+        samples = alternate(runs, rounds)
+    found = ratio(samples, "FORA", "plain")
+    return [
+        Row("plain torch.compile, first call", Spread.of(samples["plain"]), "s", "", True),
+        Row(f"FORA({INTERVAL}) / plain, first call", found, "", "<= 1.4", found.median <= 1.4),
+    ]
+
+
+def measure_host(device: str, rounds: int) -> list[Row]:
+    """Host time that dispatch adds to a call: models whose compiled pieces return ready results at once."""
+    model, inputs = build(device), calls(device)
+
+    def ready(gm: torch.fx.GraphModule, _: Sequence[Any]) -> Callable[..., list[Any]]:
+        outputs = [node.meta["val"] for node in gm.graph.output_node().args[0]]  # type: ignore[union-attr]
+        real = [torch.empty(out.shape, dtype=out.dtype, device=out.device) for out in outputs]
+        return lambda *_: list(real)
+
+    def boxed(gm: torch.fx.GraphModule, fake_inputs: Sequence[Any]) -> Callable[..., list[Any]]:
+        run = ready(gm, fake_inputs)
+        run._boxed_call = True  # type: ignore[attr-defined]
+        return run
+
+    plain = Stepper(isolated(model, aot_autograd(fw_compiler=boxed, inference_compiler=boxed)), inputs)
+    told = Stepper(dit_rewrite.compile(model, FORA(INTERVAL), backend=ready), inputs, STEPS)
+    untold = dit_rewrite.compile(model, FORA(INTERVAL), backend=ready)
+    each = itertools.cycle(inputs)
+    runs: dict[str, Callable[[], object]] = {"plain": plain, "told": told, "watched": lambda: untold(**next(each))}
+    for run in runs.values():
+        run()
+    samples = alternate(runs, rounds * 25)
+    told.close()
+    rows = []
+    for name, bound in (("told", 100.0), ("watched", None)):
+        added = Spread.of([(a - b) * 1e6 for a, b in zip(samples[name], samples["plain"], strict=True)])
+        held = bound is None or added.median <= bound
+        rows.append(Row(f"host time added to a call, {name}", added, "µs", f"<= {bound:.0f}" if bound else "", held))
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=40, help="alternating runs of single steps")
+    parser.add_argument("--compiles", type=int, default=3, help="alternating cold compiles")
+    parser.add_argument("--device", default="cpu")
+    arguments = parser.parse_args()
+    with torch.no_grad():
+        rows = measure_steps(arguments.device, arguments.rounds)
+        rows += measure_trajectory(arguments.device, max(arguments.rounds // 8, 3))
+        rows += measure_host(arguments.device, arguments.rounds)
+        rows += measure_compile(arguments.device, arguments.compiles)
+    model = "DiTTransformer2DModel, 6 layers, width 384, 2 x 256 tokens, float32, random weights"
+    report("overhead", rows, {"model": model})
+
+
+if __name__ == "__main__":
+    main()

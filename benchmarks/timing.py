@@ -1,0 +1,106 @@
+"""Timing as ratios of alternating runs in one process, and how a benchmark writes what it measured."""
+
+from __future__ import annotations
+
+import json
+import platform
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+RESULTS = Path(__file__).parent / "results"
+
+
+@dataclass(frozen=True)
+class Spread:
+    """The median of some runs and their quartiles, in seconds (or of a ratio, in none)."""
+
+    median: float
+    low: float
+    high: float
+    runs: int
+
+    @classmethod
+    def of(cls, samples: list[float]) -> Spread:
+        low, _, high = statistics.quantiles(samples, n=4) if len(samples) > 1 else samples * 3
+        return cls(statistics.median(samples), low, high, len(samples))
+
+
+def synchronise() -> None:
+    """Wait for the GPU, where there is one."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def seconds(run: Callable[[], object]) -> float:
+    """How long one run takes, the device's work included."""
+    synchronise()
+    began = time.perf_counter()
+    run()
+    synchronise()
+    return time.perf_counter() - began
+
+
+def alternate(runs: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
+    """Time every run once a round, so that a slow moment of the machine falls on all of them."""
+    samples: dict[str, list[float]] = {name: [] for name in runs}
+    for _ in range(rounds):
+        for name, run in runs.items():
+            samples[name].append(seconds(run))
+    return samples
+
+
+def ratio(samples: Mapping[str, list[float]], above: str, below: str) -> Spread:
+    """The ratio of two runs, taken within each round."""
+    return Spread.of([a / b for a, b in zip(samples[above], samples[below], strict=True)])
+
+
+def machine() -> dict[str, Any]:
+    """Hardware and versions, to stand beside every figure."""
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    return {
+        "cpu": _cpu_name(),
+        "threads": torch.get_num_threads(),
+        "gpu": gpu,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+    }
+
+
+def _cpu_name() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor()
+
+
+@dataclass(frozen=True)
+class Row:
+    """A line of a benchmark's table: what was measured, against which bound."""
+
+    what: str
+    value: Spread
+    unit: str
+    bound: str
+    held: bool
+
+
+def report(name: str, rows: list[Row], details: Mapping[str, Any]) -> None:
+    """Print the table and write ``results/<name>.json``."""
+    table = Table(title=name)
+    for column in ("measured", "median", "quartiles", "bound", "held"):
+        table.add_column(column)
+    for row in rows:
+        spread = f"{row.value.low:.4g} … {row.value.high:.4g}"
+        table.add_row(row.what, f"{row.value.median:.4g} {row.unit}", spread, row.bound, "yes" if row.held else "NO")
+    Console(width=120).print(table)
+    RESULTS.mkdir(exist_ok=True)
+    content = {"machine": machine(), "rows": [asdict(row) for row in rows], **details}
+    (RESULTS / f"{name}.json").write_text(json.dumps(content, indent=2) + "\n")

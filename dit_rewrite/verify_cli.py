@@ -1,0 +1,90 @@
+"""``python -m dit_rewrite verify``: the proof as a command, with an exit code for a user's own CI."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib
+import inspect
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from dit_rewrite import policies
+from dit_rewrite.errors import BadModel
+from dit_rewrite.generate import load_pipeline
+from dit_rewrite.verify import verify
+
+Calls = Sequence[Mapping[str, Any]]
+
+
+class _Recorder(nn.Module):
+    """Stands in a pipeline for its denoiser, and keeps what each call was given, and its stream."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+        self.calls: list[dict[str, Any]] = []
+        self.streams: list[str] = []
+        self.stream = "main"
+
+    @contextlib.contextmanager
+    def cache_context(self, name: str) -> Iterator[None]:
+        before, self.stream = self.stream, name
+        yield
+        self.stream = before
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("model"), name)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        names = list(inspect.signature(self.model.forward).parameters)
+        self.streams.append(self.stream)
+        self.calls.append({**dict(zip(names, args, strict=False)), **kwargs})
+        return self.model(*args, **kwargs)
+
+
+def from_factory(text: str, steps: int) -> tuple[nn.Module, Calls, None]:
+    """What ``module:factory`` gives: called with `steps` if it takes an argument. Raises BadModel."""
+    module, _, name = text.partition(":")
+    sys.path.insert(0, str(Path.cwd()))
+    try:
+        factory = getattr(importlib.import_module(module), name)
+        made = factory(steps) if inspect.signature(factory).parameters else factory()
+        model, calls = made
+    except (ImportError, AttributeError, TypeError, ValueError) as error:
+        raise BadModel(text, f"{type(error).__name__}: {error}") from error
+    finally:
+        sys.path.pop(0)
+    return model, list(calls)[:steps], None
+
+
+def from_pipeline(model: str, steps: int) -> tuple[nn.Module, Calls, Sequence[str]]:
+    """The denoiser of a folder or hub id, and the calls that its pipeline makes of it for one sample, with streams."""
+    pipeline = load_pipeline(model, torch.float32)
+    denoiser = getattr(pipeline, "transformer", None)
+    if denoiser is None:
+        raise BadModel(model, f"{type(pipeline).__name__} has no component called transformer")
+    recorder = _Recorder(denoiser)
+    pipeline.register_modules(transformer=recorder)
+    known = inspect.signature(pipeline.__call__).parameters
+    subject = {"class_labels": [0]} if "class_labels" in known else {"prompt": "a cat"}
+    with torch.no_grad():
+        pipeline(**subject, num_inference_steps=steps, generator=torch.Generator().manual_seed(0))
+    return denoiser, recorder.calls, recorder.streams
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """`python -m dit_rewrite verify`: 0 where the proof holds, 1 where it does not."""
+    load = from_factory if ":" in arguments.model else from_pipeline
+    policy = policies.parse(arguments.policy)
+    model, calls, streams = load(arguments.model, arguments.steps)
+    result = verify(model, calls, policy, backend=arguments.backend, streams=streams, dump=arguments.dump)
+    return 0 if result.passed else 1

@@ -1,0 +1,49 @@
+"""Lowered by Inductor: reuse 0 is bit for bit what torch.compile makes of the untouched model."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import dit_rewrite
+from dit_rewrite.policies import FORA
+from tests.models import MODELS, output
+
+QUICK = ("dit", "sd3", "stdit")
+
+
+def verified(name: str, dtype: torch.dtype) -> dit_rewrite.Verification:
+    case = MODELS[name]
+    return dit_rewrite.verify(case.build(dtype), case.inputs(4, dtype), FORA(2), backend="inductor")
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=() if n in QUICK else pytest.mark.slow) for n in MODELS])
+def test_reuse_0_is_exact_in_fp32(name: str) -> None:
+    """Reuse 0 equals plain torch.compile bit for bit; the replay is within rounding of the interpreter."""
+    result = verified(name, torch.float32)
+    assert result.reuse0.exact
+    assert result.replay.within
+    assert result.sites == sum(MODELS[name].sites.values())
+    assert result.reused == result.sites * 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", MODELS)
+def test_reuse_0_in_bf16_is_exact_or_no_further_from_float64_than_eager(name: str) -> None:
+    """Promise 2 in low precision; what is not exact is named."""
+    result = verified(name, torch.bfloat16)
+    assert result.reuse0.within
+    assert result.reuse0.exact or result.notes
+
+
+def test_a_reused_step_is_lowered_without_what_it_skips() -> None:
+    """FORA through Inductor: reused steps follow the computed one, and nothing compiles after the first call."""
+    case = MODELS["dit"]
+    model = dit_rewrite.compile(case.build(), FORA(3), fullgraph=True)
+    with torch.no_grad(), model.trajectory(num_steps=6):
+        outputs = [output(model(**kwargs)) for kwargs in case.inputs(6)]
+    stats = model.stats()
+    assert (stats.variants, stats.late_variants, stats.recompiles, stats.graph_breaks) == (2, 0, 0, 0)
+    assert (stats.computed, stats.reused) == (6 * 2, 6 * 4)
+    assert all(out.isfinite().all() for out in outputs)
+    assert model.explain().graph_diff().splitlines()[0].startswith("# nodes: ")
