@@ -82,7 +82,7 @@ class RewrittenModule(OptimizedModule):
         if not any(r.found.sites for r in backend.rewritten):
             refused = [f"{p.path or p.node}: {p.reason}" for r in backend.rewritten for p in r.found.refused]
             raise NoSites(type(self._orig_mod).__name__, refused)
-        if not any(r.reached for r in backend.rewritten):
+        if not backend.force and not any(r.reached for r in backend.rewritten):
             warnings.warn(f"{backend.policy} reaches no site of {type(self._orig_mod).__name__}", stacklevel=4)
 
     @contextlib.contextmanager

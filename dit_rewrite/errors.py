@@ -145,3 +145,24 @@ class BadModel(DitRewriteError, ValueError):
             f"--model {text} cannot be used ({cause}). Give module:factory, where factory(steps) returns (model, "
             f"calls), calls being a list with a dict of keyword arguments for each step."
         )
+
+
+class PipelineNotLoaded(DitRewriteError, OSError):
+    def __init__(self, model: str, cause: BaseException) -> None:
+        super().__init__(
+            f"No pipeline could be loaded from {model!r} ({type(cause).__name__}: {str(cause)[:300]}). Give --model a "
+            f"hub id such as facebook/DiT-XL-2-256, or a folder that a pipeline's save_pretrained has written."
+        )
+
+
+class NoDenoiser(DitRewriteError, ValueError):
+    def __init__(self, pipeline: str) -> None:
+        super().__init__(
+            f"{pipeline} has no component called transformer, so there is no denoiser to rewrite here. "
+            f"Give --model a pipeline of a diffusion transformer."
+        )
+
+
+class WrongInput(DitRewriteError, ValueError):
+    def __init__(self, pipeline: str, given: str, wanted: str) -> None:
+        super().__init__(f"{pipeline} takes no {given}. Give {wanted} instead.")

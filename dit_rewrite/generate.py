@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 import dit_rewrite
-from dit_rewrite.errors import DitRewriteError, HubUnreachable, MissingExtra
+from dit_rewrite.errors import HubUnreachable, MissingExtra, NoDenoiser, PipelineNotLoaded, WrongInput
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -24,27 +24,6 @@ if TYPE_CHECKING:
     from dit_rewrite.policy import Policy
 
 TRANSPORTS = ("httpx", "httpx2", "requests")  # the clients of the hub, by version
-
-
-class PipelineNotLoaded(DitRewriteError, OSError):
-    def __init__(self, model: str, cause: BaseException) -> None:
-        super().__init__(
-            f"No pipeline could be loaded from {model!r} ({type(cause).__name__}: {str(cause)[:300]}). Give --model a "
-            f"hub id such as facebook/DiT-XL-2-256, or a folder that a pipeline's save_pretrained has written."
-        )
-
-
-class NoDenoiser(DitRewriteError, ValueError):
-    def __init__(self, pipeline: str) -> None:
-        super().__init__(
-            f"{pipeline} has no component called transformer, so there is no denoiser to rewrite here. "
-            f"Give --model a pipeline of a diffusion transformer."
-        )
-
-
-class WrongInput(DitRewriteError, ValueError):
-    def __init__(self, pipeline: str, given: str, wanted: str) -> None:
-        super().__init__(f"{pipeline} takes no {given}. Give {wanted} instead.")
 
 
 def causes(error: BaseException) -> Iterator[BaseException]:

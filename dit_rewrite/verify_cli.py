@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from dit_rewrite import policies
-from dit_rewrite.errors import BadModel
+from dit_rewrite.errors import BadModel, NoDenoiser
 from dit_rewrite.generate import load_pipeline
 from dit_rewrite.verify import verify
 
@@ -71,7 +71,7 @@ def from_pipeline(model: str, steps: int) -> tuple[nn.Module, Calls, Sequence[st
     pipeline = load_pipeline(model, torch.float32)
     denoiser = getattr(pipeline, "transformer", None)
     if denoiser is None:
-        raise BadModel(model, f"{type(pipeline).__name__} has no component called transformer")
+        raise NoDenoiser(type(pipeline).__name__)
     recorder = _Recorder(denoiser)
     pipeline.register_modules(transformer=recorder)
     known = inspect.signature(pipeline.__call__).parameters

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from typing import Any
 
@@ -38,7 +39,7 @@ class Bank:
             reason = Reason.EMPTY
         elif self.stamp != stamp:
             reason = Reason.CHANGED_INPUT
-        elif any(a is not b for a, b in zip(self.weights, weights, strict=True)):
+        elif not all(map(operator.is_, self.weights, weights)):
             reason = Reason.CHANGED_WEIGHTS
         if reason is not None:
             self.clear()

@@ -63,7 +63,7 @@ class Graph:
         if call is None:
             return self._outside(args)
         occurrence, bank, changed = call.enter(self.index, len(self.sites))
-        unfit = bank.fit(stamp_of([args[i] for i in self._data]), tuple(args[i] for i in self._weights))
+        unfit = bank.fit(stamp_of([args[i] for i in self._data]), tuple(map(args.__getitem__, self._weights)))
         moment = call.moment
         call.layers += self.num_layers
         decided = self._decide(moment, bank, changed or unfit)

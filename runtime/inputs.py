@@ -32,11 +32,11 @@ class Reader:
 
     def read(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Inputs:
         """The inputs of a call, in the order of the forward's parameters."""
-        named = dict(zip(self._names, args, strict=False))
-        order = [*named, *(n for n in self._names if n in kwargs), *(n for n in kwargs if n not in self._names)]
-        named.update(kwargs)
-        timestep = next((named[name] for name in TIMESTEP_NAMES if name in named), None)
-        leaves = [leaf for name in order for leaf in _tensors(named[name]) if leaf is not timestep]
+        named = {**dict(zip(self._names, args, strict=False)), **kwargs}
+        values = [*args, *(kwargs[n] for n in self._names if n in kwargs)]
+        values += [value for name, value in kwargs.items() if name not in self._names]
+        timestep = next((named[name] for name in TIMESTEP_NAMES if named.get(name) is not None), None)
+        leaves = [leaf for value in values for leaf in _tensors(value) if leaf is not timestep]
         return Inputs(leaves[0] if leaves else None, timestep, tuple(leaves[1:]))
 
 

@@ -69,7 +69,7 @@ class Session(threading.local):
         self.watched = Watched()
         self.named = Named()
         self.call: Call | None = None
-        self.known: Trajectory | None = None
+        self.known: int | None = None  # the number of the last call's trajectory: holding it would keep its slots
         self.ran: tuple[int, ...] = ()  # the graphs of the last call
         self.observer: Callable[[Observation], None] | None = None
 
@@ -79,8 +79,8 @@ class Session(threading.local):
             trajectory, stream = self.told.place(inputs, self.named)
         else:
             trajectory, stream = self.watched.place(inputs, self.named)
-        if trajectory is not self.known:
-            self.known = trajectory
+        if trajectory.number != self.known:
+            self.known = trajectory.number
             if trajectory.why is not None:
                 self.stats.trajectories[trajectory.why] += 1
         self.call = Call(trajectory, stream)
@@ -109,8 +109,10 @@ class Session(threading.local):
         self.told = told
 
     def forget(self) -> None:
-        """Drop the watched trajectory and all its slots."""
+        """Drop the present trajectory, told or watched, and all its slots: the next call is the first of another."""
         self.watched = Watched()
+        if self.told is not None:
+            self.told.begin()
 
     def cache_bytes(self) -> int:
         """Bytes that the present trajectory's slots hold."""

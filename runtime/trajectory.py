@@ -45,7 +45,7 @@ class Stream:
         if len(self.conditioning) != len(conditioning):
             return False
         return all(
-            version == _version(b) if a is b else by_value and a.shape == b.shape and torch.equal(a, b)
+            version == _version(a) and (a is b or (by_value and _alike(a, b) and torch.equal(a, b)))
             for a, b, version in zip(self.conditioning, conditioning, self.versions, strict=True)
         )
 
@@ -79,11 +79,11 @@ class Trajectory:
         """A name for a stream that nobody named."""
         return next(n for n in itertools.count() if n not in self.streams)
 
-    def enter(self, stream: Stream, step: int | None = None) -> None:
-        """Count a call: that of a stream which was called in this step already begins the next one."""
+    def enter(self, stream: Stream, step: int | None = None, later: bool = False) -> None:
+        """Count a call. One of a stream that was called in this step already begins the next, and so does a `later`."""
         if step is not None:
             self.step = step
-        elif stream.name in self._called:
+        elif later or stream.name in self._called:
             self.step += 1
             self._called.clear()
         self._called.add(stream.name)
@@ -107,11 +107,17 @@ class Told:
     def __init__(self, num_steps: int | None, scheduler: Any) -> None:
         if num_steps is not None and num_steps < 1:
             raise BadTrajectory(f"A trajectory of {num_steps} steps has no step.", "Give num_steps >= 1.")
-        self.scheduler = scheduler
-        self.trajectory = Trajectory(None, num_steps)
+        self.num_steps, self.scheduler = num_steps, scheduler
+        self.begin()
+
+    def begin(self) -> None:
+        """Start at the first step, without any value."""
+        self.trajectory = Trajectory(None, self.num_steps)
 
     def place(self, inputs: Inputs, named: Named) -> tuple[Trajectory, Stream]:
-        """The trajectory and stream of a call."""
+        """The trajectory and stream of a call. A step that was told and lies before the present one starts anew."""
+        if named.step_index is not None and named.step_index < self.trajectory.step:
+            self.begin()
         trajectory = self.trajectory
         if trajectory.num_steps is None and self.scheduler is not None:
             trajectory.num_steps = len(self.scheduler.timesteps)  # at the first call: pipelines set timesteps late
@@ -143,6 +149,9 @@ class Watched:
         before = stream or self._latest
         timestep, change = _read(inputs, None if before is None else before.latent)
         why = self._misfit(stream, inputs, timestep, change)
+        if named.step_index is not None and named.step_index < self.trajectory.step:
+            why = why or Reason.TIMESTEP_TURNED
+        later = why is None and self._latest is not None and timestep != self._latest.timestep
         if why is not None:
             self.trajectory, self._direction, stream = Trajectory(why), 0.0, None
         elif stream is not None:
@@ -153,7 +162,7 @@ class Watched:
         stream.latent = None if inputs.latent is None else inputs.latent.detach().clone()  # may be updated in place
         stream.timestep = timestep
         self._latest = stream
-        self.trajectory.enter(stream, named.step_index)
+        self.trajectory.enter(stream, named.step_index, later)
         return self.trajectory, stream
 
     def _find(self, inputs: Inputs, named: Named) -> Stream | None:
@@ -172,7 +181,7 @@ class Watched:
         if not stream.is_conditioned_by(inputs.conditioning):
             return Reason.NEW_CONDITIONING
         moved = timestep - stream.timestep
-        if change == 0 and moved == 0:
+        if change == 0:  # of one noise, whatever the timestep: a sampler that goes on changes its latent
             return Reason.REPEATED
         if not change < CONTINUES:
             return Reason.NEW_LATENT

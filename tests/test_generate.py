@@ -12,7 +12,8 @@ from PIL import Image
 diffusers = pytest.importorskip("diffusers")
 
 from dit_rewrite.__main__ import FAILED, build_parser, main  # noqa: E402
-from dit_rewrite.generate import WrongInput, call_arguments, causes, is_unreachable, save_pictures  # noqa: E402
+from dit_rewrite.errors import WrongInput  # noqa: E402
+from dit_rewrite.generate import call_arguments, causes, is_unreachable, save_pictures  # noqa: E402
 
 STEPS = 6
 LABELS = ["3", "7"]

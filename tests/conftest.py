@@ -1,0 +1,23 @@
+"""What every test starts from: one thread, nothing compiled, and a generator that the test before did not move."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+
+@pytest.fixture(autouse=True, scope="session")
+def single_thread() -> None:
+    """Sums of floating-point numbers depend on how they are split among threads."""
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def fresh() -> Iterator[None]:
+    """Forget compiled code, and restore the state of the random generator."""
+    torch.compiler.reset()
+    with torch.random.fork_rng(devices=[]):
+        yield
+    torch.compiler.reset()
