@@ -33,7 +33,7 @@ def FORA(
     if anchor not in ("start", "paper"):
         raise BadParameter("FORA", "anchor", anchor, '"start" or "paper"')
     t = step if anchor == "start" else num_steps - 1 - step
-    rule = Rule(when=Ne(Mod(t, interval), 0), where=Where(tuple(kinds)))
+    rule = Rule(when=Ne(Mod(t, interval), 0) & (step > 0), where=Where(tuple(kinds)))
     return Policy((rule,), f"FORA(interval={interval}, kinds={tuple(kinds)}, anchor={anchor!r})")
 
 

@@ -103,7 +103,8 @@ def _replay(
             check.fail(Difference(name, record.step, "replay: reused, and never computed in this trajectory"))
             return None
     run = kind(graph.captured.gm, {name: kept[keys[name]] for name in reused}, frozenset(computed))
-    outputs = run.run(*observation.args)
+    with torch._C._DisableAutocast():  # the captured graph has its casts already
+        outputs = run.run(*observation.args)
     for name in computed:
         kept[keys[name]] = run.values[name]
     values = {name: kept[key] for name, key in keys.items()}

@@ -16,7 +16,7 @@ from torch._guards import TracingContext
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from dit_rewrite.errors import GradientsNeeded
-from dit_rewrite.passes import attention_core
+from dit_rewrite.passes import attention_core, naming
 
 Runner = Callable[[list[Any]], Sequence[Any]]
 
@@ -66,6 +66,7 @@ def capture(
     Raises GradientsNeeded where autograd would have to differentiate the graph.
     """
     attention_core.mark(gm)
+    inputs = [naming.input_name(str(node.target)) for node in gm.graph.find_nodes(op="placeholder")]
     names = frozenset(gm.meta.get("dynamo_flat_name_to_original_fqn", {}).values())
     reason = getattr(gm, "compile_subgraph_reason", None)
 
@@ -73,6 +74,7 @@ def capture(
         context = TracingContext.try_get()
         metadata = context.fw_metadata if context is not None else None
         functional.graph.eliminate_dead_code()
+        _rename_inputs(functional, inputs)
         functional.recompile()
         captured = Captured(
             functional,
@@ -89,3 +91,13 @@ def capture(
         raise GradientsNeeded("an input or parameter of the graph")
 
     return aot_autograd(fw_compiler=training, inference_compiler=inference)(gm, example_inputs)
+
+
+def _rename_inputs(gm: fx.GraphModule, names: Sequence[str]) -> None:
+    """Give the inputs of a graph the names that they had at Dynamo's level; AOTAutograd only numbers them."""
+    placeholders = gm.graph.find_nodes(op="placeholder")
+    if len(placeholders) != len(names):  # AOTAutograd took some apart or away: which is which is not known
+        return
+    for node, name in zip(placeholders, names, strict=True):
+        node._rename(name)
+        node.target = node.name

@@ -6,6 +6,7 @@ The node carries its guard, its strategy and, as a subgraph, what computes its v
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from operator import getitem
@@ -82,6 +83,7 @@ class _Rewriter:
         self, gm: fx.GraphModule, sites: tuple[Site, ...], parents: tuple[int | None, ...], labels: tuple[Guarded, ...]
     ) -> None:
         self.gm, self.sites, self.parents, self.labels = gm, sites, parents, labels
+        self.slugs = [re.sub(r"\W", "_", site.name) for site in sites]
         self.nodes = {node.name: node for node in gm.graph.nodes}
         self.position = {node: i for i, node in enumerate(gm.graph.nodes)}
         self.values = [[self.nodes[name] for name in site.values] for site in sites]
@@ -108,10 +110,10 @@ class _Rewriter:
         for node in inputs:
             env[node] = graph.node_copy(node)
         for i in range(len(self.sites)):
-            env["reuse", i] = graph.placeholder(f"reuse_{i}")
+            env["reuse", i] = graph.placeholder(f"reuse_{self.slugs[i]}")
         for i, values in enumerate(self.values):
             for value in values:
-                env["cached", i, value] = graph.placeholder(f"cached_{i}_{value.name}")
+                env["cached", i, value] = graph.placeholder(f"cached_{self.slugs[i]}")
                 env["cached", i, value].meta = {"val": value.meta["val"]}
         attributes = self._emit(graph, None, env)
         captured: Any = self.gm.graph.output_node().args[0]
@@ -140,7 +142,7 @@ class _Rewriter:
                 if node.op == "get_attr":
                     attributes[str(node.target)] = attribute(self.gm, node)
             else:
-                attributes[f"compute_{site}"] = self._call(graph, site, env)
+                attributes[f"compute_{self.slugs[site]}"] = self._call(graph, site, env)
 
         for node in self.gm.graph.nodes:
             if node.op not in ("placeholder", "output") and self.owner.get(node) == scope:
@@ -171,7 +173,7 @@ class _Rewriter:
             (
                 env["reuse", site],
                 tuple(env["cached", i, value] for i, value in results),
-                graph.get_attr(f"compute_{site}"),
+                graph.get_attr(f"compute_{self.slugs[site]}"),
                 tuple(env[key] for key in keys),
             ),
             {"site": self.sites[site].name, "guard": self.labels[site].guard, "strategy": self.labels[site].strategy},

@@ -10,6 +10,7 @@ from torch import fx
 
 _MODULES = re.compile(r"\.?__dict__\['_modules'\]|\._modules")
 _KEY = re.compile(r"\[['\"]?([^'\"\]]+)['\"]?\]")
+_DYNAMO = re.compile(r"_(?:(?:dict_)?modules_|parameters_|buffers_)+")
 _BLOCK = re.compile(r"^(?:[^.]+\.)*?\d+(?=\.|$)")
 
 
@@ -19,6 +20,13 @@ def module_path(node: fx.Node) -> str:
     path = next(reversed(list(stack.values())), ("",))[0]
     path = _MODULES.sub("", path.removeprefix("L['self']"))
     return _KEY.sub(r".\1", path).strip(".")
+
+
+def input_name(dynamo_name: str) -> str:
+    """What Dynamo calls an input, without its own words: ``blocks_0_norm_weight`` for
+    ``L_self_modules_blocks_modules_0_modules_norm_parameters_weight_``."""
+    bare = _DYNAMO.sub("_", f"_{dynamo_name.removeprefix('L_')}").strip("_")
+    return bare.removeprefix("self_") or dynamo_name
 
 
 def common_path(nodes: Iterable[fx.Node]) -> str:

@@ -1,31 +1,22 @@
-"""Pass 02: find the sites of a functional graph by its structure.
+"""Pass 02: find the sites of a functional graph by its structure: branches that are reused together.
 
-A chain of adds is one n-ary sum. Its oldest summand that others depend on is the residual stream; every other summand
-that is computed from the stream through a contraction is a branch. The branch's value is what is left when casts,
-constant scales and gates that do not depend on the stream are peeled off. Nothing here knows a model's class.
+Nothing here knows a model's class.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections import defaultdict
-from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import Enum
 
+import networkx as nx
 from torch import fx
 
 from dit_rewrite.errors import Reason
 from dit_rewrite.passes import attention_core, cost, naming
-from dit_rewrite.passes.graph import (
-    Dependence,
-    aten,
-    closures,
-    is_constant_scale,
-    is_copy,
-    is_view,
-    operands,
-    packet,
-)
+from dit_rewrite.passes.branches import Branch, Refusal, find_branches, summands
+from dit_rewrite.passes.graph import Dependence, aten, closures, operands, packet
 
 
 class Kind(str, Enum):
@@ -63,15 +54,6 @@ class Site:
 
 
 @dataclass(frozen=True)
-class Refusal:
-    """A summand of a residual sum that is no site, and why."""
-
-    node: str
-    path: str
-    reason: Reason
-
-
-@dataclass(frozen=True)
 class Found:
     """What pass 02 returns: sites in the order of the graph, and refused places."""
 
@@ -83,178 +65,69 @@ class Found:
         return 1 + max((site.layer for site in self.sites), default=-1)
 
 
-@dataclass(frozen=True)
-class _Branch:
-    """One summand `value` (gate peeled) of a residual sum over `stream`; `region` holds the nodes in between."""
-
-    stream: fx.Node
-    value: fx.Node
-    region: int
-    cores: tuple[fx.Node, ...]
-
-
 def find_sites(gm: fx.GraphModule, static: frozenset[int] = frozenset()) -> Found:
     """The sites of a functional graph whose placeholders at the positions `static` are parameters or buffers."""
     dependence = Dependence(gm.graph, static)
-    branches: dict[fx.Node, _Branch] = {}
-    refused: dict[fx.Node, Refusal] = {}
-    for node in gm.graph.nodes:
-        if packet(node) is aten.add and not _is_inner(node):
-            _split(dependence, list(_summands(node)), branches, refused)
-    groups, entangled = _group(dependence, list(branches.values()))
+    branches, refused = find_branches(gm.graph, dependence)
+    groups, entangled = _group(dependence, branches)
     for branch in entangled:
-        refused[branch.value] = _refusal(branch.value, Reason.ENTANGLED)
+        refused[branch.value] = Refusal.of(branch.value, Reason.ENTANGLED)
     return Found(_describe(gm.graph, dependence, groups), tuple(refused.values()))
 
 
-def _is_transparent(node: fx.Node) -> bool:
-    return is_view(node) or is_copy(node) or is_constant_scale(node)
-
-
-def _base(node: fx.Node) -> fx.Node:
-    """What a node is a cast, view, copy or constant multiple of."""
-    while _is_transparent(node):
-        node = node.args[0]  # type: ignore[assignment]
-    return node
-
-
-def _is_inner(node: fx.Node) -> bool:
-    """Whether an add serves another add alone, and so is a part of that sum."""
-    while len(node.users) == 1:
-        (node,) = node.users
-        if packet(node) is aten.add:
-            return all(isinstance(argument, fx.Node) for argument in node.args[:2])
-        if not _is_transparent(node):
-            return False
-    return False
-
-
-def _summands(node: fx.Node) -> Iterator[fx.Node]:
-    """The summands of the n-ary sum that ends in `node`, nested adds that serve it alone looked through."""
-    for argument in node.args[:2]:
-        if not isinstance(argument, fx.Node):
-            continue
-        base = argument
-        while _is_transparent(base) and len(base.users) == 1:
-            base = base.args[0]  # type: ignore[assignment]
-        both = packet(base) is aten.add and all(isinstance(a, fx.Node) for a in base.args[:2])
-        if both and len(base.users) == 1:
-            yield from _summands(base)
-        else:
-            yield argument
-
-
-def _split(
-    dependence: Dependence,
-    summands: list[fx.Node],
-    branches: dict[fx.Node, _Branch],
-    refused: dict[fx.Node, Refusal],
-) -> None:
-    """Sort the summands of one sum into stream, branches and refusals."""
-    bases = sorted(((_base(s), s) for s in summands), key=lambda pair: dependence.position[pair[0]])
-    stream = next((b for b, s in bases if any(dependence.depends(o, b) for _, o in bases if o is not s)), None)
-    if stream is None:  # no summand is computed from another: not a residual sum
-        return
-    for base, summand in bases:
-        if base is stream:
-            continue
-        if not dependence.depends(summand, stream):
-            refused.setdefault(summand, _refusal(summand, Reason.NOT_FROM_STREAM))
-            continue
-        value = _peel(dependence, summand, stream)
-        region = dependence.between(stream, value)
-        contractions = dependence.contractions(region)
-        if contractions:
-            cores = tuple(node for node in contractions if _is_core(dependence, node))
-            branches.setdefault(value, _Branch(stream, value, region, cores))
-        else:
-            refused.setdefault(summand, _refusal(summand, Reason.NO_CONTRACTION))
-
-
-def _refusal(node: fx.Node, reason: Reason) -> Refusal:
-    return Refusal(node.name, naming.module_path(node), reason)
-
-
-def _peel(dependence: Dependence, summand: fx.Node, stream: fx.Node) -> fx.Node:
-    """The value of a branch: below the last cast, constant scale or gate that does not depend on the stream."""
-    value = node = summand
-    while True:
-        if _is_transparent(node):
-            below = node.args[0]
-        elif packet(node) is aten.mul:
-            sides = [a for a in node.args[:2] if isinstance(a, fx.Node) and dependence.depends(a, stream)]
-            below = sides[0] if len(sides) == 1 else None
-        else:
-            below = None
-        if not isinstance(below, fx.Node) or below is stream:
-            return value
-        if not is_view(node):
-            value = below
-        node = below
-
-
-def _is_core(dependence: Dependence, node: fx.Node) -> bool:
-    """An attention core multiplies data by data: SDPA, or a product no operand of which is made of weights alone."""
-    return node.target is attention_core.OP or all(dependence.is_data(operand) for operand in operands(node))
-
-
-def _group(dependence: Dependence, branches: list[_Branch]) -> tuple[list[tuple[_Branch, ...]], list[_Branch]]:
+def _group(dependence: Dependence, branches: list[Branch]) -> tuple[list[tuple[Branch, ...]], list[Branch]]:
     """Put branches that share a contraction, and do not contain one another, into one group.
 
     These are the modalities of joint attention, or two slices of one projection: reusing one of them alone would leave
     what they share to be computed. Also returns the branches of groups that had to be taken apart again, because one's
     value feeds another's input.
     """
-    sharing: dict[fx.Node, list[_Branch]] = defaultdict(list)
-    for branch in branches:
+    sharing: dict[fx.Node, list[int]] = defaultdict(list)
+    for i, branch in enumerate(branches):
         for contraction in dependence.contractions(branch.region):
-            sharing[contraction].append(branch)
-    grouped: dict[fx.Node, tuple[_Branch, ...]] = {}
-    entangled: list[_Branch] = []
-    for branch in branches:
-        if branch.value in grouped:
-            continue
-        together = (b for c in dependence.contractions(branch.region) for b in sharing[c])
-        members = {b.value: b for b in together if not _nested(dependence, branch, b)}
-        group = tuple(members.values())
-        if len(group) > 1 and not _is_convex(dependence, group):
-            entangled += group
-            group = (branch,)
-        for member in group:
-            grouped[member.value] = group
-    return list(dict.fromkeys(grouped.values())), entangled
+            sharing[contraction].append(i)
+    together: nx.Graph[int] = nx.empty_graph(len(branches))
+    for indices in sharing.values():
+        pairs = [(branches[i], branches[j], i, j) for i, j in itertools.combinations(indices, 2)]
+        together.add_edges_from(
+            (i, j) for a, b, i, j in pairs if not (_reads(dependence, a, b) or _reads(dependence, b, a))
+        )
+    groups = [tuple(branches[i] for i in sorted(component)) for component in nx.connected_components(together)]
+    apart = _waiting_for_themselves(dependence, groups)
+    entangled = [branch for i in sorted(apart) for branch in groups[i]]
+    return [group for i, group in enumerate(groups) if i not in apart] + [(b,) for b in entangled], entangled
 
 
-def _nested(dependence: Dependence, a: _Branch, b: _Branch) -> bool:
-    return a is not b and (dependence.depends(a.value, b.value) or dependence.depends(b.value, a.value))
+def _reads(dependence: Dependence, a: Branch, b: Branch) -> bool:
+    """Whether the value of `a` is computed from that of `b`, another branch."""
+    return a is not b and dependence.depends(a.value, b.value)
 
 
-def _is_convex(dependence: Dependence, group: tuple[_Branch, ...]) -> bool:
-    """No member's region depends on another member's value, so that all can be computed at one place."""
-    regions = [dependence.members(member.region) for member in group]
-    return not any(
-        dependence.depends(node, other.value)
-        for member, region in zip(group, regions, strict=True)
-        for other in group
-        if other is not member
-        for node in region
-        if node is not other.value
+def _waiting_for_themselves(dependence: Dependence, groups: list[tuple[Branch, ...]]) -> set[int]:
+    """The groups that cannot be computed at one place: a way leads from one's value, through others, back into it."""
+    indices = range(len(groups))
+    waits: nx.DiGraph[int] = nx.DiGraph(
+        (i, j)
+        for i, j in itertools.product(indices, indices)
+        if any(_reads(dependence, a, b) for a in groups[i] for b in groups[j])
     )
+    cycles = [c for c in nx.strongly_connected_components(waits) if len(c) > 1 or waits.has_edge(*c, *c)]
+    return {i for cycle in cycles for i in cycle}
 
 
-def _kind(dependence: Dependence, group: tuple[_Branch, ...]) -> Kind:
-    cores = group[0].cores
+def _kind(dependence: Dependence, group: tuple[Branch, ...]) -> Kind:
+    cores = [(core, branch) for branch in group for core in branch.cores]
     if not cores:
         return Kind.MLP
     if any(_joins_attention_with_mlp(dependence, branch) for branch in group):
         return Kind.PARALLEL
     if len({branch.stream for branch in group}) > 1:
         return Kind.JOINT
-    kinds = {_core_kind(dependence, core, group[0]) for core in cores}
+    kinds = {_core_kind(dependence, core, branch) for core, branch in cores}
     return next(kind for kind in (Kind.JOINT, Kind.SELF, Kind.CROSS) if kind in kinds)
 
 
-def _core_kind(dependence: Dependence, core: fx.Node, branch: _Branch) -> Kind:
+def _core_kind(dependence: Dependence, core: fx.Node, branch: Branch) -> Kind:
     """Whose tokens are attended to: the stream's, a condition's, or both put together by a cat."""
     keys = operands(core)[1:] if core.target is attention_core.OP else operands(core)
     if not all(dependence.depends(key, branch.stream) for key in keys):
@@ -267,16 +140,18 @@ def _core_kind(dependence: Dependence, core: fx.Node, branch: _Branch) -> Kind:
     return Kind.SELF
 
 
-def _joins_attention_with_mlp(dependence: Dependence, branch: _Branch) -> bool:
-    """A cat in the branch puts the attention's output beside a projection of the stream that passes no core."""
+def _joins_attention_with_mlp(dependence: Dependence, branch: Branch) -> bool:
+    """A cat in the branch, or the sum that is its value, puts attention beside a projection that passes no core."""
 
     def from_core(node: fx.Node) -> bool:
         return any(dependence.depends(node, core) for core in branch.cores)
 
-    for cat in _cats(dependence, branch.region):
-        parts = [p for p in cat.all_input_nodes if dependence.depends(p, branch.stream)]
-        beside = [p for p in parts if not from_core(p)]
-        projected = any(dependence.contractions(dependence.between(branch.stream, p)) for p in beside)
+    joined = [cat.all_input_nodes for cat in _cats(dependence, branch.region)]
+    joined += [list(summands(branch.value))] if packet(branch.value) is aten.add else []
+    for inputs in joined:
+        parts = [part for part in inputs if dependence.depends(part, branch.stream)]
+        beside = [part for part in parts if not from_core(part)]
+        projected = any(dependence.contractions(dependence.between(branch.stream, part)) for part in beside)
         if projected and len(beside) < len(parts):
             return True
     return False
@@ -286,7 +161,7 @@ def _cats(dependence: Dependence, region: int) -> list[fx.Node]:
     return [node for node in dependence.members(region) if packet(node) is aten.cat]
 
 
-def _describe(graph: fx.Graph, dependence: Dependence, groups: list[tuple[_Branch, ...]]) -> tuple[Site, ...]:
+def _describe(graph: fx.Graph, dependence: Dependence, groups: list[tuple[Branch, ...]]) -> tuple[Site, ...]:
     """Name, place and price the groups, in the order of their last values."""
     groups = sorted(groups, key=lambda g: max(dependence.position[b.value] for b in g))
     closed = closures(graph, [tuple(b.value for b in group) for group in groups])
@@ -311,11 +186,11 @@ def _describe(graph: fx.Graph, dependence: Dependence, groups: list[tuple[_Branc
     )
 
 
-def _own_contractions(dependence: Dependence, group: tuple[_Branch, ...]) -> list[fx.Node]:
+def _own_contractions(dependence: Dependence, group: tuple[Branch, ...]) -> list[fx.Node]:
     return [node for branch in group for node in dependence.contractions(branch.region)]
 
 
-def _parent(i: int, groups: list[tuple[_Branch, ...]], closed: list[frozenset[fx.Node]]) -> int | None:
+def _parent(i: int, groups: list[tuple[Branch, ...]], closed: list[frozenset[fx.Node]]) -> int | None:
     """The innermost other group whose closure holds all of this one's values."""
     values = {branch.value for branch in groups[i]}
     around = [j for j in range(len(groups)) if j != i and values <= closed[j]]

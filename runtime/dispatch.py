@@ -56,6 +56,7 @@ class Graph:
         self._weights = tuple(sorted(static))
         self._data = tuple(i for i in range(num_inputs) if i not in static)
         self._never = (False,) * len(self.sites)
+        self._shared: dict[Row, tuple[int, ...]] = {}  # the outputs that share memory with a slot
 
     def __call__(self, args: list[Any]) -> Sequence[Any]:
         """Run the graph on its flat inputs, as AOTAutograd calls it."""
@@ -73,6 +74,7 @@ class Graph:
             executable = self.variants[self._never]
         outputs, fresh = _execute(executable, args, bank)
         self._store(executable, fresh, bank, moment.step, decided)
+        outputs = self._owned(decided.row, outputs, bank)
         record = Record(
             call.trajectory.number,
             moment.step,
@@ -115,6 +117,15 @@ class Graph:
         for site, reason in enumerate(decided.reasons):
             if decided.row[site] and reason is not Reason.COVERED:
                 bank.streak[site] += 1
+
+    def _owned(self, row: Row, outputs: Sequence[Any], bank: Bank) -> Sequence[Any]:
+        """The outputs; one that shares memory with a slot is copied, since its taker may change it in place."""
+        shared = self._shared.get(row)
+        if shared is None:  # a variant always shares the same
+            slots = {value.untyped_storage().data_ptr() for values in bank.values for value in values or ()}
+            tensors = ((i, out) for i, out in enumerate(outputs) if isinstance(out, Tensor))
+            shared = self._shared[row] = tuple(i for i, out in tensors if out.untyped_storage().data_ptr() in slots)
+        return [out.clone() if i in shared else out for i, out in enumerate(outputs)] if shared else outputs
 
     def _outside(self, args: list[Any]) -> Sequence[Any]:
         """The graph was called without the compiled model around it: compute, and keep nothing."""

@@ -1,8 +1,8 @@
 """Train the bundled class-conditional DiT on the shapes data; resumable: run it again after an interruption.
 
-    python examples/shapes/train.py --out DIR [--steps 24000] [--batch 64] [--threads 2]
+    python examples/shapes/train.py --out DIR [--steps 7500] [--batch 64] [--threads 2]
 
-A checkpoint (model, EMA, optimiser, step) is written every 500 steps; at the end DIR/denoiser.safetensors
+A checkpoint (model, EMA, optimiser, step) is written every --save-every steps; at the end DIR/denoiser.safetensors
 holds the EMA weights in fp16.
 """
 
@@ -21,6 +21,7 @@ from dit_rewrite.shapes.model import SCHEDULE, build_denoiser, save
 
 EMA_DECAY = 0.999
 LABEL_DROP = 0.1
+PARTS = ("model", "ema", "optimiser")
 
 
 def initialise(model: DiTTransformer2DModel) -> None:
@@ -45,53 +46,85 @@ def loss_of(model: torch.nn.Module, scheduler: DDPMScheduler, batch: int, genera
     return F.mse_loss(model(noisy, timestep, labels, return_dict=False)[0], target)
 
 
-def main() -> None:
+class Trainer:
+    """The model, its moving average and optimiser, and the step that is next."""
+
+    def __init__(self, arguments: argparse.Namespace) -> None:
+        self.arguments = arguments
+        torch.manual_seed(0)
+        self.model = build_denoiser()
+        initialise(self.model)
+        self.model.eval()  # no module has dropout of its own to train with; see loss_of
+        average = torch.optim.swa_utils.get_ema_multi_avg_fn(EMA_DECAY)
+        self.ema = torch.optim.swa_utils.AveragedModel(self.model, multi_avg_fn=average)
+        self.optimiser = torch.optim.AdamW(self.model.parameters(), lr=0.0, weight_decay=0.0, betas=(0.9, 0.99))
+        self.scheduler = DDPMScheduler(**SCHEDULE)
+        self.run = self.model if arguments.eager else torch.compile(self.model)
+        self.step = 0
+
+    def train_step(self) -> float:
+        """One step of AdamW at a rate that rises for 500 steps and falls linearly; its loss."""
+        rate = self.arguments.rate * min(1.0, (self.step + 1) / 500) * (1 - self.step / self.arguments.steps)
+        self.optimiser.param_groups[0]["lr"] = rate
+        generator = torch.Generator().manual_seed(self.step)
+        loss = loss_of(self.run, self.scheduler, self.arguments.batch, generator)
+        self.optimiser.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        self.optimiser.step()
+        self.ema.update_parameters(self.model)
+        self.step += 1
+        return loss.item()
+
+    @property
+    def checkpoint(self) -> Path:
+        return self.arguments.out / "checkpoint.pt"
+
+    def save(self) -> None:
+        """Write a checkpoint, whole or not at all, and the averaged weights."""
+        new = self.checkpoint.with_suffix(".new")
+        torch.save({name: getattr(self, name).state_dict() for name in PARTS} | {"step": self.step}, new)
+        new.replace(self.checkpoint)
+        save(self.ema.module, self.arguments.out / "denoiser.safetensors")
+
+    def resume(self) -> None:
+        """Go on from the checkpoint, if there is one."""
+        if self.checkpoint.exists():
+            state = torch.load(self.checkpoint, weights_only=True)
+            for name in PARTS:
+                getattr(self, name).load_state_dict(state[name])
+            self.step = state["step"]
+
+
+def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--steps", type=int, default=24000)
+    parser.add_argument("--steps", type=int, default=7500)
+    parser.add_argument("--stop", type=int, help="stop after this step, to go on later")
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--rate", type=float, default=1e-3)
     parser.add_argument("--threads", type=int, default=2)
-    arguments = parser.parse_args()
+    parser.add_argument("--save-every", type=int, default=500)
+    parser.add_argument("--eager", action="store_true", help="train without torch.compile")
+    return parser.parse_args()
+
+
+def main() -> None:
+    arguments = parse_arguments()
     torch.set_num_threads(arguments.threads)
     arguments.out.mkdir(parents=True, exist_ok=True)
-
-    torch.manual_seed(0)
-    model = build_denoiser()
-    initialise(model)
-    model.eval()  # no module has dropout of its own to train with; see loss_of
-    ema = torch.optim.swa_utils.AveragedModel(model, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(EMA_DECAY))
-    optimiser = torch.optim.AdamW(model.parameters(), lr=arguments.rate, weight_decay=0.0, betas=(0.9, 0.99))
-    scheduler = DDPMScheduler(**SCHEDULE)
-    checkpoint = arguments.out / "checkpoint.pt"
-    start = 0
-    if checkpoint.exists():
-        state = torch.load(checkpoint, weights_only=True)
-        model.load_state_dict(state["model"])
-        ema.load_state_dict(state["ema"])
-        optimiser.load_state_dict(state["optimiser"])
-        start = state["step"]
-    step_model = torch.compile(model)
-    mean, began = 0.0, time.perf_counter()
-    for step in range(start, arguments.steps):
-        warm = min(1.0, (step + 1) / 500)
-        optimiser.param_groups[0]["lr"] = arguments.rate * warm * (1 - step / arguments.steps)
-        generator = torch.Generator().manual_seed(step)
-        loss = loss_of(step_model, scheduler, arguments.batch, generator)
-        optimiser.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimiser.step()
-        ema.update_parameters(model)
-        mean += loss.item()
-        if (step + 1) % 500 == 0:
-            pace = (time.perf_counter() - began) / (step + 1 - start)
-            print(f"step {step + 1}  loss {mean / 500:.5f}  {pace * 1e3:.0f} ms/step", flush=True)
-            mean = 0.0
-            state = {"model": model.state_dict(), "ema": ema.state_dict(), "step": step + 1}
-            torch.save({**state, "optimiser": optimiser.state_dict()}, checkpoint.with_suffix(".new"))
-            checkpoint.with_suffix(".new").replace(checkpoint)
-            save(ema.module, arguments.out / "denoiser.safetensors")
+    trainer = Trainer(arguments)
+    trainer.resume()
+    losses: list[float] = []
+    began = time.perf_counter()
+    while trainer.step < (arguments.stop or arguments.steps):
+        losses.append(trainer.train_step())
+        if trainer.step % arguments.save_every == 0:
+            pace = (time.perf_counter() - began) / len(losses)
+            recent = losses[-arguments.save_every :]
+            print(f"step {trainer.step}  loss {sum(recent) / len(recent):.5f}  {pace * 1e3:.0f} ms/step", flush=True)
+            trainer.save()
+    trainer.save()
 
 
 if __name__ == "__main__":

@@ -159,7 +159,9 @@ def test_branch_without_contraction() -> None:
 
 def test_bias_adds() -> None:
     """A bias is no summand, whether within addmm or added by hand."""
-    model = Toy(lambda m, x: m.plain(m.biased(x)) + m.bias, biased=linear(), plain=linear(bias=False), bias=tokens(1, 8))
+    model = Toy(
+        lambda m, x: m.plain(m.biased(x)) + m.bias, biased=linear(), plain=linear(bias=False), bias=tokens(1, 8)
+    )
     assert look(model, tokens()) == Look([])
 
 
@@ -244,3 +246,17 @@ def test_values_that_share_in_a_chain() -> None:
 
     model = Toy(body, left=linear(), right=linear(), a=linear(), b=linear(), c=linear())
     assert look(model, tokens(), tokens(1), tokens(2)) == Look([("mlp", ("addmm", "addmm", "addmm"))])
+
+
+def test_groups_that_wait_for_each_other() -> None:
+    """Two pairs, each sharing a projection, with one's value feeding the other's both ways, are taken apart."""
+
+    def body(m: Toy, x: Tensor, w: Tensor, y: Tensor, z: Tensor) -> tuple[Tensor, ...]:
+        left, right = m.left(torch.cat([x, w], dim=-1)), m.right(torch.cat([y, z], dim=-1))
+        first, fourth = m.a(left), m.d(right)
+        return x + first, w + m.b(left * fourth), y + m.c(right * first), z + fourth
+
+    parts = {name: linear() for name in "abcd"}
+    model = Toy(body, left=linear(inner=2 * WIDTH), right=linear(inner=2 * WIDTH), **parts)
+    inputs = [tokens(seed) for seed in range(4)]
+    assert look(model, *inputs) == Look([MLP] * 4, [("addmm", Reason.ENTANGLED)] * 4)
