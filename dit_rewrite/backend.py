@@ -11,6 +11,7 @@ import torch
 from torch import fx
 
 from dit_rewrite import lowering
+from dit_rewrite.errors import Reason
 from dit_rewrite.lowering import Lowering
 from dit_rewrite.passes.capture import Captured, capture
 from dit_rewrite.passes.guard import Guarded, GuardedGraph, guard
@@ -63,16 +64,22 @@ class Backend:
         self.stats = Stats()
         self.session = Session(self.stats)
         self.rewritten: list[Rewritten] = []
-        self._frames: set[int | None] = set()
+        self._compiles: set[Any] = set()
         self._names = frozenset(n for named in (model.named_parameters, model.named_buffers) for n, _ in named())
 
     def __call__(self, gm: fx.GraphModule, example_inputs: Sequence[Any], **_: Any) -> Callable[..., Any]:
         """What Dynamo calls with each graph that it captured."""
-        frame = getattr(torch._guards.CompileContext.current_compile_id(), "frame_id", None)
-        self.stats.recompiles += frame in self._frames
-        self._frames.add(frame)
-        self.stats.graph_breaks += bool(getattr(getattr(gm, "compile_subgraph_reason", None), "graph_break", False))
+        self._count(gm)
         return capture(gm, example_inputs, self._rewrite)
+
+    def _count(self, gm: fx.GraphModule) -> None:
+        """Count recompiles and graph breaks. Dynamo may start one compilation over, with the same id: that is none."""
+        compile_id = torch._guards.CompileContext.current_compile_id()
+        if compile_id in self._compiles:
+            return
+        self.stats.recompiles += any(compile_id.frame_id == other.frame_id for other in self._compiles)
+        self.stats.graph_breaks += bool(getattr(getattr(gm, "compile_subgraph_reason", None), "graph_break", False))
+        self._compiles.add(compile_id)
 
     def _rewrite(self, captured: Captured) -> Graph:
         found = find_sites(captured.gm, captured.static)
@@ -152,11 +159,13 @@ def simulate(specs: Sequence[SiteSpec], steps: int, num_steps: int | None) -> li
     rows = []
     for step in range(steps):
         holds = [step > 0] * len(specs)
-        row = decide(specs, Moment(step, num_steps), computed_at, streak, holds).row
-        rows.append(row)
-        for i, reused in enumerate(row):
-            streak[i] = streak[i] + 1 if reused else 0
-            computed_at[i] = computed_at[i] if reused else step
+        decided = decide(specs, Moment(step, num_steps), computed_at, streak, holds)
+        rows.append(decided.row)
+        for i, (reused, reason) in enumerate(zip(decided.row, decided.reasons, strict=True)):
+            if not reused:
+                computed_at[i], streak[i] = step, 0
+            elif reason is not Reason.COVERED:
+                streak[i] += 1
     return rows
 
 

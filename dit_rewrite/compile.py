@@ -7,7 +7,7 @@ import inspect
 import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from copy import copy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -121,10 +121,10 @@ class RewrittenModule(OptimizedModule):
         return Report(backend.policy, tuple(backend.rewritten), Counter(backend.session.ran))
 
     def stats(self) -> Stats:
-        """A copy of the counts so far; its row of decisions is shared."""
-        stats = copy(self._backend.stats)
-        stats.cache_bytes = self._backend.session.cache_bytes()
-        return stats
+        """A copy of the counts so far; its rows of decisions are shared."""
+        stats = self._backend.stats
+        held = self._backend.session.cache_bytes()
+        return replace(stats, cache_bytes=held, misses=stats.misses.copy(), trajectories=stats.trajectories.copy())
 
     def reset(self) -> None:
         """Forget all trajectories and their cached values (of the calling thread)."""

@@ -133,14 +133,17 @@ def _stream(dependence: Dependence, bases: list[fx.Node]) -> fx.Node | None:
 
 
 def _is_one_branch(dependence: Dependence, add: fx.Node, stream: fx.Node) -> bool:
-    """Whether the two sides of an add come side by side from one contraction behind the stream.
+    """Whether the sum of two sides of a nested add is one summand, rather than each of them.
 
-    A projection and its LoRA do: their sum is one value, where two would be held otherwise.
+    It is where one side is a bias, or where both come side by side from one contraction behind the stream: of a
+    projection and its LoRA two values would be held otherwise.
     """
-    left, right = (_base(side) for side in add.all_input_nodes[:2]) if len(add.all_input_nodes) > 1 else (add, add)
-    if dependence.depends(left, right) or dependence.depends(right, left):
-        return False
     if stream in map(_base, summands(add)):
+        return False
+    left, right = map(_base, add.args[:2])  # type: ignore[arg-type]
+    if not (dependence.is_data(left) and dependence.is_data(right)):
+        return True
+    if dependence.depends(left, right) or dependence.depends(right, left):
         return False
     return bool(dependence.contractions(dependence.between(stream, left) & dependence.between(stream, right)))
 

@@ -76,6 +76,13 @@ def _parent(sites: Sequence[Site], guarded: Sequence[Guarded], index: int) -> in
     return None if around is None else positions[around]
 
 
+def _input(graph: fx.Graph, name: str) -> fx.Node:
+    """A new input; numbered where the name is taken."""
+    node = graph.placeholder(name)
+    node.target = node.name
+    return node
+
+
 class _Rewriter:
     """Moves each site's closure into a subgraph, innermost scope by innermost scope."""
 
@@ -110,10 +117,11 @@ class _Rewriter:
         for node in inputs:
             env[node] = graph.node_copy(node)
         for i in range(len(self.sites)):
-            env["reuse", i] = graph.placeholder(f"reuse_{self.slugs[i]}")
+            env["reuse", i] = _input(graph, f"reuse_{self.slugs[i]}")
+            self.slugs[i] = env["reuse", i].name.removeprefix("reuse_")  # two sites' names may differ in a dot alone
         for i, values in enumerate(self.values):
             for value in values:
-                env["cached", i, value] = graph.placeholder(f"cached_{self.slugs[i]}")
+                env["cached", i, value] = _input(graph, f"cached_{self.slugs[i]}")
                 env["cached", i, value].meta = {"val": value.meta["val"]}
         attributes = self._emit(graph, None, env)
         captured: Any = self.gm.graph.output_node().args[0]

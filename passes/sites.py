@@ -115,16 +115,35 @@ def _waiting_for_themselves(dependence: Dependence, groups: list[tuple[Branch, .
     return {i for cycle in cycles for i in cycle}
 
 
-def _kind(dependence: Dependence, group: tuple[Branch, ...]) -> Kind:
-    cores = [(core, branch) for branch in group for core in branch.cores]
+def _kinds(dependence: Dependence, groups: list[tuple[Branch, ...]], closed: list[frozenset[fx.Node]]) -> list[Kind]:
+    """The kind of each group, by its own nodes and by the groups inside it, which come before it."""
+    kinds: list[Kind] = []
+    for i, group in enumerate(groups):
+        inside = [j for j in range(i) if all(branch.value in closed[i] for branch in groups[j])]
+        taken = frozenset().union(*(closed[j] for j in inside))
+        own = [node for node in _own_contractions(dependence, group) if node not in taken]
+        held = {kinds[j] for j in inside} | ({_kind(dependence, group, taken)} if own or not inside else set())
+        kinds.append(held.pop() if len(held) == 1 else _mixed(held))
+    return kinds
+
+
+def _mixed(kinds: set[Kind]) -> Kind:
+    """What to call attention and MLP together, or several kinds of attention."""
+    if kinds & {Kind.MLP, Kind.PARALLEL}:
+        return Kind.PARALLEL
+    return next(kind for kind in (Kind.JOINT, Kind.SELF, Kind.CROSS) if kind in kinds)
+
+
+def _kind(dependence: Dependence, group: tuple[Branch, ...], taken: frozenset[fx.Node]) -> Kind:
+    """The kind of a group by its own nodes, those `taken` by groups inside it left out."""
+    cores = [(core, branch) for branch in group for core in branch.cores if core not in taken]
     if not cores:
         return Kind.MLP
     if any(_joins_attention_with_mlp(dependence, branch) for branch in group):
         return Kind.PARALLEL
     if len({branch.stream for branch in group}) > 1:
         return Kind.JOINT
-    kinds = {_core_kind(dependence, core, branch) for core, branch in cores}
-    return next(kind for kind in (Kind.JOINT, Kind.SELF, Kind.CROSS) if kind in kinds)
+    return _mixed({_core_kind(dependence, core, branch) for core, branch in cores})
 
 
 def _core_kind(dependence: Dependence, core: fx.Node, branch: Branch) -> Kind:
@@ -165,6 +184,7 @@ def _describe(graph: fx.Graph, dependence: Dependence, groups: list[tuple[Branch
     """Name, place and price the groups, in the order of their last values."""
     groups = sorted(groups, key=lambda g: max(dependence.position[b.value] for b in g))
     closed = closures(graph, [tuple(b.value for b in group) for group in groups])
+    kinds = _kinds(dependence, groups, closed)
     paths = [naming.common_path(_own_contractions(dependence, group)) for group in groups]
     blocks = [naming.block_of(path) for path in paths]
     layers = {block: i for i, block in enumerate(dict.fromkeys(blocks))}
@@ -172,7 +192,7 @@ def _describe(graph: fx.Graph, dependence: Dependence, groups: list[tuple[Branch
     return tuple(
         Site(
             name=names[i],
-            kind=_kind(dependence, group),
+            kind=kinds[i],
             values=tuple(branch.value.name for branch in group),
             streams=tuple(branch.stream.name for branch in group),
             closure=frozenset(node.name for node in closed[i]),

@@ -1,9 +1,8 @@
-"""Every named model through the compiler: its sites, reuse 0, and FORA against the reference by module hooks."""
+"""Every named model through the compiler: its sites, and FORA against the reference by module hooks."""
 
 from __future__ import annotations
 
 from collections import Counter
-from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -16,29 +15,6 @@ from tests.models import MODELS, Case, broken_blocks, output
 
 STEPS = 12
 BROKEN = broken_blocks()
-
-# Values held, counted by hand: one a site, and one more for each further stream that a joint attention is added to
-# (the last block of SD3 and Mochi drops its text; that of CogVideoX keeps the text value). The MLP of CogVideoX runs
-# over both streams and is added to each, but the last one's text sum is not read.
-VALUES = {
-    "dit": 6,
-    "pixart_alpha": 9,
-    "pixart_sigma": 9,
-    "sd3": 8 + 2,
-    "flux": 8 + 2,
-    "cogvideox": 6 + 3 + 2,
-    "latte": 10,
-    "mochi": 8 + 2,
-    "omnigen": 6,
-    "wan": 6,
-    "stdit": 8,
-}
-PRECISIONS = [
-    pytest.param(case, precision, id=f"{case.name}-{precision}")
-    for case in MODELS.values()
-    for precision in ("fp32", "bf16", "autocast")
-    if precision != "autocast" or case.autocast
-]
 
 
 def kinds(model: dit_rewrite.RewrittenModule) -> Counter[str]:
@@ -82,18 +58,6 @@ def test_fora_watched_equals_the_reference(case: Case) -> None:
     assert compiled.stats().reused == 4 * sum(case.sites.values())
 
 
-@pytest.mark.parametrize(("case", "precision"), PRECISIONS)
-def test_reuse_0_and_replay_are_exact(case: Case, precision: str) -> None:
-    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-    ambient: Any = torch.autocast("cpu", torch.bfloat16) if precision == "autocast" else nullcontext()
-    with ambient:
-        found = dit_rewrite.verify(case.build(dtype), case.inputs(4, dtype), policy=FORA(3), backend="aot_eager")
-    sites = sum(case.sites.values())
-    assert found.exact, found
-    assert (found.sites, found.values, found.calls) == (sites, VALUES[case.name], 4)
-    assert (found.decisions, found.reused) == (4 * sites, 2 * sites)
-
-
 @pytest.mark.parametrize("anchor", ["start", "paper"])
 def test_blocks_behind_breaks_equal_the_reference(anchor: str) -> None:
     """Six identical blocks share two graphs: each has six occurrences, with slots of their own."""
@@ -108,9 +72,3 @@ def test_blocks_behind_breaks_equal_the_reference(anchor: str) -> None:
     assert (stats.recompiles, stats.late_variants) == (0, 0)
     assert stats.graph_breaks > 0
     assert not stats.misses
-
-
-def test_blocks_behind_breaks_are_verified() -> None:
-    found = dit_rewrite.verify(BROKEN.build(), BROKEN.inputs(4), policy=FORA(3), backend="aot_eager")
-    assert found.exact, found
-    assert (found.sites, found.values) == (12, 12)

@@ -31,6 +31,11 @@ def run(model: dit_rewrite.RewrittenModule, inputs: list[dict[str, Any]], tellin
         return outputs(model, inputs)
 
 
+def at(time: float) -> Tensor:
+    """A timestep, spread over the batch as the trajectories' own."""
+    return torch.tensor(int(time)).expand(2)
+
+
 def interleave(*streams: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The calls of several streams, step by step."""
     return list(itertools.chain.from_iterable(zip(*streams, strict=True)))
@@ -91,7 +96,7 @@ def test_the_same_noise_again_starts_anew(telling: str, moved: int) -> None:
     model = tiny.build()
     compiled = rewritten(model)
     a = calls(4, seed=1)
-    b = [{**arguments, "timestep": arguments["timestep"] + moved} for arguments in a]
+    b = [{**arguments, "timestep": at(arguments["timestep"][0] + moved)} for arguments in a]
     run(compiled, a[:1], telling, of=4)
     assert same(run(compiled, b, telling), fora(model, b))
     if telling == "watched":
@@ -114,7 +119,7 @@ def test_a_timestep_that_turns_starts_anew() -> None:
     model = tiny.build()
     compiled = rewritten(model)
     a = calls(8)
-    a[5]["timestep"] = a[4]["timestep"] + 1
+    a[5]["timestep"] = at(a[4]["timestep"][0] + 1)
     outputs(compiled, a)
     assert row(compiled, 8) == "CRRCRCRR"
     assert compiled.stats().trajectories == {Reason.FIRST_CALL: 1, Reason.TIMESTEP_TURNED: 1}
@@ -127,7 +132,7 @@ def test_heun_calls_twice_at_a_timestep(telling: str) -> None:
     compiled = rewritten(model)
     heun = calls(7)
     for arguments, time in zip(heun, (999, 666, 666, 333, 333, 100, 100), strict=True):
-        arguments["timestep"] = torch.tensor(time).expand(2)
+        arguments["timestep"] = at(time)
     assert same(run(compiled, heun, telling), fora(model, heun))
     assert row(compiled, 7) == "CRRCRRC"
 
@@ -181,9 +186,7 @@ def test_streams_by_name(telling: str) -> None:
     cond, uncond = calls(7, seed=1), calls(7, seed=2, given=condition(1))
     cond = [{**arguments, "condition": uncond[0]["condition"]} for arguments in cond]
     if telling == "watched":  # then the latent must be one
-        uncond = [
-            {**theirs, "hidden_states": ours["hidden_states"]} for ours, theirs in zip(cond, uncond, strict=True)
-        ]
+        uncond = [{**theirs, "hidden_states": ours["hidden_states"]} for ours, theirs in zip(cond, uncond, strict=True)]
     found: dict[str, list[Tensor]] = {"cond": [], "uncond": []}
     with compiled.trajectory(7) if telling == "told" else contextlib.nullcontext():
         for pair in zip(cond, uncond, strict=True):

@@ -100,6 +100,25 @@ def test_three_deep() -> None:
     assert [site.parent for site in trace(model, (tokens(),)).sites().sites] == [1, 2, None]
 
 
+def test_branch_around_attention_and_mlp() -> None:
+    """A branch that holds a whole block is attention and MLP at once, one that holds attention alone is attention."""
+    inner = Attention()
+
+    def around_block(m: Toy, x: Tensor) -> Tensor:
+        y = m.enter(x)
+        y = y + m.attn(y)
+        return x + m.leave(y + m.ff(y))
+
+    def around_attention(m: Toy, x: Tensor) -> Tensor:
+        y = m.norm(x)
+        return x + m.norm(y + m.attn(y))
+
+    model = Toy(around_block, enter=linear(), attn=inner, ff=mlp(), leave=linear())
+    assert look(model, tokens()) == Look([SELF, MLP, ("parallel", ("addmm",))])
+    model = Toy(around_attention, norm=norm(), attn=inner)
+    assert look(model, tokens()) == Look([SELF, ("self", ("getitem",))])
+
+
 def test_stream_kept_in_fp32() -> None:
     """Casts around the sum and the gate are looked through: the value is the branch's own low-precision output."""
 
@@ -163,6 +182,18 @@ def test_bias_adds() -> None:
         lambda m, x: m.plain(m.biased(x)) + m.bias, biased=linear(), plain=linear(bias=False), bias=tokens(1, 8)
     )
     assert look(model, tokens()) == Look([])
+
+
+def test_bias_of_the_last_projection() -> None:
+    """A bias that is added to a branch's output is part of the value, not a refused summand."""
+    model = Toy(lambda m, x: x + (m.plain(x) + m.bias), plain=linear(bias=False), bias=tokens(1, 8))
+    assert look(model, tokens()) == Look([("mlp", ("add",))])
+
+
+def test_input_beside_a_branch() -> None:
+    """An input that is added to a branch's output is refused, and the value stays free of it."""
+    model = Toy(lambda m, x, control: x + (m.ff(x) + control), ff=mlp())
+    assert look(model, tokens(), tokens(1)) == Look([MLP], [("input", Reason.NOT_FROM_STREAM)])
 
 
 def test_no_residual() -> None:
@@ -229,7 +260,7 @@ def test_values_that_share_and_feed_each_other() -> None:
         shared = m.shared(torch.cat([x, y, z], dim=-1))
         first = m.a(shared)
         second = m.b(shared)
-        third = m.c(shared + second)
+        third = m.c(shared * second)
         return x + first, y + second, z + third
 
     model = Toy(body, shared=linear(inner=3 * WIDTH), a=linear(), b=linear(), c=linear())

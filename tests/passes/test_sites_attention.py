@@ -83,7 +83,7 @@ def joined(m: Toy, x: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
     """Joint attention of image and text, each with its own output projection."""
     q, k, v = (heads(torch.cat([a(x), b(text)], 1)) for a, b in ((m.q, m.text_q), (m.k, m.text_k), (m.v, m.text_v)))
     out = merged(whole(q, k, v))
-    return m.o(out[:, :4]), m.text_o(out[:, 4:])
+    return m.o(out[:, :4].contiguous()), m.text_o(out[:, 4:].contiguous())
 
 
 def both_streams() -> Toy:
@@ -105,6 +105,12 @@ def test_joint_attention_whose_text_is_thrown_away() -> None:
     model = both_streams()
     model.body = lambda m, x, text: x + joined(m, m.norm(x), m.norm(text))[0]
     assert look(model, tokens(), tokens(1, 2, 3, WIDTH)) == Look([("joint", ("addmm",))])
+
+
+def test_projection_of_a_slice() -> None:
+    """ATen adds the bias apart where the input is not contiguous: the value is the projection's output all the same."""
+    model = Toy(lambda m, x: x + m.o(torch.cat([x, m.q(x)], 1).relu()[:, 4:]), **projections("qo"))
+    assert look(model, tokens()) == Look([("mlp", ("add",))])
 
 
 def test_register_tokens() -> None:

@@ -1,0 +1,96 @@
+"""Which argument of a call is the latent, the timestep and the conditioning."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from dit_rewrite.runtime.inputs import Inputs, Reader
+
+X, T, C, D = (torch.full((2,), float(i)) for i in range(4))
+
+
+def forward(
+    hidden_states: Tensor, timestep: Any = None, condition: Any = None, scale: float = 1.0, *, mask: Any = None
+) -> None:
+    """A denoiser's arguments."""
+
+
+def read(*args: Any, **kwargs: Any) -> Inputs:
+    return Reader(forward).read(args, kwargs)
+
+
+def is_(inputs: Inputs, latent: Any, timestep: Any, *conditioning: Tensor) -> bool:
+    """Whether these very objects were found."""
+    found = inputs.conditioning
+    same = len(found) == len(conditioning) and all(a is b for a, b in zip(found, conditioning, strict=True))
+    return same and inputs.latent is latent and inputs.timestep is timestep
+
+
+def test_positional() -> None:
+    assert is_(read(X, T, C, 2.0), X, T, C)
+
+
+def test_keywords_in_any_order() -> None:
+    assert is_(read(mask=D, condition=C, timestep=T, hidden_states=X), X, T, C, D)
+
+
+def test_positional_and_keyword() -> None:
+    assert is_(read(X, mask=D, timestep=T), X, T, D)
+
+
+def test_nested_conditioning_and_what_is_no_tensor() -> None:
+    nested = {"a": [C, None, "text"], "b": (1, {"c": D})}
+    assert is_(read(X, T, nested), X, T, C, D)
+    assert is_(read(X, T, "text"), X, T)
+
+
+def test_a_list_of_latents() -> None:
+    assert is_(read([X, C], T), X, T, C)
+
+
+def test_no_tensor_at_all() -> None:
+    assert read(None, 3) == Inputs(None, 3, ())
+
+
+@pytest.mark.parametrize("name", ["timestep", "timesteps", "t", "sigma", "noise_level"])
+def test_timestep_by_name(name: str) -> None:
+    reader = Reader(lambda hidden_states, **kwargs: None)
+    assert is_(reader.read((X,), {"condition": C, name: T}), X, T, C)
+    assert reader.read((X,), {name: 0.5}).timestep == 0.5
+
+
+def test_a_timestep_of_none_is_passed_over() -> None:
+    reader = Reader(lambda hidden_states, timestep=None, sigma=None: None)
+    assert is_(reader.read((X, None, T), {}), X, T)
+    assert is_(reader.read((X,), {}), X, None)
+
+
+def test_the_timestep_is_not_conditioning_where_it_comes_twice() -> None:
+    assert is_(read(X, T, [T, C]), X, T, C)
+
+
+def test_arguments_without_names_are_conditioning() -> None:
+    """Left out, they would let two prompts pass for one."""
+    reader = Reader(lambda hidden_states, *rest, mask=None: None)
+    assert is_(reader.read((X, C, D), {"mask": T}), X, None, C, D, T)
+    assert is_(Reader(lambda *args: None).read((X, C), {}), X, None, C)
+
+
+def test_names_of_a_wrapped_forward() -> None:
+    @functools.wraps(forward)
+    def wrapped(*args: Any, **kwargs: Any) -> None:
+        forward(*args, **kwargs)
+
+    assert is_(Reader(wrapped).read((X, T, C), {}), X, T, C)
+
+
+def test_a_bound_method() -> None:
+    class Model:
+        def forward(self, x: Tensor, t: Tensor) -> None: ...
+
+    assert is_(Reader(Model().forward).read((X, T), {}), X, T)

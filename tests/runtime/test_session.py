@@ -1,0 +1,187 @@
+"""The state of one thread, and the counts: calls that return or raise, occurrences, layers, trajectories."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from dit_rewrite.errors import BadTrajectory, Reason
+from dit_rewrite.runtime.decide import Moment
+from dit_rewrite.runtime.inputs import Inputs
+from dit_rewrite.runtime.session import Call, Session
+from dit_rewrite.runtime.stats import Record, Stats
+from dit_rewrite.runtime.trajectory import Named, Stream, Told, Trajectory
+
+C = torch.zeros(1)
+
+
+def call(stream: Stream | None = None) -> Call:
+    return Call(Trajectory(None, 9, step=4), stream or Stream("main"))
+
+
+def given(x: float, time: float) -> Inputs:
+    return Inputs(torch.tensor([1.0, x]), time, (C,))
+
+
+def ran(session: Session, *graphs: int, layers: int = 0) -> list[Reason | None]:
+    """One call of the model that runs these graphs; why the slots of each cannot be used."""
+    under_way = session.begin(given(0.0, 0.0))
+    reasons = [under_way.enter(graph, 1)[2] for graph in graphs]
+    under_way.layers = layers
+    session.end(under_way)
+    return reasons
+
+
+def told() -> Session:
+    session = Session(Stats())
+    session.tell(Told(9, None))
+    return session
+
+
+def test_occurrences_have_banks_of_their_own() -> None:
+    under_way = call()
+    entered = [under_way.enter(graph, 2) for graph in (0, 1, 1, 0, 1)]
+    assert [occurrence for occurrence, _, _ in entered] == [0, 0, 1, 1, 2]
+    assert len({id(bank) for _, bank, _ in entered}) == 5
+    again = Call(under_way.trajectory, under_way.stream)
+    assert [again.enter(graph, 2)[1] for graph in (0, 1, 1, 0, 1)] == [bank for _, bank, _ in entered]
+
+
+def test_another_graph_at_a_place_is_a_miss_from_there_on() -> None:
+    session = told()
+    assert ran(session, 0, 1, 1) == [None] * 3
+    assert ran(session, 0, 1, 1) == [None] * 3
+    assert ran(session, 0, 2, 1) == [None, Reason.CHANGED_GRAPH, None]
+    assert ran(session, 0, 1, 1) == [None, Reason.CHANGED_GRAPH, None]
+    assert ran(session, 0, 1) == [None] * 2
+    assert ran(session, 0, 1, 1) == [None, None, Reason.CHANGED_GRAPH]
+
+
+def test_a_changed_place_is_emptied() -> None:
+    session = told()
+    under_way = session.begin(given(0.0, 0.0))
+    _, bank, _ = under_way.enter(0, 1)
+    bank.fit((), ())
+    bank.store(0, (C,), step=0)
+    session.end(under_way)
+    ran(session, 1)
+    under_way = session.begin(given(0.0, 0.0))
+    assert under_way.enter(0, 1) == (0, bank, Reason.CHANGED_GRAPH)
+    assert (bank.values, bank.stamp) == ([None], None)
+
+
+def test_a_call_that_raised_leaves_nothing() -> None:
+    session = told()
+    ran(session, 0, 1)
+    under_way = session.begin(given(0.0, 0.0))
+    under_way.enter(0, 1)
+    session.abandon(under_way)
+    assert session.call is None
+    assert (under_way.stream.banks, under_way.stream.sequence) == ({}, None)
+    assert session.stats.calls == 1
+    assert ran(session, 1) == [None], "nothing is expected at that place any more"
+
+
+def test_layers_are_counted_over_the_graphs_of_a_call() -> None:
+    session = told()
+    under_way = session.begin(given(0.0, 0.0))
+    assert under_way.moment == Moment(0, 9, 0, None)
+    under_way.layers = 6
+    session.end(under_way)
+    under_way = session.begin(given(0.0, 0.0))
+    assert under_way.moment == Moment(1, 9, 0, 6)
+    under_way.layers = 2
+    assert under_way.moment == Moment(1, 9, 2, 6)
+
+
+def test_a_call_without_any_graph_is_counted() -> None:
+    session = told()
+    ran(session)
+    ran(session, 0)
+    assert session.stats.calls == 2
+    assert session.stats.misses == {Reason.NOT_CAPTURED: 1}
+    assert session.ran == (0,)
+
+
+def test_trajectories_are_counted_by_why_they_began() -> None:
+    session = Session(Stats())
+    for x, time in ((0.0, 9.0), (0.1, 8.0), (0.2, 9.0), (0.3, 8.0)):
+        session.end(session.begin(given(x, time)))
+    assert session.stats.trajectories == {Reason.FIRST_CALL: 1, Reason.TIMESTEP_TURNED: 1}
+    session.tell(Told(2, None))
+    session.end(session.begin(given(0.0, 9.0)))
+    assert session.stats.trajectories == {Reason.FIRST_CALL: 1, Reason.TIMESTEP_TURNED: 1}, "told is no reason"
+
+
+def test_telling_twice() -> None:
+    session = told()
+    with pytest.raises(BadTrajectory, match="inside another. Leave the outer context first"):
+        session.tell(Told(2, None))
+
+
+@pytest.mark.parametrize("telling", ["told", "watched"])
+def test_forgetting(telling: str) -> None:
+    session = told() if telling == "told" else Session(Stats())
+    for x in (0.0, 0.1):
+        under_way = session.begin(given(x, 9.0 - x))
+        _, bank, _ = under_way.enter(0, 1)
+        bank.store(0, (torch.zeros(5),), step=0)
+        session.end(under_way)
+    assert (under_way.trajectory.step, session.cache_bytes()) == (1, 20)
+    session.forget()
+    assert session.cache_bytes() == 0
+    after = session.begin(given(0.2, 8.8))
+    assert (after.trajectory.step, after.stream.banks) == (0, {})
+    assert after.trajectory.num_steps == (9 if telling == "told" else None)
+
+
+def test_bytes_are_those_of_all_streams() -> None:
+    session = told()
+    for name in ("cond", "uncond"):
+        session.named = Named(name)
+        under_way = session.begin(given(0.0, 0.0))
+        under_way.enter(0, 1)[1].store(0, (torch.zeros(5),), step=0)
+        session.end(under_way)
+    assert session.cache_bytes() == 40
+
+
+# --- counts -----------------------------------------------------------------------------------------------------------
+
+
+def record(row: tuple[bool, ...], step: int = 3) -> Record:
+    return Record(2, step, "cond", 0, 1, ("a", "b", "c"), row, (Reason.RULE, Reason.NO_RULE, Reason.COVERED))
+
+
+def test_counting() -> None:
+    stats = Stats()
+    assert stats.recomputed_fraction == 1.0, "nothing was reused"
+    stats.count(record((True, False, True)), ())
+    stats.count(record((False, False, False)), (Reason.EMPTY, Reason.EMPTY, Reason.BEYOND_END))
+    assert (stats.computed, stats.reused) == (4, 2)
+    assert stats.recomputed_fraction == pytest.approx(4 / 6)
+    assert stats.misses == {Reason.EMPTY: 2, Reason.BEYOND_END: 1}
+
+
+def test_decisions_are_rows_in_words() -> None:
+    stats = Stats()
+    stats.count(record((True, False, True)), ())
+    (row,) = stats.decisions
+    assert (row.trajectory, row.step, row.stream, row.occurrence) == (2, 3, "cond", 1)
+    assert row.strategies == {"a": "reuse", "b": "compute", "c": "reuse"}
+    assert row.reasons == {"a": Reason.RULE, "b": Reason.NO_RULE, "c": Reason.COVERED}
+
+
+def test_the_last_ten_thousand_decisions_are_kept_and_all_are_counted() -> None:
+    stats = Stats()
+    for step in range(10_001):
+        stats.count(record((True, False, True), step), ())
+    assert (len(stats.decisions), stats.decisions[0].step, stats.reused) == (10_000, 1, 20_002)
+
+
+def test_stats_print() -> None:
+    stats = Stats(calls=2, variants=3, late_variants=1, cache_bytes=2**20)
+    stats.count(record((True, False, False)), (Reason.BEYOND_END,))
+    text = str(stats)
+    assert "2 calls: 1 values reused, 2 computed (Recomp 66.7%)" in text
+    assert "3 variants (1 compiled late), 0 recompiles, 0 graph breaks, 1.00 MiB cached" in text
+    assert f"missed 1 times: {Reason.BEYOND_END}" in text

@@ -1,0 +1,260 @@
+"""Told and watched trajectories on call sequences made by hand: step, stream, and why a trajectory began."""
+
+from __future__ import annotations
+
+import math
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from dit_rewrite.errors import BadTrajectory, Reason
+from dit_rewrite.runtime.inputs import Inputs
+from dit_rewrite.runtime.trajectory import MAX_STREAMS, Named, Told, Trajectory, Watched
+
+NOBODY = Named()
+C, U = torch.zeros(3), torch.ones(3)
+
+
+def latent(turn: float) -> Tensor:
+    """A point of the unit circle: near `turn`s are near latents."""
+    return torch.tensor([math.cos(turn), math.sin(turn)])
+
+
+def inputs(turn: float, time: Any, *conditioning: Tensor) -> Inputs:
+    timestep = torch.tensor(time) if isinstance(time, float) else time
+    return Inputs(latent(turn), timestep, conditioning or (C,))
+
+
+class Seen:
+    """A trajectory that is placed call by call; what it says of each."""
+
+    def __init__(self, place: Any) -> None:
+        self.place, self.last = place, None
+        self.first: Trajectory | None = None
+
+    def __call__(self, given: Inputs, named: Named = NOBODY) -> tuple[Any, ...]:
+        """Step and stream; before them, where a trajectory begins, why."""
+        trajectory, stream = self.place(given, named)
+        begun = () if trajectory is self.last else (trajectory.why,)
+        self.last = trajectory
+        return (*begun, trajectory.step, stream.name)
+
+
+# --- told -------------------------------------------------------------------------------------------------------------
+
+
+def told(num_steps: int | None = None, scheduler: Any = None) -> Seen:
+    return Seen(Told(num_steps, scheduler).place)
+
+
+def test_told_counts_steps_by_what_repeats() -> None:
+    see = told(9)
+    assert see(inputs(0, 9.0, C)) == (None, 0, 0)
+    assert see(inputs(0, 9.0, U)) == (0, 1)
+    assert see(inputs(0, 8.0, C)) == (1, 0)
+    assert see(inputs(0, 8.0, U)) == (1, 1)
+    assert see(inputs(0, 7.0, C)) == (2, 0)
+    assert see(inputs(0, 6.0, C)) == (3, 0)
+
+
+def test_told_looks_at_neither_latent_nor_timestep() -> None:
+    see = told(9)
+    assert see(inputs(0, 9.0)) == (None, 0, 0)
+    assert see(inputs(0, 9.0)) == (1, 0)
+    assert see(inputs(3, 99.0)) == (2, 0)
+    assert see(Inputs(None, None, (C,))) == (3, 0)
+
+
+def test_told_streams_by_name_whatever_the_conditioning() -> None:
+    see = told(9)
+    assert see(inputs(0, 9.0, C), Named("cond")) == (None, 0, "cond")
+    assert see(inputs(0, 9.0, C), Named("uncond")) == (0, "uncond")
+    assert see(inputs(0, 9.0, U), Named("cond")) == (1, "cond")
+
+
+def test_told_steps_by_index() -> None:
+    see = told(9)
+    assert see(inputs(0, 9.0), Named("cond", step_index=0)) == (None, 0, "cond")
+    assert see(inputs(0, 9.0), Named("cond", step_index=4)) == (4, "cond")
+    assert see(inputs(0, 9.0), Named("cond", step_index=4)) == (4, "cond")
+
+
+def test_told_step_that_goes_back_is_another_trajectory() -> None:
+    """Its values would be of a negative age."""
+    see = told(9)
+    see(inputs(0, 9.0), Named("cond", step_index=0))
+    see(inputs(0, 9.0), Named("cond", step_index=3))
+    assert see(inputs(0, 9.0), Named("cond", step_index=2)) == (None, 2, "cond")
+
+
+def test_told_number_of_steps() -> None:
+    scheduler = SimpleNamespace(timesteps=range(5))
+    assert Told(3, scheduler).place(inputs(0, 1.0), NOBODY)[0].num_steps == 3
+    assert Told(None, None).place(inputs(0, 1.0), NOBODY)[0].num_steps is None
+    late = Told(None, scheduler)
+    scheduler.timesteps = range(7)
+    assert late.place(inputs(0, 1.0), NOBODY)[0].num_steps == 7
+    scheduler.timesteps = range(9)
+    assert late.place(inputs(0, 1.0), NOBODY)[0].num_steps == 7, "read once"
+    for number in (0, -1):
+        with pytest.raises(BadTrajectory, match="num_steps >= 1"):
+            Told(number, None)
+
+
+def test_told_conditioning_by_value() -> None:
+    see = told(9)
+    see(inputs(0, 9.0, C, U))
+    assert see(inputs(0, 9.0, U, C)) == (0, 1)
+    assert see(inputs(0, 9.0, C.clone(), U)) == (1, 0)
+    assert see(inputs(0, 9.0, U.clone(), C.clone())) == (1, 1)
+
+
+@pytest.mark.parametrize(
+    "other",
+    [(C,), (C, C), (C.double(), U), (C.to("meta"), U), (C[:2], U), (torch.full((3,), torch.nan), U)],
+    ids=["count", "value", "dtype", "device", "shape", "nan"],
+)
+def test_told_conditioning_that_differs(other: tuple[Tensor, ...]) -> None:
+    see = told(9)
+    see(inputs(0, 9.0, C, U))
+    assert see(inputs(0, 9.0, *other)) == (0, 1)
+
+
+def test_conditioning_that_was_written_to_is_another() -> None:
+    """Neither the object itself, nor another that now equals it, is what the stream was conditioned by."""
+    see, given = told(9), torch.zeros(3)
+    see(inputs(0, 9.0, given))
+    given.add_(1)
+    assert see(inputs(0, 9.0, torch.ones(3))) == (0, 1)
+    assert see(inputs(0, 9.0, given)) == (1, 1), "equal to the second stream's, by value"
+
+
+def test_the_oldest_stream_goes() -> None:
+    trajectory = Trajectory(None)
+    names = [trajectory.stream(name).name for name in range(MAX_STREAMS + 1)]
+    assert list(trajectory.streams) == names[1:]
+    assert trajectory.stream(5) is trajectory.streams[5]
+    assert trajectory.new_name() == 0
+
+
+# --- watched ----------------------------------------------------------------------------------------------------------
+
+
+def watched() -> Seen:
+    return Seen(Watched().place)
+
+
+def test_watched_falls_and_rises() -> None:
+    for times in ((9.0, 8.0, 6.0), (0.0, 0.1, 0.5)):
+        see = watched()
+        assert see(inputs(0.0, times[0])) == (Reason.FIRST_CALL, 0, 0)
+        assert see(inputs(0.1, times[1])) == (1, 0)
+        assert see(inputs(0.2, times[2])) == (2, 0)
+
+
+@pytest.mark.parametrize("timestep", [3, 3.0, torch.tensor([3.0, 3.0]), torch.tensor(3), None], ids=str)
+def test_watched_timesteps_of_any_kind(timestep: Any) -> None:
+    """A timestep may stand still, as in Heun's method, or be unknown."""
+    see = watched()
+    assert see(Inputs(latent(0), timestep, (C,))) == (Reason.FIRST_CALL, 0, 0)
+    assert see(Inputs(latent(0.1), timestep, (C,))) == (1, 0)
+
+
+@pytest.mark.parametrize(
+    ("turn", "time", "why"),
+    [
+        (0.2, 8.5, Reason.TIMESTEP_TURNED),
+        (0.2, math.nan, Reason.TIMESTEP_TURNED),
+        (0.1, 8.0, Reason.REPEATED),
+        (0.1, 7.0, Reason.REPEATED),
+        (math.pi / 2, 7.0, Reason.NEW_LATENT),
+        (math.nan, 7.0, Reason.NEW_LATENT),
+        (0.2, 7.0, None),
+        (0.2, 8.0, None),
+    ],
+)
+def test_watched_third_call(turn: float, time: float, why: Reason | None) -> None:
+    see = watched()
+    see(inputs(0.0, 9.0))
+    see(inputs(0.1, 8.0))
+    assert see(inputs(turn, time)) == ((2, 0) if why is None else (why, 0, 0))
+
+
+def test_watched_conditioning() -> None:
+    see, given = watched(), torch.zeros(3)
+    see(inputs(0.0, 9.0, given))
+    assert see(inputs(0.1, 8.0, given.clone())) == (Reason.NEW_CONDITIONING, 0, 0)
+    see(inputs(0.0, 9.0, given))
+    given.add_(1)
+    assert see(inputs(0.1, 8.0, given)) == (Reason.NEW_CONDITIONING, 0, 0)
+    assert see(inputs(0.2, 7.0, given)) == (1, 0)
+
+
+def test_watched_latent_of_another_shape() -> None:
+    see = watched()
+    see(inputs(0.0, 9.0))
+    assert see(Inputs(torch.ones(3), torch.tensor(8.0), (C,))) == (Reason.NEW_LATENT, 0, 0)
+    assert see(Inputs(1.1 * torch.ones(3), torch.tensor(7.0), (C,))) == (1, 0)
+    assert see(Inputs(torch.ones(3).double(), torch.tensor(6.0), (C,))) == (Reason.NEW_LATENT, 0, 0)
+
+
+def test_watched_latent_of_zeros_proves_nothing() -> None:
+    """The change relative to it is 0 / 0."""
+    see = watched()
+    see(Inputs(torch.zeros(3), torch.tensor(9.0), (C,)))
+    assert see(Inputs(torch.zeros(3), torch.tensor(8.0), (C,))) == (Reason.NEW_LATENT, 0, 0)
+
+
+def test_watched_streams_share_latent_and_timestep() -> None:
+    see = watched()
+    see(inputs(0.0, 9.0, C))
+    assert see(inputs(0.0, 9.0, U)) == (0, 1)
+    assert see(inputs(0.1, 8.0, C)) == (1, 0)
+    assert see(inputs(0.1, 8.0, U)) == (1, 1)
+    assert see(inputs(0.1, 7.0, torch.ones(3))) == (Reason.NEW_CONDITIONING, 0, 0), "another timestep"
+
+
+def test_watched_stream_of_another_noise_is_a_new_trajectory() -> None:
+    see = watched()
+    see(inputs(0.0, 9.0, C))
+    assert see(inputs(2.0, 9.0, U)) == (Reason.NEW_CONDITIONING, 0, 0)
+
+
+def test_watched_stream_that_pauses_keeps_its_step() -> None:
+    see = watched()
+    see(inputs(0.0, 9.0, U))
+    see(inputs(0.0, 9.0, C))
+    assert see(inputs(0.1, 8.0, C)) == (1, 1)
+    assert see(inputs(0.2, 7.0, U)) == (2, 0)
+    assert see(inputs(0.2, 7.0, C)) == (2, 1)
+
+
+def test_watched_streams_by_name() -> None:
+    see = watched()
+    assert see(inputs(0.0, 9.0, C), Named("cond")) == (Reason.FIRST_CALL, 0, "cond")
+    assert see(inputs(0.0, 9.0, C), Named("uncond")) == (0, "uncond")
+    assert see(inputs(0.1, 8.0, C), Named("cond")) == (1, "cond")
+    assert see(inputs(0.2, 7.0, U), Named("cond")) == (Reason.NEW_CONDITIONING, 0, "cond")
+
+
+def test_watched_step_that_goes_back_is_another_trajectory() -> None:
+    see = watched()
+    see(inputs(0.0, 9.0), Named("cond", step_index=3))
+    assert see(inputs(0.1, 8.0), Named("cond", step_index=4)) == (4, "cond")
+    assert see(inputs(0.2, 7.0), Named("cond", step_index=0)) == (Reason.TIMESTEP_TURNED, 0, "cond")
+
+
+def test_watched_holds_a_copy_of_the_latent() -> None:
+    see, x = watched(), latent(0.0)
+    for turn, expected in ((0.0, (Reason.FIRST_CALL, 0, 0)), (0.1, (1, 0)), (2.0, (Reason.NEW_LATENT, 0, 0))):
+        x.copy_(latent(turn))
+        assert see(Inputs(x, torch.tensor(9.0 - turn), (C,))) == expected
+
+
+def test_watched_without_any_tensor_never_goes_on() -> None:
+    see = watched()
+    assert see(Inputs(None, None, ())) == (Reason.FIRST_CALL, 0, 0)
+    assert see(Inputs(None, None, ())) == (Reason.NEW_LATENT, 0, 0)
