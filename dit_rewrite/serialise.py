@@ -1,9 +1,8 @@
-"""Policies as JSON, and guards as text: sympy's own, such as ``(step > 0) & Ne(Mod(step, 3), 0)``.
+"""Policies as JSON, and guards as sympy's text, such as ``(step > 0) & Ne(Mod(step, 3), 0)``; both come back equal.
 
 Text is parsed by a whitelist over Python's syntax tree and never evaluated: names are the symbols of guards, functions
 those of `FUNCTIONS` and `CONNECTIVES`, operators ``+ - * / ** %``, comparisons (chains too) and ``& | ^ ~`` (or
-``and or not``). What is not in it, or would grow too large, is refused with its name. Writing and reading give the same
-policy.
+``and or not``). What is not in it, or would grow too large, is refused with its name.
 """
 
 from __future__ import annotations
@@ -13,7 +12,7 @@ import json
 import math
 import types
 import typing
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict
 from typing import Any
 
@@ -40,7 +39,6 @@ CONNECTIVES: dict[str, Callable[..., Any]] = {
     "And": sympy.And, "Or": sympy.Or, "Not": sympy.Not, "Xor": sympy.Xor,
     "ITE": sympy.ITE, "Implies": sympy.Implies, "Equivalent": sympy.Equivalent,
 }  # fmt: skip
-CONSTANTS = {"true": sympy.true, "false": sympy.false}
 COMPARISONS: dict[type[ast.AST], Callable[..., Any]] = {
     ast.Gt: sympy.Gt, ast.GtE: sympy.Ge, ast.Lt: sympy.Lt, ast.LtE: sympy.Le, ast.Eq: sympy.Eq, ast.NotEq: sympy.Ne,
 }  # fmt: skip
@@ -50,17 +48,16 @@ JOINED: dict[type[ast.AST], Callable[..., Any]] = {
 
 
 class BadGuardText(PolicyError):
-    def __init__(self, text: str, problem: str) -> None:
+    def __init__(self, text: str, problem: str, symbols: Iterable[str], functions: Iterable[str]) -> None:
         super().__init__(
-            f"The guard `{_short(text)}` cannot be read: {problem}. Write comparisons of {', '.join(guards.SYMBOLS)} "
-            f"and numbers with + - * / ** %, joined by & | ^ ~, and the functions "
-            f"{', '.join([*FUNCTIONS, *CONNECTIVES])}."
+            f"The guard `{text[:200]}` cannot be read: {problem[:300]}. Write comparisons of {', '.join(symbols)} and "
+            f"numbers with + - * / ** %, joined by & | ^ ~, and the functions {', '.join(functions)}."
         )
 
 
 class ForeignName(BadGuardText):
-    def __init__(self, text: str, name: str, kind: str) -> None:
-        super().__init__(text, f"{name!r} is no {kind} of guards")
+    def __init__(self, text: str, name: str, kind: str, symbols: Iterable[str], functions: Iterable[str]) -> None:
+        super().__init__(text, f"{name[:100]!r} is no {kind} of guards", symbols, functions)
 
 
 class UnwritableGuard(PolicyError):
@@ -73,12 +70,14 @@ class UnwritableGuard(PolicyError):
 
 class BadPolicyText(PolicyError):
     def __init__(self, where: str, problem: str) -> None:
-        super().__init__(f"This is no policy in JSON: {where} {problem}. Write it by dit_rewrite.serialise.to_json.")
+        super().__init__(
+            f"This is no policy in JSON: {where} {problem[:300]}. Write it by dit_rewrite.serialise.to_json."
+        )
 
 
 class UnknownVersion(BadPolicyText):
-    def __init__(self, version: object) -> None:
-        super().__init__("its version", f"is {_short(repr(version))}, and this dit_rewrite reads version {VERSION}")
+    def __init__(self, version: object, known: int) -> None:
+        super().__init__("its version", f"is {version!r:.100}, and this dit_rewrite reads version {known}")
 
 
 def to_json(policy: Policy) -> str:
@@ -92,10 +91,10 @@ def from_json(text: str) -> Policy:
     try:
         value = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise BadPolicyText("the text", f"cannot be parsed ({_short(str(error))})") from None
+        raise BadPolicyText("the text", f"cannot be parsed ({error})") from None
     version = _as(value, dict, "the text").get("version", VERSION)
     if type(version) is not int or version != VERSION:
-        raise UnknownVersion(version)
+        raise UnknownVersion(version, VERSION)
     fields = _fields(value, "the policy", ("version", "name", "rules"))
     rules = _as(fields["rules"], list, "rules")
     return Policy(tuple(_rule(rule, f"rules[{i}]") for i, rule in enumerate(rules)), _as(fields["name"], str, "name"))
@@ -108,7 +107,7 @@ def _rule(value: object, where: str) -> Rule:
     selected = {name: _typed(item, hints[name], f"{where}.where.{name}") for name, item in place.items()}
     do, strategies = fields["do"], [str(strategy) for strategy in Strategy]
     if do not in strategies:
-        raise BadPolicyText(f"{where}.do", f"is {_short(repr(do))}, and not one of {', '.join(strategies)}")
+        raise BadPolicyText(f"{where}.do", f"is {do!r:.100}, and not one of {', '.join(strategies)}")
     when = parse_guard(_as(fields["when"], str, f"{where}.when"))
     return Rule(when=when, do=Strategy(do), where=Where(**selected))
 
@@ -121,14 +120,14 @@ def _fields(value: object, where: str, needed: tuple[str, ...], allowed: tuple[s
         raise BadPolicyText(where, f"lacks {', '.join(missing)}")
     foreign = [name for name in fields if name not in needed + allowed]
     if foreign:
-        raise BadPolicyText(where, f"has {_short(', '.join(foreign))}, which only a later version can mean")
+        raise BadPolicyText(where, f"has {', '.join(foreign)[:100]}, and its fields are {', '.join(needed + allowed)}")
     return fields
 
 
 def _as(value: object, kind: type, where: str) -> Any:
     """The value, which must be of that kind exactly (true is no number)."""
     if type(value) is not kind:
-        raise BadPolicyText(where, f"is {_short(json.dumps(value))}, and a {kind.__name__} is needed")
+        raise BadPolicyText(where, f"is {json.dumps(value)[:100]}, and a {kind.__name__} is needed")
     return value
 
 
@@ -140,9 +139,7 @@ def _typed(value: object, hint: Any, where: str) -> Any:
         kinds = arguments[:1] * len(items) if arguments[-1] is Ellipsis else arguments
         if len(kinds) != len(items):
             raise BadPolicyText(where, f"has {len(items)} items, and {len(kinds)} are needed")
-        return tuple(
-            _typed(item, kind, f"{where}[{i}]") for i, (item, kind) in enumerate(zip(items, kinds, strict=True))
-        )
+        return tuple(_typed(item, kinds[i], f"{where}[{i}]") for i, item in enumerate(items))
     if origin in (typing.Union, types.UnionType):
         fitting = (kind for kind in arguments if (list if typing.get_origin(kind) is tuple else kind) is type(value))
         return _typed(value, next(fitting, arguments[0]), where)
@@ -157,7 +154,7 @@ def guard_text(guard: Boolean) -> str:
     except BadGuardText as error:
         raise UnwritableGuard(guard, error) from None
     if again != guard:
-        raise UnwritableGuard(guard, f"`{_short(str(again))}`")
+        raise UnwritableGuard(guard, f"`{again}`")
     return text
 
 
@@ -167,18 +164,18 @@ def parse_guard(text: str) -> Boolean:
     A symbol that simplification would take away is refused too: a guard must hold only where all that it mentions is
     known, and the guard that is left would no longer mention it.
     """
-    if len(text) > MAX_TEXT:
-        raise BadGuardText(text, f"it has {len(text)} characters, and {MAX_TEXT} are allowed")
     reader = _Reader(text)
+    if len(text) > MAX_TEXT:
+        reader.refuse(f"it has {len(text)} characters, and {MAX_TEXT} are allowed")
     try:
         guard = reader.condition(ast.parse(text.strip(), mode="eval").body)
+    except BadGuardText:
+        raise
     except (SyntaxError, ValueError, TypeError, ArithmeticError, RecursionError, MemoryError) as error:
-        if isinstance(error, BadGuardText):
-            raise
-        raise BadGuardText(text, _short(str(error)) or type(error).__name__) from None
+        reader.refuse(str(error) or type(error).__name__)
     gone = sorted(reader.mentioned - guards.mentions(guard))
     if gone:
-        raise BadGuardText(text, f"it does not depend on {', '.join(gone)}: it says `{_short(str(guard))}`")
+        reader.refuse(f"it does not depend on {', '.join(gone)}: it says `{guard}`")
     return guard
 
 
@@ -191,22 +188,29 @@ class _Reader:
         self.depth = 0
 
     def refuse(self, problem: str) -> typing.NoReturn:
-        raise BadGuardText(self.text, problem)
+        raise BadGuardText(self.text, problem, guards.SYMBOLS, [*FUNCTIONS, *CONNECTIVES])
+
+    def foreign(self, name: str, kind: str) -> typing.NoReturn:
+        raise ForeignName(self.text, name, kind, guards.SYMBOLS, [*FUNCTIONS, *CONNECTIVES])
 
     def condition(self, node: ast.expr) -> Boolean:
         """What is true or false."""
         value = self.read(node)
         if not isinstance(value, Boolean) or isinstance(value, sympy.Symbol):
-            self.refuse(f"`{_show(node)}` is a number where a condition is needed (put comparisons in parentheses)")
+            self.refuse(
+                f"`{ast.unparse(node)}` is a number where a condition is needed (put comparisons in parentheses)"
+            )
         return value
 
     def number(self, node: ast.expr) -> sympy.Expr:
         """What has a finite, real value, as far as is known."""
         value = self.read(node)
         if not isinstance(value, sympy.Expr):
-            self.refuse(f"`{_show(node)}` is a condition where a number is needed (put comparisons in parentheses)")
+            self.refuse(
+                f"`{ast.unparse(node)}` is a condition where a number is needed (put comparisons in parentheses)"
+            )
         if value.has(sympy.nan, sympy.zoo, sympy.oo, -sympy.oo, sympy.I):
-            self.refuse(f"`{_show(node)}` is no real number")
+            self.refuse(f"`{ast.unparse(node)}` is no real number")
         return value
 
     def read(self, node: ast.expr) -> Any:
@@ -222,7 +226,7 @@ class _Reader:
         }
         reader = readers.get(type(node))
         if reader is None or self.depth == MAX_DEPTH:
-            self.refuse(f"`{_show(node)}` is {'not allowed' if reader is None else 'nested too deeply'}")
+            self.refuse(f"`{ast.unparse(node)}` is {'not allowed' if reader is None else 'nested too deeply'}")
         self.depth += 1
         value = reader(node)
         self.depth -= 1
@@ -232,36 +236,35 @@ class _Reader:
         if isinstance(node.value, bool):
             return sympy.true if node.value else sympy.false
         if not isinstance(node.value, int | float) or not math.isfinite(node.value):
-            self.refuse(f"`{_show(node)}` is no finite number")
+            self.refuse(f"`{ast.unparse(node)}` is no finite number")
         return sympy.Integer(node.value) if isinstance(node.value, int) else sympy.Float(node.value)
 
     def name(self, node: ast.Name) -> Any:
-        if node.id in CONSTANTS:
-            return CONSTANTS[node.id]
+        if node.id in ("true", "false"):
+            return sympy.true if node.id == "true" else sympy.false
         if node.id not in guards.SYMBOLS:
-            raise ForeignName(self.text, node.id, "symbol")
+            self.foreign(node.id, "symbol")
         self.mentioned.add(node.id)
         return guards.SYMBOLS[node.id]
 
     def call(self, node: ast.Call) -> Any:
-        written = _show(node)
+        written = ast.unparse(node)
         if written in guards.SYMBOLS:  # a symbol whose name looks like a call
             self.mentioned.add(written)
             return guards.SYMBOLS[written]
         if not isinstance(node.func, ast.Name):
-            self.refuse(f"`{_show(node.func)}` is not allowed")
+            self.refuse(f"`{ast.unparse(node.func)}` is not allowed")
         function = FUNCTIONS.get(node.func.id) or CONNECTIVES.get(node.func.id)
         if function is None:
-            raise ForeignName(self.text, node.func.id, "function")
+            self.foreign(node.func.id, "function")
         if node.keywords or len(node.args) > MAX_ARGUMENTS:
             self.refuse(f"`{written}` names an argument, or has more than {MAX_ARGUMENTS}")
         return function(*map(self.number if node.func.id in FUNCTIONS else self.condition, node.args))
 
     def compare(self, node: ast.Compare) -> Boolean:
         sides = [self.number(side) for side in (node.left, *node.comparators)]
-        unknown = [op for op in node.ops if type(op) not in COMPARISONS]
-        if unknown:
-            self.refuse(f"`{_show(node)}` compares by other than < <= > >= == !=")
+        if any(type(op) not in COMPARISONS for op in node.ops):
+            self.refuse(f"`{ast.unparse(node)}` compares by other than < <= > >= == !=")
         return sympy.And(*(COMPARISONS[type(op)](*sides[i : i + 2]) for i, op in enumerate(node.ops)))
 
     def unary(self, node: ast.UnaryOp) -> Any:
@@ -282,7 +285,7 @@ class _Reader:
             return sympy.Mod(self.number(node.left), self.number(node.right))
         if isinstance(node.op, ast.Pow):
             return self.power(node)
-        return self.refuse(f"`{_show(node)}` uses an operator that is not allowed")
+        return self.refuse(f"`{ast.unparse(node)}` uses an operator that is not allowed")
 
     def factors(self, node: ast.expr, sign: int = 1) -> Iterator[sympy.Expr]:
         """The factors of a product, those of its denominators too (``1/(2*x)`` has 1/2 and 1/x)."""
@@ -296,13 +299,13 @@ class _Reader:
                 continue
             value = self.number(part)
             if power < 0 and value.is_zero:
-                self.refuse(f"`{_show(node)}` divides by zero")
+                self.refuse(f"`{ast.unparse(node)}` divides by zero")
             yield value**power
 
     def power(self, node: ast.BinOp) -> sympy.Expr:
         base, exponent = self.number(node.left), self.number(node.right)
         if not exponent.is_Number or not _degree(base) * abs(exponent) <= MAX_DEGREE:
-            self.refuse(f"the power `{_show(node)}` could grow too large")
+            self.refuse(f"the power `{ast.unparse(node)}` could grow too large")
         return base**exponent
 
 
@@ -325,14 +328,6 @@ def _degree(expression: sympy.Expr) -> float:
         return _degree(expression.base) * abs(float(expression.exp))
     degrees = [_degree(part) for part in expression.args]
     return max(1.0, sum(degrees) if expression.is_Mul else max(degrees, default=1.0))
-
-
-def _show(node: ast.AST) -> str:
-    return _short(ast.unparse(node))
-
-
-def _short(text: str) -> str:
-    return text if len(text) <= 200 else f"{text[:200]}…"
 
 
 class _Printer(StrPrinter):

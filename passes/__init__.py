@@ -4,7 +4,8 @@ attention_core.py  the marker op that keeps attention whole through capture
 capture.py         Dynamo's graph -> functional ATen graph
 graph.py           questions to a graph: dependence, closures, parameters, what an op is
 cost.py            FLOPs and bytes of nodes
-sites.py           residual sums -> branches -> sites
+branches.py        residual sums -> branches
+sites.py           branches -> sites
 naming.py          names and layers of sites, from module paths
 guards.py          the language of guards
 guard.py           sites -> `cache_or_compute` nodes

@@ -28,8 +28,14 @@ VALUES = {
     "wan": 6,
     "stdit": 8,
 }
+QUICK = {"dit", "sd3", "flux"}  # in float32 the steps that compute are compared for every model in test_models_fora too
 PRECISIONS = [
-    pytest.param(case, precision, id=f"{case.name}-{precision}")
+    pytest.param(
+        case,
+        precision,
+        id=f"{case.name}-{precision}",
+        marks=[pytest.mark.slow] if precision == "fp32" and case.name not in QUICK else [],
+    )
     for case in MODELS.values()
     for precision in ("fp32", "bf16", "autocast")
     if precision != "autocast" or case.autocast

@@ -85,66 +85,40 @@ def test_foreign_name(text: str) -> None:
 
 
 REFUSED = {
-    "step.real > 1": "`step.real` is not allowed",
-    "step[0] > 1": r"`step\[0\]` is not allowed",
-    "().__class__.__bases__": "not allowed",
-    "(lambda: 1)()": "`lambda: 1` is not allowed",
-    "step.bit_length() > 1": "`step.bit_length` is not allowed",
-    "[step > 0]": "not allowed",
-    "step > 0 if age else 1": "not allowed",
-    "(x := 3) > step": "not allowed",
-    "f'{step}' > 1": "not allowed",
-    "step in (1, 2)": "not allowed",
-    "step is 3": "compares by other than",
-    "Mod(step, b=3) > 1": "names an argument",
-    "Mod(*[1, 2]) > 1": "not allowed",
-    "Mod(step) > 1": "argument",
-    f"Max({'step, ' * 17}) > 1": "more than 16",
-    "step @ 3 > 1": "operator",
-    "step // 3 > 1": "operator",
-    "step << 3 > 1": "operator",
-    "'a' > step": "no finite number",
-    "1j > step": "no finite number",
-    "None": "no finite number",
-    "1e999 > step": "no finite number",
-    "9" * 400 + " > step": "too large",
-    "step": "`step` is a number where a condition is needed",
-    "3": "is a number where a condition is needed",
-    "step > 1 & age > 2": "`1` is a number where a condition is needed .put comparisons in parentheses",
-    "step > True": "`True` is a condition where a number is needed",
-    "(step > 0) < (age > 0)": "is a condition where a number is needed",
-    "(step > 0) + 1 > 0": "is a condition where a number is needed",
-    "step / 0 > 1": "divides by zero",
-    "Mod(step, 0) > 1": "zero",
-    "log(0) > step": "no real number",
-    "Eq(sqrt(-1), step)": "no real number",
-    "Max() > step": "no real number",
-    "": "invalid syntax",
-    "step >": "invalid syntax",
-    "step > 0\0": "null bytes",
-    "10**10**10 > step": "could grow too large",
-    "9**(9**(9**9)) > step": "could grow too large",
-    "(step**64)**64 > 3": "could grow too large",
-    "((step**8 + 1)**8 + 1)**8 > 1": "could grow too large",
-    "2**step > 3": "could grow too large",
-    "9" * 5000 + " > step": "Exceeds the limit",
-    "(" * 3000 + "step > 0" + ")" * 3000: "too many nested parentheses",
-    "~" * 60 + "(step > 0)": "nested too deeply",
-    "-" * 3000 + "step > 0": "nested too deeply|recursion",
-    "step > " + "+".join(["age"] * 9000): "characters",
-    "step >= 0": "does not depend on step: it says `True`",
-    "(age > 0.5) | (age <= 0.5)": "does not depend on age",
-    "(layer > 3) & Eq(0*progress, 0)": "does not depend on progress",
-}
+    "not allowed": [
+        "step.real > 1", "step[0] > 1", "().__class__.__bases__", "(lambda: 1)()", "step.bit_length() > 1",
+        "[step > 0]", "step > 0 if age else 1", "(x := 3) > step", "f'{step}' > 1", "step in (1, 2)",
+        "Mod(*[1, 2]) > 1", "step @ 3 > 1", "step // 3 > 1", "step << 3 > 1",
+    ],
+    "compares by other than": ["step is 3", "step is not 3"],
+    "names an argument, or has more than 16": ["Mod(step, b=3) > 1", f"Max({'step, ' * 17}) > 1"],
+    "argument": ["Mod(step) > 1"],
+    "no finite number": ["'a' > step", "1j > step", "None", "1e999 > step", "... > step", "b'1' > step"],
+    "number where a condition is needed": ["step", "3", "step > 1 & age > 2", "step & (age > 3)", "~step", "not 1"],
+    "condition where a number is needed": ["step > True", "(step > 0) < (age > 0)", "(step > 0) + 1 > 0"],
+    "zero": ["step / 0 > 1", "1 / (2*(step - step)) > 1", "Mod(step, 0) > 1", "step % 0 > 1"],
+    "no real number": ["log(0) > step", "Eq(sqrt(-1), step)", "Max() > step", "0**-1 > step"],
+    "invalid syntax": ["", "step >", "step > 0; age > 1", "import os"],
+    "null bytes": ["step > 0\0"],
+    "could grow too large": [
+        "10**10**10 > step", "(step**64)**64 > 3", "((step**8 + 1)**8 + 1)**8 > 1", "2**step > 3",
+    ],
+    "too large|Exceeds the limit": ["9" * 400 + " > step", "9" * 5000 + " > step"],
+    "nested|recursion": ["(" * 3000 + "step > 0" + ")" * 3000, "~" * 60 + "(step > 0)", "-" * 3000 + "step > 0"],
+    "characters": ["step > " + "+".join(["age"] * 9000)],
+    "does not depend on step: it says `True`": ["step >= 0"],
+    "does not depend on age": ["(age > 0.5) | (age <= 0.5)", "(layer > 3) & Eq(0*age, 0)"],
+}  # fmt: skip
 
 
-@pytest.mark.parametrize("text", REFUSED, ids=lambda text: text[:40])
-def test_refused(text: str) -> None:
+@pytest.mark.parametrize("problem", REFUSED)
+def test_refused(problem: str) -> None:
     """What a guard cannot be is refused with the reason, before it costs anything."""
-    begin = time.perf_counter()
-    with pytest.raises(BadGuardText, match=REFUSED[text]):
-        parse_guard(text)
-    assert time.perf_counter() - begin < 2
+    for text in REFUSED[problem]:
+        begin = time.perf_counter()
+        with pytest.raises(BadGuardText, match=problem):
+            parse_guard(text)
+        assert time.perf_counter() - begin < 2
 
 
 def test_nothing_runs(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -226,13 +200,13 @@ BAD: list[tuple[Any, type[PolicyError], str]] = [
     (SIMPLE | {"rules": ["step > 1"]}, BadPolicyText, r"rules\[0\] is \"step > 1\", and a dict is needed"),
     (SIMPLE | {"extra": 1}, BadPolicyText, "the policy has extra"),
     (SIMPLE | {"rules": [{"when": "step > 1"}]}, BadPolicyText, r"rules\[0\] lacks do, where"),
-    (rule(then=1), BadPolicyText, r"rules\[0\] has then"),
+    (rule(then=1), BadPolicyText, r"rules\[0\] has then, and its fields are when, do, where"),
     (rule(when=True), BadPolicyText, r"rules\[0\].when is true, and a str is needed"),
     (rule(when="snrr > 1"), ForeignName, "'snrr'"),
     (rule(do="forget"), BadPolicyText, r"rules\[0\].do is 'forget', and not one of compute, reuse"),
     (rule(do=None), BadPolicyText, r"rules\[0\].do is None"),
     (rule(where=[]), BadPolicyText, r"rules\[0\].where is \[\], and a dict is needed"),
-    (rule(where={"layers": 3}), BadPolicyText, r"rules\[0\].where has layers"),
+    (rule(where={"layers": 3}), BadPolicyText, r"rules\[0\].where has layers, and its fields are kinds"),
     (rule(where={"kinds": "mlp"}), BadPolicyText, r"rules\[0\].where.kinds is \"mlp\", and a list is needed"),
     (rule(where={"kinds": [1]}), BadPolicyText, r"rules\[0\].where.kinds\[0\] is 1, and a str is needed"),
     (rule(where={"kinds": ["mlpp"]}), BadParameter, "mlpp"),

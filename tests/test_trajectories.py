@@ -8,17 +8,17 @@ from __future__ import annotations
 import contextlib
 import itertools
 import weakref
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import dit_rewrite
 from dit_rewrite.errors import Reason
 from dit_rewrite.policies import FORA
-from dit_rewrite.runtime import trajectory as trajectories
+from dit_rewrite.runtime.session import Session
 from tests import tiny
 from tests.tiny import calls, condition, fora, outputs, rewritten, row, same
 
@@ -268,21 +268,42 @@ def _streams(compiled: dit_rewrite.RewrittenModule) -> list[Any]:
     return list(trajectory.streams.values())
 
 
-@pytest.fixture
-def reads(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
-    """Counts reads of a device: those that the runtime makes, and any comparison of tensors by value."""
-    counted: list[int] = []
-    read, equal = trajectories._read, torch.equal
-    monkeypatch.setattr(trajectories, "_read", lambda *args: (counted.append(1), read(*args))[1])
-    monkeypatch.setattr(torch, "equal", lambda *args: (counted.append(1), equal(*args))[1])
-    yield counted
+class Reads(TorchDispatchMode):
+    """Counts what makes the host wait for the device."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += func in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.equal.default)
+        return func(*args, **(kwargs or {}))
 
 
-def test_being_told_reads_nothing(reads: list[int]) -> None:
-    model = tiny.build()
-    compiled = rewritten(model)
-    with compiled.trajectory(5):
-        outputs(compiled, calls(5))
-    assert reads == []
-    outputs(compiled, calls(5))
-    assert len(reads) == 5
+@pytest.mark.parametrize(
+    ("telling", "conditioning", "expected"),
+    [("told", "kept", 0), ("named", "kept", 0), ("named", "new", 0), ("told", "new", 4), ("watched", "kept", 5 + 4)],
+)
+def test_what_reads_the_device(monkeypatch: pytest.MonkeyPatch, telling: str, conditioning: str, expected: int) -> None:
+    """Told, nothing does, unless streams have no name and conditioning is made anew. Watched: see `_read`.
+
+    On a CPU each number of the one fused read counts: the timestep of 5 calls, and the change of the latent after the first.
+    """
+    compiled, reads = rewritten(tiny.build()), Reads()
+    begin = Session.begin
+
+    def counted(*args: Any) -> Any:
+        with reads:
+            return begin(*args)
+
+    monkeypatch.setattr(Session, "begin", counted)
+    with contextlib.ExitStack() as stack:
+        if telling != "watched":
+            stack.enter_context(compiled.trajectory(5))
+        if telling == "named":
+            stack.enter_context(compiled.cache_context("cond"))
+        for arguments in calls(5):
+            given = arguments["condition"]
+            outputs(compiled, [{**arguments, "condition": given.clone() if conditioning == "new" else given}])
+    assert reads.count == expected
+    assert row(compiled, 5) == "CRRCR"

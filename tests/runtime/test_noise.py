@@ -26,6 +26,7 @@ MU = 0.8
 BETAS = {"beta_start": 0.0001, "beta_end": 0.02, "beta_schedule": "linear"}
 TABLE = torch.cumprod(1 - torch.linspace(0.0001, 0.02, 1000), 0).double().numpy()  # abar, as DDPM defines it
 SIGMAS = np.sqrt((1 - TABLE) / TABLE)
+ENDS = SIGMAS[0], SIGMAS[-1]
 
 
 def preserving(timesteps: Sequence[int]) -> list[float]:
@@ -67,8 +68,23 @@ def shares(n: int) -> np.ndarray:
     return np.linspace(1, 1 / 1000, n)
 
 
-def shifted(s: np.ndarray, shift: float) -> np.ndarray:
+def shifted(s: Any, shift: float) -> Any:
     return shift * s / (1 + (shift - 1) * s)
+
+
+def twice_shifted(n: int) -> np.ndarray:
+    """diffusers shifts the ends of its range when it is made, and what lies between again."""
+    return shifted(np.linspace(1, shifted(1 / 1000, 3.0), n), 3.0)
+
+
+def dynamic(n: int) -> list[float]:
+    """The shift of FLUX, by the exponential of mu."""
+    return flowing(math.exp(MU) / (math.exp(MU) + 1 / shares(n) - 1))
+
+
+def minimax(n: int) -> list[float]:
+    """One call fewer than asked for: the end counts as a step."""
+    return flowing(shifted(np.linspace(1, 0, n), 3.0)[:-1])
 
 
 def twice(values: Sequence[float]) -> list[float]:
@@ -81,6 +97,11 @@ def prk(n: int) -> list[float]:
     times, half = leading(n), 1000 // n // 2
     head = [t for i in range(3) for t in (times[i], times[i + 1] + half, times[i + 1] + half, times[i + 1])]
     return preserving([*head, *times[3:]])
+
+
+def plms(n: int) -> list[float]:
+    """PNDM without Runge-Kutta steps calls twice at its second time."""
+    return preserving([*leading(n)[:2], *leading(n)[1:]])
 
 
 @dataclass(frozen=True)
@@ -101,76 +122,35 @@ def made(name: str, **config: Any) -> Callable[[], Any]:
     return lambda: getattr(diffusers, name)(**config)
 
 
-VP = {"use_flow_sigmas": True, "flow_shift": 3.0, "prediction_type": "flow_prediction"}
-VELOCITY = NOISE - X0
-EDM = {"sigma_min": 0.002, "sigma_max": 80.0}
+FLOW = "FlowMatchEulerDiscreteScheduler"
+DPM = "DPMSolverMultistepScheduler"
+DPM_FLOW = {"use_flow_sigmas": True, "flow_shift": 3.0, "prediction_type": "flow_prediction"}
+DPM_KARRAS = {"algorithm_type": "dpmsolver++", "use_karras_sigmas": True}
+TO_NOISE, TO_X0 = NOISE - X0, X0 - NOISE
 CASES = [
     Case("DDPM", made("DDPMScheduler", **BETAS), lambda n: preserving(leading(n))),
     Case("DDIM", made("DDIMScheduler", **BETAS, clip_sample=False), lambda n: preserving(leading(n)), NOISE),
-    Case("DPM-Solver", made("DPMSolverMultistepScheduler", **BETAS), lambda n: preserving(linspace(n)), NOISE),
-    Case(
-        "DPM-Solver++ Karras",
-        made("DPMSolverMultistepScheduler", **BETAS, algorithm_type="dpmsolver++", use_karras_sigmas=True),
-        lambda n: exploding(karras(n, SIGMAS[0], SIGMAS[-1])),
-        NOISE,
-    ),
+    Case("PNDM", made("PNDMScheduler", **BETAS), prk, NOISE),
+    Case("PLMS", made("PNDMScheduler", **BETAS, skip_prk_steps=True), plms, NOISE),
+    Case("DPM-Solver", made(DPM, **BETAS), lambda n: preserving(linspace(n)), NOISE),
+    Case("DPM-Solver++ Karras", made(DPM, **BETAS, **DPM_KARRAS), lambda n: exploding(karras(n, *ENDS)), NOISE),
     Case("UniPC", made("UniPCMultistepScheduler", **BETAS), lambda n: preserving(linspace(n)), NOISE),
     Case("DEIS", made("DEISMultistepScheduler", **BETAS), lambda n: preserving(linspace(n)), NOISE),
-    Case("PNDM", made("PNDMScheduler", **BETAS), prk, NOISE),
-    Case(
-        "PLMS",
-        made("PNDMScheduler", **BETAS, skip_prk_steps=True),
-        lambda n: preserving([leading(n)[0], leading(n)[1], *leading(n)[1:]]),
-        NOISE,
-    ),
     Case("Euler", made("EulerDiscreteScheduler", **BETAS), lambda n: exploding(euler(n)), NOISE),
     Case("Euler ancestral", made("EulerAncestralDiscreteScheduler", **BETAS), lambda n: exploding(euler(n))),
+    Case("Heun", made("HeunDiscreteScheduler", **BETAS), lambda n: twice(exploding(euler(n))), NOISE),
+    Case("EDM", made("EDMEulerScheduler", sigma_min=0.01, sigma_max=9), lambda n: exploding(karras(n, 0.01, 9))),
+    Case("flow", made(FLOW), lambda n: flowing(shares(n)), TO_NOISE),
+    Case("flow, fixed shift", made(FLOW, shift=3.0), lambda n: flowing(twice_shifted(n)), TO_NOISE),
+    Case("flow, dynamic shift", made(FLOW, use_dynamic_shifting=True), dynamic, TO_NOISE, (("mu", MU),)),
+    Case("flow, inverted sigmas", made(FLOW, invert_sigmas=True), lambda n: flowing(shares(n)), TO_X0),
+    Case("flow, Heun", made("FlowMatchHeunDiscreteScheduler"), lambda n: twice(flowing(shares(n))), TO_NOISE),
     Case(
-        "Heun",
-        made("HeunDiscreteScheduler", **BETAS),
-        lambda n: twice(exploding(euler(n))),
-        NOISE,
+        "flow, DPM-Solver", made(DPM, **DPM_FLOW), lambda n: flowing(shifted(shares(n + 1)[:-1] - 1e-3, 3.0)), TO_NOISE
     ),
-    Case("EDM", made("EDMEulerScheduler", **EDM), lambda n: exploding(karras(n, 0.002, 80.0))),
-    Case("flow", made("FlowMatchEulerDiscreteScheduler"), lambda n: flowing(shares(n)), VELOCITY),
-    Case(
-        "flow, fixed shift",
-        made("FlowMatchEulerDiscreteScheduler", shift=3.0),
-        lambda n: flowing(shifted(np.linspace(1, shifted(1 / 1000, 3.0), n), 3.0)),
-        VELOCITY,
-    ),
-    Case(
-        "flow, dynamic shift",
-        made("FlowMatchEulerDiscreteScheduler", use_dynamic_shifting=True),
-        lambda n: flowing(math.exp(MU) / (math.exp(MU) + 1 / shares(n) - 1)),
-        VELOCITY,
-        (("mu", MU),),
-    ),
-    Case(
-        "flow, inverted sigmas",
-        made("FlowMatchEulerDiscreteScheduler", invert_sigmas=True),
-        lambda n: flowing(shares(n)),
-        -VELOCITY,
-    ),
-    Case(
-        "flow, Heun",
-        made("FlowMatchHeunDiscreteScheduler", shift=1.0),
-        lambda n: twice(flowing(shares(n))),
-        VELOCITY,
-    ),
-    Case(
-        "flow, DPM-Solver",
-        made("DPMSolverMultistepScheduler", **VP),
-        lambda n: flowing(shifted(np.linspace(1 - 1 / 1000, 0, n + 1)[:-1], 3.0)),
-        VELOCITY,
-    ),
-    Case("flow, time of the signal", made("MiniMaxH3Scheduler", shift=3.0), lambda n: minimax(n), -VELOCITY),
+    Case("flow, time of the signal", made("MiniMaxH3Scheduler", shift=3.0), minimax, TO_X0),
     Case("flow, Euler ancestral", made("LTXEulerAncestralRFScheduler"), lambda n: flowing(shares(n))),
 ]
-
-
-def minimax(n: int) -> list[float]:
-    return flowing(shifted(np.linspace(1, 0, n), 3.0)[:-1])
 
 
 def levels_of(scheduler: Any) -> NoiseLevels:
@@ -327,12 +307,10 @@ UNTOLD: dict[str, Callable[[], Any]] = {
     "no table": set_to(5, "IPNDMScheduler"),
     "no table, cosine": set_to(5, "DDPMWuerstchenScheduler"),
     "trigonometric flow": set_to(2, "SCMScheduler"),
-    "flow predicted, not flow sigmas": set_to(5, "DPMSolverMultistepScheduler", prediction_type="flow_prediction"),
-    "flow sigmas above 1": set_to(5, "DPMSolverMultistepScheduler", **VP, use_karras_sigmas=True),
+    "flow predicted, not flow sigmas": set_to(5, DPM, prediction_type="flow_prediction"),
+    "flow sigmas above 1": set_to(5, DPM, **DPM_FLOW, use_karras_sigmas=True),
     "sigmas of a stage": set_to(5, "HeliosScheduler", using={"stage_index": 1}),
-    "other timesteps than sigmas": set_to(
-        3, "FlowMatchEulerDiscreteScheduler", using={"timesteps": [900, 500, 100], "sigmas": [0.6, 0.4, 0.2]}
-    ),
+    "other timesteps than sigmas": set_to(3, FLOW, using={"timesteps": [900, 500, 100], "sigmas": [0.6, 0.4, 0.2]}),
     "rising share of noise": lambda: SimpleNamespace(
         timesteps=[100.0, 500.0], sigmas=[0.1, 0.5], config={"num_train_timesteps": 1000}
     ),
