@@ -189,7 +189,7 @@ def test_damaged_weights(tmp_path: Path, damage: str) -> None:
 
 def test_backends_and_their_options() -> None:
     model = tiny.build()
-    with pytest.raises(BadParameter, match="backend='eager'.*\"inductor\", \"aot_eager\" or a callable"):
+    with pytest.raises(BadParameter, match='backend=\'eager\'.*"inductor", "aot_eager" or a callable'):
         compile(model, FORA(3), backend="eager")
     for more in ({"mode": "max-autotune"}, {"options": {"max_autotune": True}}):
         with pytest.raises(BadParameter, match='none, unless backend is "inductor"'):
