@@ -94,11 +94,9 @@ class Backend:
             for i, site_rules in enumerate(rules)
             if site_rules.reachable
         ]
-        specs_of = len(labels)
-        if found.hoisted is not None:
-            labels.append(Guarded(len(found.sites), "conditioning unchanged", "hoist"))
-        guarded = guard(captured.gm, found.all, labels)
-        specs = [self._spec(guarded, k, rules[label.site]) for k, label in enumerate(labels[:specs_of])]
+        hoisted = [Guarded(len(found.sites), "conditioning unchanged", "hoist")] if found.hoisted is not None else []
+        guarded = guard(captured.gm, found.all, [*labels, *hoisted])
+        specs = [self._spec(guarded, k, rules[label.site]) for k, label in enumerate(labels)]
         rewritten: Rewritten
 
         def compile_variant(row: Row) -> Executable:
@@ -109,10 +107,10 @@ class Backend:
             specs,
             found.num_layers,
             captured.static,
-            captured.steady,
             len(captured.placeholders),
             self.session,
             compile_variant,
+            captured.steady,
         )
         rewritten = Rewritten(captured, found, rules, guarded, graph, {}, whole)
         if found.hoisted is not None:

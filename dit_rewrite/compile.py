@@ -62,8 +62,8 @@ class RewrittenModule(OptimizedModule):
             raise
         session.end(call)
         if not self._checked:
-            object.__setattr__(self, "_checked", True)
             self._check_policy()
+            object.__setattr__(self, "_checked", True)
         return output
 
     def _refuse_gradients(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:

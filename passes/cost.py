@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_map
 from torch.utils.flop_counter import flop_registry, sdpa_flop_count
 
 from dit_rewrite.passes import attention_core
-from dit_rewrite.passes.graph import aten, packet
+from dit_rewrite.passes.graph import aten, operands, packet
 
 
 def hint(size: int | torch.SymInt) -> int:
@@ -33,7 +33,7 @@ def flops(nodes: Iterable[fx.Node]) -> int:
 
 def _flops(node: fx.Node) -> int:
     if node.target is attention_core.OP:
-        return sdpa_flop_count(*(shape(n.meta["val"]) for n in node.all_input_nodes[:3]))
+        return sdpa_flop_count(*(shape(n.meta["val"]) for n in operands(node)))
     formula = flop_registry.get(packet(node))
     if formula is None:
         return _linear_flops(node) if packet(node) is aten.linear else 0

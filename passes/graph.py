@@ -59,7 +59,7 @@ def is_contraction(node: fx.Node) -> bool:
 def operands(node: fx.Node) -> list[fx.Node]:
     """The two data operands of a contraction, addmm's bias and attention's mask left out."""
     if node.target is attention_core.OP:
-        return list(node.all_input_nodes[:3])
+        return list(node.args[:3])  # type: ignore[arg-type]  # and no `all_input_nodes`: key and value may be one node
     tensors = [a for a in node.args if isinstance(a, fx.Node)]
     return tensors[1:3] if packet(node) in (aten.addmm, aten.baddbmm) else tensors[:2]
 

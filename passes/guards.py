@@ -11,7 +11,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import sympy
-from sympy.logic.boolalg import Boolean
+from sympy.core.function import AppliedUndef
+from sympy.logic.boolalg import Boolean, BooleanFunction
 
 from dit_rewrite.errors import NotBoolean, UnknownSymbol
 
@@ -26,14 +27,28 @@ Value = int | float | None
 
 
 def check(guard: object) -> Boolean:
-    """`guard` as a Boolean over SYMBOLS; raises NotBoolean or UnknownSymbol. Python's True and False are welcome."""
-    expression = sympy.sympify(guard)
-    if not isinstance(expression, Boolean):
+    """`guard` as a Boolean over SYMBOLS; raises NotBoolean or UnknownSymbol. Python's True and False are welcome.
+
+    Text is refused: sympy would evaluate it, and its symbols would not be ours.
+    """
+    try:
+        expression = sympy.sympify(guard, strict=True)
+    except sympy.SympifyError:
+        raise NotBoolean(guard) from None
+    if not _is_proposition(expression):
         raise NotBoolean(guard)
-    foreign = sorted(s.name for s in expression.free_symbols if SYMBOLS.get(s.name) != s)
+    foreign = [s.name for s in expression.free_symbols if SYMBOLS.get(s.name) != s]
+    foreign += [str(call.func) for call in expression.atoms(AppliedUndef)]
     if foreign:
-        raise UnknownSymbol(foreign, guard, list(SYMBOLS))
+        raise UnknownSymbol(sorted(foreign), guard, list(SYMBOLS))
     return expression
+
+
+def _is_proposition(expression: object) -> bool:
+    """Whether this is true or false. (A symbol of sympy counts as Boolean, but each of ours is a number.)"""
+    if not isinstance(expression, Boolean) or isinstance(expression, sympy.Symbol):
+        return False
+    return not isinstance(expression, BooleanFunction) or all(map(_is_proposition, expression.args))
 
 
 def mentions(guard: Boolean) -> frozenset[str]:
@@ -78,5 +93,5 @@ class Predicate:
             return False
         try:
             return bool(self._function(*values))
-        except ArithmeticError:  # a guard that divides by zero at this step proves nothing
+        except (ArithmeticError, ValueError, TypeError):  # 1/0, log(0), a complex root: no value proves nothing
             return False

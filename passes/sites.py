@@ -5,7 +5,9 @@ Nothing here knows a model's class.
 
 from __future__ import annotations
 
+import functools
 import itertools
+import operator
 from collections import defaultdict
 from dataclasses import dataclass
 from enum import Enum
@@ -132,35 +134,39 @@ def _waiting_for_themselves(dependence: Dependence, groups: list[tuple[Branch, .
     return {i for cycle in cycles for i in cycle}
 
 
-def _kinds(dependence: Dependence, groups: list[tuple[Branch, ...]], closed: list[frozenset[fx.Node]]) -> list[Kind]:
-    """The kind of each group, by its own nodes and by the groups inside it, which come before it."""
+def _kinds(dependence: Dependence, groups: list[tuple[Branch, ...]]) -> list[Kind]:
+    """The kind of each group, by its own nodes and by the groups on its ways from stream to value (they precede it)."""
+    regions = [functools.reduce(operator.or_, (branch.region for branch in group)) for group in groups]
+    values = [dependence.mask(branch.value for branch in group) for group in groups]
     kinds: list[Kind] = []
     for i, group in enumerate(groups):
-        inside = [j for j in range(i) if all(branch.value in closed[i] for branch in groups[j])]
-        taken = frozenset().union(*(closed[j] for j in inside))
-        own = [node for node in _own_contractions(dependence, group) if node not in taken]
-        held = {kinds[j] for j in inside} | ({_kind(dependence, group, taken)} if own or not inside else set())
-        kinds.append(held.pop() if len(held) == 1 else _mixed(held))
+        inside = [j for j in range(i) if values[j] & ~regions[i] == 0]
+        taken = functools.reduce(operator.or_, (regions[j] for j in inside), 0)
+        held = {kinds[j] for j in inside}
+        if dependence.contractions(regions[i] & ~taken):
+            held.add(_kind(dependence, group, taken))
+        kinds.append(_together(held))
     return kinds
 
 
-def _mixed(kinds: set[Kind]) -> Kind:
-    """What to call attention and MLP together, or several kinds of attention."""
-    if kinds & {Kind.MLP, Kind.PARALLEL}:
+def _together(kinds: set[Kind]) -> Kind:
+    """What to call a site that holds all of these."""
+    if len(kinds) > 1 and kinds & {Kind.MLP, Kind.PARALLEL}:
         return Kind.PARALLEL
-    return next(kind for kind in (Kind.JOINT, Kind.SELF, Kind.CROSS) if kind in kinds)
+    return next(kind for kind in (Kind.JOINT, Kind.SELF, Kind.CROSS, Kind.MLP, Kind.PARALLEL) if kind in kinds)
 
 
-def _kind(dependence: Dependence, group: tuple[Branch, ...], taken: frozenset[fx.Node]) -> Kind:
+def _kind(dependence: Dependence, group: tuple[Branch, ...], taken: int) -> Kind:
     """The kind of a group by its own nodes, those `taken` by groups inside it left out."""
-    cores = [(core, branch) for branch in group for core in branch.cores if core not in taken]
+    own = dependence.members(dependence.mask(core for branch in group for core in branch.cores) & ~taken)
+    cores = [(core, branch) for branch in group for core in branch.cores if core in own]
     if not cores:
         return Kind.MLP
     if any(_joins_attention_with_mlp(dependence, branch) for branch in group):
         return Kind.PARALLEL
     if len({branch.stream for branch in group}) > 1:
         return Kind.JOINT
-    return _mixed({_core_kind(dependence, core, branch) for core, branch in cores})
+    return _together({_core_kind(dependence, core, branch) for core, branch in cores})
 
 
 def _core_kind(dependence: Dependence, core: fx.Node, branch: Branch) -> Kind:
@@ -204,7 +210,7 @@ def _describe(
     groups = sorted(groups, key=lambda g: max(dependence.position[b.value] for b in g))
     values = [tuple(b.value for b in group) for group in groups]
     *closed, moved = closures(graph, [*values, hoisted])
-    kinds = _kinds(dependence, groups, closed)
+    kinds = _kinds(dependence, groups)
     paths = [naming.common_path(_own_contractions(dependence, group)) for group in groups]
     blocks = [naming.block_of(path) for path in paths]
     layers = {block: i for i, block in enumerate(dict.fromkeys(blocks))}

@@ -42,11 +42,12 @@ class Graph:
         sites: Sequence[SiteSpec],
         num_layers: int,
         static: frozenset[int],
-        steady: frozenset[int],
         num_inputs: int,
         session: Session,
         compile_variant: Callable[[Row], Executable],
+        steady: frozenset[int] = frozenset(),
     ) -> None:
+        """`static` and `steady` are the positions, among `num_inputs`, of weights and of the call's conditioning."""
         self.index = index
         self.sites = tuple(sites)
         self.names = tuple(site.name for site in sites)

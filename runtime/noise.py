@@ -3,18 +3,18 @@
 A latent x = a x0 + s noise has the SNR a^2 / s^2. A scheduler is known by what it carries, never by its class; of
 `timesteps` it must have one entry for each call of the denoiser. What is read of it:
 
-- flow matching, x = (1 - sigma) x0 + sigma noise: SNR = ((1 - sigma) / sigma)^2. Its config says `use_flow_sigmas`, or
-  it has `sigmas`, but neither `alphas_cumprod` nor `sigma_data` in its config. That is no proof yet: all sigmas must lie
-  in [0, 1], must not rise, and the timesteps must be sigma or 1 - sigma, times `num_train_timesteps` (times 1 where the
-  config has a `shift` and no such number). With `invert_sigmas` (Mochi) `sigmas` holds the signal's share, 1 - sigma.
+- flow matching, x = (1 - sigma) x0 + sigma noise: SNR = ((1 - sigma) / sigma)^2. Its config says `use_flow_sigmas`,
+  or it has `sigmas`, but neither `alphas_cumprod` nor `sigma_data` in its config. That is no proof yet: all sigmas must
+  lie in [0, 1] and never rise, and the timesteps must be sigma or 1 - sigma, times `num_train_timesteps` (times 1 where
+  the config has a `shift` and no such number). With `invert_sigmas` (Mochi) `sigmas` holds the share of the signal.
 - sigma-parameterised, x proportional to x0 + sigma noise: SNR = 1 / sigma^2. It has `sigmas`, one more than timesteps,
-  and either `alphas_cumprod` (Euler, Heun, DPM-Solver, UniPC: then sigma = sqrt((1 - abar) / abar) whatever the scale of
-  x) or `sigma_data` in its config (EDM). The sigmas decide, not the timesteps: the solver carries x at sigmas[i], while
-  the timestep told to the model may be rounded (Karras sigmas). Entries of equal sigma must have equal timesteps, as
-  Heun's pairs have; where they differ, the second call is at a noise that the scheduler does not list.
+  and either `alphas_cumprod` (Euler, Heun, DPM-Solver, UniPC: there sigma = sqrt((1 - abar) / abar), whatever the scale
+  of x) or `sigma_data` in its config (EDM). The sigmas decide, not the timesteps: the solver carries x at sigmas[i],
+  while the timestep told to the model may be rounded (Karras sigmas). Entries of equal sigma must have equal timesteps,
+  as Heun's pairs have; where they differ, the second call is at a noise that the scheduler does not list.
 - variance preserving, x = sqrt(abar) x0 + sqrt(1 - abar) noise: SNR = abar / (1 - abar), abar being `alphas_cumprod` at
-  the timestep. It has no `sigmas`, and its timesteps are whole, lie in the table and never rise (a sampler that inverts,
-  or jumps back, holds another noise than its timestep says).
+  the timestep. It has no `sigmas`, and its timesteps are whole, lie in the table and never rise (a sampler that
+  inverts, or jumps back, holds another noise than its timestep says).
 
 Whatever else there is cannot be told, and gives None: only proof permits reuse.
 """
@@ -31,6 +31,7 @@ import torch
 from torch import Tensor
 
 ROUNDING = 1e-6  # by how much a sigma in float32 may leave [0, 1]
+SLACK = 1e-3  # of the whole time: by how much a timestep may differ from its sigma; some are cut to whole numbers
 
 
 @dataclass(frozen=True)
@@ -67,33 +68,26 @@ def noise_levels(scheduler: Any) -> NoiseLevels | None:
     if sigmas is None:
         levels = None if table is None else _variance_preserving(timesteps, table)
     elif _setting(scheduler, "use_flow_sigmas") or (table is None and _setting(scheduler, "sigma_data") is None):
-        levels = _flow_matching(scheduler, timesteps, sigmas, whole=not found["timesteps"].is_floating_point())
+        levels = _flow_matching(scheduler, timesteps, sigmas)
     else:
         levels = _sigma_parameterised(scheduler, timesteps, sigmas)
     begin = getattr(scheduler, "begin_index", None) or 0  # image to image enters the schedule there
     return None if levels is None else NoiseLevels(levels.sigmas[begin:], levels.snrs[begin:])
 
 
-def _flow_matching(
-    scheduler: Any, timesteps: Sequence[float], sigmas: Sequence[float], whole: bool
-) -> NoiseLevels | None:
+def _flow_matching(scheduler: Any, timesteps: Sequence[float], sigmas: Sequence[float]) -> NoiseLevels | None:
     """Levels by the share of noise, proven by the timesteps, which are that share (or the signal's) in other units."""
     unit = _setting(scheduler, "num_train_timesteps")
-    unit = unit if unit is not None or _setting(scheduler, "shift") is None else 1
-    if unit is None or not 0 <= len(sigmas) - len(timesteps) <= 1:
+    unit = 1 if unit is None and _setting(scheduler, "shift") is not None else unit
+    if not isinstance(unit, int | float) or len(sigmas) - len(timesteps) not in (0, 1):
         return None
-    if _setting(scheduler, "invert_sigmas"):
-        sigmas = [1 - sigma for sigma in sigmas]
-    shares = sigmas[: len(timesteps)]
-    slack = 1.0 if whole else 1e-3 * unit
-    falling = _in_unit_interval(shares) and _never_rises(shares)
-    timed = [
-        all(abs(t - unit * (1 - s if of_signal else s)) <= slack for t, s in zip(timesteps, shares, strict=True))
-        for of_signal in (False, True)
-    ]
-    if not (falling and any(timed)):
+    inverted = bool(_setting(scheduler, "invert_sigmas"))
+    shares = [1 - sigma if inverted else sigma for sigma in sigmas[: len(timesteps)]]
+    by_noise = [abs(t / unit - share) <= SLACK for t, share in zip(timesteps, shares, strict=True)]
+    by_signal = [abs(t / unit - (1 - share)) <= SLACK for t, share in zip(timesteps, shares, strict=True)]
+    if not (_in_unit_interval(shares) and _never_rises(shares) and (all(by_noise) or all(by_signal))):
         return None
-    return NoiseLevels(tuple(shares), tuple(_squared_ratio(1 - sigma, sigma) for sigma in shares))
+    return NoiseLevels(tuple(shares), tuple(_squared_ratio(1 - share, share) for share in shares))
 
 
 def _sigma_parameterised(scheduler: Any, timesteps: Sequence[float], sigmas: Sequence[float]) -> NoiseLevels | None:

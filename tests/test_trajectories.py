@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 import dit_rewrite
 from dit_rewrite.errors import Reason
@@ -286,25 +286,3 @@ def test_being_told_reads_nothing(reads: list[int]) -> None:
     assert reads == []
     outputs(compiled, calls(5))
     assert len(reads) == 5
-
-
-class Unknown(nn.Module):
-    """A model around the tiny one that hides what its arguments are."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.inner = tiny.build()
-
-    def forward(self, *args: Tensor) -> Tensor:
-        return self.inner(*args)
-
-
-def test_arguments_without_names_never_mix_prompts() -> None:
-    """The timestep cannot be told from the conditioning, so that every call is a stream of its own: nothing reused."""
-    model = Unknown()
-    compiled = rewritten(model)
-    inputs = calls(12)
-    with torch.no_grad():
-        found = [compiled(*arguments.values()).clone() for arguments in inputs]
-    assert same(found, outputs(model.inner, inputs))
-    assert compiled.stats().reused == 0

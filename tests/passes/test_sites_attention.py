@@ -54,6 +54,16 @@ def test_cross_attention() -> None:
         assert look(model, tokens(), tokens(1, 2, 3, WIDTH)) == Look([("cross", ("addmm",))])
 
 
+def test_one_tensor_as_key_and_value() -> None:
+    """Keys that are the values too, beside a mask from a condition: what is attended to is still the stream."""
+
+    def body(m: Toy, x: Tensor, mask: Tensor) -> Tensor:
+        both = heads(m.k(x))
+        return x + m.o(merged(F.scaled_dot_product_attention(heads(m.q(x)), both, both, attn_mask=mask)))
+
+    assert look(Toy(body, **projections("qko")), tokens(), tokens(1, 4, 4)) == Look([("self", ("addmm",))])
+
+
 def test_attention_mask() -> None:
     """A mask that is added to the scores is no residual sum."""
 

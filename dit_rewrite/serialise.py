@@ -1,0 +1,342 @@
+"""Policies as JSON, and guards as text: sympy's own, such as ``(step > 0) & Ne(Mod(step, 3), 0)``.
+
+Text is parsed by a whitelist over Python's syntax tree and never evaluated: names are the symbols of guards, functions
+those of `FUNCTIONS` and `CONNECTIVES`, operators ``+ - * / ** %``, comparisons (chains too) and ``& | ^ ~`` (or
+``and or not``). What is not in it, or would grow too large, is refused with its name. Writing and reading give the same
+policy.
+"""
+
+from __future__ import annotations
+
+import ast
+import json
+import math
+import types
+import typing
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from typing import Any
+
+import sympy
+from sympy.logic.boolalg import Boolean
+from sympy.printing.str import StrPrinter
+
+from dit_rewrite.errors import PolicyError
+from dit_rewrite.passes import guards
+from dit_rewrite.policy import Policy, Rule, Strategy, Where
+
+VERSION = 1
+MAX_TEXT = 20_000  # characters of a guard
+MAX_DEPTH = 48  # of operators and functions inside one another
+MAX_ARGUMENTS = 16  # of a function; sympy compares those of Min and Max in pairs
+MAX_DEGREE = 64  # of a power: its value has at most three times as many digits
+
+FUNCTIONS: dict[str, Callable[..., Any]] = {
+    "Mod": sympy.Mod, "Min": sympy.Min, "Max": sympy.Max, "Abs": sympy.Abs,
+    "floor": sympy.floor, "ceiling": sympy.ceiling, "sqrt": sympy.sqrt, "log": sympy.log,
+    "Eq": sympy.Eq, "Ne": sympy.Ne, "Lt": sympy.Lt, "Le": sympy.Le, "Gt": sympy.Gt, "Ge": sympy.Ge,
+}  # fmt: skip
+CONNECTIVES: dict[str, Callable[..., Any]] = {
+    "And": sympy.And, "Or": sympy.Or, "Not": sympy.Not, "Xor": sympy.Xor,
+    "ITE": sympy.ITE, "Implies": sympy.Implies, "Equivalent": sympy.Equivalent,
+}  # fmt: skip
+CONSTANTS = {"true": sympy.true, "false": sympy.false}
+COMPARISONS: dict[type[ast.AST], Callable[..., Any]] = {
+    ast.Gt: sympy.Gt, ast.GtE: sympy.Ge, ast.Lt: sympy.Lt, ast.LtE: sympy.Le, ast.Eq: sympy.Eq, ast.NotEq: sympy.Ne,
+}  # fmt: skip
+JOINED: dict[type[ast.AST], Callable[..., Any]] = {
+    ast.BitAnd: sympy.And, ast.BitOr: sympy.Or, ast.BitXor: sympy.Xor, ast.And: sympy.And, ast.Or: sympy.Or,
+}  # fmt: skip
+
+
+class BadGuardText(PolicyError):
+    def __init__(self, text: str, problem: str) -> None:
+        super().__init__(
+            f"The guard `{_short(text)}` cannot be read: {problem}. Write comparisons of {', '.join(guards.SYMBOLS)} "
+            f"and numbers with + - * / ** %, joined by & | ^ ~, and the functions "
+            f"{', '.join([*FUNCTIONS, *CONNECTIVES])}."
+        )
+
+
+class ForeignName(BadGuardText):
+    def __init__(self, text: str, name: str, kind: str) -> None:
+        super().__init__(text, f"{name!r} is no {kind} of guards")
+
+
+class UnwritableGuard(PolicyError):
+    def __init__(self, guard: object, cause: object) -> None:
+        super().__init__(
+            f"The guard `{guard}` cannot be saved: read back from text it would be another one ({cause}). "
+            f"Write it without evaluate=False, and only with what guards as text know."
+        )
+
+
+class BadPolicyText(PolicyError):
+    def __init__(self, where: str, problem: str) -> None:
+        super().__init__(f"This is no policy in JSON: {where} {problem}. Write it by dit_rewrite.serialise.to_json.")
+
+
+class UnknownVersion(BadPolicyText):
+    def __init__(self, version: object) -> None:
+        super().__init__("its version", f"is {_short(repr(version))}, and this dit_rewrite reads version {VERSION}")
+
+
+def to_json(policy: Policy) -> str:
+    """The policy as JSON. Raises UnwritableGuard for a guard that would not be read back as it is."""
+    rules = [{"when": guard_text(rule.when), "do": str(rule.do), "where": asdict(rule.where)} for rule in policy.rules]
+    return json.dumps({"version": VERSION, "name": policy.name, "rules": rules}, indent=2)
+
+
+def from_json(text: str) -> Policy:
+    """The policy of `to_json`. Raises BadPolicyText, UnknownVersion, BadGuardText, or what a Rule or Where raises."""
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise BadPolicyText("the text", f"cannot be parsed ({_short(str(error))})") from None
+    version = _as(value, dict, "the text").get("version", VERSION)
+    if type(version) is not int or version != VERSION:
+        raise UnknownVersion(version)
+    fields = _fields(value, "the policy", ("version", "name", "rules"))
+    rules = _as(fields["rules"], list, "rules")
+    return Policy(tuple(_rule(rule, f"rules[{i}]") for i, rule in enumerate(rules)), _as(fields["name"], str, "name"))
+
+
+def _rule(value: object, where: str) -> Rule:
+    fields = _fields(value, where, ("when", "do", "where"))
+    hints = typing.get_type_hints(Where)
+    place = _fields(fields["where"], f"{where}.where", (), tuple(hints))
+    selected = {name: _typed(item, hints[name], f"{where}.where.{name}") for name, item in place.items()}
+    do, strategies = fields["do"], [str(strategy) for strategy in Strategy]
+    if do not in strategies:
+        raise BadPolicyText(f"{where}.do", f"is {_short(repr(do))}, and not one of {', '.join(strategies)}")
+    when = parse_guard(_as(fields["when"], str, f"{where}.when"))
+    return Rule(when=when, do=Strategy(do), where=Where(**selected))
+
+
+def _fields(value: object, where: str, needed: tuple[str, ...], allowed: tuple[str, ...] = ()) -> dict[str, Any]:
+    """An object that has the needed fields, and no others than the allowed."""
+    fields = _as(value, dict, where)
+    missing = [name for name in needed if name not in fields]
+    if missing:
+        raise BadPolicyText(where, f"lacks {', '.join(missing)}")
+    foreign = [name for name in fields if name not in needed + allowed]
+    if foreign:
+        raise BadPolicyText(where, f"has {_short(', '.join(foreign))}, which only a later version can mean")
+    return fields
+
+
+def _as(value: object, kind: type, where: str) -> Any:
+    """The value, which must be of that kind exactly (true is no number)."""
+    if type(value) is not kind:
+        raise BadPolicyText(where, f"is {_short(json.dumps(value))}, and a {kind.__name__} is needed")
+    return value
+
+
+def _typed(value: object, hint: Any, where: str) -> Any:
+    """A value from JSON as a field of that type: None, a str, int, float or bool, a tuple, or a union of them."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin is tuple:
+        items = _as(value, list, where)
+        kinds = arguments[:1] * len(items) if arguments[-1] is Ellipsis else arguments
+        if len(kinds) != len(items):
+            raise BadPolicyText(where, f"has {len(items)} items, and {len(kinds)} are needed")
+        return tuple(
+            _typed(item, kind, f"{where}[{i}]") for i, (item, kind) in enumerate(zip(items, kinds, strict=True))
+        )
+    if origin in (typing.Union, types.UnionType):
+        fitting = (kind for kind in arguments if (list if typing.get_origin(kind) is tuple else kind) is type(value))
+        return _typed(value, next(fitting, arguments[0]), where)
+    return _as(value, hint, where)
+
+
+def guard_text(guard: Boolean) -> str:
+    """A guard as text that `parse_guard` reads back as the same; raises UnwritableGuard where there is none."""
+    text = _Printer().doprint(guard)
+    try:
+        again = parse_guard(text)
+    except BadGuardText as error:
+        raise UnwritableGuard(guard, error) from None
+    if again != guard:
+        raise UnwritableGuard(guard, f"`{_short(str(again))}`")
+    return text
+
+
+def parse_guard(text: str) -> Boolean:
+    """A guard from text. Raises BadGuardText, or ForeignName for a symbol or function that guards do not have.
+
+    A symbol that simplification would take away is refused too: a guard must hold only where all that it mentions is
+    known, and the guard that is left would no longer mention it.
+    """
+    if len(text) > MAX_TEXT:
+        raise BadGuardText(text, f"it has {len(text)} characters, and {MAX_TEXT} are allowed")
+    reader = _Reader(text)
+    try:
+        guard = reader.condition(ast.parse(text.strip(), mode="eval").body)
+    except (SyntaxError, ValueError, TypeError, ArithmeticError, RecursionError, MemoryError) as error:
+        if isinstance(error, BadGuardText):
+            raise
+        raise BadGuardText(text, _short(str(error)) or type(error).__name__) from None
+    gone = sorted(reader.mentioned - guards.mentions(guard))
+    if gone:
+        raise BadGuardText(text, f"it does not depend on {', '.join(gone)}: it says `{_short(str(guard))}`")
+    return guard
+
+
+class _Reader:
+    """Reads a syntax tree as a guard; a chain of one operator at once, as sympy sorts and simplifies it as a whole."""
+
+    def __init__(self, text: str) -> None:
+        self.text = text
+        self.mentioned: set[str] = set()
+        self.depth = 0
+
+    def refuse(self, problem: str) -> typing.NoReturn:
+        raise BadGuardText(self.text, problem)
+
+    def condition(self, node: ast.expr) -> Boolean:
+        """What is true or false."""
+        value = self.read(node)
+        if not isinstance(value, Boolean) or isinstance(value, sympy.Symbol):
+            self.refuse(f"`{_show(node)}` is a number where a condition is needed (put comparisons in parentheses)")
+        return value
+
+    def number(self, node: ast.expr) -> sympy.Expr:
+        """What has a finite, real value, as far as is known."""
+        value = self.read(node)
+        if not isinstance(value, sympy.Expr):
+            self.refuse(f"`{_show(node)}` is a condition where a number is needed (put comparisons in parentheses)")
+        if value.has(sympy.nan, sympy.zoo, sympy.oo, -sympy.oo, sympy.I):
+            self.refuse(f"`{_show(node)}` is no real number")
+        return value
+
+    def read(self, node: ast.expr) -> Any:
+        """A node of the syntax tree; refuses every kind that is not read here."""
+        readers: dict[type[ast.expr], Callable[[Any], Any]] = {
+            ast.Constant: self.constant,
+            ast.Name: self.name,
+            ast.Call: self.call,
+            ast.Compare: self.compare,
+            ast.UnaryOp: self.unary,
+            ast.BinOp: self.binary,
+            ast.BoolOp: lambda n: JOINED[type(n.op)](*map(self.condition, n.values)),
+        }
+        reader = readers.get(type(node))
+        if reader is None or self.depth == MAX_DEPTH:
+            self.refuse(f"`{_show(node)}` is {'not allowed' if reader is None else 'nested too deeply'}")
+        self.depth += 1
+        value = reader(node)
+        self.depth -= 1
+        return value
+
+    def constant(self, node: ast.Constant) -> Any:
+        if isinstance(node.value, bool):
+            return sympy.true if node.value else sympy.false
+        if not isinstance(node.value, int | float) or not math.isfinite(node.value):
+            self.refuse(f"`{_show(node)}` is no finite number")
+        return sympy.Integer(node.value) if isinstance(node.value, int) else sympy.Float(node.value)
+
+    def name(self, node: ast.Name) -> Any:
+        if node.id in CONSTANTS:
+            return CONSTANTS[node.id]
+        if node.id not in guards.SYMBOLS:
+            raise ForeignName(self.text, node.id, "symbol")
+        self.mentioned.add(node.id)
+        return guards.SYMBOLS[node.id]
+
+    def call(self, node: ast.Call) -> Any:
+        written = _show(node)
+        if written in guards.SYMBOLS:  # a symbol whose name looks like a call
+            self.mentioned.add(written)
+            return guards.SYMBOLS[written]
+        if not isinstance(node.func, ast.Name):
+            self.refuse(f"`{_show(node.func)}` is not allowed")
+        function = FUNCTIONS.get(node.func.id) or CONNECTIVES.get(node.func.id)
+        if function is None:
+            raise ForeignName(self.text, node.func.id, "function")
+        if node.keywords or len(node.args) > MAX_ARGUMENTS:
+            self.refuse(f"`{written}` names an argument, or has more than {MAX_ARGUMENTS}")
+        return function(*map(self.number if node.func.id in FUNCTIONS else self.condition, node.args))
+
+    def compare(self, node: ast.Compare) -> Boolean:
+        sides = [self.number(side) for side in (node.left, *node.comparators)]
+        unknown = [op for op in node.ops if type(op) not in COMPARISONS]
+        if unknown:
+            self.refuse(f"`{_show(node)}` compares by other than < <= > >= == !=")
+        return sympy.And(*(COMPARISONS[type(op)](*sides[i : i + 2]) for i, op in enumerate(node.ops)))
+
+    def unary(self, node: ast.UnaryOp) -> Any:
+        if isinstance(node.op, ast.Invert | ast.Not):
+            return sympy.Not(self.condition(node.operand))
+        value = self.number(node.operand)
+        return -value if isinstance(node.op, ast.USub) else value
+
+    def binary(self, node: ast.BinOp) -> Any:
+        if type(node.op) in JOINED:
+            return JOINED[type(node.op)](*(self.condition(part) for _, part in _chain(node, type(node.op))))
+        if isinstance(node.op, ast.Add | ast.Sub):
+            parts = [(op, self.number(part)) for op, part in _chain(node, ast.Add, ast.Sub)]
+            return sympy.Add(*(-part if op is ast.Sub else part for op, part in parts))
+        if isinstance(node.op, ast.Mult | ast.Div):
+            return sympy.Mul(*self.factors(node))
+        if isinstance(node.op, ast.Mod):
+            return sympy.Mod(self.number(node.left), self.number(node.right))
+        if isinstance(node.op, ast.Pow):
+            return self.power(node)
+        return self.refuse(f"`{_show(node)}` uses an operator that is not allowed")
+
+    def factors(self, node: ast.expr, sign: int = 1) -> Iterator[sympy.Expr]:
+        """The factors of a product, those of its denominators too (``1/(2*x)`` has 1/2 and 1/x)."""
+        for op, part in _chain(node, ast.Mult, ast.Div):
+            power = -sign if op is ast.Div else sign
+            if op is None and isinstance(part, ast.UnaryOp) and isinstance(part.op, ast.USub):
+                yield sympy.Integer(-1)  # a factor of the product, not of its first part
+                part = part.operand
+            if isinstance(part, ast.BinOp) and isinstance(part.op, ast.Mult | ast.Div):
+                yield from self.factors(part, power)
+                continue
+            value = self.number(part)
+            if power < 0 and value.is_zero:
+                self.refuse(f"`{_show(node)}` divides by zero")
+            yield value**power
+
+    def power(self, node: ast.BinOp) -> sympy.Expr:
+        base, exponent = self.number(node.left), self.number(node.right)
+        if not exponent.is_Number or not _degree(base) * abs(exponent) <= MAX_DEGREE:
+            self.refuse(f"the power `{_show(node)}` could grow too large")
+        return base**exponent
+
+
+def _chain(node: ast.expr, *operators: type[ast.operator]) -> list[tuple[type[ast.operator] | None, ast.expr]]:
+    """``a + b - c`` as [(None, a), (Add, b), (Sub, c)], without recursion."""
+    parts: list[tuple[type[ast.operator] | None, ast.expr]] = []
+    while isinstance(node, ast.BinOp) and isinstance(node.op, operators):
+        parts.append((type(node.op), node.right))
+        node = node.left
+    return [(None, node), *reversed(parts)]
+
+
+def _degree(expression: sympy.Expr) -> float:
+    """How large a value can get, as a power of 1000, the most that symbols are taken to reach."""
+    if expression.is_Float:
+        return 1.0
+    if expression.is_Rational:
+        return math.log(max(abs(expression.p), expression.q, 2), 1000)
+    if expression.is_Pow:
+        return _degree(expression.base) * abs(float(expression.exp))
+    degrees = [_degree(part) for part in expression.args]
+    return max(1.0, sum(degrees) if expression.is_Mul else max(degrees, default=1.0))
+
+
+def _show(node: ast.AST) -> str:
+    return _short(ast.unparse(node))
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= 200 else f"{text[:200]}…"
+
+
+class _Printer(StrPrinter):
+    """sympy's text, with every digit of a float."""
+
+    def _print_Float(self, expr: sympy.Float) -> str:
+        return repr(float(expr))

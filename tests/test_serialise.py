@@ -1,0 +1,370 @@
+"""Policies as JSON and guards as text: the same comes back, and what has no business in them is refused by name."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import sympy
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from sympy import ITE, And, Eq, Max, Min, Mod, Ne, Not, Or, Rational, Xor, ceiling, floor
+from sympy.logic.boolalg import Boolean
+
+from dit_rewrite import serialise
+from dit_rewrite.errors import BadParameter, PolicyError
+from dit_rewrite.guards import age, layer, num_layers, num_steps, progress, step, streak
+from dit_rewrite.passes import guards
+from dit_rewrite.passes.guards import Predicate
+from dit_rewrite.policies import FORA, Never
+from dit_rewrite.policy import FAMILIES, Policy, Rule, Strategy, Where
+from dit_rewrite.serialise import (
+    BadGuardText,
+    BadPolicyText,
+    ForeignName,
+    UnknownVersion,
+    UnwritableGuard,
+    from_json,
+    guard_text,
+    parse_guard,
+    to_json,
+)
+
+WRITTEN: list[tuple[str, Boolean]] = [
+    ("(step > 0) & Ne(Mod(step, 3), 0)", (step > 0) & Ne(Mod(step, 3), 0)),
+    ("step % 3 != 0", Ne(Mod(step, 3), 0)),
+    ("step == 3", Eq(step, 3)),
+    ("0 < step < 5 <= age", And(sympy.Lt(0, step), step < 5, sympy.Le(5, age))),
+    ("3 < step", sympy.Lt(3, step, evaluate=False)),
+    ("not step > 3 and (age < 2 or layer >= 4)", And(step <= 3, Or(age < 2, layer >= 4))),
+    ("~(step > 3) | (age < 2) ^ (streak > 1)", Or(step <= 3, Xor(age < 2, streak > 1))),
+    ("Or(And(step > 1, age > 2), Not(Eq(layer, 0)))", Or(And(step > 1, age > 2), Ne(layer, 0))),
+    ("ITE(progress > 0.5, age < 3, age < 2)", ITE(progress > 0.5, age < 3, age < 2)),
+    ("progress > 1/3", progress > Rational(1, 3)),
+    ("progress < 0.30000000000000004", progress < 0.1 + 0.2),
+    ("1e-05 < Abs(progress - 0.5)", sympy.Lt(1e-5, sympy.Abs(progress - 0.5))),
+    ("2*(step + 1)/num_steps > progress", sympy.Mul(2, step + 1, 1 / num_steps) > progress),
+    ("-(step + 1)*layer > -9", sympy.Mul(-1, step + 1, layer) > -9),
+    ("+step - age - 2 > -(-3)", step - age - 2 > 3),
+    ("Min(step, 3)**2 > sqrt(Max(age, layer))", Min(step, 3) ** 2 > sympy.sqrt(Max(age, layer))),
+    ("log(num_layers) - 1 > 0", sympy.log(num_layers) - 1 > 0),
+    ("1/(2*(age + 1/2)) < 1", sympy.Mul(Rational(1, 2), 1 / (age + Rational(1, 2))) < 1),
+    ("floor(step/2) <= ceiling(age**-0.5)", floor(step / 2) <= ceiling(age**-0.5)),
+    ("true", sympy.true),
+    ("False", sympy.false),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("text", "guard"), WRITTEN, ids=[text for text, _ in WRITTEN])
+def test_parse(text: str, guard: Boolean) -> None:
+    """Text is read as the expression that sympy makes of it."""
+    assert parse_guard(text) == guard
+    assert parse_guard(guard_text(guard)) == guard
+
+
+FOREIGN = {
+    "__import__('os')": "'__import__' is no function",
+    "eval('1')": "'eval' is no function",
+    "exp(step) > 1": "'exp' is no function",
+    "snr(step) > 1": "'snr' is no function",
+    "step > foo": "'foo' is no symbol",
+    "__builtins__": "'__builtins__' is no symbol",
+    "Mod > 1": "'Mod' is no symbol",
+}
+
+
+@pytest.mark.parametrize("text", FOREIGN)
+def test_foreign_name(text: str) -> None:
+    """The name is said, and what could stand in its place."""
+    with pytest.raises(ForeignName, match=FOREIGN[text]) as caught:
+        parse_guard(text)
+    assert "num_steps" in str(caught.value) and "Mod" in str(caught.value)
+
+
+REFUSED = {
+    "step.real > 1": "`step.real` is not allowed",
+    "step[0] > 1": r"`step\[0\]` is not allowed",
+    "().__class__.__bases__": "not allowed",
+    "(lambda: 1)()": "`lambda: 1` is not allowed",
+    "step.bit_length() > 1": "`step.bit_length` is not allowed",
+    "[step > 0]": "not allowed",
+    "step > 0 if age else 1": "not allowed",
+    "(x := 3) > step": "not allowed",
+    "f'{step}' > 1": "not allowed",
+    "step in (1, 2)": "not allowed",
+    "step is 3": "compares by other than",
+    "Mod(step, b=3) > 1": "names an argument",
+    "Mod(*[1, 2]) > 1": "not allowed",
+    "Mod(step) > 1": "argument",
+    f"Max({'step, ' * 17}) > 1": "more than 16",
+    "step @ 3 > 1": "operator",
+    "step // 3 > 1": "operator",
+    "step << 3 > 1": "operator",
+    "'a' > step": "no finite number",
+    "1j > step": "no finite number",
+    "None": "no finite number",
+    "1e999 > step": "no finite number",
+    "9" * 400 + " > step": "too large",
+    "step": "`step` is a number where a condition is needed",
+    "3": "is a number where a condition is needed",
+    "step > 1 & age > 2": "`1` is a number where a condition is needed .put comparisons in parentheses",
+    "step > True": "`True` is a condition where a number is needed",
+    "(step > 0) < (age > 0)": "is a condition where a number is needed",
+    "(step > 0) + 1 > 0": "is a condition where a number is needed",
+    "step / 0 > 1": "divides by zero",
+    "Mod(step, 0) > 1": "zero",
+    "log(0) > step": "no real number",
+    "Eq(sqrt(-1), step)": "no real number",
+    "Max() > step": "no real number",
+    "": "invalid syntax",
+    "step >": "invalid syntax",
+    "step > 0\0": "null bytes",
+    "10**10**10 > step": "could grow too large",
+    "9**(9**(9**9)) > step": "could grow too large",
+    "(step**64)**64 > 3": "could grow too large",
+    "((step**8 + 1)**8 + 1)**8 > 1": "could grow too large",
+    "2**step > 3": "could grow too large",
+    "9" * 5000 + " > step": "Exceeds the limit",
+    "(" * 3000 + "step > 0" + ")" * 3000: "too many nested parentheses",
+    "~" * 60 + "(step > 0)": "nested too deeply",
+    "-" * 3000 + "step > 0": "nested too deeply|recursion",
+    "step > " + "+".join(["age"] * 9000): "characters",
+    "step >= 0": "does not depend on step: it says `True`",
+    "(age > 0.5) | (age <= 0.5)": "does not depend on age",
+    "(layer > 3) & Eq(0*progress, 0)": "does not depend on progress",
+}
+
+
+@pytest.mark.parametrize("text", REFUSED, ids=lambda text: text[:40])
+def test_refused(text: str) -> None:
+    """What a guard cannot be is refused with the reason, before it costs anything."""
+    begin = time.perf_counter()
+    with pytest.raises(BadGuardText, match=REFUSED[text]):
+        parse_guard(text)
+    assert time.perf_counter() - begin < 2
+
+
+def test_nothing_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No text reaches Python's or sympy's evaluation."""
+    for module, name in (("builtins", "eval"), ("builtins", "exec"), ("sympy.core.sympify", "parse_expr")):
+        monkeypatch.setattr(f"{module}.{name}", lambda *_: pytest.fail("text was evaluated"), raising=False)
+    assert parse_guard("(step > 0) & (age < 4)") == (step > 0) & (age < 4)
+
+
+def test_later_symbols(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A symbol that joins the language is read without further ado, also one whose name looks like a call."""
+    probe = sympy.Symbol("similarity(first_block)", real=True)
+    monkeypatch.setitem(guards.SYMBOLS, probe.name, probe)
+    guard = (probe < 0.1) & (step > 2)
+    assert parse_guard(guard_text(guard)) == guard
+    with pytest.raises(ForeignName, match="'similarity' is no function"):
+        parse_guard("similarity(other) < 0.1")
+
+
+def test_unwritable() -> None:
+    """A guard that text would change is not saved: neither one outside the language nor one not evaluated."""
+    for guard in (
+        sympy.exp(progress) > 2,
+        Eq(step, step, evaluate=False) & (age > 3),
+        progress > sympy.Float("0.1", 40),
+    ):
+        with pytest.raises(UnwritableGuard, match="cannot be saved"):
+            to_json(Policy((Rule(when=guard),)))
+
+
+SIMPLE = {
+    "version": 1,
+    "name": "two rules",
+    "rules": [
+        {"when": "step < 2", "do": "compute", "where": {"kinds": ["mlp"]}},
+        {"when": "(progress > 0.25) & (age < 4)", "do": "reuse", "where": {"kinds": ["self", "cross"]}},
+    ],
+}
+
+
+def test_json() -> None:
+    """The format, written out."""
+    rules = (
+        Rule(step < 2, Strategy.COMPUTE, Where(("mlp",))),
+        Rule((age < 4) & (progress > 0.25), Strategy.REUSE, Where(("self", "cross"))),
+    )
+    policy = Policy(rules, "two rules")
+    assert from_json(json.dumps(SIMPLE)) == policy
+    assert json.loads(to_json(policy)) == SIMPLE
+
+
+@pytest.mark.parametrize(
+    "policy", [Never(), FORA(1), FORA(3), FORA(4, ("self", "mlp"), anchor="paper"), Policy((), "ä \"'")]
+)
+def test_policies(policy: Policy) -> None:
+    """A policy comes back equal, its name included."""
+    assert from_json(to_json(policy)) == policy
+
+
+def test_missing_place() -> None:
+    """What a place does not say is its default: a field that joins later does not break what was saved before."""
+    value = SIMPLE | {"rules": [{"when": "step > 1", "do": "reuse", "where": {}}]}
+    assert from_json(json.dumps(value)) == Policy((Rule(step > 1),), "two rules")
+
+
+def rule(**changes: Any) -> dict[str, Any]:
+    return SIMPLE | {"rules": [SIMPLE["rules"][0] | changes]}  # type: ignore[index]
+
+
+BAD: list[tuple[Any, type[PolicyError], str]] = [
+    ([], BadPolicyText, r"the text is \[\], and a dict is needed"),
+    ({}, BadPolicyText, "the policy lacks version, name, rules"),
+    ({"version": 1, "rules": []}, BadPolicyText, "the policy lacks name"),
+    (SIMPLE | {"version": 2}, UnknownVersion, "is 2, and this dit_rewrite reads version 1"),
+    (SIMPLE | {"version": True}, UnknownVersion, "is True"),
+    (SIMPLE | {"version": "1"}, UnknownVersion, "is '1'"),
+    (SIMPLE | {"name": 3}, BadPolicyText, "name is 3, and a str is needed"),
+    (SIMPLE | {"rules": {}}, BadPolicyText, "rules is {}, and a list is needed"),
+    (SIMPLE | {"rules": ["step > 1"]}, BadPolicyText, r"rules\[0\] is \"step > 1\", and a dict is needed"),
+    (SIMPLE | {"extra": 1}, BadPolicyText, "the policy has extra"),
+    (SIMPLE | {"rules": [{"when": "step > 1"}]}, BadPolicyText, r"rules\[0\] lacks do, where"),
+    (rule(then=1), BadPolicyText, r"rules\[0\] has then"),
+    (rule(when=True), BadPolicyText, r"rules\[0\].when is true, and a str is needed"),
+    (rule(when="snrr > 1"), ForeignName, "'snrr'"),
+    (rule(do="forget"), BadPolicyText, r"rules\[0\].do is 'forget', and not one of compute, reuse"),
+    (rule(do=None), BadPolicyText, r"rules\[0\].do is None"),
+    (rule(where=[]), BadPolicyText, r"rules\[0\].where is \[\], and a dict is needed"),
+    (rule(where={"layers": 3}), BadPolicyText, r"rules\[0\].where has layers"),
+    (rule(where={"kinds": "mlp"}), BadPolicyText, r"rules\[0\].where.kinds is \"mlp\", and a list is needed"),
+    (rule(where={"kinds": [1]}), BadPolicyText, r"rules\[0\].where.kinds\[0\] is 1, and a str is needed"),
+    (rule(where={"kinds": ["mlpp"]}), BadParameter, "mlpp"),
+]
+
+
+@pytest.mark.parametrize(("value", "error", "message"), BAD, ids=[message for _, _, message in BAD])
+def test_bad_policy(value: Any, error: type[PolicyError], message: str) -> None:
+    """What is missing, foreign or of another type is said with its place."""
+    with pytest.raises(error, match=message):
+        from_json(json.dumps(value))
+
+
+@pytest.mark.parametrize("text", ["", "{", "policy", "[" * 100_000, "\ufeff{}"])
+def test_no_json(text: str) -> None:
+    """Text that is no JSON is no policy."""
+    with pytest.raises(BadPolicyText, match="the text cannot be parsed"):
+        from_json(text)
+
+
+def test_typed() -> None:
+    """Fields of other types than those of today: unions, and tuples of one length."""
+    typed = serialise._typed
+    assert typed([3, 4], tuple[int, int] | None, "x") == (3, 4)
+    assert typed(None, tuple[int, int] | None, "x") is None
+    assert typed(0.5, float | None, "x") == 0.5
+    for value, hint in ((("3"), int | None), ([1], tuple[int, int]), (True, int), ([1, "a"], tuple[int, int] | None)):
+        with pytest.raises(BadPolicyText, match="x.* needed"):
+            typed(value, hint, "x")
+
+
+NUMBERS = st.one_of(
+    st.integers(-20, 20).map(sympy.Integer),
+    st.fractions(-3, 3, max_denominator=7).map(lambda f: Rational(f.numerator, f.denominator)),
+    st.floats(1e-6, 1e6).map(sympy.Float),
+)
+SYMBOLS = st.sampled_from([step, num_steps, progress, layer, num_layers, age, streak])
+
+
+def _made(build: Callable[..., Any], *parts: Any) -> Any:
+    """What sympy builds of the parts, unless it divides by zero."""
+    assume(build is not _divided or not parts[1].is_zero)
+    value = build(*parts)
+    assume(not value.has(sympy.nan, sympy.zoo, sympy.oo))
+    return value
+
+
+def _divided(a: sympy.Expr, b: sympy.Expr) -> sympy.Expr:
+    return a / b
+
+
+def _larger(inner: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
+    pairs = st.tuples(inner, inner)
+    several = st.lists(inner, min_size=2, max_size=3)
+    return st.one_of(
+        st.tuples(st.sampled_from([sympy.Add, sympy.Mul, Min, Max]), several).map(lambda p: _made(p[0], *p[1])),
+        pairs.map(lambda pair: pair[0] - pair[1]),
+        pairs.map(lambda pair: _made(_divided, *pair)),
+        st.tuples(inner, st.integers(1, 9)).map(lambda pair: Mod(*pair)),
+        st.tuples(inner, st.sampled_from([2, 3])).map(lambda pair: pair[0] ** pair[1]),
+        st.tuples(st.sampled_from([sympy.Abs, floor, ceiling]), inner).map(lambda pair: pair[0](pair[1])),
+    )
+
+
+TERMS = st.recursive(NUMBERS | SYMBOLS, _larger, max_leaves=5)
+
+
+COMPARISONS = st.tuples(st.sampled_from([sympy.Gt, sympy.Ge, sympy.Lt, sympy.Le, Eq, Ne]), TERMS, TERMS).map(
+    lambda parts: parts[0](*parts[1:])
+)
+
+
+def _joined(inner: st.SearchStrategy[Boolean]) -> st.SearchStrategy[Boolean]:
+    several = st.lists(inner, min_size=2, max_size=3)
+    joins = st.sampled_from([And, Or, Xor])
+    return st.one_of(
+        st.tuples(joins, several).map(lambda pair: pair[0](*pair[1])),
+        inner.map(Not),
+        st.tuples(inner, inner, inner).map(lambda parts: ITE(*parts)),
+    )
+
+
+GUARDS = st.recursive(COMPARISONS, _joined, max_leaves=5)
+
+
+@settings(deadline=None, max_examples=150)
+@given(GUARDS, st.data())
+def test_any_guard(guard: Boolean, data: st.DataObject) -> None:
+    """A guard comes back as it was, and holds where it held."""
+    policy = Policy((Rule(when=guard),), "any")
+    again = from_json(to_json(policy))
+    assert again == policy
+    values: dict[str, float] = {name: data.draw(st.integers(0, 30)) for name in guards.SYMBOLS}
+    values["progress"] = data.draw(st.floats(0, 1))
+    before, after = Predicate.of(guard), Predicate.of(again.rules[0].when)
+    assert before.needs == after.needs
+    assert before.holds(values) == after.holds(values)
+
+
+@settings(deadline=None)
+@given(
+    st.lists(st.tuples(COMPARISONS, st.sampled_from(Strategy), st.sets(st.sampled_from(sorted(FAMILIES)))), max_size=4)
+)
+def test_any_policy(rules: list[tuple[Boolean, Strategy, set[str]]]) -> None:
+    """Rules come back in their order, each with its place and strategy."""
+    policy = Policy(tuple(Rule(when, do, Where(tuple(kinds))) for when, do, kinds in rules), "any")
+    assert from_json(to_json(policy)) == policy
+
+
+@settings(deadline=None, max_examples=200)
+@given(st.text(alphabet="step age01.9*/+-%<>=!&|^~() ,'[]_", max_size=30) | st.text(max_size=20))
+def test_any_text(text: str) -> None:
+    """Text is a guard of known symbols, or a BadGuardText: nothing else comes out."""
+    try:
+        guard = parse_guard(text)
+    except BadGuardText:
+        return
+    assert guards.check(guard) == guard
+
+
+@settings(deadline=None)
+@given(st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3)
+    | st.dictionaries(st.sampled_from(["version", "name", "rules", "when", "do", "where", "kinds"]), inner),
+))  # fmt: skip
+def test_any_json(value: Any) -> None:
+    """JSON is a policy or a PolicyError."""
+    if isinstance(value, dict):
+        value |= {"version": 1}
+    try:
+        policy = from_json(json.dumps(value))
+    except PolicyError:
+        return
+    assert from_json(to_json(policy)) == policy
