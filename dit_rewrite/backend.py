@@ -39,6 +39,7 @@ class Rewritten:
     graph: Graph
     variants: dict[Row, Variant]
     whole: bool
+    prologue: Variant | None = None
 
     @property
     def reached(self) -> tuple[int, ...]:
@@ -57,10 +58,12 @@ class Backend:
         force: bool = False,
         observe: Callable[[Rewritten], None] | None = None,
         store: int | None = None,
+        hoist: bool = True,
     ) -> None:
         """`force` makes every decision compute, `store` limits how many sites' fresh values are returned; both are
         for `verify`. `observe` is called with each rewritten graph."""
         self.policy, self.lowering, self.force, self.observe, self.store = policy, lowering, force, observe, store
+        self.hoist = hoist
         self.stats = Stats()
         self.session = Session(self.stats)
         self.rewritten: list[Rewritten] = []
@@ -70,7 +73,8 @@ class Backend:
     def __call__(self, gm: fx.GraphModule, example_inputs: Sequence[Any], **_: Any) -> Callable[..., Any]:
         """What Dynamo calls with each graph that it captured."""
         self._count(gm)
-        return capture(gm, example_inputs, self._rewrite)
+        call = self.session.call
+        return capture(gm, example_inputs, self._rewrite, call.conditioning if call is not None else ())
 
     def _count(self, gm: fx.GraphModule) -> None:
         """Count recompiles and graph breaks. Dynamo may start one compilation over, with the same id: that is none."""
@@ -82,7 +86,7 @@ class Backend:
         self._compiles.add(compile_id)
 
     def _rewrite(self, captured: Captured) -> Graph:
-        found = find_sites(captured.gm, captured.static)
+        found = find_sites(captured.gm, captured.static, captured.steady if self.hoist else None)
         whole = self._is_whole(captured)
         rules = tuple(self.policy.for_site(site, _known(found, site.layer, whole)) for site in found.sites)
         labels = [
@@ -90,7 +94,8 @@ class Backend:
             for i, site_rules in enumerate(rules)
             if site_rules.reachable
         ]
-        guarded = guard(captured.gm, found.sites, labels)
+        hoisted = [Guarded(len(found.sites), "conditioning unchanged", "hoist")] if found.hoisted is not None else []
+        guarded = guard(captured.gm, found.all, [*labels, *hoisted])
         specs = [self._spec(guarded, k, rules[label.site]) for k, label in enumerate(labels)]
         rewritten: Rewritten
 
@@ -105,8 +110,11 @@ class Backend:
             len(captured.placeholders),
             self.session,
             compile_variant,
+            captured.steady,
         )
         rewritten = Rewritten(captured, found, rules, guarded, graph, {}, whole)
+        if found.hoisted is not None:
+            graph.prologue = self._compile_prologue(rewritten)
         for row in self._foresee(specs):
             graph.add_variant(row)
         self.rewritten.append(rewritten)
@@ -134,11 +142,23 @@ class Backend:
         never = (False,) * len(specs)
         return [never, *(row for row in counted if row != never)][:MAX_FORESEEN]
 
+    def _compile_prologue(self, rewritten: Rewritten) -> Executable:
+        """The piece that computes what is hoisted, and nothing else."""
+        count = len(rewritten.guarded.sites)
+        row = [i < count - 1 for i in range(count)]
+        rewritten.prologue = specialise(rewritten.guarded, row, outputs=False)
+        return self._lower(rewritten, rewritten.prologue)
+
     def _compile(self, rewritten: Rewritten, row: Row) -> Executable:
-        """Specialise and lower one variant. Sizes that this assumes are checked by dispatch when Dynamo cannot."""
-        stored = None if self.store is None else [i < self.store for i in range(len(row))]
-        variant = specialise(rewritten.guarded, row, stored)
+        """The variant of one row; what is hoisted is an input of each."""
+        hoisted = (True,) * (len(rewritten.guarded.sites) - len(row))
+        stored = None if self.store is None else [i < self.store for i in range(len(row) + len(hoisted))]
+        variant = specialise(rewritten.guarded, (*row, *hoisted), stored)
         rewritten.variants[row] = variant
+        return self._lower(rewritten, variant)
+
+    def _lower(self, rewritten: Rewritten, variant: Variant) -> Executable:
+        """Lower a straight-line graph. Sizes that this assumes are checked by dispatch when Dynamo cannot."""
         fake_mode = rewritten.captured.fake_mode
         before = lowering.count_guards(fake_mode)
         placeholders = rewritten.captured.placeholders

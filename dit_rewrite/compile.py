@@ -142,18 +142,20 @@ def compile(
     fullgraph: bool = False,
     dynamic: bool | None = None,
     dump: str | Path | None = None,
+    hoist: bool = True,
 ) -> RewrittenModule:
     """Compile a diffusion transformer so that its residual branches are computed or reused as `policy` says.
 
     `backend` lowers the rewritten graphs: "inductor" (with torch.compile's `mode` and `options`), "aot_eager" (runs
     them as they are) or a callable ``(graph module, fake inputs) -> callable``. `fullgraph=True` makes a graph break an
-    error, `dynamic` is torch.compile's. `dump` names a folder that gets every pass's graph and their differences.
+    error, `dynamic` is torch.compile's. With `hoist`, what depends on the conditioning alone is computed once per
+    trajectory, which is exact. `dump` names a folder that gets every pass's graph and their differences.
 
     The model is compiled at its first call, for inference only. Raises BadParameter for arguments that do not fit.
     """
     lower = Lowering.of(backend, mode, options)
     observe = Dump(Path(dump)).write if dump is not None else None
-    return wrap(model, Backend(model, policy, lower, observe=observe), fullgraph, dynamic)
+    return wrap(model, Backend(model, policy, lower, observe=observe, hoist=hoist), fullgraph, dynamic)
 
 
 def wrap(

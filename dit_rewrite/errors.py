@@ -16,6 +16,7 @@ class Reason(str, Enum):
     NOT_FROM_STREAM = "the summand is not computed from the stream"
     NO_CONTRACTION = "the summand is computed from the stream without any matrix product"
     ENTANGLED = "values that share a contraction feed each other's inputs: each is a site of its own"
+    STEADY = "it does not depend on the step: computed once per trajectory anyway"
     # a site that costs nothing at run time
     UNREACHED = "no rule can ever apply"
     TOTAL_UNKNOWN = "the guard needs the number of steps, and nobody told it"

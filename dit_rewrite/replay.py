@@ -94,7 +94,7 @@ def _replay(
     record = observation.record
     computed: list[str] = []
     reused: list[str] = []
-    for site, reuse, reason in zip(graph.guarded.sites, record.row, record.reasons, strict=True):
+    for site, reuse, reason in zip(graph.guarded.sites, record.row, record.reasons, strict=False):  # less the hoisted
         if reason is not Reason.COVERED:
             (reused if reuse else computed).extend(site.values)
     keys = {name: (stream, observation.position, name) for name in (*computed, *reused)}
@@ -135,6 +135,6 @@ def _compare(
 def _found(sites: Sequence[Site], observation: Observation) -> dict[str, Tensor]:
     """What the rewritten model returned and held, by the same names."""
     found = {f"output {i}": out for i, out in enumerate(observation.outputs) if isinstance(out, Tensor)}
-    for site, values in zip(sites, observation.held, strict=True):
+    for site, values in zip(sites, observation.held, strict=False):
         found.update(zip(site.values, values or (), strict=False))
     return found

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from torch import fx
 
 from dit_rewrite.errors import Reason
-from dit_rewrite.passes import cost, printing
+from dit_rewrite.passes import cost, naming, printing
 from dit_rewrite.passes.sites import Refusal, Site
 from dit_rewrite.policy import Policy
 
@@ -71,13 +71,24 @@ class Report:
             f"graphs    {len(self.rewritten)}, {sum(len(r.variants) for r in self.rewritten)} variants compiled",
             f"FLOPs     {_quantity(total)} a call, of which {_quantity(saved)} ({saved / max(total, 1):.1%}) in sites",
             f"cached    {_quantity(held, 1024)}B a stream, where every reached site holds its values",
-            "",
+            *self._hoisted(),
             *_table(self._rows()),
         ]
         if self.refused:
             lines += ["", "refused places"]
             lines += [f"  {r.path or '(the model itself)'} ({r.node}): {r.reason}" for r in self.refused]
         return "\n".join(lines)
+
+    def _hoisted(self) -> Iterator[str]:
+        """What is computed once per trajectory, by the modules that it was traced in."""
+        for rewritten in self.rewritten:
+            site = rewritten.found.hoisted
+            if site is None:
+                continue
+            nodes = {node.name: node for node in rewritten.captured.gm.graph.nodes}
+            paths = dict.fromkeys(naming.module_path(nodes[name]) or name for name in site.values)
+            yield f"hoisted   {_quantity(site.flops)} FLOPs, {_quantity(site.bytes, 1024)}B: {', '.join(paths)}"
+        yield ""
 
     def _rows(self) -> Iterator[tuple[str, ...]]:
         yield "graph", "site", "kind", "layer", "guard of reuse", "values", "FLOPs", "bytes"
@@ -129,6 +140,8 @@ class Dump:
         folder.mkdir(parents=True, exist_ok=True)
         captured, guarded = rewritten.captured.gm, rewritten.guarded.gm
         self._graph(folder / "00_captured.py", captured)
+        if rewritten.prologue is not None:
+            self._graph(folder / "01_hoisted.py", rewritten.prologue.gm)
         (folder / "02_sites.txt").write_text("\n".join(_describe(rewritten)) + "\n")
         self._graph(folder / "03_guarded.py", guarded)
         (folder / "03_guarded.diff").write_text(printing.diff(captured, guarded, ("captured", "guarded")))

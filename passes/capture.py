@@ -27,11 +27,13 @@ class Captured:
 
     ``static`` are the positions of the placeholders that are parameters or buffers; ``parameter_names`` are theirs,
     as seen from the module whose forward was traced (``blocks.0.attn.to_q.weight`` from the model,
-    ``attn.to_q.weight`` from a block). ``complete`` is False when Dynamo left a part of that forward to another graph.
+    ``attn.to_q.weight`` from a block). ``steady`` are the positions of inputs that are tensors of the call's
+    conditioning. ``complete`` is False when Dynamo left a part of that forward to another graph.
     """
 
     gm: fx.GraphModule
     static: frozenset[int]
+    steady: frozenset[int]
     parameter_names: frozenset[str]
     complete: bool
     fake_mode: FakeTensorMode | None
@@ -59,26 +61,33 @@ class one_graph:
 
 
 def capture(
-    gm: fx.GraphModule, example_inputs: Sequence[Any], then: Callable[[Captured], Runner]
+    gm: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    then: Callable[[Captured], Runner],
+    conditioning: Sequence[torch.Tensor] = (),
 ) -> Callable[..., Any]:
     """Trace `gm` to functional ATen and call `then` with it, under Dynamo's fake inputs; what runs in its place.
 
+    Those of `example_inputs` that are tensors of `conditioning` are expected to be the same ones at the next call.
     Raises GradientsNeeded where autograd would have to differentiate the graph.
     """
     attention_core.mark(gm)
     inputs = [naming.input_name(str(node.target)) for node in gm.graph.find_nodes(op="placeholder")]
     names = frozenset(gm.meta.get("dynamo_flat_name_to_original_fqn", {}).values())
+    held = set(map(id, conditioning))
+    steady = frozenset(i for i, value in enumerate(example_inputs) if id(value) in held)
     reason = getattr(gm, "compile_subgraph_reason", None)
 
     def inference(functional: fx.GraphModule, fake_inputs: Sequence[Any]) -> Runner:
         context = TracingContext.try_get()
         metadata = context.fw_metadata if context is not None else None
         functional.graph.eliminate_dead_code()
-        _rename_inputs(functional, inputs)
+        same = _rename_inputs(functional, inputs)
         functional.recompile()
         captured = Captured(
             functional,
             frozenset(metadata.static_input_indices if metadata is not None else ()),
+            steady if same else frozenset(),
             names,
             complete=not getattr(reason, "graph_break", False),
             fake_mode=torch._guards.detect_fake_mode(list(fake_inputs)),
@@ -93,11 +102,15 @@ def capture(
     return aot_autograd(fw_compiler=training, inference_compiler=inference)(gm, example_inputs)
 
 
-def _rename_inputs(gm: fx.GraphModule, names: Sequence[str]) -> None:
-    """Give the inputs of a graph the names that they had at Dynamo's level; AOTAutograd only numbers them."""
+def _rename_inputs(gm: fx.GraphModule, names: Sequence[str]) -> bool:
+    """Give the inputs of a graph the names that they had at Dynamo's level; AOTAutograd only numbers them.
+
+    False where AOTAutograd took some apart or away: which is which is not known then.
+    """
     placeholders = gm.graph.find_nodes(op="placeholder")
-    if len(placeholders) != len(names):  # AOTAutograd took some apart or away: which is which is not known
-        return
+    if len(placeholders) != len(names):
+        return False
     for node, name in zip(placeholders, names, strict=True):
         node._rename(name)
         node.target = node.name
+    return True

@@ -146,7 +146,7 @@ def closures(graph: fx.Graph, groups: list[tuple[fx.Node, ...]]) -> list[frozens
     for node, dominator in nx.immediate_dominators(reverse, _EXIT).items():
         if dominator is not None and dominator != node:
             tree.add_edge(dominator, node)
-    return [_computed(nx.descendants(tree, ("group", i))) for i in range(len(groups))]
+    return [_computed(nx.descendants(tree, ("group", i)) if group else ()) for i, group in enumerate(groups)]
 
 
 def _computed(nodes: Iterable[Any]) -> frozenset[fx.Node]:

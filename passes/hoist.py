@@ -7,13 +7,16 @@ make one site of their own, whose guard is that those inputs are the same object
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 
 import torch
 from torch import Tensor, fx
 
+from dit_rewrite.passes import cost
 from dit_rewrite.passes.graph import aten, is_contraction, packet
 
+LARGE = 16384  # elements: below that nobody would notice
 # Besides matrix products: what costs more than reading its result back does.
 _DEAR = {
     aten.sin, aten.cos, aten.exp, aten.log, aten.pow, aten.tanh, aten.sigmoid, aten.silu, aten.gelu, aten.embedding,
@@ -24,14 +27,12 @@ _DEAR = {
 def steady_values(graph: fx.Graph, steady_inputs: Iterable[int]) -> tuple[fx.Node, ...]:
     """The nodes to compute once per trajectory; `steady_inputs` are the positions of weights and steady inputs.
 
-    Hoisted is what pays: a tensor that took a matrix product, a transcendental function or a gather to make, and that
-    something unsteady reads. Views of it stay where they are: they are free.
+    Hoisted is what pays: a tensor that took something dear to make, and that something unsteady reads. All else that is
+    steady (views of weights, small sums) is left where it is; no such node depends on a dear one.
     """
     steady = _steady(graph, set(steady_inputs))
-    dear = _dear(graph, steady)
-    read = (node for node in steady if any(user not in steady for user in node.users))
-    kept = dict.fromkeys(base for node in read if (base := _storage(node)) in dear)
-    return tuple(kept)
+    dear = _dear(steady)
+    return tuple(node for node in steady if node in dear and any(user not in steady for user in node.users))
 
 
 def _steady(graph: fx.Graph, inputs: set[int]) -> dict[fx.Node, None]:
@@ -65,23 +66,16 @@ def _unbacked(value: Tensor) -> bool:
     return bool(free_unbacked_symbols(value))
 
 
-def _dear(graph: fx.Graph, steady: dict[fx.Node, None]) -> set[fx.Node]:
-    """The steady nodes that took something dear to make."""
+def _dear(steady: dict[fx.Node, None]) -> set[fx.Node]:
+    """The steady nodes that took a contraction to make, or a dear function of many elements."""
     dear: set[fx.Node] = set()
     for node in steady:
-        made = is_contraction(node) or packet(node) in _DEAR
+        made = is_contraction(node) or (packet(node) in _DEAR and _is_large(node))
         if node.op == "call_function" and (made or any(argument in dear for argument in node.all_input_nodes)):
             dear.add(node)
     return dear
 
 
-def _storage(node: fx.Node) -> fx.Node:
-    """The node whose memory a view shows."""
-    while node.op == "call_function" and (getattr(node.target, "is_view", False) or _is_part(node)):
-        node = node.all_input_nodes[0]
-    return node
-
-
-def _is_part(node: fx.Node) -> bool:
-    """One of the results of a view that has several."""
-    return not hasattr(node.target, "is_view") and getattr(node.all_input_nodes[0].target, "is_view", False)
+def _is_large(node: fx.Node) -> bool:
+    value = node.meta.get("val")
+    return isinstance(value, Tensor) and math.prod(cost.shape(value)) >= LARGE

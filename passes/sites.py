@@ -19,16 +19,18 @@ from dit_rewrite.errors import Reason
 from dit_rewrite.passes import attention_core, cost, naming
 from dit_rewrite.passes.branches import Branch, Refusal, find_branches, summands
 from dit_rewrite.passes.graph import Dependence, aten, closures, operands, packet
+from dit_rewrite.passes.hoist import steady_values
 
 
 class Kind(str, Enum):
-    """What a branch is, by the attention core that lies in it."""
+    """What a branch is, by the attention core that lies in it; HOISTED is what pass 01 found, and no branch."""
 
     SELF = "self"
     CROSS = "cross"
     JOINT = "joint"
     PARALLEL = "parallel"
     MLP = "mlp"
+    HOISTED = "hoisted"
 
     def __str__(self) -> str:
         return self.value
@@ -57,24 +59,39 @@ class Site:
 
 @dataclass(frozen=True)
 class Found:
-    """What pass 02 returns: sites in the order of the graph, and refused places."""
+    """What pass 02 returns: sites in the order of the graph, and refused places.
+
+    ``hoisted`` is a site of another kind: what is computed once per trajectory (pass 01), if anything is.
+    """
 
     sites: tuple[Site, ...]
     refused: tuple[Refusal, ...]
+    hoisted: Site | None = None
+
+    @property
+    def all(self) -> tuple[Site, ...]:
+        """The sites, then the hoisted one."""
+        return self.sites if self.hoisted is None else (*self.sites, self.hoisted)
 
     @property
     def num_layers(self) -> int:
         return 1 + max((site.layer for site in self.sites), default=-1)
 
 
-def find_sites(gm: fx.GraphModule, static: frozenset[int] = frozenset()) -> Found:
-    """The sites of a functional graph whose placeholders at the positions `static` are parameters or buffers."""
+def find_sites(gm: fx.GraphModule, static: frozenset[int] = frozenset(), steady: frozenset[int] | None = None) -> Found:
+    """The sites of a functional graph whose placeholders at the positions `static` are parameters or buffers.
+
+    `steady` are the positions of other inputs that stay the same within a trajectory; None: nothing is hoisted.
+    """
     dependence = Dependence(gm.graph, static)
+    hoisted = () if steady is None else steady_values(gm.graph, static | steady)
     branches, refused = find_branches(gm.graph, dependence)
-    groups, entangled = _group(dependence, branches)
-    for branch in entangled:
-        refused[branch.value] = Refusal.of(branch.value, Reason.ENTANGLED)
-    return Found(_describe(gm.graph, dependence, groups), tuple(refused.values()))
+    moved = {branch.value for branch in branches if any(dependence.depends(v, branch.value) for v in hoisted)}
+    groups, entangled = _group(dependence, [branch for branch in branches if branch.value not in moved])
+    refused.update({value: Refusal.of(value, Reason.STEADY) for value in moved})
+    refused.update({branch.value: Refusal.of(branch.value, Reason.ENTANGLED) for branch in entangled})
+    sites, hoisted_site = _describe(gm.graph, dependence, groups, hoisted)
+    return Found(sites, tuple(refused.values()), hoisted_site)
 
 
 def _group(dependence: Dependence, branches: list[Branch]) -> tuple[list[tuple[Branch, ...]], list[Branch]]:
@@ -186,16 +203,19 @@ def _cats(dependence: Dependence, region: int) -> list[fx.Node]:
     return [node for node in dependence.members(region) if packet(node) is aten.cat]
 
 
-def _describe(graph: fx.Graph, dependence: Dependence, groups: list[tuple[Branch, ...]]) -> tuple[Site, ...]:
-    """Name, place and price the groups, in the order of their last values."""
+def _describe(
+    graph: fx.Graph, dependence: Dependence, groups: list[tuple[Branch, ...]], hoisted: tuple[fx.Node, ...]
+) -> tuple[tuple[Site, ...], Site | None]:
+    """Name, place and price the groups, in the order of their last values, and what is hoisted."""
     groups = sorted(groups, key=lambda g: max(dependence.position[b.value] for b in g))
-    closed = closures(graph, [tuple(b.value for b in group) for group in groups])
+    values = [tuple(b.value for b in group) for group in groups]
+    *closed, moved = closures(graph, [*values, hoisted])
     kinds = _kinds(dependence, groups)
     paths = [naming.common_path(_own_contractions(dependence, group)) for group in groups]
     blocks = [naming.block_of(path) for path in paths]
     layers = {block: i for i, block in enumerate(dict.fromkeys(blocks))}
     names = naming.unique([path or f"branch_{i}" for i, path in enumerate(paths)])
-    return tuple(
+    sites = tuple(
         Site(
             name=names[i],
             kind=kinds[i],
@@ -209,6 +229,22 @@ def _describe(graph: fx.Graph, dependence: Dependence, groups: list[tuple[Branch
             parent=_parent(i, groups, closed),
         )
         for i, group in enumerate(groups)
+    )
+    return sites, _hoisted_site(hoisted, moved) if hoisted else None
+
+
+def _hoisted_site(values: tuple[fx.Node, ...], closure: frozenset[fx.Node]) -> Site:
+    return Site(
+        name="hoisted",
+        kind=Kind.HOISTED,
+        values=tuple(node.name for node in values),
+        streams=(),
+        closure=frozenset(node.name for node in closure),
+        block="",
+        layer=0,
+        flops=cost.flops(closure),
+        bytes=sum(cost.stored_bytes(node) for node in values),
+        parent=None,
     )
 
 

@@ -45,19 +45,22 @@ def normalise(row: Sequence[bool], parents: Sequence[int | None]) -> Row:
     return tuple(result)
 
 
-def specialise(guarded: GuardedGraph, row: Sequence[bool], store: Sequence[bool] | None = None) -> Variant:
+def specialise(
+    guarded: GuardedGraph, row: Sequence[bool], store: Sequence[bool] | None = None, outputs: bool = True
+) -> Variant:
     """The variant of `guarded` for a row of decisions.
 
-    `store` says for each site whether its fresh values are returned, by default all that were computed.
+    `store` says for each site whether its fresh values are returned, by default all that were computed. Without
+    `outputs` they are all that is returned, and nothing else is computed.
     """
     row = normalise(row, guarded.parents)
     stored = [not reused and (store is None or store[i]) for i, reused in enumerate(row)]
     flat = _Flat(guarded, row)
     values = [(i, k) for i, site in enumerate(guarded.sites) for k in range(len(site.values))]
-    outputs = flat.outputs[: guarded.num_outputs]
+    returned = flat.outputs[: guarded.num_outputs] if outputs else []
     held = dict(zip(values, flat.outputs[guarded.num_outputs :], strict=True))
     fresh = tuple(value for value in values if stored[value[0]])
-    gm, kept = _straighten(guarded, flat, (*outputs, *(held[value] for value in fresh)))
+    gm, kept = _straighten(guarded, flat, (*returned, *(held[value] for value in fresh)), effects=outputs)
     placeholders = guarded.gm.graph.find_nodes(op="placeholder")
     slots = dict(zip(placeholders[guarded.num_inputs + len(guarded.sites) :], values, strict=True))
     inputs = tuple(i for i, node in enumerate(placeholders[: guarded.num_inputs]) if node in kept)
@@ -107,12 +110,14 @@ class _Flat:
         return self._walk(body)
 
 
-def _straighten(guarded: GuardedGraph, flat: _Flat, outputs: tuple[Any, ...]) -> tuple[fx.GraphModule, list[fx.Node]]:
+def _straighten(
+    guarded: GuardedGraph, flat: _Flat, outputs: tuple[Any, ...], effects: bool
+) -> tuple[fx.GraphModule, list[fx.Node]]:
     """One graph of what the outputs need, in the captured graph's order; also the guarded placeholders that it kept.
 
     The order matters: Inductor's choices follow it, and reuse 0 must make those of the untouched graph.
     """
-    needed = _reached(flat, outputs)
+    needed = _reached(flat, outputs, effects)
     placeholders = guarded.gm.graph.find_nodes(op="placeholder")
     symbolic = {n for n in placeholders[: guarded.num_inputs] if not hasattr(n.meta.get("val"), "dtype")}
     kept = [node for node in placeholders if node in needed or node in symbolic]
@@ -128,11 +133,11 @@ def _straighten(guarded: GuardedGraph, flat: _Flat, outputs: tuple[Any, ...]) ->
     return fx.GraphModule(attributes, graph), kept
 
 
-def _reached(flat: _Flat, outputs: tuple[Any, ...]) -> set[fx.Node]:
-    """What the outputs are computed from, and what must run for its effect, with all that it needs."""
-    effects = (node for node in flat.home if node.op == "call_function" and node.is_impure())
+def _reached(flat: _Flat, outputs: tuple[Any, ...], effects: bool) -> set[fx.Node]:
+    """What the outputs and, with `effects`, what must run for its effect, are computed from; themselves too."""
+    acting = (node for node in flat.home if effects and node.op == "call_function" and node.is_impure())
     reached: set[fx.Node] = set()
-    stack = [node for node in (*outputs, *effects) if isinstance(node, fx.Node)]
+    stack = [node for node in (*outputs, *acting) if isinstance(node, fx.Node)]
     while stack:
         node = stack.pop()
         if node not in reached:

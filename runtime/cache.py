@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
@@ -18,6 +19,32 @@ def stamp_of(arguments: Sequence[Any]) -> Stamp:
     return tuple((a.shape, a.dtype, a.device) if isinstance(a, Tensor) else a for a in arguments)
 
 
+@dataclass(frozen=True)
+class Hoisted:
+    """Values that were computed once per trajectory, and the inputs that they hold for, with version counters."""
+
+    inputs: tuple[Tensor, ...]
+    versions: tuple[int | None, ...]
+    values: tuple[Tensor, ...]
+
+    @classmethod
+    def of(cls, inputs: Sequence[Tensor], values: Sequence[Tensor]) -> Hoisted:
+        return cls(tuple(inputs), tuple(map(version, inputs)), tuple(values))
+
+    def holds_for(self, inputs: Sequence[Tensor], told: bool) -> bool:
+        """Whether these are the same tensors, unchanged. Inference tensors have no counter to prove it: they pass in a
+        told trajectory alone, whose contract is that conditioning stays as it is."""
+        return all(map(operator.is_, self.inputs, inputs)) and all(
+            told if now is None else now == before
+            for before, now in zip(self.versions, map(version, inputs), strict=True)
+        )
+
+
+def version(tensor: Tensor) -> int | None:
+    """How often a tensor was changed in place; None for inference tensors, which do not count."""
+    return None if tensor.is_inference() else tensor._version
+
+
 class Bank:
     """The slots of one occurrence of a graph: for each site its values, when they were computed, and how often reused.
 
@@ -29,6 +56,7 @@ class Bank:
         self.values: list[tuple[Tensor, ...] | None] = [None] * num_sites
         self.computed_at = [0] * num_sites
         self.streak = [0] * num_sites
+        self.hoisted: Hoisted | None = None
         self.stamp: Stamp | None = None
         self.weights: tuple[Any, ...] = ()
 
@@ -48,6 +76,7 @@ class Bank:
 
     def clear(self) -> None:
         """Empty all slots."""
+        self.hoisted = None
         self.values = [None] * len(self.values)
 
     def store(self, site: int, values: tuple[Tensor, ...], step: int) -> None:
@@ -57,7 +86,13 @@ class Bank:
         self.streak[site] = 0
 
     @property
+    def all(self) -> list[tuple[Tensor, ...]]:
+        """The values of every filled slot, and what is hoisted."""
+        filled = [values for values in self.values if values is not None]
+        return filled if self.hoisted is None else [*filled, self.hoisted.values]
+
+    @property
     def bytes(self) -> int:
         """Bytes of memory that the slots keep alive, shared storage counted once."""
-        storages = {v.untyped_storage() for values in self.values if values is not None for v in values}
+        storages = {v.untyped_storage() for values in self.all for v in values}
         return sum({s.data_ptr(): s.nbytes() for s in storages}.values())

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from dit_rewrite.errors import Reason
-from dit_rewrite.runtime.cache import Bank, stamp_of
+from dit_rewrite.runtime.cache import Bank, Hoisted, stamp_of
 from dit_rewrite.runtime.decide import Decisions, Moment, SiteSpec, decide
 from dit_rewrite.runtime.session import Observation, Session
 from dit_rewrite.runtime.stats import Record
@@ -45,15 +45,19 @@ class Graph:
         num_inputs: int,
         session: Session,
         compile_variant: Callable[[Row], Executable],
+        steady: frozenset[int] = frozenset(),
     ) -> None:
+        """`static` and `steady` are the positions, among `num_inputs`, of weights and of the call's conditioning."""
         self.index = index
         self.sites = tuple(sites)
         self.names = tuple(site.name for site in sites)
         self.num_layers = num_layers
         self.session = session
         self.variants: dict[Row, Executable] = {}
+        self.prologue: Executable | None = None  # computes what is hoisted: the values of the site after the last
         self._compile = compile_variant
         self._weights = tuple(sorted(static))
+        self._steady = tuple(sorted(steady))
         self._data = tuple(i for i in range(num_inputs) if i not in static)
         self._never = (False,) * len(self.sites)
         self._shared: dict[Row, tuple[int, ...]] = {}  # the outputs that share memory with a slot
@@ -72,6 +76,8 @@ class Graph:
         if executable.admits is not None and not executable.admits(args):
             decided = _all_compute(decided)
             executable = self.variants[self._never]
+        if self.prologue is not None:
+            self._hoist(self.prologue, args, bank, call.told)
         outputs, fresh = _execute(executable, args, bank)
         self._store(executable, fresh, bank, moment.step, decided)
         outputs = self._owned(decided.row, outputs, bank)
@@ -102,6 +108,14 @@ class Graph:
         self.session.stats.late_variants += late
         return executable
 
+    def _hoist(self, prologue: Executable, args: list[Any], bank: Bank, told: bool) -> None:
+        """Compute what is hoisted, unless the bank holds it for these very inputs, unchanged since."""
+        inputs = [args[i] for i in self._steady]
+        if bank.hoisted is not None and bank.hoisted.holds_for(inputs, told):
+            return
+        bank.hoisted = Hoisted.of(inputs, _execute(prologue, args, bank)[1])
+        self.session.stats.hoists += 1
+
     def _decide(self, moment: Moment, bank: Bank, unfit: Reason | None) -> Decisions:
         holds = [values is not None for values in bank.values]
         return decide(self.sites, moment, bank.computed_at, bank.streak, holds, unfit)
@@ -122,7 +136,8 @@ class Graph:
         """The outputs; one that shares memory with a slot is copied, since its taker may change it in place."""
         shared = self._shared.get(row)
         if shared is None:  # a variant always shares the same
-            slots = {value.untyped_storage().data_ptr() for values in bank.values for value in values or ()}
+            held = [value for values in bank.all for value in values]
+            slots = {value.untyped_storage().data_ptr() for value in held}
             tensors = ((i, out) for i, out in enumerate(outputs) if isinstance(out, Tensor))
             shared = self._shared[row] = tuple(i for i, out in tensors if out.untyped_storage().data_ptr() in slots)
         return [out.clone() if i in shared else out for i, out in enumerate(outputs)] if shared else outputs
@@ -131,7 +146,10 @@ class Graph:
         """The graph was called without the compiled model around it: compute, and keep nothing."""
         executable = self.variants.get(self._never) or self.add_variant(self._never, late=True)
         self.session.stats.misses[Reason.OUTSIDE_CALL] += 1
-        return _execute(executable, args, Bank(len(self.sites)))[0]
+        bank = Bank(len(self.sites))
+        if self.prologue is not None:
+            self._hoist(self.prologue, args, bank, told=False)
+        return _execute(executable, args, bank)[0]
 
 
 def _all_compute(decided: Decisions) -> Decisions:
@@ -141,7 +159,8 @@ def _all_compute(decided: Decisions) -> Decisions:
 
 
 def _execute(executable: Executable, args: list[Any], bank: Bank) -> tuple[Sequence[Any], Sequence[Tensor]]:
-    cached = [bank.values[site][k] for site, k in executable.cached]  # type: ignore[index]
+    slots = bank.values if bank.hoisted is None else [*bank.values, bank.hoisted.values]
+    cached = [slots[site][k] for site, k in executable.cached]  # type: ignore[index]
     results = executable.run(*[args[i] for i in executable.inputs], *cached)
     split = len(results) - len(executable.fresh)
     return results[:split], results[split:]

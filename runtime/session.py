@@ -24,6 +24,8 @@ class Call:
 
     trajectory: Trajectory
     stream: Stream
+    conditioning: tuple[Tensor, ...] = ()
+    told: bool = False
     graphs: list[int] = field(default_factory=list)
     layers: int = 0
     _occurrences: Counter[int] = field(default_factory=Counter)
@@ -83,7 +85,7 @@ class Session(threading.local):
             self.known = trajectory.number
             if trajectory.why is not None:
                 self.stats.trajectories[trajectory.why] += 1
-        self.call = Call(trajectory, stream)
+        self.call = Call(trajectory, stream, inputs.conditioning, self.told is not None)
         return self.call
 
     def end(self, call: Call) -> None:

@@ -55,7 +55,8 @@ class Stats:
 
     ``calls`` of the model; ``computed`` and ``reused`` site decisions; ``variants`` compiled, of which
     ``late_variants`` during a trajectory; ``recompiles`` and ``graph_breaks`` that Dynamo made; ``cache_bytes`` held
-    now; ``misses`` by reason: a rule would have reused and no value fitted; ``trajectories`` by the reason they began.
+    now; ``hoists``, how often what is computed once per trajectory was computed; ``misses`` by reason: a rule would
+    have reused and no value fitted; ``trajectories`` by the reason they began.
     """
 
     calls: int = 0
@@ -66,6 +67,7 @@ class Stats:
     recompiles: int = 0
     graph_breaks: int = 0
     cache_bytes: int = 0
+    hoists: int = 0
     misses: Counter[Reason] = field(default_factory=Counter)
     trajectories: Counter[Reason] = field(default_factory=Counter)
     records: deque[Record] = field(default_factory=lambda: deque(maxlen=10_000), repr=False)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from dit_rewrite.errors import BadTrajectory, Reason
-from dit_rewrite.runtime.cache import Bank
+from dit_rewrite.runtime.cache import Bank, version
 from dit_rewrite.runtime.inputs import Inputs
 
 CONTINUES = 0.5  # a latent whose relative L2 change is below this continues the last; independent noise has 1.41
@@ -33,7 +33,7 @@ class Stream:
     sequence: tuple[int, ...] | None = None
     num_layers: int | None = None
     conditioning: tuple[Tensor, ...] = ()
-    versions: tuple[int, ...] = ()
+    versions: tuple[int | None, ...] = ()
     latent: Tensor | None = None
     timestep: float = float("nan")
 
@@ -45,17 +45,13 @@ class Stream:
         if len(self.conditioning) != len(conditioning):
             return False
         return all(
-            version == _version(a) and (a is b or (by_value and _alike(a, b) and torch.equal(a, b)))
-            for a, b, version in zip(self.conditioning, conditioning, self.versions, strict=True)
+            before == version(a) and (a is b or (by_value and _alike(a, b) and torch.equal(a, b)))
+            for a, b, before in zip(self.conditioning, conditioning, self.versions, strict=True)
         )
 
     def hold(self, conditioning: tuple[Tensor, ...]) -> None:
         """Take this conditioning for the stream's. It is held: the id of a freed tensor could come again."""
-        self.conditioning, self.versions = conditioning, tuple(map(_version, conditioning))
-
-
-def _version(tensor: Tensor) -> int:
-    return -1 if tensor.is_inference() else tensor._version  # inference tensors do not count
+        self.conditioning, self.versions = conditioning, tuple(map(version, conditioning))
 
 
 @dataclass
