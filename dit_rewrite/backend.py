@@ -79,7 +79,7 @@ class Backend:
     def _count(self, gm: fx.GraphModule) -> None:
         """Count recompiles and graph breaks. Dynamo may start one compilation over, with the same id: that is none."""
         compile_id = torch._guards.CompileContext.current_compile_id()
-        if compile_id in self._compiles:
+        if compile_id is None or compile_id in self._compiles:
             return
         self.stats.recompiles += any(compile_id.frame_id == other.frame_id for other in self._compiles)
         self.stats.graph_breaks += bool(getattr(getattr(gm, "compile_subgraph_reason", None), "graph_break", False))

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from dit_rewrite.shapes.data import NULL_CLASS, SIZE
 from dit_rewrite.shapes.model import build_scheduler
 
-GUIDANCE = 1.5  # chosen by measuring: examples/shapes/evaluate.py
+GUIDANCE = 1.25  # chosen by measuring: examples/shapes/evaluate.py
 
 
 def _told(denoiser: nn.Module, steps: int, scheduler: Any) -> AbstractContextManager[object]:
