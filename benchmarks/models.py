@@ -1,4 +1,4 @@
-"""What is found in each named model: python benchmarks/models.py
+"""What is found in each named model: python -m benchmarks.models
 
 The models are diffusers' own classes at toy size with random weights, so that only the structure counts. For each: the
 sites by kind, the share of the FLOPs that lies in them, and how many ops a computing and a fully reusing variant run.

@@ -1,4 +1,4 @@
-"""What rewriting costs and saves: python benchmarks/overhead.py [--rounds 40] [--device cuda]
+"""What rewriting costs and saves: python -m benchmarks.overhead [--rounds 40] [--device cuda]
 
 A 6-layer DiT of width 384 on 2 x 256 tokens. Reuse 0 against plain torch.compile, a fully reusing step against a
 computing one, FORA(3) over 50 steps against its ideal, compile time, and the host time that dispatch adds. Every ratio
@@ -195,7 +195,9 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=40, help="alternating runs of single steps")
     parser.add_argument("--compiles", type=int, default=3, help="alternating cold compiles")
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--threads", type=int, default=1, help="more than the idle cores spin against each other")
     arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
     with torch.no_grad():
         rows = measure_steps(arguments.device, arguments.rounds)
         rows += measure_trajectory(arguments.device, max(arguments.rounds // 8, 3))

@@ -19,10 +19,11 @@ from dit_rewrite.passes.guards import Value
 from dit_rewrite.passes.sites import Found, find_sites
 from dit_rewrite.passes.specialise import Row, Variant, specialise
 from dit_rewrite.policy import Policy, SiteRules, forced
-from dit_rewrite.runtime.decide import Moment, SiteSpec, decide
+from dit_rewrite.runtime.decide import Choose, Moment, SiteSpec, decide
 from dit_rewrite.runtime.dispatch import Executable, Graph
 from dit_rewrite.runtime.session import Session
 from dit_rewrite.runtime.stats import Stats
+from dit_rewrite.runtime.trajectory import Trajectory
 
 FORESEEN_STEPS = 64  # how far to look ahead where nobody told the number of steps
 MAX_FORESEEN = 8
@@ -130,14 +131,16 @@ class Backend:
 
     def _spec(self, guarded: GuardedGraph, index: int, rules: SiteRules) -> SiteSpec:
         site = guarded.sites[index]
-        choose = forced if self.force else rules.chooser()
+        choose: Choose = forced
+        if not self.force:
+            choose = rules.chooser()
         return SiteSpec(site.name, site.kind, site.layer, guarded.parents[index], len(site.values), choose)
 
     def _foresee(self, specs: Sequence[SiteSpec]) -> list[Row]:
         """The rows that the plan is known to need, computing first; the most frequent where they are too many."""
         call = self.session.call
-        num_steps = call.trajectory.num_steps if call is not None else None
-        rows = simulate(specs, num_steps or FORESEEN_STEPS, num_steps)
+        trajectory = call.trajectory if call is not None else Trajectory(None)
+        rows = simulate(specs, trajectory.num_steps or FORESEEN_STEPS, trajectory)
         counted = sorted(set(rows), key=lambda row: (any(row), -rows.count(row)))
         never = (False,) * len(specs)
         return [never, *(row for row in counted if row != never)][:MAX_FORESEEN]
@@ -173,13 +176,15 @@ class Backend:
         return Executable(run, variant.inputs, variant.cached, variant.fresh, check)
 
 
-def simulate(specs: Sequence[SiteSpec], steps: int, num_steps: int | None) -> list[Row]:
+def simulate(specs: Sequence[SiteSpec], steps: int, trajectory: Trajectory) -> list[Row]:
     """The plan, as far as it can be known: the rows of a trajectory whose every call finds the slots it left."""
     computed_at, streak = [0] * len(specs), [0] * len(specs)
     rows = []
     for step in range(steps):
         holds = [step > 0] * len(specs)
-        decided = decide(specs, Moment(step, num_steps), computed_at, streak, holds)
+        sigma, snr = trajectory.noise(step)
+        moment = Moment(step, trajectory.num_steps, sigma=sigma, snr=snr)
+        decided = decide(specs, moment, computed_at, streak, holds)
         rows.append(decided.row)
         for i, (reused, reason) in enumerate(zip(decided.row, decided.reasons, strict=True)):
             if not reused:

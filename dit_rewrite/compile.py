@@ -21,6 +21,7 @@ from dit_rewrite.backend import Backend
 from dit_rewrite.errors import DitRewriteError, GradientsNeeded, NoSites, NotCaptured, Reason
 from dit_rewrite.lowering import Lowering
 from dit_rewrite.passes.capture import one_graph
+from dit_rewrite.passes.guards import NOISE
 from dit_rewrite.policy import Policy
 from dit_rewrite.report import Dump, Report
 from dit_rewrite.runtime.inputs import Reader
@@ -93,7 +94,7 @@ class RewrittenModule(OptimizedModule):
         nothing is read from the device. Raises BadTrajectory inside another trajectory, or for num_steps < 1.
         """
         session = self._backend.session
-        session.tell(Told(num_steps, scheduler))
+        session.tell(Told(num_steps, scheduler, noise=bool(self._backend.policy.mentions & NOISE)))
         try:
             yield
         finally:

@@ -6,6 +6,7 @@ An error is raised where going on would be wrong. Its message says what happened
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from enum import Enum
 
 
@@ -20,6 +21,7 @@ class Reason(str, Enum):
     # a site that costs nothing at run time
     UNREACHED = "no rule can ever apply"
     TOTAL_UNKNOWN = "the guard needs the number of steps, and nobody told it"
+    NOISE_UNKNOWN = "the guard needs the noise level, and no scheduler that says it was told"
     # decisions
     NO_RULE = "no rule applies"
     RULE = "a rule applies"
@@ -167,3 +169,36 @@ class NoDenoiser(DitRewriteError, ValueError):
 class WrongInput(DitRewriteError, ValueError):
     def __init__(self, pipeline: str, given: str, wanted: str) -> None:
         super().__init__(f"{pipeline} takes no {given}. Give {wanted} instead.")
+
+
+class BadGuardText(PolicyError):
+    def __init__(self, text: str, problem: str, symbols: Iterable[str], functions: Iterable[str]) -> None:
+        super().__init__(
+            f"The guard `{text[:200]}` cannot be read: {problem[:300]}. Write comparisons of {', '.join(symbols)} and "
+            f"numbers with + - * / ** %, joined by & | ^ ~, and the functions {', '.join(functions)}."
+        )
+
+
+class ForeignName(BadGuardText):
+    def __init__(self, text: str, name: str, kind: str, symbols: Iterable[str], functions: Iterable[str]) -> None:
+        super().__init__(text, f"{name[:100]!r} is no {kind} of guards", symbols, functions)
+
+
+class UnwritableGuard(PolicyError):
+    def __init__(self, guard: object, cause: object) -> None:
+        super().__init__(
+            f"The guard `{guard}` cannot be saved: read back from text it would be another one ({cause}). "
+            f"Write it without evaluate=False, and only with what guards as text know."
+        )
+
+
+class BadPolicyText(PolicyError):
+    def __init__(self, where: str, problem: str) -> None:
+        super().__init__(
+            f"This is no policy in JSON: {where} {problem[:300]}. Write it by dit_rewrite.serialise.to_json."
+        )
+
+
+class UnknownVersion(BadPolicyText):
+    def __init__(self, version: object, known: int) -> None:
+        super().__init__("its version", f"is {version!r:.100}, and this dit_rewrite reads version {known}")

@@ -2,10 +2,12 @@
 
 step, num_steps: of the trajectory, from 0; num_steps is known only where it was told.
 progress: step / (num_steps - 1), 0 to 1.
+sigma, snr: noise and signal-to-noise ratio at the step (runtime/noise.py), known only in a trajectory that was told
+its scheduler.
 layer, num_layers: the block that the site lies in, from 0, in the order of the graph.
 age: steps since the site was last computed. streak: consecutive reuses.
 """
 
-from dit_rewrite.passes.guards import age, layer, num_layers, num_steps, progress, step, streak
+from dit_rewrite.passes.guards import age, layer, num_layers, num_steps, progress, sigma, snr, step, streak
 
-__all__ = ["age", "layer", "num_layers", "num_steps", "progress", "step", "streak"]
+__all__ = ["age", "layer", "num_layers", "num_steps", "progress", "sigma", "snr", "step", "streak"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import inspect
 from collections.abc import Callable
+from pathlib import Path
 from typing import Literal
 
 from sympy import Mod, Ne
@@ -12,6 +13,7 @@ from sympy import Mod, Ne
 from dit_rewrite.errors import BadParameter, UnknownPolicy
 from dit_rewrite.passes.guards import num_steps, step
 from dit_rewrite.policy import Policy, Rule, Where
+from dit_rewrite.serialise import from_json
 
 
 def Never() -> Policy:
@@ -43,8 +45,11 @@ _POLICIES: dict[str, Callable[..., Policy]] = {"never": Never, "fora": FORA}
 def parse(text: str) -> Policy:
     """A policy from text as on a command line: ``never``, ``fora:interval=3``, ``fora:interval=3,anchor=paper``.
 
-    Several kinds are joined by ``+``: ``fora:interval=3,kinds=self+mlp``. Raises UnknownPolicy or BadParameter.
+    Several kinds are joined by ``+``: ``fora:interval=3,kinds=self+mlp``. A path that ends in ``.json`` is a policy
+    saved with `serialise.to_json`. Raises UnknownPolicy, BadParameter, or BadPolicyText for a file that is none.
     """
+    if text.endswith(".json"):
+        return from_json(Path(text).read_text())
     name, _, rest = text.partition(":")
     build = _POLICIES.get(name.strip().lower())
     if build is None:

@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from enum import Enum
 from functools import lru_cache
+from typing import Any
 
 import sympy
 from sympy.logic.boolalg import Boolean
@@ -86,6 +87,11 @@ class Policy:
     def __str__(self) -> str:
         return self.name
 
+    @property
+    def mentions(self) -> frozenset[str]:
+        """The symbols that its guards mention."""
+        return frozenset[str]().union(*(guards.mentions(rule.when) for rule in self.rules))
+
     def for_site(self, site: Site, known: dict[str, Value]) -> SiteRules:
         """The rules that can reach a site, partially evaluated by what is `known` of it at rewrite time."""
         reaching = []
@@ -130,7 +136,14 @@ class SiteRules:
 def _chooser(rules: SiteRules) -> Choose:
     @lru_cache(maxsize=65536)
     def choose(
-        step: int, num_steps: int | None, layer: int, num_layers: int | None, age: int | None, streak: int
+        step: int,
+        num_steps: int | None,
+        layer: int,
+        num_layers: int | None,
+        age: int | None,
+        streak: int,
+        sigma: float | None,
+        snr: float | None,
     ) -> tuple[bool, Reason]:
         progress = None if num_steps is None else step / max(num_steps - 1, 1)
         symbols: dict[str, Value] = {
@@ -141,19 +154,21 @@ def _chooser(rules: SiteRules) -> Choose:
             "num_layers": num_layers,
             "age": age,
             "streak": streak,
+            "sigma": sigma,
+            "snr": snr,
         }
         for predicate, strategy in rules.rules:
             if predicate.holds(symbols):
                 return strategy is Strategy.REUSE, Reason.RULE
-        blind = num_steps is None and any(guards.TOTALS.intersection(p.needs) for p, _ in rules.rules)
-        return False, Reason.TOTAL_UNKNOWN if blind else Reason.NO_RULE
+        needs = frozenset[str]().union(*(predicate.needs for predicate, _ in rules.rules))
+        if num_steps is None and needs & guards.TOTALS:
+            return False, Reason.TOTAL_UNKNOWN
+        return False, Reason.NOISE_UNKNOWN if snr is None and needs & guards.NOISE else Reason.NO_RULE
 
     return choose
 
 
-def forced(
-    step: int, num_steps: int | None, layer: int, num_layers: int | None, age: int | None, streak: int
-) -> tuple[bool, Reason]:
+def forced(*_: Any, **__: Any) -> tuple[bool, Reason]:
     """The chooser of reuse 0: every decision computes."""
     return False, Reason.FORCED
 

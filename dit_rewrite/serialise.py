@@ -12,7 +12,7 @@ import json
 import math
 import types
 import typing
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from typing import Any
 
@@ -20,7 +20,7 @@ import sympy
 from sympy.logic.boolalg import Boolean
 from sympy.printing.str import StrPrinter
 
-from dit_rewrite.errors import PolicyError
+from dit_rewrite.errors import BadGuardText, BadPolicyText, ForeignName, UnknownVersion, UnwritableGuard
 from dit_rewrite.passes import guards
 from dit_rewrite.policy import Policy, Rule, Strategy, Where
 
@@ -45,39 +45,6 @@ COMPARISONS: dict[type[ast.AST], Callable[..., Any]] = {
 JOINED: dict[type[ast.AST], Callable[..., Any]] = {
     ast.BitAnd: sympy.And, ast.BitOr: sympy.Or, ast.BitXor: sympy.Xor, ast.And: sympy.And, ast.Or: sympy.Or,
 }  # fmt: skip
-
-
-class BadGuardText(PolicyError):
-    def __init__(self, text: str, problem: str, symbols: Iterable[str], functions: Iterable[str]) -> None:
-        super().__init__(
-            f"The guard `{text[:200]}` cannot be read: {problem[:300]}. Write comparisons of {', '.join(symbols)} and "
-            f"numbers with + - * / ** %, joined by & | ^ ~, and the functions {', '.join(functions)}."
-        )
-
-
-class ForeignName(BadGuardText):
-    def __init__(self, text: str, name: str, kind: str, symbols: Iterable[str], functions: Iterable[str]) -> None:
-        super().__init__(text, f"{name[:100]!r} is no {kind} of guards", symbols, functions)
-
-
-class UnwritableGuard(PolicyError):
-    def __init__(self, guard: object, cause: object) -> None:
-        super().__init__(
-            f"The guard `{guard}` cannot be saved: read back from text it would be another one ({cause}). "
-            f"Write it without evaluate=False, and only with what guards as text know."
-        )
-
-
-class BadPolicyText(PolicyError):
-    def __init__(self, where: str, problem: str) -> None:
-        super().__init__(
-            f"This is no policy in JSON: {where} {problem[:300]}. Write it by dit_rewrite.serialise.to_json."
-        )
-
-
-class UnknownVersion(BadPolicyText):
-    def __init__(self, version: object, known: int) -> None:
-        super().__init__("its version", f"is {version!r:.100}, and this dit_rewrite reads version {known}")
 
 
 def to_json(policy: Policy) -> str:

@@ -20,8 +20,10 @@ step, num_steps, layer, num_layers, age, streak = sympy.symbols(
     "step num_steps layer num_layers age streak", integer=True, nonnegative=True
 )
 progress = sympy.Symbol("progress", real=True)
-SYMBOLS = {s.name: s for s in (step, num_steps, progress, layer, num_layers, age, streak)}
+sigma, snr = sympy.symbols("sigma snr", nonnegative=True)
+SYMBOLS = {s.name: s for s in (step, num_steps, progress, sigma, snr, layer, num_layers, age, streak)}
 TOTALS = frozenset({"num_steps", "progress"})
+NOISE = frozenset({"sigma", "snr"})
 
 Value = int | float | None
 

@@ -13,7 +13,15 @@ class Choose(Protocol):
     """The rules of a policy for one site: the strategy that applies (None: compute) and the reason."""
 
     def __call__(
-        self, step: int, num_steps: int | None, layer: int, num_layers: int | None, age: int | None, streak: int
+        self,
+        step: int,
+        num_steps: int | None,
+        layer: int,
+        num_layers: int | None,
+        age: int | None,
+        streak: int,
+        sigma: float | None,
+        snr: float | None,
     ) -> tuple[bool, Reason]: ...
 
 
@@ -31,12 +39,14 @@ class SiteSpec:
 
 @dataclass(frozen=True)
 class Moment:
-    """Where in its trajectory a call is. `num_steps` and `num_layers` are None while nobody knows them."""
+    """Where in its trajectory a call is. What is None nobody knows."""
 
     step: int
     num_steps: int | None
     layer_offset: int = 0
     num_layers: int | None = None
+    sigma: float | None = None
+    snr: float | None = None
 
 
 @dataclass(frozen=True)
@@ -77,7 +87,9 @@ def decide(
                 return
         age = moment.step - computed_at[i] if holds[i] else None
         layer = moment.layer_offset + site.layer
-        wanted, reason = site.choose(moment.step, moment.num_steps, layer, moment.num_layers, age, streak[i])
+        wanted, reason = site.choose(
+            moment.step, moment.num_steps, layer, moment.num_layers, age, streak[i], moment.sigma, moment.snr
+        )
         lacking = Reason.BEYOND_END if beyond else (None if holds[i] else unfit or Reason.EMPTY)
         if wanted and lacking is not None:
             misses.append(lacking)

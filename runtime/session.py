@@ -33,7 +33,10 @@ class Call:
     @property
     def moment(self) -> Moment:
         """Where the next graph of the call stands."""
-        return Moment(self.trajectory.step, self.trajectory.num_steps, self.layers, self.stream.num_layers)
+        trajectory, stream = self.trajectory, self.stream
+        sigma, snr = trajectory.noise(trajectory.step)
+        sigma = trajectory.sigma if sigma is None else sigma
+        return Moment(trajectory.step, trajectory.num_steps, self.layers, stream.num_layers, sigma, snr)
 
     def enter(self, graph: int, num_sites: int) -> tuple[int, Bank, Reason | None]:
         """Count a call of a graph: which occurrence it is, its slots, and why they cannot be used if so."""

@@ -17,6 +17,7 @@ from torch import Tensor
 from dit_rewrite.errors import BadTrajectory, Reason
 from dit_rewrite.runtime.cache import Bank, version
 from dit_rewrite.runtime.inputs import Inputs
+from dit_rewrite.runtime.noise import NoiseLevels, noise_levels
 
 CONTINUES = 0.5  # a latent whose relative L2 change is below this continues the last; independent noise has 1.41
 MAX_STREAMS = 8
@@ -61,6 +62,8 @@ class Trajectory:
     why: Reason | None
     num_steps: int | None = None
     step: int = 0
+    levels: NoiseLevels | None = None
+    sigma: float | None = None  # of the step that is under way, where a cache_context says it
     streams: dict[Hashable, Stream] = field(default_factory=dict)
     number: int = field(default_factory=lambda: next(_numbers))
     _called: set[Hashable] = field(default_factory=set)
@@ -74,6 +77,10 @@ class Trajectory:
     def new_name(self) -> int:
         """A name for a stream that nobody named."""
         return next(n for n in itertools.count() if n not in self.streams)
+
+    def noise(self, step: int) -> tuple[float | None, float | None]:
+        """Sigma and SNR of a step, as the scheduler says; None where it is not known."""
+        return self.levels.at(step) if self.levels is not None else (None, None)
 
     def enter(self, stream: Stream, step: int | None = None, later: bool = False) -> None:
         """Count a call. One of a stream that was called in this step already begins the next, and so does a `later`."""
@@ -97,13 +104,14 @@ class Named:
 class Told:
     """A trajectory that the caller marks: everything called inside its context belongs to it.
 
-    It reads no device, unless the conditioning is made anew at each call and its streams are not named.
+    It reads no device, unless the conditioning is made anew at each call and its streams are not named, or `noise` is
+    wanted of a scheduler whose schedule lies there: that is read once, at the first call.
     """
 
-    def __init__(self, num_steps: int | None, scheduler: Any) -> None:
+    def __init__(self, num_steps: int | None, scheduler: Any, noise: bool = False) -> None:
         if num_steps is not None and num_steps < 1:
             raise BadTrajectory(f"A trajectory of {num_steps} steps has no step.", "Give num_steps >= 1.")
-        self.num_steps, self.scheduler = num_steps, scheduler
+        self.num_steps, self.scheduler, self.noise = num_steps, scheduler, noise
         self.begin()
 
     def begin(self) -> None:
@@ -115,11 +123,23 @@ class Told:
         if named.step_index is not None and named.step_index < self.trajectory.step:
             self.begin()
         trajectory = self.trajectory
-        if trajectory.num_steps is None and self.scheduler is not None:
-            trajectory.num_steps = len(self.scheduler.timesteps)  # at the first call: pipelines set timesteps late
+        if not trajectory.streams and self.scheduler is not None:
+            self._ask_scheduler(trajectory)
+        trajectory.sigma = named.sigma
         stream = trajectory.stream(named.name) if named.name is not None else self._match(inputs.conditioning)
         trajectory.enter(stream, named.step_index)
         return trajectory, stream
+
+    def _ask_scheduler(self, trajectory: Trajectory) -> None:
+        """What the scheduler knows; at the first call, since pipelines set its timesteps late.
+
+        Image to image enters the schedule at its begin_index. Levels of another number of steps are no proof.
+        """
+        if trajectory.num_steps is None:
+            begin = getattr(self.scheduler, "begin_index", None) or 0
+            trajectory.num_steps = len(self.scheduler.timesteps) - begin
+        levels = noise_levels(self.scheduler) if self.noise else None
+        trajectory.levels = levels if levels is not None and len(levels) == trajectory.num_steps else None
 
     def _match(self, conditioning: tuple[Tensor, ...]) -> Stream:
         for by_value in (False, True):

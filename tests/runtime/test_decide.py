@@ -75,9 +75,9 @@ def test_what_a_rule_is_asked() -> None:
         return False, NO
 
     sites = [site(ask, layer=0), site(ask, layer=1)]
-    decide(sites, Moment(7, 20, layer_offset=3, num_layers=5), [4, 0], [2, 1], [True, False])
-    # step, num_steps, layer, num_layers, age (unknown without a value), streak
-    assert asked == [(7, 20, 3, 5, 3, 2), (7, 20, 4, 5, None, 1)]
+    decide(sites, Moment(7, 20, 3, 5, sigma=0.5, snr=4.0), [4, 0], [2, 1], [True, False])
+    # step, num_steps, layer, num_layers, age (unknown without a value), streak, sigma, snr
+    assert asked == [(7, 20, 3, 5, 3, 2, 0.5, 4.0), (7, 20, 4, 5, None, 1, 0.5, 4.0)]
 
 
 @st.composite
@@ -124,7 +124,9 @@ def test_only_proof_permits_reuse(
 def test_age_and_streak_over_a_trajectory(limit: int, longest: int, steps: int) -> None:
     """Reuse while age <= limit and streak < longest: a computation every 1 + min(limit, longest) steps."""
 
-    def choose(step: int, of: Any, layer: int, layers: Any, age: int | None, streak: int) -> tuple[bool, Reason]:
+    def choose(
+        step: int, of: Any, layer: int, layers: Any, age: int | None, streak: int, *_: Any
+    ) -> tuple[bool, Reason]:
         return (age is not None and age <= limit and streak < longest), YES
 
     sites = [site(choose), site(never)]
