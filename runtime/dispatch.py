@@ -11,7 +11,7 @@ from torch import Tensor
 from dit_rewrite.errors import Reason
 from dit_rewrite.runtime.cache import Bank, Hoisted, stamp_of
 from dit_rewrite.runtime.decide import Decisions, Moment, SiteSpec, decide
-from dit_rewrite.runtime.session import Observation, Session
+from dit_rewrite.runtime.session import Call, Observation, Session
 from dit_rewrite.runtime.stats import Record
 
 
@@ -71,34 +71,42 @@ class Graph:
         unfit = bank.fit(stamp_of([args[i] for i in self._data]), tuple(map(args.__getitem__, self._weights)))
         moment = call.moment
         call.layers += self.num_layers
-        decided = self._decide(moment, bank, changed or unfit)
-        executable = self.variants.get(decided.row) or self.add_variant(decided.row, late=True)
-        if executable.admits is not None and not executable.admits(args):
-            decided = _all_compute(decided)
-            executable = self.variants[self._never]
+        decided, executable = self._choose(self._decide(moment, bank, changed or unfit), args)
         if self.prologue is not None:
             self._hoist(self.prologue, args, bank, call.told)
         outputs, fresh = _execute(executable, args, bank)
         self._store(executable, fresh, bank, moment.step, decided)
         outputs = self._owned(decided.row, outputs, bank)
+        self._note(call, occurrence, moment, decided, args, outputs, bank)
+        args.clear()
+        return outputs
+
+    def _choose(self, decided: Decisions, args: list[Any]) -> tuple[Decisions, Executable]:
+        """The variant of the decided row; that which computes everything where it does not admit the call's sizes."""
+        executable = self.variants.get(decided.row) or self.add_variant(decided.row, late=True)
+        if executable.admits is None or executable.admits(args):
+            return decided, executable
+        return _all_compute(decided), self.variants[self._never]
+
+    def _note(
+        self,
+        call: Call,
+        occurrence: int,
+        moment: Moment,
+        decided: Decisions,
+        args: list[Any],
+        outputs: Sequence[Any],
+        bank: Bank,
+    ) -> None:
+        """Count the decisions of a call, and show it to the observer if there is one."""
+        trajectory, stream = call.trajectory.number, call.stream.name
         record = Record(
-            call.trajectory.number,
-            moment.step,
-            call.stream.name,
-            self.index,
-            occurrence,
-            self.names,
-            decided.row,
-            decided.reasons,
+            trajectory, moment.step, stream, self.index, occurrence, self.names, decided.row, decided.reasons
         )
         self.session.stats.count(record, decided.misses)
         if self.session.observer is not None:
-            position = len(call.graphs) - 1
-            self.session.observer(
-                Observation(self.index, position, record, tuple(args), tuple(outputs), tuple(bank.values))
-            )
-        args.clear()
-        return outputs
+            position, held = len(call.graphs) - 1, tuple(bank.values)
+            self.session.observer(Observation(self.index, position, record, tuple(args), tuple(outputs), held))
 
     def add_variant(self, row: Row, late: bool = False) -> Executable:
         """Compile the variant of a row. A late one was not foreseen, and is compiled in the middle of a call."""
