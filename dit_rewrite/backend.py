@@ -26,6 +26,7 @@ from dit_rewrite.runtime.stats import Stats
 from dit_rewrite.runtime.trajectory import Trajectory
 
 FORESEEN_STEPS = 64  # how far to look ahead where nobody told the number of steps
+LONGEST = 1000  # and at most, whatever was told
 MAX_FORESEEN = 8
 
 
@@ -140,7 +141,7 @@ class Backend:
         """The rows that the plan is known to need, computing first; the most frequent where they are too many."""
         call = self.session.call
         trajectory = call.trajectory if call is not None else Trajectory(None)
-        rows = simulate(specs, trajectory.num_steps or FORESEEN_STEPS, trajectory)
+        rows = simulate(specs, min(trajectory.num_steps or FORESEEN_STEPS, LONGEST), trajectory)
         counted = sorted(set(rows), key=lambda row: (any(row), -rows.count(row)))
         never = (False,) * len(specs)
         return [never, *(row for row in counted if row != never)][:MAX_FORESEEN]

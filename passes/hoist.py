@@ -1,38 +1,50 @@
 """Pass 01: what does not depend on the step is computed once per trajectory. Lossless.
 
 A node is steady when it depends on nothing but weights and inputs that stay the same within a trajectory: text K and V,
-caption projections, RoPE tables, condition encoders. The steady values that others read, and that are worth keeping,
-make one site of their own, whose guard is that those inputs are the same objects as before, unchanged.
+caption projections, condition encoders. The steady values that others read, and that are worth keeping, make one site
+of their own, whose guard is that those inputs are the same objects as before, unchanged.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
 
 import torch
 from torch import Tensor, fx
 
-from dit_rewrite.passes import cost
-from dit_rewrite.passes.graph import aten, is_contraction, packet
-
-LARGE = 16384  # elements: below that nobody would notice
-# Besides matrix products: what costs more than reading its result back does.
-_DEAR = {
-    aten.sin, aten.cos, aten.exp, aten.log, aten.pow, aten.tanh, aten.sigmoid, aten.silu, aten.gelu, aten.embedding,
-    aten.index, aten.gather, aten.native_layer_norm, aten.native_group_norm, aten._softmax, aten.polar, aten.repeat,
-}  # fmt: skip
+from dit_rewrite.passes.graph import is_contraction, is_view
 
 
 def steady_values(graph: fx.Graph, steady_inputs: Iterable[int]) -> tuple[fx.Node, ...]:
     """The nodes to compute once per trajectory; `steady_inputs` are the positions of weights and steady inputs.
 
-    Hoisted is what pays: a tensor that took something dear to make, and that something unsteady reads. All else that is
-    steady (views of weights, small sums) is left where it is; no such node depends on a dear one.
+    Hoisted is what pays: what took a matrix product to make, and is read by something unsteady. Only products
+    themselves (and views of them) are handed over. What is made of them element by element is left to each step: in a
+    kernel of its own it could be rounded otherwise than fused with its reader, and hoisting is to change no bit.
     """
     steady = _steady(graph, set(steady_inputs))
-    dear = _dear(steady)
-    return tuple(node for node in steady if node in dear and any(user not in steady for user in node.users))
+    while True:
+        frontier = [node for node in _dear(steady) if any(user not in steady for user in node.users)]
+        refused = [node for node in frontier if not is_contraction(_storage(node))]
+        if not refused:
+            return tuple(frontier)
+        steady = _without(steady, refused)
+
+
+def _without(steady: dict[fx.Node, None], refused: list[fx.Node]) -> dict[fx.Node, None]:
+    """The steady nodes less the refused ones and all that is computed from them."""
+    gone = set(refused)
+    for node in steady:
+        if any(argument in gone for argument in node.all_input_nodes):
+            gone.add(node)
+    return dict.fromkeys(node for node in steady if node not in gone)
+
+
+def _storage(node: fx.Node) -> fx.Node:
+    """The node whose memory a view shows."""
+    while is_view(node):
+        node = node.all_input_nodes[0]
+    return node
 
 
 def _steady(graph: fx.Graph, inputs: set[int]) -> dict[fx.Node, None]:
@@ -66,16 +78,10 @@ def _unbacked(value: Tensor) -> bool:
     return bool(free_unbacked_symbols(value))
 
 
-def _dear(steady: dict[fx.Node, None]) -> set[fx.Node]:
-    """The steady nodes that took a contraction to make, or a dear function of many elements."""
-    dear: set[fx.Node] = set()
+def _dear(steady: dict[fx.Node, None]) -> dict[fx.Node, None]:
+    """The steady nodes that took a contraction to make."""
+    dear: dict[fx.Node, None] = {}
     for node in steady:
-        made = is_contraction(node) or (packet(node) in _DEAR and _is_large(node))
-        if node.op == "call_function" and (made or any(argument in dear for argument in node.all_input_nodes)):
-            dear.add(node)
+        if node.op == "call_function" and (is_contraction(node) or any(arg in dear for arg in node.all_input_nodes)):
+            dear[node] = None
     return dear
-
-
-def _is_large(node: fx.Node) -> bool:
-    value = node.meta.get("val")
-    return isinstance(value, Tensor) and math.prod(cost.shape(value)) >= LARGE

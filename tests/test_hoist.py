@@ -150,3 +150,26 @@ def test_a_branch_of_the_conditioning_is_hoisted_and_no_site() -> None:
     assert torch.equal(rewritten(**calls[0]), model(**calls[0]))
     assert [str(place.site.kind) for place in rewritten.explain().sites] == ["mlp"]
     assert [refusal.reason for refusal in rewritten.explain().refused].count(Reason.STEADY) == 1
+
+
+class Waved(torch.nn.Module):
+    """Tokens scaled by the cosine of a projection of the text."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.project, self.branch = torch.nn.Linear(8, 8), torch.nn.Linear(8, 8)
+
+    def forward(self, hidden_states: Tensor, timestep: Tensor, text: Tensor) -> Tensor:
+        x = hidden_states * self.project(text).cos() + timestep[:, None, None]
+        return x + self.branch(x)
+
+
+@torch.no_grad()
+def test_products_are_handed_over_and_what_follows_them_is_not() -> None:
+    """The cosine stays in every step: in a kernel of its own it could be rounded otherwise."""
+    rewritten = dit_rewrite.compile(Waved().eval().requires_grad_(False), FORA(2), backend="aot_eager")
+    rewritten(torch.randn(2, 4, 8), torch.full((2,), 0.5), torch.randn(2, 4, 8))
+    (graph,) = rewritten._backend.rewritten
+    assert op_counts(graph.prologue.gm)["aten.addmm"] == 1
+    assert op_counts(graph.prologue.gm)["aten.cos"] == 0
+    assert all(op_counts(variant.gm)["aten.cos"] == 1 for variant in graph.variants.values())

@@ -182,3 +182,11 @@ def test_guards_see_no_total_while_watched() -> None:
     with compiled.trajectory(4):
         outputs(compiled, calls(4))
     assert row(compiled, 4) == "CRRC"
+
+
+def test_a_trajectory_of_any_length_is_foreseen_in_no_time() -> None:
+    """The plan is looked at for a thousand steps at most, however many were told."""
+    model = tiny.rewritten(tiny.build(), FORA(3))
+    with model.trajectory(num_steps=1 << 40):
+        tiny.outputs(model, tiny.calls(2))
+    assert model.stats().variants == 2
