@@ -32,8 +32,6 @@ from dit_rewrite.runtime.trajectory import Named, Told
 class RewrittenModule(OptimizedModule):
     """A denoiser compiled by `compile`. Shares the original's parameters and forwards its attributes."""
 
-    _own = frozenset({"_backend", "_reader", "_checked"})
-
     def __init__(self, model: torch.nn.Module, context: Any, backend: Backend) -> None:
         object.__setattr__(self, "_orig_mod", model)
         super().__init__(model, context)

@@ -5,7 +5,6 @@ Where none applies the site computes.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from enum import Enum
 from functools import lru_cache
@@ -171,8 +170,3 @@ def _chooser(rules: SiteRules) -> Choose:
 def forced(*_: Any, **__: Any) -> tuple[bool, Reason]:
     """The chooser of reuse 0: every decision computes."""
     return False, Reason.FORCED
-
-
-def reaches(policy: Policy, sites: Iterable[Site]) -> bool:
-    """Whether some rule of the policy selects some site."""
-    return any(policy.for_site(site, {}).reachable for site in sites)

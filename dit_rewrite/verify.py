@@ -20,6 +20,7 @@ from dit_rewrite.errors import BadParameter, UnreachedPolicy
 from dit_rewrite.lowering import Backend as LoweringBackend
 from dit_rewrite.lowering import Lowering
 from dit_rewrite.passes.capture import one_graph
+from dit_rewrite.passes.sites import Site
 from dit_rewrite.policy import Policy
 from dit_rewrite.replay import check_replay, widen
 from dit_rewrite.report import Dump
@@ -141,7 +142,8 @@ def _check_reuse0(
     notes = []
     if not check.exact and lower.backend != "aot_eager":
         check.within = _as_near_as_eager(model, trajectory, found)
-        notes = [_first_rounded(model, trajectory, policy, lower, expected)]
+        sites = [place.site for place in ours.explain().sites if place.reachable and place.occurrence == 0]
+        notes = [_first_rounded(model, trajectory, policy, lower, expected, sites)]
     return check, ours, notes
 
 
@@ -163,15 +165,19 @@ def _as_near_as_eager(model: torch.nn.Module, trajectory: Trajectory, found: lis
 
 
 def _first_rounded(
-    model: torch.nn.Module, trajectory: Trajectory, policy: Policy, lower: Lowering, expected: list[list[Tensor]]
+    model: torch.nn.Module,
+    trajectory: Trajectory,
+    policy: Policy,
+    lower: Lowering,
+    expected: list[list[Tensor]],
+    sites: list[Site],
 ) -> str:
-    """Bisect for the first site whose values, when stored, change the outputs; the note that names it."""
+    """Bisect for the first of `sites` whose values, when stored, change the outputs; the note that names it."""
 
     def exact(stored: int) -> bool:
         ours = wrap(model, Backend(model, policy, lower, force=True, store=stored))
         return _compare(_run(ours, trajectory), expected).exact
 
-    sites = [place.site for place in _sites_of(model, trajectory, policy, lower)]
     low, high = 0, len(sites)  # with `low` sites stored it is exact, with `high` it is not
     if not exact(0):
         return "not exact even with nothing stored"
@@ -179,12 +185,6 @@ def _first_rounded(
         middle = (low + high) // 2
         low, high = (middle, high) if exact(middle) else (low, middle)
     return f"storing {sites[low].name} ({', '.join(sites[low].values)}) rounds what a fused kernel kept"
-
-
-def _sites_of(model: torch.nn.Module, trajectory: Trajectory, policy: Policy, lower: Lowering) -> list[Any]:
-    ours = wrap(model, Backend(model, policy, Lowering("aot_eager"), force=True))
-    _run(ours, Trajectory(trajectory.calls[:1], trajectory.streams[:1]))
-    return [place for place in ours.explain().sites if place.reachable and place.occurrence == 0]
 
 
 def _check_replay(

@@ -95,7 +95,6 @@ class _Rewriter:
         self.position = {node: i for i, node in enumerate(gm.graph.nodes)}
         self.values = [[self.nodes[name] for name in site.values] for site in sites]
         self.owner = self._owners()
-        self.producer = {value: i for i, values in enumerate(self.values) for value in values}
         self.inside = [self._inside(i) for i in range(len(sites))]
 
     def _owners(self) -> dict[fx.Node, int]:
