@@ -1,0 +1,164 @@
+"""The kernels of kernels/ on an NVIDIA GPU: python -m benchmarks.attention [--device cuda] [--dtype bfloat16]
+
+Attention of 2 x 16 heads, of size 72 (DiT-XL, PixArt) and 128. Window attention with a residual, and the entropy of
+attention, against the fastest backend of PyTorch's scaled dot product attention; FlexAttention on the same mask;
+blockwise attention to conditions of 16 to 4096 keys at several kept fractions; relative_l1 against a copy. Rows are
+ratios of runs in turn; every kernel's result is compared with its plain twin's before it is timed. The file of results
+also has each run's seconds, FLOP/s and bytes/s as shares of a large matrix product's and a large copy's, and its time
+over the floor that these two set. Needs torch and triton only. `--device cpu --tiny` runs every path with the plain
+twins and writes nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.attention_cases import blockwise, ceilings, change, window_attention
+from benchmarks.attention_clock import Bench, DeviceClock, HostClock
+from benchmarks.timing import report, show
+from dit_rewrite.kernels.window_attention import paper_window
+
+REUSE_GOAL, REUSE_TOKENS = 0.35, (4096, 16384)  # of full attention's time, at most, at these lengths
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What is measured, at which sizes."""
+
+    batch: int
+    heads: int
+    head_sizes: tuple[int, ...]
+    tokens: tuple[int, ...]
+    grid: tuple[int, int]
+    grid_window: tuple[int, int]
+    queries: int  # of blockwise attention
+    conditions: tuple[tuple[int, int], ...]  # keys, and keys of a block
+    tile: int
+    changes: tuple[tuple[int, ...], ...]
+    product: int
+    bytes_copied: int
+
+
+FULL = Sizes(
+    batch=2, heads=16, head_sizes=(72, 128), tokens=(1024, 4096, 16384), grid=(64, 64), grid_window=(8, 8),
+    queries=4096, conditions=((16, 16), (120, 120), (300, 300), (1024, 256), (4096, 512)), tile=128,
+    changes=((2, 4096, 1152), (2, 16384, 1152), (1 << 29,)), product=8192, bytes_copied=1 << 31,
+)  # fmt: skip
+TINY = Sizes(
+    batch=1, heads=2, head_sizes=(24, 32), tokens=(16, 48), grid=(6, 6), grid_window=(1, 1), queries=64,
+    conditions=((16, 16), (40, 16)), tile=16, changes=((2, 8, 24),), product=32, bytes_copied=1 << 12,
+)  # fmt: skip
+
+
+def cases(bench: Bench, sizes: Sizes, like: Tensor) -> Iterator[tuple[str, Callable[[], None]]]:
+    """What there is to measure; what has a goal comes first."""
+    for d in sizes.head_sizes:
+        for n in sizes.tokens:
+            title, shape = f"d={d}, {n} tokens", (sizes.batch, sizes.heads, n, d)
+            where: dict[str, Any] = {"window": paper_window(n)}
+            goal = REUSE_GOAL if n in REUSE_TOKENS else None
+            yield title, partial(window_attention, bench, title, shape, where, like, goal=goal)
+    for sides in sizes.changes:
+        yield f"relative_l1 {sides}", partial(change, bench, sides, like)
+    for d in sizes.head_sizes:
+        height, width = sizes.grid
+        title, shape = f"d={d}, 2-D, {height} x {width} tokens", (sizes.batch, sizes.heads, height * width, d)
+        where = {"window": sizes.grid_window, "grid": sizes.grid}
+        yield title, partial(window_attention, bench, title, shape, where, like)
+    for d in sizes.head_sizes:
+        for keys, block in sizes.conditions:
+            title, shape = f"blockwise, d={d}, {keys} keys by {block}", (sizes.batch, sizes.heads, sizes.queries, d)
+            yield title, partial(blockwise, bench, title, shape, keys, block, sizes.tile, like)
+
+
+def measure_all(bench: Bench, sizes: Sizes, like: Tensor, minutes: float) -> None:
+    """Measure the ceilings, then each case until the minutes are over; one that fails does not hide the others."""
+    end = time.monotonic() + 60 * minutes
+    bench.ceilings = ceilings(bench, sizes.product, sizes.bytes_copied, like)
+    for title, case in cases(bench, sizes, like):
+        if time.monotonic() > end:
+            bench.failures[title] = f"not measured: the {minutes:g} minutes were over"
+            continue
+        began = time.monotonic()
+        try:
+            case()
+        except Exception as error:  # the expected result, or every backend of PyTorch's own attention, failed
+            bench.fail(title, error)
+        print(f"{title}: {time.monotonic() - began:.1f} s", file=sys.stderr, flush=True)
+
+
+def details(bench: Bench, sizes: Sizes, dtype: torch.dtype) -> dict[str, Any]:
+    """What stands beside the rows in the file of results."""
+    import triton
+
+    assert bench.ceilings is not None
+    return {
+        "versions": {
+            "triton": triton.__version__,
+            "cuda": torch.version.cuda,
+            "cudnn": torch.backends.cudnn.version(),
+            "capability": torch.cuda.get_device_capability(),
+        },
+        "dtype": str(dtype).removeprefix("torch."),
+        "sizes": asdict(sizes),
+        "ceilings": {"FLOP/s": bench.ceilings.flops, "bytes/s": bench.ceilings.bytes},
+        "runs": bench.runs,
+        "failures": bench.failures,
+    }
+
+
+def summary(bench: Bench) -> None:
+    """The rows with a goal, the ceilings and what failed: what a reader of a log's end must see."""
+    assert bench.ceilings is not None
+    show("goals", [row for row in bench.rows if row.bound])
+    print(f"matrix product {bench.ceilings.flops / 1e12:.4g} TFLOP/s, copy {bench.ceilings.bytes / 1e12:.4g} TB/s")
+    for title, error in bench.failures.items():
+        print(f"FAILED {title}: {error.splitlines()[0]}")
+
+
+def arguments(given: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    parser.add_argument("--dtype", choices=("bfloat16", "float16"), default="bfloat16")
+    parser.add_argument("--rounds", type=int, default=30, help="samples of each run")
+    parser.add_argument("--minutes", type=float, default=5.0, help="no case begins later")
+    parser.add_argument("--tiny", action="store_true", help="toy sizes; writes no results")
+    found = parser.parse_args(given)
+    if found.device == "cpu" and not found.tiny:
+        parser.error("the full sizes need a GPU: add --tiny")
+    if found.device == "cuda" and not torch.cuda.is_available():
+        parser.error("there is no GPU: --device cpu --tiny runs the plain twins")
+    return found
+
+
+def main(given: list[str] | None = None) -> int:
+    """0, or 1 if something could not be measured; a missed goal is a result."""
+    options = arguments(given)
+    dtype, sizes = getattr(torch, options.dtype), TINY if options.tiny else FULL
+    like = torch.empty(0, dtype=dtype, device=options.device)
+    torch.manual_seed(0)
+    # without a GPU FlexAttention runs as it is written: there is nothing to compile for
+    stance = "default" if options.device == "cuda" else "force_eager"
+    with torch.no_grad(), torch.compiler.set_stance(stance):
+        bench = Bench(DeviceClock() if options.device == "cuda" else HostClock(), options.rounds)
+        measure_all(bench, sizes, like, options.minutes)
+    if options.tiny:
+        show("attention, toy sizes", bench.rows)
+    else:
+        name = "attention" if dtype == torch.bfloat16 else f"attention_{options.dtype}"
+        report(name, bench.rows, details(bench, sizes, dtype))
+    summary(bench)
+    return 1 if bench.failures else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

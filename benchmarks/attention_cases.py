@@ -1,0 +1,220 @@
+"""What benchmarks/attention.py times: each op of kernels/ beside what a model would run without it."""
+
+from __future__ import annotations
+
+import functools
+import math
+import statistics
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from benchmarks.attention_clock import Bench, Ceilings, Run, Samples, fastest
+from dit_rewrite.kernels.attention_entropy import attention_entropy
+from dit_rewrite.kernels.attention_entropy import plain as entropy_plain
+from dit_rewrite.kernels.blockwise_attention import State, blockwise_attention, flops, new_state, speedup
+from dit_rewrite.kernels.blockwise_attention.arithmetic import BLOCK_WORDS
+from dit_rewrite.kernels.relative_l1 import relative_l1
+from dit_rewrite.kernels.window_attention import plain, window_flops, window_refresh, window_reuse
+from dit_rewrite.kernels.window_attention.flex import flex_window
+from dit_rewrite.kernels.window_attention.geometry import make_window
+
+# Not MATH, which makes the matrix of all scores: at 16,384 tokens that is 17 GB in 16 bits.
+BACKENDS = (SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION, SDPBackend.EFFICIENT_ATTENTION)
+REFRESH_GOAL = 1.15  # of full attention's time, at most
+CHANGE_GOAL = 0.8  # of a copy's bytes/s, at least
+
+
+def random(*shape: int, like: Tensor) -> Tensor:
+    """Fresh normal numbers, of the dtype and device of `like`."""
+    return torch.randn(shape, dtype=like.dtype, device=like.device)
+
+
+def ceilings(bench: Bench, size: int, bytes_copied: int, like: Tensor) -> Ceilings:
+    """Rates of a square matrix product of `size`, and of a copy that reads and writes `bytes_copied` each."""
+    a, b = random(size, size, like=like), random(size, size, like=like)
+    source = random(bytes_copied // like.element_size(), like=like)
+    target = torch.empty_like(source)
+    runs = {
+        "matrix product": Run(lambda: a @ b, flops=2 * size**3),
+        "copy": Run(lambda: target.copy_(source), bytes=2 * source.nbytes, expected=(source,)),
+        "a kernel of one element": Run(lambda: target[0].zero_()),  # what a launch and the events take
+    }
+    samples = bench.measure("ceilings", runs)
+    product, copy = (statistics.median(samples[name]) for name in ("matrix product", "copy"))
+    return Ceilings(runs["matrix product"].flops / product, runs["copy"].bytes / copy)
+
+
+def sdpa(q: Tensor, k: Tensor, v: Tensor, backend: SDPBackend) -> Tensor:
+    """Scaled dot product attention by one of PyTorch's implementations."""
+    with sdpa_kernel(backend):
+        return F.scaled_dot_product_attention(q, k, v)
+
+
+def attention_flops(q: Tensor, k: Tensor, kept: float = 0.0) -> int:
+    """FLOPs of attention, but for a fraction `kept` of its scores."""
+    batch, heads, queries, size = q.shape
+    return flops(batch, heads, queries, k.shape[2], size, kept)
+
+
+def best_sdpa(bench: Bench, title: str, q: Tensor, k: Tensor, v: Tensor, expected: Tensor) -> Run:
+    """The fastest of PyTorch's implementations for these inputs, each of them timed."""
+    work, moved = attention_flops(q, k), 2 * q.nbytes + k.nbytes + v.nbytes
+    able = [backend for backend in BACKENDS if runs_here(q, k, backend)]
+    runs = {backend.name: Run(functools.partial(sdpa, q, k, v, backend), work, moved, (expected,)) for backend in able}
+    return runs[fastest(bench.measure(f"{title}: backends of SDPA", runs))]
+
+
+def runs_here(q: Tensor, k: Tensor, backend: SDPBackend) -> bool:
+    """Whether the implementation takes this device, dtype and head size: the others refuse with a RuntimeError."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # they say why not
+        try:
+            sdpa(q, k, k, backend)
+        except RuntimeError:
+            return False
+    return True
+
+
+def window_attention(
+    bench: Bench, title: str, shape: tuple[int, ...], where: dict[str, Any], like: Tensor, *, goal: float | None = None
+) -> None:
+    """Refreshing and reusing a window's residual, and the entropy of attention, beside full attention.
+
+    `goal`: the most that reusing may take of full attention's time.
+    """
+    torch.compiler.reset()  # each case compiles FlexAttention anew, and Dynamo counts them
+    q, k, v = (random(*shape, like=like) for _ in range(3))
+    window = make_window("benchmark", shape[2], where["window"], where.get("grid"), 0)
+    out, residual = plain.window_refresh(q, k, v, window, None, None)
+    full = best_sdpa(bench, title, q, k, v, out)
+    runs = {"SDPA": full, "SDPA again": full, **_window_runs(q, k, v, out, residual, where, full)}
+    _window_rows(bench, title, bench.measure(title, {**runs, "entropy": _entropy(q, k)}), goal)
+
+
+def _window_runs(
+    q: Tensor, k: Tensor, v: Tensor, out: Tensor, residual: Tensor, where: dict[str, Any], full: Run
+) -> dict[str, Run]:
+    @functools.cache  # made when it first runs: if it fails, it fails alone
+    def flex() -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+        return flex_window(q.shape[2], **where, device=str(q.device))
+
+    def two_kernels() -> tuple[Tensor, Tensor]:
+        """Attention is linear in V, so that window attention of -V plus O is the residual O - W."""
+        whole = full.call()
+        assert isinstance(whole, Tensor)
+        return whole, window_reuse(q, k, -v, whole, **where)
+
+    near, each = window_flops(q.shape, k.shape, **where), q.nbytes
+    both = full.flops + near // 2  # the scores are shared
+    return {
+        "refresh": Run(lambda: window_refresh(q, k, v, **where), both, 5 * each, (out, residual)),
+        "SDPA + window": Run(two_kernels, both, 5 * each, (out, residual)),
+        "reuse": Run(lambda: window_reuse(q, k, v, residual, **where), near, 5 * each, (out,)),
+        "FlexAttention": Run(lambda: flex()(q, k, v), near, 4 * each, (out - residual,)),
+    }
+
+
+def _entropy(q: Tensor, k: Tensor) -> Run:
+    work = attention_flops(q, k) // 2  # one product of two
+    expected = entropy_plain.attention_entropy(q, k, None, None, False, False)
+    return Run(lambda: attention_entropy(q, k), work, q.nbytes + k.nbytes, (expected,))
+
+
+def _window_rows(bench: Bench, title: str, samples: Samples, goal: float | None) -> None:
+    bench.compare(f"{title}: A/A, SDPA / SDPA", samples, "SDPA again", "SDPA")
+    bench.compare(f"{title}: reuse / SDPA", samples, "reuse", "SDPA", most=goal)
+    bench.compare(f"{title}: reuse / FlexAttention, no residual", samples, "reuse", "FlexAttention")
+    bench.compare(f"{title}: FlexAttention / SDPA", samples, "FlexAttention", "SDPA")
+    bench.compare(f"{title}: refresh / SDPA", samples, "refresh", "SDPA")
+    bench.compare(f"{title}: (SDPA + window) / SDPA", samples, "SDPA + window", "SDPA")
+    bench.compare(f"{title}: refresh / (SDPA + window)", samples, "refresh", "SDPA + window")
+    both: Samples = {name: samples[name] for name in ("refresh", "SDPA + window") if name in samples}
+    if both:
+        faster = fastest(both)
+        bench.compare(f"{title}: faster refresh ({faster}) / SDPA", samples, faster, "SDPA", most=REFRESH_GOAL)
+    bench.compare(f"{title}: entropy / SDPA", samples, "entropy", "SDPA")
+
+
+def kept_pairs(shape: tuple[int, ...], kept: float, *, whole_tiles: bool) -> Tensor:
+    """Which of the (batch, head, tile, block) pairs are kept: a fraction `kept` of them, or of the tiles, at random."""
+    groups = shape[:-1] if whole_tiles else shape
+    count = math.prod(groups)
+    chosen = torch.randperm(count) < round(kept * count)
+    return chosen.view(groups if not whole_tiles else (*groups, 1)).expand(shape).contiguous()
+
+
+def blockwise(
+    bench: Bench, title: str, q_shape: tuple[int, ...], keys: int, block: int, tile: int, like: Tensor
+) -> None:
+    """Attention to a condition of `keys` keys, at several fractions of kept blocks, beside full attention.
+
+    A pair that the state does not know is recomputed and one that it knows is kept, whatever changed, at the threshold
+    inf. So before each call, outside of its time, the state is told what it knows.
+    """
+    q = random(*q_shape, like=like)
+    k, v = (random(*q_shape[:2], keys, q_shape[3], like=like) for _ in range(2))
+    expected = F.scaled_dot_product_attention(q.float(), k.float(), v.float())
+    full = best_sdpa(bench, title, q, k, v, expected)
+    state = new_state(q, k, v, block, tile)
+    runs, predicted = {"SDPA": full}, {}
+    blockwise_attention(q, k, v, state, threshold=math.inf, block=block, bound="sound")  # all is computed once
+    for kept, whole in patterns(state.computed.shape[-1]):
+        pairs = kept_pairs(tuple(state.computed.shape), kept, whole_tiles=whole).to(q.device)
+        name = f"kept {kept:.0%}{' by tiles' if whole else ''}"
+        runs[name] = _blockwise_run(q, k, v, state, pairs, expected)
+        predicted[name] = 1 / roofline(bench.ceilings, state, pairs, q) if bench.ceilings else math.nan
+    samples = bench.measure(title, runs)
+    for name, by_arithmetic in predicted.items():
+        bench.compare(f"{title}: {name} / SDPA (arithmetic {by_arithmetic:.2f})", samples, name, "SDPA")
+
+
+def patterns(blocks: int) -> list[tuple[float, bool]]:
+    """Fractions kept, and whether by whole tiles; with one block a tile is kept whole in any case."""
+    by_blocks = [(0.0, False), (0.5, False), (0.9, False), (1.0, False)]
+    return by_blocks if blocks == 1 else [*by_blocks, (0.5, True), (0.9, True)]
+
+
+def _blockwise_run(q: Tensor, k: Tensor, v: Tensor, state: State, pairs: Tensor, expected: Tensor) -> Run:
+    def call() -> Tensor:
+        out, _ = blockwise_attention(q, k, v, state, threshold=math.inf, block=state.block, bound="sound")
+        return out
+
+    kept, whole, _ = shares(pairs)
+    rows, row = math.prod(q.shape[:3]), q.shape[3] * q.element_size()
+    busy = pairs.shape[-1] * (row + BLOCK_WORDS) + 6 * row
+    bytes_moved = round(rows * (whole * 4 * row + (1 - whole) * busy))
+    return Run(call, attention_flops(q, k, kept), bytes_moved, (expected,), before=lambda: state.computed.copy_(pairs))
+
+
+def shares(pairs: Tensor) -> tuple[float, float, float]:
+    """The share of the pairs that are kept, of the tiles that are wholly kept, and of kept pairs in the others."""
+    kept, whole = pairs.float().mean().item(), pairs.all(-1).float().mean().item()
+    return kept, whole, (kept - whole) / (1 - whole) if whole < 1 else 0.0
+
+
+def roofline(ceilings: Ceilings, state: State, pairs: Tensor, q: Tensor) -> float:
+    """How many times as fast as attention blockwise attention is, by the measured ceilings alone."""
+    _, whole, others = shares(pairs)
+    intensity = ceilings.flops / ceilings.bytes
+    return speedup(state.keys, state.block, q.shape[3], q.element_size(), intensity, others, whole)
+
+
+def change(bench: Bench, shape: tuple[int, ...], like: Tensor) -> None:
+    """relative_l1, which reads two tensors, beside a copy, which reads one and writes one: as many bytes."""
+    current, reference = random(*shape, like=like), random(*shape, like=like)
+    target = torch.empty_like(current)
+    moved = current.nbytes + reference.nbytes
+    expected = (current.double() - reference.double()).abs().sum() / reference.double().abs().sum()
+    runs = {
+        "copy": Run(lambda: target.copy_(current), bytes=moved, expected=(current,)),
+        "relative_l1": Run(lambda: relative_l1(current, reference), bytes=moved, expected=(expected,)),
+    }
+    title = f"relative_l1, {' x '.join(map(str, shape))}"
+    samples = bench.measure(title, runs)
+    bench.compare(f"{title}: its bytes/s / a copy's", samples, "copy", "relative_l1", least=CHANGE_GOAL)

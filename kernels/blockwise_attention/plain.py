@@ -1,0 +1,112 @@
+"""Blockwise attention in plain PyTorch: the mathematics, and what runs on a CPU.
+
+For each key block j: S = q k_j^T scale (+ mask), m_j = rowmax S, P = exp(S - m_j), l_j = rowsum P, T_j = P v_j, or all
+three from the cache; then, with m = max m_j, the output is sum exp(m_j - m) T_j / sum exp(m_j - m) l_j. This is
+CachedAttention's Algorithm 2, whose loop runs over blocks (printed: dim), whose line 10 is T_i = P_i V_i, and which
+needs m_j and l_j of a kept block, not its scores.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from dit_rewrite.kernels.blockwise_attention import bounds
+from dit_rewrite.kernels.blockwise_attention.bounds import Decision, Keys, groups
+from dit_rewrite.kernels.blockwise_attention.state import State
+from dit_rewrite.kernels.scores import masked
+
+Index = tuple[Tensor, ...]
+
+
+def estimate(
+    q: Tensor, k: Tensor, state: State, keys: Keys | None, threshold: float, scale: float, paper: bool
+) -> Decision:
+    """Decide for each (tile, block); counts into state.counters."""
+    tile = state.partial.shape[-2]
+    reference = state.q_ref.flatten(2, 3)[:, :, : q.shape[2]]
+    change = bounds.widen(bounds.summary(q.float() - reference.float(), tile).unsqueeze(3) + state.q_moved)
+    q_stats = None if keys is None else bounds.summary(q, tile)
+    score_change = bounds.sound(change, state.k_stats, scale, q_stats, keys)
+    by = bounds.paper(change, state.k_stats) if paper else score_change
+    finite = torch.where(score_change.isfinite(), 0.0, torch.nan)
+    recompute = bounds.decide(by + finite + (0.0 if keys is None else keys.v_relative), state.computed, threshold)
+    _count(state, recompute, q.shape[2], k.shape[2])
+    return Decision(recompute, score_change, change)
+
+
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, state: State, decision: Decision, scale: float
+) -> Tensor:
+    """Recompute what was decided, merge it with what is kept, and bring the state up to date; the output."""
+    busy = (decision.recompute != 0).any(-1).nonzero(as_tuple=True)
+    tile = state.partial.shape[-2]
+    queries = groups(q, tile)[busy]
+    peak = torch.full(queries.shape[:2], -torch.inf, device=q.device)
+    total, out = torch.zeros_like(peak), torch.zeros(queries.shape, device=q.device)
+    for j in range(state.partial.shape[3]):
+        peak_j, total_j, sum_j = _block(queries, k, v, mask, state, decision, busy, j, scale)
+        higher = torch.maximum(peak, peak_j)
+        old, new = _decay(peak, higher), _decay(peak_j, higher)
+        total = old * total + new * total_j
+        out = old.unsqueeze(-1) * out + new.unsqueeze(-1) * sum_j
+        peak = higher
+    state.merged[busy] = _average(out, total).to(q.dtype)
+    state.q_ref[busy] = queries
+    moved = torch.where(decision.recompute.bool()[busy].unsqueeze(-1), 0.0, decision.change[busy])
+    state.q_moved[busy] = moved
+    state.computed.fill_(True)
+    return torch.empty_like(q).copy_(state.merged.flatten(2, 3)[:, :, : q.shape[2]])
+
+
+def _block(
+    queries: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    state: State,
+    decision: Decision,
+    busy: Index,
+    j: int,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """m, l and T of block j for the busy tiles: (n, t), (n, t), (n, t, d) in float32; stores what it recomputes."""
+    batch, head, tile = busy
+    peak_j, total_j = state.row_max[batch, head, tile, j], state.row_sum[batch, head, tile, j]
+    sum_j = state.partial[batch, head, tile, j].float() * total_j.unsqueeze(-1)
+    at = (decision.recompute[batch, head, tile, j] != 0).nonzero().squeeze(1)
+    b, h, i = batch[at], head[at], tile[at]
+    chosen = slice(j * state.block, (j + 1) * state.block)
+    scores = queries[at].float() @ k[:, :, chosen][b, h].float().transpose(1, 2) * scale
+    if mask is not None:
+        rows = i[:, None] * queries.shape[1] + torch.arange(queries.shape[1], device=i.device)
+        rows = rows.clamp(max=mask.shape[2] - 1)
+        scores = masked(scores, mask[..., chosen][b[:, None], h[:, None], rows])
+    peak_j[at] = scores.amax(-1)
+    weights = _decay(scores, peak_j[at].unsqueeze(-1))
+    total_j[at], sum_j[at] = weights.sum(-1), weights @ v[:, :, chosen][b, h].float()
+    state.row_max[b, h, i, j], state.row_sum[b, h, i, j] = peak_j[at], total_j[at]
+    state.partial[b, h, i, j] = _average(sum_j[at], total_j[at]).to(state.partial.dtype)
+    return peak_j, total_j, sum_j
+
+
+def _decay(low: Tensor, high: Tensor) -> Tensor:
+    """exp(low - high), 0 where both are -inf: nothing was attended to."""
+    return (low - torch.where(high.isneginf(), 0.0, high)).exp()
+
+
+def _average(weighted: Tensor, total: Tensor) -> Tensor:
+    """The average by weights that sum to `total`; 0 where all was masked, as PyTorch's own attention gives."""
+    return weighted / torch.where(total == 0, 1.0, total).unsqueeze(-1)
+
+
+def _count(state: State, recompute: Tensor, queries: int, keys: int) -> None:
+    tiles, blocks = recompute.shape[2:]
+    tile = state.partial.shape[-2]
+    rows = (queries - torch.arange(tiles, device=recompute.device) * tile).clamp(max=tile)
+    columns = (keys - torch.arange(blocks, device=recompute.device) * state.block).clamp(max=state.block)
+    scores = rows[:, None] * columns
+    batch = recompute.shape[0] * recompute.shape[1]
+    seen = torch.tensor([recompute.numel(), batch * queries * keys], device=recompute.device)
+    done = torch.stack((recompute.sum(), (recompute * scores).sum()))
+    state.counters.add_(torch.stack((done, seen), 1).flatten())

@@ -1,0 +1,143 @@
+"""The estimates and decisions of blockwise attention in Triton: one program per tile of queries. See bounds.py.
+
+Channels are padded to a power of two, D to DP; a summary is 2 D + 1 numbers.
+"""
+
+# The arguments of kernels have no types in Python.
+# ruff: noqa: ANN001, ANN201, ANN202
+# mypy: disable-error-code="no-untyped-def"
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from dit_rewrite.kernels.blockwise_attention.bounds import SLACK, Decision, Keys
+from dit_rewrite.kernels.blockwise_attention.state import State
+from dit_rewrite.kernels.tiles import load_tile, padded
+
+
+@triton.jit
+def widen(low, high, norm, SLACK: tl.constexpr):
+    """Move the bounds of a summary outwards by more than the rounding of one addition."""
+    return low - tl.abs(low) * SLACK, high + tl.abs(high) * SLACK, norm + tl.abs(norm) * SLACK
+
+
+@triton.jit
+def load_summary(base, index, channel, D: tl.constexpr):
+    """Least and greatest values per channel, and the greatest length, of entry `index` of an array of summaries."""
+    at = base + index * (2 * D + 1)
+    low = tl.load(at + channel, mask=channel < D, other=0.0)
+    high = tl.load(at + D + channel, mask=channel < D, other=0.0)
+    return low, high, tl.load(at + 2 * D)
+
+
+@triton.jit
+def product(a_low, a_high, a_norm, b_low, b_high, b_norm, D: tl.constexpr, SLACK: tl.constexpr):
+    """By the corners and by Cauchy-Schwarz, the greatest possible |x.y| of rows of two summaries."""
+    first, second, third, fourth = a_low * b_low, a_low * b_high, a_high * b_low, a_high * b_high
+    high = tl.maximum(tl.maximum(first, second), tl.maximum(third, fourth))
+    low = tl.minimum(tl.minimum(first, second), tl.minimum(third, fourth))
+    size = tl.sum(tl.maximum(tl.abs(high), tl.abs(low)), 0)
+    corners = tl.maximum(tl.sum(high, 0), -tl.sum(low, 0)) + size * (SLACK * (D + 8))
+    return corners, a_norm * b_norm * (1 + 4 * SLACK)
+
+
+@triton.jit
+def estimate_kernel(
+    q, q_ref, q_moved, computed, k_stats, k_change, v_relative, recompute, score_change, change, counters, stride_b,
+    stride_h, stride_n, stride_d, heads, queries, keys, tiles, blocks, block, scale, threshold, D: tl.constexpr,
+    DP: tl.constexpr, TILE: tl.constexpr, ROWS: tl.constexpr, PAPER: tl.constexpr, KV_STATIC: tl.constexpr,
+    SLACK: tl.constexpr,
+):  # fmt: skip
+    """Summarise the tile's change, then decide for each of its blocks."""
+    tile = tl.program_id(0) % tiles
+    group = (tl.program_id(0) // tiles).to(tl.int64)  # of batch and head
+    channel = tl.arange(0, DP)
+    q += (group // heads) * stride_b + (group % heads) * stride_h
+    low, high = tl.full((DP,), float("inf"), tl.float32), tl.full((DP,), float("-inf"), tl.float32)
+    q_low, q_high = low, high
+    norm, q_norm, poison = 0.0, 0.0, 0.0
+    for start in range(0, TILE, ROWS):
+        inside = start + tl.arange(0, ROWS)
+        row = tile * TILE + inside
+        valid = (row < queries)[:, None] & (channel < D)[None, :]
+        now = load_tile(q, row[:, None], stride_n, queries, channel[None, :], stride_d, D).to(tl.float32)
+        at = ((group * tiles + tile) * TILE + inside)[:, None] * D + channel[None, :]
+        moved = now - tl.load(q_ref + at, mask=valid, other=0.0).to(tl.float32)
+        low = tl.minimum(low, tl.min(tl.where(valid, moved, float("inf")), 0))
+        high = tl.maximum(high, tl.max(tl.where(valid, moved, float("-inf")), 0))
+        norm = tl.maximum(norm, tl.max(tl.sum(moved * moved, 1), 0))
+        poison += tl.sum(tl.sum(moved * 0.0, 1), 0)  # NaN where anything is not finite: maxima would drop it
+        q_low = tl.minimum(q_low, tl.min(tl.where(valid, now, float("inf")), 0))
+        q_high = tl.maximum(q_high, tl.max(tl.where(valid, now, float("-inf")), 0))
+        q_norm = tl.maximum(q_norm, tl.max(tl.sum(now * now, 1), 0))
+    real = channel < D
+    norm, q_norm = tl.sqrt(norm) * (1 + SLACK * D), tl.sqrt(q_norm) * (1 + SLACK * D)
+    low, high, norm = widen(tl.where(real, low, 0.0), tl.where(real, high, 0.0), norm, SLACK)
+    q_low, q_high, q_norm = widen(tl.where(real, q_low, 0.0), tl.where(real, q_high, 0.0), q_norm, SLACK)
+    pairs_done, scores_done = 0, 0
+    rows = tl.minimum(queries - tile * TILE, TILE)
+    for j in range(0, blocks):
+        pair = (group * tiles + tile) * blocks + j
+        a_low, a_high, a_norm = load_summary(q_moved, pair, channel, D)
+        a_low, a_high, a_norm = widen(low + a_low, high + a_high, norm + a_norm, SLACK)
+        tl.store(change + pair * (2 * D + 1) + channel, a_low, mask=real)
+        tl.store(change + pair * (2 * D + 1) + D + channel, a_high, mask=real)
+        tl.store(change + pair * (2 * D + 1) + 2 * D, a_norm)
+        k_low, k_high, k_norm = load_summary(k_stats, group * blocks + j, channel, D)
+        if KV_STATIC:
+            corners, lengths = product(a_low, a_high, a_norm, k_low, k_high, k_norm, D, SLACK)
+        else:
+            e_low, e_high, e_norm = load_summary(k_change, pair, channel, D)
+            k_low, k_high, k_norm = widen(k_low - e_high, k_high - e_low, k_norm + e_norm, SLACK)
+            corners, lengths = product(a_low, a_high, a_norm, k_low, k_high, k_norm, D, SLACK)
+            by_keys, by_length = product(q_low, q_high, q_norm, e_low, e_high, e_norm, D, SLACK)
+            corners += by_keys
+            lengths += by_length
+        bound = scale * (1 + SLACK) * tl.minimum(corners, lengths) + poison
+        tl.store(score_change + pair, bound)
+        finite = tl.where(tl.abs(bound) < float("inf"), 0.0, float("nan"))
+        if PAPER:
+            bound = tl.sum(tl.maximum(a_high * k_high, a_low * k_low), 0)
+        bound += finite
+        if not KV_STATIC:
+            bound += tl.load(v_relative + pair)
+        fresh = tl.load(computed + pair) == 0
+        again = (fresh | (not_kept(bound, threshold))).to(tl.int32)
+        tl.store(recompute + pair, again)
+        pairs_done += again
+        scores_done += again * rows * tl.minimum(keys - j * block, block)
+    tl.atomic_add(counters, tl.cast(pairs_done, tl.int64))
+    tl.atomic_add(counters + 2, tl.cast(scores_done, tl.int64))
+
+
+@triton.jit
+def not_kept(bound, threshold):
+    """Unless it is finite and at most the threshold; a NaN is neither."""
+    kept = (bound <= threshold) & (tl.abs(bound) < float("inf"))
+    return kept == 0
+
+
+def estimate(
+    q: Tensor, k: Tensor, state: State, keys: Keys | None, threshold: float, scale: float, paper: bool
+) -> Decision:
+    """Decide for each (tile, block); counts into state.counters. See plain.estimate."""
+    batch, heads, queries, size = q.shape
+    tiles, blocks, tile = state.partial.shape[2:5]
+    recompute = torch.empty((batch, heads, tiles, blocks), dtype=torch.int32, device=q.device)
+    score_change = torch.empty_like(recompute, dtype=torch.float32)
+    change = torch.empty_like(state.q_moved)
+    k_change, v_relative = (state.k_stats, state.k_stats) if keys is None else (keys.change, keys.v_relative)
+    with torch.cuda.device_of(q):
+        estimate_kernel[(batch * heads * tiles,)](
+            q, state.q_ref, state.q_moved, state.computed.view(torch.uint8), state.k_stats, k_change.contiguous(),
+            v_relative.contiguous(), recompute, score_change, change, state.counters, *q.stride(), heads, queries,
+            k.shape[2], tiles, blocks, state.block, abs(scale), threshold, D=size, DP=padded(size),
+            TILE=tile, ROWS=min(tile, 32), PAPER=paper, KV_STATIC=keys is None, SLACK=SLACK, num_warps=4,
+        )  # fmt: skip
+        state.counters[1] += recompute.numel()
+        state.counters[3] += batch * heads * queries * k.shape[2]
+    return Decision(recompute, score_change, change)

@@ -1,0 +1,35 @@
+"""The second stage of a reduction: what the programs of the first stage summed becomes one number.
+
+Neither stage uses atomics, so the order of the sum is fixed and two runs agree bit for bit.
+"""
+
+# The arguments of kernels have no types in Python.
+# ruff: noqa: ANN001, ANN201
+# mypy: disable-error-code="no-untyped-def"
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+
+@triton.jit
+def ratio_kernel(partials, out, count, BLOCK: tl.constexpr):
+    """One program: the sum of the first row of `partials` over that of the second."""
+    numerator = tl.zeros((BLOCK,), tl.float64)
+    denominator = tl.zeros((BLOCK,), tl.float64)
+    for start in range(0, count, BLOCK):
+        at = start + tl.arange(0, BLOCK)
+        numerator += tl.load(partials + at, mask=at < count, other=0.0)
+        denominator += tl.load(partials + count + at, mask=at < count, other=0.0)
+    ratio = tl.sum(numerator, 0) / tl.sum(denominator, 0)
+    tl.store(out, ratio.to(tl.float32))
+
+
+def ratio_of_sums(partials: Tensor) -> Tensor:
+    """The first row's sum over the second's, float32; `partials` is (2, count) in float64. 0/0 is NaN."""
+    out = torch.empty((), dtype=torch.float32, device=partials.device)
+    ratio_kernel[(1,)](partials, out, partials.shape[1], BLOCK=1024, num_warps=4)
+    return out

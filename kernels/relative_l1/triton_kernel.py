@@ -1,0 +1,54 @@
+"""The relative L1 change in Triton: one pass over both tensors, then one program over the partial sums."""
+
+# The arguments of kernels have no types in Python.
+# ruff: noqa: ANN001, ANN201
+# mypy: disable-error-code="no-untyped-def"
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from dit_rewrite.kernels.reduction import ratio_of_sums
+
+
+@triton.jit
+def partial_sums_kernel(current, reference, partials, numel, ACC: tl.constexpr, BLOCK: tl.constexpr):
+    """Program p sums the blocks p, p + programs, ... into one entry of each row of `partials`."""
+    program = tl.program_id(0).to(tl.int64)  # offsets beyond 2^31
+    programs = tl.num_programs(0)
+    change = tl.zeros((BLOCK,), ACC)
+    size = tl.zeros((BLOCK,), ACC)
+    for start in range(program * BLOCK, numel, programs * BLOCK):
+        at = start + tl.arange(0, BLOCK)
+        a = tl.load(current + at, mask=at < numel, other=0.0).to(ACC)
+        b = tl.load(reference + at, mask=at < numel, other=0.0).to(ACC)
+        change += tl.abs(a - b)
+        size += tl.abs(b)
+    tl.store(partials + program, tl.sum(change, 0).to(tl.float64))
+    tl.store(partials + programs + program, tl.sum(size, 0).to(tl.float64))
+
+
+def launch(current: Tensor, reference: Tensor, *, block: int = 4096, max_programs: int = 1024) -> Tensor:
+    """sum |current - reference| / sum |reference| as a 0-d float32 tensor.
+
+    `block`: elements a program takes at a time, a power of two. `max_programs`: a fixed bound, not one that depends
+    on the device, so that the sum has the same order on every GPU.
+    """
+    current, reference = _same_order(current, reference)
+    programs = max(1, min(max_programs, triton.cdiv(current.numel(), block)))
+    partials = torch.empty(2, programs, dtype=torch.float64, device=current.device)
+    acc = tl.float64 if current.dtype == torch.float64 else tl.float32
+    with torch.cuda.device_of(current):
+        partial_sums_kernel[(programs,)](
+            current, reference, partials, current.numel(), ACC=acc, BLOCK=block, num_warps=8
+        )
+        return ratio_of_sums(partials)
+
+
+def _same_order(current: Tensor, reference: Tensor) -> tuple[Tensor, Tensor]:
+    """Both dense, with their elements in the order of `current` in memory: copies only what does not lie so."""
+    order = sorted(range(current.ndim), key=current.stride, reverse=True)
+    return current.permute(order).contiguous(), reference.permute(order).contiguous()

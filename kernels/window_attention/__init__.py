@@ -1,0 +1,6 @@
+"""Window attention with a shared residual (DiTFastAttn's WA-RS)."""
+
+from dit_rewrite.kernels.window_attention.geometry import paper_window, window_flops
+from dit_rewrite.kernels.window_attention.op import window_refresh, window_reuse
+
+__all__ = ["paper_window", "window_flops", "window_refresh", "window_reuse"]

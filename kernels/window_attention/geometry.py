@@ -1,0 +1,82 @@
+"""Which keys a query sees in window attention, and how many scores that makes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from dit_rewrite.kernels.checks import require
+
+AXES = 3  # time, height, width; a grid of fewer axes has leading ones of size 1
+
+
+@dataclass(frozen=True)
+class Window:
+    """`prefix` tokens that see and are seen by all; then a grid: each sees what is within `reach` on every axis."""
+
+    prefix: int
+    sizes: tuple[int, ...]
+    reach: tuple[int, ...]
+
+    @property
+    def axes(self) -> int:
+        """How many axes the grid has, but for leading ones of size 1."""
+        return next((AXES - i for i, size in enumerate(self.sizes) if size != 1), 1)
+
+    def sees(self, rows: Tensor, cols: Tensor) -> Tensor:
+        """Whether the queries `rows` see the keys `cols`, both token indices that broadcast."""
+        seen = (rows < self.prefix) | (cols < self.prefix)
+        places = zip(self._place(rows), self._place(cols), self.reach, strict=True)
+        t, y, x = ((row - col).abs() <= reach for row, col, reach in places)
+        return seen | (t & y & x)
+
+    def _place(self, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        _, height, width = self.sizes
+        place = tokens - self.prefix
+        return place // (height * width), place // width % height, place % width
+
+    def pairs(self) -> int:
+        """How many (query, key) pairs see each other: on an axis of L places, L (2w + 1) - w (w + 1) are within w."""
+        grid = math.prod(self.sizes)
+        near = math.prod(size * (2 * w + 1) - w * (w + 1) for size, w in zip(self.sizes, self.reach, strict=True))
+        return near + self.prefix * (self.prefix + 2 * grid)
+
+
+def make_window(where: str, tokens: int, window: Sequence[int], grid: Sequence[int] | None, prefix: int) -> Window:
+    """The window over `tokens` tokens; BadParameter where window, grid and prefix do not fit them or each other."""
+    require(0 <= prefix < tokens, where, "prefix", prefix, f"0 or more, and less than the number of tokens, {tokens}")
+    sizes = (tokens - prefix,) if grid is None else tuple(grid)
+    require(1 <= len(sizes) <= AXES, where, "grid", sizes, "(H, W), (T, H, W), or None for a sequence")
+    fits = all(size > 0 for size in sizes) and math.prod(sizes) == tokens - prefix
+    require(
+        fits, where, "grid", sizes, f"sizes whose product is the number of tokens after the prefix, {tokens - prefix}"
+    )
+    require(len(window) == len(sizes), where, "window", tuple(window), f"one number for each axis of {sizes}")
+    inside = all(0 <= w < size for w, size in zip(window, sizes, strict=True))
+    require(inside, where, "window", tuple(window), f"tokens on each side, from 0 and less than the axis of {sizes}")
+    missing = AXES - len(sizes)
+    return Window(prefix, (1,) * missing + sizes, (0,) * missing + tuple(window))
+
+
+def paper_window(tokens: int) -> tuple[int]:
+    """DiTFastAttn's window for a sequence: an eighth of the tokens on each side, 23 % of all scores."""
+    return (tokens // 8,)
+
+
+def window_flops(
+    q_shape: Sequence[int],
+    k_shape: Sequence[int],
+    window: Sequence[int],
+    grid: Sequence[int] | None = None,
+    prefix: int = 0,
+) -> int:
+    """The floating-point operations of window attention on (B, H, N, d): 4 d for each score that the window keeps.
+
+    2 d of them are the product of query and key and 2 d that with the value. `attn_mask` is not counted.
+    """
+    batch, heads, tokens, head_size = q_shape
+    require(tuple(k_shape) == tuple(q_shape), "window_flops", "k_shape", tuple(k_shape), f"that of q, {tuple(q_shape)}")
+    return 4 * batch * heads * head_size * make_window("window_flops", tokens, window, grid, prefix).pairs()

@@ -1,0 +1,74 @@
+"""Where the kernels of these tests run: on the CPU through Triton's interpreter, and on a GPU where there is one.
+
+Triton decides at import whether a function is interpreted. Here its functions are exchanged while a module of tests
+runs and put back after it, so that it does not matter what else runs in the process, or who imported Triton first.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from collections.abc import Iterator
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import dit_rewrite.kernels
+
+
+def kernel_modules() -> list[ModuleType]:
+    """Every module of the kernels, so that all functions of Triton among them are known."""
+    found = pkgutil.walk_packages(dit_rewrite.kernels.__path__, "dit_rewrite.kernels.")
+    return [importlib.import_module(module.name) for module in found]
+
+
+def interpret(patch: pytest.MonkeyPatch) -> None:
+    """Exchange each Triton function of the kernels, and of Triton's own library, for an interpreted one."""
+    import triton.experimental.gluon  # noqa: F401  loaded at the first launch, and wants the functions as they are
+    import triton.language as tl
+    from triton.runtime.interpreter import InterpretedFunction
+    from triton.runtime.jit import JITFunction
+
+    for module in (tl, tl.standard, *kernel_modules()):
+        for name, value in list(vars(module).items()):
+            if isinstance(value, JITFunction):
+                patch.setattr(module, name, InterpretedFunction(value.fn))
+    correct_bfloat16(patch)
+
+
+def correct_bfloat16(patch: pytest.MonkeyPatch) -> None:
+    """The interpreter multiplies bfloat16 as the integers that it keeps them in, and truncates where GPUs round."""
+    import triton.language as tl
+    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+    multiply, truncate = InterpreterBuilder.create_dot, InterpreterBuilder.create_fp_trunc
+
+    def dot(self: Any, a: Any, b: Any, *rest: Any) -> Any:
+        a, b = (self.create_fp_ext(x, tl.float32) if x.dtype == tl.bfloat16 else x for x in (a, b))
+        return multiply(self, a, b, *rest)
+
+    def rounded(self: Any, source: Any, dtype: Any) -> Any:
+        if dtype.scalar != tl.bfloat16:
+            return truncate(self, source, dtype)
+        bits = torch.from_numpy(np.asarray(source.data, np.float32)).bfloat16().view(torch.uint16)
+        return TensorHandle(bits.numpy(), tl.bfloat16)
+
+    patch.setattr(InterpreterBuilder, "create_dot", dot)
+    patch.setattr(InterpreterBuilder, "create_fp_trunc", rounded)
+
+
+@pytest.fixture(scope="module", params=["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
+def device(request: pytest.FixtureRequest) -> Iterator[str]:
+    """The device of the kernels under test; memory that they do not write holds NaN."""
+    if request.param == "cuda" and not torch.cuda.is_available():
+        pytest.skip("needs an NVIDIA GPU")
+    pytest.importorskip("triton")
+    torch.use_deterministic_algorithms(True)
+    with pytest.MonkeyPatch.context() as patch:
+        if request.param == "cpu":
+            interpret(patch)
+        yield request.param
+    torch.use_deterministic_algorithms(False)

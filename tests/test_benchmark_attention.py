@@ -1,0 +1,172 @@
+"""The benchmark of the kernels: its arithmetic, and every path at toy size where there is no GPU and little else."""
+
+from __future__ import annotations
+
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import attention, timing
+from benchmarks.attention_cases import blockwise_attention, kept_pairs, new_state, patterns, roofline, shares
+from benchmarks.attention_clock import Bench, Ceilings, HostClock, Run, distance, fastest
+from benchmarks.timing import Row, Spread
+
+BARE = """
+import sys
+sys.modules.update(diffusers=None, rich=None)  # importing them raises
+from benchmarks.attention import main
+sys.exit(main(["--device", "cpu", "--tiny", "--rounds", "2"]))
+"""
+
+
+def tensor(*values: float) -> torch.Tensor:
+    return torch.tensor(values)
+
+
+def results() -> dict[Path, int]:
+    """The files of results, and when they were written."""
+    return {path: path.stat().st_mtime_ns for path in timing.RESULTS.glob("attention*")}
+
+
+def test_every_path_runs_on_a_bare_machine() -> None:
+    """Without diffusers and rich: all rows, checked results, and no file of results."""
+    root = Path(attention.__file__).parents[1]
+    files = results()
+    done = subprocess.run([sys.executable, "-c", BARE], cwd=root, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert results() == files
+    rows = done.stdout.partition("\ngoals")[0]
+    windows, by_blocks = 3 * 2, 2 * (4 + 6)  # cases of two head sizes; fractions of one block, and of three
+    assert rows.count("reuse / SDPA ") == rows.count("refresh / (SDPA + window) ") == windows
+    assert rows.count("reuse / FlexAttention") == rows.count("entropy / SDPA ") == windows
+    assert rows.count("blockwise, d=") == by_blocks
+    assert rows.count("relative_l1, 2 x 8 x 24") == 1
+    assert len(rows.splitlines()) == 2 + windows * 9 + by_blocks + 1
+    assert "FAILED" not in done.stdout
+
+
+def test_what_is_wrong_is_not_timed(capsys: pytest.CaptureFixture[str]) -> None:
+    """A run that raises, one with a wrong result and one with a NaN are left out; the others are timed."""
+    one = (tensor(3.0, 4.0),)
+
+    def broken() -> None:
+        raise RuntimeError("no such kernel")
+
+    bench = Bench(HostClock(), 3)
+    samples = bench.measure(
+        "a case",
+        {
+            "right": Run(lambda: one[0] * 1.01, expected=one),
+            "wrong": Run(lambda: one[0] * 1.03, expected=one),
+            "second result": Run(lambda: (one[0], -one[0]), expected=one * 2),
+            "nan": Run(lambda: one[0] * math.nan, expected=one),
+            "broken": Run(broken),
+        },
+    )
+    assert list(samples) == ["right"] and len(samples["right"]) == 3
+    assert bench.failures["a case: broken"] == "RuntimeError: no such kernel"
+    assert "0.03" in bench.failures["a case: wrong"] and "result 1" in bench.failures["a case: second result"]
+    assert set(bench.failures) == {f"a case: {name}" for name in ("wrong", "second result", "nan", "broken")}
+    assert "no such kernel" in capsys.readouterr().err
+    bench.compare("of one that failed", samples, "broken", "right", most=1.0)
+    assert bench.rows == []
+
+
+def test_distance() -> None:
+    assert distance(tensor(3.0, 5.0), tensor(3.0, 4.0)) == pytest.approx(1 / 5)
+    assert distance(tensor(1.0).half(), tensor(1.0).double()) == 0
+
+
+def test_before_runs_before_each_call() -> None:
+    log: list[str] = []
+    run = Run(lambda: log.append("call"), before=lambda: log.append("before"))
+    Bench(HostClock(), 2).measure("a case", {"run": run})
+    assert log == ["before", "call"] * 3
+
+
+def test_goals() -> None:
+    bench = Bench(HostClock(), 1)
+    samples = {"a": [3.0, 1.0, 2.0], "b": [4.0, 4.0, 4.0]}
+    assert fastest(samples) == "a"
+    bench.compare("most", samples, "a", "b", most=0.5)
+    bench.compare("less", samples, "a", "b", most=0.49)
+    bench.compare("least", samples, "a", "b", least=0.5)
+    bench.compare("more", samples, "a", "b", least=0.51)
+    bench.compare("none", samples, "b", "a")
+    assert [(row.bound, row.held) for row in bench.rows] == [
+        ("<= 0.5", True), ("<= 0.49", False), (">= 0.5", True), (">= 0.51", False), ("", True),
+    ]  # fmt: skip
+    assert [row.value.median for row in bench.rows] == [0.5] * 4 + [2.0]
+
+
+def test_rates() -> None:
+    """At 100 FLOP/s and 10 bytes/s, 50 FLOPs take half a second at least and 8 bytes 0.8."""
+    bench = Bench(HostClock(), 1)
+    bench.ceilings = Ceilings(flops=100, bytes=10)
+    assert bench.ceilings.floor(Run(lambda: None, 50, 8)) == 0.8
+    found = bench._rates("a case", "run", Run(lambda: None, 50, 8), [2.0, 1.0, 4.0])
+    assert found["FLOP/s"] == 25 and found["bytes/s"] == 4
+    assert found["share of matrix product"] == 0.25 and found["share of copy"] == 0.4
+    assert found["time / floor"] == 2.5
+
+
+def test_the_planted_pairs_are_recomputed() -> None:
+    """Exactly the pairs that are not planted, call after call, in each pattern; and the output is attention."""
+    q, k, v = torch.randn(1, 2, 160, 16), torch.randn(1, 2, 48, 16), torch.randn(1, 2, 48, 16)
+    state = new_state(q, k, v, 16, 16)
+    expected = torch.nn.functional.scaled_dot_product_attention(q, k, v)
+    blockwise_attention(q, k, v, state, threshold=math.inf, block=16, bound="sound")
+    for kept, whole in patterns(3):
+        pairs = kept_pairs((1, 2, 10, 3), kept, whole_tiles=whole)
+        assert pairs.sum() == round(kept * 60)
+        assert not whole or torch.equal(pairs.any(-1), pairs.all(-1))
+        for _ in range(3):
+            before = state.counters.clone()
+            state.computed.copy_(pairs)
+            out, _ = blockwise_attention(q, k, v, state, threshold=math.inf, block=16, bound="sound")
+            assert (state.counters - before)[:2].tolist() == [60 - round(kept * 60), 60]
+            torch.testing.assert_close(out, expected, atol=2e-6, rtol=0)
+
+
+def test_shares_and_roofline() -> None:
+    """Of 4 tiles with 2 blocks one is wholly kept, two by half and one not at all."""
+    pairs = torch.tensor([[True, True], [True, False], [False, True], [False, False]])
+    assert shares(pairs) == (0.5, 0.25, pytest.approx(1 / 3))
+    assert shares(torch.ones(4, 2)) == (1.0, 1.0, 0.0)
+    q = torch.randn(1, 1, 64, 16)
+    state = new_state(q, q, q, 32, 16)
+    # nothing kept and FLOPs that cost all: as attention. All kept and FLOPs that cost nothing: 2 d s bytes, not 4.
+    assert roofline(Ceilings(1, 1e9), state, torch.zeros(4, 2, dtype=torch.bool), q) == pytest.approx(1)
+    assert roofline(Ceilings(1e9, 1), state, torch.ones(4, 2, dtype=torch.bool), q) == pytest.approx(0.5)
+
+
+def test_when_the_time_is_over(capsys: pytest.CaptureFixture[str]) -> None:
+    """What was not measured is named, and is a failure of the command."""
+    assert attention.main(["--device", "cpu", "--tiny", "--rounds", "1", "--minutes", "0"]) == 1
+    printed = capsys.readouterr().out
+    assert printed.count("FAILED") == 11 and "not measured" in printed
+
+
+@pytest.mark.parametrize("given", [["--device", "cpu"], ["--dtype", "float32"]])
+def test_refused(given: list[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        attention.main(given)
+
+
+def test_a_table_without_rich(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setitem(sys.modules, "rich.console", None)
+    rows = [
+        Row("reuse / SDPA", Spread(0.25, 0.2, 0.3, 5), "", "<= 0.35", True),
+        Row("s", Spread(2, 1, 3, 5), "s", "", False),
+    ]
+    timing.show("goals", rows)
+    assert capsys.readouterr().out.splitlines() == [
+        "goals",
+        "measured      median  quartiles  bound    held",
+        "reuse / SDPA  0.25    0.2 … 0.3  <= 0.35  yes",
+        "s             2 s     1 … 3               NO",
+    ]
