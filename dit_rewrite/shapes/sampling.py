@@ -26,7 +26,39 @@ def _noise(n: int, seed: int, device: torch.device) -> Tensor:
     return torch.randn(n, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(seed)).to(device)
 
 
+Predict = Callable[[Tensor, Tensor], Tensor]  # (latents, timesteps) of both halves of the guidance -> their v
+
+
 @torch.no_grad()
+def sample(
+    denoiser: nn.Module,
+    predict: Predict,
+    n: int,
+    device: torch.device,
+    *,
+    steps: int,
+    guidance: float,
+    seed: int,
+    progress: Callable[[], object] | None = None,
+) -> Tensor:
+    """``n`` images by DDIM; ``predict`` calls ``denoiser`` once a step, the conditional half first.
+
+    The v that is stepped with is Ho and Salimans 2022, equation 6, with the weight w + 1 = ``guidance``.
+    """
+    scheduler = build_scheduler()
+    scheduler.set_timesteps(steps)
+    latents = _noise(n, seed, device)
+    with _told(denoiser, steps, scheduler):
+        for timestep in scheduler.timesteps:
+            both = predict(torch.cat([latents, latents]), timestep.to(device).expand(2 * n))
+            conditional, unconditional = both.chunk(2)
+            guided = unconditional + guidance * (conditional - unconditional)
+            latents = scheduler.step(guided, timestep, latents, return_dict=False)[0]
+            if progress is not None:
+                progress()
+    return latents.clamp(-1, 1)
+
+
 def sample_images(
     denoiser: nn.Module,
     labels: Tensor,
@@ -40,23 +72,19 @@ def sample_images(
 
     ``guidance`` 1 is none. ``progress`` is called after each step.
     """
-    scheduler = build_scheduler()
-    scheduler.set_timesteps(steps)
     conditioning = torch.cat([labels, torch.full_like(labels, NULL_CLASS)])  # one object for all steps
-    latents = _noise(len(labels), seed, labels.device)
-    with _told(denoiser, steps, scheduler):
-        for timestep in scheduler.timesteps:
-            latents = _step(denoiser, scheduler, latents, timestep, conditioning, guidance)
-            if progress is not None:
-                progress()
-    return latents.clamp(-1, 1)
 
+    def predict(latents: Tensor, times: Tensor) -> Tensor:
+        prediction: Tensor = denoiser(latents, times, class_labels=conditioning, return_dict=False)[0]
+        return prediction
 
-def _step(
-    denoiser: nn.Module, scheduler: Any, latents: Tensor, timestep: Tensor, conditioning: Tensor, guidance: float
-) -> Tensor:
-    times = timestep.to(latents.device).expand(len(conditioning))
-    both = denoiser(torch.cat([latents, latents]), times, class_labels=conditioning, return_dict=False)[0]
-    conditional, unconditional = both.chunk(2)
-    guided = unconditional + guidance * (conditional - unconditional)
-    return scheduler.step(guided, timestep, latents, return_dict=False)[0]
+    return sample(
+        denoiser,
+        predict,
+        len(labels),
+        labels.device,
+        steps=steps,
+        guidance=guidance,
+        seed=seed,
+        progress=progress,
+    )
