@@ -52,6 +52,7 @@ def _add_verify(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", required=True, help="module:factory, a folder, or a hub id")
     parser.add_argument("--policy", default="fora:interval=3", help="for instance fora:interval=3")
     parser.add_argument("--backend", default="aot_eager", help="what lowers the graphs: aot_eager or inductor")
+    parser.add_argument("--lowering", default="auto", help="auto, variants or segments")
     parser.add_argument("--steps", type=positive, default=12, help="of the trajectory that is replayed")
     parser.add_argument("--dump", type=Path, help="folder for each pass's graph and the diffs")
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import sympy
@@ -11,42 +11,77 @@ import torch
 from torch import fx
 
 from dit_rewrite import lowering
-from dit_rewrite.errors import Reason
+from dit_rewrite.kernels.relative_l1 import relative_l1
+from dit_rewrite.layout import Layout
 from dit_rewrite.lowering import Lowering
+from dit_rewrite.passes import cost
 from dit_rewrite.passes.capture import Captured, capture
 from dit_rewrite.passes.guard import Guarded, GuardedGraph, guard
-from dit_rewrite.passes.guards import Value
-from dit_rewrite.passes.sites import Found, find_sites
-from dit_rewrite.passes.specialise import Row, Variant, specialise
+from dit_rewrite.passes.guards import MEASURED
+from dit_rewrite.passes.segments import whole
+from dit_rewrite.passes.site import Found
+from dit_rewrite.passes.sites import find_sites
+from dit_rewrite.passes.specialise import Row, Variant, prologue, specialise
+from dit_rewrite.passes.structure import structure
+from dit_rewrite.placing import Placed, place
 from dit_rewrite.policy import Policy, SiteRules, forced
-from dit_rewrite.runtime.decide import Choose, Moment, SiteSpec, decide
+from dit_rewrite.runtime.decide import Choose, SiteSpec
 from dit_rewrite.runtime.dispatch import Executable, Graph
 from dit_rewrite.runtime.session import Session
 from dit_rewrite.runtime.stats import Stats
 from dit_rewrite.runtime.trajectory import Trajectory
-
-FORESEEN_STEPS = 64  # how far to look ahead where nobody told the number of steps
-LONGEST = 1000  # and at most, whatever was told
-MAX_FORESEEN = 8
+from dit_rewrite.simulate import simulate
 
 
 @dataclass
 class Rewritten:
-    """One captured graph with all that the passes made of it."""
+    """One captured graph with all that the passes made of it. ``variants`` are by piece and row."""
 
     captured: Captured
-    found: Found
-    rules: tuple[SiteRules, ...]
+    placed: Placed
     guarded: GuardedGraph
-    graph: Graph
-    variants: dict[Row, Variant]
+    layout: Layout
     whole: bool
+    graph: Graph
+    variants: dict[tuple[int, Row], Variant] = field(default_factory=dict)
     prologue: Variant | None = None
+    compiled: dict[Any, tuple[Variant, Callable[..., Any]]] = field(default_factory=dict)  # by structure
+
+    @property
+    def found(self) -> Found:
+        return self.placed.found
+
+    @property
+    def rules(self) -> tuple[SiteRules, ...]:
+        return self.placed.rules
 
     @property
     def reached(self) -> tuple[int, ...]:
         """The indices of the sites that are guarded."""
-        return tuple(i for i, rules in enumerate(self.rules) if rules.reachable)
+        return self.placed.reached
+
+    @property
+    def held_bytes(self) -> dict[int, int]:
+        """For each guarded site, by its index among all sites, the bytes that its slot holds of a stream."""
+        slots = self.guarded.gm.graph.find_nodes(op="placeholder")[self.guarded.num_inputs + len(self.guarded.sites) :]
+        held, found = iter(slots), {}
+        for i, count in zip(self.reached, self.guarded.held, strict=False):  # less the hoisted
+            found[i] = sum(cost.stored_bytes(next(held)) for _ in range(count))
+        return found
+
+    def straight(self, row: Row) -> Variant:
+        """All of the graph under a row of decisions, as one piece; for people to look at."""
+        hoisted = (True,) * (len(self.guarded.sites) - len(row))
+        return specialise(self.guarded, (*row, *hoisted), whole(self.placed.gm, self.layout.sites))
+
+    @property
+    def most_reused(self) -> Row:
+        """The row that reuses all that any compiled code reuses."""
+        row = [False] * len(self.layout.sites)
+        for number, part in self.variants:
+            for site, reused in zip(self.layout.depends[number], part, strict=True):
+                row[site] |= reused
+        return tuple(row)
 
 
 class Backend:
@@ -89,40 +124,55 @@ class Backend:
 
     def _rewrite(self, captured: Captured) -> Graph:
         found = find_sites(captured.gm, captured.static, captured.steady if self.hoist else None)
-        whole = self._is_whole(captured)
-        rules = tuple(self.policy.for_site(site, _known(found, site.layer, whole)) for site in found.sites)
+        is_whole = self._is_whole(captured)
+        placed = place(captured, found, self.policy, is_whole, self.hoist)
         labels = [
-            Guarded(i, site_rules.guard, site_rules.strategy)
-            for i, site_rules in enumerate(rules)
-            if site_rules.reachable
+            Guarded(i, placed.rules[i].guard, placed.rules[i].strategy, placed.rules[i].store) for i in placed.reached
         ]
-        hoisted = [Guarded(len(found.sites), "conditioning unchanged", "hoist")] if found.hoisted is not None else []
-        guarded = guard(captured.gm, found.all, [*labels, *hoisted])
-        specs = [self._spec(guarded, k, rules[label.site]) for k, label in enumerate(labels)]
+        hoisted = placed.found.hoisted is not None
+        moved = [Guarded(len(placed.found.sites), "conditioning unchanged", "hoist")] if hoisted else []
+        guarded = guard(placed.gm, placed.found.all, [*labels, *moved])
+        trajectory = self.session.call.trajectory if self.session.call is not None else Trajectory(None)
+        specs = [self._spec(guarded, k, placed.rules[label.site]) for k, label in enumerate(labels)]
+        rows = simulate(specs, trajectory, self.policy.streams, bool(self.policy.mentions & MEASURED))
+        layout = Layout.of(placed, guarded, rows, self.lowering, self.policy)
+        rewritten = self._dispatched(captured, placed, guarded, layout, is_whole, layout.wired(specs))
+        if hoisted:
+            rewritten.graph.prologue = self._compile_prologue(rewritten)
+        for number, row in layout.foreseen(rows):
+            rewritten.graph.add_variant(number, row)
+        self.rewritten.append(rewritten)
+        if self.observe is not None:
+            self.observe(rewritten)
+        return rewritten.graph
+
+    def _dispatched(
+        self,
+        captured: Captured,
+        placed: Placed,
+        guarded: GuardedGraph,
+        layout: Layout,
+        is_whole: bool,
+        specs: Sequence[SiteSpec],
+    ) -> Rewritten:
         rewritten: Rewritten
 
-        def compile_variant(row: Row) -> Executable:
-            return self._compile(rewritten, row)
+        def compile_variant(number: int, row: Row) -> Executable | None:
+            return self._compile(rewritten, number, row)
 
         graph = Graph(
             len(self.rewritten),
             specs,
-            found.num_layers,
-            captured.static,
-            len(captured.placeholders),
+            placed.found.num_layers,
+            layout.wiring(captured.static, captured.steady),
+            layout.pieces(),
             self.session,
             compile_variant,
-            captured.steady,
+            self.policy.lag,
+            relative_l1,
         )
-        rewritten = Rewritten(captured, found, rules, guarded, graph, {}, whole)
-        if found.hoisted is not None:
-            graph.prologue = self._compile_prologue(rewritten)
-        for row in self._foresee(specs):
-            graph.add_variant(row)
-        self.rewritten.append(rewritten)
-        if self.observe is not None:
-            self.observe(rewritten)
-        return graph
+        rewritten = Rewritten(captured, placed, guarded, layout, is_whole, graph)
+        return rewritten
 
     def _is_whole(self, captured: Captured) -> bool:
         """Whether this graph is all of the model: rooted at it, not broken, and the first of its call."""
@@ -135,69 +185,55 @@ class Backend:
         choose: Choose = forced
         if not self.force:
             choose = rules.chooser()
-        return SiteSpec(site.name, site.kind, site.layer, guarded.parents[index], len(site.values), choose)
-
-    def _foresee(self, specs: Sequence[SiteSpec]) -> list[Row]:
-        """The rows that the plan is known to need, computing first; the most frequent where they are too many."""
-        call = self.session.call
-        trajectory = call.trajectory if call is not None else Trajectory(None)
-        rows = simulate(specs, min(trajectory.num_steps or FORESEEN_STEPS, LONGEST), trajectory)
-        counted = sorted(set(rows), key=lambda row: (any(row), -rows.count(row)))
-        never = (False,) * len(specs)
-        return [never, *(row for row in counted if row != never)][:MAX_FORESEEN]
+        entropy = None if site.entropy is None else guarded.held[index] - 1
+        return SiteSpec(site.name, site.kind, site.layer, guarded.parents[index], choose, (), entropy)
 
     def _compile_prologue(self, rewritten: Rewritten) -> Executable:
         """The piece that computes what is hoisted, and nothing else."""
-        count = len(rewritten.guarded.sites)
-        row = [i < count - 1 for i in range(count)]
-        rewritten.prologue = specialise(rewritten.guarded, row, outputs=False)
-        return self._lower(rewritten, rewritten.prologue)
-
-    def _compile(self, rewritten: Rewritten, row: Row) -> Executable:
-        """The variant of one row; what is hoisted is an input of each."""
-        hoisted = (True,) * (len(rewritten.guarded.sites) - len(row))
-        stored = None if self.store is None else [i < self.store for i in range(len(row) + len(hoisted))]
-        variant = specialise(rewritten.guarded, (*row, *hoisted), stored)
-        rewritten.variants[row] = variant
+        variant = rewritten.prologue = prologue(rewritten.guarded, rewritten.layout.segments)
         return self._lower(rewritten, variant)
 
+    def _compile(self, rewritten: Rewritten, number: int, row: Row) -> Executable | None:
+        """The variant of one piece for a row of the decisions that it depends on; None where nothing is left of it."""
+        guarded, layout = rewritten.guarded, rewritten.layout
+        stored = None if self.store is None else [i < self.store for i in range(len(guarded.sites))]
+        hoisted = (True,) * (len(guarded.sites) - len(layout.sites))
+        variant = specialise(guarded, (*layout.full_row(number, row), *hoisted), layout.segments, number, stored)
+        rewritten.variants[number, row] = variant
+        if layout.segments.count > 1 and not (variant.outputs or variant.fresh):
+            return None
+        before = len(rewritten.compiled)
+        executable = self._lower(rewritten, variant)
+        self.stats.variants += len(rewritten.compiled) - before
+        return executable
+
     def _lower(self, rewritten: Rewritten, variant: Variant) -> Executable:
-        """Lower a straight-line graph. Sizes that this assumes are checked by dispatch when Dynamo cannot."""
+        """Lower a straight-line graph, unless one of the same structure was: they share the code.
+
+        Sizes that lowering assumes are checked by dispatch when Dynamo cannot.
+        """
+        key = structure(variant.gm)
         fake_mode = rewritten.captured.fake_mode
         before = lowering.count_guards(fake_mode)
-        placeholders = rewritten.captured.placeholders
-        gm = fx.GraphModule(variant.gm, variant.gm.graph)  # lowering may change it
-        run = self.lowering.lower(gm, fake_mode)
+        if key not in rewritten.compiled:
+            run = self.lowering.lower(fx.GraphModule(variant.gm, variant.gm.graph), fake_mode)  # it may change it
+            rewritten.compiled[key] = variant, run
+        _, run = rewritten.compiled[key]
         late = torch._guards.CompileContext.try_get() is None
         assumed = lowering.new_guards(fake_mode, before) if late else ()
-        symbols = {i: s for i, node in enumerate(placeholders) if (s := _symbol(node)) is not None}
+        symbols = {i: s for i, node in enumerate(rewritten.captured.placeholders) if (s := _symbol(node)) is not None}
         check = lowering.admits(assumed, symbols) if assumed else None
         if late and self.observe is not None:
             self.observe(rewritten)
-        return Executable(run, variant.inputs, variant.cached, variant.fresh, check)
-
-
-def simulate(specs: Sequence[SiteSpec], steps: int, trajectory: Trajectory) -> list[Row]:
-    """The plan, as far as it can be known: the rows of a trajectory whose every call finds the slots it left."""
-    computed_at, streak = [0] * len(specs), [0] * len(specs)
-    rows = []
-    for step in range(steps):
-        holds = [step > 0] * len(specs)
-        sigma, snr = trajectory.noise(step)
-        moment = Moment(step, trajectory.num_steps, sigma=sigma, snr=snr)
-        decided = decide(specs, moment, computed_at, streak, holds)
-        rows.append(decided.row)
-        for i, (reused, reason) in enumerate(zip(decided.row, decided.reasons, strict=True)):
-            if not reused:
-                computed_at[i], streak[i] = step, 0
-            elif reason is not Reason.COVERED:
-                streak[i] += 1
-    return rows
-
-
-def _known(found: Found, layer: int, whole: bool) -> dict[str, Value]:
-    """What is known of a site at rewrite time. In a part of a model its layer is not: blocks may share the graph."""
-    return {"layer": layer, "num_layers": found.num_layers} if whole else {}
+        wire = rewritten.layout.wire
+        return Executable(
+            run,
+            tuple(map(wire, variant.inputs)),
+            variant.cached,
+            tuple(map(wire, variant.outputs)),
+            variant.fresh,
+            check,
+        )
 
 
 def _symbol(node: fx.Node) -> sympy.Symbol | None:

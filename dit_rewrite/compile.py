@@ -16,9 +16,9 @@ from torch._dynamo.eval_frame import OptimizedModule
 from torch._dynamo.exc import BackendCompilerFailed
 from torch.utils._pytree import tree_leaves
 
-from dit_rewrite import lowering
 from dit_rewrite.backend import Backend
-from dit_rewrite.errors import DitRewriteError, GradientsNeeded, NoSites, NotCaptured, Reason
+from dit_rewrite.errors import DitRewriteError, GradientsNeeded, NoiseUnknown, NoSites, NotCaptured, Reason
+from dit_rewrite.lowering import Backend as LoweringBackend
 from dit_rewrite.lowering import Lowering
 from dit_rewrite.passes.capture import one_graph
 from dit_rewrite.passes.guards import NOISE
@@ -89,10 +89,13 @@ class RewrittenModule(OptimizedModule):
         """Tell that the calls inside are one run of the sampler, of `num_steps` steps.
 
         Where only `scheduler` is given, ``len(scheduler.timesteps)`` is read at the first call. In a told trajectory
-        nothing is read from the device. Raises BadTrajectory inside another trajectory, or for num_steps < 1.
+        nothing is read from the device. Raises BadTrajectory inside another trajectory, or for num_steps < 1, and
+        NoiseUnknown where the policy needs the SNR and there is no scheduler to say it.
         """
-        session = self._backend.session
-        session.tell(Told(num_steps, scheduler, noise=bool(self._backend.policy.mentions & NOISE)))
+        session, policy = self._backend.session, self._backend.policy
+        if scheduler is None and "snr" in policy.mentions:
+            raise NoiseUnknown(policy, scheduler)
+        session.tell(Told(num_steps, scheduler, noise=bool(policy.mentions & NOISE)))
         try:
             yield
         finally:
@@ -135,11 +138,13 @@ def compile(
     model: torch.nn.Module,
     policy: Policy,
     *,
-    backend: lowering.Backend = "inductor",
+    backend: LoweringBackend = "inductor",
     mode: str | None = None,
     options: Mapping[str, Any] | None = None,
     fullgraph: bool = False,
     dynamic: bool | None = None,
+    lowering: str = "auto",
+    max_variants: int = 8,
     dump: str | Path | None = None,
     hoist: bool = True,
 ) -> RewrittenModule:
@@ -147,12 +152,17 @@ def compile(
 
     `backend` lowers the rewritten graphs: "inductor" (with torch.compile's `mode` and `options`), "aot_eager" (runs
     them as they are) or a callable ``(graph module, fake inputs) -> callable``. `fullgraph=True` makes a graph break an
-    error, `dynamic` is torch.compile's. With `hoist`, what depends on the conditioning alone is computed once per
-    trajectory, which is exact. `dump` names a folder that gets every pass's graph and their differences.
+    error, `dynamic` is torch.compile's.
+
+    `lowering` is "variants" (a graph for each row of decisions), "segments" (a piece for each block, identical blocks
+    compiled once, decisions between them) or "auto": variants up to `max_variants` of them, and segments where there
+    are more, or where a guard measures the call that it decides. With `hoist`, what depends on the conditioning alone
+    is computed once per trajectory, which is exact. `dump` names a folder that gets every pass's graph and their
+    differences.
 
     The model is compiled at its first call, for inference only. Raises BadParameter for arguments that do not fit.
     """
-    lower = Lowering.of(backend, mode, options)
+    lower = Lowering.of(backend, mode, options, lowering, max_variants)
     observe = Dump(Path(dump)).write if dump is not None else None
     return wrap(model, Backend(model, policy, lower, observe=observe, hoist=hoist), fullgraph, dynamic)
 
@@ -165,7 +175,7 @@ def wrap(
 
 
 def isolated(
-    model: torch.nn.Module, backend: lowering.Backend, fullgraph: bool = False, dynamic: bool | None = None
+    model: torch.nn.Module, backend: LoweringBackend, fullgraph: bool = False, dynamic: bool | None = None
 ) -> OptimizedModule:
     """torch.compile with recompiles counted for this model alone, where torch can do that (2.13).
 

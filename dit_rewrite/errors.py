@@ -18,12 +18,19 @@ class Reason(str, Enum):
     NO_CONTRACTION = "the summand is computed from the stream without any matrix product"
     ENTANGLED = "values that share a contraction feed each other's inputs: each is a site of its own"
     STEADY = "it does not depend on the step: computed once per trajectory anyway"
+    # a span or a part of a branch that a rule asked for
+    NO_COUNTERPART = "the stream behind the span has no counterpart of its shape before it"
+    SPAN_IN_PART = "the graph is a part of the model, so that its layers are not known"
+    NO_KEYS = "no attention op with keys and values of its own"
+    NO_PROBE = "the graph has no such probe"
+    PROBE_WITHIN = "its probe is computed after its own value: give the policy lag=1"
     # a site that costs nothing at run time
     UNREACHED = "no rule can ever apply"
     TOTAL_UNKNOWN = "the guard needs the number of steps, and nobody told it"
     NOISE_UNKNOWN = "the guard needs the noise level, and no scheduler that says it was told"
     # decisions
     NO_RULE = "no rule applies"
+    NOT_MEASURED = "the guard needs a measurement, and there is none yet"
     RULE = "a rule applies"
     COVERED = "an enclosing site is reused"
     FORCED = "every decision is forced to compute"
@@ -36,6 +43,11 @@ class Reason(str, Enum):
     SIZES_NOT_COMPILED = "the variant was compiled later, for other sizes"
     NOT_CAPTURED = "Dynamo ran the call without a captured graph (recompile limit reached, or disabled)"
     OUTSIDE_CALL = "the graph ran outside a call of the compiled model"
+    # how a graph is lowered
+    ASKED = "asked for"
+    FEW_ROWS = "its decisions have few distinct rows"
+    MANY_ROWS = "its decisions have many distinct rows"
+    MEASURES_NOW = "a guard needs a measurement of this very call"
     # trajectories, while nobody tells
     FIRST_CALL = "the first call"
     NEW_CONDITIONING = "the conditioning is another object, or was changed in place"
@@ -75,6 +87,38 @@ class NotBoolean(PolicyError):
 class BadParameter(PolicyError):
     def __init__(self, where: str, name: str, value: object, allowed: str) -> None:
         super().__init__(f"{where}: {name}={value!r} is out of range. Give {name} as {allowed}.")
+
+
+class LayersOutside(PolicyError):
+    def __init__(self, layers: object, count: int) -> None:
+        super().__init__(
+            f"Where: layers={layers} is outside the model, which has {count} blocks, numbered from 0. "
+            f"Give (first, end) with end <= {count}, or fraction=(from, to)."
+        )
+
+
+class OverlappingSpans(PolicyError):
+    def __init__(self, a: tuple[int, int], b: tuple[int, int]) -> None:
+        super().__init__(
+            f"The spans of blocks {a[0]} to {a[1] - 1} and {b[0]} to {b[1] - 1} overlap, so that neither could be "
+            f"reused without the other. Give spans that lie apart or within one another."
+        )
+
+
+class NeedsSegments(PolicyError):
+    def __init__(self, policy: object) -> None:
+        super().__init__(
+            f"{policy} decides in the middle of a call, by what it measures in it; lowering='variants' decides before. "
+            f"Use lowering='segments' or 'auto', or give the policy lag=1."
+        )
+
+
+class TwoStores(PolicyError):
+    def __init__(self, site: str, stores: Iterable[str | None]) -> None:
+        super().__init__(
+            f"The rules for {site} ask for {' and '.join(sorted(map(repr, stores)))} in one slot. "
+            f"Give all strategies that reuse it one store."
+        )
 
 
 class UnknownPolicy(PolicyError):
@@ -121,6 +165,15 @@ class BadTrajectory(DitRewriteError, ValueError):
         super().__init__(f"{what} {todo}")
 
 
+class NoiseUnknown(BadTrajectory):
+    def __init__(self, policy: object, scheduler: object) -> None:
+        known = "no scheduler was told" if scheduler is None else f"{type(scheduler).__name__} does not say it"
+        super().__init__(
+            f"{policy} needs the signal-to-noise ratio of each step, and {known}.",
+            "Give trajectory(scheduler=pipe.scheduler) one with alphas_cumprod or sigmas, its timesteps set.",
+        )
+
+
 class DamagedWeights(DitRewriteError, OSError):
     def __init__(self, path: object, cause: BaseException) -> None:
         super().__init__(
@@ -146,7 +199,7 @@ class BadModel(DitRewriteError, ValueError):
     def __init__(self, text: str, cause: object) -> None:
         super().__init__(
             f"--model {text} cannot be used ({cause}). Give module:factory, where factory(steps) returns (model, "
-            f"calls), calls being a list with a dict of keyword arguments for each step."
+            f"calls) or (model, calls, scheduler), calls being a list with a dict of keyword arguments for each step."
         )
 
 

@@ -6,8 +6,37 @@ sigma, snr: noise and signal-to-noise ratio at the step (runtime/noise.py), know
 its scheduler.
 layer, num_layers: the block that the site lies in, from 0, in the order of the graph.
 age: steps since the site was last computed. streak: consecutive reuses.
+similarity(probe), drift(probe): how much a probe has changed since the site was last computed, as one relative L1
+difference or as the sum of those from call to call. Probes: "first_block", "modulated_input", "self".
+entropy: mean row entropy (nats) of the site's attention when it was last computed.
 """
 
-from dit_rewrite.passes.guards import age, layer, num_layers, num_steps, progress, sigma, snr, step, streak
+from dit_rewrite.passes.guards import (
+    age,
+    drift,
+    entropy,
+    layer,
+    num_layers,
+    num_steps,
+    progress,
+    sigma,
+    similarity,
+    snr,
+    step,
+    streak,
+)
 
-__all__ = ["age", "layer", "num_layers", "num_steps", "progress", "sigma", "snr", "step", "streak"]
+__all__ = [
+    "age",
+    "drift",
+    "entropy",
+    "layer",
+    "num_layers",
+    "num_steps",
+    "progress",
+    "sigma",
+    "similarity",
+    "snr",
+    "step",
+    "streak",
+]

@@ -18,20 +18,38 @@ from dit_rewrite.passes import attention_core
 
 Backend = str | Callable[[fx.GraphModule, list[Any]], Callable[..., Any]]
 Compiled = Callable[..., Sequence[Any]]
+FORMS = ("auto", "variants", "segments")
 
 
 @dataclass(frozen=True)
 class Lowering:
-    """How variants become callables. `options` are Inductor's config patches.
+    """How graphs become callables. `options` are Inductor's config patches.
 
-    Raises BadParameter for an unknown backend, or options that a backend cannot take.
+    `form` is "variants" (a straight-line graph for each row of decisions), "segments" (pieces that the host strings
+    together), or "auto": variants where these are at most `max_variants`, and no decision waits for a measurement of
+    its own call. Raises BadParameter for an unknown backend or form, or options that a backend cannot take.
     """
 
     backend: Backend = "inductor"
     options: Mapping[str, Any] = field(default_factory=dict)
+    form: str = "auto"
+    max_variants: int = 8
+
+    def __post_init__(self) -> None:
+        if self.form not in FORMS:
+            raise BadParameter("compile", "lowering", self.form, f"one of {', '.join(FORMS)}")
+        if self.max_variants < 1:
+            raise BadParameter("compile", "max_variants", self.max_variants, "a whole number >= 1")
 
     @classmethod
-    def of(cls, backend: Backend, mode: str | None, options: Mapping[str, Any] | None) -> Lowering:
+    def of(
+        cls,
+        backend: Backend,
+        mode: str | None = None,
+        options: Mapping[str, Any] | None = None,
+        form: str = "auto",
+        max_variants: int = 8,
+    ) -> Lowering:
         """As torch.compile takes them: `mode` is a named set of Inductor options."""
         if not callable(backend) and backend not in ("inductor", "aot_eager"):
             raise BadParameter("compile", "backend", backend, '"inductor", "aot_eager" or a callable')
@@ -39,7 +57,7 @@ class Lowering:
         patches.update(options or {})
         if patches and backend != "inductor":
             raise BadParameter("compile", "mode or options", patches, 'none, unless backend is "inductor"')
-        return cls(backend, patches)
+        return cls(backend, patches, form, max_variants)
 
     @property
     def owns_outputs(self) -> bool:

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import ast
 import inspect
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
-from sympy import Mod, Ne
+from sympy import Mod, Ne, Rational, floor
 
 from dit_rewrite.errors import BadParameter, UnknownPolicy
-from dit_rewrite.passes.guards import num_steps, step
-from dit_rewrite.policy import Policy, Rule, Where
+from dit_rewrite.passes.guards import entropy, layer, num_layers, num_steps, progress, similarity, snr, step
+from dit_rewrite.policy import Policy, Rule
 from dit_rewrite.serialise import from_json
+from dit_rewrite.where import Where
 
 
 def Never() -> Policy:
@@ -39,11 +41,74 @@ def FORA(
     return Policy((rule,), f"FORA(interval={interval}, kinds={tuple(kinds)}, anchor={anchor!r})")
 
 
-_POLICIES: dict[str, Callable[..., Policy]] = {"never": Never, "fora": FORA}
+def DQAR(
+    warmup: float = 0.4,
+    layer_fraction: float = 0.33,
+    snr_threshold: float | None = 0.5,
+    order: Literal["linear", "linear_reverse"] = "linear",
+    entropy_threshold: float | None = None,
+    kinds: tuple[str, ...] = ("attention",),
+) -> Policy:
+    """Dynamic attention reuse (DQAR, sections 3.3 and 4.8): more and more layers reuse, once the signal is strong.
+
+    Equation 2: at progress p (step / (num_steps - 1)) the first floor((p - warmup) / (1 - warmup) * layer_fraction * L)
+    of L layers reuse, none while p < warmup; "linear_reverse" takes the last ones. Equation 4: and where the
+    signal-to-noise ratio is above `snr_threshold` (None: not asked). A layer that reuses keeps its last computed
+    output. `entropy_threshold` also asks that the mean entropy of the attention's rows, in nats (equation 5 over the
+    number of rows), was below it when it was last computed. Needs to be told num_steps, and the scheduler for the SNR.
+    Raises BadParameter for what is out of range.
+    """
+    _within("DQAR", "warmup", warmup, 0 <= warmup < 1, "a share of the steps, 0 <= warmup < 1")
+    _within("DQAR", "layer_fraction", layer_fraction, 0 < layer_fraction <= 1, "a share of the layers, 0 < … <= 1")
+    for name, threshold in (("snr_threshold", snr_threshold), ("entropy_threshold", entropy_threshold)):
+        _within("DQAR", name, threshold, threshold is None or 0 <= threshold < math.inf, "a number >= 0, or None")
+    _within("DQAR", "order", order, order in ("linear", "linear_reverse"), '"linear" or "linear_reverse"')
+    w, share = Rational(str(warmup)), Rational(str(layer_fraction))
+    depth = layer if order == "linear" else num_layers - 1 - layer
+    when = (progress >= w) & (depth < floor((progress - w) / (1 - w) * share * num_layers))
+    when = when if snr_threshold is None else when & (snr > snr_threshold)
+    when = when if entropy_threshold is None else when & (entropy < entropy_threshold)
+    rule = Rule(when=when, where=Where(tuple(kinds)))
+    return Policy(
+        (rule,),
+        f"DQAR(warmup={warmup}, layer_fraction={layer_fraction}, snr_threshold={snr_threshold}, order={order!r}, "
+        f"entropy_threshold={entropy_threshold}, kinds={tuple(kinds)})",
+    )
+
+
+def FirstBlockCache(
+    threshold: float = 0.08, warmup: int = 0, max_streak: int | None = None, lag: Literal[0, 1] = 0
+) -> Policy:
+    """Run the first block, and the others only where what it adds to the stream has changed enough.
+
+    ParaAttention's first-block cache, as diffusers' FirstBlockCacheConfig has it: where the relative L1 change of the
+    first block's residual since the last step that computed is at most `threshold`, all other blocks are one span whose
+    cached change of the stream is added. `warmup` steps compute first, and at most `max_streak` in a row reuse. With
+    `lag` 1 the last step's change decides, and nothing waits for the device. Raises BadParameter for what is out of
+    range.
+    """
+    _within("FirstBlockCache", "threshold", threshold, 0 <= threshold < math.inf, "a number >= 0")
+    where = Where(span="stack", layers=(1, None))
+    rule = Rule(when=similarity("first_block") <= threshold, where=where, max_streak=max_streak)
+    name = f"FirstBlockCache(threshold={threshold}, warmup={warmup}, max_streak={max_streak}, lag={lag})"
+    return Policy((rule,), name, lag=lag, warmup=warmup)
+
+
+def _within(policy: str, name: str, value: object, holds: bool, allowed: str) -> None:
+    if not holds or isinstance(value, bool):
+        raise BadParameter(policy, name, value, allowed)
+
+
+_POLICIES: dict[str, Callable[..., Policy]] = {
+    "never": Never,
+    "fora": FORA,
+    "dqar": DQAR,
+    "first_block_cache": FirstBlockCache,
+}
 
 
 def parse(text: str) -> Policy:
-    """A policy from text as on a command line: ``never``, ``fora:interval=3``, ``fora:interval=3,anchor=paper``.
+    """A policy from text as on a command line: ``never``, ``fora:interval=3,anchor=paper``, ``dqar:snr_threshold=0.5``.
 
     Several kinds are joined by ``+``: ``fora:interval=3,kinds=self+mlp``. A path that ends in ``.json`` is a policy
     saved with `serialise.to_json`. Raises UnknownPolicy, BadParameter, or BadPolicyText for a file that is none.

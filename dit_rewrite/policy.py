@@ -5,83 +5,84 @@ Where none applies the site computes.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from enum import Enum
+import itertools
+from collections.abc import Collection, Container, Mapping
+from dataclasses import InitVar, dataclass, field, replace
+from fractions import Fraction
 from functools import lru_cache
-from typing import Any
+from types import MappingProxyType
 
 import sympy
 from sympy.logic.boolalg import Boolean
 
-from dit_rewrite.errors import BadParameter, Reason
+from dit_rewrite.errors import BadParameter, OverlappingSpans, Reason, TwoStores
 from dit_rewrite.passes import guards
-from dit_rewrite.passes.guards import Predicate, Value
-from dit_rewrite.passes.sites import Kind, Site
-from dit_rewrite.runtime.decide import Choose
-
-FAMILIES = {
-    "attention": frozenset({Kind.SELF, Kind.CROSS, Kind.JOINT}),
-    "mlp": frozenset({Kind.MLP}),
-    **{kind.value: frozenset({kind}) for kind in Kind},
-}
-
-
-class Strategy(str, Enum):
-    """What a site does at a step where its rule applies."""
-
-    COMPUTE = "compute"
-    REUSE = "reuse"
-
-    def __str__(self) -> str:
-        return self.value
-
-
-@dataclass(frozen=True)
-class Where:
-    """Selects sites by kind: "self", "cross", "joint", "parallel", "mlp", or "attention" for the first three.
-
-    A parallel site is attention and MLP at once, so it is selected where both are.
-    """
-
-    kinds: tuple[str, ...] = tuple(kind.value for kind in Kind)
-
-    def __post_init__(self) -> None:
-        for kind in self.kinds:
-            if kind not in FAMILIES:
-                raise BadParameter("Where", "kinds", self.kinds, f"names among {', '.join(FAMILIES)}")
-
-    def selects(self, site: Site) -> bool:
-        """Whether a rule of this place speaks of the site."""
-        kinds = frozenset[Kind]().union(*(FAMILIES[kind] for kind in self.kinds))
-        both = bool(kinds & FAMILIES["attention"]) and Kind.MLP in kinds
-        return site.kind in kinds or (site.kind is Kind.PARALLEL and both)
+from dit_rewrite.passes.guards import Predicate, Value, is_known
+from dit_rewrite.passes.notation import show
+from dit_rewrite.passes.sites import Part, Site
+from dit_rewrite.runtime.decide import Choose, Moment, Read
+from dit_rewrite.strategy import Compute, Reuse, ReuseKV, Strategy, part
+from dit_rewrite.where import Where
 
 
 @dataclass(frozen=True)
 class Rule:
     """Where `when` is proven, the sites of `where` do `do`. `when` is a Boolean over the symbols of `guards`.
 
-    Raises UnknownSymbol or NotBoolean for a guard that has no meaning.
+    `max_streak` is short for ``& (streak < max_streak)``: so many reuses in a row, then one step computes.
+    Raises UnknownSymbol or NotBoolean for a guard that has no meaning, BadParameter for a strategy that does not fit.
     """
 
     when: Boolean
-    do: Strategy = Strategy.REUSE
+    do: Strategy = field(default_factory=Reuse)
     where: Where = field(default_factory=Where)
+    max_streak: InitVar[int | None] = None
 
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "when", guards.check(self.when))
-        object.__setattr__(self, "do", Strategy(self.do))
+    def __post_init__(self, max_streak: int | None) -> None:
+        when = guards.check(self.when)
+        if max_streak is not None:
+            _whole("Rule", "max_streak", max_streak, 1)
+            when &= guards.streak < max_streak
+        if not isinstance(self.do, Strategy):
+            raise BadParameter("Rule", "do", self.do, "Compute(), Reuse() or ReuseKV()")
+        if isinstance(self.do, ReuseKV) and self.where.span is not None:
+            raise BadParameter("Rule", "do", self.do, "Reuse() where the place is a span: it has no keys and values")
+        object.__setattr__(self, "when", when)
+
+    @property
+    def part(self) -> Part | None:
+        """The part of a place that it replaces; None: it computes."""
+        return part(self.do, self.where.span is not None)
+
+
+def _whole(where: str, name: str, value: object, least: int) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise BadParameter(where, name, value, f"a whole number >= {least}")
 
 
 @dataclass(frozen=True)
 class Policy:
-    """An ordered list of rules, and a name for reports."""
+    """An ordered list of rules, and a name for reports.
+
+    `lag`: 0 reads a measurement of this very call, which waits for the device and needs the graph in segments; 1 reads
+    the last call's. `warmup` and `cooldown` are steps at the start and at the end that compute, short for
+    ``& (step >= warmup)`` and ``& (step < num_steps - cooldown)`` in every rule.
+    """
 
     rules: tuple[Rule, ...] = ()
     name: str = "policy"
+    lag: int = 0
+    warmup: InitVar[int] = 0
+    cooldown: InitVar[int] = 0
 
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "rules", tuple(self.rules))
+    def __post_init__(self, warmup: int, cooldown: int) -> None:
+        _whole("Policy", "warmup", warmup, 0)
+        _whole("Policy", "cooldown", cooldown, 0)
+        if self.lag not in (0, 1):
+            raise BadParameter("Policy", "lag", self.lag, "0 or 1")
+        between = (guards.step >= warmup) & ((guards.step < guards.num_steps - cooldown) if cooldown else sympy.true)
+        rules = (r if isinstance(r.do, Compute) else replace(r, when=r.when & between) for r in self.rules)
+        object.__setattr__(self, "rules", tuple(rules))
 
     def __str__(self) -> str:
         return self.name
@@ -91,40 +92,100 @@ class Policy:
         """The symbols that its guards mention."""
         return frozenset[str]().union(*(guards.mentions(rule.when) for rule in self.rules))
 
-    def for_site(self, site: Site, known: dict[str, Value]) -> SiteRules:
-        """The rules that can reach a site, partially evaluated by what is `known` of it at rewrite time."""
+    @property
+    def streams(self) -> frozenset[str]:
+        """The streams that its rules name."""
+        return frozenset(name for rule in self.rules for name in rule.where.streams or ())
+
+    def spans(self, count: int, whole: bool) -> dict[Where, tuple[tuple[int, int], ...]]:
+        """The spans that each place means in a graph of `count` blocks.
+
+        Which blocks those are is known where the graph is the `whole` model; in a part of one, only "all of them" is.
+        Raises LayersOutside, and OverlappingSpans for two that are neither apart nor within one another.
+        """
+        places = dict.fromkeys(rule.where for rule in self.rules)
+        known = [where for where in places if whole or (where.layers is None and where.fraction is None)]
+        spans = {where: where.spans(count) for where in known}
+        for a, b in itertools.combinations(sorted({s for found in spans.values() for s in found}), 2):
+            if a[0] < b[0] < a[1] < b[1]:
+                raise OverlappingSpans(a, b)
+        return spans
+
+    def for_site(
+        self,
+        site: Site,
+        known: Mapping[str, Value],
+        spans: Mapping[Where, Collection[tuple[int, int]]] = MappingProxyType({}),
+    ) -> SiteRules:
+        """The rules that can reach a site, partially evaluated by what is `known` of it at rewrite time.
+
+        `spans` are those that each place means. Raises TwoStores where a slot would have to hold two kinds of values.
+        """
         reaching = []
         for rule in self.rules:
-            if not rule.where.selects(site):
+            if not rule.where.selects(site, spans.get(rule.where, ())):
                 continue
-            predicate = Predicate.of(rule.when, known)
+            placed = sympy.true if site.part is Part.SPAN else rule.where.guard  # a span was made for its layers
+            predicate = Predicate.of(rule.when & placed, known)
             if not guards.unreachable(predicate.guard):
-                reaching.append((predicate, rule.do))
-            if predicate.guard == sympy.true and not predicate.needs:
+                reaching.append(SiteRule(predicate, rule.do, rule.part is site.part, rule.where))
+            if predicate.guard == sympy.true and not predicate.needs and rule.where.streams is None:
                 break
-        return SiteRules(tuple(reaching))
+        rules = SiteRules(tuple(reaching))
+        if len(rules.stores) > 1:
+            raise TwoStores(site.name, rules.stores)
+        return rules
+
+
+@dataclass(frozen=True)
+class SiteRule:
+    """A rule as one site sees it; ``mine``: it replaces this very part of the place, and does not compute it."""
+
+    predicate: Predicate
+    do: Strategy
+    mine: bool
+    where: Where
 
 
 @dataclass(frozen=True)
 class SiteRules:
     """What is left of a policy for one site."""
 
-    rules: tuple[tuple[Predicate, Strategy], ...]
+    rules: tuple[SiteRule, ...]
 
     @property
     def reachable(self) -> bool:
         """Whether some step could do anything but compute."""
-        return any(strategy is Strategy.REUSE for _, strategy in self.rules)
+        return any(rule.mine for rule in self.rules)
+
+    def measuring(self, known: Container[str]) -> SiteRules:
+        """Less the rules for reuse whose measurements are not all `known` to be had: they can never be proven."""
+        provable = (rule for rule in self.rules if not rule.mine or all(n in known for n in rule.predicate.measured))
+        return SiteRules(tuple(provable))
+
+    @property
+    def stores(self) -> frozenset[str | None]:
+        """What its slot is asked to hold."""
+        return frozenset(rule.do.store for rule in self.rules if rule.mine and not isinstance(rule.do, Compute))
+
+    @property
+    def store(self) -> str | None:
+        return next(iter(self.stores), None)
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """The symbols that must be known when it is decided."""
+        return frozenset[str]().union(*(rule.predicate.needs for rule in self.rules))
 
     @property
     def guard(self) -> str:
-        """The guards as text, in order."""
-        return "; ".join(str(predicate.guard) for predicate, _ in self.rules)
+        """The guards as mathematics, in order."""
+        return "; ".join(show(rule.predicate.guard) for rule in self.rules)
 
     @property
     def strategy(self) -> str:
         """The strategies as text, in order."""
-        return "; ".join(str(strategy) for _, strategy in self.rules)
+        return "; ".join(repr(rule.do) for rule in self.rules)
 
     def chooser(self) -> Choose:
         """The decision as a function of the step. Its results are kept: sites with the same rules share it."""
@@ -132,41 +193,61 @@ class SiteRules:
 
 
 @lru_cache(maxsize=4096)
-def _chooser(rules: SiteRules) -> Choose:
+def _chooser(site: SiteRules) -> Choose:
     @lru_cache(maxsize=65536)
-    def choose(
-        step: int,
-        num_steps: int | None,
-        layer: int,
-        num_layers: int | None,
-        age: int | None,
-        streak: int,
-        sigma: float | None,
-        snr: float | None,
-    ) -> tuple[bool, Reason]:
-        progress = None if num_steps is None else step / max(num_steps - 1, 1)
-        symbols: dict[str, Value] = {
-            "step": step,
-            "num_steps": num_steps,
-            "progress": progress,
-            "layer": layer,
-            "num_layers": num_layers,
-            "age": age,
-            "streak": streak,
-            "sigma": sigma,
-            "snr": snr,
-        }
-        for predicate, strategy in rules.rules:
-            if predicate.holds(symbols):
-                return strategy is Strategy.REUSE, Reason.RULE
-        needs = frozenset[str]().union(*(predicate.needs for predicate, _ in rules.rules))
-        if num_steps is None and needs & guards.TOTALS:
-            return False, Reason.TOTAL_UNKNOWN
-        return False, Reason.NOISE_UNKNOWN if snr is None and needs & guards.NOISE else Reason.NO_RULE
+    def first(moment: Moment, layer: int, age: int | None, streak: int, start: int) -> int | None:
+        """The first rule from `start` on that holds, or would if its measurements did.
+
+        One that would have the site compute also counts where what it needs is not known: a later rule that reuses
+        must not take its place.
+        """
+        symbols = _symbols(moment, layer, age, streak)
+        for i, rule in enumerate(site.rules[start:], start):
+            proven = rule.predicate.may_hold if rule.predicate.measured else rule.predicate.holds
+            unknown = not rule.mine and rule.predicate.lacks(symbols)
+            if rule.where.in_stream(moment.stream) and (unknown or proven(symbols)):
+                return i
+        return None
+
+    def choose(moment: Moment, layer: int, age: int | None, streak: int, read: Read) -> tuple[bool, Reason]:
+        unproven = False
+        i = first(moment, layer, age, streak, 0)
+        while i is not None:
+            rule = site.rules[i]
+            measured = {name: read(name) for name in rule.predicate.measured}
+            symbols = {**_symbols(moment, layer, age, streak), **measured}
+            if rule.predicate.holds(symbols):
+                return rule.mine, Reason.RULE
+            unproven |= None in measured.values()
+            if not rule.mine and not all(is_known(name, symbols.get(name)) for name in rule.predicate.needs):
+                break
+            i = first(moment, layer, age, streak, i + 1)
+        return False, Reason.NOT_MEASURED if unproven else _lacking(moment)
+
+    @lru_cache(maxsize=1024)
+    def _lacking(moment: Moment) -> Reason:
+        if moment.num_steps is None and site.needs & guards.TOTALS:
+            return Reason.TOTAL_UNKNOWN
+        return Reason.NOISE_UNKNOWN if moment.snr is None and site.needs & guards.NOISE else Reason.NO_RULE
 
     return choose
 
 
-def forced(*_: Any, **__: Any) -> tuple[bool, Reason]:
+def _symbols(moment: Moment, layer: int, age: int | None, streak: int) -> dict[str, Value]:
+    progress = None if moment.num_steps is None else Fraction(moment.step, max(moment.num_steps - 1, 1))
+    return {
+        "step": moment.step,
+        "num_steps": moment.num_steps,
+        "progress": progress,
+        "layer": layer,
+        "num_layers": moment.num_layers,
+        "age": age,
+        "streak": streak,
+        "sigma": moment.sigma,
+        "snr": moment.snr,
+    }
+
+
+def forced(*_: object, **__: object) -> tuple[bool, Reason]:
     """The chooser of reuse 0: every decision computes."""
     return False, Reason.FORCED

@@ -5,7 +5,9 @@ It keeps the values of sites in a dictionary, by their node's name, and knows no
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import itertools
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,13 +17,22 @@ from torch.utils._pytree import tree_map
 from dit_rewrite.backend import Rewritten
 from dit_rewrite.check import Check, Difference, equal, max_abs_error, rms
 from dit_rewrite.errors import Reason
-from dit_rewrite.passes.sites import Site
+from dit_rewrite.passes.site import Site
 from dit_rewrite.runtime.session import Observation
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 SLACK = 2.0  # lowered code may be this much further from float64 than the interpreter's own rounding
 
-Key = tuple[str, int, str]  # stream, position of the graph in its call, node of the value
+Key = tuple[str, int, str, str]  # stream, position of the graph in its call, site, node of the value
+Held = dict[Key, Tensor]
+
+
+@dataclass(frozen=True)
+class Taken:
+    """What stands in the place of a node: a tensor, or that tensor added to what `base` is now."""
+
+    value: Tensor
+    base: str | None
 
 
 class Replay(fx.Interpreter):
@@ -30,13 +41,17 @@ class Replay(fx.Interpreter):
     After `run`, ``values`` holds the tensor of every node named in `keep`.
     """
 
-    def __init__(self, gm: fx.GraphModule, reuse: Mapping[str, Tensor], keep: frozenset[str]) -> None:
+    def __init__(self, gm: fx.GraphModule, reuse: Mapping[str, Taken], keep: Collection[str]) -> None:
         super().__init__(gm)
-        self.reuse, self.keep = reuse, keep
+        self.reuse, self.keep = reuse, {*keep, *(taken.base for taken in reuse.values())}
         self.values: dict[str, Tensor] = {}
 
     def run_node(self, n: fx.Node) -> Any:
-        result = self.reuse[n.name] if n.name in self.reuse else super().run_node(n)
+        taken = self.reuse.get(n.name)
+        if taken is None:
+            result = super().run_node(n)
+        else:
+            result = taken.value if taken.base is None else self.values[taken.base] + taken.value
         if n.name in self.keep:
             self.values[n.name] = result
         return result
@@ -76,8 +91,8 @@ def check_replay(
     `streams` names the stream of each observation. Where `exact` is not asked for, a tensor that differs may be at most
     SLACK times as far from the float64 replay as the interpreter's own.
     """
-    kept: dict[Key, Tensor] = {}
-    kept64: dict[Key, Tensor] = {}
+    kept: Held = {}
+    kept64: Held = {}
     for observation, stream in zip(observed, streams, strict=True):
         graph = rewritten[observation.graph]
         replay = _replay(Replay, check, graph, observation, stream, kept)
@@ -88,27 +103,61 @@ def check_replay(
 
 
 def _replay(
-    kind: type[Replay], check: Check, graph: Rewritten, observation: Observation, stream: str, kept: dict[Key, Tensor]
+    kind: type[Replay], check: Check, graph: Rewritten, observation: Observation, stream: str, kept: Held
 ) -> dict[str, Tensor] | None:
-    """Run one observation again; outputs as ``output i`` and the values of sites, by name. None: it cannot be run."""
+    """Run one observation again; outputs as ``output i`` and what sites hold, by name. None: it cannot be run."""
     record = observation.record
-    computed: list[str] = []
-    reused: list[str] = []
-    for site, reuse, reason in zip(graph.guarded.sites, record.row, record.reasons, strict=False):  # less the hoisted
-        if reason is not Reason.COVERED:
-            (reused if reuse else computed).extend(site.values)
-    keys = {name: (stream, observation.position, name) for name in (*computed, *reused)}
-    for name in reused:
-        if keys[name] not in kept:
-            check.fail(Difference(name, record.step, "replay: reused, and never computed in this trajectory"))
-            return None
-    run = kind(graph.captured.gm, {name: kept[keys[name]] for name in reused}, frozenset(computed))
+    computed: list[tuple[Key, str | None, str | None]] = []
+    reused: dict[str, Taken] = {}
+    held: list[Key] = []
+    for site, store, reuse, reason in zip(_sites(graph), _stores(graph), record.row, record.reasons, strict=True):
+        for value, base in itertools.zip_longest(site.values, site.bases):
+            key = (stream, observation.position, site.name, value)
+            if reason is Reason.COVERED:
+                continue
+            held.append(key)
+            if not reuse:
+                computed.append((key, base, store))
+            elif key not in kept:
+                check.fail(Difference(value, record.step, "replay: reused, and never computed in this trajectory"))
+                return None
+            else:
+                reused[value] = Taken(kept[key], base)
+    run = kind(graph.placed.gm, reused, {name for key, base, _ in computed for name in (key[-1], base) if name})
     with torch._C._DisableAutocast():  # the captured graph has its casts already
         outputs = run.run(*observation.args)
-    for name in computed:
-        kept[keys[name]] = run.values[name]
-    values = {name: kept[key] for name, key in keys.items()}
+    for key, base, store in computed:
+        value = run.values[key[-1]]
+        kept[key] = rounded(value if base is None else value - run.values[base], store)
+    values = {_name(key): kept[key] for key in held}
     return {**values, **{f"output {i}": out for i, out in enumerate(outputs) if isinstance(out, Tensor)}}
+
+
+def _name(key: Key) -> str:
+    return f"{key[-2]}: {key[-1]}"
+
+
+def _sites(graph: Rewritten) -> tuple[Site, ...]:
+    return graph.layout.sites
+
+
+def _stores(graph: Rewritten) -> list[str | None]:
+    return [graph.rules[i].store for i in graph.reached]
+
+
+def rounded(value: Tensor, store: str | None) -> Tensor:
+    """A value as a slot gives it back: rounded to what `store` can hold, one scale for each token."""
+    if store is None or value.ndim < 2:
+        return value
+    if store == "bf16":
+        return value.to(torch.bfloat16).to(value.dtype)
+    wide = value.double() if value.dtype is torch.float64 else value.float()
+    most = {"int8": 127, "fp8": 448}[store]
+    scale = wide.abs().amax(dim=-1, keepdim=True) / most
+    scale = torch.where(scale == 0, torch.ones_like(scale), scale)
+    numbers = wide / scale
+    numbers = numbers.round() if store == "int8" else numbers.clamp(-most, most).to(torch.float8_e4m3fn)
+    return (numbers.to(wide.dtype) * scale).to(value.dtype)
 
 
 def _compare(
@@ -118,9 +167,9 @@ def _compare(
     expected: dict[str, Tensor],
     wide: dict[str, Tensor] | None,
 ) -> None:
-    found = _found(graph.guarded.sites, observation)
+    found = _found(graph, observation)
     for name, theirs in expected.items():
-        ours = found[name]
+        ours = found[name].to(theirs.dtype)
         if equal(ours, theirs):
             continue
         where = Difference(name, observation.record.step, "replay")
@@ -132,9 +181,14 @@ def _compare(
             check.fail(where, max_abs_error(ours, theirs))
 
 
-def _found(sites: Sequence[Site], observation: Observation) -> dict[str, Tensor]:
+def _found(graph: Rewritten, observation: Observation) -> dict[str, Tensor]:
     """What the rewritten model returned and held, by the same names."""
     found = {f"output {i}": out for i, out in enumerate(observation.outputs) if isinstance(out, Tensor)}
-    for site, values in zip(sites, observation.held, strict=False):
-        found.update(zip(site.values, values or (), strict=False))
+    for site, store, held in zip(_sites(graph), _stores(graph), observation.held, strict=True):
+        rest = list(held or ())
+        for name in site.values if held is not None else ():
+            value = rest.pop(0)
+            if store in ("int8", "fp8") and value.ndim >= 2:
+                value = value.float() * rest.pop(0)
+            found[f"{site.name}: {name}"] = value
     return found

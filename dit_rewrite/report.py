@@ -11,7 +11,11 @@ from torch import fx
 
 from dit_rewrite.errors import Reason
 from dit_rewrite.passes import cost, naming, printing
-from dit_rewrite.passes.sites import Refusal, Site
+from dit_rewrite.passes.branches import Refusal
+from dit_rewrite.passes.notation import show
+from dit_rewrite.passes.segments import crossing_bytes
+from dit_rewrite.passes.site import Site
+from dit_rewrite.passes.verdict import verdict
 from dit_rewrite.policy import Policy
 
 if TYPE_CHECKING:
@@ -20,13 +24,18 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Place:
-    """A row of the report: a site in one occurrence of its graph, with what the policy leaves of its guard."""
+    """A row of the report: a site in one occurrence of its graph, with what the policy leaves of its guard.
+
+    ``bytes`` are those of its slot. ``inner``: a site around it is reached too, and saves its FLOPs.
+    """
 
     graph: int
     occurrence: int
     site: Site
     guard: str
     reachable: bool
+    bytes: int
+    inner: bool
 
 
 @dataclass(frozen=True)
@@ -43,10 +52,10 @@ class Report:
     @property
     def sites(self) -> tuple[Place, ...]:
         return tuple(
-            Place(i, occurrence, site, rules.guard if rules.reachable else "", rules.reachable)
-            for i, r in enumerate(self.rewritten)
+            place
+            for i, rewritten in enumerate(self.rewritten)
             for occurrence in range(self.occurrences.get(i, 0) or 1)
-            for site, rules in zip(r.found.sites, r.rules, strict=True)
+            for place in _places(i, occurrence, rewritten)
         )
 
     @property
@@ -59,16 +68,18 @@ class Report:
         `graph` defaults to the one with most sites.
         """
         chosen = max(self.rewritten, key=lambda r: len(r.reached)) if graph is None else self.rewritten[graph]
-        row = max(chosen.variants, key=sum)
-        return printing.diff(chosen.captured.gm, chosen.variants[row].gm, ("captured", f"variant {row_name(row)}"))
+        row = chosen.most_reused
+        return printing.diff(chosen.captured.gm, chosen.straight(row).gm, ("captured", f"variant {row_name(row)}"))
 
     def __str__(self) -> str:
         total = sum(cost.total_flops(r.captured.gm.graph) for r in self.rewritten)
-        reached = [place.site for place in self.sites if place.reachable]
-        held, saved = sum(site.bytes for site in reached), sum(site.flops for site in reached)
+        reached = [place for place in self.sites if place.reachable]
+        held = sum(place.bytes for place in reached)
+        saved = sum(place.site.flops for place in reached if not place.inner)
         lines = [
             f"policy    {self.policy}",
-            f"graphs    {len(self.rewritten)}, {sum(len(r.variants) for r in self.rewritten)} variants compiled",
+            *self._verdicts(),
+            *(f"graph {i}   {_layout(r)}" for i, r in enumerate(self.rewritten)),
             f"FLOPs     {_quantity(total)} a call, of which {_quantity(saved)} ({saved / max(total, 1):.1%}) in sites",
             f"cached    {_quantity(held, 1024)}B a stream, where every reached site holds its values",
             *self._hoisted(),
@@ -78,6 +89,13 @@ class Report:
             lines += ["", "refused places"]
             lines += [f"  {r.path or '(the model itself)'} ({r.node}): {r.reason}" for r in self.refused]
         return "\n".join(lines)
+
+    def _verdicts(self) -> Iterator[str]:
+        """The rules whose guards decide nothing."""
+        for number, rule in enumerate(self.policy.rules, 1):
+            found = verdict(rule.when & rule.where.guard)
+            if found is not None:
+                yield f"rule {number}    {found}: {show(rule.when)}"
 
     def _hoisted(self) -> Iterator[str]:
         """What is computed once per trajectory, by the modules that it was traced in."""
@@ -102,8 +120,30 @@ class Report:
                 place.guard if place.reachable else f"({Reason.UNREACHED})",
                 str(len(site.values)),
                 _quantity(site.flops),
-                _quantity(site.bytes, 1024),
+                _quantity(place.bytes, 1024),
             )
+
+
+def _places(graph: int, occurrence: int, rewritten: Rewritten) -> Iterator[Place]:
+    sites, held, reached = rewritten.found.sites, rewritten.held_bytes, set(rewritten.reached)
+    for i, (site, rules) in enumerate(zip(sites, rewritten.rules, strict=True)):
+        guard = rules.guard if rules.reachable else ""
+        around = site.parent
+        while around is not None and around not in reached:
+            around = sites[around].parent
+        yield Place(graph, occurrence, site, guard, rules.reachable, held.get(i, site.bytes), around is not None)
+
+
+def _layout(rewritten: Rewritten) -> str:
+    """How a graph was lowered, and why so."""
+    layout, compiled = rewritten.layout, len(rewritten.compiled)
+    if layout.segments.count == 1:
+        return f"lowered as variants ({layout.why}): {compiled} compiled"
+    crossing = _quantity(crossing_bytes(rewritten.placed.gm, layout.segments), 1024)
+    return (
+        f"lowered in segments ({layout.why}): {layout.segments.count} pieces, {compiled} distinct ones compiled; "
+        f"the cuts write {crossing}B a call"
+    )
 
 
 def _table(rows: Iterator[tuple[str, ...]]) -> Iterator[str]:
@@ -145,13 +185,26 @@ class Dump:
         (folder / "02_sites.txt").write_text("\n".join(_describe(rewritten)) + "\n")
         self._graph(folder / "03_guarded.py", guarded)
         (folder / "03_guarded.diff").write_text(printing.diff(captured, guarded, ("captured", "guarded")))
-        for number, (row, variant) in enumerate(rewritten.variants.items()):
-            stem = f"04_variant{number}"
-            self._graph(folder / f"{stem}.py", variant.gm, f"# row: {row_name(row)}\n")
-            (folder / f"{stem}.diff").write_text(printing.diff(captured, variant.gm, ("captured", stem)))
+        for stem, head, gm in _straight_line(rewritten):
+            self._graph(folder / f"{stem}.py", gm, head)
+            (folder / f"{stem}.diff").write_text(printing.diff(captured, gm, ("captured", stem)))
 
     def _graph(self, path: Path, gm: fx.GraphModule, head: str = "") -> None:
         path.write_text(head + printing.readable(gm) + "\n")
+
+
+def _straight_line(rewritten: Rewritten) -> Iterator[tuple[str, str, fx.GraphModule]]:
+    """File name, first line and graph of each piece of code; pieces of one structure are shown once."""
+    if rewritten.layout.segments.count == 1:
+        for number, ((_, row), variant) in enumerate(rewritten.variants.items()):
+            yield f"04_variant{number}", f"# row: {row_name(row)}\n", variant.gm
+        return
+    shown = {id(variant): number for number, (variant, _) in enumerate(rewritten.compiled.values())}
+    for (piece, row), variant in rewritten.variants.items():
+        if id(variant) in shown:
+            names = [rewritten.layout.sites[i].name for i in rewritten.layout.depends[piece]]
+            head = f"# segment {piece}; row: {row_name(row)} of {', '.join(names) or 'no site'}\n"
+            yield f"04_segment{piece}_{row_name(row)}", head, variant.gm
 
 
 def _describe(rewritten: Rewritten) -> Iterator[str]:

@@ -22,9 +22,12 @@ from sympy.printing.str import StrPrinter
 
 from dit_rewrite.errors import BadGuardText, BadPolicyText, ForeignName, UnknownVersion, UnwritableGuard
 from dit_rewrite.passes import guards
-from dit_rewrite.policy import Policy, Rule, Strategy, Where
+from dit_rewrite.policy import Policy, Rule
+from dit_rewrite.strategy import Compute, Reuse, ReuseKV, Strategy
+from dit_rewrite.where import Where
 
 VERSION = 1
+STRATEGIES: dict[str, type[Strategy]] = {"compute": Compute, "reuse": Reuse, "reuse_kv": ReuseKV}
 MAX_TEXT = 20_000  # characters of a guard
 MAX_DEPTH = 48  # of operators and functions inside one another
 MAX_ARGUMENTS = 16  # of a function; sympy compares those of Min and Max in pairs
@@ -47,10 +50,19 @@ JOINED: dict[type[ast.AST], Callable[..., Any]] = {
 }  # fmt: skip
 
 
+_JSON: dict[Any, type] = {tuple: list, typing.Literal: str}
+Record = typing.TypeVar("Record")
+
+
 def to_json(policy: Policy) -> str:
     """The policy as JSON. Raises UnwritableGuard for a guard that would not be read back as it is."""
-    rules = [{"when": guard_text(rule.when), "do": str(rule.do), "where": asdict(rule.where)} for rule in policy.rules]
-    return json.dumps({"version": VERSION, "name": policy.name, "rules": rules}, indent=2)
+    rules = [{"when": guard_text(rule.when), "do": _do(rule.do), "where": asdict(rule.where)} for rule in policy.rules]
+    return json.dumps({"version": VERSION, "name": policy.name, "lag": policy.lag, "rules": rules}, indent=2)
+
+
+def _do(strategy: Strategy) -> dict[str, Any]:
+    name = next(name for name, kind in STRATEGIES.items() if type(strategy) is kind)
+    return {"strategy": name, **asdict(strategy)}
 
 
 def from_json(text: str) -> Policy:
@@ -62,21 +74,35 @@ def from_json(text: str) -> Policy:
     version = _as(value, dict, "the text").get("version", VERSION)
     if type(version) is not int or version != VERSION:
         raise UnknownVersion(version, VERSION)
-    fields = _fields(value, "the policy", ("version", "name", "rules"))
+    fields = _fields(value, "the policy", ("name", "rules"), ("version", "lag"))
     rules = _as(fields["rules"], list, "rules")
-    return Policy(tuple(_rule(rule, f"rules[{i}]") for i, rule in enumerate(rules)), _as(fields["name"], str, "name"))
+    read = tuple(_rule(rule, f"rules[{i}]") for i, rule in enumerate(rules))
+    return Policy(read, _as(fields["name"], str, "name"), _as(fields.get("lag", 0), int, "lag"))
 
 
 def _rule(value: object, where: str) -> Rule:
     fields = _fields(value, where, ("when", "do", "where"))
-    hints = typing.get_type_hints(Where)
-    place = _fields(fields["where"], f"{where}.where", (), tuple(hints))
-    selected = {name: _typed(item, hints[name], f"{where}.where.{name}") for name, item in place.items()}
-    do, strategies = fields["do"], [str(strategy) for strategy in Strategy]
-    if do not in strategies:
-        raise BadPolicyText(f"{where}.do", f"is {do!r:.100}, and not one of {', '.join(strategies)}")
-    when = parse_guard(_as(fields["when"], str, f"{where}.when"))
-    return Rule(when=when, do=Strategy(do), where=Where(**selected))
+    place = _record(fields["where"], Where, f"{where}.where")
+    return Rule(
+        when=parse_guard(_as(fields["when"], str, f"{where}.when")),
+        do=_strategy(fields["do"], f"{where}.do"),
+        where=place,
+    )
+
+
+def _strategy(value: object, where: str) -> Strategy:
+    fields = dict(_as(value, dict, where))
+    name = fields.pop("strategy", None)
+    if not isinstance(name, str) or name not in STRATEGIES:
+        raise BadPolicyText(where, f"has the strategy {name!r:.100}, and not one of {', '.join(STRATEGIES)}")
+    return _record(fields, STRATEGIES[name], where)
+
+
+def _record(value: object, kind: type[Record], where: str) -> Record:
+    """An object whose fields are those of a dataclass."""
+    hints = typing.get_type_hints(kind)
+    fields = _fields(value, where, (), tuple(hints))
+    return kind(**{name: _typed(item, hints[name], f"{where}.{name}") for name, item in fields.items()})
 
 
 def _fields(value: object, where: str, needed: tuple[str, ...], allowed: tuple[str, ...] = ()) -> dict[str, Any]:
@@ -101,6 +127,10 @@ def _as(value: object, kind: type, where: str) -> Any:
 def _typed(value: object, hint: Any, where: str) -> Any:
     """A value from JSON as a field of that type: None, a str, int, float or bool, a tuple, or a union of them."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin is typing.Literal:
+        return _as(value, str, where)  # whoever takes it checks it
+    if hint is float and type(value) is int:
+        return value
     if origin is tuple:
         items = _as(value, list, where)
         kinds = arguments[:1] * len(items) if arguments[-1] is Ellipsis else arguments
@@ -108,7 +138,7 @@ def _typed(value: object, hint: Any, where: str) -> Any:
             raise BadPolicyText(where, f"has {len(items)} items, and {len(kinds)} are needed")
         return tuple(_typed(item, kinds[i], f"{where}[{i}]") for i, item in enumerate(items))
     if origin in (typing.Union, types.UnionType):
-        fitting = (kind for kind in arguments if (list if typing.get_origin(kind) is tuple else kind) is type(value))
+        fitting = (kind for kind in arguments if _JSON.get(typing.get_origin(kind), kind) is type(value))
         return _typed(value, next(fitting, arguments[0]), where)
     return _as(value, hint, where)
 

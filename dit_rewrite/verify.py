@@ -33,6 +33,7 @@ class Trajectory:
 
     calls: tuple[Mapping[str, Any], ...]
     streams: tuple[str, ...]
+    scheduler: Any = None
 
     @property
     def num_steps(self) -> int:
@@ -84,13 +85,16 @@ def verify(
     policy: Policy,
     *,
     backend: LoweringBackend = "inductor",
+    lowering: str = "auto",
     streams: Sequence[str] | None = None,
+    scheduler: Any = None,
     dump: str | Path | None = None,
 ) -> Verification:
     """Prove the rewrite of `model` under `policy` on one trajectory; prints one line.
 
     `inputs` are the keyword arguments of each call of the trajectory, in order; `streams` names the stream of each,
-    where there are several ("cond", "uncond", …). The ambient autocast holds for all runs.
+    where there are several ("cond", "uncond", …). `scheduler` is read for noise levels, `lowering` is `compile`'s. The
+    ambient autocast holds for all runs.
 
     (a) *reuse 0*: every site that the policy reaches is guarded and stored, each decision is forced to compute, and the
     outputs must be those of torch.compile(model, backend) bit for bit. Where low precision under Inductor cannot hold
@@ -104,8 +108,8 @@ def verify(
     names = tuple(streams) if streams is not None else ("main",) * len(inputs)
     if not inputs or len(names) != len(inputs):
         raise BadParameter("verify", "inputs", len(inputs), "one mapping a call, and as many stream names if any")
-    trajectory = Trajectory(tuple(inputs), names)
-    lower = Lowering.of(backend, None, None)
+    trajectory = Trajectory(tuple(inputs), names, scheduler)
+    lower = Lowering.of(backend, form=lowering)
     with torch.no_grad():
         reuse0, forced, notes = _check_reuse0(model, trajectory, policy, lower)
         replay, observed = _check_replay(model, trajectory, policy, lower, dump)
@@ -122,7 +126,7 @@ def _run(model: Any, trajectory: Trajectory) -> list[list[Tensor]]:
     """The output tensors of each call, copied, so that nothing later can change them."""
     rewritten = isinstance(model, RewrittenModule)
     outputs = []
-    with model.trajectory(trajectory.num_steps) if rewritten else nullcontext():
+    with model.trajectory(trajectory.num_steps, trajectory.scheduler) if rewritten else nullcontext():
         for kwargs, name in zip(trajectory.calls, trajectory.streams, strict=True):
             with model.cache_context(name) if rewritten else one_graph():
                 result = model(**kwargs)

@@ -8,6 +8,7 @@ import importlib
 import inspect
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -51,22 +52,36 @@ class _Recorder(nn.Module):
         return self.model(*args, **kwargs)
 
 
-def from_factory(text: str, steps: int) -> tuple[nn.Module, Calls, None]:
-    """What ``module:factory`` gives: called with `steps` if it takes an argument. Raises BadModel."""
+@dataclass(frozen=True)
+class Loaded:
+    """A denoiser, the calls of one trajectory with their streams, and the scheduler that made its steps."""
+
+    model: nn.Module
+    calls: Calls
+    streams: Sequence[str] | None = None
+    scheduler: Any = None
+
+
+def from_factory(text: str, steps: int) -> Loaded:
+    """What ``module:factory`` gives: called with `steps` if it takes an argument. Raises BadModel.
+
+    It returns (model, calls), or (model, calls, scheduler) for policies that need the noise level.
+    """
     module, _, name = text.partition(":")
     sys.path.insert(0, str(Path.cwd()))
     try:
         factory = getattr(importlib.import_module(module), name)
         made = factory(steps) if inspect.signature(factory).parameters else factory()
-        model, calls = made
+        model, calls, *scheduler = made
+        loaded = Loaded(model, list(calls)[:steps], None, *scheduler)
     except (ImportError, AttributeError, TypeError, ValueError) as error:
         raise BadModel(text, f"{type(error).__name__}: {error}") from error
     finally:
         sys.path.pop(0)
-    return model, list(calls)[:steps], None
+    return loaded
 
 
-def from_pipeline(model: str, steps: int) -> tuple[nn.Module, Calls, Sequence[str]]:
+def from_pipeline(model: str, steps: int) -> Loaded:
     """The denoiser of a folder or hub id, and the calls that its pipeline makes of it for one sample, with streams."""
     pipeline = load_pipeline(model, torch.float32)
     denoiser = getattr(pipeline, "transformer", None)
@@ -78,13 +93,22 @@ def from_pipeline(model: str, steps: int) -> tuple[nn.Module, Calls, Sequence[st
     subject = {"class_labels": [0]} if "class_labels" in known else {"prompt": "a cat"}
     with torch.no_grad():
         pipeline(**subject, num_inference_steps=steps, generator=torch.Generator().manual_seed(0))
-    return denoiser, recorder.calls, recorder.streams
+    return Loaded(denoiser, recorder.calls, recorder.streams, pipeline.scheduler)
 
 
 def run(arguments: argparse.Namespace) -> int:
     """`python -m dit_rewrite verify`: 0 where the proof holds, 1 where it does not."""
     load = from_factory if ":" in arguments.model else from_pipeline
     policy = policies.parse(arguments.policy)
-    model, calls, streams = load(arguments.model, arguments.steps)
-    result = verify(model, calls, policy, backend=arguments.backend, streams=streams, dump=arguments.dump)
+    loaded = load(arguments.model, arguments.steps)
+    result = verify(
+        loaded.model,
+        loaded.calls,
+        policy,
+        backend=arguments.backend,
+        lowering=arguments.lowering,
+        streams=loaded.streams,
+        scheduler=loaded.scheduler,
+        dump=arguments.dump,
+    )
     return 0 if result.passed else 1

@@ -40,10 +40,11 @@ class Refusal:
 
 @dataclass(frozen=True)
 class Branch:
-    """One summand `value` (gate peeled) of a residual sum over `stream`; `region` holds the nodes in between."""
+    """One summand `value` (gate peeled) of the residual sum `total` over `stream`; `region` holds the nodes between."""
 
     stream: fx.Node
     value: fx.Node
+    total: fx.Node
     region: int
     cores: tuple[fx.Node, ...]
 
@@ -90,15 +91,36 @@ def summands(node: fx.Node, whole: Callable[[fx.Node], bool] = lambda _: False) 
     Nested adds that serve it alone are looked through, but for those that are to stay `whole`.
     """
     for argument in node.args[:2]:
-        if not isinstance(argument, fx.Node):
-            continue
-        base = argument
-        while _is_transparent(base) and len(base.users) == 1:
-            base = base.args[0]  # type: ignore[assignment]
-        if _is_sum(base) and len(base.users) == 1 and not whole(base):
-            yield from summands(base, whole)
-        else:
-            yield argument
+        if isinstance(argument, fx.Node):
+            base = _nested(argument)
+            if base is None or whole(base):
+                yield argument
+            else:
+                yield from summands(base, whole)
+
+
+def stream_side(total: fx.Node, stream: fx.Node) -> fx.Node:
+    """The summand of a residual sum that is the stream: it, or the view or cast of it that is added to."""
+    return next((summand for summand in summands(total) if _base(summand) is stream), stream)
+
+
+def _nested(argument: fx.Node) -> fx.Node | None:
+    """The sum below an argument that serves it alone."""
+    base = argument
+    while _is_transparent(base) and len(base.users) == 1:
+        base = base.args[0]  # type: ignore[assignment]
+    return base if _is_sum(base) and len(base.users) == 1 else None
+
+
+def _meeting(total: fx.Node, stream: fx.Node, summand: fx.Node) -> fx.Node:
+    """The innermost add of a nested sum that holds both the stream and a summand."""
+    for argument in total.args[:2]:
+        inner = _nested(argument) if isinstance(argument, fx.Node) else None
+        if inner is not None:
+            held = list(summands(inner))
+            if summand in held and stream in map(_base, held):
+                return _meeting(inner, stream, summand)
+    return total
 
 
 def _split(
@@ -118,8 +140,8 @@ def _split(
         region = dependence.between(stream, value)
         contractions = dependence.contractions(region)
         if contractions:
-            cores = tuple(node for node in contractions if _is_core(dependence, node))
-            branches.setdefault(value, Branch(stream, value, region, cores))
+            cores = tuple(c for c in contractions if _is_core(dependence, c))
+            branches.setdefault(value, Branch(stream, value, _meeting(node, stream, summand), region, cores))
         else:
             refused.setdefault(summand, Refusal.of(summand, Reason.NO_CONTRACTION))
 

@@ -21,6 +21,14 @@ def hint(size: int | torch.SymInt) -> int:
     return int(size.node.hint) if size.node.hint is not None else 0
 
 
+def position(index: int | torch.SymInt | fx.Node | None, size: int) -> int:
+    """An index along an axis of that size as a number from its beginning; None, or one beyond the end, is the end."""
+    if index is None:
+        return size
+    number = hint(index.meta["val"] if isinstance(index, fx.Node) else index)
+    return min(number + size if number < 0 else number, size)
+
+
 def shape(value: Tensor) -> tuple[int, ...]:
     """The shape of the trace."""
     return tuple(map(hint, value.shape))

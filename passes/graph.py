@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import itertools
+from collections.abc import Iterable, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -126,27 +127,53 @@ class Dependence:
         return self.members(mask & self._contractions)
 
 
-def closures(graph: fx.Graph, groups: list[tuple[fx.Node, ...]]) -> list[frozenset[fx.Node]]:
+def needed(graph: fx.Graph, nodes: Iterable[fx.Node]) -> set[fx.Node]:
+    """`nodes`, the outputs, what must run for its effect, and what these are computed from."""
+    found: set[fx.Node] = set()
+    stack = [*nodes, *(node for node in graph.nodes if node.is_impure())]
+    while stack:
+        node = stack.pop()
+        if node not in found:
+            found.add(node)
+            stack += node.all_input_nodes
+    return found
+
+
+def closures(
+    graph: fx.Graph, groups: Sequence[Sequence[fx.Node]], operands: Sequence[Sequence[fx.Node]] = ()
+) -> list[frozenset[fx.Node]]:
     """For each group of values the nodes that serve nothing else: every way from them to an output passes the group.
 
     These are the nodes that the group post-dominates. The groups' own nodes are among them; placeholders and
     attributes are not. One dominator tree of the reversed graph serves all groups: a group of several values is
-    given a node of its own, through which all that leaves the values must pass.
+    given a node of its own, through which all that leaves the values must pass. Groups that share a value lie within
+    one another, the inner first.
+
+    `operands` are, for each group, nodes that are read in the place of its values when these are taken from a cache
+    (a span's input, a probe): whoever uses the values needs them too.
     """
-    gate: dict[fx.Node, Any] = {value: ("group", i) for i, group in enumerate(groups) for value in group}
+    gates: dict[fx.Node, list[Any]] = {}
+    for i, group in enumerate(groups):
+        for value in group:
+            gates.setdefault(value, []).append(("group", i))
     reverse: nx.DiGraph[Any] = nx.DiGraph()
     for node in graph.nodes:
-        if node in gate:
-            reverse.add_edge(gate[node], node)
+        inward = [*reversed(gates.get(node, [])), node]
+        reverse.add_edges_from(itertools.pairwise(inward))
         for user in node.users:
-            reverse.add_edge(user, gate.get(node, node))
+            reverse.add_edge(user, inward[0])
         if node.op == "output" or (not node.users and node.is_impure()):
-            reverse.add_edge(_EXIT, node)
+            reverse.add_edge(_EXIT, inward[0])
+    for i, read in enumerate(operands):
+        users = list(reverse.predecessors(("group", i)))
+        reverse.add_edges_from((user, gates.get(node, [node])[-1]) for node in read for user in users)
     tree: nx.DiGraph[Any] = nx.DiGraph()
     for node, dominator in nx.immediate_dominators(reverse, _EXIT).items():
         if dominator is not None and dominator != node:
             tree.add_edge(dominator, node)
-    return [_computed(nx.descendants(tree, ("group", i)) if group else ()) for i, group in enumerate(groups)]
+    return [
+        _computed(nx.descendants(tree, ("group", i)) if ("group", i) in tree else ()) for i, group in enumerate(groups)
+    ]
 
 
 def _computed(nodes: Iterable[Any]) -> frozenset[fx.Node]:

@@ -12,33 +12,41 @@ from dataclasses import dataclass
 from operator import getitem
 from typing import Any
 
-from torch import fx
+from torch import Tensor, fx
 
-from dit_rewrite.passes.graph import attribute
-from dit_rewrite.passes.sites import Site
+from dit_rewrite.passes.graph import attribute, needed
+from dit_rewrite.passes.site import Site
+from dit_rewrite.passes.store import decode, encode, inline, is_packed, width
 
 
 @dataclass(frozen=True)
 class Guarded:
-    """A site of the graph with the guard and strategy that its node shows; `site` is an index into the sites found."""
+    """A site of the graph with the guard and strategy that its node shows; `site` is an index into the sites found.
+
+    `store` is what its slot holds in the place of its values (store.py).
+    """
 
     site: int
     guard: str
     strategy: str
+    store: str | None = None
 
 
 @dataclass(frozen=True)
 class GuardedGraph:
     """The graph of pass 03.
 
-    Its inputs are those of the captured graph, then for each guarded site a decision (True: reuse), then each of its
-    cached values; its outputs those of the captured graph, then the values that each site now holds. ``sites`` are
-    the guarded ones in the order of these inputs; ``parents`` index into them.
+    Its inputs are those of the captured graph, then for each guarded site a decision (True: reuse), then what each of
+    its slots holds; its outputs those of the captured graph, then what each slot holds now. ``sites`` are the guarded
+    ones in the order of these inputs, ``held`` the number of tensors in each one's slot; ``parents`` index into them.
+    Every node that the captured graph has too knows its ``position`` there, in its meta; those that pack and unpack
+    slots stand in between.
     """
 
     gm: fx.GraphModule
     sites: tuple[Site, ...]
     parents: tuple[int | None, ...]
+    held: tuple[int, ...]
     num_inputs: int
     num_outputs: int
 
@@ -83,6 +91,55 @@ def _input(graph: fx.Graph, name: str) -> fx.Node:
     return node
 
 
+@dataclass(frozen=True)
+class _Slot:
+    """How one value is held: `first` is where its tensors begin among the site's."""
+
+    value: fx.Node
+    base: fx.Node | None
+    store: str | None
+    first: int
+
+    @property
+    def is_plain(self) -> bool:
+        """The value is held as it is."""
+        return self.base is None and not is_packed(self.value.meta["val"], self.store)
+
+    @property
+    def width(self) -> int:
+        return width(self.value.meta["val"], self.store)
+
+    def examples(self) -> tuple[Tensor, ...]:
+        """The held tensors of the trace, without values."""
+        value = self.value.meta["val"]
+        base = None if self.base is None else self.base.meta["val"]
+        return (value,) if self.is_plain else encode(value, base, self.store)
+
+    def pack(self, graph: fx.Graph, env: dict[Any, fx.Node], position: int) -> list[fx.Node]:
+        """Write what makes the held tensors of the value, right behind it."""
+        if self.is_plain:
+            return [env[self.value]]
+        arguments = [env[self.value], *([] if self.base is None else [env[self.base]])]
+        return inline(
+            graph, lambda v, *b: encode(v, b[0] if b else None, self.store), arguments, position, home=position
+        )
+
+    def unpack(self, graph: fx.Graph, held: list[fx.Node], env: dict[Any, fx.Node], position: int) -> fx.Node:
+        """Write what makes the value of the held tensors, right before its place."""
+        if self.is_plain:
+            return held[0]
+        count, dtype = self.width, self.value.meta["val"].dtype
+        arguments = [*held, *([] if self.base is None else [env[self.base]])]
+        (value,) = inline(
+            graph,
+            lambda *a: (decode(a[:count], a[count] if len(a) > count else None, self.store, dtype),),
+            arguments,
+            position - 1,
+            home=position,
+        )
+        return value
+
+
 class _Rewriter:
     """Moves each site's closure into a subgraph, innermost scope by innermost scope."""
 
@@ -94,13 +151,26 @@ class _Rewriter:
         self.nodes = {node.name: node for node in gm.graph.nodes}
         self.position = {node: i for i, node in enumerate(gm.graph.nodes)}
         self.values = [[self.nodes[name] for name in site.values] for site in sites]
+        kept = (self.nodes[name] for site in sites for name in (*site.values, *site.operands))
+        self.needed = needed(gm.graph, kept)  # the rest may read what lies in a site and is not there when it is reused
+        self.slots = [self._slots(i) for i in range(len(sites))]
+        self.held = tuple(sum(slot.width for slot in slots) for slots in self.slots)
         self.owner = self._owners()
         self.inside = [self._inside(i) for i in range(len(sites))]
+
+    def _slots(self, i: int) -> list[_Slot]:
+        """How the values of a site are held."""
+        slots: list[_Slot] = []
+        for k, value in enumerate(self.values[i]):
+            base = self.nodes[self.sites[i].bases[k]] if k < len(self.sites[i].bases) else None
+            first = slots[-1].first + slots[-1].width if slots else 0
+            slots.append(_Slot(value, base, self.labels[i].store, first))
+        return slots
 
     def _owners(self) -> dict[fx.Node, int]:
         """For each node the innermost site whose closure holds it."""
         owner: dict[fx.Node, int] = {}
-        for i in sorted(range(len(self.sites)), key=lambda i: -len(self.sites[i].closure)):
+        for i in sorted(range(len(self.sites)), key=lambda i: (-len(self.sites[i].closure), -i)):
             owner.update(dict.fromkeys((self.nodes[name] for name in self.sites[i].closure), i))
         return owner
 
@@ -118,17 +188,17 @@ class _Rewriter:
         for i in range(len(self.sites)):
             env["reuse", i] = _input(graph, f"reuse_{self.slugs[i]}")
             self.slugs[i] = env["reuse", i].name.removeprefix("reuse_")  # two sites' names may differ in a dot alone
-        for i, values in enumerate(self.values):
-            for value in values:
-                env["cached", i, value] = _input(graph, f"cached_{self.slugs[i]}")
-                env["cached", i, value].meta = {"val": value.meta["val"]}
+        for i, slots in enumerate(self.slots):
+            for k, example in enumerate(tensor for slot in slots for tensor in slot.examples()):
+                env["cached", i, k] = _input(graph, f"cached_{self.slugs[i]}")
+                env["cached", i, k].meta = {"val": example}
         attributes = self._emit(graph, None, env)
         captured: Any = self.gm.graph.output_node().args[0]
         outputs = tuple(fx.map_arg(captured, lambda n: env[n]))
-        held = [env["held", i, value] for i, values in enumerate(self.values) for value in values]
+        held = [env["held", i, k] for i in range(len(self.sites)) for k in range(self.held[i])]
         graph.output((*outputs, *held))
         gm = fx.GraphModule(attributes, graph)
-        return GuardedGraph(gm, self.sites, self.parents, len(inputs), len(outputs))
+        return GuardedGraph(gm, self.sites, self.parents, self.held, len(inputs), len(outputs))
 
     def _emit(self, graph: fx.Graph, scope: int | None, env: dict[Any, fx.Node]) -> dict[str, Any]:
         """Write the nodes that `scope` owns and a cache_or_compute node for each site directly within it.
@@ -152,8 +222,11 @@ class _Rewriter:
                 attributes[f"compute_{self.slugs[site]}"] = self._call(graph, site, env)
 
         for node in self.gm.graph.nodes:
-            if node.op not in ("placeholder", "output") and self.owner.get(node) == scope:
+            if node in self.needed and node.op not in ("placeholder", "output") and self.owner.get(node) == scope:
                 visit(node)
+        for i, values in enumerate(self.values):
+            for value in values if i == scope or self.parents[i] == scope else ():
+                visit(value)
         return attributes
 
     def _child(self, node: fx.Node, scope: int | None) -> int | None:
@@ -164,41 +237,66 @@ class _Rewriter:
         return None if site == scope else site
 
     def _live_ins(self, site: int) -> list[fx.Node]:
-        """What the site's closure reads and does not own, in the order of the graph."""
+        """What the site's closure and slots read and do not own, in the order of the graph."""
         closure = self.sites[site].closure
-        read = {arg for name in closure for arg in self.nodes[name].all_input_nodes if arg.name not in closure}
-        return sorted(read, key=self.position.__getitem__)
+        read = {arg for name in closure for arg in self.nodes[name].all_input_nodes}
+        read.update(self.nodes[base] for i in self.inside[site] for base in self.sites[i].bases)
+        return sorted((node for node in read if node.name not in closure), key=self.position.__getitem__)
 
     def _call(self, graph: fx.Graph, site: int, env: dict[Any, fx.Node]) -> fx.GraphModule:
         """Write the cache_or_compute node of a site, and what it holds into `env`; its compute subgraph."""
+        inner = self.inside[site][1:]
         keys: list[Any] = [*self._live_ins(site)]
-        for inner in self.inside[site][1:]:
-            keys += [("reuse", inner), *(("cached", inner, value) for value in self.values[inner])]
-        results = [(i, value) for i in self.inside[site] for value in self.values[i]]
+        for i in inner:
+            keys += [("reuse", i), *(("cached", i, k) for k in range(self.held[i]))]
+        held = [("held", i, k) for i in self._stored(site) for k in range(self.held[i])]
+        values = self._unpacked(graph, site, env)
         call = graph.call_function(
             cache_or_compute,
             (
                 env["reuse", site],
-                tuple(env["cached", i, value] for i, value in results),
+                (*values, *(env["cached", i, k] for _, i, k in held)),
                 graph.get_attr(f"compute_{self.slugs[site]}"),
                 tuple(env[key] for key in keys),
             ),
             {"site": self.sites[site].name, "guard": self.labels[site].guard, "strategy": self.labels[site].strategy},
         )
-        for k, (i, value) in enumerate(results):
-            held = graph.call_function(getitem, (call, k))
-            held.meta = {"val": value.meta["val"], "nn_module_stack": value.meta.get("nn_module_stack")}
-            env["held", i, value] = env[value] = held
-        return self._body(site, keys, env)
+        call.meta["values"] = tuple(self.position[value] for value in self.values[site])
+        body = self._body(site, keys, held, env)
+        for k, key in enumerate((*self.values[site], *held)):
+            example = key if isinstance(key, fx.Node) else env["cached", key[1], key[2]]
+            env[key] = graph.call_function(getitem, (call, k))
+            env[key].meta = {"val": example.meta["val"], "nn_module_stack": example.meta.get("nn_module_stack")}
+        if self._is_plain(site):
+            env.update({("held", site, k): env[value] for k, value in enumerate(self.values[site])})
+        return body
 
-    def _body(self, site: int, keys: list[Any], outer: dict[Any, fx.Node]) -> fx.GraphModule:
-        """The subgraph that computes a site: its results are the site's values, then those of the sites inside."""
+    def _is_plain(self, site: int) -> bool:
+        """The site's slot holds its values as they are."""
+        return all(slot.is_plain for slot in self.slots[site])
+
+    def _stored(self, site: int) -> list[int]:
+        """The sites whose held tensors are results of a site's node beside its values."""
+        return self.inside[site][1:] if self._is_plain(site) else self.inside[site]
+
+    def _unpacked(self, graph: fx.Graph, site: int, env: dict[Any, fx.Node]) -> list[fx.Node]:
+        """The cached values of a site, unpacked before the node that takes them."""
+        values = []
+        for slot in self.slots[site]:
+            held = [env["cached", site, slot.first + k] for k in range(slot.width)]
+            values.append(slot.unpack(graph, held, env, self.position[slot.value]))
+        return values
+
+    def _body(self, site: int, keys: list[Any], held: list[Any], outer: dict[Any, fx.Node]) -> fx.GraphModule:
+        """The subgraph that computes a site: its results are the site's values, then what is held."""
         graph = fx.Graph()
         env: dict[Any, fx.Node] = {}
         for key in keys:
             env[key] = graph.placeholder(outer[key].name)
             env[key].meta = dict(outer[key].meta)
         attributes = self._emit(graph, site, env)
-        own = [env[value] for value in self.values[site]]
-        graph.output((*own, *(env["held", i, v] for i in self.inside[site][1:] for v in self.values[i])))
+        for slot in self.slots[site]:
+            packed = slot.pack(graph, env, self.position[slot.value])
+            env.update({("held", site, slot.first + k): node for k, node in enumerate(packed)})
+        graph.output((*(env[value] for value in self.values[site]), *(env[key] for key in held)))
         return fx.GraphModule(attributes, graph)

@@ -9,23 +9,61 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from fractions import Fraction
+from typing import Any
 
 import sympy
 from sympy.core.function import AppliedUndef
 from sympy.logic.boolalg import Boolean, BooleanFunction
+from sympy.printing.pycode import PythonCodePrinter
 
-from dit_rewrite.errors import NotBoolean, UnknownSymbol
+from dit_rewrite.errors import BadParameter, NotBoolean, UnknownSymbol
 
 step, num_steps, layer, num_layers, age, streak = sympy.symbols(
     "step num_steps layer num_layers age streak", integer=True, nonnegative=True
 )
 progress = sympy.Symbol("progress", real=True)
 sigma, snr = sympy.symbols("sigma snr", nonnegative=True)
-SYMBOLS = {s.name: s for s in (step, num_steps, progress, sigma, snr, layer, num_layers, age, streak)}
+entropy = sympy.Symbol("entropy", nonnegative=True)
+
+PROBES = ("first_block", "modulated_input", "self")
+STATISTICS = ("similarity", "drift")
+_measured = {
+    (statistic, probe): sympy.Symbol(f"{statistic}({probe})", nonnegative=True)
+    for statistic in STATISTICS
+    for probe in PROBES
+}
+SYMBOLS = {
+    s.name: s
+    for s in (step, num_steps, progress, sigma, snr, layer, num_layers, age, streak, *_measured.values(), entropy)
+}
 TOTALS = frozenset({"num_steps", "progress"})
 NOISE = frozenset({"sigma", "snr"})
+ENTROPY = "entropy"
+PROBED = {symbol.name: key for key, symbol in _measured.items()}  # name -> (statistic, probe)
+MEASURED = frozenset({*PROBED, ENTROPY})
 
-Value = int | float | None
+Value = int | float | Fraction | None
+
+
+def similarity(probe: str) -> sympy.Symbol:
+    """The symbol of a probe's relative L1 change since the site was last computed; 0 is no change at all.
+
+    Probes: "first_block", what the first block adds to the stream; "modulated_input", what its attention is computed
+    from; "self", the stream that the site itself reads. Raises BadParameter for another.
+    """
+    return _statistic("similarity", probe)
+
+
+def drift(probe: str) -> sympy.Symbol:
+    """The symbol of a probe's relative L1 changes from call to call, added up since the site was last computed."""
+    return _statistic("drift", probe)
+
+
+def _statistic(name: str, probe: str) -> sympy.Symbol:
+    if (name, probe) not in _measured:
+        raise BadParameter(name, "probe", probe, f"one of {', '.join(PROBES)}")
+    return _measured[name, probe]
 
 
 def check(guard: object) -> Boolean:
@@ -68,6 +106,33 @@ def unreachable(guard: Boolean) -> bool:
     return guard == sympy.false
 
 
+class _ExactPrinter(PythonCodePrinter):
+    """Rational numbers as exact fractions: a floor must not depend on how a product was rounded. Floats by all their
+    digits."""
+
+    def _print_Float(self, expr: sympy.Float) -> str:
+        return repr(float(expr))
+
+    def _print_Rational(self, expr: sympy.Rational) -> str:
+        return f"Fraction({expr.p}, {expr.q})"
+
+
+def _compiled(names: tuple[str, ...], guard: Boolean) -> Callable[..., object]:
+    settings = {"fully_qualified_modules": False, "inline": True}
+    function: Callable[..., object] = sympy.lambdify(
+        [SYMBOLS[name] for name in names],
+        guard,
+        modules=[{"Fraction": Fraction}, "math"],
+        printer=_ExactPrinter(settings),
+    )
+    return function
+
+
+def is_known(name: str, value: Any) -> bool:
+    """Whether a symbol's value can prove anything: there is one, it is finite, and no measurement is negative."""
+    return value is not None and math.isfinite(value) and not (value < 0 and name in MEASURED)
+
+
 @dataclass(frozen=True)
 class Predicate:
     """A guard compiled to plain Python.
@@ -78,6 +143,7 @@ class Predicate:
     guard: Boolean
     needs: tuple[str, ...]
     _function: Callable[..., object] = field(repr=False, compare=False)
+    _before: Predicate | None = field(repr=False, compare=False, default=None)
 
     @classmethod
     def of(cls, written: Boolean, known: Mapping[str, Value] | None = None) -> Predicate:
@@ -85,13 +151,30 @@ class Predicate:
         known = {name: value for name, value in (known or {}).items() if value is not None}
         guard = partially_evaluate(written, known)
         needs = tuple(sorted(mentions(written) - known.keys()))
-        function = sympy.lambdify([SYMBOLS[name] for name in needs], guard, modules="math")
-        return cls(guard, needs, function)
+        cheap = [part for part in sympy.And.make_args(guard) if not mentions(part) & MEASURED]
+        before = cls.of(sympy.And(*cheap)) if MEASURED.intersection(needs) else None
+        return cls(guard, needs, _compiled(needs, guard), before)
 
-    def holds(self, symbols: Mapping[str, Value]) -> bool:
-        """Whether the guard is proven by `symbols`; a missing, None or non-finite one that it needs is no proof."""
+    @property
+    def measured(self) -> tuple[str, ...]:
+        """The symbols it needs that must be measured."""
+        return tuple(name for name in self.needs if name in MEASURED)
+
+    def lacks(self, symbols: Mapping[str, Value]) -> bool:
+        """Whether it needs something, other than a measurement, that is not known."""
+        return any(not is_known(name, symbols.get(name)) for name in self.needs if name not in MEASURED)
+
+    def may_hold(self, symbols: Mapping[str, Value]) -> bool:
+        """Whether measuring could still prove the guard: no part of it that needs no measurement is unproven."""
+        return self._before is None or self._before.holds(symbols)
+
+    def holds(self, symbols: Mapping[str, Any]) -> bool:
+        """Whether the guard is proven by `symbols`; a missing, None or non-finite one that it needs is no proof.
+
+        Nor is a negative measurement: none of them can be.
+        """
         values = [symbols.get(name) for name in self.needs]
-        if any(value is None or not math.isfinite(value) for value in values):
+        if not all(map(is_known, self.needs, values)):
             return False
         try:
             return bool(self._function(*values))

@@ -22,7 +22,7 @@ def steady_values(graph: fx.Graph, steady_inputs: Iterable[int]) -> tuple[fx.Nod
     themselves (and views of them) are handed over. What is made of them element by element is left to each step: in a
     kernel of its own it could be rounded otherwise than fused with its reader, and hoisting is to change no bit.
     """
-    steady = _steady(graph, set(steady_inputs))
+    steady = steady_nodes(graph, steady_inputs)
     while True:
         frontier = [node for node in _dear(steady) if any(user not in steady for user in node.users)]
         refused = [node for node in frontier if not is_contraction(_storage(node))]
@@ -47,8 +47,9 @@ def _storage(node: fx.Node) -> fx.Node:
     return node
 
 
-def _steady(graph: fx.Graph, inputs: set[int]) -> dict[fx.Node, None]:
-    """The steady nodes, in the order of the graph."""
+def steady_nodes(graph: fx.Graph, inputs: Iterable[int]) -> dict[fx.Node, None]:
+    """The nodes that depend on these inputs alone, in the order of the graph."""
+    inputs = set(inputs)
     placeholders = graph.find_nodes(op="placeholder")
     steady = dict.fromkeys(node for i, node in enumerate(placeholders) if i in inputs or not _is_tensor(node))
     for node in graph.nodes:

@@ -9,73 +9,18 @@ import functools
 import itertools
 import operator
 from collections import defaultdict
-from dataclasses import dataclass
-from enum import Enum
 
 import networkx as nx
 from torch import fx
 
 from dit_rewrite.errors import Reason
-from dit_rewrite.passes import attention_core, cost, naming
+from dit_rewrite.passes import attention_core, naming
 from dit_rewrite.passes.branches import Branch, Refusal, find_branches, summands
-from dit_rewrite.passes.graph import Dependence, aten, closures, operands, packet
+from dit_rewrite.passes.graph import Dependence, aten, operands, packet
 from dit_rewrite.passes.hoist import steady_values
+from dit_rewrite.passes.site import Found, Kind, Part, Site, close
 
-
-class Kind(str, Enum):
-    """What a branch is, by the attention core that lies in it; HOISTED is what pass 01 found, and no branch."""
-
-    SELF = "self"
-    CROSS = "cross"
-    JOINT = "joint"
-    PARALLEL = "parallel"
-    MLP = "mlp"
-    HOISTED = "hoisted"
-
-    def __str__(self) -> str:
-        return self.value
-
-
-@dataclass(frozen=True)
-class Site:
-    """A place whose values may be reused together.
-
-    ``values`` names the nodes that are cached: one, or several that share a contraction (joint attention).
-    ``closure`` are the nodes that vanish with them, ``flops`` their cost, ``bytes`` what holding the values takes.
-    ``parent`` is the index of the innermost site that contains this one; ``layer`` counts blocks in graph order.
-    """
-
-    name: str
-    kind: Kind
-    values: tuple[str, ...]
-    streams: tuple[str, ...]
-    closure: frozenset[str]
-    block: str
-    layer: int
-    flops: int
-    bytes: int
-    parent: int | None
-
-
-@dataclass(frozen=True)
-class Found:
-    """What pass 02 returns: sites in the order of the graph, and refused places.
-
-    ``hoisted`` is a site of another kind: what is computed once per trajectory (pass 01), if anything is.
-    """
-
-    sites: tuple[Site, ...]
-    refused: tuple[Refusal, ...]
-    hoisted: Site | None = None
-
-    @property
-    def all(self) -> tuple[Site, ...]:
-        """The sites, then the hoisted one."""
-        return self.sites if self.hoisted is None else (*self.sites, self.hoisted)
-
-    @property
-    def num_layers(self) -> int:
-        return 1 + max((site.layer for site in self.sites), default=-1)
+__all__ = ["Found", "Kind", "Part", "Site", "find_sites"]
 
 
 def find_sites(gm: fx.GraphModule, static: frozenset[int] = frozenset(), steady: frozenset[int] | None = None) -> Found:
@@ -208,52 +153,27 @@ def _describe(
 ) -> tuple[tuple[Site, ...], Site | None]:
     """Name, place and price the groups, in the order of their last values, and what is hoisted."""
     groups = sorted(groups, key=lambda g: max(dependence.position[b.value] for b in g))
-    values = [tuple(b.value for b in group) for group in groups]
-    *closed, moved = closures(graph, [*values, hoisted])
     kinds = _kinds(dependence, groups)
     paths = [naming.common_path(_own_contractions(dependence, group)) for group in groups]
     blocks = [naming.block_of(path) for path in paths]
     layers = {block: i for i, block in enumerate(dict.fromkeys(blocks))}
     names = naming.unique([path or f"branch_{i}" for i, path in enumerate(paths)])
-    sites = tuple(
+    sites = [
         Site(
             name=names[i],
             kind=kinds[i],
             values=tuple(branch.value.name for branch in group),
             streams=tuple(branch.stream.name for branch in group),
-            closure=frozenset(node.name for node in closed[i]),
             block=blocks[i],
             layer=layers[blocks[i]],
-            flops=cost.flops(closed[i]),
-            bytes=sum(cost.stored_bytes(branch.value) for branch in group),
-            parent=_parent(i, groups, closed),
+            sums=tuple(branch.total.name for branch in group),
         )
         for i, group in enumerate(groups)
-    )
-    return sites, _hoisted_site(hoisted, moved) if hoisted else None
-
-
-def _hoisted_site(values: tuple[fx.Node, ...], closure: frozenset[fx.Node]) -> Site:
-    return Site(
-        name="hoisted",
-        kind=Kind.HOISTED,
-        values=tuple(node.name for node in values),
-        streams=(),
-        closure=frozenset(node.name for node in closure),
-        block="",
-        layer=0,
-        flops=cost.flops(closure),
-        bytes=sum(cost.stored_bytes(node) for node in values),
-        parent=None,
-    )
+    ]
+    moved = [Site("hoisted", Kind.HOISTED, tuple(node.name for node in hoisted), (), "", 0)] if hoisted else []
+    closed = close(graph, [*sites, *moved])
+    return closed[: len(sites)], closed[-1] if hoisted else None
 
 
 def _own_contractions(dependence: Dependence, group: tuple[Branch, ...]) -> list[fx.Node]:
     return [node for branch in group for node in dependence.contractions(branch.region)]
-
-
-def _parent(i: int, groups: list[tuple[Branch, ...]], closed: list[frozenset[fx.Node]]) -> int | None:
-    """The innermost other group whose closure holds all of this one's values."""
-    values = {branch.value for branch in groups[i]}
-    around = [j for j in range(len(groups)) if j != i and values <= closed[j]]
-    return min(around, key=lambda j: len(closed[j]), default=None)

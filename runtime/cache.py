@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from dit_rewrite.errors import Reason
+from dit_rewrite.runtime.measure import Tracked
 
 Stamp = tuple[Any, ...]
 
@@ -48,14 +49,15 @@ def version(tensor: Tensor) -> int | None:
 class Bank:
     """The slots of one occurrence of a graph: for each site its values, when they were computed, and how often reused.
 
-    ``computed_at`` is the step of the last computation, ``streak`` the number of reuses since. A bank whose stamp does
-    not fit a call is emptied: what it held is never used nor added to anything.
+    ``computed_at`` is the step of the last computation, ``streak`` the number of reuses since, ``tracked`` what its
+    guards measure. A bank whose stamp does not fit a call is emptied: what it held is never used nor added to anything.
     """
 
     def __init__(self, num_sites: int) -> None:
         self.values: list[tuple[Tensor, ...] | None] = [None] * num_sites
         self.computed_at = [0] * num_sites
         self.streak = [0] * num_sites
+        self.tracked = Tracked()
         self.hoisted: Hoisted | None = None
         self.stamp: Stamp | None = None
         self.weights: tuple[Any, ...] = ()
@@ -77,6 +79,7 @@ class Bank:
     def clear(self) -> None:
         """Empty all slots."""
         self.hoisted = None
+        self.tracked = Tracked()
         self.values = [None] * len(self.values)
 
     def store(self, site: int, values: tuple[Tensor, ...], step: int) -> None:
@@ -87,9 +90,10 @@ class Bank:
 
     @property
     def all(self) -> list[tuple[Tensor, ...]]:
-        """The values of every filled slot, and what is hoisted."""
+        """The values of every filled slot, what is hoisted, and what probes are compared with."""
         filled = [values for values in self.values if values is not None]
-        return filled if self.hoisted is None else [*filled, self.hoisted.values]
+        filled += [self.hoisted.values] if self.hoisted is not None else []
+        return [*filled, self.tracked.tensors] if self.tracked.tensors else filled
 
     @property
     def bytes(self) -> int:

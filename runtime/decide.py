@@ -2,44 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from dit_rewrite.errors import Reason
+from dit_rewrite.runtime.measure import Measured
+
+Read = Callable[[str], float | None]  # the value of a measured symbol, None where there is none
 
 
-class Choose(Protocol):
-    """The rules of a policy for one site: the strategy that applies (None: compute) and the reason."""
-
-    def __call__(
-        self,
-        step: int,
-        num_steps: int | None,
-        layer: int,
-        num_layers: int | None,
-        age: int | None,
-        streak: int,
-        sigma: float | None,
-        snr: float | None,
-    ) -> tuple[bool, Reason]: ...
-
-
-@dataclass(frozen=True)
-class SiteSpec:
-    """What dispatch knows of a guarded site; `layer` counts within its graph, `parent` is the enclosing site."""
-
-    name: str
-    kind: str
-    layer: int
-    parent: int | None
-    num_values: int
-    choose: Choose
-
-
-@dataclass(frozen=True)
-class Moment:
-    """Where in its trajectory a call is. What is None nobody knows."""
+class Moment(NamedTuple):
+    """Where in its trajectory a call is. What is None nobody knows. `layer_offset`: blocks that ran before it."""
 
     step: int
     num_steps: int | None
@@ -47,6 +21,30 @@ class Moment:
     num_layers: int | None = None
     sigma: float | None = None
     snr: float | None = None
+    stream: Hashable = None
+
+
+class Choose(Protocol):
+    """The rules of a policy for one site: whether its strategy applies, and why. `read` is asked where it matters."""
+
+    def __call__(self, moment: Moment, layer: int, age: int | None, streak: int, read: Read) -> tuple[bool, Reason]: ...
+
+
+@dataclass(frozen=True)
+class SiteSpec:
+    """What dispatch knows of a guarded site; `layer` counts within its graph, `parent` is the enclosing site.
+
+    ``measured`` are the symbols of its guard that are measured, ``entropy`` is the index in its slot of the tensor that
+    holds its attention's entropy.
+    """
+
+    name: str
+    kind: str
+    layer: int
+    parent: int | None
+    choose: Choose
+    measured: tuple[Measured, ...] = ()
+    entropy: int | None = None
 
 
 @dataclass(frozen=True)
@@ -58,6 +56,64 @@ class Decisions:
     misses: tuple[Reason, ...]
 
 
+def _unknown(site: int, symbol: str) -> float | None:
+    return None
+
+
+class Decider:
+    """The decisions of one call, settled one by one: a guard may need what the call has yet to compute.
+
+    `holds` says which slots hold values that fit; `unfit` why the others do not. Only proof permits reuse: without a
+    fitting value, beyond the told end, or inside a reused site nothing else is looked at.
+    """
+
+    def __init__(
+        self,
+        sites: Sequence[SiteSpec],
+        moment: Moment,
+        computed_at: Sequence[int],
+        streak: Sequence[int],
+        holds: Sequence[bool],
+        unfit: Reason | None = None,
+        measure: Callable[[int, str], float | None] = _unknown,
+    ) -> None:
+        self._sites, self._moment, self._unfit, self._measure = sites, moment, unfit, measure
+        self._computed_at, self._streak, self._holds = computed_at, streak, holds
+        self._beyond = moment.num_steps is not None and moment.step >= moment.num_steps
+        self.row: list[bool | None] = [None] * len(sites)
+        self._reasons: list[Reason] = [Reason.NO_RULE] * len(sites)
+        self._misses: list[Reason] = []
+
+    def settle(self, i: int) -> bool:
+        """Whether site `i` is reused. The sites around it are asked first."""
+        settled = self.row[i]
+        if settled is not None:
+            return settled
+        parent = self._sites[i].parent
+        if parent is not None and self.settle(parent):
+            reused, reason = True, Reason.COVERED
+        else:
+            reused, reason = self._ask(i)
+        self.row[i], self._reasons[i] = reused, reason
+        return reused
+
+    def _ask(self, i: int) -> tuple[bool, Reason]:
+        site, moment = self._sites[i], self._moment
+        age = moment.step - self._computed_at[i] if self._holds[i] else None
+        layer = moment.layer_offset + site.layer
+        wanted, reason = site.choose(moment, layer, age, self._streak[i], lambda name: self._measure(i, name))
+        lacking = Reason.BEYOND_END if self._beyond else (None if self._holds[i] else self._unfit or Reason.EMPTY)
+        if wanted and lacking is not None:
+            self._misses.append(lacking)
+            return False, lacking
+        return wanted, reason
+
+    def decisions(self) -> Decisions:
+        """All decisions; what is not settled yet is settled now."""
+        row = tuple(self.settle(i) for i in range(len(self._sites)))
+        return Decisions(row, tuple(self._reasons), tuple(self._misses))
+
+
 def decide(
     sites: Sequence[SiteSpec],
     moment: Moment,
@@ -65,38 +121,7 @@ def decide(
     streak: Sequence[int],
     holds: Sequence[bool],
     unfit: Reason | None = None,
+    measure: Callable[[int, str], float | None] = _unknown,
 ) -> Decisions:
-    """What each site does. `holds` says which slots hold values that fit; `unfit` why the others do not.
-
-    Only proof permits reuse: without a fitting value, beyond the told end, or inside a reused site nothing else is
-    looked at. A site comes before the sites inside it in no particular order; parents are asked first.
-    """
-    beyond = moment.num_steps is not None and moment.step >= moment.num_steps
-    row: dict[int, bool] = {}
-    reasons: dict[int, Reason] = {}
-    misses: list[Reason] = []
-
-    def settle(i: int) -> None:
-        site = sites[i]
-        if i in row:
-            return
-        if site.parent is not None:
-            settle(site.parent)
-            if row[site.parent]:
-                row[i], reasons[i] = True, Reason.COVERED
-                return
-        age = moment.step - computed_at[i] if holds[i] else None
-        layer = moment.layer_offset + site.layer
-        wanted, reason = site.choose(
-            moment.step, moment.num_steps, layer, moment.num_layers, age, streak[i], moment.sigma, moment.snr
-        )
-        lacking = Reason.BEYOND_END if beyond else (None if holds[i] else unfit or Reason.EMPTY)
-        if wanted and lacking is not None:
-            misses.append(lacking)
-            wanted, reason = False, lacking
-        row[i], reasons[i] = wanted, reason
-
-    for i in range(len(sites)):
-        settle(i)
-    order = range(len(sites))
-    return Decisions(tuple(row[i] for i in order), tuple(reasons[i] for i in order), tuple(misses))
+    """What each site does; see Decider."""
+    return Decider(sites, moment, computed_at, streak, holds, unfit, measure).decisions()

@@ -1,24 +1,27 @@
-"""Dispatch: decisions -> variant -> call. Plain Python over tuples; no tensor work on the host."""
+"""Dispatch: decisions -> pieces -> calls. Plain Python over tuples; no tensor work on the host."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
 
 from dit_rewrite.errors import Reason
 from dit_rewrite.runtime.cache import Bank, Hoisted, stamp_of
-from dit_rewrite.runtime.decide import Decisions, Moment, SiteSpec, decide
+from dit_rewrite.runtime.decide import Decider, Decisions, SiteSpec
+from dit_rewrite.runtime.measure import Distance, Meter
 from dit_rewrite.runtime.session import Call, Observation, Session
 from dit_rewrite.runtime.stats import Record
+
+Row = tuple[bool, ...]
 
 
 @dataclass(frozen=True)
 class Executable:
-    """A compiled variant: it takes the captured inputs at ``inputs`` and the slots at ``cached``, and returns the
-    captured outputs, then the values of ``fresh`` (pairs of site and index within the site).
+    """A compiled variant: it takes the wires ``inputs`` and the slots at ``cached`` (pairs of site and index), and
+    returns the wires ``outputs``, then the contents of the slots ``fresh``.
 
     ``admits`` is set where compiling assumed something of the sizes that Dynamo does not check.
     """
@@ -26,11 +29,39 @@ class Executable:
     run: Callable[..., Sequence[Any]]
     inputs: tuple[int, ...]
     cached: tuple[tuple[int, int], ...]
+    outputs: tuple[int, ...]
     fresh: tuple[tuple[int, int], ...]
     admits: Callable[[Sequence[Any]], bool] | None = None
 
 
-Row = tuple[bool, ...]
+@dataclass
+class Piece:
+    """A segment of the graph, or all of it: its code for each row of the decisions that it depends on.
+
+    ``sites`` are those decisions' sites, ``spent`` the wires that nothing behind it reads. None among ``variants``:
+    under that row it has nothing to do.
+    """
+
+    sites: tuple[int, ...]
+    spent: tuple[int, ...] = ()
+    variants: dict[Row, Executable | None] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Wiring:
+    """How the wires of a graph run: wires below ``num_inputs`` are its inputs, ``outputs`` says what it returns: a
+    wire, or a constant in a tuple of its own. ``static`` and ``steady`` are inputs: weights, and the call's
+    conditioning."""
+
+    num_wires: int
+    num_inputs: int
+    outputs: tuple[int | tuple[Any], ...]
+    static: frozenset[int] = frozenset()
+    steady: frozenset[int] = frozenset()
+
+
+class Unadmitted(Exception):
+    """A piece was compiled for other sizes."""
 
 
 class Graph:
@@ -41,25 +72,29 @@ class Graph:
         index: int,
         sites: Sequence[SiteSpec],
         num_layers: int,
-        static: frozenset[int],
-        num_inputs: int,
+        wiring: Wiring,
+        pieces: Sequence[Piece],
         session: Session,
-        compile_variant: Callable[[Row], Executable],
-        steady: frozenset[int] = frozenset(),
+        compile_variant: Callable[[int, Row], Executable | None],
+        lag: int,
+        distance: Distance,
     ) -> None:
-        """`static` and `steady` are the positions, among `num_inputs`, of weights and of the call's conditioning."""
+        """`compile_variant` makes the code of a piece for a row; `distance` measures probes, `lag` calls late."""
         self.index = index
         self.sites = tuple(sites)
         self.names = tuple(site.name for site in sites)
         self.num_layers = num_layers
+        self.wiring, self.pieces = wiring, tuple(pieces)
         self.session = session
-        self.variants: dict[Row, Executable] = {}
         self.prologue: Executable | None = None  # computes what is hoisted: the values of the site after the last
         self._compile = compile_variant
-        self._weights = tuple(sorted(static))
-        self._steady = tuple(sorted(steady))
-        self._data = tuple(i for i in range(num_inputs) if i not in static)
-        self._never = (False,) * len(self.sites)
+        self._lag, self._distance = lag, distance
+        self._measured = tuple(site.measured for site in self.sites)
+        self._measures = any(self._measured)
+        self._weights = tuple(sorted(wiring.static))
+        self._steady = tuple(sorted(wiring.steady))
+        self._data = tuple(i for i in range(wiring.num_inputs) if i not in wiring.static)
+        self._room = [None] * (wiring.num_wires - wiring.num_inputs)
         self._shared: dict[Row, tuple[int, ...]] = {}  # the outputs that share memory with a slot
 
     def __call__(self, args: list[Any]) -> Sequence[Any]:
@@ -69,30 +104,63 @@ class Graph:
             return self._outside(args)
         occurrence, bank, changed = call.enter(self.index, len(self.sites))
         unfit = bank.fit(stamp_of([args[i] for i in self._data]), tuple(map(args.__getitem__, self._weights)))
-        moment = call.moment
-        call.layers += self.num_layers
-        decided, executable = self._choose(self._decide(moment, bank, changed or unfit), args)
         if self.prologue is not None:
             self._hoist(self.prologue, args, bank, call.told)
-        outputs, fresh = _execute(executable, args, bank)
-        self._store(executable, fresh, bank, moment.step, decided)
+        try:
+            decided, outputs = self._run(args, call, bank, changed or unfit)
+        except Unadmitted:
+            decided, outputs = self._run(args, call, bank, Reason.SIZES_NOT_COMPILED)
         outputs = self._owned(decided.row, outputs, bank)
-        self._note(call, occurrence, moment, decided, args, outputs, bank)
+        self._note(call, occurrence, decided, args, outputs, bank)
+        call.layers += self.num_layers
         args.clear()
         return outputs
 
-    def _choose(self, decided: Decisions, args: list[Any]) -> tuple[Decisions, Executable]:
-        """The variant of the decided row; that which computes everything where it does not admit the call's sizes."""
-        executable = self.variants.get(decided.row) or self.add_variant(decided.row, late=True)
-        if executable.admits is None or executable.admits(args):
-            return decided, executable
-        return _all_compute(decided), self.variants[self._never]
+    def _run(self, args: list[Any], call: Call, bank: Bank, unfit: Reason | None) -> tuple[Decisions, Sequence[Any]]:
+        """Decide and run piece by piece; nothing is stored before all of them have run."""
+        wires = [*args, *self._room]
+        meter = Meter(bank.tracked, self._measured, wires, self.wiring.num_inputs, self._lag, self._distance)
+
+        def measure(site: int, symbol: str) -> float | None:
+            index = self.sites[site].entropy
+            if symbol != "entropy" or index is None:
+                return meter.read(site, symbol)
+            held = bank.values[site]
+            return None if held is None else float(held[index].item())
+
+        holds = [unfit is None and values is not None for values in bank.values]
+        moment = call.moment
+        decider = Decider(self.sites, moment, bank.computed_at, bank.streak, holds, unfit, measure)
+        fresh = self._pieces(args, wires, bank, decider)
+        decided = decider.decisions()
+        self._store(fresh, bank, moment.step, decided)
+        if self._measures:
+            meter.close(decided.row)
+        return decided, self._results(wires)
+
+    def _pieces(
+        self, args: list[Any], wires: list[Any], bank: Bank, decider: Decider
+    ) -> list[tuple[tuple[int, int], Tensor]]:
+        """Run the pieces one after the other; what they made for the slots."""
+        fresh: list[tuple[tuple[int, int], Tensor]] = []
+        for number, piece in enumerate(self.pieces):
+            row = tuple([decider.settle(site) for site in piece.sites])
+            executable = piece.variants[row] if row in piece.variants else self.add_variant(number, row, late=True)
+            if executable is not None:
+                if executable.admits is not None and not executable.admits(args):
+                    raise Unadmitted
+                fresh.extend(_execute(executable, wires, bank))
+            for wire in piece.spent:
+                wires[wire] = None
+        return fresh
+
+    def _results(self, wires: list[Any]) -> list[Any]:
+        return [wires[out] if isinstance(out, int) else out[0] for out in self.wiring.outputs]
 
     def _note(
         self,
         call: Call,
         occurrence: int,
-        moment: Moment,
         decided: Decisions,
         args: list[Any],
         outputs: Sequence[Any],
@@ -101,18 +169,16 @@ class Graph:
         """Count the decisions of a call, and show it to the observer if there is one."""
         trajectory, stream = call.trajectory.number, call.stream.name
         record = Record(
-            trajectory, moment.step, stream, self.index, occurrence, self.names, decided.row, decided.reasons
+            trajectory, call.trajectory.step, stream, self.index, occurrence, self.names, decided.row, decided.reasons
         )
         self.session.stats.count(record, decided.misses)
         if self.session.observer is not None:
             position, held = len(call.graphs) - 1, tuple(bank.values)
             self.session.observer(Observation(self.index, position, record, tuple(args), tuple(outputs), held))
 
-    def add_variant(self, row: Row, late: bool = False) -> Executable:
-        """Compile the variant of a row. A late one was not foreseen, and is compiled in the middle of a call."""
-        executable = self._compile(row)
-        self.variants[row] = executable
-        self.session.stats.variants += 1
+    def add_variant(self, piece: int, row: Row, late: bool = False) -> Executable | None:
+        """Compile a piece for a row. A late one was not foreseen, and is compiled in the middle of a call."""
+        executable = self.pieces[piece].variants[row] = self._compile(piece, row)
         self.session.stats.late_variants += late
         return executable
 
@@ -121,21 +187,18 @@ class Graph:
         inputs = [args[i] for i in self._steady]
         if bank.hoisted is not None and bank.hoisted.holds_for(inputs, told):
             return
-        bank.hoisted = Hoisted.of(inputs, _execute(prologue, args, bank)[1])
+        values = [value for _, value in _execute(prologue, args, bank)]
+        bank.hoisted = Hoisted.of(inputs, values)
         self.session.stats.hoists += 1
 
-    def _decide(self, moment: Moment, bank: Bank, unfit: Reason | None) -> Decisions:
-        holds = [values is not None for values in bank.values]
-        return decide(self.sites, moment, bank.computed_at, bank.streak, holds, unfit)
-
     def _store(
-        self, executable: Executable, fresh: Sequence[Tensor], bank: Bank, step: int, decided: Decisions
+        self, fresh: Sequence[tuple[tuple[int, int], Tensor]], bank: Bank, step: int, decided: Decisions
     ) -> None:
-        values: dict[int, list[Tensor]] = {}
-        for (site, _), value in zip(executable.fresh, fresh, strict=True):
-            values.setdefault(site, []).append(value)
+        values: dict[int, dict[int, Tensor]] = {}
+        for (site, index), value in fresh:
+            values.setdefault(site, {})[index] = value
         for site, tensors in values.items():
-            bank.store(site, tuple(tensors), step)
+            bank.store(site, tuple(tensors[k] for k in range(len(tensors))), step)
         for site, reason in enumerate(decided.reasons):
             if decided.row[site] and reason is not Reason.COVERED:
                 bank.streak[site] += 1
@@ -152,23 +215,23 @@ class Graph:
 
     def _outside(self, args: list[Any]) -> Sequence[Any]:
         """The graph was called without the compiled model around it: compute, and keep nothing."""
-        executable = self.variants.get(self._never) or self.add_variant(self._never, late=True)
         self.session.stats.misses[Reason.OUTSIDE_CALL] += 1
         bank = Bank(len(self.sites))
         if self.prologue is not None:
             self._hoist(self.prologue, args, bank, told=False)
-        return _execute(executable, args, bank)[0]
+        wires = [*args, *self._room]
+        for piece in self.pieces:
+            executable = piece.variants[(False,) * len(piece.sites)]
+            if executable is not None:
+                _execute(executable, wires, bank)
+        return self._results(wires)
 
 
-def _all_compute(decided: Decisions) -> Decisions:
-    count = len(decided.row)
-    lacking = Reason.SIZES_NOT_COMPILED
-    return Decisions((False,) * count, (lacking,) * count, (*decided.misses, *(lacking for r in decided.row if r)))
-
-
-def _execute(executable: Executable, args: list[Any], bank: Bank) -> tuple[Sequence[Any], Sequence[Tensor]]:
+def _execute(executable: Executable, wires: list[Any], bank: Bank) -> list[tuple[tuple[int, int], Tensor]]:
+    """Run a variant on the wires, and put its outputs on them; what it made for the slots."""
     slots = bank.values if bank.hoisted is None else [*bank.values, bank.hoisted.values]
     cached = [slots[site][k] for site, k in executable.cached]  # type: ignore[index]
-    results = executable.run(*[args[i] for i in executable.inputs], *cached)
-    split = len(results) - len(executable.fresh)
-    return results[:split], results[split:]
+    results = executable.run(*[wires[i] for i in executable.inputs], *cached)
+    for wire, value in zip(executable.outputs, results, strict=False):
+        wires[wire] = value
+    return list(zip(executable.fresh, results[len(executable.outputs) :], strict=True))

@@ -36,7 +36,7 @@ class Call:
         trajectory, stream = self.trajectory, self.stream
         sigma, snr = trajectory.noise(trajectory.step)
         sigma = trajectory.sigma if sigma is None else sigma
-        return Moment(trajectory.step, trajectory.num_steps, self.layers, stream.num_layers, sigma, snr)
+        return Moment(trajectory.step, trajectory.num_steps, self.layers, stream.num_layers, sigma, snr, stream.name)
 
     def enter(self, graph: int, num_sites: int) -> tuple[int, Bank, Reason | None]:
         """Count a call of a graph: which occurrence it is, its slots, and why they cannot be used if so."""

@@ -1,0 +1,106 @@
+"""Where a rule applies: a selection of sites by kind, layer, name, span and stream."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Hashable
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Literal
+
+import sympy
+from sympy.logic.boolalg import Boolean
+
+from dit_rewrite.errors import BadParameter, LayersOutside
+from dit_rewrite.passes.guards import layer, num_layers
+from dit_rewrite.passes.sites import Kind, Part, Site
+
+FAMILIES = {
+    "attention": frozenset({Kind.SELF, Kind.CROSS, Kind.JOINT}),
+    "mlp": frozenset({Kind.MLP}),
+    **{kind.value: frozenset({kind}) for kind in Kind if kind not in (Kind.HOISTED, Kind.SPAN)},
+}
+
+
+@dataclass(frozen=True)
+class Where:
+    """Selects the sites that meet all that is given.
+
+    kinds: "self", "cross", "joint", "parallel", "mlp", or "attention" for the first three. A parallel site is attention
+    and MLP at once, so it is selected where both are.
+    layers: blocks from the first number up to, not including, the second (None: to the end), counted from 0.
+    fraction: the same as shares of the number of blocks: (0, 0.5) is the first half.
+    names: a pattern of the site's name, as of file names: "transformer_blocks.*.attn2".
+    span: "block" or "stack": instead of branches each selected block, or all of them as one; `kinds` has no say then.
+    streams: the calls' streams by name, as `cache_context` tells them.
+
+    Raises BadParameter for what no model could have.
+    """
+
+    kinds: tuple[str, ...] = tuple(FAMILIES)
+    layers: tuple[int, int | None] | None = None
+    fraction: tuple[float, float] | None = None
+    names: str | None = None
+    span: Literal["block", "stack"] | None = None
+    streams: tuple[str, ...] | None = None
+
+    def __post_init__(self) -> None:
+        for kind in self.kinds:
+            if kind not in FAMILIES:
+                raise BadParameter("Where", "kinds", self.kinds, f"names among {', '.join(FAMILIES)}")
+        if self.layers is not None and not _is_range(*self.layers):
+            raise BadParameter("Where", "layers", self.layers, "(first, end) with 0 <= first < end, or end None")
+        if self.fraction is not None and not 0 <= self.fraction[0] < self.fraction[1] <= 1:
+            raise BadParameter("Where", "fraction", self.fraction, "(from, to) with 0 <= from < to <= 1")
+        if self.span not in (None, "block", "stack"):
+            raise BadParameter("Where", "span", self.span, '"block", "stack" or None')
+
+    @property
+    def guard(self) -> Boolean:
+        """The layers that are selected, in the language of guards."""
+        guard = sympy.true
+        if self.layers is not None:
+            first, end = self.layers
+            guard &= (layer >= first) if first else sympy.true
+            guard &= (layer < end) if end is not None else sympy.true
+        if self.fraction is not None:
+            first, end = (sympy.Rational(str(share)) for share in self.fraction)
+            guard &= (layer >= first * num_layers) & ((layer < end * num_layers) if end < 1 else sympy.true)
+        return guard
+
+    def selects(self, site: Site, spans: Collection[tuple[int, int]] = ()) -> bool:
+        """Whether a rule of this place speaks of the site, its layer left aside; `spans` are the blocks it means."""
+        if self.names is not None and not fnmatchcase(site.name, self.names):
+            return False
+        if self.span is not None or site.part is Part.SPAN:
+            return self.span is not None and site.span in spans
+        kinds = frozenset[Kind]().union(*(FAMILIES[kind] for kind in self.kinds))
+        both = bool(kinds & FAMILIES["attention"]) and Kind.MLP in kinds
+        return site.kind in kinds or (site.kind is Kind.PARALLEL and both)
+
+    def in_stream(self, stream: Hashable) -> bool:
+        """Whether a call of this stream is meant."""
+        return self.streams is None or stream in self.streams
+
+    def blocks(self, count: int) -> range:
+        """The selected blocks of a model that has `count`. Raises LayersOutside where it has not all of them."""
+        first, end = self.layers if self.layers is not None else (0, None)
+        if first >= count or (end is not None and end > count):
+            raise LayersOutside(self.layers, count)
+        low, high = self.fraction if self.fraction is not None else (0.0, 1.0)
+        return range(max(first, _ceil(low, count)), min(count if end is None else end, _ceil(high, count)))
+
+    def spans(self, count: int) -> tuple[tuple[int, int], ...]:
+        """The spans that are meant in a model of `count` blocks: from a block up to another."""
+        blocks = self.blocks(count)
+        if self.span is None or not blocks:
+            return ()
+        return tuple((b, b + 1) for b in blocks) if self.span == "block" else ((blocks.start, blocks.stop),)
+
+
+def _is_range(first: int, end: int | None) -> bool:
+    return first >= 0 and (end is None or first < end)
+
+
+def _ceil(share: float, count: int) -> int:
+    """The first block that lies at or behind a share of the model."""
+    return int(sympy.ceiling(sympy.Rational(str(share)) * count))

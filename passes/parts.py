@@ -1,0 +1,159 @@
+"""What a policy asks for beyond branches: spans, keys and values, probes and entropy.
+
+Each is found by structure like the branches, and becomes a site, or a node that a site's guard reads. Nodes that the
+model does not have (what the first block adds, an attention's entropy) are put into a copy of the graph; nothing else
+in it changes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+from torch import Tensor, fx
+
+from dit_rewrite.errors import Reason
+from dit_rewrite.passes import attention_core
+from dit_rewrite.passes.branches import Refusal
+from dit_rewrite.passes.graph import Dependence, aten, is_contraction, is_copy, is_view, operands
+from dit_rewrite.passes.hoist import steady_nodes
+from dit_rewrite.passes.site import Found, Kind, Part, Site
+from dit_rewrite.passes.spans import Stream, entrances
+
+
+def copied(gm: fx.GraphModule) -> fx.GraphModule:
+    """A copy of a graph whose nodes have the same names."""
+    graph = fx.Graph()
+    env: dict[fx.Node, fx.Node] = {}
+    for node in gm.graph.nodes:
+        env[node] = graph.node_copy(node, lambda n: env[n])
+    return fx.GraphModule(gm, graph)
+
+
+def find_keys(gm: fx.GraphModule, sites: Sequence[Site], steady: frozenset[int]) -> tuple[list[Site], list[Refusal]]:
+    """A site for the keys and values of each attention among `sites`.
+
+    `steady` are the positions of inputs that stay the same within a trajectory: what depends on them alone is no site.
+    """
+    nodes = {node.name: node for node in gm.graph.nodes}
+    still = steady_nodes(gm.graph, steady)
+    found, refused = [], []
+    for site in sites:
+        if site.kind is Kind.MLP:
+            continue
+        pairs = [operands(core)[1:] for core in _cores(nodes, site)]
+        values = dict.fromkeys(node for pair in pairs for node in pair if node not in still)
+        if values:
+            named = tuple(node.name for node in values)
+            found.append(replace(site, name=f"{site.name}.kv", values=named, part=Part.KV))
+        else:
+            reason = Reason.STEADY if pairs else Reason.NO_KEYS
+            refused.append(Refusal(site.values[0], site.name, reason))
+    return found, refused
+
+
+def _cores(nodes: dict[str, fx.Node], site: Site) -> list[fx.Node]:
+    """The attention ops that lie in a site."""
+    return [nodes[name] for name in site.closure if nodes[name].target is attention_core.OP]
+
+
+def add_entropy(gm: fx.GraphModule, site: Site, op: Any) -> Site:
+    """The site with the mean row entropy of its attention as one more value: `op` (query, key, mask, scale, …)."""
+    nodes = {node.name: node for node in gm.graph.nodes}
+    cores = sorted(_cores(nodes, site), key=list(gm.graph.nodes).index)
+    if not cores:
+        return site
+    measured = [_after(gm.graph, core, op, *_entropy_arguments(core)) for core in cores]
+    node = measured[0]
+    for other in measured[1:]:
+        node = _after(gm.graph, other, aten.add.Tensor, node, other)
+    if len(measured) > 1:
+        node = _after(gm.graph, node, aten.div.Tensor, node, len(measured))
+    return replace(site, values=(*site.values, node.name), entropy=len(site.values))
+
+
+def _entropy_arguments(core: fx.Node) -> tuple[Any, ...]:
+    """Query, key, mask, scale, is_causal and enable_gqa of an attention op."""
+    given = {
+        **dict(zip(("query", "key", "value", "attn_mask", "dropout_p", "is_causal"), core.args, strict=False)),
+        **core.kwargs,
+    }
+    defaults = {"attn_mask": None, "scale": None, "is_causal": False, "enable_gqa": False}
+    return (given["query"], given["key"], *(given.get(name, default) for name, default in defaults.items()))
+
+
+def _after(graph: fx.Graph, place: fx.Node, target: Any, *arguments: Any) -> fx.Node:
+    """A new node right behind another."""
+    with graph.inserting_after(place):
+        node = graph.call_function(target, arguments)
+    values = fx.node.map_arg(arguments, lambda n: n.meta["val"])
+    node.meta = {"val": target(*values), "nn_module_stack": place.meta.get("nn_module_stack")}
+    return node
+
+
+class Probes:
+    """The nodes that guards measure, put into `gm` where the model does not have them."""
+
+    def __init__(self, gm: fx.GraphModule, found: Found, static: frozenset[int]) -> None:
+        self.gm, self.found, self.static = gm, found, static
+        self.stream = Stream(gm.graph, found)
+        self._known: dict[str, str | None] = {}
+
+    def of(self, probe: str, site: Site) -> str | None:
+        """The node that a probe of that name measures for a site; None where there is none."""
+        found = self._own(site) if probe == "self" else self._shared(probe)
+        nodes = {node.name: node for node in self.gm.graph.nodes}
+        return found if found is not None and measurable(nodes[found].meta["val"]) else None
+
+    def _shared(self, probe: str) -> str | None:
+        """The node of a probe that is the same for every site; found, or put into the graph, once."""
+        if probe not in self._known:
+            self._known[probe] = self._first_block() if probe == "first_block" else self._modulated_input()
+        return self._known[probe]
+
+    def _own(self, site: Site) -> str | None:
+        """The stream that the site reads; the larger one of two."""
+        sizes = {name: self.stream.nodes[name].meta["val"].numel() for name in site.streams}
+        return max(sizes, key=lambda name: int(sizes[name]), default=None)
+
+    def _main(self) -> tuple[fx.Node, fx.Node] | None:
+        """Value and base of the first block, of the stream from which the model's output is made."""
+        boundaries = self.stream.boundaries
+        pairs = self.stream.pairs(0, 1) if len(boundaries) > 1 else None
+        if not pairs:
+            return None
+        bases = {base: (value, base) for value, base in pairs}
+        ways = (self.stream.walk(node, entrances(bases)) for node in boundaries[-1].streams)
+        return next((bases[way[-1]] for way in ways if way is not None), pairs[0])
+
+    def _first_block(self) -> str | None:
+        pair = self._main()
+        return None if pair is None else _after(self.gm.graph, pair[0], aten.sub.Tensor, *pair).name
+
+    def _modulated_input(self) -> str | None:
+        """What the first contraction of the first attention branch reads, below views and casts."""
+        dependence = Dependence(self.gm.graph, self.static)
+        attention = (s for s in self.found.sites if s.kind in (Kind.SELF, Kind.JOINT, Kind.PARALLEL))
+        site = next(attention, None)
+        pair = self._main()
+        if site is None or pair is None:
+            return None
+        streams = [self.stream.nodes[name] for name in site.streams]
+        stream = next((s for s in streams if s is pair[1]), streams[0])
+        for node in self.gm.graph.nodes:
+            if node is not stream and is_contraction(node) and dependence.depends(node, stream):
+                read = next((o for o in operands(node) if dependence.depends(o, stream)), None)
+                return None if read is None else _base(read).name
+        return None
+
+
+def _base(node: fx.Node) -> fx.Node:
+    while is_view(node) or is_copy(node):
+        node = node.all_input_nodes[0]
+    return node
+
+
+def measurable(value: object) -> bool:
+    """Whether a probe's node can be measured."""
+    return isinstance(value, Tensor) and value.is_floating_point()

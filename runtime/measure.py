@@ -1,0 +1,139 @@
+"""Measurements for guards: how much a probe has changed since a site was last computed.
+
+They stay on the device until a guard needs the number. What is read one call later is copied to the host at once,
+without waiting.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+Distance = Callable[[Tensor, Tensor], Tensor]  # (now, before) -> relative L1, a tensor of no dimensions
+
+
+class Measured(NamedTuple):
+    """A symbol that a site's guard reads: "similarity" or "drift" of what a wire carries."""
+
+    symbol: str
+    statistic: str
+    wire: int
+
+
+class Number:
+    """A measurement on the device, and its copy on the host: on its way there where it was asked for ahead."""
+
+    def __init__(self, tensor: Tensor, ahead: bool) -> None:
+        self.tensor = tensor
+        self._host: Tensor | None = None
+        if ahead and tensor.is_cuda:
+            self._host = torch.empty((), dtype=tensor.dtype, pin_memory=True)
+            self._host.copy_(tensor, non_blocking=True)
+            self._arrived = torch.cuda.Event()
+            self._arrived.record(torch.cuda.current_stream(tensor.device))
+
+    def read(self) -> float:
+        """The number; waits for its copy alone, not for what was queued since."""
+        if self._host is None:
+            return float(self.tensor.item())
+        self._arrived.synchronize()
+        return float(self._host)
+
+
+@dataclass(frozen=True)
+class Track:
+    """A probe's value when the site was last computed, and what was measured since, up to the last call.
+
+    Of "drift" that is the sum of the changes from call to call; of "similarity" it is kept for a lag alone.
+    """
+
+    reference: Tensor
+    value: Number | None = None
+
+
+@dataclass
+class Tracked:
+    """The tracks of a bank by site and symbol, and the last value of each wire that is a probe."""
+
+    tracks: dict[tuple[int, str], Track] = field(default_factory=dict)
+    last: dict[int, Tensor] = field(default_factory=dict)
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """What is held for comparison."""
+        return (*(track.reference for track in self.tracks.values()), *self.last.values())
+
+
+class Meter:
+    """The measurements of one call. `wires` holds what each wire carries so far; those below `num_inputs` are inputs.
+
+    With `lag` 0 a guard reads what changed up to this call, with 1 what changed up to the last one: the same numbers,
+    one call later.
+    """
+
+    def __init__(
+        self,
+        tracked: Tracked,
+        sites: Sequence[tuple[Measured, ...]],
+        wires: Sequence[Tensor | None],
+        num_inputs: int,
+        lag: int,
+        distance: Distance,
+    ) -> None:
+        self._tracked, self._sites, self._wires, self._num_inputs = tracked, sites, wires, num_inputs
+        self._lag, self._distance = lag, distance
+        self._known: dict[tuple[int, int], Tensor] = {}
+
+    def read(self, site: int, symbol: str) -> float | None:
+        """The number that a guard asks for; None where nothing was measured."""
+        track = self._tracked.tracks.get((site, symbol))
+        if track is None:
+            return None
+        measured = next(m for m in self._sites[site] if m.symbol == symbol)
+        value = track.value if self._lag else self._now(track, measured)
+        return None if value is None else value.read()
+
+    def _now(self, track: Track, measured: Measured) -> Number | None:
+        """What is measured up to this call."""
+        now, similar = self._wires[measured.wire], measured.statistic == "similarity"
+        change = self._measure(now, track.reference if similar else self._tracked.last.get(measured.wire))
+        if change is not None and not similar and track.value is not None:
+            change = track.value.tensor + change
+        return None if change is None else Number(change, ahead=bool(self._lag))
+
+    def _measure(self, now: Tensor | None, before: Tensor | None) -> Tensor | None:
+        """The change from one tensor to another; measured once, whoever asks."""
+        if now is None or before is None:
+            return None
+        key = (id(now), id(before))
+        if key not in self._known:
+            self._known[key] = self._distance(now, before)
+        return self._known[key]
+
+    def close(self, row: Sequence[bool]) -> None:
+        """The call is over: note what was measured, and what the sites that computed are to be compared with."""
+        tracks, kept = self._tracked.tracks, dict[int, Tensor]()
+        for site, reused in enumerate(row):
+            for measured in self._sites[site]:
+                now = self._wires[measured.wire]
+                if now is None:  # inside a reused span nothing is measured
+                    continue
+                if measured.wire not in kept:  # an input is the caller's, who may change it in place
+                    kept[measured.wire] = now.clone() if measured.wire < self._num_inputs else now
+                track = tracks.get((site, measured.symbol))
+                tracks[site, measured.symbol] = self._next(track, measured, kept[measured.wire], reused)
+        self._tracked.last.update(kept)
+
+    def _next(self, track: Track | None, measured: Measured, now: Tensor, reused: bool) -> Track:
+        if track is None:
+            return Track(now)
+        reference = track.reference if reused else now
+        if measured.statistic == "similarity":
+            return Track(reference, self._now(track, measured) if self._lag else None)
+        if reused:
+            return Track(reference, self._now(track, measured))
+        return Track(reference, self._now(Track(now), measured) if self._lag else None)
