@@ -7,7 +7,7 @@ import torch
 from sympy import Eq, Mod, Ne
 
 import dit_rewrite
-from dit_rewrite import Policy, Rule, Where
+from dit_rewrite import Compute, Policy, Rule, Where
 from dit_rewrite.guards import age, layer, step, streak
 from dit_rewrite.passes import attention_core
 from dit_rewrite.policies import FORA
@@ -59,7 +59,7 @@ def test_a_reused_step_is_lowered_without_what_it_skips() -> None:
 def test_many_rows_through_inductor_equal_the_guarded_graph_run_as_it_is() -> None:
     """Rows that differ from site to site: each variant is within rounding of the guarded graph under its row."""
     mixed = Rule(Ne(Mod(step * 7 + layer * 3 + age, 5), 0) & (streak < 2))
-    attention = Rule(Eq(Mod(step, 2), 0), do="compute", where=Where(("attention",)))
+    attention = Rule(Eq(Mod(step, 2), 0), do=Compute(), where=Where(("attention",)))
     model = dit_rewrite.compile(tiny.build(), Policy((attention, mixed)))
     seen: list[Observation] = []
     model._backend.session.observer = seen.append

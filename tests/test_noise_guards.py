@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
+import pytest
 from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
 
-from dit_rewrite.errors import Reason
+from dit_rewrite.errors import NoiseUnknown, Reason
 from dit_rewrite.guards import sigma, snr
 from dit_rewrite.policy import Policy, Rule
 from tests import tiny
@@ -41,6 +44,18 @@ def test_a_guard_on_sigma_under_flow_matching() -> None:
     assert [reused for reused, _ in found] == expected
 
 
+def test_the_snr_without_a_scheduler_is_an_error() -> None:
+    """A told trajectory could never reuse: it says so, and what to do."""
+    with pytest.raises(NoiseUnknown, match=r"no scheduler was told.*Give trajectory\(scheduler="):
+        decisions(Policy((Rule(snr > 0.0),)), num_steps=STEPS)
+
+
+def test_a_scheduler_that_does_not_say_it_proves_nothing() -> None:
+    """Its steps are known and their noise is not: computed, with the reason."""
+    mute = SimpleNamespace(timesteps=list(range(STEPS, 0, -1)))
+    assert decisions(Policy((Rule(snr > 0.0),)), scheduler=mute) == [(False, Reason.NOISE_UNKNOWN)] * STEPS
+
+
 def test_without_a_scheduler_nothing_is_proven() -> None:
-    """A told number of steps says nothing of the noise: computed, with the reason."""
-    assert decisions(Policy((Rule(snr > 0.0),)), num_steps=STEPS) == [(False, Reason.NOISE_UNKNOWN)] * STEPS
+    """A told number of steps says nothing of sigma (a cache_context could): computed, with the reason."""
+    assert decisions(Policy((Rule(sigma > 0.0),)), num_steps=STEPS) == [(False, Reason.NOISE_UNKNOWN)] * STEPS

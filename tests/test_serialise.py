@@ -19,8 +19,8 @@ from dit_rewrite.errors import BadParameter, PolicyError
 from dit_rewrite.guards import age, layer, num_layers, num_steps, progress, step, streak
 from dit_rewrite.passes import guards
 from dit_rewrite.passes.guards import Predicate
-from dit_rewrite.policies import FORA, Never
-from dit_rewrite.policy import FAMILIES, Policy, Rule, Strategy, Where
+from dit_rewrite.policies import DQAR, FORA, FirstBlockCache, Never
+from dit_rewrite.policy import Policy, Rule
 from dit_rewrite.serialise import (
     BadGuardText,
     BadPolicyText,
@@ -32,6 +32,8 @@ from dit_rewrite.serialise import (
     parse_guard,
     to_json,
 )
+from dit_rewrite.strategy import Compute, Reuse, ReuseKV, Strategy
+from dit_rewrite.where import FAMILIES, Where
 
 WRITTEN: list[tuple[str, Boolean]] = [
     ("(step > 0) & Ne(Mod(step, 3), 0)", (step > 0) & Ne(Mod(step, 3), 0)),
@@ -128,9 +130,20 @@ def test_nothing_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     assert parse_guard("(step > 0) & (age < 4)") == (step > 0) & (age < 4)
 
 
+def test_measured_symbols() -> None:
+    """A measured symbol's name looks like a call, and is read as the symbol; of another probe there is none."""
+    for symbol in (guards.similarity("first_block"), guards.drift("self"), guards.entropy):
+        assert parse_guard(f"{symbol} < 0.1") == (symbol < 0.1)
+        assert guard_text(symbol < 0.1) == f"{symbol} < 0.1"
+        assert parse_guard(f"(step > 2) & ({symbol} < 0.1)") == (step > 2) & (symbol < 0.1)
+    for text in ("similarity(first) < 0.1", "similarity < 0.1", "drift() < 1", "entropy(self) < 1"):
+        with pytest.raises(ForeignName):
+            parse_guard(text)
+
+
 def test_later_symbols(monkeypatch: pytest.MonkeyPatch) -> None:
     """A symbol that joins the language is read without further ado, also one whose name looks like a call."""
-    probe = sympy.Symbol("similarity(first_block)", real=True)
+    probe = sympy.Symbol("similarity(last_block)", real=True)
     monkeypatch.setitem(guards.SYMBOLS, probe.name, probe)
     guard = (probe < 0.1) & (step > 2)
     assert parse_guard(guard_text(guard)) == guard
@@ -149,29 +162,50 @@ def test_unwritable() -> None:
             to_json(Policy((Rule(when=guard),)))
 
 
+EVERYWHERE = {"kinds": list(FAMILIES), "layers": None, "fraction": None, "names": None, "span": None, "streams": None}
 SIMPLE = {
     "version": 1,
-    "name": "two rules",
+    "name": "three rules",
+    "lag": 1,
     "rules": [
-        {"when": "step < 2", "do": "compute", "where": {"kinds": ["mlp"]}},
-        {"when": "(progress > 0.25) & (age < 4)", "do": "reuse", "where": {"kinds": ["self", "cross"]}},
+        {"when": "step < 2", "do": {"strategy": "compute"}, "where": EVERYWHERE | {"kinds": ["mlp"]}},
+        {
+            "when": "(progress > 0.25) & (age < 4)",
+            "do": {"strategy": "reuse_kv", "store": "int8"},
+            "where": EVERYWHERE | {"kinds": ["self", "cross"], "layers": [1, None], "names": "blocks.*"},
+        },
+        {
+            "when": "similarity(first_block) < 0.1",
+            "do": {"strategy": "reuse", "store": None},
+            "where": EVERYWHERE | {"fraction": [0, 0.5], "span": "stack", "streams": ["cond"]},
+        },
     ],
 }
 
 
 def test_json() -> None:
     """The format, written out."""
+    similar = guards.similarity("first_block")
     rules = (
-        Rule(step < 2, Strategy.COMPUTE, Where(("mlp",))),
-        Rule((age < 4) & (progress > 0.25), Strategy.REUSE, Where(("self", "cross"))),
+        Rule(step < 2, Compute(), Where(("mlp",))),
+        Rule(
+            (age < 4) & (progress > 0.25), ReuseKV("int8"), Where(("self", "cross"), layers=(1, None), names="blocks.*")
+        ),
+        Rule(similar < 0.1, Reuse(), Where(fraction=(0, 0.5), span="stack", streams=("cond",))),
     )
-    policy = Policy(rules, "two rules")
+    policy = Policy(rules, "three rules", lag=1)
     assert from_json(json.dumps(SIMPLE)) == policy
     assert json.loads(to_json(policy)) == SIMPLE
 
 
 @pytest.mark.parametrize(
-    "policy", [Never(), FORA(1), FORA(3), FORA(4, ("self", "mlp"), anchor="paper"), Policy((), "ä \"'")]
+    "policy",
+    [
+        *(Never(), FORA(1), FORA(3), FORA(4, ("self", "mlp"), anchor="paper"), Policy((), "ä \"'")),
+        *(DQAR(), DQAR(0.25, 1.0, None, "linear_reverse", 1.5), FirstBlockCache(), FirstBlockCache(0.1, 2, 3, lag=1)),
+        Policy((Rule(step > 1, max_streak=3),), "short forms", warmup=2, cooldown=1),
+    ],
+    ids=str,
 )
 def test_policies(policy: Policy) -> None:
     """A policy comes back equal, its name included."""
@@ -180,8 +214,9 @@ def test_policies(policy: Policy) -> None:
 
 def test_missing_place() -> None:
     """What a place does not say is its default: a field that joins later does not break what was saved before."""
-    value = SIMPLE | {"rules": [{"when": "step > 1", "do": "reuse", "where": {}}]}
-    assert from_json(json.dumps(value)) == Policy((Rule(step > 1),), "two rules")
+    value = SIMPLE | {"rules": [{"when": "step > 1", "do": {"strategy": "reuse"}, "where": {}}]}
+    del value["lag"]
+    assert from_json(json.dumps(value)) == Policy((Rule(step > 1),), "three rules")
 
 
 def rule(**changes: Any) -> dict[str, Any]:
@@ -190,7 +225,7 @@ def rule(**changes: Any) -> dict[str, Any]:
 
 BAD: list[tuple[Any, type[PolicyError], str]] = [
     ([], BadPolicyText, r"the text is \[\], and a dict is needed"),
-    ({}, BadPolicyText, "the policy lacks version, name, rules"),
+    ({}, BadPolicyText, "the policy lacks name, rules"),
     ({"version": 1, "rules": []}, BadPolicyText, "the policy lacks name"),
     (SIMPLE | {"version": 2}, UnknownVersion, "is 2, and this dit_rewrite reads version 1"),
     (SIMPLE | {"version": True}, UnknownVersion, "is True"),
@@ -203,10 +238,31 @@ BAD: list[tuple[Any, type[PolicyError], str]] = [
     (rule(then=1), BadPolicyText, r"rules\[0\] has then, and its fields are when, do, where"),
     (rule(when=True), BadPolicyText, r"rules\[0\].when is true, and a str is needed"),
     (rule(when="snrr > 1"), ForeignName, "'snrr'"),
-    (rule(do="forget"), BadPolicyText, r"rules\[0\].do is 'forget', and not one of compute, reuse"),
-    (rule(do=None), BadPolicyText, r"rules\[0\].do is None"),
+    (SIMPLE | {"lag": 2}, BadParameter, "lag=2 is out of range"),
+    (SIMPLE | {"lag": True}, BadPolicyText, "lag is true, and a int is needed"),
+    (rule(do="reuse"), BadPolicyText, r"rules\[0\].do is \"reuse\", and a dict is needed"),
+    (rule(do={}), BadPolicyText, r"rules\[0\].do has the strategy None, and not one of compute, reuse, reuse_kv"),
+    (rule(do={"strategy": "forget"}), BadPolicyText, r"rules\[0\].do has the strategy 'forget'"),
+    (rule(do={"strategy": []}), BadPolicyText, r"rules\[0\].do has the strategy \[\]"),
+    (rule(do={"strategy": "compute", "store": "int8"}), BadPolicyText, r"rules\[0\].do has store"),
+    (rule(do={"strategy": "reuse", "store": "int4"}), BadParameter, "store='int4' is out of range"),
+    (rule(do={"strategy": "reuse", "store": 8}), BadPolicyText, r"rules\[0\].do.store is 8"),
+    (rule(do={"strategy": "reuse_kv"}, where={"span": "stack"}), BadParameter, "it has no keys and values"),
+    (rule(do=None), BadPolicyText, r"rules\[0\].do is null, and a dict is needed"),
     (rule(where=[]), BadPolicyText, r"rules\[0\].where is \[\], and a dict is needed"),
-    (rule(where={"layers": 3}), BadPolicyText, r"rules\[0\].where has layers, and its fields are kinds"),
+    (
+        rule(where={"layer": 3}),
+        BadPolicyText,
+        r"rules\[0\].where has layer, and its fields are kinds, layers, fraction",
+    ),
+    (rule(where={"layers": 3}), BadPolicyText, r"rules\[0\].where.layers is 3, and a list is needed"),
+    (rule(where={"layers": [1]}), BadPolicyText, r"rules\[0\].where.layers has 1 items, and 2 are needed"),
+    (rule(where={"layers": [3, 2]}), BadParameter, r"layers=\(3, 2\)"),
+    (rule(where={"fraction": ["0", 1]}), BadPolicyText, r"rules\[0\].where.fraction\[0\] is \"0\""),
+    (rule(where={"fraction": [0, 2]}), BadParameter, "fraction"),
+    (rule(where={"names": []}), BadPolicyText, r"rules\[0\].where.names is \[\]"),
+    (rule(where={"span": "blocks"}), BadParameter, "span='blocks'"),
+    (rule(where={"streams": "cond"}), BadPolicyText, r"rules\[0\].where.streams is \"cond\""),
     (rule(where={"kinds": "mlp"}), BadPolicyText, r"rules\[0\].where.kinds is \"mlp\", and a list is needed"),
     (rule(where={"kinds": [1]}), BadPolicyText, r"rules\[0\].where.kinds\[0\] is 1, and a str is needed"),
     (rule(where={"kinds": ["mlpp"]}), BadParameter, "mlpp"),
@@ -306,13 +362,28 @@ def test_any_guard(guard: Boolean, data: st.DataObject) -> None:
     assert before.holds(values) == after.holds(values)
 
 
+STORES = st.sampled_from([None, "bf16", "fp8", "int8"])
+STRATEGIES = st.just(Compute()) | st.builds(Reuse, STORES) | st.builds(ReuseKV, STORES)
+PLACES = st.builds(
+    Where,
+    st.sets(st.sampled_from(sorted(FAMILIES))).map(tuple),
+    layers=st.none() | st.integers(0, 5).flatmap(lambda n: st.tuples(st.just(n), st.none() | st.integers(n + 1, 9))),
+    fraction=st.none() | st.floats(0, 0.5).map(lambda share: (share, share + 0.5)),
+    names=st.none() | st.text(max_size=5),
+    span=st.sampled_from([None, "block", "stack"]),
+    streams=st.none() | st.lists(st.text(max_size=3), max_size=2).map(tuple),
+)
+
+
 @settings(deadline=None)
 @given(
-    st.lists(st.tuples(COMPARISONS, st.sampled_from(Strategy), st.sets(st.sampled_from(sorted(FAMILIES)))), max_size=4)
+    st.lists(st.tuples(COMPARISONS, STRATEGIES, PLACES), max_size=4),
+    st.integers(0, 1),
 )
-def test_any_policy(rules: list[tuple[Boolean, Strategy, set[str]]]) -> None:
+def test_any_policy(rules: list[tuple[Boolean, Strategy, Where]], lag: int) -> None:
     """Rules come back in their order, each with its place and strategy."""
-    policy = Policy(tuple(Rule(when, do, Where(tuple(kinds))) for when, do, kinds in rules), "any")
+    fitting = [rule for rule in rules if not (isinstance(rule[1], ReuseKV) and rule[2].span)]
+    policy = Policy(tuple(Rule(*rule) for rule in fitting), "any", lag=lag)
     assert from_json(to_json(policy)) == policy
 
 
@@ -327,11 +398,14 @@ def test_any_text(text: str) -> None:
     assert guards.check(guard) == guard
 
 
+FIELDS = ["version", "name", "rules", "when", "do", "where", "kinds", "lag", "strategy", "layers"]
+
+
 @settings(deadline=None)
 @given(st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
     lambda inner: st.lists(inner, max_size=3)
-    | st.dictionaries(st.sampled_from(["version", "name", "rules", "when", "do", "where", "kinds"]), inner),
+    | st.dictionaries(st.sampled_from(FIELDS), inner),
 ))  # fmt: skip
 def test_any_json(value: Any) -> None:
     """JSON is a policy or a PolicyError."""

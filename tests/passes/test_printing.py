@@ -9,6 +9,7 @@ from torch import Tensor, fx, nn
 
 from dit_rewrite.passes.guard import Guarded, guard
 from dit_rewrite.passes.printing import diff, op_counts, readable
+from dit_rewrite.passes.segments import whole
 from dit_rewrite.passes.specialise import specialise
 from tests.passes.toys import NESTED
 from tests.passes.tracing import Toy, linear, mlp, norm, tokens, trace
@@ -85,8 +86,9 @@ def test_op_counts() -> None:
 def test_diff() -> None:
     """The change of every op's count stands on top, the most reduced first, and then what went and came."""
     traced = trace(block(), (tokens(),))
-    guarded = guard(traced.gm, traced.sites().sites, [Guarded(0, "step > 0", "reuse")])
-    text = diff(traced.gm, specialise(guarded, (True,)).gm, ("captured", "reusing"))
+    sites = traced.sites().sites
+    guarded = guard(traced.gm, sites, [Guarded(0, "step > 0", "reuse")])
+    text = diff(traced.gm, specialise(guarded, (True,), whole(traced.gm, sites)).gm, ("captured", "reusing"))
     assert text.splitlines()[:9] == [
         "# nodes: 8 -> 2 (-6)",
         "# aten.view: 2 -> 0 (-2)",

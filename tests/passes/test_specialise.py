@@ -10,6 +10,7 @@ from torch import fx
 
 from dit_rewrite.passes.guard import Guarded, guard
 from dit_rewrite.passes.printing import op_counts
+from dit_rewrite.passes.segments import whole
 from dit_rewrite.passes.sites import find_sites
 from dit_rewrite.passes.specialise import normalise, specialise
 from tests.passes.oracle import Rewritten, same
@@ -47,7 +48,7 @@ def test_every_row(example: Example) -> None:
 def test_all_computed_is_the_captured_graph(example: Example) -> None:
     """The computing variant has the captured graph's nodes in the captured order, and its sites' values as outputs."""
     rewritten = example.rewritten()
-    variant = specialise(rewritten.guarded, (False,) * example.sites)
+    variant = rewritten.variant((False,) * example.sites)
     captured = rewritten.traced.gm.graph
     assert [str(n.target) for n in variant.gm.graph.nodes if n.op == "call_function"] == [
         str(n.target) for n in captured.nodes if n.op == "call_function"
@@ -63,7 +64,7 @@ def test_order_of_what_is_left(example: Example) -> None:
     """In every variant the nodes stand in the order of the captured graph."""
     rewritten = example.rewritten()
     for row in itertools.product((False, True), repeat=example.sites):
-        variant = specialise(rewritten.guarded, row)
+        variant = rewritten.variant(row)
         positions = [node.meta["position"] for node in variant.gm.graph.nodes if node.op == "call_function"]
         assert positions == sorted(positions)
         assert len(set(positions)) == len(positions)
@@ -75,7 +76,7 @@ def test_reused_attention_takes_its_producers_with_it() -> None:
     rewritten = BLOCKS.rewritten()
     assert [str(site.kind) for site in rewritten.sites] == ["self", "mlp", "self", "mlp"]
     before = op_counts(rewritten.traced.gm)
-    after = op_counts(specialise(rewritten.guarded, (True, False, True, False)).gm)
+    after = op_counts(rewritten.variant((True, False, True, False)).gm)
     assert (before["dit_rewrite.attention"], after["dit_rewrite.attention"]) == (2, 0)
     assert (before["aten.native_layer_norm"], after["aten.native_layer_norm"]) == (4, 2)
     # each block: modulation 1, attention 4, MLP 2; the head 1
@@ -87,7 +88,7 @@ def test_reused_attention_takes_its_producers_with_it() -> None:
 def test_reused_blocks_leave_the_stream() -> None:
     """With everything reused the gates and the stream are left, and of the weights those of modulation and head."""
     rewritten = BLOCKS.rewritten()
-    variant = specialise(rewritten.guarded, (True,) * 4)
+    variant = rewritten.variant((True,) * 4)
     counts = op_counts(variant.gm)
     assert counts["aten.addmm"] == 3
     assert counts["aten.mul"] == 4
@@ -104,8 +105,8 @@ def test_unread_input_is_dropped() -> None:
     """An input that only a reused branch read is no input of the variant."""
     toy = Toy(lambda m, x, text: x + m.ff(m.enter(text) * x), ff=mlp(), enter=linear())
     rewritten = Rewritten.of(trace(toy, (tokens(), tokens(1))))
-    assert len(specialise(rewritten.guarded, (False,)).inputs) == 2 + 6
-    assert len(specialise(rewritten.guarded, (True,)).inputs) == 1
+    assert len(rewritten.variant((False,)).inputs) == 2 + 6
+    assert len(rewritten.variant((True,)).inputs) == 1
 
 
 def test_joint_core_goes_with_its_values() -> None:
@@ -114,10 +115,10 @@ def test_joint_core_goes_with_its_values() -> None:
     assert [str(site.kind) for site in rewritten.sites] == ["joint", "mlp", "mlp", "joint", "mlp"]
     counts = op_counts(rewritten.traced.gm)
     assert counts["dit_rewrite.attention"] == 2
-    both = specialise(rewritten.guarded, (True, False, False, True, False))
+    both = rewritten.variant((True, False, False, True, False))
     assert op_counts(both.gm)["dit_rewrite.attention"] == 0
     assert op_counts(both.gm)["aten.addmm"] == 4  # two MLPs: the text's served the second core alone
-    first = specialise(rewritten.guarded, (True, False, False, False, False))
+    first = rewritten.variant((True, False, False, False, False))
     assert op_counts(first.gm)["dit_rewrite.attention"] == 1
     assert first.cached == ((0, 0), (0, 1))
 
@@ -127,7 +128,7 @@ def test_text_that_feeds_the_last_joint_site_alone() -> None:
     rewritten = JOINT.rewritten()
     assert rewritten.sites[2].name == "text_ff"
     assert rewritten.guarded.parents == (None, None, 3, None, None)
-    variant = specialise(rewritten.guarded, (False, False, False, True, False))
+    variant = rewritten.variant((False, False, False, True, False))
     assert variant.row == (False, False, True, True, False)
     assert (2, 0) not in variant.fresh
     assert op_counts(variant.gm)["aten.relu"] == 2
@@ -137,21 +138,21 @@ def test_halves_share_one_projection() -> None:
     """The MLP behind two streams' values goes when its site is reused."""
     rewritten = HALVES.rewritten()
     assert op_counts(rewritten.traced.gm)["aten.relu"] == 2
-    assert op_counts(specialise(rewritten.guarded, (True, False)).gm)["aten.relu"] == 1
-    assert op_counts(specialise(rewritten.guarded, (True, True)).gm)["aten.cat"] == 0
+    assert op_counts(rewritten.variant((True, False)).gm)["aten.relu"] == 1
+    assert op_counts(rewritten.variant((True, True)).gm)["aten.cat"] == 0
 
 
 def test_nested_rows() -> None:
     """A reused outer site hides the inner ones: the same variant, neither reading nor returning their values."""
     rewritten = NESTED.rewritten()
     assert rewritten.guarded.parents == (1, 2, None)
-    variants = [specialise(rewritten.guarded, (a, b, True)) for a in (False, True) for b in (False, True)]
+    variants = [rewritten.variant((a, b, True)) for a in (False, True) for b in (False, True)]
     for variant in variants:
         assert variant.row == (True, True, True)
         assert variant.cached == ((2, 0),)
         assert variant.fresh == ()
         assert op_counts(variant.gm) == {"aten.add": 1}
-    inner = specialise(rewritten.guarded, (True, False, False))
+    inner = rewritten.variant((True, False, False))
     assert inner.cached == ((0, 0),)
     assert inner.fresh == ((1, 0), (2, 0))
     assert op_counts(inner.gm)["aten.addmm"] == 2
@@ -161,11 +162,11 @@ def test_site_inside_a_computed_one() -> None:
     """An inner site that is reused while the outer is computed leaves the rest of the outer branch."""
     rewritten = SIBLINGS.rewritten()
     assert rewritten.guarded.parents == (2, 2, None, None)
-    counts = op_counts(specialise(rewritten.guarded, (True, False, False, False)).gm)
+    counts = op_counts(rewritten.variant((True, False, False, False)).gm)
     assert counts["dit_rewrite.attention"] == 0
     assert counts["aten.addmm"] == 2 + 2 + 2  # enter and leave, the inner MLP, the last one
     rewritten = AROUND_A_JOINT.rewritten()
-    assert op_counts(specialise(rewritten.guarded, (True, False)).gm)["aten.addmm"] == 1
+    assert op_counts(rewritten.variant((True, False)).gm)["aten.addmm"] == 1
 
 
 @every_example
@@ -175,26 +176,26 @@ def test_store(example: Example) -> None:
     never = (False,) * example.sites
     for site in range(example.sites):
         store = tuple(i == site for i in range(example.sites))
-        variant = specialise(rewritten.guarded, never, store)
+        variant = rewritten.variant(never, store)
         assert variant.fresh == tuple((site, k) for k in range(len(rewritten.sites[site].values)))
-        results = rewritten.run(variant, 0, {})
-        assert same(results[: rewritten.guarded.num_outputs], rewritten.traced.returned[0])
-    assert specialise(rewritten.guarded, never, never).fresh == ()
-    assert specialise(rewritten.guarded, (True,) * example.sites, (True,) * example.sites).fresh == ()
+        outputs, _ = rewritten.run(variant, 0, {})
+        assert same(outputs, rewritten.traced.returned[0])
+    assert rewritten.variant(never, never).fresh == ()
+    assert rewritten.variant((True,) * example.sites, (True,) * example.sites).fresh == ()
 
 
 def test_constant() -> None:
     """A tensor that is an attribute of the graph comes along where it is read, and is gone where it is not."""
     rewritten = CONSTANT.rewritten()
-    assert len(specialise(rewritten.guarded, (False,)).gm.graph.find_nodes(op="get_attr")) == 1
-    assert len(specialise(rewritten.guarded, (True,)).gm.graph.find_nodes(op="get_attr")) == 0
+    assert len(rewritten.variant((False,)).gm.graph.find_nodes(op="get_attr")) == 1
+    assert len(rewritten.variant((True,)).gm.graph.find_nodes(op="get_attr")) == 0
 
 
 def test_guarded_graph_stays_as_it_is() -> None:
     """Specialising, and changing what came of it, leaves the guarded graph alone."""
     rewritten = JOINT.rewritten()
     before = rewritten.guarded.gm.code
-    variant = specialise(rewritten.guarded, (False,) * 5)
+    variant = rewritten.variant((False,) * 5)
     for node in list(variant.gm.graph.nodes):
         node.meta.clear()
     assert rewritten.guarded.gm.code == before
@@ -209,8 +210,8 @@ def test_symbolic_sizes_stay() -> None:
     symbolic = {i for i, node in enumerate(placeholders) if isinstance(node.meta["val"], torch.SymInt)}
     assert len(symbolic) == 2
     for row in itertools.product((False, True), repeat=3):
-        assert symbolic <= set(specialise(rewritten.guarded, row).inputs)
-    last = specialise(rewritten.guarded, (True, True, True))
+        assert symbolic <= set(rewritten.variant(row).inputs)
+    last = rewritten.variant((True, True, True))
     assert op_counts(last.gm) == {"aten.add": 1}
     unread = [node for node in last.gm.graph.find_nodes(op="placeholder") if not node.users]
     assert len(unread) == 2
@@ -220,11 +221,12 @@ def test_dynamic_variant_at_other_sizes() -> None:
     """A variant that was made at one size serves another."""
     toy = Toy(lambda m, x: x + m.ff(m.norm(x)), ff=mlp(), norm=norm())
     rewritten = Rewritten.of(trace(toy, (tokens(0, 2, 4, 8),), (tokens(1, 3, 6, 8),), dynamic=True))
-    compute, reuse = (specialise(rewritten.guarded, (decision,)) for decision in (False, True))
+    compute, reuse = (rewritten.variant((decision,)) for decision in (False, True))
     for step in range(2):
-        output, value = rewritten.run(compute, step, {})
-        assert same([output], rewritten.traced.returned[step])
-        assert same(rewritten.run(reuse, step, {rewritten.sites[0].values[0]: value}), [output])
+        outputs, values = rewritten.run(compute, step, {})
+        assert list(values) == [rewritten.sites[0].values[0]]
+        assert same(outputs, rewritten.traced.returned[step])
+        assert same(rewritten.run(reuse, step, values)[0], outputs)
 
 
 def test_effects_stay() -> None:
@@ -238,7 +240,7 @@ def test_effects_stay() -> None:
     rewritten = Rewritten.of(trace(Toy(body, enter=linear(), leave=linear()), (tokens(),)))
     asserts = [name for name in op_counts(rewritten.traced.gm) if "assert" in name]
     assert len(asserts) == 1
-    computed, reused = (op_counts(specialise(rewritten.guarded, (decision,)).gm) for decision in (False, True))
+    computed, reused = (op_counts(rewritten.variant((decision,)).gm) for decision in (False, True))
     assert (computed["aten.addmm"], reused["aten.addmm"]) == (2, 1)
     assert computed[asserts[0]] == reused[asserts[0]] == 1
 
@@ -259,9 +261,9 @@ def test_hand_built_graph() -> None:
     ]
     guarded = guard(gm, sites, [Guarded(0, "true", "reuse")])
     one, two = torch.eye(2), torch.full((2, 2), 2.0)
-    compute, reuse = specialise(guarded, (False,)), specialise(guarded, (True,))
-    assert compute.inputs == (0, 1)
-    assert reuse.inputs == (0,)
+    compute, reuse = (specialise(guarded, (decision,), whole(gm, sites)) for decision in (False, True))
+    assert (compute.inputs, compute.cached, compute.outputs, compute.fresh) == ((0, 1), (), (3,), ((0, 0),))
+    assert (reuse.inputs, reuse.cached, reuse.outputs, reuse.fresh) == ((0,), ((0, 0),), (3,), ())
     total, fresh = compute.gm(one, two)
     assert torch.equal(fresh, two)
     assert torch.equal(total, one + 2)

@@ -23,7 +23,7 @@ def never(*_: object) -> tuple[bool, Reason]:
 
 
 def site(choose: Any = always, parent: int | None = None, layer: int = 0) -> SiteSpec:
-    return SiteSpec("site", "mlp", layer, parent, 1, choose)
+    return SiteSpec("site", "mlp", layer, parent, choose)
 
 
 def at(step: int, of: int | None = None, **more: Any) -> Moment:
@@ -70,14 +70,18 @@ def test_within_a_computing_parent_each_site_decides() -> None:
 def test_what_a_rule_is_asked() -> None:
     asked: list[tuple[object, ...]] = []
 
-    def ask(*args: object) -> tuple[bool, Reason]:
-        asked.append(args)
+    def ask(*args: Any) -> tuple[bool, Reason]:
+        asked.append(args[:-1])
+        read.append(args[-1]("entropy"))
         return False, NO
 
+    read: list[float | None] = []
     sites = [site(ask, layer=0), site(ask, layer=1)]
-    decide(sites, Moment(7, 20, 3, 5, sigma=0.5, snr=4.0), [4, 0], [2, 1], [True, False])
-    # step, num_steps, layer, num_layers, age (unknown without a value), streak, sigma, snr
-    assert asked == [(7, 20, 3, 5, 3, 2, 0.5, 4.0), (7, 20, 4, 5, None, 1, 0.5, 4.0)]
+    moment = Moment(7, 20, 3, 5, sigma=0.5, snr=4.0, stream="cond")
+    decide(sites, moment, [4, 0], [2, 1], [True, False], measure=lambda i, name: {(0, "entropy"): 0.25}.get((i, name)))
+    # the moment, the layer in the model, age (unknown without a value), streak
+    assert asked == [(moment, 3, 3, 2), (moment, 4, None, 1)]
+    assert read == [0.25, None], "each site reads its own measurements"
 
 
 @st.composite
@@ -124,9 +128,7 @@ def test_only_proof_permits_reuse(
 def test_age_and_streak_over_a_trajectory(limit: int, longest: int, steps: int) -> None:
     """Reuse while age <= limit and streak < longest: a computation every 1 + min(limit, longest) steps."""
 
-    def choose(
-        step: int, of: Any, layer: int, layers: Any, age: int | None, streak: int, *_: Any
-    ) -> tuple[bool, Reason]:
+    def choose(moment: Moment, layer: int, age: int | None, streak: int, *_: Any) -> tuple[bool, Reason]:
         return (age is not None and age <= limit and streak < longest), YES
 
     sites = [site(choose), site(never)]

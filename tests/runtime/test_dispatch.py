@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -10,8 +11,8 @@ import torch
 from torch import Tensor
 
 from dit_rewrite.errors import Reason
-from dit_rewrite.runtime.decide import SiteSpec
-from dit_rewrite.runtime.dispatch import Executable, Graph
+from dit_rewrite.runtime.decide import Moment, SiteSpec
+from dit_rewrite.runtime.dispatch import Executable, Graph, Piece, Row, Wiring
 from dit_rewrite.runtime.inputs import Inputs
 from dit_rewrite.runtime.session import Observation, Session
 from dit_rewrite.runtime.stats import Stats
@@ -20,8 +21,12 @@ from dit_rewrite.runtime.trajectory import Told
 W = torch.tensor([3.0])
 
 
-def after_first(step: int, *_: object) -> tuple[bool, Reason]:
-    return step > 0, Reason.RULE if step > 0 else Reason.NO_RULE
+def after_first(moment: Moment, *_: object) -> tuple[bool, Reason]:
+    return moment.step > 0, Reason.RULE if moment.step > 0 else Reason.NO_RULE
+
+
+def unmeasured(now: Tensor, before: Tensor) -> Tensor:
+    raise AssertionError("nothing is measured here")
 
 
 class Doubling:
@@ -31,15 +36,18 @@ class Doubling:
         self.session = Session(Stats())
         self.session.tell(Told(9, None))
         self.admits, self.leak = admits, leak
-        self.compiled: list[tuple[bool, ...]] = []
-        site = SiteSpec("product", "mlp", 0, None, 1, after_first)
-        self.graph = Graph(0, [site], 1, frozenset({1}), 2, self.session, self.compile)
+        self.compiled: list[Row] = []
+        site = SiteSpec("product", "mlp", 0, None, after_first)
+        self.outputs = (2, 3) if leak else (2,)
+        wiring = Wiring(2 + len(self.outputs), 2, self.outputs, static=frozenset({1}))
+        self.graph = Graph(0, [site], 1, wiring, [Piece((0,))], self.session, self.compile, 0, unmeasured)
 
-    def compile(self, row: tuple[bool, ...]) -> Executable:
+    def compile(self, piece: int, row: Row) -> Executable:
+        assert piece == 0
         self.compiled.append(row)
         if row == (True,):
-            return Executable(self.reuse, (0,), ((0, 0),), (), self.admits)
-        return Executable(self.compute, (0, 1), (), ((0, 0),))
+            return Executable(self.reuse, (0,), ((0, 0),), self.outputs, (), self.admits)
+        return Executable(self.compute, (0, 1), (), self.outputs, ((0, 0),))
 
     def compute(self, x: Tensor, w: Tensor) -> tuple[Tensor, ...]:
         value = x * w
@@ -69,15 +77,16 @@ def test_compute_then_reuse() -> None:
     assert values(run(20.0)) == [20 + 3]
     stats = run.session.stats
     assert run.compiled == [(False,), (True,)]
-    assert (stats.variants, stats.late_variants, stats.computed, stats.reused) == (2, 2, 1, 2)
+    assert (stats.late_variants, stats.computed, stats.reused) == (2, 1, 2)
 
 
 def test_a_foreseen_variant_is_not_late() -> None:
     run = Doubling()
-    run.graph.add_variant((False,))
-    run.graph.add_variant((True,))
+    run.graph.add_variant(0, (False,))
+    run.graph.add_variant(0, (True,))
     run(1.0), run(10.0)
-    assert (run.session.stats.variants, run.session.stats.late_variants) == (2, 0)
+    assert run.compiled == [(False,), (True,)]
+    assert run.session.stats.late_variants == 0
 
 
 def test_another_shape_computes() -> None:
@@ -119,8 +128,8 @@ def test_outputs_may_be_changed_in_place() -> None:
 def test_an_output_of_its_own_is_not_copied() -> None:
     run = Doubling()
     owned: list[Tensor] = []
-    run.graph.variants[(False,)] = Executable(
-        lambda x, w: (owned.append(x + x * w) or owned[-1], x * w), (0, 1), (), ((0, 0),)
+    run.graph.pieces[0].variants[(False,)] = Executable(
+        lambda x, w: (owned.append(x + x * w) or owned[-1], x * w), (0, 1), (), (2,), ((0, 0),)
     )
     assert run(1.0)[0] is owned[0]
 
@@ -145,3 +154,99 @@ def test_what_an_observer_sees() -> None:
     assert [(o.args[0].item(), o.outputs[0].item()) for o in seen] == [(1, 4), (10, 13)]
     first, second = (o.held[0] for o in seen)
     assert first is not None and second is not None and first[0] is second[0]
+
+
+class InPieces:
+    """``a = x * w; b = a + 1; c = b * w`` in three pieces, one for each; the first site's values are a and b, the
+    second's is c. It returns c, x and None. Of b the second piece has nothing to do where it is reused."""
+
+    def __init__(
+        self, reuse: Callable[[int, int], bool], admits: Callable[[Sequence[Any]], bool] | None = None
+    ) -> None:
+        self.session = Session(Stats())
+        self.session.tell(Told(9, None))
+        self.admits = admits
+        self.ran: list[str] = []
+        sites = [SiteSpec(name, "mlp", 0, None, self.choose(i, reuse)) for i, name in enumerate(("first", "second"))]
+        wiring = Wiring(5, 2, (4, 0, (None,)), static=frozenset({1}))
+        pieces = [Piece((0,), spent=()), Piece((0,), spent=(2,)), Piece((0, 1), spent=(3,))]
+        self.graph = Graph(0, sites, 1, wiring, pieces, self.session, self.compile, 0, unmeasured)
+
+    @staticmethod
+    def choose(site: int, reuse: Callable[[int, int], bool]) -> Any:
+        return lambda moment, *_: (reuse(site, moment.step), Reason.RULE)
+
+    def compile(self, piece: int, row: Row) -> Executable | None:
+        admits = self.admits if True in row else None
+        if piece == 0:
+            return None if row[0] else self.noted(lambda x, w: (x * w,) * 2, (0, 1), (), (2,), ((0, 0),))
+        if piece == 1:
+            return None if row[0] else self.noted(lambda a: (a + 1,) * 2, (2,), (), (3,), ((0, 1),))
+        if row[1]:
+            return self.noted(lambda c: (c.clone(),), (), ((1, 0),), (4,), (), admits)
+        inputs, cached = ((1,), ((0, 1),)) if row[0] else ((3, 1), ())
+        run = (lambda w, b: (b * w,) * 2) if row[0] else (lambda b, w: (b * w,) * 2)
+        return self.noted(run, inputs, cached, (4,), ((1, 0),), admits)
+
+    def noted(self, run: Callable[..., tuple[Tensor, ...]], *more: Any) -> Executable:
+        return Executable(lambda *values: (self.ran.append("abc"[more[2][0] - 2]), run(*values))[1], *more)
+
+    __call__ = Doubling.__call__
+
+
+def test_pieces_run_in_order_and_fill_slots_together() -> None:
+    """The first site's slot is filled by two pieces; a piece that has nothing to do is not called."""
+    run = InPieces(lambda site, step: step == 1 or (step == 2 and site == 0))
+    seen: list[Observation] = []
+    run.session.observer = seen.append
+    assert run(1.0)[0].item() == 12
+    assert run.ran == ["a", "b", "c"]
+    assert [[v.item() for v in held] for held in seen[0].held if held is not None] == [[3, 4], [12]]
+    assert run(10.0)[0].item() == 12, "all are reused"
+    assert run.ran[3:] == ["c"]
+    assert run(20.0)[0].item() == 12, "the second is computed from the first one's value"
+    assert run.ran[4:] == ["c"]
+    assert run(100.0)[0].item() == 903
+    assert run.ran[5:] == ["a", "b", "c"]
+    assert [o.record.row for o in seen] == [(False, False), (True, True), (True, False), (False, False)]
+
+
+def test_what_is_returned_beside_wires() -> None:
+    """An input that is passed through is a wire like any other; a constant stands for itself."""
+    run = InPieces(lambda *_: False)
+    x = torch.tensor([2.0])
+    outputs = run(x)
+    assert outputs[0].item() == 21
+    assert outputs[1] is x
+    assert outputs[2] is None
+
+
+def test_a_late_piece_for_other_sizes_starts_the_call_over() -> None:
+    """What ran before it is dropped, and everything is computed."""
+    run = InPieces(lambda site, step: step > 0 and site == 1, admits=lambda args: args[0].item() < 5)
+    assert run(1.0)[0].item() == 12
+    assert run(2.0)[0].item() == 12
+    assert run(10.0)[0].item() == 93
+    assert run.ran == ["a", "b", "c", "a", "b", "c", "a", "b", "a", "b", "c"]
+    assert run.session.stats.misses == {Reason.SIZES_NOT_COMPILED: 1}
+    assert run(3.0)[0].item() == 93, "the slots were filled anew"
+
+
+def test_wires_are_let_go_as_soon_as_nothing_reads_them() -> None:
+    """What the second piece reads last is gone before the third runs, and so is what the third reads, at the end."""
+    run = InPieces(lambda *_: False)
+    alive: list[list[bool]] = []
+    made: list[weakref.ref[Tensor]] = []
+
+    def made_by(value: Tensor) -> tuple[Tensor, Tensor]:
+        alive.append([ref() is not None for ref in made])
+        made.append(weakref.ref(value))
+        return value, torch.zeros(1)
+
+    run.graph.pieces[0].variants[(False,)] = Executable(lambda x, w: made_by(x * w), (0, 1), (), (2,), ((0, 0),))
+    run.graph.pieces[1].variants[(False,)] = Executable(lambda a: made_by(a + 1), (2,), (), (3,), ((0, 1),))
+    run.graph.pieces[2].variants[(False, False)] = Executable(lambda b, w: made_by(b * w), (3, 1), (), (4,), ((1, 0),))
+    outputs = run(1.0)
+    assert alive == [[], [True], [False, True]]
+    assert [ref() is not None for ref in made] == [False, False, True]
+    assert outputs[0].item() == 12

@@ -85,13 +85,14 @@ def test_a_call_that_raised_leaves_nothing() -> None:
 def test_layers_are_counted_over_the_graphs_of_a_call() -> None:
     session = told()
     under_way = session.begin(given(0.0, 0.0))
-    assert under_way.moment == Moment(0, 9, 0, None)
+    stream = under_way.stream.name
+    assert under_way.moment == Moment(0, 9, 0, None, stream=stream)
     under_way.layers = 6
     session.end(under_way)
     under_way = session.begin(given(0.0, 0.0))
-    assert under_way.moment == Moment(1, 9, 0, 6)
+    assert under_way.moment == Moment(1, 9, 0, 6, stream=stream)
     under_way.layers = 2
-    assert under_way.moment == Moment(1, 9, 2, 6)
+    assert under_way.moment == Moment(1, 9, 2, 6, stream=stream)
 
 
 def test_a_call_without_any_graph_is_counted() -> None:

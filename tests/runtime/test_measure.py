@@ -1,0 +1,202 @@
+"""What guards measure, beside a reading of the same definitions in lists of numbers."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from dit_rewrite.runtime.measure import Measured, Meter, Tracked
+
+SIMILARITY, DRIFT = Measured("similarity(self)", "similarity", 1), Measured("drift(self)", "drift", 1)
+NUM_INPUTS = 1  # wire 0 is an input, wire 1 is computed
+
+
+def distance(now: Tensor, before: Tensor) -> Tensor:
+    return (now - before).abs().sum() / before.abs().sum()
+
+
+def change(now: Sequence[float], before: Sequence[float]) -> float:
+    """The relative L1 change, of plain numbers; 0/0 is NaN, x/0 is infinite."""
+    top, bottom = sum(abs(a - b) for a, b in zip(now, before, strict=True)), sum(map(abs, before))
+    if bottom == 0:
+        return math.nan if top == 0 or math.isnan(top) else math.inf
+    return top / bottom
+
+
+class ByHand:
+    """The definitions, over all that was seen: no state but a list of the probe's values and one of the decisions."""
+
+    def __init__(self, statistic: str, lag: int) -> None:
+        self.statistic, self.lag = statistic, lag
+        self.seen: list[Sequence[float] | None] = []  # None: not computed in that call
+        self.rows: list[bool] = []
+
+    def read(self, now: Sequence[float] | None) -> float | None:
+        """What a guard is told in a call in which the probe is `now`."""
+        return self._similarity(now) if self.statistic == "similarity" else self._drift(now)
+
+    def _similarity(self, now: Sequence[float] | None) -> float | None:
+        """Against the last call before it that computed the site, and the probe."""
+        if self.lag:  # what the last call that had the probe would have read
+            calls = [i for i, value in enumerate(self.seen) if value is not None]
+            return self._since(self.seen[calls[-1]], calls[-1]) if calls else None
+        return self._since(now, len(self.seen))
+
+    def _since(self, now: Sequence[float] | None, call: int) -> float | None:
+        known = [value for value in self.seen[:call] if value is not None]
+        computed = [v for v, reused in zip(self.seen[:call], self.rows, strict=False) if v is not None and not reused]
+        if now is None or not known:
+            return None
+        return change(now, computed[-1] if computed else known[0])
+
+    def _drift(self, now: Sequence[float] | None) -> float | None:
+        """The changes from each probe to the next, from the last call that computed the site on.
+
+        Late by a call, the change up to the computing call is the first that counts after it.
+        """
+        values = [(i, value) for i, value in enumerate(self.seen) if value is not None]
+        last = max((i for i, _ in values if not self.rows[i]), default=values[0][0] if values else 0)
+        if not self.lag:
+            if now is None:
+                return None
+            values.append((len(self.seen), now))
+        changes = [change(b, a) for (_, a), (i, b) in itertools.pairwise(values) if i > last - self.lag]
+        return sum(changes) if changes else None
+
+    def close(self, now: Sequence[float] | None, reused: bool) -> None:
+        self.seen.append(now)
+        self.rows.append(reused)
+
+
+def follow(
+    measured: Measured, lag: int, probes: Sequence[Sequence[float] | None], rows: Sequence[bool]
+) -> list[tuple[float | None, float | None]]:
+    """What a guard reads at each call, by the meter and by hand."""
+    tracked, by_hand, read = Tracked(), ByHand(measured.statistic, lag), []
+    for now, reused in zip(probes, rows, strict=True):
+        wires = [torch.zeros(1), None if now is None else torch.tensor(now, dtype=torch.float64)]
+        meter = Meter(tracked, [(measured,)], wires, NUM_INPUTS, lag, distance)
+        read.append((meter.read(0, measured.symbol), by_hand.read(now)))
+        meter.close([reused])
+        by_hand.close(now, reused)
+    return read
+
+
+def agree(a: float | None, b: float | None) -> bool:
+    if a is None or b is None:
+        return a is b
+    return (math.isnan(a) and math.isnan(b)) or a == pytest.approx(b, rel=1e-9)
+
+
+PROBES = [[1.0, 1.0], [1.1, 1.1], [1.1, 1.3], [2.0, 2.0], [2.0, 2.2]]
+COMPUTED = (False, True, True, False, True)  # which calls reuse
+
+
+@pytest.mark.parametrize(
+    ("measured", "lag", "expected"),
+    [
+        (SIMILARITY, 0, [None, 0.2 / 2, 0.4 / 2, 2 / 2, 0.2 / 4]),
+        (DRIFT, 0, [None, 0.2 / 2, 0.2 / 2 + 0.2 / 2.2, 0.2 / 2 + 0.2 / 2.2 + 1.6 / 2.4, 0.2 / 4]),
+        (SIMILARITY, 1, [None, None, 0.2 / 2, 0.4 / 2, 2 / 2]),
+        (DRIFT, 1, [None, None, 0.2 / 2, 0.2 / 2 + 0.2 / 2.2, 1.6 / 2.4]),
+    ],
+    ids=["similarity", "drift", "similarity, late", "drift, late"],
+)
+def test_five_calls(measured: Measured, lag: int, expected: list[float | None]) -> None:
+    """Worked out by hand: the first call and the fourth compute."""
+    for k, (found, by_hand) in enumerate(follow(measured, lag, PROBES, COMPUTED)):
+        assert agree(found, expected[k]), k
+        assert agree(by_hand, expected[k]), k
+
+
+@pytest.mark.parametrize("lag", [0, 1])
+@pytest.mark.parametrize("measured", [SIMILARITY, DRIFT], ids=["similarity", "drift"])
+@settings(max_examples=150, deadline=None)
+@given(data=st.data())
+def test_any_trajectory(measured: Measured, lag: int, data: st.DataObject) -> None:
+    """Whatever happens: calls that lack the probe, zeros, NaN and infinite values."""
+    number = st.floats(-4, 4, width=16) | st.sampled_from([0.0, math.nan, math.inf])
+    probe = st.none() | st.lists(number, min_size=2, max_size=2)
+    steps = data.draw(st.lists(st.tuples(probe, st.booleans()), min_size=1, max_size=7))
+    for found, expected in follow(measured, lag, [p for p, _ in steps], [reused for _, reused in steps]):
+        if expected is not None and not math.isfinite(expected):
+            assert found is not None and not math.isfinite(found)  # which of them does not matter: neither is proof
+        else:
+            assert agree(found, expected)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+@pytest.mark.parametrize("measured", [SIMILARITY, DRIFT], ids=["similarity", "drift"])
+def test_what_is_not_finite_stays_so_until_the_site_is_computed(measured: Measured, bad: float) -> None:
+    """A drift that once was not a number is none until it begins anew; a similarity is again when the probe is."""
+    probes = [[1.0, 1.0], [bad, 1.0], [1.0, 1.0], [1.0, 1.0], [1.0, 2.0]]
+    found = [a for a, _ in follow(measured, 0, probes, [False, True, True, False, True])]
+    finite = [value is not None and math.isfinite(value) for value in found]
+    assert finite == [False, False, measured is SIMILARITY, measured is SIMILARITY, True]
+    assert found[4] == 0.5
+
+
+def test_two_sites_with_one_probe_are_measured_once() -> None:
+    """Of the same two tensors the distance is taken once, whoever asks and however often."""
+    taken: list[tuple[Tensor, Tensor]] = []
+
+    def noted(now: Tensor, before: Tensor) -> Tensor:
+        taken.append((now, before))
+        return distance(now, before)
+
+    tracked = Tracked()
+    sites = [(SIMILARITY, DRIFT), (SIMILARITY,)]
+    for number, reused in enumerate(((False, False), (True, True), (True, False))):
+        wires = [torch.zeros(1), torch.full((2,), 1.0 + number)]
+        meter = Meter(tracked, sites, wires, NUM_INPUTS, 0, noted)
+        found = [meter.read(i, m.symbol) for i, measured in enumerate(sites) for m in measured for _ in range(2)]
+        meter.close(reused)
+    assert found == [2.0, 2.0, 1.5, 1.5, 2.0, 2.0]
+    assert len(taken) == 1 + 2, "against the call before, and in the last call against the first one too"
+
+
+def test_nothing_is_measured_for_nobody() -> None:
+    """Without a lag a similarity that no guard asks for costs nothing: another rule has decided."""
+
+    def never(now: Tensor, before: Tensor) -> Tensor:
+        raise AssertionError("measured")
+
+    tracked = Tracked()
+    for _ in range(3):
+        Meter(tracked, [(SIMILARITY,)], [None, torch.ones(2)], NUM_INPUTS, 0, never).close([True])
+    assert [t.tolist() for t in tracked.tensors] == [[1, 1], [1, 1]]
+
+
+@pytest.mark.parametrize(("statistic", "lag"), [*itertools.product(("similarity", "drift"), (0, 1))])
+def test_an_input_that_the_caller_changes_in_place(statistic: str, lag: int) -> None:
+    """The caller's latent may be overwritten between two calls: what it was compared with is what it was."""
+    measured, tracked = Measured("x", statistic, 0), Tracked()
+    latent, found = torch.ones(2), []
+    for _ in range(3):
+        meter = Meter(tracked, [(measured,)], [latent, None], NUM_INPUTS, lag, distance)
+        found.append(meter.read(0, "x"))
+        meter.close([False])
+        latent += 1
+    assert found == [[None, 1.0, 0.5], [None, None, 1.0]][lag]
+
+
+def test_what_a_piece_computes_is_kept_and_not_copied() -> None:
+    """A probe that is no input is the graph's own; it is held, once for all that compare with it."""
+    tracked, probe = Tracked(), torch.ones(2)
+    Meter(tracked, [(SIMILARITY,), (DRIFT,)], [None, probe], NUM_INPUTS, 0, distance).close([False, False])
+    assert {id(t) for t in tracked.tensors} == {id(probe)}
+
+
+def test_a_symbol_that_was_never_measured() -> None:
+    """In the first call nothing is known, of any symbol."""
+    meter = Meter(Tracked(), [(SIMILARITY,)], [None, torch.ones(2)], NUM_INPUTS, 0, distance)
+    found: list[Any] = [meter.read(0, name) for name in ("similarity(self)", "drift(self)", "entropy")]
+    assert found == [None] * 3
