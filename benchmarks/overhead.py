@@ -9,72 +9,21 @@ from __future__ import annotations
 
 import argparse
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
-import sympy
 import torch
-from diffusers import DiTTransformer2DModel
-from torch._dynamo.backends.common import aot_autograd
 
 import dit_rewrite
+from benchmarks import segments
 from benchmarks.timing import Row, Spread, alternate, ratio, report, seconds
+from benchmarks.workload import ALWAYS, STEPS, Stepper, build, calls, instant
 from dit_rewrite.backend import Backend
-from dit_rewrite.compile import RewrittenModule, isolated, wrap
+from dit_rewrite.compile import isolated, wrap
 from dit_rewrite.lowering import Lowering
 from dit_rewrite.policies import FORA
-from dit_rewrite.policy import Policy, Rule
 
-STEPS, INTERVAL = 50, 3
-ALWAYS = Policy((Rule(sympy.true),), "reuse always")
-
-
-def build(device: str) -> DiTTransformer2DModel:
-    """The benchmark's denoiser; random weights, gates among them, as they are drawn."""
-    torch.manual_seed(0)
-    model = DiTTransformer2DModel(
-        num_attention_heads=6, attention_head_dim=64, in_channels=4, out_channels=4, num_layers=6, sample_size=32
-    )
-    return model.to(device).eval().requires_grad_(False)
-
-
-def calls(device: str) -> list[dict[str, Any]]:
-    """The keyword arguments of each step: one conditioning, latents that go on."""
-    labels = torch.tensor([1, 2], device=device)
-    latent = torch.randn(2, 4, 32, 32, device=device)
-    drift = torch.randn(2, 4, 32, 32, device=device) / STEPS
-    return [
-        {
-            "hidden_states": latent + step * drift,
-            "timestep": torch.tensor([999 - 20 * step] * 2, device=device),
-            "class_labels": labels,
-            "return_dict": False,
-        }
-        for step in range(STEPS)
-    ]
-
-
-class Stepper:
-    """Calls a model with the next step's inputs, in told trajectories of `steps` steps without end."""
-
-    def __init__(self, model: Any, inputs: Sequence[dict[str, Any]], steps: int = 1 << 30) -> None:
-        self.model, self.steps, self.inputs = model, steps, itertools.cycle(inputs)
-        self.context: Any = None
-        self.count = 0
-
-    def __call__(self) -> None:
-        if isinstance(self.model, RewrittenModule) and self.count % self.steps == 0:
-            self.close()
-            self.context = self.model.trajectory(self.steps)
-            self.context.__enter__()
-        self.count += 1
-        self.model(**next(self.inputs))
-
-    def close(self) -> None:
-        """Leave the trajectory."""
-        if self.context is not None:
-            self.context.__exit__(None, None, None)
-            self.context = None
+INTERVAL = 3
 
 
 def measure_steps(device: str, rounds: int) -> list[Row]:
@@ -161,23 +110,9 @@ def measure_host(device: str, rounds: int) -> list[Row]:
     """Host time that dispatch adds to a call: models whose compiled pieces return ready results at once."""
     model, inputs = build(device), calls(device)
 
-    def ready(gm: torch.fx.GraphModule, _: Sequence[Any]) -> Callable[..., list[Any]]:
-        outputs = [node.meta["val"] for node in gm.graph.output_node().args[0]]  # type: ignore[union-attr]
-        real: list[torch.Tensor] = []
-
-        def run(_: list[Any]) -> list[Any]:
-            if not real:  # at the first call: what is made while Dynamo traces is fake
-                real.extend(torch.empty(out.shape, dtype=out.dtype, device=out.device) for out in outputs)
-            return list(real)
-
-        run._boxed_call = True  # type: ignore[attr-defined]
-        return run
-
-    # AOTAutograd around it as Inductor has, so that both sides pay its wrapper where they would
-    lowered = aot_autograd(fw_compiler=ready, inference_compiler=ready)
-    plain = Stepper(isolated(model, lowered), inputs)
-    told = Stepper(dit_rewrite.compile(model, FORA(INTERVAL), backend=lowered), inputs, STEPS)
-    untold = dit_rewrite.compile(model, FORA(INTERVAL), backend=lowered)
+    plain = Stepper(isolated(model, instant), inputs)
+    told = Stepper(dit_rewrite.compile(model, FORA(INTERVAL), backend=instant), inputs, STEPS)
+    untold = dit_rewrite.compile(model, FORA(INTERVAL), backend=instant)
     each = itertools.cycle(inputs)
     runs: dict[str, Callable[[], object]] = {"plain": plain, "told": told, "watched": lambda: untold(**next(each))}
     for run in runs.values():
@@ -205,6 +140,7 @@ def main() -> None:
         rows += measure_trajectory(arguments.device, max(arguments.rounds // 8, 3))
         rows += measure_host(arguments.device, arguments.rounds)
         rows += measure_compile(arguments.device, arguments.compiles)
+    rows += segments.measure_all(arguments.device, arguments.rounds, arguments.compiles)
     model = "DiTTransformer2DModel, 6 layers, width 384, 2 x 256 tokens, float32, random weights"
     report("overhead", rows, {"model": model})
 

@@ -12,8 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.table import Table
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -94,13 +92,34 @@ class Row:
 
 def report(name: str, rows: list[Row], details: Mapping[str, Any]) -> None:
     """Print the table and write ``results/<name>.json``."""
-    table = Table(title=name)
-    for column in ("measured", "median", "quartiles", "bound", "held"):
-        table.add_column(column)
-    for row in rows:
-        spread = f"{row.value.low:.4g} … {row.value.high:.4g}"
-        table.add_row(row.what, f"{row.value.median:.4g} {row.unit}", spread, row.bound, "yes" if row.held else "NO")
-    Console(width=120).print(table)
+    show(name, rows)
     RESULTS.mkdir(exist_ok=True)
     content = {"machine": machine(), "rows": [asdict(row) for row in rows], **details}
     (RESULTS / f"{name}.json").write_text(json.dumps(content, indent=2) + "\n")
+
+
+def show(title: str, rows: list[Row]) -> None:
+    """Print the table, by rich where it is installed."""
+    header = ("measured", "median", "quartiles", "bound", "held")
+    lines = [_cells(row) for row in rows]
+    try:
+        from rich.console import Console
+        from rich.table import Table
+    except ImportError:
+        print("\n".join(_columns([header, *lines], title)))
+        return
+    table = Table(*header, title=title)
+    for line in lines:
+        table.add_row(*line)
+    Console(width=120).print(table)
+
+
+def _cells(row: Row) -> tuple[str, ...]:
+    spread = f"{row.value.low:.4g} … {row.value.high:.4g}"
+    return row.what, f"{row.value.median:.4g} {row.unit}", spread, row.bound, "yes" if row.held else "NO"
+
+
+def _columns(lines: list[tuple[str, ...]], title: str) -> list[str]:
+    """The cells in columns, without any package."""
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return [title] + ["  ".join(map(str.ljust, line, widths)).rstrip() for line in lines]

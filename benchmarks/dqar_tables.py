@@ -1,0 +1,187 @@
+"""DQAR's reuse ratios beside ours: python -m benchmarks.dqar_tables
+
+The reuse ratio is the share of (step, layer) pairs at which an attention is reused, here of 28 layers and 50 steps
+(tables 3, 4, 10 and 11 of the paper). It follows from the schedule alone: no model runs. Columns:
+
+- paper: as printed.
+- equation 2: what the policy `DQAR` decides, by the same decision machine that runs models.
+- cap first: the reading that gives the paper's figures, in floating point. It rounds the number of layers that may
+  reuse down before it is multiplied: floor((p - w) / (1 - w) * floor(l L)), where equation 2 rounds once.
+- cap first, exact: the same in fractions. Where it is above, a product that is whole was rounded to below it.
+
+Signal-to-noise ratios are those of DDIM with the linear betas that DiT was trained with, at diffusers' "leading"
+timesteps. Table 11 also has entropy thresholds, which the paper finds to change nothing; they are left out.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from fractions import Fraction
+from typing import Any
+
+from diffusers import DDIMScheduler
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.timing import RESULTS
+from dit_rewrite.passes.site import Kind, Site
+from dit_rewrite.policies import DQAR
+from dit_rewrite.policy import Policy
+from dit_rewrite.runtime.decide import Moment, SiteSpec, decide
+from dit_rewrite.runtime.noise import noise_levels
+
+LAYERS, STEPS = 28, 50
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A row of one of the paper's tables; numbers as text, so that they are exact. ``ratio`` is in percent."""
+
+    table: int
+    warmup: str
+    fraction: str
+    snr: str | None
+    ratio: str
+
+
+SETTINGS = (
+    Setting(3, "0.1", "0.33", None, "12.9"),
+    Setting(3, "0.2", "0.33", None, "11.6"),
+    Setting(3, "0.3", "0.33", None, "10.1"),
+    Setting(3, "0.4", "0.33", None, "8.8"),
+    Setting(3, "0.5", "0.33", None, "7.4"),
+    Setting(3, "0.6", "0.33", None, "6.0"),
+    Setting(4, "0.2", "0.33", None, "11.6"),
+    Setting(4, "0.2", "0.5", None, "18.7"),
+    Setting(4, "0.2", "0.66", None, "24.5"),
+    Setting(4, "0.2", "0.75", None, "28.7"),
+    Setting(4, "0.2", "1.0", None, "38.7"),
+    Setting(10, "0.4", "0.33", None, "8.79"),
+    Setting(10, "0.4", "0.33", "0.1", "8.64"),
+    Setting(10, "0.4", "0.33", "0.5", "7.43"),
+    Setting(11, "0.4", "0.33", "0.04", "8.79"),
+    Setting(11, "0.4", "0.33", "0.36", "7.64"),
+    Setting(11, "0.4", "0.33", "0.75", "6.86"),
+    Setting(11, "0.4", "0.33", "1.20", "6.21"),
+    Setting(11, "0.4", "0.33", "1.66", "5.50"),
+    Setting(11, "0.4", "0.33", "1.93", "5.14"),
+)
+
+
+def ddim(spacing: str = "leading", offset: int = 0) -> DDIMScheduler:
+    """The scheduler of DiT-XL/2: betas from 1e-4 to 0.02 over 1000 training steps, 50 of which are taken."""
+    scheduler = DDIMScheduler(
+        num_train_timesteps=1000, beta_start=1e-4, beta_end=0.02, beta_schedule="linear",
+        timestep_spacing=spacing, steps_offset=offset,
+    )  # fmt: skip
+    scheduler.set_timesteps(STEPS)
+    return scheduler
+
+
+def snr_by_step(scheduler: Any) -> tuple[float, ...]:
+    """The signal-to-noise ratio at each step, as the runtime reads it."""
+    levels = noise_levels(scheduler)
+    if levels is None:
+        raise ValueError("the scheduler does not say its noise")
+    return levels.snrs
+
+
+def decided(setting: Setting, snrs: Sequence[float]) -> int:
+    """How many of all (step, layer) pairs the policy reuses: 28 attentions, decided step by step."""
+    threshold = None if setting.snr is None else float(setting.snr)
+    policy = DQAR(float(setting.warmup), float(setting.fraction), threshold)
+    specs = [_spec(policy, layer) for layer in range(LAYERS)]
+    computed_at, streak = [0] * LAYERS, [0] * LAYERS
+    reused = 0
+    for step, snr in enumerate(snrs):
+        row = decide(specs, Moment(step, STEPS, snr=snr), computed_at, streak, [step > 0] * LAYERS).row
+        computed_at = [at if reuse else step for at, reuse in zip(computed_at, row, strict=True)]
+        streak = [count + 1 if reuse else 0 for count, reuse in zip(streak, row, strict=True)]
+        reused += sum(row)
+    return reused
+
+
+def _spec(policy: Policy, layer: int) -> SiteSpec:
+    """The self-attention of a layer as dispatch would know it; what a policy does not read is left out."""
+    name = f"blocks.{layer}"
+    site = Site(f"{name}.attn", Kind.SELF, ("attn",), (), name, layer)
+    rules = policy.for_site(site, {"layer": layer, "num_layers": LAYERS})
+    return SiteSpec(site.name, site.kind, layer, None, rules.chooser())
+
+
+def cap_first(setting: Setting, snrs: Sequence[float], number: Callable[[str], Any] = float) -> int:
+    """The same count by the other reading, in the arithmetic of `number`."""
+    warmup = number(setting.warmup)
+    cap = int(number(setting.fraction) * LAYERS)
+    reused = 0
+    for step, snr in enumerate(snrs):
+        progress = number(str(step)) / (STEPS - 1)
+        if progress >= warmup and (setting.snr is None or snr > float(setting.snr)):
+            reused += int((progress - warmup) / (1 - warmup) * cap)
+    return reused
+
+
+@dataclass(frozen=True)
+class Result:
+    """Reused pairs of the 1400, by each way of counting."""
+
+    setting: Setting
+    ours: int
+    cap_first: int
+    cap_first_exact: int
+
+    @property
+    def as_printed(self) -> bool:
+        """Whether the paper's figure is that of `cap_first`, to the printed digit."""
+        return printed(self.cap_first, self.setting) == self.setting.ratio
+
+
+def percent(reused: int) -> float:
+    """The reuse ratio in percent."""
+    return 100 * reused / (LAYERS * STEPS)
+
+
+def printed(reused: int, setting: Setting) -> str:
+    """The ratio in as many digits as the paper gives."""
+    digits = len(setting.ratio.partition(".")[2])
+    return f"{percent(reused):.{digits}f}"
+
+
+def results() -> list[Result]:
+    """All rows."""
+    snrs = snr_by_step(ddim())
+    return [Result(s, decided(s, snrs), cap_first(s, snrs), cap_first(s, snrs, Fraction)) for s in SETTINGS]
+
+
+def report(rows: Sequence[Result]) -> None:
+    """Print the table and write ``results/dqar_tables.json``."""
+    table = Table(title=f"DQAR: reuse ratio in percent, {LAYERS} layers, {STEPS} steps")
+    for column in ("table", "warmup", "layers", "SNR >", "paper", "equation 2", "cap first", "= paper", "… exact"):
+        table.add_column(column)
+    for row in rows:
+        s = row.setting
+        ours, cap, exact = (f"{percent(count):.2f}" for count in (row.ours, row.cap_first, row.cap_first_exact))
+        same = "yes" if row.as_printed else "NO"
+        table.add_row(str(s.table), s.warmup, s.fraction, s.snr or "-", s.ratio, ours, cap, same, exact)
+    Console(width=120).print(table)
+    RESULTS.mkdir(exist_ok=True)
+    (RESULTS / "dqar_tables.json").write_text(json.dumps(as_json(rows), indent=2) + "\n")
+
+
+def as_json(rows: Sequence[Result]) -> dict[str, Any]:
+    """What is written; counts are of reused (step, layer) pairs."""
+    return {
+        "layers": LAYERS,
+        "steps": STEPS,
+        "rows": [{**asdict(row), "as_printed": row.as_printed} for row in rows],
+    }
+
+
+def main() -> None:
+    report(results())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,149 @@
+"""The rows of benchmarks/overhead.py about segments, measured decisions and packed caches."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from typing import Any
+
+import sympy
+import torch
+
+import dit_rewrite
+from benchmarks.timing import Row, Spread, alternate, ratio, seconds
+from benchmarks.workload import ALWAYS, STEPS, Stepper, build, calls, instant
+from dit_rewrite.backend import Backend
+from dit_rewrite.compile import RewrittenModule, isolated, wrap
+from dit_rewrite.guards import step
+from dit_rewrite.lowering import Lowering
+from dit_rewrite.policies import FORA, FirstBlockCache
+from dit_rewrite.policy import Policy, Rule
+from dit_rewrite.strategy import Reuse
+from dit_rewrite.where import Where
+
+DEEP = 28
+THRESHOLD = 0.15  # of the first block's change, at which about half of the steps reuse
+BEHIND_THE_FIRST = Where(span="stack", layers=(1, None))
+
+
+def measure_segment_steps(device: str, rounds: int) -> list[Row]:
+    """Segments at reuse 0 against plain torch.compile, and at full reuse against variants."""
+    model, inputs = build(device), calls(device)
+    segments = Lowering(form="segments")
+    plain = isolated(model, "inductor")
+    runs = {
+        "plain": Stepper(plain, inputs),
+        "segments": Stepper(wrap(model, Backend(model, ALWAYS, segments, force=True)), inputs),
+        "reusing variant": Stepper(dit_rewrite.compile(model, ALWAYS), inputs),
+        "reusing segments": Stepper(dit_rewrite.compile(model, ALWAYS, lowering="segments"), inputs),
+    }
+    for run in runs.values():
+        for _ in range(5):
+            run()
+    samples = alternate(runs, rounds)
+    for run in runs.values():
+        run.close()
+    computing, reusing = ratio(samples, "segments", "plain"), ratio(samples, "reusing segments", "reusing variant")
+    return [
+        Row("segments at reuse 0 / plain", computing, "", "<= 1.03", computing.median <= 1.03),
+        Row("reusing step, segments / variant", reusing, "", "", True),
+    ]
+
+
+def measure_segment_compile(device: str, rounds: int) -> list[Row]:
+    """Seconds of the first call of a deep DiT by segments, FORA's reusing pieces included, Inductor's caches off."""
+    model, (first, *_) = build(device, DEEP), calls(device)
+
+    def cold(make: Callable[[], Any]) -> Callable[[], None]:
+        def run() -> None:
+            torch._dynamo.reset()
+            make()(**first)
+
+        return run
+
+    runs = {
+        "plain": cold(lambda: isolated(model, "inductor")),
+        "segments": cold(lambda: dit_rewrite.compile(model, FORA(3), lowering="segments")),
+    }
+    with torch._inductor.config.patch(force_disable_caches=True):
+        samples = alternate(runs, rounds)
+    found = ratio(samples, "segments", "plain")
+    return [
+        Row(f"plain torch.compile, first call, {DEEP} blocks", Spread.of(samples["plain"]), "s", "", True),
+        Row(f"FORA(3) by segments / plain, first call, {DEEP} blocks", found, "", "<= 0.5", found.median <= 0.5),
+    ]
+
+
+def measure_first_block(device: str, rounds: int) -> list[Row]:
+    """FirstBlockCache, which decides in the middle of each call, against a plan of the same decisions."""
+    model, inputs = build(device), calls(device)
+    measured = dit_rewrite.compile(model, FirstBlockCache(THRESHOLD))
+    trajectory(measured, inputs)
+    reused = [d.step for d in measured.stats().decisions if "reuse" in d.strategies.values()]
+    when = sympy.Or(*(sympy.Eq(step, s) for s in reused))
+    plan = dit_rewrite.compile(model, Policy((Rule(when, Reuse(), BEHIND_THE_FIRST),), "plan"))
+    trajectory(plan, inputs)
+    runs = {"measured": lambda: trajectory(measured, inputs), "plan": lambda: trajectory(plan, inputs)}
+    found = ratio(alternate(runs, rounds), "measured", "plan")
+    share = f"{len(reused)} of {STEPS} steps reused"
+    return [Row(f"FirstBlockCache / the same decisions as a plan, {share}", found, "", "", True)]
+
+
+def trajectory(model: RewrittenModule, inputs: list[dict[str, Any]]) -> None:
+    """One told trajectory."""
+    with model.trajectory(num_steps=len(inputs)):
+        for kwargs in inputs:
+            model(**kwargs)
+
+
+def measure_segment_host(device: str, rounds: int) -> list[Row]:
+    """Host time of a segment: the same graph in segments and whole, with code that returns ready results at once."""
+    model, inputs = build(device), calls(device)
+    policy = FORA(3)
+    whole = dit_rewrite.compile(model, policy, backend=instant)
+    cut = dit_rewrite.compile(model, policy, backend=instant, lowering="segments")
+    runs = {"whole": Stepper(whole, inputs, STEPS), "cut": Stepper(cut, inputs, STEPS)}
+    for run in runs.values():
+        run()
+    pieces = cut._backend.rewritten[0].layout.segments.count
+    samples = alternate(runs, rounds * 25)
+    for run in runs.values():
+        run.close()
+    pairs = zip(samples["cut"], samples["whole"], strict=True)
+    added = Spread.of([(a - b) / (pieces - 1) * 1e6 for a, b in pairs])
+    return [Row(f"host time of a further segment ({pieces} in all)", added, "µs", "", True)]
+
+
+def measure_stores(device: str) -> list[Row]:
+    """Bytes that the slots hold after a step in bfloat16, packed and as they are."""
+    inputs = [{k: _half(v) for k, v in kwargs.items()} for kwargs in itertools.islice(calls(device), 1)]
+    model = build(device).bfloat16()
+    held = {}
+    for store in (None, "int8", "fp8"):
+        policy = Policy((Rule(sympy.true, Reuse(store)),), f"store {store}")
+        rewritten = dit_rewrite.compile(model, policy, backend="aot_eager")
+        with rewritten.trajectory(num_steps=2):
+            rewritten(**inputs[0])
+            held[store] = rewritten.stats().cache_bytes
+    rows = []
+    for store in ("int8", "fp8"):
+        share = held[store] / held[None]
+        rows.append(Row(f"cached bytes, {store} / bf16", Spread(share, share, share, 1), "", "<= 0.53", share <= 0.53))
+    return rows
+
+
+def _half(value: Any) -> Any:
+    return value.bfloat16() if isinstance(value, torch.Tensor) and value.is_floating_point() else value
+
+
+def measure_all(device: str, rounds: int, compiles: int) -> list[Row]:
+    """All rows of this file."""
+    with torch.no_grad():
+        seconds(lambda: None)
+        return [
+            *measure_segment_steps(device, rounds),
+            *measure_first_block(device, max(rounds // 8, 3)),
+            *measure_segment_host(device, rounds),
+            *measure_stores(device),
+            *measure_segment_compile(device, compiles),
+        ]
