@@ -9,12 +9,13 @@ VERIFY_MODEL ?= examples.ci.shapes_dit:build
 VERIFY_POLICY ?= fora:interval=3
 
 .DELETE_ON_ERROR:
-.PHONY: help install demo test test-full lint format types verify wheel clean
+.PHONY: help install demo test test-full gpu lint format types verify wheel clean
 
 help:
 	@echo "make demo       sample images with and without caching; table, pictures and graphs in demo/"
 	@echo "make test       the tests, without the slow ones"
 	@echo "make test-full  all tests"
+	@echo "make gpu        on a machine with an NVIDIA GPU: the checks that need one, and the kernels' benchmark"
 	@echo "make lint       ruff: rules and format (make format repairs)"
 	@echo "make types      mypy on an installed copy of the package"
 	@echo "make verify     prove the rewrite of the bundled denoiser; graphs and diffs in build/verify/"
@@ -35,6 +36,21 @@ test: $(INSTALLED)
 
 test-full: $(INSTALLED)
 	$(BIN)/python -m pytest -q
+
+# For a machine that has torch, Triton, setuptools and perhaps pytest, and may reach no package index: into the Python
+# that is there, without dependencies, and editable, as the tests and the benchmark run from this folder. A failing test
+# does not keep the benchmark from running, which checks results too. With pytest-xdist, PYTEST_FLAGS="-n 8" compiles the
+# tests' kernels on more cores.
+PIP_INSTALL := $(PYTHON) -m pip install --quiet --disable-pip-version-check --no-deps
+gpu:
+	$(PIP_INSTALL) --no-build-isolation -e . || $(PIP_INSTALL) -e .
+	@tests=0; \
+	if $(PYTHON) -c "import pytest, hypothesis" 2>/dev/null; then \
+		CUBLAS_WORKSPACE_CONFIG=:4096:8 $(PYTHON) -m pytest -q -m cuda $(PYTEST_FLAGS) tests/kernels || tests=$$?; \
+	else \
+		echo "without pytest and hypothesis the tests are left out"; \
+	fi; \
+	$(PYTHON) -m benchmarks.attention --device cuda && exit $$tests
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
