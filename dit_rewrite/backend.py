@@ -16,16 +16,17 @@ from dit_rewrite.layout import Layout
 from dit_rewrite.lowering import Lowering
 from dit_rewrite.passes import cost
 from dit_rewrite.passes.capture import Captured, capture
-from dit_rewrite.passes.guard import Guarded, GuardedGraph, guard
+from dit_rewrite.passes.guard import guard
+from dit_rewrite.passes.guarded import Guarded, GuardedGraph
 from dit_rewrite.passes.guards import MEASURED
 from dit_rewrite.passes.segments import whole
-from dit_rewrite.passes.site import Found
+from dit_rewrite.passes.site import Found, Part
 from dit_rewrite.passes.sites import find_sites
 from dit_rewrite.passes.specialise import Row, Variant, prologue, specialise
 from dit_rewrite.passes.structure import structure
 from dit_rewrite.placing import Placed, place
 from dit_rewrite.policy import Policy, SiteRules, forced
-from dit_rewrite.runtime.decide import Choose, SiteSpec
+from dit_rewrite.runtime.decide import NO_SLOT, Choose, SiteSpec
 from dit_rewrite.runtime.dispatch import Executable, Graph
 from dit_rewrite.runtime.session import Session
 from dit_rewrite.runtime.stats import Stats
@@ -126,9 +127,7 @@ class Backend:
         found = find_sites(captured.gm, captured.static, captured.steady if self.hoist else None)
         is_whole = self._is_whole(captured)
         placed = place(captured, found, self.policy, is_whole, self.hoist)
-        labels = [
-            Guarded(i, placed.rules[i].guard, placed.rules[i].strategy, placed.rules[i].store) for i in placed.reached
-        ]
+        labels = placed.labels
         hoisted = placed.found.hoisted is not None
         moved = [Guarded(len(placed.found.sites), "conditioning unchanged", "hoist")] if hoisted else []
         guarded = guard(placed.gm, placed.found.all, [*labels, *moved])
@@ -186,7 +185,14 @@ class Backend:
         if not self.force:
             choose = rules.chooser()
         entropy = None if site.entropy is None else guarded.held[index] - 1
-        return SiteSpec(site.name, site.kind, site.layer, guarded.parents[index], choose, (), entropy)
+        parent, reads, serves = guarded.parents[index], None, None
+        if site.part is Part.CORE:
+            reads = guarded.parents.index(index)
+        elif site.part is Part.GUIDANCE:
+            reads = NO_SLOT
+        elif site.part is Part.HELD and not self.force:
+            serves = parent
+        return SiteSpec(site.name, site.kind, site.layer, parent, choose, (), entropy, reads, serves, rules.foreseen)
 
     def _compile_prologue(self, rewritten: Rewritten) -> Executable:
         """The piece that computes what is hoisted, and nothing else."""

@@ -17,11 +17,20 @@ from torch._dynamo.exc import BackendCompilerFailed
 from torch.utils._pytree import tree_leaves
 
 from dit_rewrite.backend import Backend
-from dit_rewrite.errors import DitRewriteError, GradientsNeeded, NoiseUnknown, NoSites, NotCaptured, Reason
+from dit_rewrite.errors import (
+    DitRewriteError,
+    GradientsNeeded,
+    NoiseUnknown,
+    NoSites,
+    NotCaptured,
+    PlanMismatch,
+    Reason,
+)
 from dit_rewrite.lowering import Backend as LoweringBackend
 from dit_rewrite.lowering import Lowering
 from dit_rewrite.passes.capture import one_graph
 from dit_rewrite.passes.guards import NOISE
+from dit_rewrite.plan import fingerprint
 from dit_rewrite.policy import Policy
 from dit_rewrite.report import Dump, Report
 from dit_rewrite.runtime.inputs import Reader
@@ -95,6 +104,10 @@ class RewrittenModule(OptimizedModule):
         session, policy = self._backend.session, self._backend.policy
         if scheduler is None and "snr" in policy.mentions:
             raise NoiseUnknown(policy, scheduler)
+        if policy.made_for is not None and num_steps not in (None, policy.made_for.steps):
+            raise PlanMismatch(
+                f"{policy} was made for {policy.made_for.steps} steps, not {num_steps}.", "Search again."
+            )
         session.tell(Told(num_steps, scheduler, noise=bool(policy.mentions & NOISE)))
         try:
             yield
@@ -162,6 +175,8 @@ def compile(
 
     The model is compiled at its first call, for inference only. Raises BadParameter for arguments that do not fit.
     """
+    if policy.made_for is not None and fingerprint(model) != policy.made_for.model:
+        raise PlanMismatch(f"{policy} was made for another model.", "Search a plan for this one, in its dtype.")
     lower = Lowering.of(backend, mode, options, lowering, max_variants)
     observe = Dump(Path(dump)).write if dump is not None else None
     return wrap(model, Backend(model, policy, lower, observe=observe, hoist=hoist), fullgraph, dynamic)

@@ -22,6 +22,13 @@ class Reason(str, Enum):
     NO_COUNTERPART = "the stream behind the span has no counterpart of its shape before it"
     SPAN_IN_PART = "the graph is a part of the model, so that its layers are not known"
     NO_KEYS = "no attention op with keys and values of its own"
+    NO_CORE = "no attention op: what it does instead is defined for softmax attention alone"
+    CAUSAL = "its attention is causal, or shares keys among heads"
+    OTHER_TOKENS = "its queries and keys are not the same tokens, so that they have no window"
+    HEAD_SIZE = "blockwise attention takes heads of 16 to 256 channels, in 16 or 32 bits"
+    MOVING_KEYS = "its keys change from step to step, and the paper's bound does not know that: use bound='sound'"
+    MIXES_SAMPLES = "its samples cannot be told apart, so that no half of the batch can be computed alone"
+    ODD_BATCH = "the batch has no two halves"
     NO_PROBE = "the graph has no such probe"
     PROBE_WITHIN = "its probe is computed after its own value: give the policy lag=1"
     # a site that costs nothing at run time
@@ -34,6 +41,8 @@ class Reason(str, Enum):
     RULE = "a rule applies"
     COVERED = "an enclosing site is reused"
     FORCED = "every decision is forced to compute"
+    WILL_BE_READ = "a later step reads what it fills the slot with"
+    UNREAD = "nothing reads its slot before it is filled again"
     # misses: a rule wanted to reuse, and there was no value that fits
     EMPTY = "nothing was computed yet in this trajectory"
     CHANGED_INPUT = "shape, dtype or device of an input changed"
@@ -114,7 +123,7 @@ class NeedsSegments(PolicyError):
 
 
 class TwoStores(PolicyError):
-    def __init__(self, site: str, stores: Iterable[str | None]) -> None:
+    def __init__(self, site: str, stores: Iterable[object]) -> None:
         super().__init__(
             f"The rules for {site} ask for {' and '.join(sorted(map(repr, stores)))} in one slot. "
             f"Give all strategies that reuse it one store."
@@ -255,3 +264,16 @@ class BadPolicyText(PolicyError):
 class UnknownVersion(BadPolicyText):
     def __init__(self, version: object, known: int) -> None:
         super().__init__("its version", f"is {version!r:.100}, and this dit_rewrite reads version {known}")
+
+
+class BadPlan(DitRewriteError, ValueError):
+    def __init__(self, path: object, problem: str) -> None:
+        super().__init__(
+            f"{path} cannot be used as a plan: {problem[:300]}. Give a file that Plan.save or an unfinished search has "
+            f"written, or delete it and search again."
+        )
+
+
+class PlanMismatch(DitRewriteError, ValueError):
+    def __init__(self, problem: str, todo: str) -> None:
+        super().__init__(f"{problem} {todo}")

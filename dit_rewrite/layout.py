@@ -10,7 +10,7 @@ from torch import fx
 
 from dit_rewrite.errors import NeedsSegments, Reason
 from dit_rewrite.lowering import Lowering
-from dit_rewrite.passes.guard import GuardedGraph
+from dit_rewrite.passes.guarded import GuardedGraph
 from dit_rewrite.passes.guards import PROBED
 from dit_rewrite.passes.segments import Segments, cut, relevant, whole
 from dit_rewrite.passes.site import Kind, Site

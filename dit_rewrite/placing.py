@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -10,8 +10,11 @@ from torch import fx
 
 import dit_rewrite.kernels.attention_entropy  # noqa: F401  # registers the op
 from dit_rewrite.errors import Reason
+from dit_rewrite.forms import Form, Forms
 from dit_rewrite.passes.branches import Refusal
 from dit_rewrite.passes.capture import Captured
+from dit_rewrite.passes.cores import find_cores, find_shared
+from dit_rewrite.passes.guarded import Guarded
 from dit_rewrite.passes.guards import ENTROPY, MEASURED, PROBED, Value
 from dit_rewrite.passes.parts import Probes, add_entropy, copied, find_keys
 from dit_rewrite.passes.site import Found, Part, Site, close
@@ -23,17 +26,23 @@ from dit_rewrite.policy import Policy, SiteRules
 class Placed:
     """The graph with what guards measure in it, all its sites, and the rules of each of them.
 
-    ``gm`` is the captured graph itself where the policy asks for nothing but branches.
+    ``gm`` is the captured graph itself where the policy asks for nothing but branches. ``forms`` are what slots hold.
     """
 
     gm: fx.GraphModule
     found: Found
     rules: tuple[SiteRules, ...]
+    forms: Mapping[int, Form]
 
     @property
     def reached(self) -> tuple[int, ...]:
         """The indices of the sites that are guarded."""
         return tuple(i for i, rules in enumerate(self.rules) if rules.reachable)
+
+    @property
+    def labels(self) -> list[Guarded]:
+        """The guarded sites as pass 03 takes them."""
+        return [Guarded(i, self.rules[i].guard, self.rules[i].strategy, *self.forms[i]) for i in self.reached]
 
 
 def place(captured: Captured, found: Found, policy: Policy, whole: bool, hoist: bool) -> Placed:
@@ -42,12 +51,19 @@ def place(captured: Captured, found: Found, policy: Policy, whole: bool, hoist: 
     Raises LayersOutside, OverlappingSpans, TwoStores.
     """
     spans = policy.spans(found.num_layers, whole) if found.sites else {}
-    gm = copied(captured.gm) if _adds(policy, spans.values()) else captured.gm
+    asked = frozenset[Part]().union(*(rule.parts for rule in policy.rules))
+    adds = asked - {Part.BRANCH, Part.SPAN} or any(spans.values()) or policy.mentions & MEASURED
+    gm = copied(captured.gm) if adds else captured.gm
     sites, refused = list(found.sites), list(found.refused)
-    if any(rule.part is Part.KV for rule in policy.rules):
-        steady = captured.static | captured.steady if hoist else captured.static
+    steady = captured.static | captured.steady if hoist else captured.static
+    if Part.KV in asked:
         keys, without = find_keys(gm, found.sites, steady)
         sites, refused = [*sites, *keys], [*refused, *without]
+    if Part.CORE in asked:
+        inner, without = find_cores(gm, found.sites)
+        sites, refused = [*sites, *inner], [*refused, *without]
+    if Part.GUIDANCE in asked:
+        sites += find_shared(found.sites)
     if any(spans.values()):
         wanted = {span for each in spans.values() for span in each}
         lengthened, without = find_spans(Stream(gm.graph, found), wanted)
@@ -56,7 +72,8 @@ def place(captured: Captured, found: Found, policy: Policy, whole: bool, hoist: 
         partial = [w for w in dict.fromkeys(rule.where for rule in policy.rules) if w.span and w not in spans]
         refused += [Refusal("", f"{where.span} of layers", Reason.SPAN_IN_PART) for where in partial]
     rules = [policy.for_site(site, known(found, site.layer, whole), spans) for site in sites]
-    sites, rules, without = _Measuring(gm, found, captured.static, policy.lag).add(sites, rules)
+    measuring = _Measuring(gm, found, captured.static, policy.lag)
+    sites, rules, without = measuring.add(sites, rules)
     if gm is not captured.gm:
         closed = close(gm.graph, [*sites, *([found.hoisted] if found.hoisted is not None else [])])
         sites, moved = list(closed[: len(sites)]), closed[len(sites) :]
@@ -65,14 +82,20 @@ def place(captured: Captured, found: Found, policy: Policy, whole: bool, hoist: 
         if rules[i].reachable:
             without.append(Refusal(sites[i].values[0], sites[i].name, Reason.PROBE_WITHIN))
             rules[i] = SiteRules(())
+    for i, site in enumerate(sites):
+        if site.part is Part.HELD:  # it goes with its core, which stands before it
+            rules[i] = rules[i - 1]
+    forms = {}
+    known_forms = Forms(captured, measuring.probes, steady)
+    for i, site in enumerate(sites):
+        form = known_forms.of(site, rules[i]) if rules[i].reachable else Reason.UNREACHED
+        if not isinstance(form, Reason):
+            forms[i] = form
+        elif rules[i].reachable:
+            rules[i] = SiteRules(())
+            without += [Refusal(site.values[0], site.name, form)] if site.part is not Part.HELD else []
     found = replace(found, sites=tuple(sites), refused=(*refused, *without))
-    return Placed(gm, found, tuple(rules))
-
-
-def _adds(policy: Policy, spans: Iterable[object]) -> bool:
-    """Whether the policy asks for more than branches."""
-    kv = any(rule.part is Part.KV for rule in policy.rules)
-    return kv or any(spans) or bool(policy.mentions & MEASURED)
+    return Placed(gm, found, tuple(rules), forms)
 
 
 def known(found: Found, layer: int, whole: bool) -> dict[str, Value]:
@@ -93,7 +116,7 @@ class _Measuring:
         refused: list[Refusal] = []
         measuring: list[Site] = []
         for site, site_rules in zip(sites, rules, strict=True):
-            if site_rules.reachable:
+            if site_rules.reachable and site.part is not Part.HELD:
                 site, reasons = self._measure(site, site_rules)
                 refused += [Refusal(site.values[0], site.name, reason) for reason in reasons]
             measuring.append(site)

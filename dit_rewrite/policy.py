@@ -21,7 +21,7 @@ from dit_rewrite.passes.guards import Predicate, Value, is_known
 from dit_rewrite.passes.notation import show
 from dit_rewrite.passes.sites import Part, Site
 from dit_rewrite.runtime.decide import Choose, Moment, Read
-from dit_rewrite.strategy import Compute, Reuse, ReuseKV, Strategy, part
+from dit_rewrite.strategy import Compute, Core, Reuse, ShareGuidance, Strategy, parts
 from dit_rewrite.where import Where
 
 
@@ -29,12 +29,13 @@ from dit_rewrite.where import Where
 class Rule:
     """Where `when` is proven, the sites of `where` do `do`. `when` is a Boolean over the symbols of `guards`.
 
+    `do` may be two strategies for two parts of a place: (WindowResidual(), ShareGuidance("first")).
     `max_streak` is short for ``& (streak < max_streak)``: so many reuses in a row, then one step computes.
     Raises UnknownSymbol or NotBoolean for a guard that has no meaning, BadParameter for a strategy that does not fit.
     """
 
     when: Boolean
-    do: Strategy = field(default_factory=Reuse)
+    do: Strategy | tuple[Strategy, ...] = field(default_factory=Reuse)
     where: Where = field(default_factory=Where)
     max_streak: InitVar[int | None] = None
 
@@ -43,16 +44,26 @@ class Rule:
         if max_streak is not None:
             _whole("Rule", "max_streak", max_streak, 1)
             when &= guards.streak < max_streak
-        if not isinstance(self.do, Strategy):
-            raise BadParameter("Rule", "do", self.do, "Compute(), Reuse() or ReuseKV()")
-        if isinstance(self.do, ReuseKV) and self.where.span is not None:
-            raise BadParameter("Rule", "do", self.do, "Reuse() where the place is a span: it has no keys and values")
+        known = all(isinstance(do, Strategy) for do in self.strategies)
+        if not known or sum(len(parts(do, False)) for do in self.strategies) != len(self.parts):
+            raise BadParameter("Rule", "do", self.do, "a strategy of dit_rewrite.strategy, or two for different parts")
+        if self.where.span is not None and not all(isinstance(do, Compute | Reuse) for do in self.strategies):
+            raise BadParameter("Rule", "do", self.do, "Reuse() where the place is a span: it is no attention")
         object.__setattr__(self, "when", when)
 
     @property
-    def part(self) -> Part | None:
-        """The part of a place that it replaces; None: it computes."""
-        return part(self.do, self.where.span is not None)
+    def strategies(self) -> tuple[Strategy, ...]:
+        return self.do if isinstance(self.do, tuple) else (self.do,)
+
+    @property
+    def parts(self) -> frozenset[Part]:
+        """The parts of a place that it replaces; none: it computes."""
+        return frozenset[Part]().union(*(parts(do, self.where.span is not None) for do in self.strategies))
+
+    def strategy(self, part: Part) -> Strategy:
+        """What it does to a part of a place."""
+        span = self.where.span is not None
+        return next((do for do in self.strategies if part in parts(do, span)), Compute())
 
 
 def _whole(where: str, name: str, value: object, least: int) -> None:
@@ -61,17 +72,26 @@ def _whole(where: str, name: str, value: object, least: int) -> None:
 
 
 @dataclass(frozen=True)
+class MadeFor:
+    """What a policy that was searched is good for: a model, by `plan.fingerprint`, and a number of steps."""
+
+    model: str
+    steps: int
+
+
+@dataclass(frozen=True)
 class Policy:
     """An ordered list of rules, and a name for reports.
 
     `lag`: 0 reads a measurement of this very call, which waits for the device and needs the graph in segments; 1 reads
     the last call's. `warmup` and `cooldown` are steps at the start and at the end that compute, short for
-    ``& (step >= warmup)`` and ``& (step < num_steps - cooldown)`` in every rule.
+    ``& (step >= warmup)`` and ``& (step < num_steps - cooldown)`` in every rule. `made_for`: it is refused elsewhere.
     """
 
     rules: tuple[Rule, ...] = ()
     name: str = "policy"
     lag: int = 0
+    made_for: MadeFor | None = None
     warmup: InitVar[int] = 0
     cooldown: InitVar[int] = 0
 
@@ -81,7 +101,7 @@ class Policy:
         if self.lag not in (0, 1):
             raise BadParameter("Policy", "lag", self.lag, "0 or 1")
         between = (guards.step >= warmup) & ((guards.step < guards.num_steps - cooldown) if cooldown else sympy.true)
-        rules = (r if isinstance(r.do, Compute) else replace(r, when=r.when & between) for r in self.rules)
+        rules = (replace(r, when=r.when & between) if r.parts else r for r in self.rules)
         object.__setattr__(self, "rules", tuple(rules))
 
     def __str__(self) -> str:
@@ -128,12 +148,13 @@ class Policy:
             placed = sympy.true if site.part is Part.SPAN else rule.where.guard  # a span was made for its layers
             predicate = Predicate.of(rule.when & placed, known)
             if not guards.unreachable(predicate.guard):
-                reaching.append(SiteRule(predicate, rule.do, rule.part is site.part, rule.where))
+                do = rule.strategy(site.part)
+                reaching.append(SiteRule(predicate, do, site.part in rule.parts, rule.where))
             if predicate.guard == sympy.true and not predicate.needs and rule.where.streams is None:
                 break
         rules = SiteRules(tuple(reaching))
-        if len(rules.stores) > 1:
-            raise TwoStores(site.name, rules.stores)
+        if len(rules.forms) > 1:
+            raise TwoStores(site.name, rules.forms)
         return rules
 
 
@@ -164,13 +185,18 @@ class SiteRules:
         return SiteRules(tuple(provable))
 
     @property
-    def stores(self) -> frozenset[str | None]:
-        """What its slot is asked to hold."""
-        return frozenset(rule.do.store for rule in self.rules if rule.mine and not isinstance(rule.do, Compute))
+    def forms(self) -> frozenset[str | None | ShareGuidance | Core]:
+        """What its slot is asked to hold, or how else it is done: a store's name, or a strategy."""
+        return frozenset(_form(rule.do) for rule in self.rules if rule.mine)
 
     @property
-    def store(self) -> str | None:
-        return next(iter(self.stores), None)
+    def form(self) -> str | None | ShareGuidance | Core:
+        return next(iter(self.forms), None)
+
+    @property
+    def foreseen(self) -> bool:
+        """Whether a decision of a step to come is known from the step alone."""
+        return self.needs <= guards.FORESEEN
 
     @property
     def needs(self) -> frozenset[str]:
@@ -246,6 +272,10 @@ def _symbols(moment: Moment, layer: int, age: int | None, streak: int) -> dict[s
         "sigma": moment.sigma,
         "snr": moment.snr,
     }
+
+
+def _form(do: Strategy) -> str | None | ShareGuidance | Core:
+    return do if isinstance(do, ShareGuidance | Core) else getattr(do, "store", None)
 
 
 def forced(*_: object, **__: object) -> tuple[bool, Reason]:

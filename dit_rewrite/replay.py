@@ -1,82 +1,32 @@
 """Replay recorded decisions by an interpreter of the captured graph: the oracle that shares nothing with the rewrite.
 
-It keeps the values of sites in a dictionary, by their node's name, and knows nothing of guards, variants or slots.
+It keeps the values of sites in a dictionary, by their node's name, and knows nothing of variants or slots. What stands
+in the place of attention is the same plain code (dit_rewrite/cores.py).
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor, fx
-from torch.utils._pytree import tree_map
+from torch import Tensor
 
 from dit_rewrite.backend import Rewritten
 from dit_rewrite.check import Check, Difference, equal, max_abs_error, rms
 from dit_rewrite.errors import Reason
-from dit_rewrite.passes.site import Site
+from dit_rewrite.forms import Form
+from dit_rewrite.interpret import Instead, Replay, Replay64, twice
+from dit_rewrite.passes.guarded import Guidance
+from dit_rewrite.passes.site import Part, Site
+from dit_rewrite.passes.store import Codec, Store
 from dit_rewrite.runtime.session import Observation
 
-FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 SLACK = 2.0  # lowered code may be this much further from float64 than the interpreter's own rounding
 
 Key = tuple[str, int, str, str]  # stream, position of the graph in its call, site, node of the value
-Held = dict[Key, Tensor]
-
-
-@dataclass(frozen=True)
-class Taken:
-    """What stands in the place of a node: a tensor, or that tensor added to what `base` is now."""
-
-    value: Tensor
-    base: str | None
-
-
-class Replay(fx.Interpreter):
-    """Runs a captured graph: nodes named in `reuse` give those tensors, everything else is computed.
-
-    After `run`, ``values`` holds the tensor of every node named in `keep`.
-    """
-
-    def __init__(self, gm: fx.GraphModule, reuse: Mapping[str, Taken], keep: Collection[str]) -> None:
-        super().__init__(gm)
-        self.reuse, self.keep = reuse, {*keep, *(taken.base for taken in reuse.values())}
-        self.values: dict[str, Tensor] = {}
-
-    def run_node(self, n: fx.Node) -> Any:
-        taken = self.reuse.get(n.name)
-        if taken is None:
-            result = super().run_node(n)
-        else:
-            result = taken.value if taken.base is None else self.values[taken.base] + taken.value
-        if n.name in self.keep:
-            self.values[n.name] = result
-        return result
-
-
-class Replay64(Replay):
-    """The same in float64, whatever dtypes the graph names: the reference that roundings are measured from."""
-
-    def run(self, *args: Any, **kwargs: Any) -> Any:
-        return super().run(*tree_map(widen, args), **kwargs)
-
-    def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
-        return super().call_function(target, tree_map(_wide_dtype, args), tree_map(_wide_dtype, kwargs))
-
-    def get_attr(self, target: Any, args: Any, kwargs: Any) -> Any:
-        return widen(super().get_attr(target, args, kwargs))
-
-
-def widen(value: Any) -> Any:
-    """A floating-point tensor in float64; anything else as it is."""
-    return value.double() if isinstance(value, Tensor) and value.dtype in FLOATS else value
-
-
-def _wide_dtype(value: Any) -> Any:
-    return torch.float64 if isinstance(value, torch.dtype) and value in FLOATS else value
+Held = dict[Key, tuple[Tensor, ...]]
 
 
 def check_replay(
@@ -102,47 +52,85 @@ def check_replay(
         _compare(check, graph, observation, replay, wide)
 
 
+@dataclass
+class _Step:
+    """What one observation has of each site: what it takes, what it keeps anew, and what there is to compare."""
+
+    instead: dict[str, Instead] = field(default_factory=dict)
+    shared: dict[str, Guidance] = field(default_factory=dict)
+    computed: list[tuple[Key, Codec, tuple[str, ...]]] = field(default_factory=list)
+    held: list[Key] = field(default_factory=list)
+    lacking: str | None = None
+    read: set[str] = field(default_factory=set)
+
+    @property
+    def keep(self) -> set[str]:
+        """The nodes whose tensors are needed."""
+        return {*self.read, *(name for key, _, read in self.computed for name in (key[-1], *read))}
+
+    def add(self, site: Site, form: Form, reuse: bool, where: tuple[str, int], kept: Held) -> None:
+        """A site that was decided on by itself."""
+        codec, guidance = form
+        if guidance is not None:
+            self.shared.update(dict.fromkeys(site.closure, guidance) if reuse else {})
+            return
+        if site.part is Part.HELD and reuse or site.part is Part.CORE and not reuse:
+            return  # the one keeps what it has, the other is computed
+        place = site.name if site.part is not Part.CORE else f"{site.place}.{Part.HELD}"
+        for value, base in itertools.zip_longest(site.values, site.bases):
+            key = (*where, place, value)
+            read = (base,) if base else site.inputs
+            self.read.update(read)
+            if site.part in (Part.BRANCH, Part.KV, Part.SPAN):
+                self.held.append(key)
+            if not reuse:
+                self.computed.append((key, codec, read))
+            elif key not in kept:
+                self.lacking = value
+            else:
+                self.instead[value] = _from_kept(kept[key], codec, read)
+
+
+def _from_kept(kept: tuple[Tensor, ...], codec: Codec, read: tuple[str, ...]) -> Instead:
+    def make(values: Mapping[str, Tensor], guidance: Guidance | None) -> Tensor:
+        tensors = kept if guidance is None else [twice(tensor, guidance) for tensor in kept]
+        if isinstance(codec, Store):
+            return values[read[0]] + tensors[0] if read else tensors[0]
+        now = [values[name] for name in read]
+        return codec.decode(tensors, now, now[0].dtype)
+
+    return make
+
+
+def _keep(value: Tensor, codec: Codec, read: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """What is kept of a value: by the definition of each store, or as a strategy inside attention has it."""
+    if isinstance(codec, Store):
+        return (rounded(value - read[0] if read else value, codec.name),)
+    return tuple(codec.encode(value, read))
+
+
 def _replay(
     kind: type[Replay], check: Check, graph: Rewritten, observation: Observation, stream: str, kept: Held
 ) -> dict[str, Tensor] | None:
     """Run one observation again; outputs as ``output i`` and what sites hold, by name. None: it cannot be run."""
-    record = observation.record
-    computed: list[tuple[Key, str | None, str | None]] = []
-    reused: dict[str, Taken] = {}
-    held: list[Key] = []
-    for site, store, reuse, reason in zip(_sites(graph), _stores(graph), record.row, record.reasons, strict=True):
-        for value, base in itertools.zip_longest(site.values, site.bases):
-            key = (stream, observation.position, site.name, value)
-            if reason is Reason.COVERED:
-                continue
-            held.append(key)
-            if not reuse:
-                computed.append((key, base, store))
-            elif key not in kept:
-                check.fail(Difference(value, record.step, "replay: reused, and never computed in this trajectory"))
-                return None
-            else:
-                reused[value] = Taken(kept[key], base)
-    run = kind(graph.placed.gm, reused, {name for key, base, _ in computed for name in (key[-1], base) if name})
+    record, step = observation.record, _Step()
+    for i, reuse, reason in zip(graph.reached, record.row, record.reasons, strict=True):
+        if reason is not Reason.COVERED:
+            step.add(graph.found.sites[i], graph.placed.forms[i], reuse, (stream, observation.position), kept)
+    if step.lacking is not None:
+        check.fail(Difference(step.lacking, record.step, "replay: reused, and never computed in this trajectory"))
+        return None
+    run = kind(graph.placed.gm, step.instead, step.keep, step.shared)
     with torch._C._DisableAutocast():  # the captured graph has its casts already
         outputs = run.run(*observation.args)
-    for key, base, store in computed:
-        value = run.values[key[-1]]
-        kept[key] = rounded(value if base is None else value - run.values[base], store)
-    values = {_name(key): kept[key] for key in held}
+    for key, codec, read in step.computed:
+        kept[key] = _keep(run.values[key[-1]], codec, [run.values[name] for name in read])
+    values = {_name(key): kept[key][0] for key in step.held}
     return {**values, **{f"output {i}": out for i, out in enumerate(outputs) if isinstance(out, Tensor)}}
 
 
 def _name(key: Key) -> str:
     return f"{key[-2]}: {key[-1]}"
-
-
-def _sites(graph: Rewritten) -> tuple[Site, ...]:
-    return graph.layout.sites
-
-
-def _stores(graph: Rewritten) -> list[str | None]:
-    return [graph.rules[i].store for i in graph.reached]
 
 
 def rounded(value: Tensor, store: str | None) -> Tensor:
@@ -184,11 +172,14 @@ def _compare(
 def _found(graph: Rewritten, observation: Observation) -> dict[str, Tensor]:
     """What the rewritten model returned and held, by the same names."""
     found = {f"output {i}": out for i, out in enumerate(observation.outputs) if isinstance(out, Tensor)}
-    for site, store, held in zip(_sites(graph), _stores(graph), observation.held, strict=True):
+    for i, held in zip(graph.reached, observation.held, strict=True):
+        site, (codec, _) = graph.found.sites[i], graph.placed.forms[i]
+        if not isinstance(codec, Store):
+            continue
         rest = list(held or ())
         for name in site.values if held is not None else ():
             value = rest.pop(0)
-            if store in ("int8", "fp8") and value.ndim >= 2:
+            if codec.name in ("int8", "fp8") and value.ndim >= 2:
                 value = value.float() * rest.pop(0)
             found[f"{site.name}: {name}"] = value
     return found

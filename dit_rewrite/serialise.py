@@ -22,12 +22,15 @@ from sympy.printing.str import StrPrinter
 
 from dit_rewrite.errors import BadGuardText, BadPolicyText, ForeignName, UnknownVersion, UnwritableGuard
 from dit_rewrite.passes import guards
-from dit_rewrite.policy import Policy, Rule
-from dit_rewrite.strategy import Compute, Reuse, ReuseKV, Strategy
+from dit_rewrite.policy import MadeFor, Policy, Rule
+from dit_rewrite.strategy import BlockwiseReuse, Compute, Reuse, ReuseKV, ShareGuidance, Strategy, WindowResidual
 from dit_rewrite.where import Where
 
 VERSION = 1
-STRATEGIES: dict[str, type[Strategy]] = {"compute": Compute, "reuse": Reuse, "reuse_kv": ReuseKV}
+STRATEGIES: dict[str, type[Strategy]] = {
+    "compute": Compute, "reuse": Reuse, "reuse_kv": ReuseKV, "window_residual": WindowResidual,
+    "share_guidance": ShareGuidance, "blockwise_reuse": BlockwiseReuse,
+}  # fmt: skip
 MAX_TEXT = 20_000  # characters of a guard
 MAX_DEPTH = 48  # of operators and functions inside one another
 MAX_ARGUMENTS = 16  # of a function; sympy compares those of Min and Max in pairs
@@ -57,10 +60,14 @@ Record = typing.TypeVar("Record")
 def to_json(policy: Policy) -> str:
     """The policy as JSON. Raises UnwritableGuard for a guard that would not be read back as it is."""
     rules = [{"when": guard_text(rule.when), "do": _do(rule.do), "where": asdict(rule.where)} for rule in policy.rules]
-    return json.dumps({"version": VERSION, "name": policy.name, "lag": policy.lag, "rules": rules}, indent=2)
+    made_for = {} if policy.made_for is None else {"made_for": asdict(policy.made_for)}
+    fields = {"version": VERSION, "name": policy.name, "lag": policy.lag, **made_for, "rules": rules}
+    return json.dumps(fields, indent=2)
 
 
-def _do(strategy: Strategy) -> dict[str, Any]:
+def _do(strategy: Strategy | tuple[Strategy, ...]) -> Any:
+    if isinstance(strategy, tuple):
+        return [_do(each) for each in strategy]
     name = next(name for name, kind in STRATEGIES.items() if type(strategy) is kind)
     return {"strategy": name, **asdict(strategy)}
 
@@ -74,10 +81,11 @@ def from_json(text: str) -> Policy:
     version = _as(value, dict, "the text").get("version", VERSION)
     if type(version) is not int or version != VERSION:
         raise UnknownVersion(version, VERSION)
-    fields = _fields(value, "the policy", ("name", "rules"), ("version", "lag"))
+    fields = _fields(value, "the policy", ("name", "rules"), ("version", "lag", "made_for"))
     rules = _as(fields["rules"], list, "rules")
     read = tuple(_rule(rule, f"rules[{i}]") for i, rule in enumerate(rules))
-    return Policy(read, _as(fields["name"], str, "name"), _as(fields.get("lag", 0), int, "lag"))
+    made_for = _record(fields["made_for"], MadeFor, "made_for") if "made_for" in fields else None
+    return Policy(read, _as(fields["name"], str, "name"), _as(fields.get("lag", 0), int, "lag"), made_for)
 
 
 def _rule(value: object, where: str) -> Rule:
@@ -90,7 +98,13 @@ def _rule(value: object, where: str) -> Rule:
     )
 
 
-def _strategy(value: object, where: str) -> Strategy:
+def _strategy(value: object, where: str) -> Strategy | tuple[Strategy, ...]:
+    if isinstance(value, list):
+        return tuple(_one_strategy(item, f"{where}[{i}]") for i, item in enumerate(value))
+    return _one_strategy(value, where)
+
+
+def _one_strategy(value: object, where: str) -> Strategy:
     fields = dict(_as(value, dict, where))
     name = fields.pop("strategy", None)
     if not isinstance(name, str) or name not in STRATEGIES:

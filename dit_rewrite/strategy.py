@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -40,13 +41,85 @@ class ReuseKV(_Cached):
     """Take the cached keys and values of an attention, with this step's queries (DQAR, section 3.1)."""
 
 
-Strategy = Compute | Reuse | ReuseKV
+@dataclass(frozen=True)
+class WindowResidual:
+    """Attend within a window, and add what the last full attention had beyond it (DiTFastAttn's WA-RS, section 3.2).
+
+    `window` is how far a token sees on each side: a share of the tokens, 1/8 in the paper's code, or a number of them;
+    with `grid`, (H, W) or (T, H, W) of the image's or video's tokens, a number or share for each axis. Text tokens that
+    a joint attention puts before or behind the image see all, and are seen by all. The residual is kept at the steps
+    after which it is read. Raises BadParameter.
+    """
+
+    window: float | tuple[float, ...] = 0.125
+    grid: tuple[int, ...] | None = None
+
+    def __post_init__(self) -> None:
+        reach = self.window if isinstance(self.window, tuple) else (self.window,)
+        good = all(isinstance(w, int | float) and not isinstance(w, bool) and 0 <= w < math.inf for w in reach)
+        if not good or any(isinstance(w, float) and w >= 1 for w in reach):
+            raise BadParameter("WindowResidual", "window", self.window, "shares below 1, or whole numbers of tokens")
+        if self.grid is not None and len(self.grid) not in (1, 2, 3):
+            raise BadParameter("WindowResidual", "grid", self.grid, "(H, W), (T, H, W), or None for a sequence")
+
+    def reach(self, tokens: int) -> tuple[int, ...]:
+        """Tokens on each side, along each axis of the grid, of a sequence of that many."""
+        sizes = (tokens,) if self.grid is None else self.grid
+        window = self.window if isinstance(self.window, tuple) else (self.window,) * len(sizes)
+        return tuple(
+            int(w * size) if isinstance(w, float) else w for w, size in zip(window, sizes, strict=len(window) > 1)
+        )
 
 
-def part(strategy: Strategy, span: bool) -> Part | None:
-    """The part of a place that a strategy replaces; None for computing."""
+@dataclass(frozen=True)
+class ShareGuidance:
+    """Compute an attention branch for the conditional half of a guided batch alone, and use it for both halves
+    (DiTFastAttn's ASC, section 3.4).
+
+    `conditional` says which half that is: diffusers' DiT pipeline puts it first, PixArt's second. Raises BadParameter.
+    """
+
+    conditional: Literal["first", "second"]
+
+    def __post_init__(self) -> None:
+        if self.conditional not in ("first", "second"):
+            raise BadParameter("ShareGuidance", "conditional", self.conditional, '"first" or "second"')
+
+
+@dataclass(frozen=True)
+class BlockwiseReuse:
+    """Recompute the blocks of keys whose scores may have changed by more than `threshold`, keep the others' partial
+    results (CachedAttention, algorithms 1 and 2; kernels/blockwise_attention).
+
+    `block` is a number of keys. `bound` says how the change is estimated: "paper" as printed (equation 14; it can be
+    negative), "sound" never too low. Raises BadParameter.
+    """
+
+    threshold: float
+    block: int = 64
+    bound: Literal["paper", "sound"] = "sound"
+
+    def __post_init__(self) -> None:
+        if math.isnan(self.threshold):
+            raise BadParameter("BlockwiseReuse", "threshold", self.threshold, "a number, inf or -inf")
+        if not isinstance(self.block, int) or self.block < 1:
+            raise BadParameter("BlockwiseReuse", "block", self.block, "a number of keys >= 1")
+        if self.bound not in ("paper", "sound"):
+            raise BadParameter("BlockwiseReuse", "bound", self.bound, '"paper" or "sound"')
+
+
+Core = WindowResidual | BlockwiseReuse  # what is done in the place of an attention op
+Strategy = Compute | Reuse | ReuseKV | ShareGuidance | Core
+_PARTS = {
+    ReuseKV: frozenset({Part.KV}),
+    ShareGuidance: frozenset({Part.GUIDANCE}),
+    WindowResidual: frozenset({Part.CORE, Part.HELD}),
+    BlockwiseReuse: frozenset({Part.CORE, Part.HELD}),
+}
+
+
+def parts(strategy: Strategy, span: bool) -> frozenset[Part]:
+    """The parts of a place that a strategy replaces; none for computing."""
     if isinstance(strategy, Compute):
-        return None
-    if isinstance(strategy, ReuseKV):
-        return Part.KV
-    return Part.SPAN if span else Part.BRANCH
+        return frozenset()
+    return _PARTS.get(type(strategy), frozenset({Part.SPAN if span else Part.BRANCH}))

@@ -17,12 +17,13 @@ from dit_rewrite.backend import Backend
 from dit_rewrite.check import Check, Difference, rms
 from dit_rewrite.compile import RewrittenModule, isolated, wrap
 from dit_rewrite.errors import BadParameter, UnreachedPolicy
+from dit_rewrite.interpret import widen
 from dit_rewrite.lowering import Backend as LoweringBackend
 from dit_rewrite.lowering import Lowering
 from dit_rewrite.passes.capture import one_graph
 from dit_rewrite.passes.sites import Site
 from dit_rewrite.policy import Policy
-from dit_rewrite.replay import check_replay, widen
+from dit_rewrite.replay import check_replay
 from dit_rewrite.report import Dump
 from dit_rewrite.runtime.session import Observation
 

@@ -69,7 +69,7 @@ class Where:
 
     def selects(self, site: Site, spans: Collection[tuple[int, int]] = ()) -> bool:
         """Whether a rule of this place speaks of the site, its layer left aside; `spans` are the blocks it means."""
-        if self.names is not None and not fnmatchcase(site.name, self.names):
+        if self.names is not None and not fnmatchcase(site.place, self.names):
             return False
         if self.span is not None or site.part is Part.SPAN:
             return self.span is not None and site.span in spans

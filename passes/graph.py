@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterable, Sequence
 from functools import cached_property
+from operator import getitem
 from typing import Any
 
 import networkx as nx
@@ -145,9 +146,10 @@ def closures(
     """For each group of values the nodes that serve nothing else: every way from them to an output passes the group.
 
     These are the nodes that the group post-dominates. The groups' own nodes are among them; placeholders and
-    attributes are not. One dominator tree of the reversed graph serves all groups: a group of several values is
-    given a node of its own, through which all that leaves the values must pass. Groups that share a value lie within
-    one another, the inner first.
+    attributes are not, nor is an item of a tuple that others use too: what is handed over is a tensor. One
+    dominator tree of the reversed graph serves all groups: a group of several values is given a node of its own,
+    through which all that leaves the values must pass. Groups that share a value lie within one another, the inner
+    first.
 
     `operands` are, for each group, nodes that are read in the place of its values when these are taken from a cache
     (a span's input, a probe): whoever uses the values needs them too.
@@ -165,16 +167,18 @@ def closures(
         if node.op == "output" or (not node.users and node.is_impure()):
             reverse.add_edge(_EXIT, inward[0])
     for i, read in enumerate(operands):
-        users = list(reverse.predecessors(("group", i)))
+        users = list(reverse.predecessors(("group", i))) if read else ()
         reverse.add_edges_from((user, gates.get(node, [node])[-1]) for node in read for user in users)
     tree: nx.DiGraph[Any] = nx.DiGraph()
     for node, dominator in nx.immediate_dominators(reverse, _EXIT).items():
         if dominator is not None and dominator != node:
             tree.add_edge(dominator, node)
     return [
-        _computed(nx.descendants(tree, ("group", i)) if ("group", i) in tree else ()) for i, group in enumerate(groups)
+        _computed(nx.descendants(tree, ("group", i)) if ("group", i) in tree else (), group)
+        for i, group in enumerate(groups)
     ]
 
 
-def _computed(nodes: Iterable[Any]) -> frozenset[fx.Node]:
-    return frozenset(n for n in nodes if isinstance(n, fx.Node) and n.op == "call_function")
+def _computed(nodes: Iterable[Any], values: Sequence[fx.Node]) -> frozenset[fx.Node]:
+    found = {n for n in nodes if isinstance(n, fx.Node) and n.op == "call_function"}
+    return frozenset(n for n in found if n.target is not getitem or n in values or n.args[0] in found)

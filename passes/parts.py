@@ -14,8 +14,9 @@ from typing import Any
 from torch import Tensor, fx
 
 from dit_rewrite.errors import Reason
-from dit_rewrite.passes import attention_core
+from dit_rewrite.passes import cost
 from dit_rewrite.passes.branches import Refusal
+from dit_rewrite.passes.cores import arguments, cores
 from dit_rewrite.passes.graph import Dependence, aten, is_contraction, is_copy, is_view, operands
 from dit_rewrite.passes.hoist import steady_nodes
 from dit_rewrite.passes.site import Found, Kind, Part, Site
@@ -42,7 +43,7 @@ def find_keys(gm: fx.GraphModule, sites: Sequence[Site], steady: frozenset[int])
     for site in sites:
         if site.kind is Kind.MLP:
             continue
-        pairs = [operands(core)[1:] for core in _cores(nodes, site)]
+        pairs = [operands(core)[1:] for core in cores(nodes, site)]
         values = dict.fromkeys(node for pair in pairs for node in pair if node not in still)
         if values:
             named = tuple(node.name for node in values)
@@ -53,18 +54,13 @@ def find_keys(gm: fx.GraphModule, sites: Sequence[Site], steady: frozenset[int])
     return found, refused
 
 
-def _cores(nodes: dict[str, fx.Node], site: Site) -> list[fx.Node]:
-    """The attention ops that lie in a site."""
-    return [nodes[name] for name in site.closure if nodes[name].target is attention_core.OP]
-
-
 def add_entropy(gm: fx.GraphModule, site: Site, op: Any) -> Site:
     """The site with the mean row entropy of its attention as one more value: `op` (query, key, mask, scale, …)."""
     nodes = {node.name: node for node in gm.graph.nodes}
-    cores = sorted(_cores(nodes, site), key=list(gm.graph.nodes).index)
-    if not cores:
+    inside = sorted(cores(nodes, site), key=list(gm.graph.nodes).index)
+    if not inside:
         return site
-    measured = [_after(gm.graph, core, op, *_entropy_arguments(core)) for core in cores]
+    measured = [_after(gm.graph, core, op, *_entropy_arguments(core)) for core in inside]
     node = measured[0]
     for other in measured[1:]:
         node = _after(gm.graph, other, aten.add.Tensor, node, other)
@@ -75,12 +71,8 @@ def add_entropy(gm: fx.GraphModule, site: Site, op: Any) -> Site:
 
 def _entropy_arguments(core: fx.Node) -> tuple[Any, ...]:
     """Query, key, mask, scale, is_causal and enable_gqa of an attention op."""
-    given = {
-        **dict(zip(("query", "key", "value", "attn_mask", "dropout_p", "is_causal"), core.args, strict=False)),
-        **core.kwargs,
-    }
-    defaults = {"attn_mask": None, "scale": None, "is_causal": False, "enable_gqa": False}
-    return (given["query"], given["key"], *(given.get(name, default) for name, default in defaults.items()))
+    given = arguments(core)
+    return tuple(given[name] for name in ("query", "key", "attn_mask", "scale", "is_causal", "enable_gqa"))
 
 
 def _after(graph: fx.Graph, place: fx.Node, target: Any, *arguments: Any) -> fx.Node:
@@ -116,6 +108,11 @@ class Probes:
         """The stream that the site reads; the larger one of two."""
         sizes = {name: self.stream.nodes[name].meta["val"].numel() for name in site.streams}
         return max(sizes, key=lambda name: int(sizes[name]), default=None)
+
+    def image_tokens(self) -> int | None:
+        """How many tokens the stream has from which the model's output is made; None where no block shows it."""
+        pair = self._main()
+        return None if pair is None or pair[1].meta["val"].ndim != 3 else cost.shape(pair[1].meta["val"])[1]
 
     def _main(self) -> tuple[fx.Node, fx.Node] | None:
         """Value and base of the first block, of the stream from which the model's output is made."""

@@ -29,10 +29,17 @@ class Kind(str, Enum):
 
 
 class Part(str, Enum):
-    """What of a place is cached: a branch's output, the keys and values inside it, or a span's change of the stream."""
+    """What of a place a strategy replaces, inner parts first.
 
-    BRANCH = "branch"
+    HELD is what is held for an attention CORE, KV its keys and values; GUIDANCE is a branch for both halves of a
+    guided batch, BRANCH its output, SPAN the change of the stream across blocks.
+    """
+
+    HELD = "held"
+    CORE = "core"
     KV = "kv"
+    GUIDANCE = "guidance"
+    BRANCH = "branch"
     SPAN = "span"
 
     def __str__(self) -> str:
@@ -49,7 +56,7 @@ class Site:
     ``sums`` are the residual sums that the values go into, over ``streams``. A span has the blocks ``span``, from the
     first up to the second, and ``bases``: the stream before it, for each of its values. ``probes`` are pairs of a
     symbol and the node that is measured for it, ``entropy`` is the index of the value that holds the attention's
-    entropy.
+    entropy. ``inputs`` are what a core reads: query, key, value and perhaps a mask.
     """
 
     name: str
@@ -64,6 +71,7 @@ class Site:
     bases: tuple[str, ...] = ()
     probes: tuple[tuple[str, str], ...] = ()
     entropy: int | None = None
+    inputs: tuple[str, ...] = ()
     closure: frozenset[str] = field(default=frozenset(), repr=False)
     flops: int = 0
     bytes: int = 0
@@ -72,7 +80,17 @@ class Site:
     @property
     def operands(self) -> tuple[str, ...]:
         """What is read even when the values are taken from the cache."""
-        return (*self.bases, *(node for _, node in self.probes))
+        return (*self.bases, *self.inputs, *(node for _, node in self.probes))
+
+    @property
+    def place(self) -> str:
+        """The name of the branch or span that this is a part of."""
+        return self.name.removesuffix(f".{self.part}")
+
+    @property
+    def depth(self) -> int:
+        """How far out its part is, among parts of the same values."""
+        return list(Part).index(self.part)
 
 
 @dataclass(frozen=True)
@@ -100,27 +118,41 @@ def close(graph: fx.Graph, sites: Sequence[Site]) -> tuple[Site, ...]:
     """The sites with what vanishes with each, its cost, and which contains which. Sites that share a value, inner
     first."""
     nodes = {node.name: node for node in graph.nodes}
-    values = [[nodes[name] for name in site.values] for site in sites]
-    closed = closures(graph, values, [[nodes[name] for name in site.operands] for site in sites])
+    solid = [site.part is not Part.HELD for site in sites]  # what is held for a core is no node of the graph
+    values = [[nodes[name] for name in site.values] if s else [] for site, s in zip(sites, solid, strict=True)]
+    read = [[nodes[name] for name in site.operands] if s else [] for site, s in zip(sites, solid, strict=True)]
+    closed = closures(graph, values, read)
     return tuple(
         replace(
             site,
             closure=frozenset(node.name for node in closed[i]),
             flops=cost.flops(closed[i]),
             bytes=sum(cost.stored_bytes(node) for node in values[i]),
-            parent=None if site.kind is Kind.HOISTED else _parent(i, values, closed),
+            parent=_parent(i, sites, values, closed) if solid[i] else _core(site, sites),
         )
         for i, site in enumerate(sites)
     )
 
 
-def _parent(i: int, values: Sequence[Sequence[fx.Node]], closed: Sequence[frozenset[fx.Node]]) -> int | None:
+def _core(held: Site, sites: Sequence[Site]) -> int:
+    """The core for which a site holds something."""
+    return next(j for j, site in enumerate(sites) if site.part is Part.CORE and site.values == held.values)
+
+
+def _parent(
+    i: int, sites: Sequence[Site], values: Sequence[Sequence[fx.Node]], closed: Sequence[frozenset[fx.Node]]
+) -> int | None:
     """The innermost other site whose closure holds all values of this one; of two of the same values, the larger."""
+    if sites[i].kind is Kind.HOISTED:
+        return None
 
     def around(j: int) -> bool:
         if j == i or not set(values[i]) <= closed[j]:
             return False
         mutual = set(values[j]) <= closed[i]
-        return not mutual or (len(closed[j]), j) > (len(closed[i]), i)
+        return not mutual or order(j) > order(i)
 
-    return min(filter(around, range(len(values))), key=lambda j: (len(closed[j]), j), default=None)
+    def order(j: int) -> tuple[int, int, int]:
+        return len(closed[j]), sites[j].depth, j
+
+    return min(filter(around, range(len(values))), key=order, default=None)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, fx
 
 from dit_rewrite.passes.graph import aten, attribute
-from dit_rewrite.passes.guard import GuardedGraph, cache_or_compute
+from dit_rewrite.passes.guarded import GuardedGraph, cache_or_compute
 from dit_rewrite.passes.segments import Segments
 
 Row = tuple[bool, ...]  # for each guarded site: True = reused (or inside a reused one)
@@ -113,9 +113,10 @@ class _Flat:
 
     def _call(self, gm: fx.GraphModule, node: fx.Node) -> list[Any]:
         reuse, cached, compute, live_ins = node.args
-        if self.resolve(reuse):
+        instead: Any = node.kwargs.get("instead")
+        if self.resolve(reuse) and instead is None:
             return [self.resolve(value) for value in cached]  # type: ignore[union-attr]
-        body = attribute(gm, compute)  # type: ignore[arg-type]
+        body = attribute(gm, instead if self.resolve(reuse) else compute)  # type: ignore[arg-type]
         placeholders = body.graph.find_nodes(op="placeholder")
         self.meaning.update((p, self.resolve(a)) for p, a in zip(placeholders, live_ins, strict=True))  # type: ignore[arg-type]
         return self._walk(body)

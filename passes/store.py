@@ -6,7 +6,8 @@ Plain functions of tensors; `inline` writes what they do into a graph.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, fx
@@ -17,42 +18,63 @@ _DTYPES = {"bf16": torch.bfloat16, "int8": torch.int8, "fp8": torch.float8_e4m3f
 STORES = tuple(_DTYPES)
 
 
-def is_packed(value: Tensor, store: str | None) -> bool:
-    """Whether `store` changes what is held of a value: of tokens, and not of a mere number."""
-    return store is not None and value.is_floating_point() and value.ndim >= 2
+class Codec(Protocol):
+    """What is held for a value, made of it and of what its place reads (a span's base; an attention's query, key, value
+    and perhaps mask), and how the value is had again from what is held and from what the place reads then."""
+
+    def is_plain(self, value: Tensor, read: Sequence[Tensor]) -> bool:
+        """Whether the value itself is held."""
+        ...
+
+    def encode(self, value: Tensor, read: Sequence[Tensor]) -> Sequence[Tensor]:
+        """What is held."""
+        ...
+
+    def decode(self, held: Sequence[Tensor], read: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+        """The value again, in its `dtype`."""
+        ...
 
 
-def width(value: Tensor, store: str | None) -> int:
-    """How many tensors are held for a value."""
-    return 2 if store in _LARGEST and is_packed(value, store) else 1
-
-
-def encode(value: Tensor, base: Tensor | None, store: str | None) -> tuple[Tensor, ...]:
-    """What is held of a value: less `base`, if there is one, and in numbers of `store`.
+@dataclass(frozen=True)
+class Store:
+    """The codec of branches and spans: the value, less the base that is read, if one is; in numbers of `name`.
 
     "int8" and "fp8" have one fp32 scale for each token, so that the token's largest absolute value is the largest
     number. A token that is all zero has scale 1; one that is not finite stays so, by its scale.
     """
-    held = value if base is None else value - base
-    if store is None or not is_packed(value, store):
-        return (held,)
-    if store not in _LARGEST:
-        return (held.to(_DTYPES[store]),)
-    wide = held.float()
-    largest = wide.abs().amax(-1, keepdim=True)
-    scale = largest / _LARGEST[store]
-    scale = scale.masked_fill(scale == 0, 1.0)  # also where the quotient is too small for fp32
-    numbers = (wide / scale).clamp(-_LARGEST[store], _LARGEST[store])
-    return (numbers.round() if store == "int8" else numbers).to(_DTYPES[store]), scale
+
+    name: str | None = None
+
+    def __str__(self) -> str:
+        return repr(self.name)
+
+    def is_plain(self, value: Tensor, read: Sequence[Tensor]) -> bool:
+        return not read and not is_packed(value, self.name)
+
+    def encode(self, value: Tensor, read: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        held = value - read[0] if read else value
+        if self.name is None or not is_packed(value, self.name):
+            return (held,)
+        if self.name not in _LARGEST:
+            return (held.to(_DTYPES[self.name]),)
+        wide = held.float()
+        largest = wide.abs().amax(-1, keepdim=True)
+        scale = largest / _LARGEST[self.name]
+        scale = scale.masked_fill(scale == 0, 1.0)  # also where the quotient is too small for fp32
+        numbers = (wide / scale).clamp(-_LARGEST[self.name], _LARGEST[self.name])
+        return (numbers.round() if self.name == "int8" else numbers).to(_DTYPES[self.name]), scale
+
+    def decode(self, held: Sequence[Tensor], read: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+        value = held[0]
+        if len(held) == 2:
+            value = value.float() * held[1]
+        value = value.to(dtype) if self.name is not None else value
+        return read[0] + value if read else value
 
 
-def decode(held: Sequence[Tensor], base: Tensor | None, store: str | None, dtype: torch.dtype) -> Tensor:
-    """The value again, in its `dtype`."""
-    value = held[0]
-    if len(held) == 2:
-        value = value.float() * held[1]
-    value = value.to(dtype) if store is not None else value
-    return value if base is None else base + value
+def is_packed(value: Tensor, store: str | None) -> bool:
+    """Whether `store` changes what is held of a value: of tokens, and not of a mere number."""
+    return store is not None and value.is_floating_point() and value.ndim >= 2
 
 
 def inline(

@@ -82,8 +82,8 @@ class Bank:
         self.tracked = Tracked()
         self.values = [None] * len(self.values)
 
-    def store(self, site: int, values: tuple[Tensor, ...], step: int) -> None:
-        """Put freshly computed values into a slot."""
+    def store(self, site: int, values: tuple[Tensor, ...] | None, step: int) -> None:
+        """Put what a computing site made into its slot; None where it has none."""
         self.values[site] = values
         self.computed_at[site] = step
         self.streak[site] = 0

@@ -9,6 +9,9 @@ from typing import NamedTuple, Protocol
 from dit_rewrite.errors import Reason
 from dit_rewrite.runtime.measure import Measured
 
+NO_SLOT = -1
+HORIZON = 32  # steps to look ahead where nobody told how many there are
+
 Read = Callable[[str], float | None]  # the value of a measured symbol, None where there is none
 
 
@@ -35,7 +38,9 @@ class SiteSpec:
     """What dispatch knows of a guarded site; `layer` counts within its graph, `parent` is the enclosing site.
 
     ``measured`` are the symbols of its guard that are measured, ``entropy`` is the index in its slot of the tensor that
-    holds its attention's entropy.
+    holds its attention's entropy. ``reads`` is the site whose slot its strategy reads: by default its own, -1: none.
+    ``serves``: it only fills a slot for that site, where this will read it. ``foreseen``: what `choose` says of a step
+    to come depends on nothing but the step.
     """
 
     name: str
@@ -45,6 +50,9 @@ class SiteSpec:
     choose: Choose
     measured: tuple[Measured, ...] = ()
     entropy: int | None = None
+    reads: int | None = None
+    serves: int | None = None
+    foreseen: bool = False
 
 
 @dataclass(frozen=True)
@@ -90,8 +98,11 @@ class Decider:
         if settled is not None:
             return settled
         parent = self._sites[i].parent
+        serves = self._sites[i].serves
         if parent is not None and self.settle(parent):
             reused, reason = True, Reason.COVERED
+        elif serves is not None:
+            reused, reason = (False, Reason.WILL_BE_READ) if self._will_be_read(serves) else (True, Reason.UNREAD)
         else:
             reused, reason = self._ask(i)
         self.row[i], self._reasons[i] = reused, reason
@@ -99,14 +110,31 @@ class Decider:
 
     def _ask(self, i: int) -> tuple[bool, Reason]:
         site, moment = self._sites[i], self._moment
-        age = moment.step - self._computed_at[i] if self._holds[i] else None
+        holds = site.reads == NO_SLOT or self._holds[i if site.reads is None else site.reads]
+        age = moment.step - self._computed_at[i] if holds else None
         layer = moment.layer_offset + site.layer
         wanted, reason = site.choose(moment, layer, age, self._streak[i], lambda name: self._measure(i, name))
-        lacking = Reason.BEYOND_END if self._beyond else (None if self._holds[i] else self._unfit or Reason.EMPTY)
+        lacking = Reason.BEYOND_END if self._beyond else (None if holds else self._unfit or Reason.EMPTY)
         if wanted and lacking is not None:
             self._misses.append(lacking)
             return False, lacking
         return wanted, reason
+
+    def _will_be_read(self, i: int) -> bool:
+        """Whether site `i`, which computes now, may read its slot before it computes again."""
+        around = [i]
+        while (parent := self._sites[around[-1]].parent) is not None:
+            around.append(parent)
+        sites = [self._sites[j] for j in around]
+        if not all(site.foreseen for site in sites):
+            return True
+        end = self._moment.num_steps
+        for step in range(self._moment.step + 1, self._moment.step + HORIZON if end is None else end):
+            moment = self._moment._replace(step=step, sigma=None, snr=None)
+            reused = [s.choose(moment, moment.layer_offset + s.layer, 1, 0, lambda _: None)[0] for s in sites]
+            if not any(reused[1:]):
+                return reused[0]
+        return end is None
 
     def decisions(self) -> Decisions:
         """All decisions; what is not settled yet is settled now."""

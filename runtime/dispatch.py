@@ -106,8 +106,9 @@ class Graph:
         unfit = bank.fit(stamp_of([args[i] for i in self._data]), tuple(map(args.__getitem__, self._weights)))
         if self.prologue is not None:
             self._hoist(self.prologue, args, bank, call.told)
+        run = self._run if self.session.director is None else self._directed
         try:
-            decided, outputs = self._run(args, call, bank, changed or unfit)
+            decided, outputs = run(args, call, bank, changed or unfit)
         except Unadmitted:
             decided, outputs = self._run(args, call, bank, Reason.SIZES_NOT_COMPILED)
         outputs = self._owned(decided.row, outputs, bank)
@@ -118,7 +119,7 @@ class Graph:
 
     def _run(self, args: list[Any], call: Call, bank: Bank, unfit: Reason | None) -> tuple[Decisions, Sequence[Any]]:
         """Decide and run piece by piece; nothing is stored before all of them have run."""
-        wires = [*args, *self._room]
+        wires = self.start(args)
         meter = Meter(bank.tracked, self._measured, wires, self.wiring.num_inputs, self._lag, self._distance)
 
         def measure(site: int, symbol: str) -> float | None:
@@ -133,28 +134,49 @@ class Graph:
         decider = Decider(self.sites, moment, bank.computed_at, bank.streak, holds, unfit, measure)
         fresh = self._pieces(args, wires, bank, decider)
         decided = decider.decisions()
-        self._store(fresh, bank, moment.step, decided)
+        self.store(fresh, bank, moment.step, decided)
         if self._measures:
             meter.close(decided.row)
-        return decided, self._results(wires)
+        return decided, self.results(wires)
+
+    def _directed(
+        self, args: list[Any], call: Call, bank: Bank, unfit: Reason | None
+    ) -> tuple[Decisions, Sequence[Any]]:
+        """Have somebody else decide and run the pieces (see `start`, `run_piece`, `results` and `store`)."""
+        found: tuple[Decisions, Sequence[Any]] = self.session.director(self, args, call, bank)  # type: ignore[misc]
+        return found
 
     def _pieces(
         self, args: list[Any], wires: list[Any], bank: Bank, decider: Decider
     ) -> list[tuple[tuple[int, int], Tensor]]:
         """Run the pieces one after the other; what they made for the slots."""
         fresh: list[tuple[tuple[int, int], Tensor]] = []
-        for number, piece in enumerate(self.pieces):
-            row = tuple([decider.settle(site) for site in piece.sites])
-            executable = piece.variants[row] if row in piece.variants else self.add_variant(number, row, late=True)
-            if executable is not None:
-                if executable.admits is not None and not executable.admits(args):
-                    raise Unadmitted
-                fresh.extend(_execute(executable, wires, bank))
-            for wire in piece.spent:
-                wires[wire] = None
+        for number in range(len(self.pieces)):
+            fresh += self.run_piece(number, decider.settle, args, wires, bank)
         return fresh
 
-    def _results(self, wires: list[Any]) -> list[Any]:
+    def start(self, args: list[Any]) -> list[Any]:
+        """The wires of a call, before any piece."""
+        return [*args, *self._room]
+
+    def run_piece(
+        self, number: int, decide: Callable[[int], bool], args: list[Any], wires: list[Any], bank: Bank
+    ) -> list[tuple[tuple[int, int], Tensor]]:
+        """Run one piece, put what it returns on the wires and take what is spent off them; what it made for slots."""
+        piece = self.pieces[number]
+        row = tuple([decide(site) for site in piece.sites])
+        executable = piece.variants[row] if row in piece.variants else self.add_variant(number, row, late=True)
+        fresh: list[tuple[tuple[int, int], Tensor]] = []
+        if executable is not None:
+            if executable.admits is not None and not executable.admits(args):
+                raise Unadmitted
+            fresh = _execute(executable, wires, bank)
+        for wire in piece.spent:
+            wires[wire] = None
+        return fresh
+
+    def results(self, wires: list[Any]) -> list[Any]:
+        """What the graph returns, once all pieces have run."""
         return [wires[out] if isinstance(out, int) else out[0] for out in self.wiring.outputs]
 
     def _note(
@@ -191,16 +213,16 @@ class Graph:
         bank.hoisted = Hoisted.of(inputs, values)
         self.session.stats.hoists += 1
 
-    def _store(
-        self, fresh: Sequence[tuple[tuple[int, int], Tensor]], bank: Bank, step: int, decided: Decisions
-    ) -> None:
+    def store(self, fresh: Sequence[tuple[tuple[int, int], Tensor]], bank: Bank, step: int, decided: Decisions) -> None:
+        """Put what the pieces made into the slots, once all of them have run."""
         values: dict[int, dict[int, Tensor]] = {}
         for (site, index), value in fresh:
             values.setdefault(site, {})[index] = value
-        for site, tensors in values.items():
-            bank.store(site, tuple(tensors[k] for k in range(len(tensors))), step)
         for site, reason in enumerate(decided.reasons):
-            if decided.row[site] and reason is not Reason.COVERED:
+            if not decided.row[site]:
+                tensors = values.get(site, {})
+                bank.store(site, tuple(tensors[k] for k in range(len(tensors))) or None, step)
+            elif reason is not Reason.COVERED:
                 bank.streak[site] += 1
 
     def _owned(self, row: Row, outputs: Sequence[Any], bank: Bank) -> Sequence[Any]:
@@ -219,12 +241,12 @@ class Graph:
         bank = Bank(len(self.sites))
         if self.prologue is not None:
             self._hoist(self.prologue, args, bank, told=False)
-        wires = [*args, *self._room]
+        wires = self.start(args)
         for piece in self.pieces:
             executable = piece.variants[(False,) * len(piece.sites)]
             if executable is not None:
                 _execute(executable, wires, bank)
-        return self._results(wires)
+        return self.results(wires)
 
 
 def _execute(executable: Executable, wires: list[Any], bank: Bank) -> list[tuple[tuple[int, int], Tensor]]:

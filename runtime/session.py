@@ -77,6 +77,7 @@ class Session(threading.local):
         self.known: int | None = None  # the number of the last call's trajectory: holding it would keep its slots
         self.ran: tuple[int, ...] = ()  # the graphs of the last call
         self.observer: Callable[[Observation], None] | None = None
+        self.director: Callable[[Any, list[Any], Call, Bank], Any] | None = None  # decides and runs a graph instead
 
     def begin(self, inputs: Inputs) -> Call:
         """A call of the model begins."""

@@ -24,7 +24,7 @@ from dit_rewrite.passes.site import Kind, Part, Site
 from dit_rewrite.policies import DQAR, FirstBlockCache
 from dit_rewrite.policy import Policy, Rule
 from dit_rewrite.runtime.decide import Decider, Decisions, Moment, SiteSpec, decide
-from dit_rewrite.strategy import Compute, Reuse, ReuseKV, Strategy
+from dit_rewrite.strategy import BlockwiseReuse, Compute, Reuse, ReuseKV, ShareGuidance, Strategy, WindowResidual
 from dit_rewrite.where import Where
 
 SPAN = Where(span="stack")
@@ -49,19 +49,49 @@ def test_stores(strategy: Callable[..., Strategy]) -> None:
             strategy(store)
 
 
-@pytest.mark.parametrize("do", ["reuse", Reuse, None, 3, True])
+@pytest.mark.parametrize("do", ["reuse", Reuse, None, 3, True, (Reuse(), 3), (Reuse(), Reuse("int8")), [Reuse()]])
 def test_what_is_no_strategy(do: Any) -> None:
-    with pytest.raises(BadParameter, match=r"Rule: do=.*Compute\(\), Reuse\(\) or ReuseKV\(\)"):
+    with pytest.raises(BadParameter, match=r"Rule: do=.*a strategy of dit_rewrite.strategy"):
         Rule(step > 2, do)
 
 
 def test_keys_of_a_span() -> None:
-    """A span has no keys and values, whether a block or a stack of them."""
+    """A span is no attention, whether a block or a stack of them."""
     for span in ("block", "stack"):
-        with pytest.raises(BadParameter, match="it has no keys and values"):
-            Rule(step > 2, ReuseKV(), Where(span=span))  # type: ignore[arg-type]
-        assert Rule(step > 2, Reuse(), Where(span=span)).part is Part.SPAN  # type: ignore[arg-type]
-    assert [Rule(step > 2, do).part for do in (Reuse(), ReuseKV(), Compute())] == [Part.BRANCH, Part.KV, None]
+        for do in (ReuseKV(), WindowResidual(), ShareGuidance("first"), BlockwiseReuse(0.1)):
+            with pytest.raises(BadParameter, match="it is no attention"):
+                Rule(step > 2, do, Where(span=span))  # type: ignore[arg-type]
+        assert Rule(step > 2, Reuse(), Where(span=span)).parts == {Part.SPAN}  # type: ignore[arg-type]
+
+
+def test_parts() -> None:
+    """What each strategy replaces; two of different parts go together."""
+    core = {Part.CORE, Part.HELD}
+    both = (WindowResidual(), ShareGuidance("second"))
+    strategies = (Reuse(), ReuseKV(), Compute(), WindowResidual(), BlockwiseReuse(0.1), ShareGuidance("first"), both)
+    found = [Rule(step > 2, do).parts for do in strategies]
+    assert found == [{Part.BRANCH}, {Part.KV}, set(), core, core, {Part.GUIDANCE}, {*core, Part.GUIDANCE}]
+    assert Rule(step > 2, both).strategy(Part.GUIDANCE) == ShareGuidance("second")
+    assert Rule(step > 2, both).strategy(Part.BRANCH) == Compute()
+
+
+@pytest.mark.parametrize(
+    "build",
+    [
+        lambda: WindowResidual(-1),
+        lambda: WindowResidual(1.0),
+        lambda: WindowResidual((2, 0.5, 1.5)),
+        lambda: WindowResidual(True),
+        lambda: WindowResidual(2, grid=(2, 2, 2, 2)),
+        lambda: ShareGuidance("third"),  # type: ignore[arg-type]
+        lambda: BlockwiseReuse(math.nan),
+        lambda: BlockwiseReuse(0.1, block=0),
+        lambda: BlockwiseReuse(0.1, bound="tight"),  # type: ignore[arg-type]
+    ],
+)
+def test_strategies_out_of_range(build: Callable[[], Strategy]) -> None:
+    with pytest.raises(BadParameter, match="is out of range"):
+        build()
 
 
 @pytest.mark.parametrize("value", [0, -1, 1.0, 2.5, "3", True, math.inf])
@@ -206,12 +236,15 @@ def test_two_stores() -> None:
     with pytest.raises(TwoStores, match=r"blocks\.0\.attn ask for 'int8' and None in one slot"):
         both.for_site(site(), {})
     apart = Policy((Rule(step > 3, ReuseKV("fp8")), Rule(step > 1, Reuse("int8"))))
-    assert apart.for_site(site(), {}).store == "int8"
-    assert apart.for_site(site(Part.KV), {}).store == "fp8"
+    assert apart.for_site(site(), {}).form == "int8"
+    assert apart.for_site(site(Part.KV), {}).form == "fp8"
     hidden = Policy((Rule(sympy.true), Rule(step > 1, Reuse("int8"))))
-    assert hidden.for_site(site(), {}).store is None, "the second rule is never asked"
+    assert hidden.for_site(site(), {}).form is None, "the second rule is never asked"
     unreachable = Policy((Rule(guards.layer > 3), Rule(step > 1, Reuse("int8"))))
-    assert unreachable.for_site(site(), {"layer": 0}).store == "int8"
+    assert unreachable.for_site(site(), {"layer": 0}).form == "int8"
+    windows = Policy((Rule(step > 3, WindowResidual(2)), Rule(step > 1, WindowResidual(3))))
+    with pytest.raises(TwoStores, match=r"WindowResidual\(window=2, grid=None\) and WindowResidual\(window=3"):
+        windows.for_site(site(Part.CORE), {})
 
 
 def test_rules_for_another_part() -> None:
@@ -420,7 +453,7 @@ def expected(
             where.layers is None or (each.layer >= where.layers[0] and each.layer < (where.layers[1] or 9))
         )
         within = law.max_streak is None or run < law.max_streak
-        mine = law.rule.part is each.part
+        mine = each.part in law.rule.parts
         if meant and not mine and not all(proof[name] for name in needed):
             conditions = sympy.And.make_args(law.rule.when)
             plain = [c for c in conditions if not guards.mentions(c) & guards.MEASURED]

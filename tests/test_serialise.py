@@ -247,7 +247,7 @@ BAD: list[tuple[Any, type[PolicyError], str]] = [
     (rule(do={"strategy": "compute", "store": "int8"}), BadPolicyText, r"rules\[0\].do has store"),
     (rule(do={"strategy": "reuse", "store": "int4"}), BadParameter, "store='int4' is out of range"),
     (rule(do={"strategy": "reuse", "store": 8}), BadPolicyText, r"rules\[0\].do.store is 8"),
-    (rule(do={"strategy": "reuse_kv"}, where={"span": "stack"}), BadParameter, "it has no keys and values"),
+    (rule(do={"strategy": "reuse_kv"}, where={"span": "stack"}), BadParameter, "it is no attention"),
     (rule(do=None), BadPolicyText, r"rules\[0\].do is null, and a dict is needed"),
     (rule(where=[]), BadPolicyText, r"rules\[0\].where is \[\], and a dict is needed"),
     (

@@ -14,7 +14,7 @@ from torch import fx
 from dit_rewrite import Policy, Rule, Verification, backend, verify
 from dit_rewrite.check import Check, Difference, equal, max_abs_error, rms
 from dit_rewrite.errors import BadParameter, Reason, UnreachedPolicy
-from dit_rewrite.passes.guard import GuardedGraph, cache_or_compute
+from dit_rewrite.passes.guarded import GuardedGraph, cache_or_compute
 from dit_rewrite.passes.specialise import Variant
 from dit_rewrite.policies import FORA, Never
 from dit_rewrite.runtime.cache import Bank

@@ -12,10 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from dit_rewrite.passes.guard import Guarded, GuardedGraph, guard
+from dit_rewrite.passes.guard import guard
+from dit_rewrite.passes.guarded import Guarded, GuardedGraph
 from dit_rewrite.passes.segments import Segments, cut, relevant, whole
 from dit_rewrite.passes.site import Found, Site, close
 from dit_rewrite.passes.specialise import Row, Variant, specialise
+from dit_rewrite.passes.store import Store
 from tests.passes.tracing import Traced
 
 Values = dict[tuple[int, str], Tensor]  # what the oracle keeps from step to step: by site, and its value's node
@@ -73,7 +75,7 @@ class Rewritten:
         sites: Sequence[Site],
         chosen: Mapping[int, str | None],
     ) -> Rewritten:
-        labels = [Guarded(i, f"step > {i}", "reuse", store) for i, store in chosen.items()]
+        labels = [Guarded(i, f"step > {i}", "reuse", Store(store)) for i, store in chosen.items()]
         with traced.captured.fake_mode:
             guarded = guard(gm, sites, labels)
         return cls(traced, gm, found, guarded, tuple(chosen.values()))

@@ -6,7 +6,8 @@ import pytest
 from torch import Tensor
 
 from dit_rewrite.passes.graph import attribute
-from dit_rewrite.passes.guard import Guarded, cache_or_compute, guard
+from dit_rewrite.passes.guard import guard
+from dit_rewrite.passes.guarded import Guarded, cache_or_compute
 from dit_rewrite.passes.printing import op_counts, readable
 from tests.passes.oracle import Rewritten
 from tests.passes.toys import BLOCKS, CONSTANT, EXAMPLES, HALVES, JOINT, NESTED, SIBLINGS, Example

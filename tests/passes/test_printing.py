@@ -7,7 +7,8 @@ from collections import Counter
 import torch
 from torch import Tensor, fx, nn
 
-from dit_rewrite.passes.guard import Guarded, guard
+from dit_rewrite.passes.guard import guard
+from dit_rewrite.passes.guarded import Guarded
 from dit_rewrite.passes.printing import diff, op_counts, readable
 from dit_rewrite.passes.segments import whole
 from dit_rewrite.passes.specialise import specialise

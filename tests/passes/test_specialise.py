@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import fx
 
-from dit_rewrite.passes.guard import Guarded, guard
+from dit_rewrite.passes.guard import guard
+from dit_rewrite.passes.guarded import Guarded
 from dit_rewrite.passes.printing import op_counts
 from dit_rewrite.passes.segments import whole
 from dit_rewrite.passes.sites import find_sites

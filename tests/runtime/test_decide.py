@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dit_rewrite.errors import Reason
-from dit_rewrite.runtime.decide import Decisions, Moment, SiteSpec, decide
+from dit_rewrite.runtime.decide import HORIZON, NO_SLOT, Decisions, Moment, SiteSpec, decide
 
 YES, NO = Reason.RULE, Reason.NO_RULE
 
@@ -141,6 +141,111 @@ def test_age_and_streak_over_a_trajectory(limit: int, longest: int, steps: int) 
             computed_at[i] = computed_at[i] if reused else step
     period = 1 + min(limit, longest)
     assert rows == [(step % period != 0, False) for step in range(steps)]
+
+
+# --- slots that are another site's, or none ---------------------------------------------------------------------------
+
+
+def test_a_site_that_reads_the_slot_of_another() -> None:
+    """What site 0 needs is in the slot of site 1, and its own says nothing; its age is still its own."""
+    asked: list[int | None] = []
+
+    def ask(moment: Moment, layer: int, age: int | None, streak: int, read: Any) -> tuple[bool, Reason]:
+        asked.append(age)
+        return True, YES
+
+    sites = [replace(site(ask), reads=1), site(never)]
+    for own, others in ((False, True), (True, False)):
+        found = decide(sites, at(5), [2, 4], [0, 0], [own, others])
+        reason = YES if others else Reason.EMPTY
+        assert found == Decisions((others, False), (reason, NO), () if others else (Reason.EMPTY,))
+    assert asked == [3, None]
+
+
+def test_a_site_that_reads_no_slot() -> None:
+    """It needs none to be filled, whatever was changed; but beyond the told end it computes like the others."""
+    sites = [replace(site(), reads=NO_SLOT)]
+    for unfit in (None, Reason.CHANGED_INPUT, Reason.EMPTY):
+        assert decided(sites, at(0), [False], unfit) == Decisions((True,), (YES,), ())
+    beyond = decided(sites, at(3, of=3), [False])
+    assert beyond == Decisions((False,), (Reason.BEYOND_END,), (Reason.BEYOND_END,))
+
+
+# --- what is filled only where it will be read ------------------------------------------------------------------------
+
+BRANCH, CORE, HELD = range(3)
+
+
+def follows(schedule: str, letter: str) -> Any:
+    """Reuse at the steps that have that letter; a schedule goes round."""
+
+    def choose(moment: Moment, *_: Any) -> tuple[bool, Reason]:
+        return (schedule[moment.step % len(schedule)] == letter), YES
+
+    return choose
+
+
+def attention(schedule: str, foreseen: bool = True) -> list[SiteSpec]:
+    """A branch that is reused at the steps B, in it a core that something stands for at the steps W, and what that
+    needs: filled beside a core that computes."""
+    branch = replace(site(follows(schedule, "B")), foreseen=True)
+    core = replace(site(follows(schedule, "W"), BRANCH), reads=HELD, foreseen=foreseen)
+    return [branch, core, replace(site(never, CORE), serves=CORE)]
+
+
+def fills(schedule: str, of: int | None, steps: int) -> str:
+    """What becomes of the slot that serves, step by step: f it is filled, - it is not, . its core does not compute."""
+    sites, holds, letters = attention(schedule), [False] * 3, ""
+    for step in range(steps):
+        found = decided(sites, at(step, of), holds)
+        reason = found.reasons[HELD]
+        letters += {Reason.WILL_BE_READ: "f", Reason.UNREAD: "-", Reason.COVERED: "."}[reason]
+        assert found.row[HELD] is (reason is not Reason.WILL_BE_READ)
+        assert found.misses == (), "what is read was filled"
+        holds = [held or not reused for held, reused in zip(holds, found.row, strict=True)]
+    return letters
+
+
+def test_what_serves_is_filled_where_it_will_be_read() -> None:
+    """A step that computes fills it where the next one that does not reuse the branch puts something for the core."""
+    assert fills("CWWCCWBC", of=8, steps=8) == "f..-f..-"
+    assert fills("CBBWCBBC", of=8, steps=8) == "f...-..-"
+    assert fills("CBBB", of=4, steps=4) == "-..."
+    assert fills("CW", of=2, steps=2) == "f."
+    assert fills("CWCW", of=3, steps=3) == "f.-", "the last step has none after it"
+
+
+def test_without_a_told_end_it_may_be_read() -> None:
+    """Steps are looked at until one says it, or there are too many: nothing is left out that may be needed."""
+    assert fills("CWCC", of=None, steps=9) == "f.--f.--f"
+    assert fills("C" + "B" * HORIZON + "C", of=None, steps=1) == "f"
+    assert fills("C" + "B" * (HORIZON - 2) + "CW", of=None, steps=1) == "-"
+    assert fills("C" + "B" * (HORIZON - 2) + "WC", of=None, steps=1) == "f"
+
+
+def test_what_cannot_be_foreseen_may_be_read() -> None:
+    """A guard that measures, of the core or of what is around it, leaves nothing to be left out."""
+    moment, holds = at(0, of=4), [True] * 3
+    assert decided(attention("CCCC"), moment, holds).reasons[HELD] is Reason.UNREAD
+    unknown = attention("CCCC", foreseen=False)
+    assert decided(unknown, moment, holds) == Decisions((False,) * 3, (YES, YES, Reason.WILL_BE_READ), ())
+    branch, core, held = attention("CCCC")
+    around = [replace(branch, foreseen=False), core, held]
+    assert decided(around, moment, holds).reasons[HELD] is Reason.WILL_BE_READ
+
+
+@given(st.text("CWB", min_size=1, max_size=12), st.none() | st.integers(1, 12), st.integers(0, 11))
+def test_filled_where_a_plain_reading_of_the_schedule_reads_it(schedule: str, of: int | None, start: int) -> None:
+    """Of every schedule: written out, cut at the end, steps B struck; then a C before a W fills, and no other."""
+    schedule = schedule[start % len(schedule) :] + schedule[: start % len(schedule)]
+    schedule = "C" + schedule  # a slot is filled before it is read
+    steps = 2 * len(schedule) if of is None else of
+    written = schedule * (3 + HORIZON // len(schedule)) if of is None else (schedule * of)[:of]
+    expected = ""
+    for step in range(steps):
+        rest = written[step + 1 :].replace("B", "")
+        expected += "." if written[step] != "C" else "f" if rest.startswith("W") else "-"
+    assert fills(schedule, of, steps) == expected
 
 
 def test_specs_are_values() -> None:

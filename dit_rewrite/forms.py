@@ -1,0 +1,76 @@
+"""What the slot of each reached site holds, or what else stands for its values; or why nothing can."""
+
+from __future__ import annotations
+
+import math
+from functools import cached_property
+from typing import Any
+
+from torch import Tensor
+
+from dit_rewrite.cores import codec
+from dit_rewrite.errors import Reason
+from dit_rewrite.passes import cost
+from dit_rewrite.passes.capture import Captured
+from dit_rewrite.passes.guarded import Guidance
+from dit_rewrite.passes.halve import Batch, batch_labels
+from dit_rewrite.passes.hoist import steady_nodes
+from dit_rewrite.passes.parts import Probes
+from dit_rewrite.passes.site import Site
+from dit_rewrite.passes.store import Codec, Store
+from dit_rewrite.policy import SiteRules
+from dit_rewrite.strategy import ShareGuidance
+
+Form = tuple[Codec, Guidance | None]
+
+
+class Forms:
+    """Answers for the sites of one graph; `probes` knows its streams."""
+
+    def __init__(self, captured: Captured, probes: Probes, steady: frozenset[int]) -> None:
+        self.captured, self.probes, self.steady = captured, probes, steady
+        self.graph = probes.gm.graph
+        self.nodes = {node.name: node for node in self.graph.nodes}
+
+    def of(self, site: Site, rules: SiteRules) -> Form | Reason:
+        """The form of a site under its rules."""
+        form = rules.form
+        if isinstance(form, ShareGuidance):
+            return self._shared(site, form)
+        if form is None or isinstance(form, str):
+            return Store(form), None
+        core = self.nodes[site.values[0]]
+        static = all(self.nodes[name] in self._still for name in site.inputs[1:])
+        found = codec(form, core, self._image, static)
+        return found if isinstance(found, Reason) else (found, None)
+
+    @cached_property
+    def _image(self) -> int | None:
+        return self.probes.image_tokens()
+
+    @cached_property
+    def _still(self) -> Any:
+        return steady_nodes(self.graph, self.steady)
+
+    @cached_property
+    def _batch(self) -> int:
+        """The size of the batch: that of the largest input that changes from step to step, the latent."""
+        inputs = enumerate(node.meta["val"] for node in self.graph.find_nodes(op="placeholder"))
+        known = self.captured.static | self.captured.steady
+        moving = [v for i, v in inputs if i not in known and isinstance(v, Tensor) and v.is_floating_point() and v.ndim]
+        latent = max(moving, key=lambda v: math.prod(cost.shape(v)), default=None)
+        return 0 if latent is None or not isinstance(latent.shape[0], int) else latent.shape[0]
+
+    @cached_property
+    def _labels(self) -> dict[str, Batch]:
+        labels = batch_labels(self.graph, self._batch, self.captured.static)
+        return {node.name: label for node, label in labels.items()}
+
+    def _shared(self, site: Site, form: ShareGuidance) -> Form | Reason:
+        if self._batch == 0 or self._batch % 2:
+            return Reason.ODD_BATCH
+        inside = (self._labels[name] for name in site.closure)
+        together = all(self._labels[name] is Batch.LEADING for name in site.values)
+        if Batch.MIXED in inside or not together:
+            return Reason.MIXES_SAMPLES
+        return Store(), Guidance(self._labels, self._batch, 0 if form.conditional == "first" else 1)

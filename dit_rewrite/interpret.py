@@ -1,0 +1,80 @@
+"""An interpreter of captured graphs that takes the place of what a policy does not compute."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.utils._pytree import tree_map
+
+from dit_rewrite.passes.guarded import Guidance
+from dit_rewrite.passes.halve import Batch
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+
+Instead = Callable[[Mapping[str, Tensor], Guidance | None], Tensor]
+
+
+class Replay(fx.Interpreter):
+    """Runs a captured graph: nodes named in `instead` give what that makes, everything else is computed.
+
+    It is asked with the tensors of the nodes named in `keep`, which are in ``values`` after `run` too. Nodes named in
+    `shared` see one half of what comes from outside of them, twice: their guidance says which.
+    """
+
+    def __init__(
+        self, gm: fx.GraphModule, instead: Mapping[str, Instead], keep: Collection[str], shared: Mapping[str, Guidance]
+    ) -> None:
+        super().__init__(gm)
+        self.instead, self.keep, self.shared = instead, keep, shared
+        self.values: dict[str, Tensor] = {}
+
+    def run_node(self, n: fx.Node) -> Any:
+        make = self.instead.get(n.name)
+        result = super().run_node(n) if make is None else make(self.values, self.shared.get(n.name))
+        if n.name in self.keep:
+            self.values[n.name] = result
+        return result
+
+    def fetch_args_kwargs_from_env(self, n: fx.Node) -> Any:
+        guidance = self.shared.get(n.name)
+        if guidance is None:
+            return super().fetch_args_kwargs_from_env(n)
+
+        def load(node: fx.Node) -> Any:
+            outside = node.name not in self.shared and guidance.labels[node.name] is Batch.LEADING
+            return twice(self.env[node], guidance) if outside else self.env[node]
+
+        return fx.node.map_arg(n.args, load), fx.node.map_arg(n.kwargs, load)
+
+
+def twice(value: Any, guidance: Guidance) -> Any:
+    """The half of a batch that is computed, in the place of both halves; of each in a tuple."""
+    if not isinstance(value, Tensor):
+        return type(value)(twice(item, guidance) for item in value)
+    half = value.chunk(2)[guidance.half]
+    return torch.cat([half, half])
+
+
+class Replay64(Replay):
+    """The same in float64, whatever dtypes the graph names: the reference that roundings are measured from."""
+
+    def run(self, *args: Any, **kwargs: Any) -> Any:
+        return super().run(*tree_map(widen, args), **kwargs)
+
+    def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
+        return super().call_function(target, tree_map(_wide_dtype, args), tree_map(_wide_dtype, kwargs))
+
+    def get_attr(self, target: Any, args: Any, kwargs: Any) -> Any:
+        return widen(super().get_attr(target, args, kwargs))
+
+
+def widen(value: Any) -> Any:
+    """A floating-point tensor in float64; anything else as it is."""
+    return value.double() if isinstance(value, Tensor) and value.dtype in FLOATS else value
+
+
+def _wide_dtype(value: Any) -> Any:
+    return torch.float64 if isinstance(value, torch.dtype) and value in FLOATS else value

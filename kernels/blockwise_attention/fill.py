@@ -1,0 +1,66 @@
+"""The two halves of blockwise attention that a compiled graph calls: fill a state, and take a step that changes it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from dit_rewrite.kernels.blockwise_attention.op import blockwise_attention
+from dit_rewrite.kernels.blockwise_attention.state import State, new_state
+from dit_rewrite.kernels.scores import default_scale
+
+if __name__ != "dit_rewrite.kernels.blockwise_attention.fill":
+    raise ImportError("Import dit_rewrite.kernels: under another name its ops would be registered a second time.")
+
+
+@torch.library.custom_op("dit_rewrite::blockwise_fill", mutates_args=())
+def blockwise_fill(
+    q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None, block: int, scale: float | None, kv_static: bool
+) -> list[Tensor]:
+    """The tensors of a state (state.py) in which every block of keys was computed for these q, k and v.
+
+    Shapes, dtypes and errors are those of `blockwise_attention`.
+    """
+    state = new_state(q, k, v, block, kv_static=kv_static)
+    options = {"threshold": -math.inf, "block": block, "bound": "sound", "attn_mask": attn_mask, "scale": scale}
+    blockwise_attention(q, k, v, state, kv_static=kv_static, **options)  # type: ignore[arg-type]
+    state.counters.zero_()
+    return state.tensors
+
+
+@blockwise_fill.register_fake
+def _fill_fake(
+    q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None, block: int, scale: float | None, kv_static: bool
+) -> list[Tensor]:
+    return new_state(q, k, v, block, kv_static=kv_static).tensors
+
+
+def blockwise_step(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    state: Sequence[Tensor],
+    attn_mask: Tensor | None,
+    threshold: float,
+    block: int,
+    bound: str,
+    scale: float | None,
+    kv_static: bool,
+) -> Tensor:
+    """`blockwise_attention` on a state's tensors, which it changes in place. Raises BadParameter."""
+    found, _ = blockwise_attention(
+        q,
+        k,
+        v,
+        State._make((*state, block, q.shape[2], k.shape[2])),
+        threshold=threshold,
+        block=block,
+        bound=bound,  # type: ignore[arg-type]
+        attn_mask=attn_mask,
+        scale=default_scale(q, scale),
+        kv_static=kv_static,
+    )
+    return found

@@ -1,0 +1,77 @@
+"""What pass 03 makes: the guarded graph, its `cache_or_compute` nodes, and how each site is labelled."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from torch import fx
+
+from dit_rewrite.passes.halve import Batch
+from dit_rewrite.passes.site import Site
+from dit_rewrite.passes.store import Codec, Store
+
+
+@dataclass(frozen=True)
+class Guidance:
+    """Which nodes carry a guided batch of that size (halve.py), and which of its halves is computed for both."""
+
+    labels: Mapping[str, Batch]
+    batch: int
+    half: Literal[0, 1]
+
+
+@dataclass(frozen=True)
+class Guarded:
+    """A site of the graph with the guard and strategy that its node shows; `site` is an index into the sites found.
+
+    `codec` says what its slot holds in the place of its values, `guidance` how a GUIDANCE site is done otherwise.
+    """
+
+    site: int
+    guard: str
+    strategy: str
+    codec: Codec = Store()
+    guidance: Guidance | None = None
+
+
+@dataclass(frozen=True)
+class GuardedGraph:
+    """The graph of pass 03.
+
+    Its inputs are those of the captured graph, then for each guarded site a decision (True: reuse), then what each of
+    its slots holds; its outputs those of the captured graph, then what each slot holds now. ``sites`` are the guarded
+    ones in the order of these inputs, ``held`` the number of tensors in each one's slot; ``parents`` index into them:
+    the nearest site whose reuse takes this one's decision away.
+    Every node that the captured graph has too knows its ``position`` there, in its meta; those that pack and unpack
+    slots stand in between.
+    """
+
+    gm: fx.GraphModule
+    sites: tuple[Site, ...]
+    parents: tuple[int | None, ...]
+    held: tuple[int, ...]
+    num_inputs: int
+    num_outputs: int
+
+
+def cache_or_compute(
+    reuse: bool,
+    cached: Sequence[Any],
+    compute: Callable[..., Sequence[Any]],
+    live_ins: Sequence[Any],
+    *,
+    instead: Callable[..., Sequence[Any]] | None = None,
+    site: str,
+    guard: str,
+    strategy: str,
+) -> Sequence[Any]:
+    """The values of a site and of the sites inside it: the `cached` ones, or those that `compute` makes of `live_ins`.
+
+    Where there is an `instead`, it makes them in the place of the cached ones. `site`, `guard` and `strategy` are what
+    a reader of the graph sees; they change nothing here.
+    """
+    if not reuse:
+        return compute(*live_ins)
+    return cached if instead is None else instead(*live_ins)

@@ -1,0 +1,61 @@
+"""How one value is held by a slot, and what packs and unpacks it in a guarded graph."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from torch import Tensor, fx
+
+from dit_rewrite.passes.store import Codec, inline
+
+
+@dataclass(frozen=True)
+class Slot:
+    """One value as it is held: `read` are the nodes that packing and unpacking read beside it, `first` is where its
+    tensors begin among the site's."""
+
+    value: fx.Node
+    read: tuple[fx.Node, ...]
+    codec: Codec
+    first: int
+
+    @cached_property
+    def is_plain(self) -> bool:
+        """The value is held as it is."""
+        return self.codec.is_plain(self.value.meta["val"], self._read)
+
+    @cached_property
+    def examples(self) -> tuple[Tensor, ...]:
+        """The held tensors of the trace, without values."""
+        value = self.value.meta["val"]
+        return (value,) if self.is_plain else tuple(self.codec.encode(value, self._read))
+
+    @property
+    def width(self) -> int:
+        """How many tensors are held."""
+        return len(self.examples)
+
+    @property
+    def _read(self) -> list[Tensor]:
+        return [node.meta["val"] for node in self.read]
+
+    def pack(self, graph: fx.Graph, env: Mapping[Any, fx.Node], position: int) -> list[fx.Node]:
+        """Write what makes the held tensors of the value, right behind it."""
+        if self.is_plain:
+            return [env[self.value]]
+        arguments = [env[self.value], *(env[node] for node in self.read)]
+        return inline(graph, lambda v, *read: self.codec.encode(v, read), arguments, position, home=position)
+
+    def unpack(self, graph: fx.Graph, held: Sequence[fx.Node], env: Mapping[Any, fx.Node], position: int) -> fx.Node:
+        """Write what makes the value of the held tensors, right before its place."""
+        if self.is_plain:
+            return held[0]
+        count, dtype = self.width, self.value.meta["val"].dtype
+        arguments = [*held, *(env[node] for node in self.read)]
+        (value,) = inline(
+            graph, lambda *a: (self.codec.decode(a[:count], a[count:], dtype),), arguments, position - 1, home=position
+        )
+        return value
