@@ -5,16 +5,20 @@ from __future__ import annotations
 import ast
 import inspect
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from glob import escape
 from pathlib import Path
 from typing import Literal
 
-from sympy import Mod, Ne, Rational, floor
+from sympy import Eq, Mod, Ne, Or, Rational, floor
+from sympy.logic.boolalg import Boolean
 
 from dit_rewrite.errors import BadParameter, UnknownPolicy
 from dit_rewrite.passes.guards import entropy, layer, num_layers, num_steps, progress, similarity, snr, step
-from dit_rewrite.policy import Policy, Rule
+from dit_rewrite.plan import Choice, Plan
+from dit_rewrite.policy import MadeFor, Policy, Rule
 from dit_rewrite.serialise import from_json
+from dit_rewrite.strategy import BlockwiseReuse, Reuse, ShareGuidance, Strategy, WindowResidual
 from dit_rewrite.where import Where
 
 
@@ -94,6 +98,60 @@ def FirstBlockCache(
     return Policy((rule,), name, lag=lag, warmup=warmup)
 
 
+def CachedAttention(
+    threshold: float, block: int = 64, bound: Literal["paper", "sound"] = "sound", kinds: tuple[str, ...] = ("cross",)
+) -> Policy:
+    """Recompute the blocks of keys whose scores may have changed by more than `threshold` (CachedAttention,
+    algorithms 1 and 2); `block` keys each.
+
+    For cross-attention, or with kinds=("self",) for models that read condition and image in one sequence.
+    bound="paper" is equation 14 as printed, for keys that stay as they are; "sound" a true bound, in units of the
+    softmax's exponent. Raises BadParameter for what is out of range.
+    """
+    rule = Rule(step > 0, BlockwiseReuse(threshold, block, bound), Where(tuple(kinds)))
+    return Policy((rule,), f"CachedAttention(threshold={threshold}, block={block}, bound={bound!r}, kinds={kinds})")
+
+
+def DiTFastAttn(plan: Plan | str | Path) -> Policy:
+    """Do at each step, with each attention, what a searched plan says (DiTFastAttn, section 3.5): see search.py.
+
+    `plan` may be a plan's file. The policy refuses another model, and a trajectory of another length. Raises BadPlan.
+    """
+    plan = plan if isinstance(plan, Plan) else Plan.load(plan)
+    strategies = _strategies(plan)
+    rules = []
+    for i, site in enumerate(plan.sites):
+        for choice, do in strategies.items():
+            steps = [s for s, row in enumerate(plan.table) if row[i] is choice]
+            if steps:
+                when = Eq(num_steps, plan.steps) & _among(steps)
+                rules.append(Rule(when, do, Where(names=escape(site))))
+    return Policy(tuple(rules), f"DiTFastAttn(delta={plan.delta})", made_for=MadeFor(plan.model, plan.steps))
+
+
+def _strategies(plan: Plan) -> dict[Choice, Strategy | tuple[Strategy, ...]]:
+    """What the plan's choices mean; those alone that it may use."""
+    found: dict[Choice, Strategy | tuple[Strategy, ...]] = {Choice.AST: Reuse()}
+    if plan.conditional is not None:
+        found[Choice.ASC] = ShareGuidance(plan.conditional)
+    if plan.window is not None:
+        found[Choice.WA_RS] = WindowResidual(plan.window)
+    if plan.conditional is not None and plan.window is not None:
+        found[Choice.WA_RS_ASC] = (WindowResidual(plan.window), ShareGuidance(plan.conditional))
+    return found
+
+
+def _among(steps: Sequence[int]) -> Boolean:
+    """The step is one of these, which rise; in as few comparisons as there are runs of them."""
+    runs = [[first, first] for first in steps[:1]]
+    for s in steps[1:]:
+        if s == runs[-1][1] + 1:
+            runs[-1][1] = s
+        else:
+            runs.append([s, s])
+    return Or(*(Eq(step, a) if a == b else (step >= a) & (step <= b) for a, b in runs))
+
+
 def _within(policy: str, name: str, value: object, holds: bool, allowed: str) -> None:
     if not holds or isinstance(value, bool):
         raise BadParameter(policy, name, value, allowed)
@@ -104,6 +162,8 @@ _POLICIES: dict[str, Callable[..., Policy]] = {
     "fora": FORA,
     "dqar": DQAR,
     "first_block_cache": FirstBlockCache,
+    "cached_attention": CachedAttention,
+    "ditfastattn": DiTFastAttn,
 }
 
 

@@ -1,0 +1,83 @@
+"""A sampler that waits at every call of its denoiser, so that somebody else may decide how it is run."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from queue import SimpleQueue
+from typing import Any, NamedTuple
+
+import torch
+
+from dit_rewrite.compile import RewrittenModule
+from dit_rewrite.errors import BadTrajectory
+from dit_rewrite.runtime.cache import Bank
+from dit_rewrite.runtime.decide import Decisions
+from dit_rewrite.runtime.dispatch import Graph
+from dit_rewrite.runtime.session import Call
+
+
+class Arrival(NamedTuple):
+    """A call of the denoiser that waits for its decisions and outputs."""
+
+    graph: Graph
+    args: list[Any]
+    call: Call
+    bank: Bank
+
+
+class _Closed(BaseException):
+    """Ends a sampler that is not needed any more."""
+
+
+class Sampling:
+    """`sample(model)` in a thread of its own: it and its owner take turns, one waits while the other runs.
+
+    A thread is what lets several samplers, written as loops, go through their steps side by side; each has slots of
+    its own.
+    """
+
+    def __init__(self, model: RewrittenModule, sample: Callable[[Any], object]) -> None:
+        self._model, self._sample = model, sample
+        self._arrivals: SimpleQueue[Arrival | BaseException | None] = SimpleQueue()
+        self._answers: SimpleQueue[tuple[Decisions, Sequence[Any]] | None] = SimpleQueue()
+        self._thread = threading.Thread(target=self._run, daemon=True)
+
+    def next(self) -> Arrival:
+        """The next call. Raises what the sampler raised, and BadTrajectory where it has ended."""
+        if not self._thread.is_alive():
+            self._thread.start()
+        arrival = self._arrivals.get()
+        if arrival is None:
+            raise BadTrajectory("The sampler has ended before its steps were done.", "Give the number that it takes.")
+        if isinstance(arrival, BaseException):
+            raise arrival
+        return arrival
+
+    def answer(self, decided: Decisions, outputs: Sequence[Any]) -> None:
+        """Let the call return."""
+        self._answers.put((decided, outputs))
+
+    def close(self) -> None:
+        """End the sampler where it waits."""
+        if self._thread.is_alive():
+            self._answers.put(None)
+            self._thread.join()
+
+    def _run(self) -> None:
+        self._model._backend.session.director = self._wait  # of this thread
+        try:
+            with torch.no_grad():
+                self._sample(self._model)
+            self._arrivals.put(None)
+        except _Closed:
+            pass
+        except BaseException as error:
+            self._arrivals.put(error)
+
+    def _wait(self, graph: Graph, args: list[Any], call: Call, bank: Bank) -> tuple[Decisions, Sequence[Any]]:
+        self._arrivals.put(Arrival(graph, args, call, bank))
+        answer = self._answers.get()
+        if answer is None:
+            raise _Closed
+        return answer
