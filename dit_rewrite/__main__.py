@@ -1,4 +1,4 @@
-"""The command line: ``python -m dit_rewrite demo | generate | verify``."""
+"""The command line: ``python -m dit_rewrite demo | generate | latency | verify``."""
 
 from __future__ import annotations
 
@@ -19,6 +19,17 @@ def positive(text: str) -> int:
     if value < 1:
         raise argparse.ArgumentTypeError(f"{value} is not at least 1")
     return value
+
+
+def lengths(text: str) -> tuple[int, ...]:
+    """An argparse type: numbers of tokens with commas between them, each at least 1 and none twice."""
+    try:
+        found = tuple(int(item) for item in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no list of whole numbers such as 16,64,256") from None
+    if min(found) < 1 or len(set(found)) < len(found):
+        raise argparse.ArgumentTypeError(f"{text!r} has a number below 1, or one twice")
+    return found
 
 
 def _add_demo(parser: argparse.ArgumentParser) -> None:
@@ -48,6 +59,20 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, default=Path("image.png"), help="further images get a number")
 
 
+def _add_latency(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--conditions", type=lengths, default="16,64,256,1024", help="text tokens of each bar, with commas between"
+    )
+    parser.add_argument("--width", type=positive, default=288, help="of the model: 72 a head; PixArt's own is 1152")
+    parser.add_argument("--tokens", type=positive, default=256, help="of the image, a square number")
+    parser.add_argument("--layers", type=positive, default=2, help="blocks; the times are their mean")
+    parser.add_argument("--rounds", type=positive, default=10, help="timed calls of each length; the median counts")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto")
+    parser.add_argument("--threads", type=positive, default=1, help="one is hardly disturbed by a busy machine")
+    parser.add_argument("--out", type=Path, default=Path("latency"), help="folder of the figure and the figures")
+
+
 def _add_verify(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", required=True, help="module:factory, a folder, or a hub id")
     parser.add_argument("--policy", default="fora:interval=3", help="for instance fora:interval=3")
@@ -60,6 +85,7 @@ def _add_verify(parser: argparse.ArgumentParser) -> None:
 COMMANDS = {
     "demo": (_add_demo, "dit_rewrite.demo", "sample images with and without caching, and compare"),
     "generate": (_add_generate, "dit_rewrite.generate", "run a diffusers pipeline with its denoiser rewritten"),
+    "latency": (_add_latency, "dit_rewrite.latency", "time the parts of a text-conditional block"),
     "verify": (_add_verify, "dit_rewrite.verify_cli", "prove that a rewrite computes what it should"),
 }
 
