@@ -7,6 +7,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 VERIFY_MODEL ?= examples.ci.shapes_dit:build
 VERIFY_POLICY ?= fora:interval=3
+WORKERS ?= auto
 
 .DELETE_ON_ERROR:
 .PHONY: help install demo test test-full gpu lint format types verify wheel clean
@@ -31,11 +32,12 @@ $(INSTALLED): pyproject.toml constraints.txt
 demo: $(INSTALLED)
 	$(BIN)/python -m dit_rewrite demo --out demo
 
+# The same examples in every run, so that a change is judged by what it changed; test-full looks for new ones.
 test: $(INSTALLED)
-	$(BIN)/python -m pytest -q -m "not slow"
+	$(BIN)/python -m pytest -q -n $(WORKERS) -m "not slow"
 
 test-full: $(INSTALLED)
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -n $(WORKERS) --hypothesis-profile=search
 
 # For a machine that has torch, Triton, setuptools and perhaps pytest, and may reach no package index: into the Python
 # that is there, without dependencies, and editable, as the tests and the benchmark run from this folder. A failing test

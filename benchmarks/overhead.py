@@ -10,14 +10,13 @@ from __future__ import annotations
 import argparse
 import itertools
 from collections.abc import Callable
-from typing import Any
 
 import torch
 
 import dit_rewrite
 from benchmarks import segments
 from benchmarks.timing import Row, Spread, alternate, ratio, report, seconds
-from benchmarks.workload import ALWAYS, STEPS, Stepper, build, calls, instant
+from benchmarks.workload import ALWAYS, STEPS, Stepper, alternate_steps, build, calls, cold, instant
 from dit_rewrite.backend import Backend
 from dit_rewrite.compile import isolated, wrap
 from dit_rewrite.lowering import Lowering
@@ -38,12 +37,7 @@ def measure_steps(device: str, rounds: int) -> list[Row]:
         "reuse 0": Stepper(computing, inputs),
         "reusing": Stepper(reusing, inputs),
     }
-    for run in runs.values():
-        for _ in range(5):
-            run()
-    samples = alternate(runs, rounds)
-    for run in runs.values():
-        run.close()
+    samples = alternate_steps(runs, rounds)
     again, computed, reused = (ratio(samples, *pair) for pair in _PAIRS)
     return [
         Row("plain torch.compile, a step", Spread.of(samples["plain"]), "s", "", True),
@@ -85,16 +79,9 @@ def measure_compile(device: str, rounds: int) -> list[Row]:
     """Seconds of the first call, Inductor's caches off: FORA's two variants against plain torch.compile's one."""
     model, (first, *_) = build(device), calls(device)
 
-    def cold(make: Callable[[], Any]) -> Callable[[], None]:
-        def run() -> None:
-            torch._dynamo.reset()
-            make()(**first)
-
-        return run
-
     runs = {
-        "plain": cold(lambda: isolated(model, "inductor")),
-        "FORA": cold(lambda: dit_rewrite.compile(model, FORA(INTERVAL))),
+        "plain": cold(lambda: isolated(model, "inductor"), first),
+        "FORA": cold(lambda: dit_rewrite.compile(model, FORA(INTERVAL)), first),
     }
     with torch._inductor.config.patch(force_disable_caches=True):
         seconds(runs["plain"])  # the process's first compile also loads the compiler

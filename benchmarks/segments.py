@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
 from typing import Any
 
 import sympy
@@ -11,7 +10,7 @@ import torch
 
 import dit_rewrite
 from benchmarks.timing import Row, Spread, alternate, ratio, seconds
-from benchmarks.workload import ALWAYS, STEPS, Stepper, build, calls, instant
+from benchmarks.workload import ALWAYS, STEPS, Stepper, alternate_steps, build, calls, cold, instant
 from dit_rewrite.backend import Backend
 from dit_rewrite.compile import RewrittenModule, isolated, wrap
 from dit_rewrite.guards import step
@@ -37,12 +36,7 @@ def measure_segment_steps(device: str, rounds: int) -> list[Row]:
         "reusing variant": Stepper(dit_rewrite.compile(model, ALWAYS), inputs),
         "reusing segments": Stepper(dit_rewrite.compile(model, ALWAYS, lowering="segments"), inputs),
     }
-    for run in runs.values():
-        for _ in range(5):
-            run()
-    samples = alternate(runs, rounds)
-    for run in runs.values():
-        run.close()
+    samples = alternate_steps(runs, rounds)
     computing, reusing = ratio(samples, "segments", "plain"), ratio(samples, "reusing segments", "reusing variant")
     return [
         Row("segments at reuse 0 / plain", computing, "", "<= 1.03", computing.median <= 1.03),
@@ -54,16 +48,9 @@ def measure_segment_compile(device: str, rounds: int) -> list[Row]:
     """Seconds of the first call of a deep DiT by segments, FORA's reusing pieces included, Inductor's caches off."""
     model, (first, *_) = build(device, DEEP), calls(device)
 
-    def cold(make: Callable[[], Any]) -> Callable[[], None]:
-        def run() -> None:
-            torch._dynamo.reset()
-            make()(**first)
-
-        return run
-
     runs = {
-        "plain": cold(lambda: isolated(model, "inductor")),
-        "segments": cold(lambda: dit_rewrite.compile(model, FORA(3), lowering="segments")),
+        "plain": cold(lambda: isolated(model, "inductor"), first),
+        "segments": cold(lambda: dit_rewrite.compile(model, FORA(3), lowering="segments"), first),
     }
     with torch._inductor.config.patch(force_disable_caches=True):
         samples = alternate(runs, rounds)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import sympy
@@ -11,6 +11,7 @@ import torch
 from diffusers import DiTTransformer2DModel
 from torch._dynamo.backends.common import aot_autograd
 
+from benchmarks.timing import alternate
 from dit_rewrite.compile import RewrittenModule
 from dit_rewrite.policy import Policy, Rule
 
@@ -64,6 +65,27 @@ class Stepper:
         if self.context is not None:
             self.context.__exit__(None, None, None)
             self.context = None
+
+
+def alternate_steps(runs: Mapping[str, Stepper], rounds: int) -> dict[str, list[float]]:
+    """Seconds of single steps, in turn; a few of each come before, that compile and warm up."""
+    for run in runs.values():
+        for _ in range(5):
+            run()
+    samples = alternate(runs, rounds)
+    for run in runs.values():
+        run.close()
+    return samples
+
+
+def cold(make: Callable[[], Any], kwargs: dict[str, Any]) -> Callable[[], None]:
+    """The first call of what `make` compiles, as if nothing had been compiled before; Inductor's caches apart."""
+
+    def run() -> None:
+        torch._dynamo.reset()
+        make()(**kwargs)
+
+    return run
 
 
 def _ready(gm: torch.fx.GraphModule, _: Sequence[Any]) -> Callable[..., list[Any]]:

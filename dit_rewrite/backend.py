@@ -32,6 +32,7 @@ from dit_rewrite.runtime.session import Session
 from dit_rewrite.runtime.stats import Stats
 from dit_rewrite.runtime.trajectory import Trajectory
 from dit_rewrite.simulate import simulate
+from dit_rewrite.strategy import ShareGuidance
 
 
 @dataclass
@@ -186,13 +187,16 @@ class Backend:
             choose = rules.chooser()
         entropy = None if site.entropy is None else guarded.held[index] - 1
         parent, reads, serves = guarded.parents[index], None, None
+        borrows = rules.form.stream if isinstance(rules.form, ShareGuidance) else None
         if site.part is Part.CORE:
             reads = guarded.parents.index(index)
-        elif site.part is Part.GUIDANCE:
+        elif site.part is Part.GUIDANCE and borrows is None:
             reads = NO_SLOT
         elif site.part is Part.HELD and not self.force:
             serves = parent
-        return SiteSpec(site.name, site.kind, site.layer, parent, choose, (), entropy, reads, serves, rules.foreseen)
+        return SiteSpec(
+            site.name, site.kind, site.layer, parent, choose, (), entropy, reads, serves, rules.foreseen, borrows
+        )
 
     def _compile_prologue(self, rewritten: Rewritten) -> Executable:
         """The piece that computes what is hoisted, and nothing else."""

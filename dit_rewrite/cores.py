@@ -31,12 +31,15 @@ class Windowed:
     prefix: int
     last: bool
     scale: float | None
+    residual: bool = True
 
     def is_plain(self, value: Tensor, read: Sequence[Tensor]) -> bool:
         return False
 
     def encode(self, value: Tensor, read: Sequence[Tensor]) -> tuple[Tensor, ...]:
         query, key, values, *mask = read
+        if not self.residual:
+            return (torch.zeros_like(value),)
         return (self._window(query, key, -values, value, mask),)  # attention is linear in V: O + W(Q, K, -V) = O - W
 
     def decode(self, held: Sequence[Tensor], read: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
@@ -91,7 +94,7 @@ def codec(strategy: Core, core: fx.Node, image: int | None, static: bool) -> Cod
     text, last = (0, False) if image is None else text_tokens(core, image)
     shape: Any = core.meta["val"].shape
     tokens = shape[2] - text
-    return Windowed(strategy.reach(tokens), strategy.grid, text, last, given["scale"])
+    return Windowed(strategy.reach(tokens), strategy.grid, text, last, given["scale"], strategy.residual)
 
 
 def _blockwise(strategy: BlockwiseReuse, given: dict[str, Any], static: bool) -> Codec | Reason:

@@ -67,10 +67,12 @@ class Forms:
         return {node.name: label for node, label in labels.items()}
 
     def _shared(self, site: Site, form: ShareGuidance) -> Form | Reason:
+        if form.half is None:
+            return Store(), None
         if self._batch == 0 or self._batch % 2:
             return Reason.ODD_BATCH
         inside = (self._labels[name] for name in site.closure)
         together = all(self._labels[name] is Batch.LEADING for name in site.values)
         if Batch.MIXED in inside or not together:
             return Reason.MIXES_SAMPLES
-        return Store(), Guidance(self._labels, self._batch, 0 if form.conditional == "first" else 1)
+        return Store(), Guidance(self._labels, self._batch, form.half)

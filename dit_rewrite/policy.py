@@ -115,7 +115,8 @@ class Policy:
     @property
     def streams(self) -> frozenset[str]:
         """The streams that its rules name."""
-        return frozenset(name for rule in self.rules for name in rule.where.streams or ())
+        shared = {do.stream for r in self.rules for do in r.strategies if isinstance(do, ShareGuidance) and do.stream}
+        return frozenset(name for rule in self.rules for name in rule.where.streams or ()) | shared
 
     def spans(self, count: int, whole: bool) -> dict[Where, tuple[tuple[int, int], ...]]:
         """The spans that each place means in a graph of `count` blocks.

@@ -22,6 +22,7 @@ from dit_rewrite.passes.guarded import Guidance
 from dit_rewrite.passes.site import Part, Site
 from dit_rewrite.passes.store import Codec, Store
 from dit_rewrite.runtime.session import Observation
+from dit_rewrite.strategy import ShareGuidance
 
 SLACK = 2.0  # lowered code may be this much further from float64 than the interpreter's own rounding
 
@@ -81,7 +82,7 @@ class _Step:
             key = (*where, place, value)
             read = (base,) if base else site.inputs
             self.read.update(read)
-            if site.part in (Part.BRANCH, Part.KV, Part.SPAN):
+            if isinstance(codec, Store):
                 self.held.append(key)
             if not reuse:
                 self.computed.append((key, codec, read))
@@ -116,7 +117,10 @@ def _replay(
     record, step = observation.record, _Step()
     for i, reuse, reason in zip(graph.reached, record.row, record.reasons, strict=True):
         if reason is not Reason.COVERED:
-            step.add(graph.found.sites[i], graph.placed.forms[i], reuse, (stream, observation.position), kept)
+            shared = graph.rules[i].form
+            lender = shared.stream if isinstance(shared, ShareGuidance) and reuse else None
+            where = (lender or stream, observation.position)
+            step.add(graph.found.sites[i], graph.placed.forms[i], reuse, where, kept)
     if step.lacking is not None:
         check.fail(Difference(step.lacking, record.step, "replay: reused, and never computed in this trajectory"))
         return None

@@ -48,11 +48,13 @@ class WindowResidual:
     `window` is how far a token sees on each side: a share of the tokens, 1/8 in the paper's code, or a number of them;
     with `grid`, (H, W) or (T, H, W) of the image's or video's tokens, a number or share for each axis. Text tokens that
     a joint attention puts before or behind the image see all, and are seen by all. The residual is kept at the steps
-    after which it is read. Raises BadParameter.
+    after which it is read; with ``residual=False`` it is taken as zero, which is window attention alone. Raises
+    BadParameter.
     """
 
     window: float | tuple[float, ...] = 0.125
     grid: tuple[int, ...] | None = None
+    residual: bool = True
 
     def __post_init__(self) -> None:
         reach = self.window if isinstance(self.window, tuple) else (self.window,)
@@ -73,17 +75,29 @@ class WindowResidual:
 
 @dataclass(frozen=True)
 class ShareGuidance:
-    """Compute an attention branch for the conditional half of a guided batch alone, and use it for both halves
-    (DiTFastAttn's ASC, section 3.4).
+    """Compute an attention branch for the condition alone, and use it without the condition too (DiTFastAttn's ASC,
+    section 3.4).
 
-    `conditional` says which half that is: diffusers' DiT pipeline puts it first, PixArt's second. Raises BadParameter.
+    `conditional` is the half of a guided batch that has the condition, "first" (diffusers' DiT pipeline) or "second"
+    (PixArt's); or, where guidance takes two calls, the name of the conditional stream, which must be called first, as
+    ``cache_context`` tells it. Raises BadParameter.
     """
 
-    conditional: Literal["first", "second"]
+    conditional: str
 
     def __post_init__(self) -> None:
-        if self.conditional not in ("first", "second"):
-            raise BadParameter("ShareGuidance", "conditional", self.conditional, '"first" or "second"')
+        if not isinstance(self.conditional, str) or not self.conditional:
+            raise BadParameter("ShareGuidance", "conditional", self.conditional, '"first", "second", or a stream')
+
+    @property
+    def half(self) -> Literal[0, 1] | None:
+        """The half of the batch; None where it is a stream."""
+        return 0 if self.conditional == "first" else 1 if self.conditional == "second" else None
+
+    @property
+    def stream(self) -> str | None:
+        """The stream whose values are used; None where it is a half of the batch."""
+        return self.conditional if self.half is None else None
 
 
 @dataclass(frozen=True)

@@ -66,9 +66,10 @@ class _Rewriter:
         self.inside = [self._inside(i) for i in range(len(sites))]
 
     def _slots(self, i: int) -> list[Slot]:
-        """How the values of a site are held; those of a core are held by the site inside it."""
+        """How the values of a site are held; a core's by the site inside it, those of half a batch not at all."""
         site, slots = self.sites[i], list[Slot]()
-        for k, name in enumerate(site.values if site.part not in (Part.CORE, Part.GUIDANCE) else ()):
+        plain = site.part is not Part.CORE and self.labels[i].guidance is None
+        for k, name in enumerate(site.values if plain else ()):
             read = (*site.bases[k : k + 1], *site.inputs)
             first = slots[-1].first + slots[-1].width if slots else 0
             slots.append(Slot(self.nodes[name], tuple(self.nodes[r] for r in read), self.labels[i].codec, first))
@@ -112,7 +113,7 @@ class _Rewriter:
     def _covering(self, i: int) -> int | None:
         """The nearest site around this one whose reuse leaves nothing of it, which half of a batch does not."""
         around = self.around[i]
-        while around is not None and self.sites[around].part is Part.GUIDANCE:
+        while around is not None and self.labels[around].guidance is not None:
             around = self.around[around]
         return around
 

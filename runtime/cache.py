@@ -88,6 +88,12 @@ class Bank:
         self.computed_at[site] = step
         self.streak[site] = 0
 
+    def borrow(self, site: int, lender: Bank | None, step: int) -> None:
+        """Let a slot be that of another bank, if that was filled in this very step for inputs of the same kind."""
+        fits = lender is not None and lender.stamp == self.stamp and lender.computed_at[site] == step
+        self.values[site] = lender.values[site] if fits and lender is not None else None
+        self.computed_at[site] = step
+
     @property
     def all(self) -> list[tuple[Tensor, ...]]:
         """The values of every filled slot, what is hoisted, and what probes are compared with."""

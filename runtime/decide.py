@@ -40,7 +40,7 @@ class SiteSpec:
     ``measured`` are the symbols of its guard that are measured, ``entropy`` is the index in its slot of the tensor that
     holds its attention's entropy. ``reads`` is the site whose slot its strategy reads: by default its own, -1: none.
     ``serves``: it only fills a slot for that site, where this will read it. ``foreseen``: what `choose` says of a step
-    to come depends on nothing but the step.
+    to come depends on nothing but the step. ``borrows``: its slot is that of this stream, filled in the same step.
     """
 
     name: str
@@ -53,6 +53,7 @@ class SiteSpec:
     reads: int | None = None
     serves: int | None = None
     foreseen: bool = False
+    borrows: str | None = None
 
 
 @dataclass(frozen=True)
@@ -110,6 +111,8 @@ class Decider:
 
     def _ask(self, i: int) -> tuple[bool, Reason]:
         site, moment = self._sites[i], self._moment
+        if site.borrows is not None and site.borrows == moment.stream:
+            return False, Reason.NO_RULE  # the stream that lends
         holds = site.reads == NO_SLOT or self._holds[i if site.reads is None else site.reads]
         age = moment.step - self._computed_at[i] if holds else None
         layer = moment.layer_offset + site.layer

@@ -91,6 +91,7 @@ class Graph:
         self._lag, self._distance = lag, distance
         self._measured = tuple(site.measured for site in self.sites)
         self._measures = any(self._measured)
+        self._borrowing = tuple((i, site.borrows) for i, site in enumerate(self.sites) if site.borrows is not None)
         self._weights = tuple(sorted(wiring.static))
         self._steady = tuple(sorted(wiring.steady))
         self._data = tuple(i for i in range(wiring.num_inputs) if i not in wiring.static)
@@ -106,6 +107,9 @@ class Graph:
         unfit = bank.fit(stamp_of([args[i] for i in self._data]), tuple(map(args.__getitem__, self._weights)))
         if self.prologue is not None:
             self._hoist(self.prologue, args, bank, call.told)
+        for site, lender in self._borrowing if unfit is None else ():
+            if lender != call.stream.name:
+                bank.borrow(site, call.lent(lender, self.index, occurrence), call.trajectory.step)
         run = self._run if self.session.director is None else self._directed
         try:
             decided, outputs = run(args, call, bank, changed or unfit)

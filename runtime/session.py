@@ -52,6 +52,11 @@ class Call:
             return occurrence, bank, Reason.CHANGED_GRAPH
         return occurrence, bank, None
 
+    def lent(self, stream: str, graph: int, occurrence: int) -> Bank | None:
+        """The slots of the same place in another stream; None where it was not called."""
+        lender = self.trajectory.streams.get(stream)
+        return None if lender is None else lender.banks.get((graph, occurrence))
+
 
 @dataclass(frozen=True)
 class Observation:

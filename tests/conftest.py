@@ -6,6 +6,11 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from hypothesis import settings
+
+settings.register_profile("fixed", derandomize=True)
+settings.register_profile("search")
+settings.load_profile("fixed")
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -97,6 +97,9 @@ def test_fora(case: Case, lowering: str, anchor: Literal["start", "paper"]) -> N
 # --- DQAR -------------------------------------------------------------------------------------------------------------
 
 
+_USUAL = {("variants", "linear"), ("segments", "linear_reverse")}
+
+
 def scheduled(case: Case) -> tuple[Any, list[dict[str, Any]]]:
     """The kind of scheduler that the model is sampled with, and calls at its timesteps."""
     from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
@@ -109,8 +112,21 @@ def scheduled(case: Case) -> tuple[Any, list[dict[str, Any]]]:
     return scheduler, [{**call, "timestep": t} for call, t in zip(case.inputs(STEPS), times, strict=True)]
 
 
-@pytest.mark.parametrize(("lowering", "order"), [("variants", "linear"), ("segments", "linear_reverse")])
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+DQAR_RUNS = [  # each model under both lowerings and both orders, one of them in all four ways
+    pytest.param(
+        case,
+        lowering,
+        order,
+        id=f"{case.name}-{lowering}-{order}",
+        marks=[pytest.mark.slow] if (lowering, order) not in _USUAL and case.name != "dit" else [],
+    )
+    for case in CASES
+    for lowering in LOWERINGS
+    for order in ("linear", "linear_reverse")
+]
+
+
+@pytest.mark.parametrize(("case", "lowering", "order"), DQAR_RUNS)
 def test_dqar(case: Case, lowering: str, order: Literal["linear", "linear_reverse"]) -> None:
     model, (scheduler, inputs) = case.build(), scheduled(case)
     paths = reference.attention_paths(case.name, model)
