@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,7 +14,8 @@ from dit_rewrite.passes.halve import Batch
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
-Instead = Callable[[Mapping[str, Tensor], Guidance | None], Tensor]
+Read = Callable[[Sequence[str]], list[Tensor]]  # names of nodes -> their tensors, as a place sees them
+Instead = Callable[[Read, Guidance | None], Tensor]
 
 
 class Replay(fx.Interpreter):
@@ -33,7 +34,10 @@ class Replay(fx.Interpreter):
 
     def run_node(self, n: fx.Node) -> Any:
         make = self.instead.get(n.name)
-        result = super().run_node(n) if make is None else make(self.values, self.shared.get(n.name))
+        if make is None:
+            result = super().run_node(n)
+        else:
+            result = make(lambda names: self.seen(names, n.name), self.shared.get(n.name))
         if n.name in self.keep:
             self.values[n.name] = result
         return result
@@ -44,10 +48,18 @@ class Replay(fx.Interpreter):
             return super().fetch_args_kwargs_from_env(n)
 
         def load(node: fx.Node) -> Any:
-            outside = node.name not in self.shared and guidance.labels[node.name] is Batch.LEADING
-            return twice(self.env[node], guidance) if outside else self.env[node]
+            return self._seen(self.env[node], node.name, guidance)
 
         return fx.node.map_arg(n.args, load), fx.node.map_arg(n.kwargs, load)
+
+    def seen(self, names: Sequence[str], by: str) -> list[Tensor]:
+        """The tensors of kept nodes as the node `by` sees them."""
+        guidance = self.shared.get(by)
+        return [self._seen(self.values[n], n, guidance) if guidance else self.values[n] for n in names]
+
+    def _seen(self, value: Any, name: str, guidance: Guidance) -> Any:
+        outside = name not in self.shared and guidance.labels[name] is Batch.LEADING
+        return twice(value, guidance) if outside else value
 
 
 def twice(value: Any, guidance: Guidance) -> Any:

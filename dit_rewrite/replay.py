@@ -7,7 +7,7 @@ in the place of attention is the same plain code (dit_rewrite/cores.py).
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -17,7 +17,7 @@ from dit_rewrite.backend import Rewritten
 from dit_rewrite.check import Check, Difference, equal, max_abs_error, rms
 from dit_rewrite.errors import Reason
 from dit_rewrite.forms import Form
-from dit_rewrite.interpret import Instead, Replay, Replay64, twice
+from dit_rewrite.interpret import Instead, Read, Replay, Replay64, twice
 from dit_rewrite.passes.guarded import Guidance
 from dit_rewrite.passes.site import Part, Site
 from dit_rewrite.passes.store import Codec, Store
@@ -93,11 +93,11 @@ class _Step:
 
 
 def _from_kept(kept: tuple[Tensor, ...], codec: Codec, read: tuple[str, ...]) -> Instead:
-    def make(values: Mapping[str, Tensor], guidance: Guidance | None) -> Tensor:
+    def make(seen: Read, guidance: Guidance | None) -> Tensor:
         tensors = kept if guidance is None else [twice(tensor, guidance) for tensor in kept]
+        now = seen(read)
         if isinstance(codec, Store):
-            return values[read[0]] + tensors[0] if read else tensors[0]
-        now = [values[name] for name in read]
+            return now[0] + tensors[0] if now else tensors[0]
         return codec.decode(tensors, now, now[0].dtype)
 
     return make
@@ -128,7 +128,7 @@ def _replay(
     with torch._C._DisableAutocast():  # the captured graph has its casts already
         outputs = run.run(*observation.args)
     for key, codec, read in step.computed:
-        kept[key] = _keep(run.values[key[-1]], codec, [run.values[name] for name in read])
+        kept[key] = _keep(run.values[key[-1]], codec, run.seen(read, key[-1]))
     values = {_name(key): kept[key][0] for key in step.held}
     return {**values, **{f"output {i}": out for i, out in enumerate(outputs) if isinstance(out, Tensor)}}
 

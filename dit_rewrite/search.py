@@ -162,7 +162,8 @@ class _Pieces:
         return self._outputs([Choice.FULL] * len(self.places))
 
     def attempt(self, index: int, choice: Choice) -> list[Tensor]:
-        if not _REUSED[choice] <= {part for place, part in self._sites if place == index}:
+        needed = {Part.BRANCH} if choice is Choice.AST else _REUSED[choice]
+        if not needed <= {part for place, part in self._sites if place == index}:
             return [torch.full_like(output, torch.nan) for output in self.outputs]  # refused here: proves nothing
         row = [*self.row[:index], choice, *[Choice.FULL] * (len(self.row) - index - 1)]
         return self._outputs(row)

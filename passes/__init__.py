@@ -2,13 +2,21 @@
 
 attention_core.py  the marker op that keeps attention whole through capture
 capture.py         Dynamo's graph -> functional ATen graph
-graph.py           questions to a graph: dependence, closures, parameters, what an op is
+graph.py           questions to a graph: dependence, closures, what an op is
 cost.py            FLOPs and bytes of nodes
+structure.py       when two graphs are the same code
+hoist.py           what is computed once per trajectory
 branches.py        residual sums -> branches
-sites.py           branches -> sites
+sites.py           branches -> sites; site.py says what a site is
+spans.py           blocks and stacks of them as sites
+parts.py, cores.py keys and values, attention cores, probes and entropy: what policies ask for beyond branches
+batch.py           which values belong to which sample, by the rules of batch_rules.py
+halve.py           a graph for half of the batch
 naming.py          names and layers of sites, from module paths
-guards.py          the language of guards
-guard.py           sites -> `cache_or_compute` nodes
+guards.py          the language of guards; notation.py and verdict.py show it, and say what decides nothing
+store.py, slot.py  what is held in the place of a value
+guard.py           sites -> `cache_or_compute` nodes; guarded.py says what these are
+segments.py        where a graph is cut
 specialise.py      a guarded graph and a row of decisions -> a straight-line variant
 printing.py        graphs that a person can read, and their differences
 """

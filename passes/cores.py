@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
@@ -11,7 +12,7 @@ from torch import fx
 from dit_rewrite.errors import Reason
 from dit_rewrite.passes import attention_core, cost
 from dit_rewrite.passes.branches import Refusal
-from dit_rewrite.passes.graph import aten, is_copy, is_view, operands, packet
+from dit_rewrite.passes.graph import aten, operands, packet
 from dit_rewrite.passes.site import Kind, Part, Site
 
 _DEFAULTS = {"attn_mask": None, "dropout_p": 0.0, "is_causal": False, "scale": None, "enable_gqa": False}
@@ -74,21 +75,29 @@ def is_of_one_sequence(core: fx.Node) -> bool:
 
 
 def text_tokens(core: fx.Node, image: int) -> tuple[int, bool]:
-    """How many tokens a joint attention puts beside an image of `image` tokens, and whether they are the last.
+    """How many tokens an attention has beside an image of `image` tokens, and whether they are the last.
 
-    (0, False) where its values are not a concatenation of these two.
+    They are known by the nearest cat before the values, along tokens, that puts the image and others together. (0,
+    False) where there is none.
     """
-    for parts in _concatenated(operands(core)[2]):
-        sizes = [cost.shape(part.meta["val"])[-2 if part.meta["val"].ndim == 3 else 1] for part in parts]
-        if len(sizes) == 2 and (sizes[0] == image) != (sizes[1] == image):
+    total = cost.shape(operands(core)[2].meta["val"])[2]
+    for dim, parts in _concatenations(operands(core)[2]):
+        sizes = [cost.shape(part.meta["val"])[dim] for part in parts]
+        if len(sizes) == 2 and dim != 0 and sum(sizes) == total and (sizes[0] == image) != (sizes[1] == image):
             return (sizes[1], True) if sizes[0] == image else (sizes[0], False)
     return 0, False
 
 
-def _concatenated(node: fx.Node) -> Iterator[list[fx.Node]]:
-    """What the nearest cat below views and copies of a node puts together."""
-    while is_view(node) or is_copy(node):
-        node = node.all_input_nodes[0]
-    if packet(node) is aten.cat:
-        parts: Any = node.args[0]
-        yield list(parts)
+def _concatenations(node: fx.Node) -> Iterator[tuple[int, list[fx.Node]]]:
+    """The cats before a node, the nearest first, back to other attentions: dimension and parts."""
+    waiting, seen = deque([node]), set[fx.Node]()
+    while waiting:
+        node = waiting.popleft()
+        if node in seen or node.target is attention_core.OP:
+            continue
+        seen.add(node)
+        waiting.extend(node.all_input_nodes)
+        if packet(node) is aten.cat:
+            parts: Any = node.args[0]
+            dim: Any = node.args[1] if len(node.args) > 1 else 0
+            yield dim % node.meta["val"].ndim, list(parts)

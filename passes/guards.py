@@ -39,7 +39,7 @@ SYMBOLS = {
 }
 TOTALS = frozenset({"num_steps", "progress"})
 NOISE = frozenset({"sigma", "snr"})
-FORESEEN = frozenset({"step", "num_steps", "progress", "layer", "num_layers"})  # known of a step before it comes
+FORESEEN = frozenset({"step", "num_steps", "progress", "layer"})  # known of a step before it comes
 ENTROPY = "entropy"
 PROBED = {symbol.name: key for key, symbol in _measured.items()}  # name -> (statistic, probe)
 MEASURED = frozenset({*PROBED, ENTROPY})

@@ -226,6 +226,8 @@ class Graph:
             if not decided.row[site]:
                 tensors = values.get(site, {})
                 bank.store(site, tuple(tensors[k] for k in range(len(tensors))) or None, step)
+            elif reason is Reason.UNREAD:
+                bank.store(site, None, step)  # what it held is of an earlier computation
             elif reason is not Reason.COVERED:
                 bank.streak[site] += 1
 
