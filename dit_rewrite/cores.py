@@ -68,16 +68,22 @@ class Blockwise:
         return False
 
     def encode(self, value: Tensor, read: Sequence[Tensor]) -> Sequence[Tensor]:
-        query, key, values, *mask = read
+        query, key, values, *mask = map(_narrow, read)
         how = self.strategy
         return blockwise_fill(query, key, values, mask[0] if mask else None, how.block, self.scale, self.kv_static)
 
     def decode(self, held: Sequence[Tensor], read: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
-        query, key, values, *mask = read
+        query, key, values, *mask = map(_narrow, read)
         how, seen = self.strategy, mask[0] if mask else None
-        return blockwise_step(
+        found = blockwise_step(
             query, key, values, list(held), seen, how.threshold, how.block, how.bound, self.scale, self.kv_static
         )
+        return found.to(dtype)
+
+
+def _narrow(tensor: Tensor) -> Tensor:
+    """float64, which only a replay has, in float32: the blockwise kernels take no more."""
+    return tensor.float() if tensor.dtype is torch.float64 else tensor
 
 
 def codec(strategy: Core, core: fx.Node, image: int | None, static: bool) -> Codec | Reason:

@@ -13,7 +13,8 @@ from dit_rewrite.errors import Reason
 class Decision:
     """One call of one graph: a row of `Stats.decisions`.
 
-    ``strategies`` maps each guarded site to "compute" or "reuse", ``reasons`` to why.
+    ``strategies`` maps each guarded site to "compute" or "reuse" (what only holds something for another: "fill" or
+    "leave" its slot), ``reasons`` to why.
     """
 
     trajectory: int
@@ -22,6 +23,9 @@ class Decision:
     occurrence: int
     strategies: dict[str, str]
     reasons: dict[str, Reason]
+
+
+_SLOTS = {Reason.WILL_BE_READ: "fill", Reason.UNREAD: "leave"}  # of what only holds something for another site
 
 
 @dataclass(frozen=True)
@@ -38,7 +42,8 @@ class Record:
     reasons: tuple[Reason, ...]
 
     def decision(self) -> Decision:
-        strategies = {name: "reuse" if reused else "compute" for name, reused in zip(self.names, self.row, strict=True)}
+        done = zip(self.names, self.row, self.reasons, strict=True)
+        strategies = {name: _SLOTS.get(reason, "reuse" if reused else "compute") for name, reused, reason in done}
         return Decision(
             self.trajectory,
             self.step,
@@ -86,8 +91,8 @@ class Stats:
     def count(self, record: Record, misses: tuple[Reason, ...]) -> None:
         """Note the decisions of one call of a graph."""
         reused = sum(record.row)
-        self.reused += reused
-        self.computed += len(record.row) - reused
+        self.reused += reused - record.reasons.count(Reason.UNREAD)
+        self.computed += len(record.row) - reused - record.reasons.count(Reason.WILL_BE_READ)
         if misses:
             self.misses.update(misses)
         self.records.append(record)
