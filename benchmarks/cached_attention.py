@@ -1,0 +1,276 @@
+"""CachedAttention against static reuse, at equal reuse: python -m benchmarks.cached_attention [--captions 64]
+
+The bundled text-to-shapes model (PixArt at toy size, cross-attention over 24 text tokens) is sampled uncached; with the
+output of cross-attention reused statically, FORA(interval, kinds=("cross",)); and with CachedAttention, which keeps or
+recomputes blocks of keys, under each of its bounds. The paper's static baseline reuses for the next 3 steps, interval
+4; interval 2 stands beside it, so that each bound has an aggressive threshold and a conservative one.
+
+Reuse is the share of all scores between image and text, over all steps, that were not computed anew. A threshold is
+found by bisection on captions and noise that are not measured, so that its reuse there is that of the static baseline;
+the column "reuse" says what it came to on the measured ones. Static reuse also saves the projections of queries and
+outputs, which CachedAttention computes at every step: equal reuse is not equal time. Nothing is timed, and images do
+not depend on the lowering, which is "aot_eager".
+
+Everything is written as it comes: a rerun with the same parameters on the same machine does what is missing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from statistics import fmean
+from typing import Any, Literal, get_args
+
+import torch
+from rich.table import Table
+from torch import Generator, Tensor, nn
+
+import dit_rewrite
+from benchmarks.ditfastattn import Record, digest, print_claims
+from benchmarks.fidelity_claims import Claim
+from benchmarks.timing import RESULTS, machine
+from dit_rewrite.backend import Backend
+from dit_rewrite.demo_report import console, open_progress, versions
+from dit_rewrite.kernels.blockwise_attention.state import State
+from dit_rewrite.metrics import relative_l2, ssim
+from dit_rewrite.passes.site import Part
+from dit_rewrite.policies import FORA, CachedAttention
+from dit_rewrite.policy import Policy
+from dit_rewrite.runtime.session import Observation
+from dit_rewrite.runtime.stats import Stats
+from dit_rewrite.shapes.captions import MAX_TOKENS, sample_captioned
+from dit_rewrite.shapes.model import WEIGHTS, accuracy, load_classifier
+from dit_rewrite.shapes.text_model import load_text_model
+from dit_rewrite.shapes.text_sampling import TEXT_GUIDANCE, sample_captions
+
+INTERVALS = (4, 2)  # aggressive, conservative
+Bound = Literal["sound", "paper"]
+BOUNDS: tuple[Bound, ...] = get_args(Bound)
+TEXT_CLASSIFIER = WEIGHTS / "text_classifier.safetensors"
+SEED, CALIBRATION_SEED = 1 << 42, (1 << 42) + 1  # of captions, beyond those that were trained on
+CALIBRATION_NOISE = 1 << 20  # the measured batches have theirs from 0 up
+TOLERANCE, EVALUATIONS = 0.005, 12  # of a bisection: points of reuse, and trajectories at most
+NEAR = 0.02  # of all scores: by how much reuse on the measured captions may miss that of the static baseline
+COUNTERS = State._fields.index("counters")
+
+
+@dataclass(frozen=True)
+class Row:
+    """What was measured of a policy, against the uncached images and the captions.
+
+    ``reuse`` is the share of scores that were kept, ``reuse_by_step`` that in each step; of a static policy, the share
+    of sites that reused. ``interval`` is the static baseline's that the row stands beside.
+    """
+
+    name: str
+    policy: str
+    interval: int
+    threshold: float | None
+    reuse: float
+    relative_l2: float
+    relative_l2_by_batch: list[float]
+    ssim: float
+    accuracy: float
+    reuse_by_step: list[float]
+
+
+class Kept:
+    """An observer that reads, after each call, how many scores blockwise attention has computed and seen.
+
+    A state counts from its trajectory's second step on; the first fills it.
+    """
+
+    def __init__(self, backend: Backend, steps: int) -> None:
+        self._backend = backend
+        self.totals = torch.zeros(steps, 2, dtype=torch.int64)  # computed and seen up to each step, of all trajectories
+
+    def __call__(self, observation: Observation) -> None:
+        sites = self._backend.rewritten[observation.graph].layout.sites
+        for site, held in zip(sites, observation.held, strict=True):
+            if site.part is Part.HELD and held is not None:
+                self.totals[observation.record.step] += held[COUNTERS][2:].cpu()
+
+    def by_step(self) -> list[float]:
+        """The share of scores kept in each step: none in the first."""
+        computed, seen = self.totals.diff(dim=0).unbind(1)
+        return [0.0, *(1 - computed / seen).tolist()]
+
+
+def reused_by_step(stats: Stats, steps: int) -> list[float]:
+    """The share of sites that reused in each step."""
+    rows: list[list[bool]] = [[] for _ in range(steps)]
+    for record in stats.records:
+        rows[record.step] += record.row
+    return [fmean(row) for row in rows]
+
+
+class Bench:
+    """The networks, and the captions with their pictures' scenes that all rows share."""
+
+    def __init__(self, arguments: argparse.Namespace) -> None:
+        self.steps, self.block, self.batch = arguments.steps, arguments.block, arguments.batch
+        self.model = load_text_model()
+        self.classifier = load_classifier(TEXT_CLASSIFIER)
+        _, captions, self.scenes = sample_captioned(arguments.captions, Generator().manual_seed(SEED))
+        self.batches = [captions[i : i + self.batch] for i in range(0, len(captions), self.batch)]
+        self.calibration = sample_captioned(self.batch, Generator().manual_seed(CALIBRATION_SEED))[1]
+
+    def sample(self, denoiser: nn.Module, captions: Sequence[str], seed: int) -> Tensor:
+        """A batch of images."""
+        return sample_captions(denoiser, self.model.encoder, captions, steps=self.steps, seed=seed)
+
+    def sample_all(self, denoiser: nn.Module) -> Tensor:
+        """The measured images; the seed of a batch is its number."""
+        return torch.cat([self.sample(denoiser, captions, seed) for seed, captions in enumerate(self.batches)])
+
+    @cached_property
+    def uncached(self) -> Tensor:
+        """The images that the others are compared with."""
+        return self.sample_all(self.model.denoiser)
+
+    def run(self, policy: Policy, sample: Callable[[nn.Module], Tensor]) -> tuple[Tensor, list[float]]:
+        """The images under a policy, and the share that it reused in each step."""
+        model = dit_rewrite.compile(self.model.denoiser, policy, backend="aot_eager")
+        model._backend.session.observer = kept = Kept(model._backend, self.steps)
+        images = sample(model)
+        return images, kept.by_step() if kept.totals.any() else reused_by_step(model.stats(), self.steps)
+
+    def find_threshold(self, bound: Bound, target: float) -> dict[str, float]:
+        """The threshold under which the calibration's captions reuse that share of scores."""
+
+        def reuse(threshold: float) -> float:
+            policy = CachedAttention(threshold, self.block, bound)
+            return fmean(self.run(policy, lambda model: self.sample(model, self.calibration, CALIBRATION_NOISE))[1])
+
+        threshold, found = bisect(reuse, target, TOLERANCE, EVALUATIONS)
+        return {"threshold": threshold, "reuse": found, "target": target}
+
+    def measure(self, name: str, interval: int, policy: Policy | None, threshold: float | None = None) -> Row:
+        """A row; without a policy that of the uncached model."""
+        images, by_step = self.uncached, [0.0] * self.steps
+        if policy is not None:
+            images, by_step = self.run(policy, self.sample_all)
+        pairs = zip(images.split(self.batch), self.uncached.split(self.batch), strict=True)
+        return Row(
+            name,
+            "uncached" if policy is None else policy.name,
+            interval,
+            threshold,
+            fmean(by_step),
+            relative_l2(images, self.uncached),
+            [relative_l2(*pair) for pair in pairs],
+            ssim(images, self.uncached),
+            accuracy(self.classifier, images, self.scenes.labels),
+            by_step,
+        )
+
+
+def bisect(rising: Callable[[float], float], target: float, tolerance: float, evaluations: int) -> tuple[float, float]:
+    """Where a function that rises over [0, inf) comes nearest to `target`, among so many tries, and its value there.
+
+    It starts at 1 and doubles until it is beyond, and stops where it is within `tolerance`.
+    """
+    tried: dict[float, float] = {}
+    low, high, at = 0.0, math.inf, 1.0
+    while len(tried) < evaluations:
+        value = tried[at] = rising(at)
+        if abs(value - target) <= tolerance:
+            break
+        low, high = (at, high) if value < target else (low, at)
+        at = 2 * low if high == math.inf else (low + high) / 2
+    return min(tried.items(), key=lambda item: abs(item[1] - target))
+
+
+def measure_rows(bench: Bench, record: Record, bar: Callable[..., Any]) -> list[Row]:
+    """All rows, as far as they are missing; a threshold is sought at the reuse that the static row came to."""
+
+    def row(name: str, interval: int, policy: Policy | None, threshold: float | None = None) -> Row:
+        with bar(name, 1) as tick:
+            made = record.get("rows", name, lambda: asdict(bench.measure(name, interval, policy, threshold)))
+            tick()
+        return Row(**made)
+
+    rows = [row("uncached", 1, None)]
+    for interval in INTERVALS:
+        static = row(f"static {interval}", interval, FORA(interval, kinds=("cross",)))
+        rows.append(static)
+        for bound in BOUNDS:
+            name = f"{bound} {interval}"
+            with bar(f"threshold of {name}", 1) as tick:
+                found = record.get("thresholds", name, lambda: bench.find_threshold(bound, static.reuse))  # noqa: B023
+                tick()
+            policy = CachedAttention(found["threshold"], bench.block, bound)
+            rows.append(row(name, interval, policy, found["threshold"]))
+    return rows
+
+
+def judge(rows: Sequence[Row]) -> list[Claim]:
+    """Whether CachedAttention is closer to the uncached images than static reuse, at a reuse that is the same."""
+    named = {row.name: row for row in rows}
+    pairs = {bound: [(named[f"{bound} {k}"], named[f"static {k}"]) for k in INTERVALS] for bound in BOUNDS}
+    equal = [
+        {"row": a.name, "reuse": a.reuse, "static": b.reuse, "held": abs(a.reuse - b.reuse) <= NEAR}
+        for found in pairs.values()
+        for a, b in found
+    ]
+    claims = [Claim.of("Reuse is that of the static baseline", f"within {NEAR:.0%} of all scores", equal)]
+    for bound, found in pairs.items():
+        evidence = [_closer(a, b) for a, b in found]
+        text = f"CachedAttention ({bound} bound) is closer to the uncached images than static reuse"
+        claims.append(Claim.of(text, "relative L2, in every batch", evidence))
+    return claims
+
+
+def _closer(a: Row, b: Row) -> dict[str, Any]:
+    held = all(x < y for x, y in zip(a.relative_l2_by_batch, b.relative_l2_by_batch, strict=True))
+    return {"row": a.name, "error": a.relative_l2, "against": b.name, "other": b.relative_l2, "held": held}
+
+
+def build_table(rows: Sequence[Row]) -> Table:
+    table = Table(title="CachedAttention and static reuse, at equal reuse, on the bundled text-to-shapes model")
+    for heading in ("policy", "threshold", "reuse", "rel. L2", "SSIM", "class"):
+        table.add_column(heading, justify="left" if heading == "policy" else "right", no_wrap=True)
+    for row in rows:
+        threshold = "" if row.threshold is None else f"{row.threshold:.4g}"
+        figures = (f"{row.reuse:.1%}", f"{row.relative_l2:.4f}", f"{row.ssim:.4f}", f"{row.accuracy:.1%}")
+        table.add_row(row.name, threshold, *figures)
+    return table
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--captions", type=int, default=64)
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--batch", type=int, default=16, help="divides the captions; the calibration has as many")
+    parser.add_argument("--block", type=int, default=8, help="keys of a block")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--out", type=Path, default=RESULTS / "cached_attention.json")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = build_parser()
+    arguments = parser.parse_args(argv)
+    if arguments.batch < 1 or arguments.captions < 1 or arguments.captions % arguments.batch:
+        parser.error("--batch must divide --captions, so that all batches have one shape")
+    torch.set_num_threads(arguments.threads)
+    torch._dynamo.config.recompile_limit = 1000  # torch < 2.13 counts all rows together
+    shown = ("captions", "steps", "batch", "block", "threads")
+    settings = {name: getattr(arguments, name) for name in shown} | {"guidance": TEXT_GUIDANCE, "tokens": MAX_TOKENS}
+    settings["weights"] = digest(WEIGHTS / "text_denoiser.safetensors")
+    record = Record.open(arguments.out, {"settings": settings, "machine": machine(), "versions": versions()})
+    with open_progress() as bar:
+        rows = measure_rows(Bench(arguments), record, bar)
+    claims = judge(rows)
+    record.write(claims)
+    console.print(build_table(rows))
+    print_claims(claims)
+    console.print(f"wrote {arguments.out}", highlight=False)
+
+
+if __name__ == "__main__":
+    main()

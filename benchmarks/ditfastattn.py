@@ -1,0 +1,353 @@
+"""DiTFastAttn on the bundled shapes DiT: python -m benchmarks.ditfastattn [--samples 64] [--steps 20] [--batch 16]
+
+Table one is the paper's table 1: a plan is searched for each of its thresholds D1 to D6, on noise that no measured
+image starts from, and images under each plan are compared with the uncached ones of the same noise. Columns:
+
+- FLOPs: of the self-attention modules, projections included, as a share of the raw model's, counted as the paper does:
+  ASC computes half, a window the pairs inside it, AST nothing.
+- run: the same on the graphs that run, where keeping the residual (equation 1) costs the window once more.
+- time: of a batch, as a share of the compiled uncached model's on the same batch, in alternation.
+- rows, pieces: different rows of the plan, and the pieces of code compiled for them, with cold caches.
+- tried, work: candidates of the search, and its runs of the network as a share of |S| |M| full ones a step.
+
+Table two is the paper's figure 9, right: all layers attend in a window but at every k-th step, with the residual and
+without it, at equal FLOPs but for keeping the residual. Its images do not depend on the lowering: it is "aot_eager".
+
+Everything is written as it comes: a rerun with the same parameters on the same machine does what is missing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from sympy import Mod, Ne
+from torch import Tensor, nn
+from torch._inductor.utils import fresh_cache
+
+import dit_rewrite
+from benchmarks.fidelity import Bar, Bench, evenly_spread
+from benchmarks.fidelity_claims import Claim
+from benchmarks.fidelity_report import VERDICTS
+from benchmarks.fidelity_rows import Recipe, Result
+from benchmarks.timing import RESULTS, machine
+from dit_rewrite.compile import RewrittenModule
+from dit_rewrite.demo_report import console, open_progress, versions
+from dit_rewrite.greedy import DELTAS
+from dit_rewrite.guards import step
+from dit_rewrite.kernels.window_attention import window_flops
+from dit_rewrite.metrics import relative_l2
+from dit_rewrite.passes import cost
+from dit_rewrite.passes.site import Kind, Part
+from dit_rewrite.plan import SHARED, WINDOWED, Choice, Plan, describe_scheduler, fingerprint, write_whole
+from dit_rewrite.plan_picture import draw
+from dit_rewrite.policies import DiTFastAttn, Never
+from dit_rewrite.policy import Policy, Rule
+from dit_rewrite.search import greedy_plan
+from dit_rewrite.shapes.model import WEIGHTS, build_scheduler, load_denoiser
+from dit_rewrite.shapes.sampling import GUIDANCE, sample_images
+from dit_rewrite.strategy import WindowResidual
+from dit_rewrite.where import Where
+
+WINDOW = 0.125  # section 4.1
+INTERVALS, WINDOWS = (2, 3, 5), (0.125, 0.25)  # of table two
+PICTURED = "D4"
+CALIBRATION_SEED = 1 << 20  # the measured batches have theirs from 0 up
+NEAR_ACCURACY, NEAR_FRECHET = 0.02, 1.1  # what "nearly matches" is taken to mean
+HEADINGS = (
+    *("FLOPs", "run", "rel. L2", "SSIM", "class", "FD real", "FD unc.", "time", "quartiles", "rows", "pieces"),
+    *("compile s", "tried", "work", "search s"),
+)
+
+
+@dataclass
+class Record:
+    """A file of results: a header, and sections of named entries that are written as they come."""
+
+    path: Path
+    header: dict[str, Any]
+    sections: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    @classmethod
+    def open(cls, path: Path, header: Mapping[str, Any]) -> Record:
+        """Resume the file, where its header is the same."""
+        record = cls(path, json.loads(json.dumps(header)))
+        content = json.loads(path.read_text()) if path.exists() else {}
+        if all(content.get(name) == value for name, value in record.header.items()):
+            record.sections = content.get("sections", {})
+        return record
+
+    def get(self, section: str, name: str, make: Callable[[], Mapping[str, Any]]) -> dict[str, Any]:
+        """The entry, made and written if it is not there."""
+        entries = self.sections.setdefault(section, {})
+        if name not in entries:
+            entries[name] = json.loads(json.dumps(make()))
+            self.write()
+        found: dict[str, Any] = entries[name]
+        return found
+
+    def write(self, claims: Sequence[Claim] = ()) -> None:
+        """All of it; the file is replaced as a whole."""
+        content = {**self.header, "claims": [asdict(claim) for claim in claims], "sections": self.sections}
+        write_whole(self.path, json.dumps(content, indent=1) + "\n")
+
+
+@dataclass(frozen=True)
+class Planned(Recipe):
+    """A row of the fidelity benchmark under a plan."""
+
+    plan: Plan | None = None
+
+    def policy(self) -> Policy | None:
+        return None if self.plan is None else DiTFastAttn(self.plan)
+
+    def key(self) -> dict[str, Any]:
+        return {"name": self.name, "family": self.family, "settings": dict(self.settings)}
+
+
+def shares(denoiser: Any, window: float = WINDOW) -> dict[Choice, float]:
+    """What each choice spends in an attention of a diffusers DiT, projections included, as a share of the full one."""
+    config = denoiser.config
+    tokens, heads, size = (
+        (config.sample_size // config.patch_size) ** 2,
+        config.num_attention_heads,
+        config.attention_head_dim,
+    )
+    shape, projections, core = (1, heads, tokens, size), 8 * tokens * (heads * size) ** 2, 4 * heads * size * tokens**2
+    near = window_flops(shape, shape, WindowResidual(window).reach(tokens))
+
+    def share(choice: Choice) -> float:
+        spent = (projections + (near if choice in WINDOWED else core)) / (projections + core)
+        return 0.0 if choice is Choice.AST else spent / 2 if choice in SHARED else spent
+
+    return {choice: share(choice) for choice in Choice}
+
+
+def run_flops(model: RewrittenModule) -> float:
+    """The share of attention FLOPs that the graphs have spent that ran so far; their other nodes cost the same."""
+    (rewritten,) = model._backend.rewritten
+    rows = [record.row for record in model._backend.stats.records]
+    spent = {row: cost.total_flops(rewritten.straight(row).gm.graph) for row in set(rows)}
+    raw = cost.total_flops(rewritten.placed.gm.graph)
+    sites = [place.site for place in model.explain().sites]
+    attention = sum(site.flops for site in sites if site.kind is Kind.SELF and site.part is Part.BRANCH)
+    return 1 - sum(raw - spent[row] for row in rows) / len(rows) / attention
+
+
+def find_plan(denoiser: nn.Module, name: str, arguments: argparse.Namespace, record: Record) -> Plan:
+    """The plan in the folder of plans, searched if there is none for this model, sampler and threshold."""
+    path, delta, scheduler = arguments.plans / f"{name}.json", DELTAS[name], build_scheduler()
+    if path.exists():
+        plan, wanted = Plan.load(path), (fingerprint(denoiser), arguments.steps, delta, describe_scheduler(scheduler))
+        if (plan.model, plan.steps, plan.delta, plan.scheduler) == wanted and plan.window in (None, WINDOW):
+            return plan
+    labels = evenly_spread(arguments.calibration)
+
+    def sample(model: nn.Module) -> object:
+        return sample_images(model, labels, steps=arguments.steps, guidance=GUIDANCE, seed=CALIBRATION_SEED)
+
+    began = time.perf_counter()
+    plan = greedy_plan(
+        denoiser, [sample], delta, steps=arguments.steps, window=WINDOW, conditional="first", scheduler=scheduler,
+        path=path, backend=arguments.search_backend,
+    )  # fmt: skip
+    for section in ("searches", "plans", "rows"):  # what was said of another plan of that name
+        record.sections.get(section, {}).pop(name, None)
+    record.get("searches", name, lambda: {"seconds": time.perf_counter() - began})
+    return plan
+
+
+def describe_plan(denoiser: Any, plan: Plan, steps: int) -> dict[str, Any]:
+    """What follows from a plan without images; the pieces are counted where compiling costs least."""
+    model, spent = dit_rewrite.compile(denoiser, DiTFastAttn(plan), backend="aot_eager"), shares(denoiser)
+    sample_images(model, evenly_spread(1), steps=steps, guidance=GUIDANCE, seed=CALIBRATION_SEED)
+    return {
+        "delta": plan.delta,
+        "choices": {str(choice): count for choice, count in plan.counts.items()},
+        "flops": sum(plan.fraction(choice) * spent[choice] for choice in Choice),
+        "flops_run": run_flops(model),
+        "rows": len(set(plan.table)),
+        "pieces": model.stats().variants,
+        "evaluations": plan.evaluations,
+        "work": plan.work,
+    }
+
+
+def cold(backend: str) -> AbstractContextManager[object]:
+    """An empty cache of compiled code, for Inductor."""
+    return fresh_cache() if backend == "inductor" else nullcontext()
+
+
+def measure_rows(arguments: argparse.Namespace, plans: Mapping[str, Plan], record: Record) -> list[Result]:
+    """Table one, as the fidelity benchmark measures. Where a row is missing the uncached images are sampled again."""
+    names = ["raw", *plans]
+    if not set(names) <= set(record.sections.get("rows", {})):
+        bench = Bench(arguments)
+
+        def measure(name: str, bar: Bar) -> dict[str, Any]:
+            with cold(arguments.backend):
+                return asdict(bench.measure(Planned(name, "DiTFastAttn", {}, plan=plans[name]), bar))
+
+        with open_progress() as bar:
+            with cold(arguments.backend):
+                raw = bench.measure_uncached(bar)
+            record.get("rows", "raw", lambda: asdict(raw))
+            for name in plans:
+                record.get("rows", name, lambda: measure(name, bar))  # noqa: B023 (called at once)
+    return [Result.from_json(record.sections["rows"][name]) for name in names]
+
+
+def windowed(interval: int, window: float, residual: bool) -> Policy:
+    """Attend in a window but at every `interval`-th step."""
+    when = (step > 0) & Ne(Mod(step, interval), 0)
+    rule = Rule(when, WindowResidual(window, residual=residual), Where(("self",)))
+    return Policy((rule,), f"window {window:g} but every {interval} steps, residual={residual}")
+
+
+def measure_pairs(arguments: argparse.Namespace, record: Record) -> list[dict[str, Any]]:
+    """Table two: relative L2 to the uncached images, with the residual and without."""
+    denoiser, batches = load_denoiser(), evenly_spread(arguments.samples).split(arguments.batch)
+
+    @cache
+    def images(policy: Policy) -> Tensor:
+        model = dit_rewrite.compile(denoiser, policy, backend="aot_eager") if policy.rules else denoiser
+        return torch.cat(
+            [sample_images(model, b, steps=arguments.steps, guidance=GUIDANCE, seed=i) for i, b in enumerate(batches)]
+        )
+
+    def pair(interval: int, window: float) -> dict[str, Any]:
+        reduced = sum(s % interval != 0 for s in range(arguments.steps)) / arguments.steps
+        flops = 1 - reduced * (1 - shares(denoiser, window)[Choice.WA_RS])
+        kept, none = (relative_l2(images(windowed(interval, window, r)), images(Never())) for r in (True, False))
+        return {"interval": interval, "window": window, "flops": flops, "residual": kept, "none": none}
+
+    cells = [(interval, window) for window in WINDOWS for interval in arguments.intervals]
+    return [record.get("residual", f"{k} {window:g}", lambda: pair(k, window)) for k, window in cells]  # noqa: B023
+
+
+def judge(
+    rows: Sequence[Result], plans: Sequence[Mapping[str, Any]], pairs: Sequence[Mapping[str, Any]]
+) -> list[Claim]:
+    """What the paper says of its tables, and whether it is so here."""
+    raw, *others = rows
+    near = [
+        {"row": row.name, "accuracy": row.accuracy, "frechet_data": row.frechet_data,
+         "held": row.accuracy >= raw.accuracy - NEAR_ACCURACY and row.frechet_data <= NEAR_FRECHET * raw.frechet_data}
+        for row in others if row.name in ("D1", "D2", "D3")
+    ]  # fmt: skip
+    steps = list(zip(plans, plans[1:], others, others[1:], strict=False))
+    fall = [{"row": b.name, "flops": q["flops"], "held": q["flops"] < p["flops"]} for p, q, _, b in steps]
+    grow = [{"row": b.name, "error": b.relative_l2, "held": b.relative_l2 > a.relative_l2} for _, _, a, b in steps]
+    time = [{"row": row.name, "ratio": row.ratio.median, "held": row.ratio.high < 1} for row in others]
+    least = [{**pair, "held": pair["residual"] < pair["none"]} for pair in pairs]
+    return [
+        Claim.of("Each threshold spends fewer attention FLOPs than the one before", "strictly", fall),
+        Claim.of("And its images are further from the uncached ones", "relative L2", grow),
+        Claim.of("D1 to D3 nearly match the raw model", "2 points of accuracy, Fréchet distance within 10 %", near),
+        Claim.of("A plan saves time", "upper quartile of the ratio below 1", time),
+        Claim.of("The residual brings images closer to the uncached ones", "relative L2 at equal FLOPs", least),
+    ]
+
+
+def save_wide(plan: Plan, path: Path) -> None:
+    """The picture of a plan of few steps, as wide as the legend of all choices."""
+    figure = draw(plan)
+    figure.set_figwidth(8)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110)
+
+
+def build_tables(rows: Sequence[Result], plans: Sequence[Mapping[str, Any]], record: Record) -> tuple[Table, Table]:
+    """Tables one and two, for people."""
+    one = Table("", *HEADINGS, title="DiTFastAttn, table 1: plans of rising threshold, on the bundled shapes DiT")
+    for row, plan in zip(rows, [None, *plans], strict=True):
+        name = "raw" if plan is None else row.name
+        searched = "" if plan is None else record.sections.get("searches", {}).get(name, {}).get("seconds")
+        counts = ("100%", "100%", "", "", "", "", "") if plan is None else (
+            f"{plan['flops']:.1%}", f"{plan['flops_run']:.1%}", str(plan["rows"]), str(plan["pieces"]),
+            str(plan["evaluations"]), f"{plan['work']:.3f}", "?" if searched is None else f"{searched:.0f}",
+        )  # fmt: skip
+        one.add_row(
+            name, *counts[:2], f"{row.relative_l2:.4f}", f"{row.ssim:.4f}", f"{row.accuracy:.1%}",
+            f"{row.frechet_data:.3g}", f"{row.frechet_uncached:.3g}", f"{row.ratio.median:.3f}",
+            f"{row.ratio.low:.2f} … {row.ratio.high:.2f}", *counts[2:4], f"{row.compile_seconds:.0f}", *counts[4:],
+        )  # fmt: skip
+    headings = ("window", "in full every", "FLOPs", "rel. L2 with residual", "without", "without / with")
+    two = Table(*headings, title="DiTFastAttn, figure 9, right: window attention with the residual and without")
+    for pair in record.sections["residual"].values():
+        errors = (f"{pair['residual']:.4f}", f"{pair['none']:.4f}", f"{pair['none'] / pair['residual']:.2f}")
+        two.add_row(f"{pair['window']:g}", f"{pair['interval']} steps", f"{pair['flops']:.1%}", *errors)
+    return one, two
+
+
+def print_claims(claims: Sequence[Claim]) -> None:
+    """A line for each claim, its comparisons counted."""
+    for claim in claims:
+        count = f"{sum(e['held'] for e in claim.evidence)} of {len(claim.evidence)} comparisons"
+        console.print(f"{VERDICTS[claim.held]}: {claim.claim} ({claim.bound}; {count})", highlight=False)
+
+
+def digest(path: Path) -> str:
+    """Which weights these are."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--samples", type=int, default=64)
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--batch", type=int, default=16, help="divides the samples")
+    parser.add_argument("--rounds", type=int, default=4, help="batches timed in alternation with the uncached model")
+    parser.add_argument("--calibration", type=int, default=8, help="images that the search looks at")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--backend", default="inductor")
+    parser.add_argument("--search-backend", default="aot_eager", help="which plan is found does not depend on it")
+    parser.add_argument("--device", default="cpu", choices=["cpu"])
+    parser.add_argument("--thresholds", nargs="+", choices=DELTAS, default=list(DELTAS))
+    parser.add_argument("--intervals", nargs="+", type=int, default=INTERVALS, help="of table two")
+    parser.add_argument("--plans", type=Path, default=RESULTS / "plans")
+    parser.add_argument("--out", type=Path, default=RESULTS / "ditfastattn.json")
+    parser.add_argument("--plot", type=Path, default=Path("docs/plan.png"))
+    return parser
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = build_parser()
+    arguments = parser.parse_args(argv)
+    if arguments.batch < 1 or arguments.samples < 1 or arguments.samples % arguments.batch:
+        parser.error("--batch must divide --samples, so that all batches have one shape")
+    torch.set_num_threads(arguments.threads)
+    torch._dynamo.config.recompile_limit = 1000  # torch < 2.13 counts all rows together
+    shown = ("samples", "steps", "batch", "rounds", "calibration", "threads", "backend", "search_backend")
+    settings = {name: getattr(arguments, name) for name in shown} | {"guidance": GUIDANCE, "window": WINDOW}
+    settings["weights"] = digest(WEIGHTS / "denoiser.safetensors")
+    record = Record.open(arguments.out, {"settings": settings, "machine": machine(), "versions": versions()})
+    denoiser = load_denoiser()
+    plans = {name: find_plan(denoiser, name, arguments, record) for name in arguments.thresholds}
+    save_wide(plans.get(PICTURED, next(reversed(plans.values()))), arguments.plot)
+    facts = [
+        record.get("plans", name, lambda: describe_plan(denoiser, plan, arguments.steps))  # noqa: B023
+        for name, plan in plans.items()
+    ]
+    pairs = measure_pairs(arguments, record)
+    rows = measure_rows(arguments, plans, record)
+    claims = judge(rows, facts, pairs)
+    record.write(claims)
+    Console(width=170).print(*build_tables(rows, facts, record))
+    print_claims(claims)
+    console.print(f"wrote {arguments.out}, {arguments.plans} and {arguments.plot}", highlight=False)
+
+
+if __name__ == "__main__":
+    main()
