@@ -170,13 +170,14 @@ _POLICIES: dict[str, Callable[..., Policy]] = {
 def parse(text: str) -> Policy:
     """A policy from text as on a command line: ``never``, ``fora:interval=3,anchor=paper``, ``dqar:snr_threshold=0.5``.
 
-    Several kinds are joined by ``+``: ``fora:interval=3,kinds=self+mlp``. A path that ends in ``.json`` is a policy
-    saved with `serialise.to_json`. Raises UnknownPolicy, BadParameter, or BadPolicyText for a file that is none.
+    Several kinds are joined by ``+``: ``fora:interval=3,kinds=self+mlp``. ``ditfastattn:plan=plan.json`` takes a
+    plan. A path that ends in ``.json`` is a policy saved with `serialise.to_json`. Raises UnknownPolicy,
+    BadParameter, or BadPolicyText for a file that is none.
     """
-    if text.endswith(".json"):
-        return from_json(Path(text).read_text())
     name, _, rest = text.partition(":")
     build = _POLICIES.get(name.strip().lower())
+    if build is None and text.endswith(".json"):
+        return from_json(Path(text).read_text())
     if build is None:
         raise UnknownPolicy(text, sorted(_POLICIES))
     allowed = inspect.signature(build).parameters

@@ -45,7 +45,7 @@ class Sampling:
 
     def next(self) -> Arrival:
         """The next call. Raises what the sampler raised, and BadTrajectory where it has ended."""
-        if not self._thread.is_alive():
+        if self._thread.ident is None:  # not started yet; one that has ended has said so
             self._thread.start()
         arrival = self._arrivals.get()
         if arrival is None:

@@ -126,7 +126,7 @@ def assert_in_place(gm: fx.GraphModule) -> None:
     assert all(isinstance(node.meta["home"], int) for node in new)
 
 
-FAST = ("dit", "pixart_sigma", "sd3", "flux", "wan", "stdit")
+FAST = ("dit", "sd3", "stdit")
 
 
 @pytest.mark.parametrize("name", [n if n in FAST else pytest.param(n, marks=pytest.mark.slow) for n in MODELS])
