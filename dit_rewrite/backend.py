@@ -43,7 +43,6 @@ class Rewritten:
     placed: Placed
     guarded: GuardedGraph
     layout: Layout
-    whole: bool
     graph: Graph
     variants: dict[tuple[int, Row], Variant] = field(default_factory=dict)
     prologue: Variant | None = None
@@ -126,8 +125,7 @@ class Backend:
 
     def _rewrite(self, captured: Captured) -> Graph:
         found = find_sites(captured.gm, captured.static, captured.steady if self.hoist else None)
-        is_whole = self._is_whole(captured)
-        placed = place(captured, found, self.policy, is_whole, self.hoist)
+        placed = place(captured, found, self.policy, self._is_whole(captured), self.hoist)
         labels = placed.labels
         hoisted = placed.found.hoisted is not None
         moved = [Guarded(len(placed.found.sites), "conditioning unchanged", "hoist")] if hoisted else []
@@ -136,7 +134,7 @@ class Backend:
         specs = [self._spec(guarded, k, placed.rules[label.site]) for k, label in enumerate(labels)]
         rows = simulate(specs, trajectory, self.policy.streams, bool(self.policy.mentions & MEASURED))
         layout = Layout.of(placed, guarded, rows, self.lowering, self.policy)
-        rewritten = self._dispatched(captured, placed, guarded, layout, is_whole, layout.wired(specs))
+        rewritten = self._dispatched(captured, placed, guarded, layout, layout.wired(specs))
         if hoisted:
             rewritten.graph.prologue = self._compile_prologue(rewritten)
         for number, row in layout.foreseen(rows):
@@ -152,7 +150,6 @@ class Backend:
         placed: Placed,
         guarded: GuardedGraph,
         layout: Layout,
-        is_whole: bool,
         specs: Sequence[SiteSpec],
     ) -> Rewritten:
         rewritten: Rewritten
@@ -171,7 +168,7 @@ class Backend:
             self.policy.lag,
             relative_l1,
         )
-        rewritten = Rewritten(captured, placed, guarded, layout, is_whole, graph)
+        rewritten = Rewritten(captured, placed, guarded, layout, graph)
         return rewritten
 
     def _is_whole(self, captured: Captured) -> bool:

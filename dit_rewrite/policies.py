@@ -15,7 +15,7 @@ from sympy.logic.boolalg import Boolean
 
 from dit_rewrite.errors import BadParameter, UnknownPolicy
 from dit_rewrite.passes.guards import entropy, layer, num_layers, num_steps, progress, similarity, snr, step
-from dit_rewrite.plan import Choice, Plan
+from dit_rewrite.plan import Choice, Plan, Window
 from dit_rewrite.policy import MadeFor, Policy, Rule
 from dit_rewrite.serialise import from_json
 from dit_rewrite.strategy import BlockwiseReuse, Reuse, ShareGuidance, Strategy, WindowResidual
@@ -118,7 +118,7 @@ def DiTFastAttn(plan: Plan | str | Path) -> Policy:
     `plan` may be a plan's file. The policy refuses another model, and a trajectory of another length. Raises BadPlan.
     """
     plan = plan if isinstance(plan, Plan) else Plan.load(plan)
-    strategies = _strategies(plan)
+    strategies = strategies_of(plan.window, plan.conditional)
     rules = []
     for i, site in enumerate(plan.sites):
         for choice, do in strategies.items():
@@ -129,15 +129,15 @@ def DiTFastAttn(plan: Plan | str | Path) -> Policy:
     return Policy(tuple(rules), f"DiTFastAttn(delta={plan.delta})", made_for=MadeFor(plan.model, plan.steps))
 
 
-def _strategies(plan: Plan) -> dict[Choice, Strategy | tuple[Strategy, ...]]:
-    """What the plan's choices mean; those alone that it may use."""
+def strategies_of(window: Window | None, conditional: str | None) -> dict[Choice, Strategy | tuple[Strategy, ...]]:
+    """What a plan's choices mean; None where it has none that need it."""
     found: dict[Choice, Strategy | tuple[Strategy, ...]] = {Choice.AST: Reuse()}
-    if plan.conditional is not None:
-        found[Choice.ASC] = ShareGuidance(plan.conditional)
-    if plan.window is not None:
-        found[Choice.WA_RS] = WindowResidual(plan.window)
-    if plan.conditional is not None and plan.window is not None:
-        found[Choice.WA_RS_ASC] = (WindowResidual(plan.window), ShareGuidance(plan.conditional))
+    if conditional is not None:
+        found[Choice.ASC] = ShareGuidance(conditional)
+    if window is not None:
+        found[Choice.WA_RS] = WindowResidual(window)
+    if conditional is not None and window is not None:
+        found[Choice.WA_RS_ASC] = (WindowResidual(window), ShareGuidance(conditional))
     return found
 
 

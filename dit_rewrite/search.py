@@ -23,10 +23,10 @@ from dit_rewrite.lowering import Backend as LoweringBackend
 from dit_rewrite.lowering import Lowering
 from dit_rewrite.passes.site import Part
 from dit_rewrite.plan import SHARED, WINDOWED, Choice, Plan, Row, Window, describe_scheduler, fingerprint, partial_path
+from dit_rewrite.policies import strategies_of
 from dit_rewrite.policy import Policy, Rule
 from dit_rewrite.runtime.decide import Decisions
 from dit_rewrite.sampling import Arrival, Sampling
-from dit_rewrite.strategy import Reuse, ShareGuidance, Strategy, WindowResidual
 from dit_rewrite.where import Where
 
 __all__ = ["DELTAS", "STRATEGIES", "greedy_plan"]
@@ -101,13 +101,12 @@ def _segments(backend: LoweringBackend) -> Lowering:
     return Lowering.of(backend, form="segments")
 
 
-def _candidates(strategies: Sequence[Choice], window: Window, conditional: Any, kinds: tuple[str, ...]) -> Policy:
+def _candidates(
+    strategies: Sequence[Choice], window: Window, conditional: str | None, kinds: tuple[str, ...]
+) -> Policy:
     """A policy under which every place can do whatever a candidate asks; who does what, the search decides."""
-    do: list[Strategy] = [WindowResidual(window)] if WINDOWED & set(strategies) else []
-    do += [ShareGuidance(conditional)] if SHARED & set(strategies) else []
-    where = Where(tuple(kinds))
-    rules = [Rule(step_symbol > 0, Reuse(), where)]
-    rules += [Rule(step_symbol > 0, tuple(do), where)] if do else []
+    known = strategies_of(window, conditional)
+    rules = (Rule(step_symbol > 0, known[choice], Where(kinds)) for choice in strategies if choice in known)
     return Policy(tuple(rules), "candidates")
 
 
@@ -128,7 +127,7 @@ class _Pieces:
         self._waiting = [sampling.next() for sampling in self.samplings]
         (rewritten,) = self.compiled._backend.rewritten
         sites = rewritten.layout.sites
-        self.places = tuple(site.name for site in sites if site.part is Part.BRANCH)
+        self.places = tuple(dict.fromkeys(site.place for site in sites))
         numbers = {place: i for i, place in enumerate(self.places)}
         self._sites = [(numbers[site.place], site.part) for site in sites]
         depends = rewritten.layout.depends

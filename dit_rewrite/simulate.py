@@ -6,7 +6,7 @@ import itertools
 from collections.abc import Collection, Sequence
 
 from dit_rewrite.errors import Reason
-from dit_rewrite.runtime.decide import Moment, SiteSpec, decide
+from dit_rewrite.runtime.decide import Decider, Moment, SiteSpec
 from dit_rewrite.runtime.trajectory import Trajectory
 
 FORESEEN_STEPS = 64  # how far to look ahead where nobody told the number of steps
@@ -35,7 +35,7 @@ def _rows(specs: Sequence[SiteSpec], trajectory: Trajectory, stream: str | None,
         holds = [step > 0] * len(specs)
         sigma, snr = trajectory.noise(step)
         moment = Moment(step, trajectory.num_steps, sigma=sigma, snr=snr, stream=stream)
-        decided = decide(specs, moment, computed_at, streak, holds, measure=lambda _, __: answer)
+        decided = Decider(specs, moment, computed_at, streak, holds, measure=lambda _, __: answer).decisions()
         rows.append(decided.row)
         for i, (reused, reason) in enumerate(zip(decided.row, decided.reasons, strict=True)):
             if not reused:

@@ -16,6 +16,7 @@ from torch import Tensor, fx
 from dit_rewrite.errors import BadParameter
 from dit_rewrite.passes.batch_rules import Call, repeats, rows_of, rule_of, tensor
 from dit_rewrite.passes.graph import attribute
+from dit_rewrite.passes.guarded import cache_or_compute
 
 
 class Batch(Enum):
@@ -54,8 +55,6 @@ class Flow:
     """
 
     def __init__(self, graph: fx.Graph, given: Sequence[Batch], batch: int) -> None:
-        from dit_rewrite.passes.guarded import cache_or_compute  # which imports this module
-
         self.batch = batch
         self.labels: dict[fx.Node, Batch] = {}
         self.results: dict[fx.Node, tuple[Batch, ...]] = {}

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from torch import fx
 
-from dit_rewrite.passes.halve import Batch
 from dit_rewrite.passes.site import Site
 from dit_rewrite.passes.store import Codec, Store
+
+if TYPE_CHECKING:
+    from dit_rewrite.passes.batch import Batch
 
 
 @dataclass(frozen=True)

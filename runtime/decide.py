@@ -143,16 +143,3 @@ class Decider:
         """All decisions; what is not settled yet is settled now."""
         row = tuple(self.settle(i) for i in range(len(self._sites)))
         return Decisions(row, tuple(self._reasons), tuple(self._misses))
-
-
-def decide(
-    sites: Sequence[SiteSpec],
-    moment: Moment,
-    computed_at: Sequence[int],
-    streak: Sequence[int],
-    holds: Sequence[bool],
-    unfit: Reason | None = None,
-    measure: Callable[[int, str], float | None] = _unknown,
-) -> Decisions:
-    """What each site does; see Decider."""
-    return Decider(sites, moment, computed_at, streak, holds, unfit, measure).decisions()

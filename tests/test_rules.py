@@ -23,7 +23,7 @@ from dit_rewrite.passes import guards
 from dit_rewrite.passes.site import Kind, Part, Site
 from dit_rewrite.policies import DQAR, FirstBlockCache
 from dit_rewrite.policy import Policy, Rule
-from dit_rewrite.runtime.decide import Decider, Decisions, Moment, SiteSpec, decide
+from dit_rewrite.runtime.decide import Decider, Decisions, Moment, SiteSpec
 from dit_rewrite.strategy import BlockwiseReuse, Compute, Reuse, ReuseKV, ShareGuidance, Strategy, WindowResidual
 from dit_rewrite.where import Where
 
@@ -494,8 +494,8 @@ def test_any_policy_under_any_measurement(machine: Machine, data: st.DataObject)
         def read(i: int, name: str, numbers: dict[Any, Any] = numbers) -> float | None:
             return numbers.get((i, name))
 
-        found = decide(specs, moment, computed_at, run, holds, Reason.CHANGED_INPUT if lost else None, read)
-        shuffled = Decider(specs, moment, computed_at, run, holds, Reason.CHANGED_INPUT if lost else None, read)
+        given = (specs, moment, computed_at, run, holds, Reason.CHANGED_INPUT if lost else None, read)
+        found, shuffled = Decider(*given).decisions(), Decider(*given)
         for i in random.Random(now).sample(range(count), count):
             shuffled.settle(i)
         assert same_decisions(shuffled.decisions(), found)

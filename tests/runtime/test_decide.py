@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dit_rewrite.errors import Reason
-from dit_rewrite.runtime.decide import HORIZON, NO_SLOT, Decisions, Moment, SiteSpec, decide
+from dit_rewrite.runtime.decide import HORIZON, NO_SLOT, Decider, Decisions, Moment, SiteSpec
 
 YES, NO = Reason.RULE, Reason.NO_RULE
 
@@ -31,7 +31,7 @@ def at(step: int, of: int | None = None, **more: Any) -> Moment:
 
 
 def decided(sites: list[SiteSpec], moment: Moment, holds: list[bool], unfit: Reason | None = None) -> Decisions:
-    return decide(sites, moment, [0] * len(sites), [0] * len(sites), holds, unfit)
+    return Decider(sites, moment, [0] * len(sites), [0] * len(sites), holds, unfit).decisions()
 
 
 def test_a_rule_reuses_what_is_held() -> None:
@@ -78,7 +78,8 @@ def test_what_a_rule_is_asked() -> None:
     read: list[float | None] = []
     sites = [site(ask, layer=0), site(ask, layer=1)]
     moment = Moment(7, 20, 3, 5, sigma=0.5, snr=4.0, stream="cond")
-    decide(sites, moment, [4, 0], [2, 1], [True, False], measure=lambda i, name: {(0, "entropy"): 0.25}.get((i, name)))
+    measured = {(0, "entropy"): 0.25}
+    Decider(sites, moment, [4, 0], [2, 1], [True, False], measure=lambda *key: measured.get(key)).decisions()
     # the moment, the layer in the model, age (unknown without a value), streak
     assert asked == [(moment, 3, 3, 2), (moment, 4, None, 1)]
     assert read == [0.25, None], "each site reads its own measurements"
@@ -134,7 +135,7 @@ def test_age_and_streak_over_a_trajectory(limit: int, longest: int, steps: int) 
     sites = [site(choose), site(never)]
     computed_at, streak, rows = [0, 0], [0, 0], []
     for step in range(steps):
-        row = decide(sites, at(step), computed_at, streak, [step > 0] * 2).row
+        row = Decider(sites, at(step), computed_at, streak, [step > 0] * 2).decisions().row
         rows.append(row)
         for i, reused in enumerate(row):
             streak[i] = streak[i] + 1 if reused else 0
@@ -156,7 +157,7 @@ def test_a_site_that_reads_the_slot_of_another() -> None:
 
     sites = [replace(site(ask), reads=1), site(never)]
     for own, others in ((False, True), (True, False)):
-        found = decide(sites, at(5), [2, 4], [0, 0], [own, others])
+        found = Decider(sites, at(5), [2, 4], [0, 0], [own, others]).decisions()
         reason = YES if others else Reason.EMPTY
         assert found == Decisions((others, False), (reason, NO), () if others else (Reason.EMPTY,))
     assert asked == [3, None]
