@@ -18,7 +18,7 @@ help:
 	@echo "make test-full  all tests"
 	@echo "make gpu        on a machine with an NVIDIA GPU: the checks that need one, and the kernels' benchmark"
 	@echo "make lint       ruff: rules and format (make format repairs)"
-	@echo "make types      mypy on an installed copy of the package"
+	@echo "make types      mypy on an installed copy of the package, the benchmarks and the examples"
 	@echo "make verify     prove the rewrite of the bundled denoiser; graphs and diffs in build/verify/"
 	@echo "make wheel      dist/*.whl"
 
@@ -68,7 +68,8 @@ types: $(INSTALLED)
 	rm -rf build/types build/lib build/bdist.*
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation \
 		--target build/types .
-	cd build/types && $(abspath $(BIN))/mypy --config-file $(abspath pyproject.toml) -p dit_rewrite
+	cd build/types && MYPYPATH=$(CURDIR)/build/types:$(CURDIR) $(abspath $(BIN))/mypy --config-file $(abspath pyproject.toml) \
+		-p dit_rewrite -p benchmarks -p examples
 
 verify: $(INSTALLED)
 	$(BIN)/python -m dit_rewrite verify --model $(VERIFY_MODEL) --policy $(VERIFY_POLICY) --dump build/verify

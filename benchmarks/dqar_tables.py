@@ -29,8 +29,10 @@ from benchmarks.timing import RESULTS
 from dit_rewrite.passes.site import Kind, Site
 from dit_rewrite.policies import DQAR
 from dit_rewrite.policy import Policy
-from dit_rewrite.runtime.decide import Moment, SiteSpec, decide
-from dit_rewrite.runtime.noise import noise_levels
+from dit_rewrite.runtime.decide import SiteSpec
+from dit_rewrite.runtime.noise import NoiseLevels, noise_levels
+from dit_rewrite.runtime.trajectory import Trajectory
+from dit_rewrite.simulate import simulate
 
 LAYERS, STEPS = 28, 50
 
@@ -80,27 +82,20 @@ def ddim(spacing: str = "leading", offset: int = 0) -> DDIMScheduler:
     return scheduler
 
 
-def snr_by_step(scheduler: Any) -> tuple[float, ...]:
-    """The signal-to-noise ratio at each step, as the runtime reads it."""
+def levels_of(scheduler: Any) -> NoiseLevels:
+    """The noise at each step, as the runtime reads it."""
     levels = noise_levels(scheduler)
     if levels is None:
         raise ValueError("the scheduler does not say its noise")
-    return levels.snrs
+    return levels
 
 
-def decided(setting: Setting, snrs: Sequence[float]) -> int:
+def decided(setting: Setting, levels: NoiseLevels) -> int:
     """How many of all (step, layer) pairs the policy reuses: 28 attentions, decided step by step."""
     threshold = None if setting.snr is None else float(setting.snr)
     policy = DQAR(float(setting.warmup), float(setting.fraction), threshold)
     specs = [_spec(policy, layer) for layer in range(LAYERS)]
-    computed_at, streak = [0] * LAYERS, [0] * LAYERS
-    reused = 0
-    for step, snr in enumerate(snrs):
-        row = decide(specs, Moment(step, STEPS, snr=snr), computed_at, streak, [step > 0] * LAYERS).row
-        computed_at = [at if reuse else step for at, reuse in zip(computed_at, row, strict=True)]
-        streak = [count + 1 if reuse else 0 for count, reuse in zip(streak, row, strict=True)]
-        reused += sum(row)
-    return reused
+    return sum(map(sum, simulate(specs, Trajectory(None, len(levels), levels=levels))))
 
 
 def _spec(policy: Policy, layer: int) -> SiteSpec:
@@ -151,8 +146,9 @@ def printed(reused: int, setting: Setting) -> str:
 
 def results() -> list[Result]:
     """All rows."""
-    snrs = snr_by_step(ddim())
-    return [Result(s, decided(s, snrs), cap_first(s, snrs), cap_first(s, snrs, Fraction)) for s in SETTINGS]
+    levels = levels_of(ddim())
+    snrs = levels.snrs
+    return [Result(s, decided(s, levels), cap_first(s, snrs), cap_first(s, snrs, Fraction)) for s in SETTINGS]
 
 
 def report(rows: Sequence[Result]) -> None:

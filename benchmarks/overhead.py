@@ -64,7 +64,8 @@ def measure_trajectory(device: str, rounds: int) -> list[Row]:
             for kwargs in inputs:
                 rewritten(**kwargs)
 
-    run_plain(), run_fora()
+    run_plain()
+    run_fora()
     samples = alternate({"plain": run_plain, "FORA": run_fora}, rounds)
     speedup = ratio(samples, "plain", "FORA")
     ideal = STEPS / len(range(0, STEPS, INTERVAL))

@@ -50,7 +50,9 @@ def test_by_hand() -> None:
     counts = [reference.reusable_layers(step, 50, Fraction("0.6"), Fraction(1), 28) for step in (29, 30, 31, 39, 49)]
     assert counts == [0, 0, 2, 13, 28]
     whole = Setting(0, "0.6", "1.0", None, "")
-    assert dqar_tables.decided(whole, [1.0] * 50) == sum((10 * step - 294) // 7 for step in range(30, 50))
+    assert dqar_tables.decided(whole, dqar_tables.levels_of(ddim())) == sum(
+        (10 * step - 294) // 7 for step in range(30, 50)
+    )
 
 
 def test_capping_first_in_floating_point_gives_the_papers_figures(results: list[Result]) -> None:
@@ -79,7 +81,7 @@ def test_where_only_rounding_differs(results: list[Result]) -> None:
 )
 def test_which_timesteps_give_tables_10_and_11(spacing: str, offset: int, as_printed: bool) -> None:
     """diffusers' default spacing does, with either offset; the other spacings give other figures."""
-    snrs = dqar_tables.snr_by_step(ddim(spacing, offset))
+    snrs = dqar_tables.levels_of(ddim(spacing, offset)).snrs
     settings = [s for s in SETTINGS if s.table >= 10]
     found = [dqar_tables.printed(dqar_tables.cap_first(s, snrs), s) for s in settings]
     assert (found == [s.ratio for s in settings]) == as_printed

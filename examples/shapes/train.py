@@ -2,26 +2,24 @@
 
     python examples/shapes/train.py --out DIR [--steps 7500] [--batch 64] [--threads 2]
 
-A checkpoint (model, EMA, optimiser, step) is written every --save-every steps; at the end DIR/denoiser.safetensors
-holds the EMA weights in fp16.
+A checkpoint (model, EMA, optimiser, step) is written every --save-every steps, and beside it, in
+DIR/denoiser.safetensors, the EMA weights in fp16. The rate rises for 500 steps and falls linearly.
 """
 
 from __future__ import annotations
 
-import argparse
-import time
-from pathlib import Path
+from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from diffusers import DDPMScheduler, DiTTransformer2DModel
 
 from dit_rewrite.shapes.data import NULL_CLASS, sample
-from dit_rewrite.shapes.model import SCHEDULE, build_denoiser, save
+from dit_rewrite.shapes.model import SCHEDULE, build_denoiser
+from dit_rewrite.shapes.training import Trainer, build_parser
 
-EMA_DECAY = 0.999
 LABEL_DROP = 0.1
-PARTS = ("model", "ema", "optimiser")
 
 
 def initialise(model: DiTTransformer2DModel) -> None:
@@ -33,7 +31,9 @@ def initialise(model: DiTTransformer2DModel) -> None:
     torch.nn.init.zeros_(model.proj_out_2.bias)
 
 
-def loss_of(model: torch.nn.Module, scheduler: DDPMScheduler, batch: int, generator: torch.Generator) -> torch.Tensor:
+def loss_of(
+    model: Callable[..., Any], scheduler: DDPMScheduler, batch: int, generator: torch.Generator
+) -> torch.Tensor:
     """The mean squared error of the predicted v. Labels are dropped here, once for all blocks: diffusers'
     own dropout draws anew in each block, and the unconditional model would never be trained."""
     images, labels = sample(batch, generator)
@@ -46,85 +46,27 @@ def loss_of(model: torch.nn.Module, scheduler: DDPMScheduler, batch: int, genera
     return F.mse_loss(model(noisy, timestep, labels, return_dict=False)[0], target)
 
 
-class Trainer:
-    """The model, its moving average and optimiser, and the step that is next."""
-
-    def __init__(self, arguments: argparse.Namespace) -> None:
-        self.arguments = arguments
-        torch.manual_seed(0)
-        self.model = build_denoiser()
-        initialise(self.model)
-        self.model.eval()  # no module has dropout of its own to train with; see loss_of
-        average = torch.optim.swa_utils.get_ema_multi_avg_fn(EMA_DECAY)
-        self.ema = torch.optim.swa_utils.AveragedModel(self.model, multi_avg_fn=average)
-        self.optimiser = torch.optim.AdamW(self.model.parameters(), lr=0.0, weight_decay=0.0, betas=(0.9, 0.99))
-        self.scheduler = DDPMScheduler(**SCHEDULE)
-        self.run = self.model if arguments.eager else torch.compile(self.model)
-        self.step = 0
-
-    def train_step(self) -> float:
-        """One step of AdamW at a rate that rises for 500 steps and falls linearly; its loss."""
-        rate = self.arguments.rate * min(1.0, (self.step + 1) / 500) * (1 - self.step / self.arguments.steps)
-        self.optimiser.param_groups[0]["lr"] = rate
-        generator = torch.Generator().manual_seed(self.step)
-        loss = loss_of(self.run, self.scheduler, self.arguments.batch, generator)
-        self.optimiser.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
-        self.optimiser.step()
-        self.ema.update_parameters(self.model)
-        self.step += 1
-        return loss.item()
-
-    @property
-    def checkpoint(self) -> Path:
-        return self.arguments.out / "checkpoint.pt"
-
-    def save(self) -> None:
-        """Write a checkpoint, whole or not at all, and the averaged weights."""
-        new = self.checkpoint.with_suffix(".new")
-        torch.save({name: getattr(self, name).state_dict() for name in PARTS} | {"step": self.step}, new)
-        new.replace(self.checkpoint)
-        save(self.ema.module, self.arguments.out / "denoiser.safetensors")
-
-    def resume(self) -> None:
-        """Go on from the checkpoint, if there is one."""
-        if self.checkpoint.exists():
-            state = torch.load(self.checkpoint, weights_only=True)
-            for name in PARTS:
-                getattr(self, name).load_state_dict(state[name])
-            self.step = state["step"]
-
-
-def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--steps", type=int, default=7500)
-    parser.add_argument("--stop", type=int, help="stop after this step, to go on later")
-    parser.add_argument("--batch", type=int, default=64)
-    parser.add_argument("--rate", type=float, default=1e-3)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--save-every", type=int, default=500)
-    parser.add_argument("--eager", action="store_true", help="train without torch.compile")
-    return parser.parse_args()
-
-
 def main() -> None:
-    arguments = parse_arguments()
-    torch.set_num_threads(arguments.threads)
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    trainer = Trainer(arguments)
-    trainer.resume()
-    losses: list[float] = []
-    began = time.perf_counter()
-    while trainer.step < (arguments.stop or arguments.steps):
-        losses.append(trainer.train_step())
-        if trainer.step % arguments.save_every == 0:
-            pace = (time.perf_counter() - began) / len(losses)
-            recent = losses[-arguments.save_every :]
-            print(f"step {trainer.step}  loss {sum(recent) / len(recent):.5f}  {pace * 1e3:.0f} ms/step", flush=True)
-            trainer.save()
-    trainer.save()
+    parser = build_parser(__doc__, steps=7500, batch=64, threads=2, save_every=500)
+    parser.add_argument("--eager", action="store_true", help="train without torch.compile")
+    given = parser.parse_args()
+    torch.set_num_threads(given.threads)
+    torch.manual_seed(0)
+    model = build_denoiser()
+    initialise(model)
+    model.eval()  # no module has dropout of its own to train with; see loss_of
+    optimiser = torch.optim.AdamW(model.parameters(), lr=0.0, weight_decay=0.0, betas=(0.9, 0.99))
+    scheduler, run = DDPMScheduler(**SCHEDULE), model if given.eager else torch.compile(model)
+    trainer = Trainer(
+        model,
+        [optimiser],
+        lambda generator: loss_of(run, scheduler, given.batch, generator),
+        lambda step: given.rate * min(1.0, (step + 1) / 500) * (1 - step / given.steps),
+        given.out,
+        "checkpoint.pt",
+        "denoiser",
+    )
+    trainer.train(given.stop or given.steps, given.save_every)
 
 
 if __name__ == "__main__":

@@ -19,10 +19,8 @@ C is right in 80.6 %: evaluate_text.py at guidance 1.25 and 50 steps.
 
 from __future__ import annotations
 
-import argparse
 import math
-import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -32,10 +30,10 @@ from diffusers import DDPMScheduler
 from torch import Generator, Tensor
 
 from dit_rewrite.shapes.captions import NULL_CAPTION, sample_captioned, tokenise
-from dit_rewrite.shapes.model import SCHEDULE, load, save
+from dit_rewrite.shapes.model import SCHEDULE, load
 from dit_rewrite.shapes.text_model import TextModel
+from dit_rewrite.shapes.training import Trainer, build_parser
 
-EMA_DECAY = 0.999
 CAPTION_DROP = 0.1
 WARM_UP = 200
 
@@ -97,7 +95,7 @@ class Muon(torch.optim.Optimizer):
         super().__init__(matrices, {"lr": lr, "momentum": momentum})
 
     @torch.no_grad()
-    def step(self, closure: Any = None) -> None:
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
         """Update every matrix; those of a shape are orthogonalised together."""
         for group in self.param_groups:
             for shape in {matrix.shape for matrix in group["params"]}:
@@ -109,8 +107,10 @@ class Muon(torch.optim.Optimizer):
     def nesterov(self, matrix: Tensor, momentum: float) -> Tensor:
         """The gradient, moved towards its running average, which takes it in first."""
         average = self.state[matrix].setdefault("average", torch.zeros_like(matrix))
-        average.lerp_(matrix.grad, 1 - momentum)
-        return matrix.grad.lerp(average, momentum)
+        gradient = matrix.grad
+        assert gradient is not None
+        average.lerp_(gradient, 1 - momentum)
+        return gradient.lerp(average, momentum)
 
 
 def build_optimisers(model: TextModel, name: str) -> list[torch.optim.Optimizer]:
@@ -123,94 +123,30 @@ def build_optimisers(model: TextModel, name: str) -> list[torch.optim.Optimizer]
     return [Muon(hidden, lr=0.0), adamw] if chosen else [adamw]
 
 
-class Trainer:
-    """The model, its moving average and optimisers, and the step that is next."""
-
-    def __init__(self, arguments: argparse.Namespace) -> None:
-        self.arguments = arguments
-        torch.manual_seed(0)
-        self.model = TextModel().eval()  # no module has dropout to train with
-        initialise(self.model)
-        if arguments.start is not None:
-            load(self.model, arguments.start).requires_grad_(True)
-        average = torch.optim.swa_utils.get_ema_multi_avg_fn(EMA_DECAY)
-        self.ema = torch.optim.swa_utils.AveragedModel(self.model, multi_avg_fn=average)
-        self.optimisers = build_optimisers(self.model, arguments.optimiser)
-        self.scheduler = DDPMScheduler(**SCHEDULE)
-        self.step = 0
-
-    def train_step(self) -> float:
-        """One step of the optimisers; its loss."""
-        given = self.arguments
-        generator = Generator().manual_seed(given.seed + self.step)
-        loss = loss_of(self.model, self.scheduler, given.batch, generator)
-        self.model.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
-        for optimiser in self.optimisers:
-            optimiser.param_groups[0]["lr"] = rate_at(self.step, given.steps, given.rate, given.hold)
-            optimiser.step()
-        self.ema.update_parameters(self.model)
-        self.step += 1
-        return loss.item()
-
-    def parts(self) -> Iterator[tuple[str, Any]]:
-        """All that has a state to keep, by name."""
-        yield from (("model", self.model), ("ema", self.ema))
-        yield from ((f"optimiser {i}", optimiser) for i, optimiser in enumerate(self.optimisers))
-
-    @property
-    def checkpoint(self) -> Path:
-        return self.arguments.out / "text_checkpoint.pt"
-
-    def save(self) -> None:
-        """Write a checkpoint, whole or not at all, and the averaged weights."""
-        new = self.checkpoint.with_suffix(".new")
-        torch.save({name: part.state_dict() for name, part in self.parts()} | {"step": self.step}, new)
-        new.replace(self.checkpoint)
-        save(self.ema.module, self.arguments.out / "text_denoiser.safetensors")
-
-    def resume(self) -> None:
-        """Go on from the checkpoint, if there is one."""
-        if self.checkpoint.exists():
-            state = torch.load(self.checkpoint, weights_only=True)
-            for name, part in self.parts():
-                part.load_state_dict(state[name])
-            self.step = state["step"]
-
-
-def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--start", type=Path, help="weights to start from, instead of random ones")
-    parser.add_argument("--steps", type=int, default=12000)
-    parser.add_argument("--hold", type=int, default=0, help="keep the peak rate until this step, below --steps")
-    parser.add_argument("--stop", type=int, help="stop after this step, to go on later")
-    parser.add_argument("--batch", type=int, default=16)
-    parser.add_argument("--optimiser", choices=("adamw", "muon"), default="adamw")
-    parser.add_argument("--rate", type=float, default=1e-3)
-    parser.add_argument("--seed", type=int, default=0, help="the seed of the first step's batch; then one more a step")
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--save-every", type=int, default=250)
-    return parser.parse_args()
-
-
 def main() -> None:
-    arguments = parse_arguments()
-    torch.set_num_threads(arguments.threads)
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    trainer = Trainer(arguments)
-    trainer.resume()
-    losses: list[float] = []
-    began = time.perf_counter()
-    while trainer.step < (arguments.stop or arguments.steps):
-        losses.append(trainer.train_step())
-        if trainer.step % arguments.save_every == 0:
-            pace = (time.perf_counter() - began) / len(losses)
-            recent = losses[-arguments.save_every :]
-            print(f"step {trainer.step}  loss {sum(recent) / len(recent):.5f}  {pace * 1e3:.0f} ms/step", flush=True)
-            trainer.save()
-    trainer.save()
+    parser = build_parser(__doc__, steps=12000, batch=16, threads=1, save_every=250)
+    parser.add_argument("--start", type=Path, help="weights to start from, instead of random ones")
+    parser.add_argument("--hold", type=int, default=0, help="keep the peak rate until this step, below --steps")
+    parser.add_argument("--optimiser", choices=("adamw", "muon"), default="adamw")
+    parser.add_argument("--seed", type=int, default=0, help="the seed of the first step's batch; then one more a step")
+    given = parser.parse_args()
+    torch.set_num_threads(given.threads)
+    torch.manual_seed(0)
+    model, scheduler = TextModel().eval(), DDPMScheduler(**SCHEDULE)  # no module has dropout to train with
+    initialise(model)
+    if given.start is not None:
+        load(model, given.start).requires_grad_(True)
+    trainer = Trainer(
+        model,
+        build_optimisers(model, given.optimiser),
+        lambda generator: loss_of(model, scheduler, given.batch, generator),
+        lambda step: rate_at(step, given.steps, given.rate, given.hold),
+        given.out,
+        "text_checkpoint.pt",
+        "text_denoiser",
+        given.seed,
+    )
+    trainer.train(given.stop or given.steps, given.save_every)
 
 
 if __name__ == "__main__":

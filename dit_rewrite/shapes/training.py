@@ -1,0 +1,103 @@
+"""What training the bundled denoisers has in common: a moving average, checkpoints, and the loop."""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Generator, Tensor, nn
+
+from dit_rewrite.shapes.model import save
+
+EMA_DECAY = 0.999
+
+
+def build_parser(
+    description: str | None, *, steps: int, batch: int, threads: int, save_every: int
+) -> argparse.ArgumentParser:
+    """The options of every training script, by their defaults."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--steps", type=int, default=steps)
+    parser.add_argument("--stop", type=int, help="stop after this step, to go on later")
+    parser.add_argument("--batch", type=int, default=batch)
+    parser.add_argument("--rate", type=float, default=1e-3)
+    parser.add_argument("--threads", type=int, default=threads)
+    parser.add_argument("--save-every", type=int, default=save_every)
+    return parser
+
+
+class Trainer:
+    """A model, its moving average and optimisers, and the step that is next.
+
+    `loss_of` gives the loss of a step's batch, drawn from a generator that is seeded with `seed` and the step;
+    `rate_at` the learning rate of a step. ``<weights>.safetensors`` in the folder `out` gets the averaged weights in
+    fp16, the file `checkpoint` there all that is needed to go on.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimisers: Sequence[torch.optim.Optimizer],
+        loss_of: Callable[[Generator], Tensor],
+        rate_at: Callable[[int], float],
+        out: Path,
+        checkpoint: str,
+        weights: str,
+        seed: int = 0,
+    ) -> None:
+        self.model, self.optimisers, self.loss_of, self.rate_at, self.seed = model, optimisers, loss_of, rate_at, seed
+        self.checkpoint, self.weights = out / checkpoint, out / f"{weights}.safetensors"
+        average = torch.optim.swa_utils.get_ema_multi_avg_fn(EMA_DECAY)
+        self.ema = torch.optim.swa_utils.AveragedModel(model, multi_avg_fn=average)
+        self.step = 0
+
+    def train(self, until: int, save_every: int) -> None:
+        """Go on from the checkpoint, if there is one, up to step `until`, and save."""
+        self.checkpoint.parent.mkdir(parents=True, exist_ok=True)
+        self._resume()
+        losses: list[float] = []
+        began = time.perf_counter()
+        while self.step < until:
+            losses.append(self._train_step())
+            if self.step % save_every == 0:
+                pace, recent = (time.perf_counter() - began) / len(losses), losses[-save_every:]
+                print(f"step {self.step}  loss {sum(recent) / len(recent):.5f}  {pace * 1e3:.0f} ms/step", flush=True)
+                self._save()
+        self._save()
+
+    def _train_step(self) -> float:
+        """One step of the optimisers; its loss."""
+        loss = self.loss_of(Generator().manual_seed(self.seed + self.step))
+        self.model.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]
+        nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        for optimiser in self.optimisers:
+            optimiser.param_groups[0]["lr"] = self.rate_at(self.step)
+            optimiser.step()
+        self.ema.update_parameters(self.model)
+        self.step += 1
+        return loss.item()
+
+    def _parts(self) -> Iterator[tuple[str, Any]]:
+        """All that has a state to keep, by name."""
+        yield from (("model", self.model), ("ema", self.ema))
+        yield from ((f"optimiser {i}", optimiser) for i, optimiser in enumerate(self.optimisers))
+
+    def _save(self) -> None:
+        """Write a checkpoint, whole or not at all, and the averaged weights."""
+        new = self.checkpoint.with_suffix(".new")
+        torch.save({name: part.state_dict() for name, part in self._parts()} | {"step": self.step}, new)
+        new.replace(self.checkpoint)
+        save(self.ema.module, self.weights)
+
+    def _resume(self) -> None:
+        if self.checkpoint.exists():
+            state = torch.load(self.checkpoint, weights_only=True)
+            for name, part in self._parts():
+                part.load_state_dict(state[name])
+            self.step = state["step"]
