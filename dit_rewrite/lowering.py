@@ -13,6 +13,7 @@ from torch import fx
 from torch._guards import TracingContext, tracing
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from dit_rewrite import refresh
 from dit_rewrite.errors import BadParameter
 from dit_rewrite.passes import attention_core
 
@@ -67,6 +68,7 @@ class Lowering:
     def lower(self, gm: fx.GraphModule, fake_mode: FakeTensorMode | None) -> Compiled:
         """Compile a straight-line graph for the fake inputs in its placeholders' metadata."""
         inputs = [node.meta["val"] for node in gm.graph.find_nodes(op="placeholder")]
+        refresh.fuse(gm, refresh.is_faster)
         attention_core.unmark(gm)
         if self.backend == "aot_eager":
             return gm.forward

@@ -1,0 +1,162 @@
+"""Full attention and its window's residual as one op: where the two are one refresh, and that both ways agree."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, fx
+from torch.fx.experimental.proxy_tensor import make_fx
+
+import dit_rewrite
+from dit_rewrite import Policy, Rule, Where, WindowResidual, refresh
+from dit_rewrite.guards import step
+from dit_rewrite.kernels.window_attention import window_reuse
+from dit_rewrite.passes import attention_core
+from dit_rewrite.passes.printing import op_counts
+from dit_rewrite.passes.site import Part
+from dit_rewrite.refresh import Refresh, fuse, is_faster
+from tests import tiny
+from tests.models import MODELS, output
+
+N, D = 12, 8
+MASK = torch.rand(2, 1, N, N, generator=torch.Generator().manual_seed(1)) < 0.7
+Two = Callable[..., tuple[Tensor, Tensor]]
+
+
+def always(_: Refresh) -> bool:
+    return True
+
+
+def tensors() -> list[Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randn(2, 3, N, D, generator=generator) for _ in range(3)]
+
+
+def traced(two: Two, *inputs: Tensor) -> fx.GraphModule:
+    return make_fx(two, tracing_mode="fake")(*inputs)
+
+
+def kept(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, scale: float | None = None, **where: Any) -> Any:
+    """What a step that computes writes: O and R = O - W."""
+    full = attention_core.OP(q, k, v, mask, scale=scale)
+    return full, window_reuse(q, k, -v, full, where.pop("window", [2]), **where, attn_mask=mask, scale=scale)
+
+
+def plain(q: Tensor, k: Tensor, v: Tensor) -> Any:
+    return kept(q, k, v)
+
+
+@pytest.mark.parametrize(
+    ("two", "masks"),
+    [
+        (plain, []),
+        (lambda q, k, v, mask: kept(q, k, v, mask), [MASK]),
+        (lambda q, k, v: kept(q, k, v, scale=0.5), []),
+        (lambda q, k, v: kept(q, k, v, window=[1, 1], grid=[2, 5], prefix=2), []),
+        (lambda q, k, v: kept(q, k, k), []),
+    ],
+    ids=["plain", "mask", "scale", "grid behind text", "keys are values"],
+)
+def test_one_op_gives_both(two: Two, masks: list[Tensor]) -> None:
+    inputs = [*tensors(), *masks]
+    gm = traced(two, *inputs)
+    assert fuse(gm, always) == 1
+    assert {name for name in op_counts(gm) if "window" in name or "attention" in name} == {"dit_rewrite.window_refresh"}
+    for found, expected in zip(gm(*inputs), two(*inputs), strict=True):
+        assert (found - expected).abs().max() < 1e-5 and expected.abs().max() > 0.1
+
+
+def of_other_values(q: Tensor, k: Tensor, v: Tensor) -> Any:
+    full = attention_core.OP(q, k, v)
+    return full, window_reuse(q, k, -k, full, [2])
+
+
+def of_other_queries(q: Tensor, k: Tensor, v: Tensor) -> Any:
+    full = attention_core.OP(q, k, v)
+    return full, window_reuse(q * 2, k, -v, full, [2])
+
+
+def not_negated(q: Tensor, k: Tensor, v: Tensor) -> Any:
+    """A step that reuses: the window on top of a residual, which is here somebody's attention."""
+    full = attention_core.OP(q, k, v)
+    return full, window_reuse(q, k, v, full, [2])
+
+
+def of_other_masks(q: Tensor, k: Tensor, v: Tensor) -> Any:
+    full = attention_core.OP(q, k, v, q[:, :1] @ k[:, :1].mT)
+    return full, window_reuse(q, k, -v, full, [2])
+
+
+def of_other_scales(q: Tensor, k: Tensor, v: Tensor) -> Any:
+    full = attention_core.OP(q, k, v, scale=0.5)
+    return full, window_reuse(q, k, -v, full, [2])
+
+
+def causal(q: Tensor, k: Tensor, v: Tensor) -> Any:
+    full = attention_core.OP(q, k, v, is_causal=True)
+    return full, window_reuse(q, k, -v, full, [2])
+
+
+def on_something_else(q: Tensor, k: Tensor, v: Tensor) -> Any:
+    return q, window_reuse(q, k, -v, q, [2])
+
+
+@pytest.mark.parametrize(
+    "two",
+    [of_other_values, of_other_queries, not_negated, of_other_masks, of_other_scales, causal, on_something_else],
+)
+def test_what_is_no_refresh(two: Two) -> None:
+    gm = traced(two, *tensors())
+    before = op_counts(gm)
+    assert fuse(gm, always) == 0
+    assert op_counts(gm) == before
+
+
+def test_only_where_it_is_faster() -> None:
+    gm = traced(plain, *tensors())
+    assert fuse(gm, lambda _: False) == 0
+    assert op_counts(gm)["dit_rewrite.window_reuse"] == 1
+
+
+def test_on_a_cpu_nothing_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(refresh, "_measured", lambda *_: pytest.fail("measured"))
+    gm = traced(plain, *tensors())
+    assert fuse(gm, is_faster) == 0
+
+
+@pytest.mark.parametrize("name", ["tiny", "pixart_sigma", "stdit"])
+def test_in_a_model(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The residual is kept by the one op alone, and read by the next step; the outputs are those of two ops."""
+    policy = Policy((Rule(step % 2 > 0, WindowResidual(0.25), Where(("self",))),))
+    found: list[list[Tensor]] = []
+    counts = []
+    for faster in (always, lambda _: False):
+        monkeypatch.setattr(refresh, "is_faster", faster)
+        fused = []
+        monkeypatch.setattr(refresh, "fuse", lambda gm, how, fused=fused: fused.append(fuse(gm, how)))
+        torch._dynamo.reset()
+        build, inputs = (tiny.build, tiny.calls(4)) if name == "tiny" else (MODELS[name].build, MODELS[name].inputs(4))
+        model = dit_rewrite.compile(build(), policy, backend="aot_eager")
+        with torch.no_grad(), model.trajectory(4):
+            found.append([output(model(**arguments)).clone() for arguments in inputs])
+        counts.append(sum(fused))
+    sites = [place.site for place in model.explain().sites]
+    assert counts == [sum(site.part is Part.CORE and site.kind == "self" for site in sites), 0] and counts[0] > 1
+    for one, two in zip(*found, strict=True):
+        assert (one - two).abs().max() < 1e-5 * two.abs().max()
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+def test_measured_on_a_gpu() -> None:
+    """Whatever is faster there, it is found once, and gives O and R."""
+    inputs = [tensor.cuda() for tensor in tensors()]
+    gm = traced(plain, *inputs)
+    chosen = is_faster(refresh.match(gm.graph.find_nodes(op="call_function", target=refresh.REUSE)[0]))  # type: ignore[arg-type]
+    assert fuse(gm, is_faster) == chosen
+    assert refresh._measured.cache_info().hits == 1
+    for found, expected in zip(gm(*inputs), plain(*inputs), strict=True):
+        assert (found - expected).abs().max() < 1e-3
