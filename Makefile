@@ -42,13 +42,14 @@ test-full: $(INSTALLED)
 # For a machine that has torch, Triton, setuptools and perhaps pytest, and may reach no package index: into the Python
 # that is there, without dependencies, and editable, as the tests and the benchmark run from this folder. A failing test
 # does not keep the benchmark from running, which checks results too. With pytest-xdist, PYTEST_FLAGS="-n 8" compiles the
-# tests' kernels on more cores.
+# tests' kernels on more cores. Those of whole models need diffusers, and are skipped without.
+GPU_TESTS := tests/kernels tests/test_latency.py tests/test_refresh.py tests/test_strategies_cuda.py
 PIP_INSTALL := $(PYTHON) -m pip install --quiet --disable-pip-version-check --no-deps
 gpu:
 	$(PIP_INSTALL) --no-build-isolation -e . || $(PIP_INSTALL) -e .
 	@tests=0; \
 	if $(PYTHON) -c "import pytest, hypothesis" 2>/dev/null; then \
-		CUBLAS_WORKSPACE_CONFIG=:4096:8 $(PYTHON) -m pytest -q -m cuda $(PYTEST_FLAGS) tests/kernels || tests=$$?; \
+		CUBLAS_WORKSPACE_CONFIG=:4096:8 $(PYTHON) -m pytest -q -m cuda $(PYTEST_FLAGS) $(GPU_TESTS) || tests=$$?; \
 	else \
 		echo "without pytest and hypothesis the tests are left out"; \
 	fi; \

@@ -5,8 +5,9 @@ attention, against the fastest backend of PyTorch's scaled dot product attention
 blockwise attention to conditions of 16 to 4096 keys at several kept fractions; relative_l1 against a copy. Rows are
 ratios of runs in turn; every kernel's result is compared with its plain twin's before it is timed. The file of results
 also has each run's seconds, FLOP/s and bytes/s as shares of a large matrix product's and a large copy's, and its time
-over the floor that these two set. Needs torch and triton only. `--device cpu --tiny` runs every path with the plain
-twins and writes nothing.
+over the floor that these two set. Where diffusers is installed, whole steps of DiT-XL/2-512 and PixArt-Σ at 1024 and
+2K pixels follow (attention_models.py); the rest needs torch and triton only. `--device cpu --tiny` runs every path with
+the plain twins and writes nothing.
 """
 
 from __future__ import annotations
@@ -22,8 +23,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks import attention_models
 from benchmarks.attention_cases import blockwise, ceilings, change, window_attention
 from benchmarks.attention_clock import Bench, DeviceClock, HostClock
+from benchmarks.attention_models import Geometry
 from benchmarks.timing import report, show
 from dit_rewrite.kernels.window_attention import paper_window
 
@@ -46,16 +49,19 @@ class Sizes:
     changes: tuple[tuple[int, ...], ...]
     product: int
     bytes_copied: int
+    models: tuple[Geometry, ...]
 
 
 FULL = Sizes(
     batch=2, heads=16, head_sizes=(72, 128), tokens=(1024, 4096, 16384), grid=(64, 64), grid_window=(8, 8),
     queries=4096, conditions=((16, 16), (120, 120), (300, 300), (1024, 256), (4096, 512)), tile=128,
     changes=((2, 4096, 1152), (2, 16384, 1152), (1 << 29,)), product=8192, bytes_copied=1 << 31,
+    models=attention_models.FULL,
 )  # fmt: skip
 TINY = Sizes(
     batch=1, heads=2, head_sizes=(24, 32), tokens=(16, 48), grid=(6, 6), grid_window=(1, 1), queries=64,
     conditions=((16, 16), (40, 16)), tile=16, changes=((2, 8, 24),), product=32, bytes_copied=1 << 12,
+    models=attention_models.TINY,
 )  # fmt: skip
 
 
@@ -69,6 +75,9 @@ def cases(bench: Bench, sizes: Sizes, like: Tensor) -> Iterator[tuple[str, Calla
             yield title, partial(window_attention, bench, title, shape, where, like, goal=goal)
     for sides in sizes.changes:
         yield f"relative_l1 {sides}", partial(change, bench, sides, like)
+    backend = "inductor" if like.is_cuda else "aot_eager"
+    for geometry in sizes.models if has_diffusers() else ():
+        yield geometry.title, partial(attention_models.end_to_end, bench, geometry, like, backend)
     for d in sizes.head_sizes:
         height, width = sizes.grid
         title, shape = f"d={d}, 2-D, {height} x {width} tokens", (sizes.batch, sizes.heads, height * width, d)
@@ -78,6 +87,15 @@ def cases(bench: Bench, sizes: Sizes, like: Tensor) -> Iterator[tuple[str, Calla
         for keys, block in sizes.conditions:
             title, shape = f"blockwise, d={d}, {keys} keys by {block}", (sizes.batch, sizes.heads, sizes.queries, d)
             yield title, partial(blockwise, bench, title, shape, keys, block, sizes.tile, like)
+
+
+def has_diffusers() -> bool:
+    """Whether there are models to measure."""
+    try:
+        import diffusers  # noqa: F401
+    except ImportError:
+        return False
+    return True
 
 
 def measure_all(bench: Bench, sizes: Sizes, like: Tensor, minutes: float) -> None:
@@ -111,6 +129,7 @@ def details(bench: Bench, sizes: Sizes, dtype: torch.dtype) -> dict[str, Any]:
         "dtype": str(dtype).removeprefix("torch."),
         "sizes": asdict(sizes),
         "ceilings": {"FLOP/s": bench.ceilings.flops, "bytes/s": bench.ceilings.bytes},
+        "end to end": "measured" if has_diffusers() else "left out: diffusers is not installed",
         "runs": bench.runs,
         "failures": bench.failures,
     }
@@ -121,6 +140,8 @@ def summary(bench: Bench) -> None:
     assert bench.ceilings is not None
     show("goals", [row for row in bench.rows if row.bound])
     print(f"matrix product {bench.ceilings.flops / 1e12:.4g} TFLOP/s, copy {bench.ceilings.bytes / 1e12:.4g} TB/s")
+    if not has_diffusers():
+        print("left out, as diffusers is not installed: whole models")
     for title, error in bench.failures.items():
         print(f"FAILED {title}: {error.splitlines()[0]}")
 
@@ -130,7 +151,7 @@ def arguments(given: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--dtype", choices=("bfloat16", "float16"), default="bfloat16")
     parser.add_argument("--rounds", type=int, default=30, help="samples of each run")
-    parser.add_argument("--minutes", type=float, default=5.0, help="no case begins later")
+    parser.add_argument("--minutes", type=float, default=7.0, help="no case begins later")
     parser.add_argument("--tiny", action="store_true", help="toy sizes; writes no results")
     found = parser.parse_args(given)
     if found.device == "cpu" and not found.tiny:

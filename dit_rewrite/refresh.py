@@ -48,7 +48,7 @@ def fuse(gm: fx.GraphModule, faster: Callable[[Refresh], bool]) -> int:
 
 def match(node: fx.Node) -> Refresh | None:
     """The refresh that a `window_reuse` is part of, or None."""
-    given = {**_DEFAULTS, **dict(zip(_PLACES, node.args, strict=False)), **node.kwargs}
+    given: dict[str, Any] = {**_DEFAULTS, **dict(zip(_PLACES, node.args, strict=False)), **node.kwargs}
     core, negated = given.pop("residual"), given["value"]
     if core.target is not attention_core.OP or negated.target is not aten.neg.default:
         return None

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import attention, timing
+from benchmarks import attention, attention_models, timing
 from benchmarks.attention_cases import blockwise_attention, kept_pairs, new_state, patterns, roofline, shares
 from benchmarks.attention_clock import Bench, Ceilings, HostClock, Run, distance, fastest
 from benchmarks.timing import Row, Spread
@@ -47,6 +47,23 @@ def test_every_path_runs_on_a_bare_machine() -> None:
     assert rows.count("relative_l1, 2 x 8 x 24") == 1
     assert len(rows.splitlines()) == 2 + windows * 9 + by_blocks + 1
     assert "FAILED" not in done.stdout
+    assert "left out, as diffusers is not installed: whole models" in done.stdout and "DiT" not in rows
+
+
+def test_whole_models() -> None:
+    """Steps that compute are the plain model's; the others depart from it, as they do what their name says."""
+    bench = Bench(HostClock(), 2)
+    for geometry in attention_models.TINY:
+        attention_models.end_to_end(bench, geometry, torch.empty(0), "aot_eager")
+    differences = {(run["group"], run["run"]): run["difference"] for run in bench.runs if "difference" in run}
+    shared = ["full, residual kept", "WA-RS", "WA-RS+ASC", "ASC", "AST", "full"]
+    text = ["full, blocks kept", "blockwise, all kept"]
+    dit, pixart = (geometry.title for geometry in attention_models.TINY)
+    assert list(differences) == [*((dit, name) for name in shared), *((pixart, name) for name in (*shared, *text))]
+    for (_, name), difference in differences.items():
+        assert difference < 1e-5 if name.startswith("full") else 1e-5 < difference < 0.5
+    assert [row.what for row in bench.rows] == [f"{title}: {name} / plain" for title, name in differences]
+    assert bench.failures == {}
 
 
 def test_what_is_wrong_is_not_timed(capsys: pytest.CaptureFixture[str]) -> None:
@@ -148,7 +165,7 @@ def test_when_the_time_is_over(capsys: pytest.CaptureFixture[str]) -> None:
     """What was not measured is named, and is a failure of the command."""
     assert attention.main(["--device", "cpu", "--tiny", "--rounds", "1", "--minutes", "0"]) == 1
     printed = capsys.readouterr().out
-    assert printed.count("FAILED") == 11 and "not measured" in printed
+    assert printed.count("FAILED") == 11 + len(attention_models.TINY) and "not measured" in printed
 
 
 @pytest.mark.parametrize("given", [["--device", "cpu"], ["--dtype", "float32"]])

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from PIL import Image
 from torch import nn
 
+Image = pytest.importorskip("PIL.Image")
 pytest.importorskip("rich")
 pytest.importorskip("diffusers")
 pytest.importorskip("matplotlib")

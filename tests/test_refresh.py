@@ -18,8 +18,6 @@ from dit_rewrite.passes import attention_core
 from dit_rewrite.passes.printing import op_counts
 from dit_rewrite.passes.site import Part
 from dit_rewrite.refresh import Refresh, fuse, is_faster
-from tests import tiny
-from tests.models import MODELS, output
 
 N, D = 12, 8
 MASK = torch.rand(2, 1, N, N, generator=torch.Generator().manual_seed(1)) < 0.7
@@ -130,6 +128,9 @@ def test_on_a_cpu_nothing_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("name", ["tiny", "pixart_sigma", "stdit"])
 def test_in_a_model(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The residual is kept by the one op alone, and read by the next step; the outputs are those of two ops."""
+    from tests import tiny
+    from tests.models import MODELS, output
+
     policy = Policy((Rule(step % 2 > 0, WindowResidual(0.25), Where(("self",))),))
     found: list[list[Tensor]] = []
     counts = []
