@@ -45,15 +45,14 @@ def measure_segment_steps(device: str, rounds: int) -> list[Row]:
 
 
 def measure_segment_compile(device: str, rounds: int) -> list[Row]:
-    """Seconds of the first call of a deep DiT by segments, FORA's reusing pieces included, Inductor's caches off."""
+    """Seconds of the first call of a deep DiT by segments, FORA's reusing pieces included, all caches empty."""
     model, (first, *_) = build(device, DEEP), calls(device)
 
     runs = {
         "plain": cold(lambda: isolated(model, "inductor"), first),
         "segments": cold(lambda: dit_rewrite.compile(model, FORA(3), lowering="segments"), first),
     }
-    with torch._inductor.config.patch(force_disable_caches=True):
-        samples = alternate(runs, rounds)
+    samples = alternate(runs, rounds)
     found = ratio(samples, "segments", "plain")
     return [
         Row(f"plain torch.compile, first call, {DEEP} blocks", Spread.of(samples["plain"]), "s", "", True),

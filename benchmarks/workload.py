@@ -10,6 +10,7 @@ import sympy
 import torch
 from diffusers import DiTTransformer2DModel
 from torch._dynamo.backends.common import aot_autograd
+from torch._inductor.utils import fresh_cache
 
 from benchmarks.timing import alternate
 from dit_rewrite.compile import RewrittenModule
@@ -79,11 +80,12 @@ def alternate_steps(runs: Mapping[str, Stepper], rounds: int) -> dict[str, list[
 
 
 def cold(make: Callable[[], Any], kwargs: dict[str, Any]) -> Callable[[], None]:
-    """The first call of what `make` compiles, as if nothing had been compiled before; Inductor's caches apart."""
+    """The first call of what `make` compiles, as on a machine where nothing was compiled before: with empty caches."""
 
     def run() -> None:
         torch._dynamo.reset()
-        make()(**kwargs)
+        with fresh_cache():
+            make()(**kwargs)
 
     return run
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
 
 from torch import fx
@@ -56,6 +57,13 @@ class GuardedGraph:
     held: tuple[int, ...]
     num_inputs: int
     num_outputs: int
+
+    @cached_property
+    def acting(self) -> frozenset[fx.Node]:
+        """The nodes that must run for their effect, those of subgraphs too."""
+        graphs = (module.graph for module in self.gm.modules() if isinstance(module, fx.GraphModule))
+        calls = (node for graph in graphs for node in graph.nodes if node.op == "call_function")
+        return frozenset(node for node in calls if node.target is not cache_or_compute and node.is_impure())
 
 
 def cache_or_compute(

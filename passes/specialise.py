@@ -203,7 +203,7 @@ class _Piece:
 
     def _reached(self, outputs: tuple[fx.Node, ...]) -> set[fx.Node]:
         """What the outputs and, with `effects`, what must run for its effect, are computed from; themselves too."""
-        acting = (node for node in self.flat.home if self.effects and node.op == "call_function" and node.is_impure())
+        acting = (node for node in self.flat.home if self.effects and node in self.guarded.acting)
         reached: set[fx.Node] = set()
         stack = [*outputs, *filter(self._is_own, acting)]
         while stack:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
 
 from torch import Tensor
@@ -16,6 +17,7 @@ from dit_rewrite.runtime.session import Call, Observation, Session
 from dit_rewrite.runtime.stats import Record
 
 Row = tuple[bool, ...]
+PLANS = 4096  # decisions of a graph that are kept: of steps, streams and numbers of steps
 
 
 @dataclass(frozen=True)
@@ -90,7 +92,8 @@ class Graph:
         self._compile = compile_variant
         self._lag, self._distance = lag, distance
         self._measured = tuple(site.measured for site in self.sites)
-        self._measures = any(self._measured)
+        self._measures = any(site.measured or site.entropy is not None for site in self.sites)
+        self._decided = lru_cache(maxsize=PLANS)(self._decide)
         self._borrowing = tuple((i, site.borrows) for i, site in enumerate(self.sites) if site.borrows is not None)
         self._weights = tuple(sorted(wiring.static))
         self._steady = tuple(sorted(wiring.steady))
@@ -123,7 +126,21 @@ class Graph:
 
     def _run(self, args: list[Any], call: Call, bank: Bank, unfit: Reason | None) -> tuple[Decisions, Sequence[Any]]:
         """Decide and run piece by piece; nothing is stored before all of them have run."""
-        wires = self.start(args)
+        wires, moment = self.start(args), call.moment
+        holds = tuple([unfit is None and values is not None for values in bank.values])
+        state = (moment, tuple(bank.computed_at), tuple(bank.streak), holds, unfit)
+        if self._measures:
+            decided, fresh = self._measuring(args, wires, bank, state)
+        else:
+            decided = self._decided(*state)
+            fresh = self._pieces(args, wires, bank, decided.row.__getitem__)
+        self.store(fresh, bank, moment.step, decided)
+        return decided, self.results(wires)
+
+    def _measuring(
+        self, args: list[Any], wires: list[Any], bank: Bank, state: tuple[Any, ...]
+    ) -> tuple[Decisions, list[tuple[tuple[int, int], Tensor]]]:
+        """Run the pieces where decisions wait for what earlier ones, or earlier calls, computed."""
         meter = Meter(bank.tracked, self._measured, wires, self.wiring.num_inputs, self._lag, self._distance)
 
         def measure(site: int, symbol: str) -> float | None:
@@ -133,15 +150,15 @@ class Graph:
             held = bank.values[site]
             return None if held is None else float(held[index].item())
 
-        holds = [unfit is None and values is not None for values in bank.values]
-        moment = call.moment
-        decider = Decider(self.sites, moment, bank.computed_at, bank.streak, holds, unfit, measure)
-        fresh = self._pieces(args, wires, bank, decider)
+        decider = Decider(self.sites, *state, measure)
+        fresh = self._pieces(args, wires, bank, decider.settle)
         decided = decider.decisions()
-        self.store(fresh, bank, moment.step, decided)
-        if self._measures:
-            meter.close(decided.row)
-        return decided, self.results(wires)
+        meter.close(decided.row)
+        return decided, fresh
+
+    def _decide(self, *state: Any) -> Decisions:
+        """The decisions where nothing is measured: a function of the state alone, whose results are kept."""
+        return Decider(self.sites, *state).decisions()
 
     def _directed(
         self, args: list[Any], call: Call, bank: Bank, unfit: Reason | None
@@ -151,12 +168,12 @@ class Graph:
         return found
 
     def _pieces(
-        self, args: list[Any], wires: list[Any], bank: Bank, decider: Decider
+        self, args: list[Any], wires: list[Any], bank: Bank, decide: Callable[[int], bool]
     ) -> list[tuple[tuple[int, int], Tensor]]:
         """Run the pieces one after the other; what they made for the slots."""
         fresh: list[tuple[tuple[int, int], Tensor]] = []
         for number in range(len(self.pieces)):
-            fresh += self.run_piece(number, decider.settle, args, wires, bank)
+            fresh += self.run_piece(number, decide, args, wires, bank)
         return fresh
 
     def start(self, args: list[Any]) -> list[Any]:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from dit_rewrite.errors import Reason
-from dit_rewrite.runtime.decide import Moment, SiteSpec
+from dit_rewrite.runtime.decide import Choose, Moment, SiteSpec
 from dit_rewrite.runtime.dispatch import Executable, Graph, Piece, Row, Wiring
 from dit_rewrite.runtime.inputs import Inputs
 from dit_rewrite.runtime.session import Observation, Session
@@ -32,12 +32,17 @@ def unmeasured(now: Tensor, before: Tensor) -> Tensor:
 class Doubling:
     """A graph ``x, w -> x + x * w`` whose only site is the product, and who compiled and ran what."""
 
-    def __init__(self, admits: Callable[[Sequence[Any]], bool] | None = None, leak: bool = False) -> None:
+    def __init__(
+        self,
+        admits: Callable[[Sequence[Any]], bool] | None = None,
+        leak: bool = False,
+        choose: Choose = after_first,
+    ) -> None:
         self.session = Session(Stats())
         self.session.tell(Told(9, None))
         self.admits, self.leak = admits, leak
         self.compiled: list[Row] = []
-        site = SiteSpec("product", "mlp", 0, None, after_first)
+        site = SiteSpec("product", "mlp", 0, None, choose)
         self.outputs = (2, 3) if leak else (2,)
         wiring = Wiring(2 + len(self.outputs), 2, self.outputs, static=frozenset({1}))
         self.graph = Graph(0, [site], 1, wiring, [Piece((0,))], self.session, self.compile, 0, unmeasured)
@@ -78,6 +83,25 @@ def test_compute_then_reuse() -> None:
     stats = run.session.stats
     assert run.compiled == [(False,), (True,)]
     assert (stats.late_variants, stats.computed, stats.reused) == (2, 1, 2)
+
+
+def test_a_state_is_decided_once() -> None:
+    """The second trajectory asks no rule again, except where it finds another state: a slot that does not fit."""
+    asked: list[int] = []
+
+    def choose(moment: Moment, *_: object) -> tuple[bool, Reason]:
+        asked.append(moment.step)
+        return after_first(moment)
+
+    run = Doubling(choose=choose)
+    found = [values(run(x)) for x in (1.0, 10.0, 20.0)]
+    assert asked == [0, 1, 2]
+    run.session.forget()
+    assert [values(run(x)) for x in (1.0, 10.0, 20.0)] == found == [[4], [13], [23]]
+    assert asked == [0, 1, 2]
+    run(torch.tensor([10.0, 20.0]))
+    assert asked == [0, 1, 2, 3]
+    assert run.session.stats.misses == {Reason.CHANGED_INPUT: 1}
 
 
 def test_a_foreseen_variant_is_not_late() -> None:
