@@ -21,7 +21,10 @@ from dit_rewrite.passes.slot import Slot
 
 
 def guard(gm: fx.GraphModule, sites: Sequence[Site], guarded: Sequence[Guarded]) -> GuardedGraph:
-    """Rewrite the captured graph `gm`, which stays as it is, so that the `guarded` sites are cache_or_compute nodes."""
+    """Rewrite the captured graph `gm`, which stays as it is, so that the `guarded` sites are cache_or_compute nodes.
+
+    These are in the order of `sites`, which has what lies within another before that.
+    """
     chosen = tuple(sites[g.site] for g in guarded)
     around = tuple(_parent(sites, guarded, g.site) for g in guarded)
     return _Rewriter(gm, chosen, around, tuple(guarded)).run()

@@ -44,9 +44,10 @@ class GuardedGraph:
     """The graph of pass 03.
 
     Its inputs are those of the captured graph, then for each guarded site a decision (True: reuse), then what each of
-    its slots holds; its outputs those of the captured graph, then what each slot holds now. ``sites`` are the guarded
-    ones in the order of these inputs, ``held`` the number of tensors in each one's slot; ``parents`` index into them:
-    the nearest site whose reuse takes this one's decision away.
+    its slots holds; its outputs those of the captured graph, then what each slot holds now, if its site was computed
+    (inside half of a batch a reused one gives that half twice: its slot is to be left as it is). ``sites`` are the
+    guarded ones in the order of these inputs, ``held`` the number of tensors in each one's slot; ``parents`` index into
+    them: the nearest site whose reuse takes this one's decision away.
     Every node that the captured graph has too knows its ``position`` there, in its meta; those that pack and unpack
     slots stand in between.
     """

@@ -139,8 +139,19 @@ class _Halver:
         value = self._either(result, label)
         if self.half is None or label is not Batch.LEADING:
             return value
-        meta = _beside(_place(result), 0.5)
-        return self._write(f"{result.name}_both", aten.cat.default, ([value, value], 0), {}, meta)
+        return self._both(result, value)
+
+    def _both(self, result: fx.Node, value: fx.Node) -> fx.Node:
+        """The half of a result twice, in memory as the result is: a slot's reader counts on that."""
+        strides = result.meta["val"].stride()
+        order = sorted(range(len(strides)), key=lambda dim: (-strides[dim], dim))
+        back = [order.index(dim) for dim in range(len(order))]
+        name, place = f"{result.name}_both", _place(result)
+        if order == back == sorted(order):
+            return self._write(name, aten.cat.default, ([value, value], 0), {}, _beside(place, _NEXT))
+        laid = self._write(f"{name}_laid", aten.permute.default, (value, order), {}, _beside(place, _NEXT))
+        twice = self._write(f"{name}_twice", aten.cat.default, ([laid, laid], back[0]), {}, _beside(place, 2 * _NEXT))
+        return self._write(name, aten.permute.default, (twice, back), {}, _beside(place, 3 * _NEXT))
 
     def _write(
         self, name: str, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any], meta: dict[str, Any]
@@ -190,6 +201,7 @@ def _kept(node: fx.Node) -> dict[str, Any]:
 # --- places: where a straight-line graph has the new nodes (specialise.py) --------------------------------------------
 
 _Place = tuple[float, int]  # position and home
+_NEXT = 2.0**-10  # right behind a node, before what packs it for a slot (store.py)
 
 
 def _place(node: fx.Node) -> _Place | None:

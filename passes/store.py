@@ -49,10 +49,12 @@ class Store:
         return repr(self.name)
 
     def is_plain(self, value: Tensor, read: Sequence[Tensor]) -> bool:
-        return not read and not is_packed(value, self.name)
+        return not read and not is_packed(value, self.name) and _is_dense(value)
 
     def encode(self, value: Tensor, read: Sequence[Tensor]) -> tuple[Tensor, ...]:
         held = value - read[0] if read else value
+        if not _is_dense(held):  # keys beside queries and values: holding them would hold all three
+            held = held.clone()
         if self.name is None or not is_packed(value, self.name):
             return (held,)
         if self.name not in _LARGEST:
@@ -70,6 +72,11 @@ class Store:
             value = value.float() * held[1]
         value = value.to(dtype) if self.name is not None else value
         return read[0] + value if read else value
+
+
+def _is_dense(value: Tensor) -> bool:
+    """Without gaps and overlaps in memory."""
+    return bool(torch.ops.aten.is_non_overlapping_and_dense(value))
 
 
 def is_packed(value: Tensor, store: str | None) -> bool:

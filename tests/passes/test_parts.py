@@ -16,7 +16,8 @@ from dit_rewrite.passes.graph import aten
 from dit_rewrite.passes.parts import Probes, add_entropy, copied, find_keys, measurable
 from dit_rewrite.passes.printing import op_counts
 from dit_rewrite.passes.site import Part, Site, close
-from tests.passes.oracle import Dictionary, Rewritten, same
+from tests.passes.dictionary import Dictionary
+from tests.passes.oracle import Rewritten, same
 from tests.passes.streams import SHAPES, Plain, traced
 from tests.passes.tracing import WIDTH, Attention, Toy, Traced, heads, linear, merged, mlp, norm, tokens, trace
 

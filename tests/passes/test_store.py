@@ -187,6 +187,18 @@ def test_what_is_packed(value: Tensor, packed: bool, store: str | None) -> None:
     assert torch.equal(Store(store).decode(held, [], value.dtype), value)
 
 
+def test_a_part_of_a_tensor_is_copied() -> None:
+    """Held as it is it would keep the whole: one of three projections made at once. A transposed one has no gaps."""
+    three = torch.randn(2, 5, 3, 4)
+    part, turned = three[:, :, 0], three.transpose(0, 1)
+    codec = Store()
+    assert codec.is_plain(turned, ()) and not codec.is_plain(part, ())
+    (held,) = codec.encode(part, ())
+    assert torch.equal(held, part) and held.untyped_storage().nbytes() == part.numel() * part.element_size()
+    assert codec.decode([held], (), part.dtype) is held
+    assert not codec.is_plain(three[:1, :1].expand(2, 5, 3, 4), ()), "and what is expanded has one place for many"
+
+
 def test_bytes_held() -> None:
     """A number of 4 bytes is held in 2 or 1, and a token has 4 bytes for its scale."""
     value = torch.randn(2, 16, 64)
