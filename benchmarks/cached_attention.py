@@ -30,8 +30,8 @@ from rich.table import Table
 from torch import Generator, Tensor, nn
 
 import dit_rewrite
-from benchmarks.ditfastattn import Record, digest, print_claims
 from benchmarks.fidelity_claims import Claim
+from benchmarks.record import Record, digest, prepare, print_claims
 from benchmarks.timing import RESULTS, machine
 from dit_rewrite.backend import Backend
 from dit_rewrite.demo_report import console, open_progress, versions
@@ -255,10 +255,7 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> None:
     parser = build_parser()
     arguments = parser.parse_args(argv)
-    if arguments.batch < 1 or arguments.captions < 1 or arguments.captions % arguments.batch:
-        parser.error("--batch must divide --captions, so that all batches have one shape")
-    torch.set_num_threads(arguments.threads)
-    torch._dynamo.config.recompile_limit = 1000  # torch < 2.13 counts all rows together
+    prepare(parser, arguments, "captions")
     shown = ("captions", "steps", "batch", "block", "threads")
     settings = {name: getattr(arguments, name) for name in shown} | {"guidance": TEXT_GUIDANCE, "tokens": MAX_TOKENS}
     settings["weights"] = digest(WEIGHTS / "text_denoiser.safetensors")

@@ -19,28 +19,25 @@ Everything is written as it comes: a rerun with the same parameters on the same 
 from __future__ import annotations
 
 import argparse
-import hashlib
-import json
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
-from rich.table import Table
 from sympy import Mod, Ne
 from torch import Tensor, nn
 from torch._inductor.utils import fresh_cache
 
 import dit_rewrite
+from benchmarks.ditfastattn_report import build_tables, judge
 from benchmarks.fidelity import Bar, Bench, evenly_spread
-from benchmarks.fidelity_claims import Claim
-from benchmarks.fidelity_report import VERDICTS
 from benchmarks.fidelity_rows import Recipe, Result
+from benchmarks.record import Record, digest, prepare, print_claims
 from benchmarks.timing import RESULTS, machine
 from dit_rewrite.compile import RewrittenModule
 from dit_rewrite.demo_report import console, open_progress, versions
@@ -50,8 +47,8 @@ from dit_rewrite.kernels.window_attention import window_flops
 from dit_rewrite.metrics import relative_l2
 from dit_rewrite.passes import cost
 from dit_rewrite.passes.site import Kind, Part
-from dit_rewrite.plan import SHARED, WINDOWED, Choice, Plan, describe_scheduler, fingerprint, write_whole
-from dit_rewrite.plan_picture import draw
+from dit_rewrite.plan import SHARED, WINDOWED, Choice, Plan, describe_scheduler, fingerprint
+from dit_rewrite.plan_picture import save_picture
 from dit_rewrite.policies import DiTFastAttn, Never
 from dit_rewrite.policy import Policy, Rule
 from dit_rewrite.search import greedy_plan
@@ -64,43 +61,6 @@ WINDOW = 0.125  # section 4.1
 INTERVALS, WINDOWS = (2, 3, 5), (0.125, 0.25)  # of table two
 PICTURED = "D4"
 CALIBRATION_SEED = 1 << 20  # the measured batches have theirs from 0 up
-NEAR_ACCURACY, NEAR_FRECHET = 0.02, 1.1  # what "nearly matches" is taken to mean
-HEADINGS = (
-    *("FLOPs", "run", "rel. L2", "SSIM", "class", "FD real", "FD unc.", "time", "quartiles", "rows", "pieces"),
-    *("compile s", "tried", "work", "search s"),
-)
-
-
-@dataclass
-class Record:
-    """A file of results: a header, and sections of named entries that are written as they come."""
-
-    path: Path
-    header: dict[str, Any]
-    sections: dict[str, dict[str, Any]] = field(default_factory=dict)
-
-    @classmethod
-    def open(cls, path: Path, header: Mapping[str, Any]) -> Record:
-        """Resume the file, where its header is the same."""
-        record = cls(path, json.loads(json.dumps(header)))
-        content = json.loads(path.read_text()) if path.exists() else {}
-        if all(content.get(name) == value for name, value in record.header.items()):
-            record.sections = content.get("sections", {})
-        return record
-
-    def get(self, section: str, name: str, make: Callable[[], Mapping[str, Any]]) -> dict[str, Any]:
-        """The entry, made and written if it is not there."""
-        entries = self.sections.setdefault(section, {})
-        if name not in entries:
-            entries[name] = json.loads(json.dumps(make()))
-            self.write()
-        found: dict[str, Any] = entries[name]
-        return found
-
-    def write(self, claims: Sequence[Claim] = ()) -> None:
-        """All of it; the file is replaced as a whole."""
-        content = {**self.header, "claims": [asdict(claim) for claim in claims], "sections": self.sections}
-        write_whole(self.path, json.dumps(content, indent=1) + "\n")
 
 
 @dataclass(frozen=True)
@@ -236,73 +196,6 @@ def measure_pairs(arguments: argparse.Namespace, record: Record) -> list[dict[st
     return [record.get("residual", f"{k} {window:g}", lambda: pair(k, window)) for k, window in cells]  # noqa: B023
 
 
-def judge(
-    rows: Sequence[Result], plans: Sequence[Mapping[str, Any]], pairs: Sequence[Mapping[str, Any]]
-) -> list[Claim]:
-    """What the paper says of its tables, and whether it is so here."""
-    raw, *others = rows
-    near = [
-        {"row": row.name, "accuracy": row.accuracy, "frechet_data": row.frechet_data,
-         "held": row.accuracy >= raw.accuracy - NEAR_ACCURACY and row.frechet_data <= NEAR_FRECHET * raw.frechet_data}
-        for row in others if row.name in ("D1", "D2", "D3")
-    ]  # fmt: skip
-    steps = list(zip(plans, plans[1:], others, others[1:], strict=False))
-    fall = [{"row": b.name, "flops": q["flops"], "held": q["flops"] < p["flops"]} for p, q, _, b in steps]
-    grow = [{"row": b.name, "error": b.relative_l2, "held": b.relative_l2 > a.relative_l2} for _, _, a, b in steps]
-    time = [{"row": row.name, "ratio": row.ratio.median, "held": row.ratio.high < 1} for row in others]
-    least = [{**pair, "held": pair["residual"] < pair["none"]} for pair in pairs]
-    return [
-        Claim.of("Each threshold spends fewer attention FLOPs than the one before", "strictly", fall),
-        Claim.of("And its images are further from the uncached ones", "relative L2", grow),
-        Claim.of("D1 to D3 nearly match the raw model", "2 points of accuracy, Fréchet distance within 10 %", near),
-        Claim.of("A plan saves time", "upper quartile of the ratio below 1", time),
-        Claim.of("The residual brings images closer to the uncached ones", "relative L2 at equal FLOPs", least),
-    ]
-
-
-def save_wide(plan: Plan, path: Path) -> None:
-    """The picture of a plan of few steps, as wide as the legend of all choices."""
-    figure = draw(plan)
-    figure.set_figwidth(8)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110)
-
-
-def build_tables(rows: Sequence[Result], plans: Sequence[Mapping[str, Any]], record: Record) -> tuple[Table, Table]:
-    """Tables one and two, for people."""
-    one = Table("", *HEADINGS, title="DiTFastAttn, table 1: plans of rising threshold, on the bundled shapes DiT")
-    for row, plan in zip(rows, [None, *plans], strict=True):
-        name = "raw" if plan is None else row.name
-        searched = "" if plan is None else record.sections.get("searches", {}).get(name, {}).get("seconds")
-        counts = ("100%", "100%", "", "", "", "", "") if plan is None else (
-            f"{plan['flops']:.1%}", f"{plan['flops_run']:.1%}", str(plan["rows"]), str(plan["pieces"]),
-            str(plan["evaluations"]), f"{plan['work']:.3f}", "?" if searched is None else f"{searched:.0f}",
-        )  # fmt: skip
-        one.add_row(
-            name, *counts[:2], f"{row.relative_l2:.4f}", f"{row.ssim:.4f}", f"{row.accuracy:.1%}",
-            f"{row.frechet_data:.3g}", f"{row.frechet_uncached:.3g}", f"{row.ratio.median:.3f}",
-            f"{row.ratio.low:.2f} … {row.ratio.high:.2f}", *counts[2:4], f"{row.compile_seconds:.0f}", *counts[4:],
-        )  # fmt: skip
-    headings = ("window", "in full every", "FLOPs", "rel. L2 with residual", "without", "without / with")
-    two = Table(*headings, title="DiTFastAttn, figure 9, right: window attention with the residual and without")
-    for pair in record.sections["residual"].values():
-        errors = (f"{pair['residual']:.4f}", f"{pair['none']:.4f}", f"{pair['none'] / pair['residual']:.2f}")
-        two.add_row(f"{pair['window']:g}", f"{pair['interval']} steps", f"{pair['flops']:.1%}", *errors)
-    return one, two
-
-
-def print_claims(claims: Sequence[Claim]) -> None:
-    """A line for each claim, its comparisons counted."""
-    for claim in claims:
-        count = f"{sum(e['held'] for e in claim.evidence)} of {len(claim.evidence)} comparisons"
-        console.print(f"{VERDICTS[claim.held]}: {claim.claim} ({claim.bound}; {count})", highlight=False)
-
-
-def digest(path: Path) -> str:
-    """Which weights these are."""
-    return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
-
-
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--samples", type=int, default=64)
@@ -325,17 +218,14 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> None:
     parser = build_parser()
     arguments = parser.parse_args(argv)
-    if arguments.batch < 1 or arguments.samples < 1 or arguments.samples % arguments.batch:
-        parser.error("--batch must divide --samples, so that all batches have one shape")
-    torch.set_num_threads(arguments.threads)
-    torch._dynamo.config.recompile_limit = 1000  # torch < 2.13 counts all rows together
+    prepare(parser, arguments, "samples")
     shown = ("samples", "steps", "batch", "rounds", "calibration", "threads", "backend", "search_backend")
     settings = {name: getattr(arguments, name) for name in shown} | {"guidance": GUIDANCE, "window": WINDOW}
     settings["weights"] = digest(WEIGHTS / "denoiser.safetensors")
     record = Record.open(arguments.out, {"settings": settings, "machine": machine(), "versions": versions()})
     denoiser = load_denoiser()
     plans = {name: find_plan(denoiser, name, arguments, record) for name in arguments.thresholds}
-    save_wide(plans.get(PICTURED, next(reversed(plans.values()))), arguments.plot)
+    save_picture(plans.get(PICTURED, next(reversed(plans.values()))), arguments.plot)
     facts = [
         record.get("plans", name, lambda: describe_plan(denoiser, plan, arguments.steps))  # noqa: B023
         for name, plan in plans.items()

@@ -33,10 +33,12 @@ import dit_rewrite
 from benchmarks.fidelity_claims import Claim, judge
 from benchmarks.fidelity_report import draw, show
 from benchmarks.fidelity_rows import Recipe, Result, recipes, uncached
+from benchmarks.record import prepare
 from benchmarks.timing import RESULTS, Spread, machine, synchronise
 from dit_rewrite.compile import isolated
 from dit_rewrite.demo_report import console, open_progress, versions
 from dit_rewrite.metrics import frechet_distance, relative_l2, ssim
+from dit_rewrite.plan import write_whole
 from dit_rewrite.shapes.data import NUM_CLASSES, sample
 from dit_rewrite.shapes.model import Classifier, accuracy, load_classifier, load_denoiser
 from dit_rewrite.shapes.sampling import GUIDANCE, sample_images
@@ -197,10 +199,7 @@ class Record:
             "claims": [asdict(claim) for claim in claims],
             "rows": [asdict(row) for row in self.rows.values()],
         }
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        draft = self.path.with_suffix(".part")
-        draft.write_text(json.dumps(content, indent=1) + "\n")
-        draft.replace(self.path)
+        write_whole(self.path, json.dumps(content, indent=1) + "\n")
 
 
 def measure_rows(arguments: argparse.Namespace, wanted: Sequence[Recipe], record: Record) -> None:
@@ -242,10 +241,7 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> None:
     parser = build_parser()
     arguments = parser.parse_args(argv)
-    if arguments.batch < 1 or arguments.samples < 1 or arguments.samples % arguments.batch:
-        parser.error("--batch must divide --samples, so that all batches have one shape")
-    torch.set_num_threads(arguments.threads)
-    torch._dynamo.config.recompile_limit = 1000  # torch < 2.13 counts all rows together
+    prepare(parser, arguments, "samples")
     shown = ("samples", "steps", "batch", "rounds", "threads", "backend", "device")
     settings = {name: getattr(arguments, name) for name in shown} | {"guidance": GUIDANCE, "real_images": REAL_IMAGES}
     record = Record.open(arguments.out, {"settings": settings, "machine": machine(), "versions": versions()})

@@ -27,6 +27,7 @@ COLOURS: dict[Choice, str] = {
     Choice.WA_RS: "#009e73",
     Choice.WA_RS_ASC: "#cc79a7",
 }
+LEGEND = 1.6  # inches of a choice and its share
 
 
 def panels(sites: tuple[str, ...]) -> dict[str, list[int]]:
@@ -47,12 +48,13 @@ def draw(plan: Plan) -> Figure:
     kinds = panels(plan.sites)
     layers = [len(indices) for indices in kinds.values()]
     height = sum(0.6 + 0.12 * count for count in layers)
-    figure = Figure(figsize=(max(5.0, 0.14 * plan.steps), 1.0 + height), layout="constrained")
+    used = [choice for choice, count in plan.counts.items() if count]
+    width = max(5.0, LEGEND * len(used), 0.14 * plan.steps)
+    figure = Figure(figsize=(width, 1.0 + height), layout="constrained")
     axes = figure.subplots(len(kinds), 1, squeeze=False, sharex=True, height_ratios=layers)[:, 0]
     for panel, (kind, indices) in zip(axes, kinds.items(), strict=True):
         _draw_panel(panel, plan, kind, indices)
     axes[-1].set_xlabel("step")
-    used = [choice for choice, count in plan.counts.items() if count]
     patches = [Patch(facecolor=COLOURS[choice], label=f"{choice} {plan.fraction(choice):.1%}") for choice in used]
     figure.legend(handles=patches, loc="outside lower center", ncols=len(used), fontsize="small")
     figure.suptitle(f"delta = {plan.delta:g}, {plan.steps} steps, scheduler: {plan.scheduler.split(':')[0]}")

@@ -1,17 +1,9 @@
-"""Strategies inside attention on named models, against DiTFastAttn's and CachedAttention's definitions written down.
-
-The reference is an eager run of the model in which PyTorch's attention is exchanged for `Paper`: it shares nothing with
-the compiler, the ops or the replay. A branch's value is its attention core's, projected sample by sample, so that what
-is shared or kept at the core is shared or kept at the branch (FLUX's single blocks alone hold an MLP beside it).
-"""
+"""Strategies inside attention on named models, against DiTFastAttn's and CachedAttention's definitions written down."""
 
 from __future__ import annotations
 
-import math
-import re
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import pytest
@@ -23,114 +15,20 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import dit_rewrite
 from dit_rewrite import BlockwiseReuse, Policy, Reuse, Rule, ShareGuidance, Where, WindowResidual
-from dit_rewrite.backend import Backend, Rewritten
-from dit_rewrite.check import Check
-from dit_rewrite.compile import wrap
 from dit_rewrite.errors import BadParameter, Reason
 from dit_rewrite.guards import step
 from dit_rewrite.kernels.blockwise_attention.state import State
-from dit_rewrite.lowering import Lowering
-from dit_rewrite.passes.site import Part
-from dit_rewrite.replay import check_replay
 from dit_rewrite.runtime.session import Observation
 from dit_rewrite.strategy import Strategy
 from examples.stdit import sincos
 from tests import tiny
+from tests.ditfastattn_reference import INF, Paper, band, square
 from tests.fora_reference import ModuleCache
-from tests.models import MODELS, Case, broken_blocks, output, prepare
+from tests.models import MODELS, broken_blocks, output, prepare
 
 ATTENTION = ("attention", "parallel")
-INF = math.inf
 TOLERANCE = 1e-5  # of the largest element: roundings of fp32
 slow = pytest.mark.slow
-
-# --- the reference ----------------------------------------------------------------------------------------------------
-
-
-@dataclass
-class Paper:
-    """DiTFastAttn at the attention of one model. Of each step a letter says what it does:
-
-    F: O = softmax(Q K^T / sqrt d) V, and the residual R = O - W (equation 1), W being the softmax over a window alone
-    W: O' = W + R (equation 2), with the R of the last step that had it.      A: AST, the output of the step before
-    S: ASC, an F of one half of the batch, O and R used for both halves.      X: WA-RS and ASC, a W of that half
-
-    `seen` says of N tokens which see each other (N, N). Cross-attention is left alone.
-    """
-
-    schedule: str
-    seen: Callable[[int], Tensor]
-    half: int = 0
-    cores: int | None = None  # the first of each step, where the others are left alone too
-    refresh: bool = True  # False departs from the paper: ASC leaves R as it was
-    residual: dict[int, Tensor] = field(default_factory=dict)
-    out: dict[int, Tensor] = field(default_factory=dict)
-    does: str = "F"
-    count: int = 0
-
-    def run(self, model: nn.Module, inputs: Sequence[dict[str, Any]]) -> list[Tensor]:
-        """What the model returns at each step."""
-        results = []
-        with torch.no_grad(), pytest.MonkeyPatch.context() as patch:
-            patch.setattr(F, "scaled_dot_product_attention", self.attend)
-            for does, arguments in zip(self.schedule, inputs, strict=True):
-                self.does, self.count = does, 0
-                results.append(output(model(**arguments)).clone())
-        return results
-
-    def attend(self, query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, **rest: Any) -> Tensor:
-        assert not any(rest.values()), "no dropout, causality, scale or shared heads"
-        if query.shape != key.shape or self.count == self.cores:
-            return softmax_attention(query, key, value, attn_mask)
-        core, self.count = self.count, self.count + 1
-        if self.does != "A":
-            halved = self.does in "SX"
-            mask = None if attn_mask is None else attn_mask.expand(query.shape[0], *attn_mask.shape[1:])
-            tensors = [t.chunk(2)[self.half] if halved and t is not None else t for t in (query, key, value, mask)]
-            found = self.compute(core, tensors, halved)
-            self.out[core] = torch.cat([found, found]) if halved else found
-        return self.out[core]
-
-    def compute(self, core: int, tensors: list[Any], halved: bool) -> Tensor:
-        """The output of one attention, perhaps of half the batch; R is brought up to date."""
-        near = softmax_attention(*tensors, seen=self.seen(tensors[0].shape[2]))
-        if self.does in "WX":
-            return near + (self.residual[core].chunk(2)[self.half] if halved else self.residual[core])
-        full = softmax_attention(*tensors)
-        if self.refresh or not halved:
-            self.residual[core] = torch.cat([full - near] * 2) if halved else full - near
-        return full
-
-
-def softmax_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, seen: Tensor | None = None) -> Tensor:
-    """softmax(q k^T / sqrt d) v in fp32, over the keys that are seen; a row that sees none gives 0."""
-    scores = q @ k.mT / math.sqrt(q.shape[-1])
-    for allowed in (mask, seen):
-        if allowed is not None:
-            scores = scores.masked_fill(~allowed, -INF) if allowed.dtype is torch.bool else scores + allowed
-    return scores.softmax(-1).nan_to_num(0) @ v
-
-
-def band(reach: int, first: int = 0, last: int = 0) -> Callable[[int], Tensor]:
-    """Tokens no further apart than `reach`; the `first` and `last` ones are text, which sees and is seen by all."""
-
-    def seen(tokens: int) -> Tensor:
-        place = torch.arange(tokens)
-        text = (place < first) | (place >= tokens - last)
-        return ((place[:, None] - place).abs() <= reach) | text[:, None] | text
-
-    return seen
-
-
-def square(side: int, reach: int) -> Callable[[int], Tensor]:
-    """Tokens of a square image that are no further apart than `reach` in either direction."""
-
-    def seen(tokens: int) -> Tensor:
-        place = torch.cartesian_prod(torch.arange(side), torch.arange(side))
-        assert len(place) == tokens
-        return ((place[:, None] - place).abs() <= reach).all(-1)
-
-    return seen
 
 
 def scheduled(schedule: str, window: WindowResidual, half: int, kinds: tuple[str, ...] = ATTENTION) -> Policy:
@@ -243,108 +141,6 @@ def test_text_in_joint_attention(name: str, kinds: tuple[str, ...], seen: Any) -
     expected = reference.run(model, inputs)
     found = run(model, inputs, scheduled(schedule, QUARTER, 0, kinds), "variants")
     assert max(apart(found, expected)) < TOLERANCE
-
-
-# --- every model: which sites, and the replay -------------------------------------------------------------------------
-
-CROSS = Reason.OTHER_TOKENS
-
-
-@dataclass(frozen=True)
-class Figures:
-    """By hand, of a model: its attentions, those with one core over one sequence, refusals under each policy."""
-
-    attentions: int
-    windowed: int
-    refused: Mapping[Reason, int]
-    refused_inside: Mapping[Reason, int]
-    marks: tuple[Any, ...] = (slow,)
-
-
-FIGURES = {
-    "dit": Figures(3, 3, {}, {}),
-    "pixart_alpha": Figures(6, 3, {CROSS: 3}, {CROSS: 1}, ()),
-    "pixart_sigma": Figures(6, 3, {CROSS: 3}, {CROSS: 1}),
-    "sd3": Figures(3, 3, {}, {}),
-    "flux": Figures(4, 4, {}, {}),
-    "cogvideox": Figures(3, 3, {}, {}),
-    "latte": Figures(6, 4, {CROSS: 2}, {CROSS: 1}),
-    "wan": Figures(4, 2, {CROSS: 2}, {CROSS: 1}),
-    "stdit": Figures(6, 4, {CROSS: 2}, {CROSS: 1}),
-    "omnigen": Figures(3, 3, {}, {}),
-    # A joint attention has a core for each sample, as the text tokens that the mask keeps differ in number: none stands
-    # for the whole, and a sample's tokens are picked out of the batch.
-    "mochi": Figures(3, 0, {Reason.NO_CORE: 3, Reason.MIXES_SAMPLES: 3}, {Reason.NO_CORE: 3}),
-}
-assert FIGURES.keys() == MODELS.keys()
-
-
-def cases(**more: Any) -> list[Any]:
-    """The models as parameters; `more` are marks of single ones."""
-    return [
-        pytest.param(MODELS[name], figures, id=name, marks=[*figures.marks, *more.get(name, ())])
-        for name, figures in FIGURES.items()
-    ]
-
-
-def replayed(case: Case, policy: Policy, lowering: str, steps: int, exact: bool) -> tuple[list[Rewritten], Check]:
-    """Run one trajectory, in which every site has to do what it can, and replay it."""
-    model = case.build()
-    backend = Backend(model, policy, Lowering.of("aot_eager", form=lowering))
-    compiled, observed = wrap(model, backend), list[Observation]()
-    backend.session.observer = observed.append
-    with torch.no_grad(), compiled.trajectory(steps):
-        for arguments in case.inputs(steps):
-            compiled(**arguments)
-    check = Check()
-    check_replay(check, backend.rewritten, observed, ["main"] * len(observed), exact)
-    reused = {(o.graph, i) for o in observed for i, why in enumerate(o.record.reasons) if why is Reason.RULE}
-    reached = [(g, r.found.sites[i]) for g, r in enumerate(backend.rewritten) for i in r.reached]
-    indices = [(g, k) for g, r in enumerate(backend.rewritten) for k in range(len(r.reached))]
-    asked = {where for where, (_, site) in zip(indices, reached, strict=True) if site.part is not Part.HELD}
-    assert asked <= reused
-    return backend.rewritten, check
-
-
-def parts(graphs: Sequence[Rewritten]) -> dict[Part, int]:
-    """How many parts of each kind are guarded."""
-    return dict(Counter(graph.found.sites[i].part for graph in graphs for i in graph.reached))
-
-
-def refusals(graphs: Sequence[Rewritten]) -> dict[Reason, int]:
-    """How many attentions were refused, by reason."""
-    places = re.compile(r".*(attn|core|guidance)[^/]*")
-    named = (r for graph in graphs for r in graph.found.refused if places.fullmatch(r.path))
-    return dict(Counter(refusal.reason for refusal in named))
-
-
-@pytest.mark.parametrize(("case", "figures"), cases())
-def test_all_of_ditfastattn_is_replayed(case: Case, figures: Figures) -> None:
-    """Half of a batch may round in another way, so that outputs are as near to float64 as the interpreter's."""
-    graphs, check = replayed(case, scheduled("FAXSW", QUARTER, 1), "variants", 5, exact=False)
-    cores = {Part.CORE: figures.windowed, Part.HELD: figures.windowed} if figures.windowed else {}
-    shared = {} if Reason.MIXES_SAMPLES in figures.refused else {Part.GUIDANCE: figures.attentions}
-    assert parts(graphs) == {Part.BRANCH: figures.attentions, **cores, **shared}
-    assert refusals(graphs) == figures.refused
-    assert check.within, check.first_difference
-
-
-def inside(threshold: float) -> Policy:
-    """From the second step on a window in the first block, and in the others what may have changed, 4 keys each."""
-    window, changed = WindowResidual(0.25), BlockwiseReuse(threshold, 4)
-    places = {"*.0": window, "*.0.*": window, "*.[1-9]": changed, "*.[1-9].*": changed}
-    return Policy(tuple(Rule(step > 0, do, Where(ATTENTION, names=names)) for names, do in places.items()))
-
-
-@pytest.mark.filterwarnings("ignore:.*reaches no site of Mochi")
-@pytest.mark.parametrize(("case", "figures"), cases())
-def test_what_is_inside_attention_is_replayed(case: Case, figures: Figures) -> None:
-    """Windows and blocks of keys, bit for bit."""
-    graphs, check = replayed(case, inside(0.05), "segments", 3, exact=True)
-    count = figures.attentions - sum(figures.refused_inside.values())
-    assert parts(graphs) == ({Part.CORE: count, Part.HELD: count} if count else {})
-    assert refusals(graphs) == figures.refused_inside
-    assert check.exact, check.first_difference
 
 
 # --- when something is held -------------------------------------------------------------------------------------------

@@ -21,8 +21,9 @@ from diffusers import DiTTransformer2DModel  # noqa: E402
 import dit_rewrite  # noqa: E402
 from benchmarks import cached_attention, ditfastattn, fidelity  # noqa: E402
 from benchmarks.cached_attention import Kept, bisect, reused_by_step  # noqa: E402
-from benchmarks.ditfastattn import Record, find_plan, run_flops, shares, windowed  # noqa: E402
+from benchmarks.ditfastattn import find_plan, run_flops, shares, windowed  # noqa: E402
 from benchmarks.fidelity_rows import Result  # noqa: E402
+from benchmarks.record import Record  # noqa: E402
 from benchmarks.timing import Spread  # noqa: E402
 from dit_rewrite.greedy import DELTAS  # noqa: E402
 from dit_rewrite.passes.site import Part  # noqa: E402

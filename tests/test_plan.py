@@ -328,6 +328,17 @@ def test_the_picture_shows_the_table():
     assert labels == ["full 50.0%", "AST 25.0%", "ASC 8.3%", "WA-RS 8.3%", "WA-RS+ASC 8.3%"]
 
 
+def test_the_legend_of_a_short_plan_is_whole():
+    """Five choices of three steps: the figure is as wide as what says their shares."""
+    pytest.importorskip("matplotlib")
+    from dit_rewrite.plan_picture import draw
+
+    figure = draw(PLAN)
+    figure.draw_without_rendering()
+    legend = figure.legends[0].get_window_extent()
+    assert figure.bbox.x0 <= legend.x0 < legend.x1 <= figure.bbox.x1
+
+
 def test_the_legend_has_only_what_the_plan_has():
     pytest.importorskip("matplotlib")
     from dit_rewrite.plan_picture import draw
