@@ -150,7 +150,7 @@ class Graph:
             held = bank.values[site]
             return None if held is None else float(held[index].item())
 
-        decider = Decider(self.sites, *state, measure)
+        decider = Decider(self.sites, *state, measure=measure)
         fresh = self._pieces(args, wires, bank, decider.settle)
         decided = decider.decisions()
         meter.close(decided.row)
