@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -20,6 +20,7 @@ from dit_rewrite.passes.parts import Probes, add_entropy, copied, find_keys
 from dit_rewrite.passes.site import Found, Part, Site, close
 from dit_rewrite.passes.spans import Stream, find_spans
 from dit_rewrite.policy import Policy, SiteRules
+from dit_rewrite.where import Where
 
 
 @dataclass(frozen=True)
@@ -54,48 +55,85 @@ def place(captured: Captured, found: Found, policy: Policy, whole: bool, hoist: 
     asked = frozenset[Part]().union(*(rule.parts for rule in policy.rules))
     adds = asked - {Part.BRANCH, Part.SPAN} or any(spans.values()) or policy.mentions & MEASURED
     gm = copied(captured.gm) if adds else captured.gm
-    sites, refused = list(found.sites), list(found.refused)
     steady = captured.static | captured.steady if hoist else captured.static
-    if Part.KV in asked:
-        keys, without = find_keys(gm, found.sites, steady)
-        sites, refused = [*sites, *keys], [*refused, *without]
-    if Part.CORE in asked:
-        inner, without = find_cores(gm, found.sites)
-        sites, refused = [*sites, *inner], [*refused, *without]
-    if Part.GUIDANCE in asked:
-        sites += find_shared(found.sites)
-    if any(spans.values()):
-        wanted = {span for each in spans.values() for span in each}
-        lengthened, without = find_spans(Stream(gm.graph, found), wanted)
-        sites, refused = [*sites, *lengthened], [*refused, *without]
-    if not whole:
-        partial = [w for w in dict.fromkeys(rule.where for rule in policy.rules) if w.span and w not in spans]
-        refused += [Refusal("", f"{where.span} of layers", Reason.SPAN_IN_PART) for where in partial]
+    sites, refused = _asked(gm, found, asked, spans, steady)
     rules = [policy.for_site(site, known(found, site.layer, whole), spans) for site in sites]
     measuring = _Measuring(gm, found, captured.static, policy.lag)
-    sites, rules, without = measuring.add(sites, rules)
+    sites, rules, unmeasured = measuring.add(sites, rules)
     if gm is not captured.gm:
-        closed = close(gm.graph, [*sites, *([found.hoisted] if found.hoisted is not None else [])])
-        sites, moved = list(closed[: len(sites)]), closed[len(sites) :]
-        found = replace(found, hoisted=moved[0] if moved else None)
-    for i in _early(sites, gm) if not policy.lag else ():
+        sites, found = _closed(gm, sites, found)
+    early = _refuse_early(sites, rules, gm) if not policy.lag else []
+    _go_with_cores(sites, rules)
+    forms, formless = _forms(sites, rules, Forms(captured, measuring.probes, steady))
+    partial = [] if whole else _in_part(policy, spans)
+    refused = [*found.refused, *refused, *partial, *unmeasured, *early, *formless]
+    return Placed(gm, replace(found, sites=tuple(sites), refused=tuple(refused)), tuple(rules), forms)
+
+
+def _asked(
+    gm: fx.GraphModule,
+    found: Found,
+    asked: frozenset[Part],
+    spans: Mapping[Where, Sequence[tuple[int, int]]],
+    steady: frozenset[int],
+) -> tuple[list[Site], list[Refusal]]:
+    """The branches, and those other parts of them and spans that some rule asks for."""
+    sites, refused = list(found.sites), list[Refusal]()
+    wanted = {span for each in spans.values() for span in each}
+    finders: tuple[tuple[bool, Callable[[], tuple[Sequence[Site], Sequence[Refusal]]]], ...] = (
+        (Part.KV in asked, lambda: find_keys(gm, found.sites, steady)),
+        (Part.CORE in asked, lambda: find_cores(gm, found.sites)),
+        (Part.GUIDANCE in asked, lambda: (find_shared(found.sites), [])),
+        (bool(wanted), lambda: find_spans(Stream(gm.graph, found), wanted)),
+    )
+    for is_asked, find in finders:
+        if is_asked:
+            more, without = find()
+            sites, refused = [*sites, *more], [*refused, *without]
+    return sites, refused
+
+
+def _in_part(policy: Policy, spans: Mapping[Where, object]) -> list[Refusal]:
+    """The spans whose layers are not known in a part of a model."""
+    partial = [w for w in dict.fromkeys(rule.where for rule in policy.rules) if w.span and w not in spans]
+    return [Refusal("", f"{where.span} of layers", Reason.SPAN_IN_PART) for where in partial]
+
+
+def _closed(gm: fx.GraphModule, sites: Sequence[Site], found: Found) -> tuple[list[Site], Found]:
+    """The sites, and what is hoisted, with what vanishes with each in a graph to which something was added."""
+    closed = close(gm.graph, [*sites, *([found.hoisted] if found.hoisted is not None else [])])
+    hoisted = closed[len(sites)] if found.hoisted is not None else None
+    return list(closed[: len(sites)]), replace(found, hoisted=hoisted)
+
+
+def _refuse_early(sites: Sequence[Site], rules: list[SiteRules], gm: fx.GraphModule) -> list[Refusal]:
+    """Take the rules away from sites that run before what decides a site around them."""
+    refused = []
+    for i in sorted(_early(sites, gm)):
         if rules[i].reachable:
-            without.append(Refusal(sites[i].values[0], sites[i].name, Reason.PROBE_WITHIN))
+            refused.append(Refusal(sites[i].values[0], sites[i].name, Reason.PROBE_WITHIN))
             rules[i] = SiteRules(())
+    return refused
+
+
+def _go_with_cores(sites: Sequence[Site], rules: list[SiteRules]) -> None:
+    """What is held for a core has its rules; the core stands before it."""
     for i, site in enumerate(sites):
-        if site.part is Part.HELD:  # it goes with its core, which stands before it
+        if site.part is Part.HELD:
             rules[i] = rules[i - 1]
-    forms = {}
-    known_forms = Forms(captured, measuring.probes, steady)
+
+
+def _forms(sites: Sequence[Site], rules: list[SiteRules], known: Forms) -> tuple[dict[int, Form], list[Refusal]]:
+    """The form of each reachable site; without one, its rules are taken away."""
+    forms, refused = dict[int, Form](), list[Refusal]()
     for i, site in enumerate(sites):
-        form = known_forms.of(site, rules[i]) if rules[i].reachable else Reason.UNREACHED
+        form = known.of(site, rules[i]) if rules[i].reachable else Reason.UNREACHED
         if not isinstance(form, Reason):
             forms[i] = form
         elif rules[i].reachable:
             rules[i] = SiteRules(())
-            without += [Refusal(site.values[0], site.name, form)] if site.part is not Part.HELD else []
-    found = replace(found, sites=tuple(sites), refused=(*refused, *without))
-    return Placed(gm, found, tuple(rules), forms)
+            refused += [Refusal(site.values[0], site.name, form)] if site.part is not Part.HELD else []
+    return forms, refused
 
 
 def known(found: Found, layer: int, whole: bool) -> dict[str, Value]:

@@ -11,12 +11,14 @@ from torch import Tensor
 
 from dit_rewrite.errors import Reason
 from dit_rewrite.runtime.cache import Bank, Hoisted, stamp_of
-from dit_rewrite.runtime.decide import Decider, Decisions, SiteSpec
+from dit_rewrite.runtime.decide import Decider, Decisions, Moment, SiteSpec
 from dit_rewrite.runtime.measure import Distance, Meter
 from dit_rewrite.runtime.session import Call, Observation, Session
 from dit_rewrite.runtime.stats import Record
 
 Row = tuple[bool, ...]
+# what decisions follow from where nothing is measured: the arguments of a Decider behind its sites
+State = tuple[Moment, tuple[int, ...], tuple[int, ...], tuple[bool, ...], Reason | None]
 PLANS = 4096  # decisions of a graph that are kept: of steps, streams and numbers of steps
 
 
@@ -128,7 +130,7 @@ class Graph:
         """Decide and run piece by piece; nothing is stored before all of them have run."""
         wires, moment = self.start(args), call.moment
         holds = tuple([unfit is None and values is not None for values in bank.values])
-        state = (moment, tuple(bank.computed_at), tuple(bank.streak), holds, unfit)
+        state: State = (moment, tuple(bank.computed_at), tuple(bank.streak), holds, unfit)
         if self._measures:
             decided, fresh = self._measuring(args, wires, bank, state)
         else:
@@ -138,7 +140,7 @@ class Graph:
         return decided, self.results(wires)
 
     def _measuring(
-        self, args: list[Any], wires: list[Any], bank: Bank, state: tuple[Any, ...]
+        self, args: list[Any], wires: list[Any], bank: Bank, state: State
     ) -> tuple[Decisions, list[tuple[tuple[int, int], Tensor]]]:
         """Run the pieces where decisions wait for what earlier ones, or earlier calls, computed."""
         meter = Meter(bank.tracked, self._measured, wires, self.wiring.num_inputs, self._lag, self._distance)
