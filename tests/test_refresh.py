@@ -7,8 +7,10 @@ from typing import Any
 
 import pytest
 import torch
+import triton.testing
 from torch import Tensor, fx
 from torch.fx.experimental.proxy_tensor import make_fx
+from triton.runtime.errors import OutOfResources
 
 import dit_rewrite
 from dit_rewrite import Policy, Rule, Where, WindowResidual, refresh
@@ -123,6 +125,28 @@ def test_on_a_cpu_nothing_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(refresh, "_measured", lambda *_: pytest.fail("measured"))
     gm = traced(plain, *tensors())
     assert fuse(gm, is_faster) == 0
+
+
+@pytest.mark.parametrize("seconds", [[1.0, 2.0], [2.0, 1.0], [OutOfResources(9, 8, "shared memory")]], ids=str)
+def test_what_is_measured(seconds: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both ways run on tensors like those of the graph; what does not fit on the device is not faster."""
+    timed: list[tuple[tuple[int, ...], ...]] = []
+    left = list(seconds)
+
+    def do_bench(run: Callable[[], Tensor | tuple[Tensor, ...]], return_mode: str) -> float:
+        found = left.pop(0)
+        if isinstance(found, Exception):
+            raise found
+        result = run()
+        timed.append(tuple(t.stride() for t in (result if isinstance(result, tuple) else (result,))))
+        return float(found)
+
+    monkeypatch.setattr(triton.testing, "do_bench", do_bench)
+    q, k, v = (tensor.transpose(1, 2).contiguous().transpose(1, 2) for tensor in tensors())
+    mask = MASK.float()
+    specs = tuple(map(refresh._Spec.of, (q, k, v, mask)))
+    assert refresh._measured.__wrapped__(specs, (2,), None, 0, None) == (seconds == [1.0, 2.0])
+    assert timed == ([] if len(seconds) == 1 else [(q.stride(),) * 2, (q.stride(),)])
 
 
 @pytest.mark.parametrize("name", ["tiny", "pixart_sigma", "stdit"])
