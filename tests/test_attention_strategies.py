@@ -22,9 +22,10 @@ from dit_rewrite.runtime.session import Observation
 from dit_rewrite.strategy import Strategy
 from examples.stdit import sincos
 from tests import tiny
+from tests.broken import broken_blocks
 from tests.ditfastattn_reference import INF, Paper, band, square
 from tests.fora_reference import ModuleCache
-from tests.models import MODELS, broken_blocks, output, prepare
+from tests.models import MODELS, output, prepare
 
 ATTENTION = ("attention", "parallel")
 TOLERANCE = 1e-5  # of the largest element: roundings of fp32

@@ -17,7 +17,8 @@ from dit_rewrite.passes.site import Part
 from dit_rewrite.runtime.session import Observation
 from examples.stdit import sincos
 from tests import tiny
-from tests.models import BrokenAttention, prepare
+from tests.broken import BrokenAttention
+from tests.models import prepare
 
 LAYERS, STEPS = 2, 3
 TENSORS = len(State._fields) - 3

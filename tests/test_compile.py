@@ -16,7 +16,8 @@ from torch._subclasses.fake_tensor import FakeTensor
 import dit_rewrite
 from dit_rewrite.policies import FORA, Never
 from tests import tiny
-from tests.models import MODELS, broken_blocks
+from tests.broken import broken_blocks
+from tests.models import MODELS
 from tests.test_generate import build_dit_pipeline
 from tests.tiny import calls, fora, outputs, rewritten, row, same
 

@@ -10,8 +10,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from tests.broken import broken_blocks
 from tests.fora_reference import MODULES, computes, fora_outputs
-from tests.models import MODELS, Case, broken_blocks, output
+from tests.models import MODELS, Case, output
 
 CASES = [*MODELS.values(), broken_blocks()]
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "autocast": torch.float32}

@@ -10,8 +10,9 @@ import torch
 
 import dit_rewrite
 from dit_rewrite.policies import FORA
+from tests.broken import broken_blocks
 from tests.fora_reference import fora_outputs
-from tests.models import MODELS, Case, broken_blocks, output
+from tests.models import MODELS, Case, output
 
 STEPS = 12
 BROKEN = broken_blocks()

@@ -10,7 +10,8 @@ import torch
 
 import dit_rewrite
 from dit_rewrite.policies import FORA
-from tests.models import MODELS, Case, broken_blocks
+from tests.broken import broken_blocks
+from tests.models import MODELS, Case
 
 # Values held, counted by hand: one a site, and one more for each further stream that a joint attention is added to
 # (the last block of SD3 and Mochi drops its text; that of CogVideoX keeps the text value). The MLP of CogVideoX runs

@@ -20,7 +20,7 @@ from dit_rewrite.policies import FORA, Never
 from dit_rewrite.runtime.cache import Bank
 from dit_rewrite.runtime.session import Call, Session
 from tests import tiny
-from tests.models import broken_blocks
+from tests.broken import broken_blocks
 
 aten = torch.ops.aten
 ALWAYS = Policy((Rule(sympy.true),), "always")

@@ -14,8 +14,9 @@ from dit_rewrite import RewrittenModule, compile
 from dit_rewrite.policies import FORA
 from dit_rewrite.policy import Policy
 from examples.stdit import sincos
+from tests.broken import BrokenAttention
 from tests.fora_reference import ModuleCache, computes
-from tests.models import BrokenAttention, falling, latents, prepare
+from tests.models import falling, latents, prepare
 
 WIDTH, CHANNELS = 16, 4
 SITES = 4
