@@ -41,8 +41,9 @@ def fuse(gm: fx.GraphModule, faster: Callable[[Refresh], bool]) -> int:
     found = [r for node in gm.graph.find_nodes(op="call_function", target=REUSE) if (r := match(node)) and faster(r)]
     for refresh in found:
         _write(gm.graph, refresh)
-    gm.graph.eliminate_dead_code()
-    gm.recompile()
+    if found:
+        gm.graph.eliminate_dead_code()
+        gm.recompile()
     return len(found)
 
 

@@ -64,7 +64,7 @@ class GuardedGraph:
         """The nodes that must run for their effect, those of subgraphs too."""
         graphs = (module.graph for module in self.gm.modules() if isinstance(module, fx.GraphModule))
         calls = (node for graph in graphs for node in graph.nodes if node.op == "call_function")
-        return frozenset(node for node in calls if node.target is not cache_or_compute and node.is_impure())
+        return frozenset(node for node in calls if node.is_impure())
 
 
 def cache_or_compute(

@@ -147,7 +147,7 @@ class _Halver:
         order = sorted(range(len(strides)), key=lambda dim: (-strides[dim], dim))
         back = [order.index(dim) for dim in range(len(order))]
         name, place = f"{result.name}_both", _place(result)
-        if order == back == sorted(order):
+        if order == sorted(order):
             return self._write(name, aten.cat.default, ([value, value], 0), {}, _beside(place, _NEXT))
         laid = self._write(f"{name}_laid", aten.permute.default, (value, order), {}, _beside(place, _NEXT))
         twice = self._write(f"{name}_twice", aten.cat.default, ([laid, laid], back[0]), {}, _beside(place, 2 * _NEXT))

@@ -53,18 +53,16 @@ class Store:
 
     def encode(self, value: Tensor, read: Sequence[Tensor]) -> tuple[Tensor, ...]:
         held = value - read[0] if read else value
-        if not _is_dense(held):  # keys beside queries and values: holding them would hold all three
-            held = held.clone()
-        if self.name is None or not is_packed(value, self.name):
-            return (held,)
-        if self.name not in _LARGEST:
-            return (held.to(_DTYPES[self.name]),)
+        name = self.name if is_packed(value, self.name) else None
+        if name is None or name not in _LARGEST:
+            held = held if name is None else held.to(_DTYPES[name])
+            return (held if _is_dense(held) else held.clone(),)  # keys beside queries and values would hold all three
         wide = held.float()
         largest = wide.abs().amax(-1, keepdim=True)
-        scale = largest / _LARGEST[self.name]
+        scale = largest / _LARGEST[name]
         scale = scale.masked_fill(scale == 0, 1.0)  # also where the quotient is too small for fp32
-        numbers = (wide / scale).clamp(-_LARGEST[self.name], _LARGEST[self.name])
-        return (numbers.round() if self.name == "int8" else numbers).to(_DTYPES[self.name]), scale
+        numbers = (wide / scale).clamp(-_LARGEST[name], _LARGEST[name])
+        return (numbers.round() if name == "int8" else numbers).to(_DTYPES[name]), scale
 
     def decode(self, held: Sequence[Tensor], read: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
         value = held[0]
