@@ -39,12 +39,12 @@ from benchmarks.fidelity import Bar, Bench, evenly_spread
 from benchmarks.fidelity_rows import Recipe, Result
 from benchmarks.record import Record, digest, prepare, print_claims
 from benchmarks.timing import RESULTS, machine
-from dit_rewrite.compile import RewrittenModule
 from dit_rewrite.demo_report import console, open_progress, versions
 from dit_rewrite.greedy import DELTAS
 from dit_rewrite.guards import step
 from dit_rewrite.kernels.window_attention import window_flops
 from dit_rewrite.metrics import relative_l2
+from dit_rewrite.module import RewrittenModule
 from dit_rewrite.passes import cost
 from dit_rewrite.passes.site import Kind, Part
 from dit_rewrite.plan import SHARED, WINDOWED, Choice, Plan, describe_scheduler, fingerprint

@@ -35,8 +35,8 @@ from benchmarks.fidelity_report import draw, show
 from benchmarks.fidelity_rows import Recipe, Result, recipes, uncached
 from benchmarks.record import prepare
 from benchmarks.timing import RESULTS, Spread, machine, synchronise
-from dit_rewrite.compile import isolated
 from dit_rewrite.demo_report import console, open_progress, versions
+from dit_rewrite.lowering import isolated
 from dit_rewrite.metrics import frechet_distance, relative_l2, ssim
 from dit_rewrite.plan import write_whole
 from dit_rewrite.shapes.data import NUM_CLASSES, sample

@@ -18,8 +18,8 @@ from benchmarks import segments
 from benchmarks.timing import Row, Spread, alternate, ratio, report, seconds
 from benchmarks.workload import ALWAYS, STEPS, Stepper, alternate_steps, build, calls, cold, instant
 from dit_rewrite.backend import Backend
-from dit_rewrite.compile import isolated, wrap
-from dit_rewrite.lowering import Lowering
+from dit_rewrite.lowering import Lowering, isolated
+from dit_rewrite.module import attach, twin
 from dit_rewrite.policies import FORA
 
 INTERVAL = 3
@@ -29,7 +29,7 @@ def measure_steps(device: str, rounds: int) -> list[Row]:
     """Reuse 0 and a reusing step, against plain torch.compile."""
     model, inputs, lower = build(device), calls(device), Lowering()
     plain = isolated(model, "inductor")
-    computing = wrap(model, Backend(model, ALWAYS, lower, force=True))
+    computing = attach(twin(model), Backend(model, ALWAYS, lower, force=True))
     reusing = dit_rewrite.compile(model, ALWAYS)
     runs = {
         "plain": Stepper(plain, inputs),

@@ -12,9 +12,9 @@ import dit_rewrite
 from benchmarks.timing import Row, Spread, alternate, ratio, seconds
 from benchmarks.workload import ALWAYS, STEPS, Stepper, alternate_steps, build, calls, cold, instant
 from dit_rewrite.backend import Backend
-from dit_rewrite.compile import RewrittenModule, isolated, wrap
 from dit_rewrite.guards import step
-from dit_rewrite.lowering import Lowering
+from dit_rewrite.lowering import Lowering, isolated
+from dit_rewrite.module import RewrittenModule, attach, twin
 from dit_rewrite.policies import FORA, FirstBlockCache
 from dit_rewrite.policy import Policy, Rule
 from dit_rewrite.strategy import Reuse
@@ -32,7 +32,7 @@ def measure_segment_steps(device: str, rounds: int) -> list[Row]:
     plain = isolated(model, "inductor")
     runs = {
         "plain": Stepper(plain, inputs),
-        "segments": Stepper(wrap(model, Backend(model, ALWAYS, segments, force=True)), inputs),
+        "segments": Stepper(attach(twin(model), Backend(model, ALWAYS, segments, force=True)), inputs),
         "reusing variant": Stepper(dit_rewrite.compile(model, ALWAYS), inputs),
         "reusing segments": Stepper(dit_rewrite.compile(model, ALWAYS, lowering="segments"), inputs),
     }

@@ -13,7 +13,7 @@ from torch._dynamo.backends.common import aot_autograd
 from torch._inductor.utils import fresh_cache
 
 from benchmarks.timing import alternate
-from dit_rewrite.compile import RewrittenModule
+from dit_rewrite.module import RewrittenModule
 from dit_rewrite.policy import Policy, Rule
 
 STEPS = 50

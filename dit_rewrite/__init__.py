@@ -1,10 +1,12 @@
 """dit_rewrite: diffusion transformers made fast by compiling away what does not change between denoising steps.
 
-model = dit_rewrite.compile(model, dit_rewrite.policies.FORA(interval=3))
+dit_rewrite.enable(pipe, "fora:interval=3")            # a diffusers pipeline
+dit_rewrite.compile(model, policies.FORA(interval=3))  # a denoiser
 """
 
 from dit_rewrite import errors, guards, policies
-from dit_rewrite.compile import RewrittenModule, compile
+from dit_rewrite.compile import RewrittenModule, compile, restore
+from dit_rewrite.enable import enable
 from dit_rewrite.policy import Policy, Rule
 from dit_rewrite.strategy import BlockwiseReuse, Compute, Reuse, ReuseKV, ShareGuidance, WindowResidual
 from dit_rewrite.verify import Verification, verify
@@ -23,8 +25,10 @@ __all__ = [
     "Where",
     "WindowResidual",
     "compile",
+    "enable",
     "errors",
     "guards",
     "policies",
+    "restore",
     "verify",
 ]

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import threading
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -97,33 +100,45 @@ class Backend:
         observe: Callable[[Rewritten], None] | None = None,
         store: int | None = None,
         hoist: bool = True,
+        cache_limit: int | None = None,
     ) -> None:
         """`force` makes every decision compute, `store` limits how many sites' fresh values are returned; both are
-        for `verify`. `observe` is called with each rewritten graph."""
+        for `verify`. `observe` is called with each rewritten graph. The streams of a trajectory hold `cache_limit` bytes
+        at most, by default half of the memory of the model's device."""
         self.policy, self.lowering, self.force, self.observe, self.store = policy, lowering, force, observe, store
         self.hoist = hoist
         self.stats = Stats()
-        self.session = Session(self.stats)
+        self._model = weakref.ref(model)  # the model holds its backend
+        self.cache_limit = cache_limit
+        self.session = Session(self.stats, self._limit)
         self.rewritten: list[Rewritten] = []
         self._compiles: set[Any] = set()
-        self._names = frozenset(n for named in (model.named_parameters, model.named_buffers) for n, _ in named())
+        self._compiling = threading.RLock()
 
     def __call__(self, gm: fx.GraphModule, example_inputs: Sequence[Any], **_: Any) -> Callable[..., Any]:
         """What Dynamo calls with each graph that it captured."""
         self._count(gm)
         call = self.session.call
-        return capture(gm, example_inputs, self._rewrite, call.conditioning if call is not None else ())
+        if call is None:
+            return capture(gm, example_inputs, self._rewrite)
+        return capture(gm, example_inputs, self._rewrite, call.conditioning, call.inputs.tensors)
 
     def _count(self, gm: fx.GraphModule) -> None:
         """Count recompiles and graph breaks. Dynamo may start one compilation over, with the same id: that is none."""
         compile_id = torch._guards.CompileContext.current_compile_id()
         if compile_id is None or compile_id in self._compiles:
             return
-        self.stats.recompiles += any(compile_id.frame_id == other.frame_id for other in self._compiles)
-        self.stats.graph_breaks += bool(getattr(getattr(gm, "compile_subgraph_reason", None), "graph_break", False))
+        self.stats.add("recompiles", any(compile_id.frame_id == other.frame_id for other in self._compiles))
+        self.stats.add(
+            "graph_breaks", bool(getattr(getattr(gm, "compile_subgraph_reason", None), "graph_break", False))
+        )
         self._compiles.add(compile_id)
 
     def _rewrite(self, captured: Captured) -> Graph:
+        with self._compiling:
+            return self._rewrite_alone(captured)
+
+    def _rewrite_alone(self, captured: Captured) -> Graph:
         found = find_sites(captured.gm, captured.static, captured.steady if self.hoist else None)
         placed = place(captured, found, self.policy, self._is_whole(captured), self.hoist)
         labels = placed.labels
@@ -161,7 +176,7 @@ class Backend:
             len(self.rewritten),
             specs,
             placed.found.num_layers,
-            layout.wiring(captured.static, captured.steady),
+            layout.wiring(captured.static, captured.ambient),
             layout.pieces(),
             self.session,
             compile_variant,
@@ -174,8 +189,17 @@ class Backend:
     def _is_whole(self, captured: Captured) -> bool:
         """Whether this graph is all of the model: rooted at it, not broken, and the first of its call."""
         call = self.session.call
-        rooted = captured.parameter_names <= self._names
+        rooted = captured.parameter_names <= self._names()
         return captured.complete and rooted and (call is None or not call.graphs)
+
+    def _limit(self) -> int:
+        return half_of_memory(self._model()) if self.cache_limit is None else self.cache_limit
+
+    def _names(self) -> frozenset[str]:
+        """The model's parameters and buffers as they are now: a LoRA may have been loaded since."""
+        model = self._model()
+        named = () if model is None else (model.named_parameters(), model.named_buffers())
+        return frozenset(name for each in named for name, _ in each)
 
     def _spec(self, guarded: GuardedGraph, index: int, rules: SiteRules) -> SiteSpec:
         site = guarded.sites[index]
@@ -211,7 +235,7 @@ class Backend:
             return None
         before = len(rewritten.compiled)
         executable = self._lower(rewritten, variant)
-        self.stats.variants += len(rewritten.compiled) - before
+        self.stats.add("variants", len(rewritten.compiled) - before)
         return executable
 
     def _lower(self, rewritten: Rewritten, variant: Variant) -> Executable:
@@ -241,6 +265,14 @@ class Backend:
             variant.fresh,
             check,
         )
+
+
+def half_of_memory(model: torch.nn.Module | None) -> int:
+    """Half of the memory of the device that a model lies on, in bytes."""
+    parameter = next(model.parameters(), None) if model is not None else None
+    if parameter is not None and parameter.is_cuda:
+        return torch.cuda.mem_get_info(parameter.device)[1] // 2
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
 
 
 def _symbol(node: fx.Node) -> sympy.Symbol | None:

@@ -57,11 +57,20 @@ class Reason(str, Enum):
     FEW_ROWS = "its decisions have few distinct rows"
     MANY_ROWS = "its decisions have many distinct rows"
     MEASURES_NOW = "a guard needs a measurement of this very call"
-    # trajectories, while nobody tells
+    # streams that have no values of their own yet
+    NEW_STREAM = "another call in each step: no call before has its name or place"
+    AMBIGUOUS_STREAM = "its latent may continue either of two streams of one conditioning: name them by cache_context"
+    UNREADABLE_INPUT = "an argument holds an object that cannot be read, and perhaps a condition that is not seen"
+    CALLED_ONCE = "the stream was called in one step only, and gave its memory back"
+    EVICTED = "the streams together held more than the limit of bytes"
+    AMBIENT_CHANGED = "a tensor that is an attribute of the model is another one, or was changed in place"
+    # trajectories
     FIRST_CALL = "the first call"
     NEW_CONDITIONING = "the conditioning is another object, or was changed in place"
     NEW_LATENT = "the latent does not continue the last one"
     TIMESTEP_TURNED = "the timestep went against the direction of the trajectory"
+    TIMESTEP_STILL = "the timestep does not move from call to call"
+    SCHEDULE_SET = "the scheduler's timesteps were set anew"
     REPEATED = "the latent is the one of the call before"
     RESET = "reset"
 
@@ -151,6 +160,28 @@ class NoSites(DitRewriteError, RuntimeError):
             f"{model} has no residual branch that could be reused, so the policy can change nothing. Places seen:\n"
             f"  {places}\nCompile a denoiser whose blocks add branches to a stream (x + f(x)), or use policies.Never()."
         )
+
+
+class NotAModule(DitRewriteError, TypeError):
+    def __init__(self, given: object) -> None:
+        kind = given.__name__ if isinstance(given, type) else type(given).__name__
+        what = f"the class {kind}" if isinstance(given, type) else f"an object of class {kind}"
+        super().__init__(
+            f"{what} is no model. Give compile a torch.nn.Module such as pipe.transformer, or a diffusers pipeline."
+        )
+
+
+class NoTransformer(DitRewriteError, ValueError):
+    def __init__(self, pipeline: str, components: Iterable[str]) -> None:
+        super().__init__(
+            f"{pipeline} has no component called transformer, so there is no diffusion transformer to rewrite; its "
+            f"modules are {', '.join(components) or 'none'}. Give dit_rewrite.compile the denoiser itself, if it is one."
+        )
+
+
+class NotRewritten(DitRewriteError, ValueError):
+    def __init__(self, what: str) -> None:
+        super().__init__(f"{what} was not given to dit_rewrite.compile or enable. Give a policy: enable(pipe, policy).")
 
 
 class UnreachedPolicy(PolicyError):

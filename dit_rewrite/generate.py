@@ -20,7 +20,7 @@ from dit_rewrite.errors import HubUnreachable, MissingExtra, NoDenoiser, Pipelin
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
-    from dit_rewrite.compile import RewrittenModule
+    from dit_rewrite.module import RewrittenModule
     from dit_rewrite.policy import Policy
 
 TRANSPORTS = ("httpx", "httpx2", "requests")  # the clients of the hub, by version

@@ -72,15 +72,15 @@ class Layout:
         """The wire that carries the node at a position of the captured graph."""
         return self._wires[position]
 
-    def wiring(self, static: frozenset[int], steady: frozenset[int]) -> Wiring:
-        """How the wires run; `static` and `steady` are inputs."""
+    def wiring(self, static: frozenset[int], ambient: frozenset[int]) -> Wiring:
+        """How the wires run; `static` and `ambient` are inputs."""
         returned = self._nodes[-1].args[0]
         outputs = tuple(
             self._wires[self._position[out.name]] if isinstance(out, fx.Node) else (out,)
             for out in returned  # type: ignore[union-attr]
         )
         num_inputs = sum(node.op == "placeholder" for node in self._nodes)
-        return Wiring(len(self._wires), num_inputs, outputs, static, steady)
+        return Wiring(len(self._wires), num_inputs, outputs, static, ambient)
 
     def wired(self, specs: Sequence[SiteSpec]) -> list[SiteSpec]:
         """The sites as dispatch knows them, with the wires that carry what they measure."""

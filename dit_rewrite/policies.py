@@ -198,3 +198,8 @@ def _literal(text: str) -> object:
         return ast.literal_eval(text)
     except (ValueError, SyntaxError):
         return text
+
+
+def as_policy(policy: Policy | str) -> Policy:
+    """A policy, or the one that a text such as ``"fora:interval=3"`` names."""
+    return parse(policy) if isinstance(policy, str) else policy

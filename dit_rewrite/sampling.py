@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from dit_rewrite.compile import RewrittenModule
 from dit_rewrite.errors import BadTrajectory
+from dit_rewrite.module import RewrittenModule
 from dit_rewrite.runtime.cache import Bank
 from dit_rewrite.runtime.decide import Decisions
 from dit_rewrite.runtime.dispatch import Graph

@@ -15,12 +15,12 @@ import torch
 from torch import Tensor, nn
 
 from dit_rewrite.backend import Backend
-from dit_rewrite.compile import RewrittenModule, wrap
 from dit_rewrite.errors import BadParameter, BadTrajectory, Reason
 from dit_rewrite.greedy import DELTAS, STRATEGIES, greedy
 from dit_rewrite.guards import step as step_symbol
 from dit_rewrite.lowering import Backend as LoweringBackend
 from dit_rewrite.lowering import Lowering
+from dit_rewrite.module import RewrittenModule, attach, twin
 from dit_rewrite.passes.site import Part
 from dit_rewrite.plan import SHARED, WINDOWED, Choice, Plan, Row, Window, describe_scheduler, fingerprint, partial_path
 from dit_rewrite.policies import strategies_of
@@ -69,7 +69,9 @@ def greedy_plan(
     """
     if conditional is None and SHARED & set(strategies):
         raise BadParameter("greedy_plan", "conditional", None, '"first" or "second", or strategies without ASC')
-    compiled = wrap(model, Backend(model, _candidates(strategies, window, conditional, kinds), _segments(backend)))
+    compiled = attach(
+        twin(model), Backend(model, _candidates(strategies, window, conditional, kinds), _segments(backend))
+    )
     runner = _Pieces(compiled, [Sampling(compiled, sample) for sample in trajectories], steps)
     found_path = None if path is None else Path(path)
     partial = None if found_path is None else partial_path(found_path)

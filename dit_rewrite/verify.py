@@ -15,11 +15,11 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from dit_rewrite.backend import Backend
 from dit_rewrite.check import Check, Difference, rms
-from dit_rewrite.compile import RewrittenModule, isolated, wrap
 from dit_rewrite.errors import BadParameter, UnreachedPolicy
 from dit_rewrite.interpret import widen
 from dit_rewrite.lowering import Backend as LoweringBackend
-from dit_rewrite.lowering import Lowering
+from dit_rewrite.lowering import Lowering, isolated
+from dit_rewrite.module import RewrittenModule, attach, twin
 from dit_rewrite.passes.capture import one_graph
 from dit_rewrite.passes.sites import Site
 from dit_rewrite.policy import Policy
@@ -138,7 +138,7 @@ def _run(model: Any, trajectory: Trajectory) -> list[list[Tensor]]:
 def _check_reuse0(
     model: torch.nn.Module, trajectory: Trajectory, policy: Policy, lower: Lowering
 ) -> tuple[Check, RewrittenModule, list[str]]:
-    ours = wrap(model, Backend(model, policy, lower, force=True))
+    ours = attach(twin(model), Backend(model, policy, lower, force=True))
     found = _run(ours, trajectory)
     if not any(place.reachable for place in ours.explain().sites):
         raise UnreachedPolicy(policy, len(ours.explain().sites))
@@ -180,7 +180,7 @@ def _first_rounded(
     """Bisect for the first of `sites` whose values, when stored, change the outputs; the note that names it."""
 
     def exact(stored: int) -> bool:
-        ours = wrap(model, Backend(model, policy, lower, force=True, store=stored))
+        ours = attach(twin(model), Backend(model, policy, lower, force=True, store=stored))
         return _compare(_run(ours, trajectory), expected).exact
 
     low, high = 0, len(sites)  # with `low` sites stored it is exact, with `high` it is not
@@ -198,7 +198,7 @@ def _check_replay(
     """Run the policy over the trajectory twice, and replay each run on its own: nothing may pass between them."""
     observe = Dump(Path(dump)).write if dump is not None else None
     backend = Backend(model, policy, lower, observe=observe)
-    ours = wrap(model, backend)
+    ours = attach(twin(model), backend)
     check = Check()
     observed: list[Observation] = []
     for _ in range(2):

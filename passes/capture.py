@@ -5,6 +5,8 @@ On that graph there are no in-place ops, no autocast regions and no copies that 
 
 from __future__ import annotations
 
+import re
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -28,12 +30,14 @@ class Captured:
     ``static`` are the positions of the placeholders that are parameters or buffers; ``parameter_names`` are theirs,
     as seen from the module whose forward was traced (``blocks.0.attn.to_q.weight`` from the model,
     ``attn.to_q.weight`` from a block). ``steady`` are the positions of inputs that are tensors of the call's
-    conditioning. ``complete`` is False when Dynamo left a part of that forward to another graph.
+    conditioning, ``ambient`` those of tensors that the model has as attributes, or that are global: no parameters, no
+    arguments. ``complete`` is False when Dynamo left a part of that forward to another graph.
     """
 
     gm: fx.GraphModule
     static: frozenset[int]
     steady: frozenset[int]
+    ambient: frozenset[int]
     parameter_names: frozenset[str]
     complete: bool
     fake_mode: FakeTensorMode | None
@@ -44,20 +48,32 @@ class Captured:
 
 
 class one_graph:
-    """Let Dynamo capture ops whose output's size depends on data, should it compile inside.
+    """Let Dynamo capture a model in as few graphs as possible, should it compile inside.
 
-    By default `nonzero` breaks the graph, in Mochi inside of every attention branch. A plain context manager, and no
-    config.patch: it is entered at each call of a model.
+    By default `nonzero` breaks the graph, in Mochi inside of every attention branch, and a float argument (a time) is
+    a constant, so that each step compiles anew. A plain context manager, and no config.patch: it is entered at each
+    call of a model.
     """
 
-    __slots__ = ("before",)
+    __slots__ = ()
+    _lock = threading.Lock()
+    _inside = 0  # calls under way, in all threads: the settings are shared by them
+    _before: tuple[bool, bool]
 
     def __enter__(self) -> None:
-        self.before = torch._dynamo.config.capture_dynamic_output_shape_ops
-        torch._dynamo.config.capture_dynamic_output_shape_ops = True
+        config = torch._dynamo.config
+        with self._lock:
+            if one_graph._inside == 0:
+                one_graph._before = config.capture_dynamic_output_shape_ops, config.specialize_float
+                config.capture_dynamic_output_shape_ops, config.specialize_float = True, False
+            one_graph._inside += 1
 
     def __exit__(self, *_: object) -> None:
-        torch._dynamo.config.capture_dynamic_output_shape_ops = self.before
+        config = torch._dynamo.config
+        with self._lock:
+            one_graph._inside -= 1
+            if one_graph._inside == 0:
+                config.capture_dynamic_output_shape_ops, config.specialize_float = one_graph._before
 
 
 def capture(
@@ -65,10 +81,12 @@ def capture(
     example_inputs: Sequence[Any],
     then: Callable[[Captured], Runner],
     conditioning: Sequence[torch.Tensor] = (),
+    arguments: Sequence[torch.Tensor] = (),
 ) -> Callable[..., Any]:
     """Trace `gm` to functional ATen and call `then` with it, under Dynamo's fake inputs; what runs in its place.
 
-    Those of `example_inputs` that are tensors of `conditioning` are expected to be the same ones at the next call.
+    Those of `example_inputs` that are tensors of `conditioning` are expected to be the same ones at the next call;
+    `arguments` are all tensors that the call was given.
     Raises GradientsNeeded where autograd would have to differentiate the graph.
     """
     attention_core.mark(gm)
@@ -76,6 +94,9 @@ def capture(
     names = frozenset(gm.meta.get("dynamo_flat_name_to_original_fqn", {}).values())
     held = set(map(id, conditioning))
     steady = frozenset(i for i, value in enumerate(example_inputs) if id(value) in held)
+    given = set(map(id, arguments))
+    ambient = [i for i in _attributes(gm) if isinstance(example_inputs[i], torch.Tensor)]
+    ambient = [i for i in ambient if id(example_inputs[i]) not in given]
     reason = getattr(gm, "compile_subgraph_reason", None)
 
     def inference(functional: fx.GraphModule, fake_inputs: Sequence[Any]) -> Runner:
@@ -88,6 +109,7 @@ def capture(
             functional,
             frozenset(metadata.static_input_indices if metadata is not None else ()),
             steady if same else frozenset(),
+            frozenset(ambient) if same else frozenset(),
             names,
             complete=not getattr(reason, "graph_break", False),
             fake_mode=torch._guards.detect_fake_mode(list(fake_inputs)),
@@ -114,3 +136,30 @@ def _rename_inputs(gm: fx.GraphModule, names: Sequence[str]) -> bool:
         node._rename(name)
         node.target = node.name
     return True
+
+
+_ROOT = re.compile(r"[LG]\['[^']+'\]")
+
+
+def _attributes(gm: fx.GraphModule) -> list[int]:
+    """The positions of inputs that Dynamo read from attributes of the module that has the parameters, or globals."""
+    sources = [_source(node) for node in gm.graph.find_nodes(op="placeholder")]
+    weights = [("._parameters[" in source or "._buffers[" in source) for source in sources]
+    roots = {
+        _ROOT.match(source)[0]
+        for source, weight in zip(sources, weights, strict=True)
+        if weight and _ROOT.match(source)
+    }  # type: ignore[index]
+    named = [match[0] if (match := _ROOT.match(source)) else "" for source in sources]
+    return [
+        i
+        for i, (root, weight) in enumerate(zip(named, weights, strict=True))
+        if not weight and (root in roots or root.startswith("G"))
+    ]
+
+
+def _source(node: fx.Node) -> str:
+    """Where Dynamo took an input from, as text: ``L['self'].scale``."""
+    source = getattr(node, "_dynamo_source", None)
+    name = getattr(source, "name", "")
+    return str(name() if callable(name) else name)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+import sympy
 import torch
 from torch import Tensor, fx
 
@@ -48,10 +49,14 @@ def _storage(node: fx.Node) -> fx.Node:
 
 
 def steady_nodes(graph: fx.Graph, inputs: Iterable[int]) -> dict[fx.Node, None]:
-    """The nodes that depend on these inputs alone, in the order of the graph."""
+    """The nodes that depend on these inputs and on sizes of tensors alone, in the order of the graph.
+
+    A number that is no size may be another one in each step, as a timestep is.
+    """
     inputs = set(inputs)
     placeholders = graph.find_nodes(op="placeholder")
-    steady = dict.fromkeys(node for i, node in enumerate(placeholders) if i in inputs or not _is_tensor(node))
+    sizes = _sizes(placeholders)
+    steady = dict.fromkeys(node for i, node in enumerate(placeholders) if i in inputs or _is_size(node, sizes))
     for node in graph.nodes:
         computed = node.op == "call_function" and _may_move(node)
         if node.op == "get_attr" or (computed and all(argument in steady for argument in node.all_input_nodes)):
@@ -59,8 +64,19 @@ def steady_nodes(graph: fx.Graph, inputs: Iterable[int]) -> dict[fx.Node, None]:
     return steady
 
 
-def _is_tensor(node: fx.Node) -> bool:
-    return isinstance(node.meta.get("val"), Tensor)
+def _sizes(placeholders: Iterable[fx.Node]) -> set[sympy.Symbol]:
+    """The symbols in the shapes and strides of the tensors among some inputs."""
+    tensors = (value for node in placeholders if isinstance(value := node.meta.get("val"), Tensor))
+    numbers = (number for tensor in tensors for number in (*tensor.shape, *tensor.stride()))
+    return {s for number in numbers if isinstance(number, torch.SymInt) for s in number.node.expr.free_symbols}
+
+
+def _is_size(node: fx.Node, sizes: set[sympy.Symbol]) -> bool:
+    """Whether an input is no tensor, and no number but one that follows from the sizes of tensors."""
+    value = node.meta.get("val")
+    if isinstance(value, torch.SymInt | torch.SymFloat):
+        return value.node.expr.free_symbols <= sizes
+    return not isinstance(value, Tensor | int | float)
 
 
 def _may_move(node: fx.Node) -> bool:

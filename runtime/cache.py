@@ -11,13 +11,14 @@ from torch import Tensor
 
 from dit_rewrite.errors import Reason
 from dit_rewrite.runtime.measure import Tracked
+from dit_rewrite.runtime.tensors import version
 
 Stamp = tuple[Any, ...]
 
 
-def stamp_of(arguments: Sequence[Any]) -> Stamp:
-    """Shape, dtype and device of each tensor among a graph's inputs; other inputs as they are."""
-    return tuple((a.shape, a.dtype, a.device) if isinstance(a, Tensor) else a for a in arguments)
+def stamp_of(arguments: Sequence[Any], numbers: bool = True) -> Stamp:
+    """Shape, dtype and device of each tensor among a graph's inputs; other inputs as they are, with `numbers`."""
+    return tuple((a.shape, a.dtype, a.device) if isinstance(a, Tensor) else a if numbers else None for a in arguments)
 
 
 @dataclass(frozen=True)
@@ -32,18 +33,18 @@ class Hoisted:
     def of(cls, inputs: Sequence[Tensor], values: Sequence[Tensor]) -> Hoisted:
         return cls(tuple(inputs), tuple(map(version, inputs)), tuple(values))
 
-    def holds_for(self, inputs: Sequence[Tensor], told: bool) -> bool:
-        """Whether these are the same tensors, unchanged. Inference tensors have no counter to prove it: they pass in a
-        told trajectory alone, whose contract is that conditioning stays as it is."""
+    def holds_for(self, inputs: Sequence[Tensor], explicit: bool) -> bool:
+        """Whether these are the same tensors, unchanged. Inference tensors have no counter to prove it: they pass in an
+        `explicit` trajectory alone, whose contract is that conditioning stays as it is."""
         return all(map(operator.is_, self.inputs, inputs)) and all(
-            told if now is None else now == before
+            explicit if now is None else now == before
             for before, now in zip(self.versions, map(version, inputs), strict=True)
         )
 
 
-def version(tensor: Tensor) -> int | None:
-    """How often a tensor was changed in place; None for inference tensors, which do not count."""
-    return None if tensor.is_inference() else tensor._version
+def _is_same_number(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors are one number on the CPU: Dynamo hands float attributes on as a new tensor in each call."""
+    return a is not b and not (a.ndim or b.ndim or a.is_cuda or b.is_cuda) and a.dtype == b.dtype and bool(a == b)
 
 
 class Bank:
@@ -61,9 +62,13 @@ class Bank:
         self.hoisted: Hoisted | None = None
         self.stamp: Stamp | None = None
         self.weights: tuple[Any, ...] = ()
+        self.ambient: tuple[tuple[Any, int | None], ...] = ()
 
-    def fit(self, stamp: Stamp, weights: tuple[Any, ...]) -> Reason | None:
-        """Make the bank fit a call's inputs; why its slots cannot be used, or None where they can."""
+    def fit(self, stamp: Stamp, weights: tuple[Any, ...], ambient: Sequence[Tensor] = ()) -> Reason | None:
+        """Make the bank fit a call's inputs; why its slots cannot be used, or None where they can.
+
+        `ambient` are the tensors that the model has as attributes.
+        """
         reason = None
         if self.stamp is None:
             reason = Reason.EMPTY
@@ -71,10 +76,18 @@ class Bank:
             reason = Reason.CHANGED_INPUT
         elif not all(map(operator.is_, self.weights, weights)):
             reason = Reason.CHANGED_WEIGHTS
+        elif ambient and not self._knows(ambient):
+            reason = Reason.AMBIENT_CHANGED
         if reason is not None:
             self.clear()
             self.stamp, self.weights = stamp, weights
+            self.ambient = tuple((tensor, version(tensor)) for tensor in ambient)
         return reason
+
+    def _knows(self, ambient: Sequence[Tensor]) -> bool:
+        """Whether these are the tensors of the call before, unchanged since."""
+        pairs = zip(self.ambient, ambient, strict=True)
+        return all((a is b and changes == version(b)) or _is_same_number(a, b) for (a, changes), b in pairs)
 
     def clear(self) -> None:
         """Empty all slots."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -54,14 +55,14 @@ class Piece:
 @dataclass(frozen=True)
 class Wiring:
     """How the wires of a graph run: wires below ``num_inputs`` are its inputs, ``outputs`` says what it returns: a
-    wire, or a constant in a tuple of its own. ``static`` and ``steady`` are inputs: weights, and the call's
-    conditioning."""
+    wire, or a constant in a tuple of its own. ``static`` and ``ambient`` are inputs: weights, and tensors that the
+    model has as attributes."""
 
     num_wires: int
     num_inputs: int
     outputs: tuple[int | tuple[Any], ...]
     static: frozenset[int] = frozenset()
-    steady: frozenset[int] = frozenset()
+    ambient: frozenset[int] = frozenset()
 
 
 class Unadmitted(Exception):
@@ -98,8 +99,9 @@ class Graph:
         self._decided = lru_cache(maxsize=PLANS)(self._decide)
         self._borrowing = tuple((i, site.borrows) for i, site in enumerate(self.sites) if site.borrows is not None)
         self._weights = tuple(sorted(wiring.static))
-        self._steady = tuple(sorted(wiring.steady))
+        self._ambient = tuple(sorted(wiring.ambient))
         self._data = tuple(i for i in range(wiring.num_inputs) if i not in wiring.static)
+        self._compiling = threading.RLock()
         self._room = [None] * (wiring.num_wires - wiring.num_inputs)
         self._shared: dict[Row, tuple[int, ...]] = {}  # the outputs that share memory with a slot
 
@@ -109,9 +111,13 @@ class Graph:
         if call is None:
             return self._outside(args)
         occurrence, bank, changed = call.enter(self.index, len(self.sites))
-        unfit = bank.fit(stamp_of([args[i] for i in self._data]), tuple(map(args.__getitem__, self._weights)))
+        stamp = stamp_of([args[i] for i in self._data], not isinstance(call.inputs.timestep, (int, float)))
+        weights = tuple(map(args.__getitem__, self._weights))
+        unfit = bank.fit(stamp, weights, [args[i] for i in self._ambient])
+        if unfit is Reason.EMPTY and call.fresh is not None:
+            unfit = call.fresh
         if self.prologue is not None:
-            self._hoist(self.prologue, args, bank, call.told)
+            self._hoist(self.prologue, args, bank, call.explicit)
         for site, lender in self._borrowing if unfit is None else ():
             if lender != call.stream.name:
                 bank.borrow(site, call.lent(lender, self.index, occurrence), call.trajectory.step)
@@ -223,18 +229,21 @@ class Graph:
 
     def add_variant(self, piece: int, row: Row, late: bool = False) -> Executable | None:
         """Compile a piece for a row. A late one was not foreseen, and is compiled in the middle of a call."""
-        executable = self.pieces[piece].variants[row] = self._compile(piece, row)
-        self.session.stats.late_variants += late
+        with self._compiling:
+            if row in self.pieces[piece].variants:
+                return self.pieces[piece].variants[row]
+            executable = self.pieces[piece].variants[row] = self._compile(piece, row)
+        self.session.stats.add("late_variants", late)
         return executable
 
-    def _hoist(self, prologue: Executable, args: list[Any], bank: Bank, told: bool) -> None:
+    def _hoist(self, prologue: Executable, args: list[Any], bank: Bank, explicit: bool) -> None:
         """Compute what is hoisted, unless the bank holds it for these very inputs, unchanged since."""
-        inputs = [args[i] for i in self._steady]
-        if bank.hoisted is not None and bank.hoisted.holds_for(inputs, told):
+        inputs = [args[i] for i in prologue.inputs if isinstance(args[i], Tensor)]  # weights may be changed too
+        if bank.hoisted is not None and bank.hoisted.holds_for(inputs, explicit):
             return
         values = [value for _, value in _execute(prologue, args, bank)]
         bank.hoisted = Hoisted.of(inputs, values)
-        self.session.stats.hoists += 1
+        self.session.stats.add("hoists")
 
     def store(self, fresh: Sequence[tuple[tuple[int, int], Tensor]], bank: Bank, step: int, decided: Decisions) -> None:
         """Put what the pieces made into the slots, once all of them have run."""
@@ -262,10 +271,10 @@ class Graph:
 
     def _outside(self, args: list[Any]) -> Sequence[Any]:
         """The graph was called without the compiled model around it: compute, and keep nothing."""
-        self.session.stats.misses[Reason.OUTSIDE_CALL] += 1
+        self.session.stats.miss(Reason.OUTSIDE_CALL)
         bank = Bank(len(self.sites))
         if self.prologue is not None:
-            self._hoist(self.prologue, args, bank, told=False)
+            self._hoist(self.prologue, args, bank, explicit=False)
         wires = self.start(args)
         for piece in self.pieces:
             executable = piece.variants[(False,) * len(piece.sites)]

@@ -2,24 +2,52 @@
 
 from __future__ import annotations
 
+import dataclasses
+import enum
+import functools
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+import types
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
 
 TIMESTEP_NAMES = ("timestep", "timesteps", "t", "time", "sigma", "sigmas", "noise_level")
+
+_BY_VALUE = (
+    bool, int, float, complex, str, bytes, type(None), enum.Enum, type,
+    torch.dtype, torch.device, torch.layout, torch.memory_format, torch.Size, slice, range,
+)  # fmt: skip
+_MAX_DEPTH = 8  # objects within objects: deeper ones are not read
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """The inputs of one call: the first tensor is the latent, the timestep goes by name, the rest is conditioning."""
+    """The inputs of one call.
 
-    latent: Tensor | None
+    ``latents`` are the tensors of the first argument that has any; the timestep goes by name. All other tensors are
+    ``conditioning``; ``rest`` is everything that is no tensor (numbers and strings by value, names, the nesting of
+    containers). ``opaque``: an argument holds an object that cannot be read, and so perhaps an unseen condition.
+    """
+
+    latents: tuple[Tensor, ...]
     timestep: Tensor | float | None
     conditioning: tuple[Tensor, ...]
+    rest: Hashable = ()
+    opaque: bool = False
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """All tensors of the call."""
+        timestep = (self.timestep,) if isinstance(self.timestep, Tensor) else ()
+        return (*self.latents, *timestep, *self.conditioning)
+
+    @property
+    def latent(self) -> Tensor | None:
+        """The first latent; None where no argument has a tensor."""
+        return self.latents[0] if self.latents else None
 
 
 class Reader:
@@ -29,20 +57,92 @@ class Reader:
         parameters = inspect.signature(forward).parameters.values()
         positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
         self._names = [p.name for p in parameters if p.kind in positional]
+        self._order = {name: i for i, name in enumerate(self._names)}
 
     def read(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Inputs:
         """The inputs of a call, in the order of the forward's parameters."""
-        named = {**dict(zip(self._names, args, strict=False)), **kwargs}
-        values = [*args, *(kwargs[n] for n in self._names if n in kwargs)]
-        values += [value for name, value in kwargs.items() if name not in self._names]
-        timestep = next((named[name] for name in TIMESTEP_NAMES if named.get(name) is not None), None)
-        leaves = [leaf for value in values for leaf in _tensors(value) if leaf is not timestep]
-        return Inputs(leaves[0] if leaves else None, timestep, tuple(leaves[1:]))
+        named = [*zip(self._names, args, strict=False), *((str(i), a) for i, a in enumerate(args[len(self._names) :]))]
+        given = dict(sorted(kwargs.items(), key=lambda item: self._order.get(item[0], len(self._order))))
+        values = {**dict(named), **given}
+        clock = next((name for name in TIMESTEP_NAMES if _is_time(values.get(name))), None)
+        timestep = values.pop(clock) if clock is not None else None
+        latents: tuple[Tensor, ...] = ()
+        leaves = _Leaves(timestep)
+        for name, value in values.items():
+            before = len(leaves.tensors)
+            leaves.add(value, name)
+            if not latents and len(leaves.tensors) > before:
+                latents = tuple(leaves.tensors)
+        conditioning = tuple(leaves.tensors[len(latents) :])
+        return Inputs(latents, timestep, conditioning, tuple(leaves.rest), leaves.opaque)
 
 
-def _tensors(value: Any) -> list[Tensor]:
-    if isinstance(value, Tensor):
-        return [value]
-    if isinstance(value, (list, tuple, dict)):
-        return [leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor)]
-    return []
+def _is_time(value: Any) -> bool:
+    return isinstance(value, (Tensor, int, float)) and not isinstance(value, bool)
+
+
+class _Leaves:
+    """The tensors in some arguments, and everything else in them as hashable values."""
+
+    def __init__(self, timestep: Any) -> None:
+        """A tensor that is the `timestep` itself is left out."""
+        self.timestep = timestep
+        self.tensors: list[Tensor] = []
+        self.rest: list[Hashable] = []
+        self.opaque = False
+
+    def add(self, value: Any, name: Hashable, depth: int = 0) -> None:
+        """Add what lies in a value; `name` is its place in what holds it."""
+        if isinstance(value, Tensor):
+            self.rest.append(name)
+            if value is not self.timestep:
+                self.tensors.append(value)
+        elif isinstance(value, _BY_VALUE):
+            self.rest.append((name, type(value), repr(value)))  # 1, 1.0 and True are different
+        else:
+            self._open(value, name, depth)
+
+    def _open(self, value: Any, name: Hashable, depth: int) -> None:
+        inside = _contents(value) if depth < _MAX_DEPTH else None
+        if inside is None:
+            self.opaque = True
+            return
+        self.rest.append((name, type(value), len(inside)))
+        for key, item in inside.items():
+            self.add(item, key, depth + 1)
+
+
+def _contents(value: Any) -> dict[Hashable, Any] | None:
+    """What a container holds, by name or place; None where that cannot be known."""
+    if isinstance(value, Mapping):
+        return {repr(key): item for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return dict(enumerate(value))
+    if isinstance(value, (set, frozenset)):
+        return dict(enumerate(sorted(value, key=repr)))
+    if isinstance(value, torch.nn.Module):
+        return {"module": id(value)}  # its weights are inputs of the graph, which have a check of their own
+    if isinstance(value, functools.partial):
+        return {"func": value.func, "args": value.args, "keywords": value.keywords}
+    if isinstance(value, types.FunctionType):
+        cells = [cell.cell_contents for cell in value.__closure__ or ()]
+        return {"code": id(value.__code__), "cells": cells, "defaults": value.__defaults__}
+    if isinstance(value, types.BuiltinFunctionType | types.MethodType):
+        return {"function": getattr(value, "__qualname__", ""), "self": getattr(value, "__self__", None)}
+    if isinstance(value, types.ModuleType):
+        return {"name": value.__name__}
+    if dataclasses.is_dataclass(value):
+        return {field.name: getattr(value, field.name, None) for field in dataclasses.fields(value)} | _state(value)
+    return _state(value) if hasattr(value, "__dict__") or any(map(_slots, type(value).__mro__)) else None
+
+
+def _state(value: Any) -> dict[Hashable, Any]:
+    """The attributes of an object."""
+    slots = [name for kind in type(value).__mro__ for name in _slots(kind)]
+    held = {name: getattr(value, name) for name in slots if hasattr(value, name)}
+    return {**held, **getattr(value, "__dict__", {})}
+
+
+def _slots(kind: type) -> Sequence[str]:
+    slots = kind.__dict__.get("__slots__", ())
+    return (slots,) if isinstance(slots, str) else tuple(slots)

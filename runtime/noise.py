@@ -36,7 +36,7 @@ SLACK = 1e-3  # of the whole time: by how much a timestep may differ from its si
 
 @dataclass(frozen=True)
 class NoiseLevels:
-    """The noise at each step. Step 0 is the first entry of the scheduler's timesteps from its `begin_index` on.
+    """The noise at each entry of the scheduler's timesteps.
 
     sigmas: noise over signal, sqrt(1 / SNR); of flow matching the share of noise, from 1 to 0. snrs: from 0 to inf.
     """
@@ -47,16 +47,16 @@ class NoiseLevels:
     def __len__(self) -> int:
         return len(self.snrs)
 
-    def at(self, step: int) -> tuple[float | None, float | None]:
-        """Sigma and SNR at a step; None, None outside the schedule."""
-        return (self.sigmas[step], self.snrs[step]) if 0 <= step < len(self) else (None, None)
+    def at(self, entry: int) -> tuple[float | None, float | None]:
+        """Sigma and SNR at an entry; None, None outside the schedule."""
+        return (self.sigmas[entry], self.snrs[entry]) if 0 <= entry < len(self) else (None, None)
 
 
 def noise_levels(scheduler: Any) -> NoiseLevels | None:
     """The noise levels of a scheduler whose timesteps are set; None where they cannot be told.
 
     Reads each device that the schedule lies on once (diffusers keeps most of it on the CPU). To be called at the first
-    call of each trajectory: what the scheduler says changes with `set_timesteps` and `set_begin_index`.
+    call of each trajectory: what the scheduler says changes with `set_timesteps`.
     """
     given = {name: getattr(scheduler, name, None) for name in ("timesteps", "sigmas", "alphas_cumprod")}
     vectors = {name: _vector(value) for name, value in given.items() if value is not None}
@@ -66,22 +66,19 @@ def noise_levels(scheduler: Any) -> NoiseLevels | None:
     values = _read(found)
     timesteps, sigmas, table = values["timesteps"], values.get("sigmas"), values.get("alphas_cumprod")
     if sigmas is None:
-        levels = None if table is None else _variance_preserving(timesteps, table)
-    elif _setting(scheduler, "use_flow_sigmas") or (table is None and _setting(scheduler, "sigma_data") is None):
-        levels = _flow_matching(scheduler, timesteps, sigmas)
-    else:
-        levels = _sigma_parameterised(scheduler, timesteps, sigmas)
-    begin = getattr(scheduler, "begin_index", None) or 0  # image to image enters the schedule there
-    return None if levels is None else NoiseLevels(levels.sigmas[begin:], levels.snrs[begin:])
+        return None if table is None else _variance_preserving(timesteps, table)
+    if setting(scheduler, "use_flow_sigmas") or (table is None and setting(scheduler, "sigma_data") is None):
+        return _flow_matching(scheduler, timesteps, sigmas)
+    return _sigma_parameterised(scheduler, timesteps, sigmas)
 
 
 def _flow_matching(scheduler: Any, timesteps: Sequence[float], sigmas: Sequence[float]) -> NoiseLevels | None:
     """Levels by the share of noise, proven by the timesteps, which are that share (or the signal's) in other units."""
-    unit = _setting(scheduler, "num_train_timesteps")
-    unit = 1 if unit is None and _setting(scheduler, "shift") is not None else unit
+    unit = setting(scheduler, "num_train_timesteps")
+    unit = 1 if unit is None and setting(scheduler, "shift") is not None else unit
     if not isinstance(unit, int | float) or len(sigmas) - len(timesteps) not in (0, 1):
         return None
-    inverted = bool(_setting(scheduler, "invert_sigmas"))
+    inverted = bool(setting(scheduler, "invert_sigmas"))
     shares = [1 - sigma if inverted else sigma for sigma in sigmas[: len(timesteps)]]
     by_noise = [abs(t / unit - share) <= SLACK for t, share in zip(timesteps, shares, strict=True)]
     by_signal = [abs(t / unit - (1 - share)) <= SLACK for t, share in zip(timesteps, shares, strict=True)]
@@ -92,7 +89,7 @@ def _flow_matching(scheduler: Any, timesteps: Sequence[float], sigmas: Sequence[
 
 def _sigma_parameterised(scheduler: Any, timesteps: Sequence[float], sigmas: Sequence[float]) -> NoiseLevels | None:
     """Levels by noise over signal."""
-    if len(sigmas) != len(timesteps) + 1 or _setting(scheduler, "prediction_type") == "flow_prediction":
+    if len(sigmas) != len(timesteps) + 1 or setting(scheduler, "prediction_type") == "flow_prediction":
         return None
     held = sigmas[:-1]
     pairs = zip(pairwise(held), pairwise(timesteps), strict=True)
@@ -131,7 +128,7 @@ def _read(vectors: Mapping[str, Tensor]) -> dict[str, list[float]]:
     return values
 
 
-def _setting(scheduler: Any, name: str) -> Any:
+def setting(scheduler: Any, name: str) -> Any:
     """A setting of the scheduler's config (a mapping or an object); None where there is none."""
     config = getattr(scheduler, "config", None)
     return config.get(name) if isinstance(config, Mapping) else getattr(config, name, None)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import threading
 from collections import Counter, deque
 from collections.abc import Hashable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 from dit_rewrite.errors import Reason
 
@@ -61,7 +63,8 @@ class Stats:
     ``calls`` of the model; ``computed`` and ``reused`` site decisions; ``variants`` compiled, of which
     ``late_variants`` during a trajectory; ``recompiles`` and ``graph_breaks`` that Dynamo made; ``cache_bytes`` held
     now; ``hoists``, how often what is computed once per trajectory was computed; ``misses`` by reason: a rule would
-    have reused and no value fitted; ``trajectories`` by the reason they began.
+    have reused and no value fitted; ``num_trajectories`` in all, ``trajectories`` by the reason they began where the
+    caller did not mark them; ``streams`` that have no values of their own, or none any more, by the reason. Threads share them.
     """
 
     calls: int = 0
@@ -74,8 +77,12 @@ class Stats:
     cache_bytes: int = 0
     hoists: int = 0
     misses: Counter[Reason] = field(default_factory=Counter)
+    num_trajectories: int = 0
     trajectories: Counter[Reason] = field(default_factory=Counter)
+    streams: Counter[Reason] = field(default_factory=Counter)
     records: deque[Record] = field(default_factory=lambda: deque(maxlen=10_000), repr=False)
+    records_seen: int = 0
+    lock: threading.Lock = field(default_factory=threading.Lock, repr=False, compare=False)
 
     @property
     def recomputed_fraction(self) -> float:
@@ -91,11 +98,51 @@ class Stats:
     def count(self, record: Record, misses: tuple[Reason, ...]) -> None:
         """Note the decisions of one call of a graph."""
         reused = sum(record.row)
-        self.reused += reused - record.reasons.count(Reason.UNREAD)
-        self.computed += len(record.row) - reused - record.reasons.count(Reason.WILL_BE_READ)
-        if misses:
-            self.misses.update(misses)
-        self.records.append(record)
+        with self.lock:
+            self.reused += reused - record.reasons.count(Reason.UNREAD)
+            self.computed += len(record.row) - reused - record.reasons.count(Reason.WILL_BE_READ)
+            if misses:
+                self.misses.update(misses)
+            self.records.append(record)
+            self.records_seen += 1
+
+    def called(self) -> None:
+        """Count a call of the model."""
+        with self.lock:
+            self.calls += 1
+
+    def miss(self, reason: Reason) -> None:
+        """Note that no value could be used, for a reason that concerns a whole graph."""
+        with self.lock:
+            self.misses[reason] += 1
+
+    def begin(self, why: Reason | None) -> None:
+        """A trajectory begins; `why` is None where the caller marked it."""
+        with self.lock:
+            self.num_trajectories += 1
+            if why is not None:
+                self.trajectories[why] += 1
+
+    def add(self, name: str, count: int = 1) -> None:
+        """Add to one of the counts."""
+        with self.lock:
+            setattr(self, name, getattr(self, name) + count)
+
+    def since(self, earlier: Stats) -> Stats:
+        """What was counted since `earlier`, a copy; `cache_bytes` is of now."""
+        numbers = ("calls", "computed", "reused", "variants", "late_variants", "recompiles", "graph_breaks", "hoists")
+        numbers = (*numbers, "num_trajectories")
+        changes: dict[str, Any] = {name: getattr(self, name) - getattr(earlier, name) for name in numbers}
+        for name in ("misses", "trajectories", "streams"):
+            changes[name] = getattr(self, name) - getattr(earlier, name)
+        calls = self.records_seen - earlier.records_seen
+        return replace(self, **changes, records=deque(list(self.records)[max(len(self.records) - calls, 0) :]))
+
+    def copy(self, **changes: Any) -> Stats:
+        """The counts so far; the rows of decisions are shared."""
+        with self.lock:
+            counters = {name: getattr(self, name).copy() for name in ("misses", "trajectories", "streams")}
+            return replace(self, **counters, **changes)
 
     def __str__(self) -> str:
         lines = [
@@ -105,4 +152,7 @@ class Stats:
             f"{self.graph_breaks} graph breaks, {self.cache_bytes / 2**20:.2f} MiB cached",
         ]
         lines += [f"missed {n} times: {reason}" for reason, n in self.misses.most_common()]
+        lines += [f"{self.num_trajectories} trajectories, of which began by themselves:"] if self.trajectories else []
+        lines += [f"  {n} times: {why}" for why, n in self.trajectories.most_common()]
+        lines += [f"stream, {n} times: {why}" for why, n in self.streams.most_common() if n]
         return "\n".join(lines)

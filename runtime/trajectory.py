@@ -1,169 +1,131 @@
-"""Trajectories: which step of which run of the sampler a call belongs to, and which stream of it.
+"""Trajectories: one run of the sampler after another, and where in them each call of the denoiser belongs.
 
-Told (`Told`) by whoever drives the sampler, or watched (`Watched`) when nobody tells. A watched trajectory is
-suspicious: what does not fit starts a new one, which forgets every cached value.
+Explicit where the caller marks them, or inferred from the calls where nobody does. An inferred trajectory is
+suspicious: a call that does not fit starts a new one, without any value of the last.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Hashable
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
-from dit_rewrite.errors import BadTrajectory, Reason
-from dit_rewrite.runtime.cache import Bank, version
+from dit_rewrite.errors import Reason
+from dit_rewrite.runtime.clock import Clock, Named
 from dit_rewrite.runtime.inputs import Inputs
-from dit_rewrite.runtime.noise import NoiseLevels, noise_levels
+from dit_rewrite.runtime.streams import CONTINUES, Stream, Streams
+from dit_rewrite.runtime.tensors import alike, relative_change
 
-CONTINUES = 0.5  # a latent whose relative L2 change is below this continues the last; independent noise has 1.41
-MAX_STREAMS = 8
+__all__ = ["Clock", "ExplicitTrajectory", "InferredTrajectory", "Named", "Place", "Stream", "Trajectory"]
 
 _numbers = itertools.count()
 
 
 @dataclass
-class Stream:
-    """What belongs to one stream of a trajectory: its slots, and the sequence of graphs that its last call ran."""
-
-    name: Hashable
-    banks: dict[tuple[int, int], Bank] = field(default_factory=dict)
-    sequence: tuple[int, ...] | None = None
-    num_layers: int | None = None
-    conditioning: tuple[Tensor, ...] = ()
-    versions: tuple[int | None, ...] = ()
-    latent: Tensor | None = None
-    timestep: float = float("nan")
-
-    def is_conditioned_by(self, conditioning: tuple[Tensor, ...], by_value: bool = False) -> bool:
-        """Whether a call's conditioning is the stream's: the same objects, not changed in place since.
-
-        `by_value` also accepts other objects of equal content, at the price of reading the device.
-        """
-        if len(self.conditioning) != len(conditioning):
-            return False
-        return all(
-            before == version(a) and (a is b or (by_value and _alike(a, b) and torch.equal(a, b)))
-            for a, b, before in zip(self.conditioning, conditioning, self.versions, strict=True)
-        )
-
-    def hold(self, conditioning: tuple[Tensor, ...]) -> None:
-        """Take this conditioning for the stream's. It is held: the id of a freed tensor could come again."""
-        self.conditioning, self.versions = conditioning, tuple(map(version, conditioning))
-
-
-@dataclass
 class Trajectory:
-    """One run of the sampler. `why` is the reason that it began; None where it was told."""
+    """One run of the sampler. `why` is the reason that it began; None where it was the caller's word."""
 
     why: Reason | None
-    num_steps: int | None = None
+    clock: Clock | None = None
     step: int = 0
-    levels: NoiseLevels | None = None
-    sigma: float | None = None  # of the step that is under way, where a cache_context says it
-    streams: dict[Hashable, Stream] = field(default_factory=dict)
+    first_step: int = 0
+    sigma: float | None = None
+    streams: Streams = field(default_factory=Streams)
     number: int = field(default_factory=lambda: next(_numbers))
-    _called: set[Hashable] = field(default_factory=set)
 
-    def stream(self, name: Hashable) -> Stream:
-        """The stream of that name, made at its first call. The oldest goes when there are too many."""
-        if name not in self.streams and len(self.streams) == MAX_STREAMS:
-            self.streams.pop(next(iter(self.streams)))
-        return self.streams.setdefault(name, Stream(name))
-
-    def new_name(self) -> int:
-        """A name for a stream that nobody named."""
-        return next(n for n in itertools.count() if n not in self.streams)
+    @property
+    def num_steps(self) -> int | None:
+        """How many steps it has; None where nobody told."""
+        return self.clock.num_steps if self.clock is not None else None
 
     def noise(self, step: int) -> tuple[float | None, float | None]:
-        """Sigma and SNR of a step, as the scheduler says; None where it is not known."""
-        return self.levels.at(step) if self.levels is not None else (None, None)
-
-    def enter(self, stream: Stream, step: int | None = None, later: bool = False) -> None:
-        """Count a call. One of a stream that was called in this step already begins the next, and so does a `later`."""
-        if step is not None:
-            self.step = step
-        elif later or stream.name in self._called:
-            self.step += 1
-            self._called.clear()
-        self._called.add(stream.name)
+        """Sigma and SNR of a step; None where they are not known."""
+        if self.clock is not None:
+            return self.clock.noise_at(step)
+        return (self.sigma if step == self.step else None), None
 
 
 @dataclass(frozen=True)
-class Named:
-    """What `cache_context` says of the calls inside it."""
+class Place:
+    """Where a call belongs. ``why`` says why its stream has no values yet, where that is worth a word."""
 
-    name: str | None = None
-    step_index: int | None = None
-    sigma: float | None = None
+    trajectory: Trajectory
+    stream: Stream
+    why: Reason | None = None
+    lapsed: int = 0
 
 
-class Told:
-    """A trajectory that the caller marks: everything called inside its context belongs to it.
+class ExplicitTrajectory:
+    """The trajectories that the caller marks for one denoiser: everything called inside the context belongs to one,
+    until time goes back.
 
-    It reads no device, unless the conditioning is made anew at each call and its streams are not named, or `noise` is
-    wanted of a scheduler whose schedule lies there: that is read once, at the first call.
+    Reads no device but for: a schedule that lies there, once; conditioning that is made anew at each call; several
+    calls of one conditioning in a step; and a timestep on a GPU of which no scheduler says what it is.
     """
 
-    def __init__(self, num_steps: int | None, scheduler: Any, noise: bool = False) -> None:
-        if num_steps is not None and num_steps < 1:
-            raise BadTrajectory(f"A trajectory of {num_steps} steps has no step.", "Give num_steps >= 1.")
-        self.num_steps, self.scheduler, self.noise = num_steps, scheduler, noise
-        self.begin()
+    def __init__(self, clock: Clock) -> None:
+        self.clock = clock
+        self.trajectory = Trajectory(None, clock)
+        self._run = clock.run
 
     def begin(self) -> None:
-        """Start at the first step, without any value."""
-        self.trajectory = Trajectory(None, self.num_steps)
+        """Start another trajectory, without any value."""
+        self.clock.begin()
+        self._follow_clock(None)
 
-    def place(self, inputs: Inputs, named: Named) -> tuple[Trajectory, Stream]:
-        """The trajectory and stream of a call. A step that was told and lies before the present one starts anew."""
-        if named.step_index is not None and named.step_index < self.trajectory.step:
-            self.begin()
+    def place(self, inputs: Inputs, named: Named) -> Place:
+        """The trajectory and stream of a call."""
+        clock = self.clock
+        reading = clock.read(inputs.timestep, named)
+        if reading.restart is not None:
+            why = reading.restart
+            clock.begin()
+            reading = clock.read(inputs.timestep, named)
+            self._follow_clock(why)
+        elif clock.run != self._run:
+            self._follow_clock(None)
         trajectory = self.trajectory
-        if not trajectory.streams and self.scheduler is not None:
-            self._ask_scheduler(trajectory)
-        trajectory.sigma = named.sigma
-        stream = trajectory.stream(named.name) if named.name is not None else self._match(inputs.conditioning)
-        trajectory.enter(stream, named.step_index)
-        return trajectory, stream
+        streams, step = trajectory.streams, clock.step_of(reading, named)
+        first = not streams.all or step == trajectory.first_step
+        stream, why = streams.match(inputs, named.name, reading, step, first)
+        clock.enter(reading, inputs.timestep, named, (id(self), id(stream)))
+        if not streams.all or stream.calls == 0 and len(streams.all) == 1:
+            trajectory.first_step = clock.step
+        before, trajectory.step = trajectory.step, clock.step
+        stream.note(inputs, clock.step, reading.entry)
+        lapsed = streams.lapse(clock.step) if clock.step != before else []
+        expected = first and stream in streams.all
+        return Place(trajectory, stream, None if expected else why, len(lapsed))
 
-    def _ask_scheduler(self, trajectory: Trajectory) -> None:
-        """What the scheduler knows; at the first call, since pipelines set its timesteps late.
-
-        Image to image enters the schedule at its begin_index. Levels of another number of steps are no proof.
-        """
-        if trajectory.num_steps is None:
-            begin = getattr(self.scheduler, "begin_index", None) or 0
-            trajectory.num_steps = len(self.scheduler.timesteps) - begin
-        levels = noise_levels(self.scheduler) if self.noise else None
-        trajectory.levels = levels if levels is not None and len(levels) == trajectory.num_steps else None
-
-    def _match(self, conditioning: tuple[Tensor, ...]) -> Stream:
-        for by_value in (False, True):
-            for stream in self.trajectory.streams.values():
-                if stream.is_conditioned_by(conditioning, by_value):
-                    return stream
-        stream = self.trajectory.stream(self.trajectory.new_name())
-        stream.hold(conditioning)
-        return stream
+    def _follow_clock(self, why: Reason | None) -> None:
+        self._run = self.clock.run
+        self.trajectory = Trajectory(why, self.clock)
 
 
-class Watched:
-    """Tells steps, streams and trajectories apart by what the calls look like: one fused read of the device a call."""
+class InferredTrajectory:
+    """Tells steps, streams and trajectories apart by what the calls look like: one read of the device a call.
+
+    Streams are told apart by name or conditioning alone. Several calls of one conditioning in a step are a solver's
+    second evaluation at most: whoever calls more often marks the trajectory.
+    """
 
     def __init__(self) -> None:
         self.trajectory = Trajectory(Reason.FIRST_CALL)
         self._direction = 0.0
         self._latest: Stream | None = None
 
-    def place(self, inputs: Inputs, named: Named) -> tuple[Trajectory, Stream]:
+    def place(self, inputs: Inputs, named: Named) -> Place:
         """The trajectory and stream of a call; a new trajectory unless everything speaks for the present one."""
-        stream = self._find(inputs, named)
-        before = stream or self._latest
+        streams = self.trajectory.streams
+        mine = streams.alike(inputs, named.name)
+        stream = next(iter(streams.conditioned(mine, inputs, by_value=False)), None)
+        moved = self._that_moved(mine) if stream is None else None
+        before = stream or moved or self._latest
         timestep, change = _read(inputs, None if before is None else before.latent)
+        if moved is not None and self._goes_on(moved, inputs, named, timestep, change):
+            stream = moved
         why = self._misfit(stream, inputs, timestep, change)
         if named.step_index is not None and named.step_index < self.trajectory.step:
             why = why or Reason.TIMESTEP_TURNED
@@ -173,35 +135,53 @@ class Watched:
         elif stream is not None:
             self._direction = self._direction or timestep - stream.timestep
         if stream is None:
-            stream = self.trajectory.stream(self.trajectory.new_name() if named.name is None else named.name)
-        stream.hold(inputs.conditioning)
-        stream.latent = None if inputs.latent is None else inputs.latent.detach().clone()  # may be updated in place
+            stream = self.trajectory.streams.add(named.name)
+        self._note(stream, inputs, named, timestep, later)
+        return Place(self.trajectory, stream)
+
+    def _note(self, stream: Stream, inputs: Inputs, named: Named, timestep: float, later: bool) -> None:
+        trajectory = self.trajectory
+        if named.step_index is not None:
+            trajectory.step = named.step_index
+        elif later:
+            trajectory.step += 1
+        trajectory.sigma = named.sigma
+        latent = None if inputs.latent is None else inputs.latent.detach().clone()  # may be updated in place
+        stream.note(replace(inputs, latents=() if latent is None else (latent,)), trajectory.step)
         stream.timestep = timestep
         self._latest = stream
-        self.trajectory.enter(stream, named.step_index, later)
-        return self.trajectory, stream
 
-    def _find(self, inputs: Inputs, named: Named) -> Stream | None:
-        streams = self.trajectory.streams
-        if named.name is not None:
-            return streams.get(named.name)
-        return next((s for s in streams.values() if s.is_conditioned_by(inputs.conditioning)), None)
+    def _that_moved(self, mine: list[Stream]) -> Stream | None:
+        """The stream that a call may continue whose conditioning is no stream's."""
+        waiting = [stream for stream in mine if stream is self._latest or stream.step < self.trajectory.step]
+        return waiting[0] if len(waiting) == 1 else None
+
+    @staticmethod
+    def _goes_on(stream: Stream, inputs: Inputs, named: Named, timestep: float, change: float) -> bool:
+        """Whether a call is the next of a stream, though tensors of its conditioning are others."""
+        next_step = timestep != stream.timestep and 0 < change < CONTINUES
+        if not (next_step and Streams.follows(stream, inputs, named.name is not None)):
+            return False
+        stream.conditioning.hold(inputs, data=True)  # type: ignore[union-attr]
+        return True
 
     def _misfit(self, stream: Stream | None, inputs: Inputs, timestep: float, change: float) -> Reason | None:
         """Why a call does not belong to the present trajectory; None where it does. NaN never fits."""
         if self._latest is None:
             return Reason.FIRST_CALL
+        if inputs.opaque:
+            return Reason.UNREADABLE_INPUT
         if stream is None:  # another stream of the step that is under way: same latent, same timestep
             joins = change < CONTINUES and timestep == self._latest.timestep
             return None if joins else Reason.NEW_CONDITIONING
-        if not stream.is_conditioned_by(inputs.conditioning):
-            return Reason.NEW_CONDITIONING
-        moved = timestep - stream.timestep
         if change == 0:  # of one noise, whatever the timestep: a sampler that goes on changes its latent
             return Reason.REPEATED
         if not change < CONTINUES:
             return Reason.NEW_LATENT
-        return None if moved * self._direction >= 0 else Reason.TIMESTEP_TURNED
+        ahead = timestep - stream.timestep
+        if ahead == 0 and not self._direction:
+            return Reason.TIMESTEP_STILL
+        return None if ahead * self._direction >= 0 else Reason.TIMESTEP_TURNED
 
 
 def _read(inputs: Inputs, before: Tensor | None) -> tuple[float, float]:
@@ -210,14 +190,9 @@ def _read(inputs: Inputs, before: Tensor | None) -> tuple[float, float]:
     numbers: list[Tensor] = []
     if isinstance(timestep, Tensor):
         numbers.append(timestep.detach().to(torch.float64).mean())
-    if latent is not None and before is not None and _alike(latent, before):
-        change = torch.linalg.vector_norm(latent.detach() - before, dtype=torch.float32)
-        numbers.append((change / torch.linalg.vector_norm(before, dtype=torch.float32)).to(torch.float64))
+    if latent is not None and before is not None and alike(latent, before):
+        numbers.append(relative_change(latent, before))
         read = torch.stack([n.to(latent.device) for n in numbers]).tolist()
     else:
         read = [*(n.item() for n in numbers), float("nan")]
     return (read[0] if isinstance(timestep, Tensor) else float(timestep or 0.0)), read[-1]
-
-
-def _alike(a: Tensor, b: Tensor) -> bool:
-    return a.shape == b.shape and a.dtype == b.dtype and a.device == b.device

@@ -14,10 +14,10 @@ import torch
 from dit_rewrite import BlockwiseReuse, Policy, Rule, Where, WindowResidual
 from dit_rewrite.backend import Backend, Rewritten
 from dit_rewrite.check import Check
-from dit_rewrite.compile import wrap
 from dit_rewrite.errors import Reason
 from dit_rewrite.guards import step
 from dit_rewrite.lowering import Lowering
+from dit_rewrite.module import attach, twin
 from dit_rewrite.passes.site import Part
 from dit_rewrite.replay import check_replay
 from dit_rewrite.runtime.session import Observation
@@ -70,7 +70,7 @@ def replayed(case: Case, policy: Policy, lowering: str, steps: int, exact: bool)
     """Run one trajectory, in which every site has to do what it can, and replay it."""
     model = case.build()
     backend = Backend(model, policy, Lowering.of("aot_eager", form=lowering))
-    compiled, observed = wrap(model, backend), list[Observation]()
+    compiled, observed = attach(twin(model), backend), list[Observation]()
     backend.session.observer = observed.append
     with torch.no_grad(), compiled.trajectory(steps):
         for arguments in case.inputs(steps):

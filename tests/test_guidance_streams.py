@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from dit_rewrite.backend import Backend
 from dit_rewrite.check import Check
-from dit_rewrite.compile import RewrittenModule, wrap
 from dit_rewrite.guards import step
 from dit_rewrite.lowering import Lowering
+from dit_rewrite.module import RewrittenModule, attach, twin
 from dit_rewrite.policy import Policy, Rule
 from dit_rewrite.replay import check_replay
 from dit_rewrite.runtime.session import Observation
@@ -71,7 +71,7 @@ def sample(model: RewrittenModule, streams: tuple[str, str] = ("cond", "uncond")
 def test_the_other_call_takes_what_the_conditional_one_computed(form: str) -> None:
     model = CASE.build()
     backend = Backend(model, SHARED, Lowering.of("aot_eager", form=form))
-    compiled = wrap(model, backend)
+    compiled = attach(twin(model), backend)
     observed: list[Observation] = []
     backend.session.observer = observed.append
     found = sample(compiled)
@@ -87,7 +87,7 @@ def test_the_other_call_takes_what_the_conditional_one_computed(form: str) -> No
 def test_streams_of_other_names() -> None:
     """Nobody lends: everything is computed, and said."""
     model = CASE.build()
-    compiled = wrap(model, Backend(model, SHARED, Lowering.of("aot_eager")))
+    compiled = attach(twin(model), Backend(model, SHARED, Lowering.of("aot_eager")))
     found = sample(compiled, ("text", "empty"))
     with torch.no_grad():
         plain = [output(model(**arguments)) for calls in pairs() for arguments in calls]

@@ -10,6 +10,7 @@ from torch import Tensor
 
 import dit_rewrite
 from dit_rewrite.errors import Reason
+from dit_rewrite.module import twin
 from dit_rewrite.passes.printing import op_counts
 from dit_rewrite.policies import FORA, Never
 from dit_rewrite.policy import Policy
@@ -22,7 +23,7 @@ PROJECTIONS = 3 * 2 + 2
 
 def pixart(policy: Policy | None = None, **options: Any) -> tuple[Any, Any]:
     model = PIXART.build()
-    return model, dit_rewrite.compile(model, policy or Never(), backend="aot_eager", **options)
+    return model, dit_rewrite.compile(twin(model), policy or Never(), backend="aot_eager", **options)
 
 
 def run(model: Any, calls: list[dict[str, Any]]) -> list[Tensor]:
@@ -144,7 +145,7 @@ class Refined(torch.nn.Module):
 def test_a_branch_of_the_conditioning_is_hoisted_and_no_site() -> None:
     """A policy has nothing to say of what is computed once anyway; the report says so."""
     model = Refined().eval().requires_grad_(False)
-    rewritten = dit_rewrite.compile(model, FORA(2), backend="aot_eager")
+    rewritten = dit_rewrite.compile(twin(model), FORA(2), backend="aot_eager")
     text = torch.randn(2, 3, 8)
     calls = [{"hidden_states": torch.randn(2, 4, 8), "timestep": torch.full((2,), 0.5), "text": text}]
     assert torch.equal(rewritten(**calls[0]), model(**calls[0]))

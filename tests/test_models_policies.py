@@ -17,8 +17,8 @@ from torch import Tensor, nn
 import dit_rewrite
 from dit_rewrite.backend import Backend
 from dit_rewrite.check import Check
-from dit_rewrite.compile import wrap
 from dit_rewrite.lowering import Lowering
+from dit_rewrite.module import attach, twin
 from dit_rewrite.policies import DQAR, FORA, FirstBlockCache
 from dit_rewrite.policy import Policy
 from dit_rewrite.replay import check_replay
@@ -47,7 +47,7 @@ def run(model: nn.Module, inputs: list[dict[str, Any]], policy: Policy, lowering
     """Compile, run one trajectory, and replay it; the replay must be equal bit for bit."""
     torch.compiler.reset()
     backend = Backend(model, policy, Lowering.of("aot_eager", form=lowering))
-    compiled = wrap(model, backend)
+    compiled = attach(twin(model), backend)
     observed: list[Observation] = []
     backend.session.observer = observed.append
     with torch.no_grad(), compiled.trajectory(len(inputs), scheduler):

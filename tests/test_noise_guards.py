@@ -5,6 +5,7 @@ from __future__ import annotations
 from types import SimpleNamespace
 
 import pytest
+import torch
 from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
 
 from dit_rewrite.errors import NoiseUnknown, Reason
@@ -18,8 +19,11 @@ STEPS = 8
 def decisions(policy: Policy, **told: object) -> list[tuple[bool, Reason]]:
     """Whether the first site was reused at each step, and why (not)."""
     model = tiny.rewritten(tiny.build(), policy)
+    calls = tiny.calls(STEPS)
+    for call, time in zip(calls, getattr(told.get("scheduler"), "timesteps", ()), strict=False):
+        call["timestep"] = torch.as_tensor(time).expand(2)
     with model.trajectory(**told):  # type: ignore[arg-type]
-        tiny.outputs(model, tiny.calls(STEPS))
+        tiny.outputs(model, calls)
     rows = model.stats().decisions
     return [(row.strategies[name] == "reuse", row.reasons[name]) for row in rows for name in [next(iter(row.reasons))]]
 

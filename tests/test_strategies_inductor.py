@@ -8,9 +8,9 @@ from sympy import Mod, Ne
 
 from dit_rewrite.backend import Backend
 from dit_rewrite.check import Check
-from dit_rewrite.compile import wrap
 from dit_rewrite.guards import step
 from dit_rewrite.lowering import Lowering
+from dit_rewrite.module import attach, twin
 from dit_rewrite.policy import Policy, Rule
 from dit_rewrite.replay import check_replay
 from dit_rewrite.runtime.session import Observation
@@ -37,7 +37,7 @@ def test_through_inductor(name: str, policy: Policy) -> None:
     case = MODELS[name]
     denoiser = case.build()
     backend = Backend(denoiser, policy, Lowering.of("inductor", form="variants"))
-    model = wrap(denoiser, backend)
+    model = attach(twin(denoiser), backend)
     observed: list[Observation] = []
     backend.session.observer = observed.append
     with torch.no_grad(), model.trajectory(STEPS):

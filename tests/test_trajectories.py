@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import weakref
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -125,14 +126,14 @@ def test_a_timestep_that_turns_starts_anew() -> None:
 
 @TELLING
 def test_heun_calls_twice_at_a_timestep(telling: str) -> None:
-    """999, 666, 666, 333, 333, …: a call is a step, and the latent differs where the timestep does not."""
-    model = tiny.build()
-    compiled = rewritten(model)
+    """999, 666, 666, 333, 333, …: a step is a timestep, of one call or two."""
+    compiled = rewritten(tiny.build())
     heun = calls(7)
     for arguments, time in zip(heun, (999, 666, 666, 333, 333, 100, 100), strict=True):
         arguments["timestep"] = at(time)
-    assert same(run(compiled, heun, telling), fora(model, heun))
-    assert row(compiled, 7) == "CRRCRRC"
+    run(compiled, heun, telling)
+    assert [decision.step for decision in compiled.stats().decisions] == [0, 1, 1, 2, 2, 3, 3]
+    assert row(compiled, 7) == "CRRRRCC"
 
 
 @TELLING
@@ -262,16 +263,17 @@ def test_the_end_of_a_told_trajectory_frees_its_values() -> None:
 
 def _streams(compiled: dit_rewrite.RewrittenModule) -> list[Any]:
     session = compiled._backend.session
-    trajectory = session.watched.trajectory if session.told is None else session.told.trajectory
-    return list(trajectory.streams.values())
+    tracker = session.inferred if session.explicit is None else session.explicit
+    return list(tracker.trajectory.streams.all)
 
 
 @pytest.mark.parametrize(
     ("telling", "conditioning", "expected"),
-    [("told", "kept", 0), ("named", "kept", 0), ("named", "new", 0), ("told", "new", 4), ("watched", "kept", 5)],
+    [("told", "kept", 1), ("named", "kept", 1), ("named", "new", 5), ("told", "new", 5), ("watched", "kept", 5)],
 )
 def test_reads_of_the_device(monkeypatch: pytest.MonkeyPatch, telling: str, conditioning: str, expected: int) -> None:
-    """Told: none, unless streams have no name and conditioning is made anew. Watched: one a call, for all it asks."""
+    """Told, the schedule is read once, and conditioning that is made anew at each call is compared. Watched, each call
+    reads once."""
     reads: list[str] = []
 
     def counted(owner: Any, name: str) -> None:
@@ -280,16 +282,17 @@ def test_reads_of_the_device(monkeypatch: pytest.MonkeyPatch, telling: str, cond
 
     compiled = rewritten(tiny.build())
     outputs(compiled, calls(1))
+    schedule = torch.linspace(999, 0, 5)
     for name in ("item", "tolist", "equal", "__bool__", "__float__", "__int__"):
         counted(torch.Tensor, name)
     counted(torch, "equal")
     with contextlib.ExitStack() as stack:
         if telling != "watched":
-            stack.enter_context(compiled.trajectory(5))
+            stack.enter_context(compiled.trajectory(scheduler=SimpleNamespace(timesteps=schedule)))
         if telling == "named":
             stack.enter_context(compiled.cache_context("cond"))
-        for arguments in calls(5, seed=1):
-            given = arguments["condition"]
-            outputs(compiled, [{**arguments, "condition": given.clone() if conditioning == "new" else given}])
+        for arguments, time in zip(calls(5, seed=1), schedule, strict=True):
+            given = arguments["condition"].clone() if conditioning == "new" else arguments["condition"]
+            outputs(compiled, [{**arguments, "timestep": time.expand(2), "condition": given}])
     assert len(reads) == expected
     assert row(compiled, 5) == "CRRCR"

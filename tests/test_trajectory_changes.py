@@ -100,7 +100,7 @@ def test_other_device_midway(telling: str) -> None:
     inputs = calls(3)
     with telling_of(compiled, telling, 3):
         outputs(compiled, inputs[:2])
-        model.to("meta")
+        compiled.to("meta")
         moved = {name: value.to("meta") for name, value in inputs[2].items()}
         unread = contextlib.nullcontext() if telling == "told" else pytest.raises(RuntimeError, match="meta")
         with unread, torch.no_grad():  # watched, the timestep is read, and meta tensors hold none

@@ -11,6 +11,7 @@ import torch
 from torch import Generator, Tensor, nn
 
 from dit_rewrite import RewrittenModule, compile
+from dit_rewrite.module import twin
 from dit_rewrite.policies import FORA
 from dit_rewrite.policy import Policy
 from examples.stdit import sincos
@@ -63,8 +64,8 @@ def build(layers: int = 2) -> TinyDiT:
 
 
 def rewritten(model: nn.Module, policy: Policy | None = None, **options: Any) -> RewrittenModule:
-    """The model under FORA(3) or another policy, its graphs run as they are."""
-    return compile(model, FORA(3) if policy is None else policy, backend="aot_eager", **options)
+    """A twin of the model under FORA(3) or another policy, its graphs run as they are."""
+    return compile(twin(model), FORA(3) if policy is None else policy, backend="aot_eager", **options)
 
 
 def condition(seed: int = 0) -> Tensor:

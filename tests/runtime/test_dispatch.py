@@ -16,7 +16,7 @@ from dit_rewrite.runtime.dispatch import Executable, Graph, Piece, Row, Wiring
 from dit_rewrite.runtime.inputs import Inputs
 from dit_rewrite.runtime.session import Observation, Session
 from dit_rewrite.runtime.stats import Stats
-from dit_rewrite.runtime.trajectory import Told
+from dit_rewrite.runtime.trajectory import Clock
 
 W = torch.tensor([3.0])
 
@@ -39,7 +39,7 @@ class Doubling:
         choose: Choose = after_first,
     ) -> None:
         self.session = Session(Stats())
-        self.session.tell(Told(9, None))
+        self.session.enter(Clock(9))
         self.admits, self.leak = admits, leak
         self.compiled: list[Row] = []
         site = SiteSpec("product", "mlp", 0, None, choose)
@@ -63,7 +63,8 @@ class Doubling:
 
     def __call__(self, x: float | Tensor, w: Tensor = W) -> list[Tensor]:
         args = [x if isinstance(x, Tensor) else torch.tensor([x]), w]
-        call = self.session.begin(Inputs(args[0], 0.0, ()))
+        self.time = getattr(self, "time", 0.0) - 1.0
+        call = self.session.begin(Inputs((args[0],), self.time, ()))
         outputs = self.graph(args)
         self.session.end(call)
         assert args == [], "AOTAutograd's inputs are let go"
@@ -188,7 +189,7 @@ class InPieces:
         self, reuse: Callable[[int, int], bool], admits: Callable[[Sequence[Any]], bool] | None = None
     ) -> None:
         self.session = Session(Stats())
-        self.session.tell(Told(9, None))
+        self.session.enter(Clock(9))
         self.admits = admits
         self.ran: list[str] = []
         sites = [SiteSpec(name, "mlp", 0, None, self.choose(i, reuse)) for i, name in enumerate(("first", "second"))]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -50,11 +52,15 @@ def test_nested_conditioning_and_what_is_no_tensor() -> None:
 
 
 def test_a_list_of_latents() -> None:
-    assert is_(read([X, C], T), X, T, C)
+    """All tensors of the first argument are latents, and none is conditioning."""
+    given = read([X, C], T, D)
+    assert is_(given, X, T, D)
+    assert given.latents == (X, C)
 
 
 def test_no_tensor_at_all() -> None:
-    assert read(None, 3) == Inputs(None, 3, ())
+    given = read(None, 3)
+    assert (given.latents, given.latent, given.timestep, given.conditioning) == ((), None, 3, ())
 
 
 @pytest.mark.parametrize("name", ["timestep", "timesteps", "t", "sigma", "noise_level"])
@@ -72,6 +78,56 @@ def test_a_timestep_of_none_is_passed_over() -> None:
 
 def test_the_timestep_is_not_conditioning_where_it_comes_twice() -> None:
     assert is_(read(X, T, [T, C]), X, T, C)
+
+
+@dataclasses.dataclass
+class Text:
+    tokens: Tensor
+    length: int = 4
+
+
+class Plain:
+    def __init__(self, tokens: Tensor) -> None:
+        self.tokens = tokens
+
+
+@pytest.mark.parametrize("kind", [Text, Plain, functools.partial(dict, a=1), SimpleNamespace], ids=str)
+def test_tensors_in_objects_are_seen(kind: Any) -> None:
+    given = kind(tokens=C) if kind is not Plain else Plain(C)
+    assert is_(read(X, T, given), X, T, C)
+    assert not read(X, T, given).opaque
+
+
+def test_tensors_behind_functions_are_seen() -> None:
+    def attend(scale: float = 2.0) -> Tensor:
+        return C * scale
+
+    assert is_(read(X, T, functools.partial(attend, D)), X, T, D)
+
+
+@pytest.mark.parametrize("value", [iter([C]), (C for _ in range(1)), object()], ids=["iterator", "generator", "object"])
+def test_objects_that_cannot_be_read_are_said(value: Any) -> None:
+    assert read(X, T, value).opaque
+    assert read(X, T, [value]).opaque
+
+
+@pytest.mark.parametrize(
+    ("a", "b"),
+    [
+        (1, 1.0),
+        (1, True),
+        ("a", "b"),
+        (None, 0),
+        ([1], (1,)),
+        ({"a": 1}, {"b": 1}),
+        (Text(C, 4), Text(C, 5)),
+        ([C], [C, C]),
+    ],
+    ids=str,
+)
+def test_what_is_no_tensor_counts_by_value(a: Any, b: Any) -> None:
+    assert read(X, T, a).rest == read(X, T, a).rest
+    assert read(X, T, a).rest != read(X, T, b).rest
 
 
 def test_arguments_without_names_are_conditioning() -> None:

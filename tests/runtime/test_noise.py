@@ -264,19 +264,8 @@ def test_no_noise() -> None:
     assert noise_levels(clean) == NoiseLevels((1.0, 0.0), (1.0, math.inf))
 
 
-def test_image_to_image() -> None:
-    """Step 0 is where the pipeline enters the schedule."""
-    scheduler = diffusers.FlowMatchEulerDiscreteScheduler()
-    scheduler.set_timesteps(6)
-    whole = levels_of(scheduler)
-    scheduler.set_begin_index(4)
-    assert levels_of(scheduler) == NoiseLevels(whole.sigmas[4:], whole.snrs[4:])
-    scheduler.set_timesteps(6)
-    assert levels_of(scheduler) == whole
-
-
 def test_at() -> None:
-    """A step outside the schedule has no noise level."""
+    """An entry outside the schedule has no noise level."""
     levels = NoiseLevels((2.0, 1.0), (0.25, 1.0))
     assert levels.at(1) == (1.0, 1.0)
     assert levels.at(2) == levels.at(-1) == (None, None)

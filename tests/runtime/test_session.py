@@ -10,31 +10,35 @@ from dit_rewrite.runtime.decide import Moment
 from dit_rewrite.runtime.inputs import Inputs
 from dit_rewrite.runtime.session import Call, Session
 from dit_rewrite.runtime.stats import Record, Stats
-from dit_rewrite.runtime.trajectory import Named, Stream, Told, Trajectory
+from dit_rewrite.runtime.trajectory import Clock, Named, Stream, Trajectory
 
 C = torch.zeros(1)
 
 
 def call(stream: Stream | None = None) -> Call:
-    return Call(Trajectory(None, 9, step=4), stream or Stream("main"))
+    return Call(Trajectory(None, step=4), stream or Stream("main"), given(0.0, 0.0))
 
 
 def given(x: float, time: float) -> Inputs:
-    return Inputs(torch.tensor([1.0, x]), time, (C,))
+    return Inputs((torch.tensor([1.0, x]),), time, (C,))
 
 
 def ran(session: Session, *graphs: int, layers: int = 0) -> list[Reason | None]:
     """One call of the model that runs these graphs; why the slots of each cannot be used."""
-    under_way = session.begin(given(0.0, 0.0))
+    ran.time -= 1.0  # type: ignore[attr-defined]
+    under_way = session.begin(given(0.0, ran.time))  # type: ignore[attr-defined]
     reasons = [under_way.enter(graph, 1)[2] for graph in graphs]
     under_way.layers = layers
     session.end(under_way)
     return reasons
 
 
+ran.time = 0.0  # type: ignore[attr-defined]
+
+
 def told() -> Session:
     session = Session(Stats())
-    session.tell(Told(9, None))
+    session.enter(Clock(9))
     return session
 
 
@@ -43,7 +47,7 @@ def test_occurrences_have_banks_of_their_own() -> None:
     entered = [under_way.enter(graph, 2) for graph in (0, 1, 1, 0, 1)]
     assert [occurrence for occurrence, _, _ in entered] == [0, 0, 1, 1, 2]
     assert len({id(bank) for _, bank, _ in entered}) == 5
-    again = Call(under_way.trajectory, under_way.stream)
+    again = Call(under_way.trajectory, under_way.stream, under_way.inputs)
     assert [again.enter(graph, 2)[1] for graph in (0, 1, 1, 0, 1)] == [bank for _, bank, _ in entered]
 
 
@@ -65,7 +69,7 @@ def test_a_changed_place_is_emptied() -> None:
     bank.store(0, (C,), step=0)
     session.end(under_way)
     ran(session, 1)
-    under_way = session.begin(given(0.0, 0.0))
+    under_way = session.begin(given(0.0, ran.time - 1))  # type: ignore[attr-defined]
     assert under_way.enter(0, 1) == (0, bank, Reason.CHANGED_GRAPH)
     assert (bank.values, bank.stamp) == ([None], None)
 
@@ -89,7 +93,7 @@ def test_layers_are_counted_over_the_graphs_of_a_call() -> None:
     assert under_way.moment == Moment(0, 9, 0, None, stream=stream)
     under_way.layers = 6
     session.end(under_way)
-    under_way = session.begin(given(0.0, 0.0))
+    under_way = session.begin(given(0.0, -1.0))
     assert under_way.moment == Moment(1, 9, 0, 6, stream=stream)
     under_way.layers = 2
     assert under_way.moment == Moment(1, 9, 2, 6, stream=stream)
@@ -109,7 +113,7 @@ def test_trajectories_are_counted_by_why_they_began() -> None:
     for x, time in ((0.0, 9.0), (0.1, 8.0), (0.2, 9.0), (0.3, 8.0)):
         session.end(session.begin(given(x, time)))
     assert session.stats.trajectories == {Reason.FIRST_CALL: 1, Reason.TIMESTEP_TURNED: 1}
-    session.tell(Told(2, None))
+    session.enter(Clock(2))
     session.end(session.begin(given(0.0, 9.0)))
     assert session.stats.trajectories == {Reason.FIRST_CALL: 1, Reason.TIMESTEP_TURNED: 1}, "told is no reason"
 
@@ -117,7 +121,7 @@ def test_trajectories_are_counted_by_why_they_began() -> None:
 def test_telling_twice() -> None:
     session = told()
     with pytest.raises(BadTrajectory, match="inside another. Leave the outer context first"):
-        session.tell(Told(2, None))
+        session.enter(Clock(2))
 
 
 @pytest.mark.parametrize("telling", ["told", "watched"])

@@ -1,4 +1,4 @@
-"""Told and watched trajectories on call sequences made by hand: step, stream, and why a trajectory began."""
+"""Marked and inferred trajectories on call sequences made by hand: step, stream, and why a trajectory began."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from dit_rewrite.errors import BadTrajectory, Reason
 from dit_rewrite.runtime.inputs import Inputs
-from dit_rewrite.runtime.trajectory import MAX_STREAMS, Named, Told, Trajectory, Watched
+from dit_rewrite.runtime.trajectory import Clock, ExplicitTrajectory, InferredTrajectory, Named, Trajectory
 
 NOBODY = Named()
 C, U = torch.zeros(3), torch.ones(3)
@@ -25,7 +25,7 @@ def latent(turn: float) -> Tensor:
 
 def inputs(turn: float, time: Any, *conditioning: Tensor) -> Inputs:
     timestep = torch.tensor(time) if isinstance(time, float) else time
-    return Inputs(latent(turn), timestep, conditioning or (C,))
+    return Inputs((latent(turn),), timestep, conditioning or (C,))
 
 
 class Seen:
@@ -37,79 +37,82 @@ class Seen:
 
     def __call__(self, given: Inputs, named: Named = NOBODY) -> tuple[Any, ...]:
         """Step and stream; before them, where a trajectory begins, why."""
-        trajectory, stream = self.place(given, named)
+        place = self.place(given, named)
+        trajectory, stream = place.trajectory, place.stream
         begun = () if trajectory is self.last else (trajectory.why,)
         self.last = trajectory
         return (*begun, trajectory.step, stream.name)
 
 
-# --- told -------------------------------------------------------------------------------------------------------------
+# --- marked by the caller ---------------------------------------------------------------------------------------------
 
 
 def told(num_steps: int | None = None, scheduler: Any = None) -> Seen:
-    return Seen(Told(num_steps, scheduler).place)
+    return Seen(ExplicitTrajectory(Clock(num_steps, scheduler)).place)
 
 
-def test_told_counts_steps_by_what_repeats() -> None:
+def test_a_step_is_a_timestep() -> None:
     see = told(9)
     assert see(inputs(0, 9.0, C)) == (None, 0, 0)
     assert see(inputs(0, 9.0, U)) == (0, 1)
-    assert see(inputs(0, 8.0, C)) == (1, 0)
-    assert see(inputs(0, 8.0, U)) == (1, 1)
-    assert see(inputs(0, 7.0, C)) == (2, 0)
-    assert see(inputs(0, 6.0, C)) == (3, 0)
+    assert see(inputs(0.1, 8.0, C)) == (1, 0)
+    assert see(inputs(0.1, 8.0, U)) == (1, 1)
+    assert see(inputs(0.2, 7.0, C)) == (2, 0)
+    assert see(inputs(0.3, 6.0, C)) == (3, 0)
+    assert see(inputs(0.4, 6.0, C)) == (3, 0), "the second evaluation of a second-order solver"
 
 
-def test_told_looks_at_neither_latent_nor_timestep() -> None:
+def test_steps_are_counted_where_no_timestep_is_known() -> None:
     see = told(9)
-    assert see(inputs(0, 9.0)) == (None, 0, 0)
-    assert see(inputs(0, 9.0)) == (1, 0)
-    assert see(inputs(3, 99.0)) == (2, 0)
-    assert see(Inputs(None, None, (C,))) == (3, 0)
+    assert see(Inputs((latent(0.0),), None, (C,))) == (None, 0, 0)
+    assert see(Inputs((latent(0.0),), None, (U,))) == (0, 1)
+    assert see(Inputs((latent(0.1),), None, (C,))) == (1, 0)
+    assert see(Inputs((latent(0.1),), None, (U,))) == (1, 1)
 
 
-def test_told_streams_by_name_whatever_the_conditioning() -> None:
+def test_a_timestep_that_goes_back_begins_another_trajectory() -> None:
     see = told(9)
-    assert see(inputs(0, 9.0, C), Named("cond")) == (None, 0, "cond")
-    assert see(inputs(0, 9.0, C), Named("uncond")) == (0, "uncond")
-    assert see(inputs(0, 9.0, U), Named("cond")) == (1, "cond")
+    see(inputs(0, 9.0))
+    see(inputs(0.1, 8.0))
+    assert see(inputs(0, 9.0)) == (Reason.TIMESTEP_TURNED, 0, 0)
+    assert see(inputs(0.1, 8.0)) == (1, 0)
 
 
-def test_told_steps_by_index() -> None:
+def test_steps_by_index() -> None:
     see = told(9)
     assert see(inputs(0, 9.0), Named("cond", step_index=0)) == (None, 0, "cond")
     assert see(inputs(0, 9.0), Named("cond", step_index=4)) == (4, "cond")
-    assert see(inputs(0, 9.0), Named("cond", step_index=4)) == (4, "cond")
+    assert see(inputs(0, 9.0), Named("uncond", step_index=4)) == (4, "uncond")
+    assert see(inputs(0, 9.0), Named("cond", step_index=2)) == (Reason.TIMESTEP_TURNED, 2, "cond")
 
 
-def test_told_step_that_goes_back_is_another_trajectory() -> None:
-    """Its values would be of a negative age."""
-    see = told(9)
-    see(inputs(0, 9.0), Named("cond", step_index=0))
-    see(inputs(0, 9.0), Named("cond", step_index=3))
-    assert see(inputs(0, 9.0), Named("cond", step_index=2)) == (None, 2, "cond")
+def test_the_number_of_steps() -> None:
+    scheduler = SimpleNamespace(timesteps=[9.0, 8.0, 8.0, 7.0])
+    for explicit, expected in ((None, 3), (5, 5)):
+        trajectory = ExplicitTrajectory(Clock(explicit, scheduler)).place(inputs(0, 9.0), NOBODY).trajectory
+        assert trajectory.num_steps == expected
+    assert ExplicitTrajectory(Clock()).place(inputs(0, 1.0), NOBODY).trajectory.num_steps is None
+    named = Named("cond", num_inference_steps=4)
+    assert ExplicitTrajectory(Clock()).place(inputs(0, 1.0), named).trajectory.num_steps == 4
 
 
-def test_told_number_of_steps() -> None:
-    scheduler = SimpleNamespace(timesteps=range(5))
-    assert Told(3, scheduler).place(inputs(0, 1.0), NOBODY)[0].num_steps == 3
-    assert Told(None, None).place(inputs(0, 1.0), NOBODY)[0].num_steps is None
-    late = Told(None, scheduler)
-    scheduler.timesteps = range(7)
-    assert late.place(inputs(0, 1.0), NOBODY)[0].num_steps == 7
-    scheduler.timesteps = range(9)
-    assert late.place(inputs(0, 1.0), NOBODY)[0].num_steps == 7, "read once"
-    for number in (0, -1):
-        with pytest.raises(BadTrajectory, match="num_steps >= 1"):
-            Told(number, None)
+@pytest.mark.parametrize("given", [{"num_steps": 0}, {"num_steps": -1}, {"num_steps": True}, {"num_steps": object()}])
+def test_numbers_of_steps_that_are_none(given: dict[str, Any]) -> None:
+    with pytest.raises(BadTrajectory, match="num_steps"):
+        Clock(**given)
 
 
-def test_told_conditioning_by_value() -> None:
+def test_a_scheduler_without_timesteps() -> None:
+    with pytest.raises(BadTrajectory, match="has no timesteps"):
+        Clock(scheduler=object())
+
+
+def test_conditioning_by_value() -> None:
     see = told(9)
     see(inputs(0, 9.0, C, U))
     assert see(inputs(0, 9.0, U, C)) == (0, 1)
-    assert see(inputs(0, 9.0, C.clone(), U)) == (1, 0)
-    assert see(inputs(0, 9.0, U.clone(), C.clone())) == (1, 1)
+    assert see(inputs(0.1, 8.0, C.clone(), U)) == (1, 0)
+    assert see(inputs(0.1, 8.0, U.clone(), C.clone())) == (1, 1)
 
 
 @pytest.mark.parametrize(
@@ -117,34 +120,40 @@ def test_told_conditioning_by_value() -> None:
     [(C,), (C, C), (C.double(), U), (C.to("meta"), U), (C[:2], U), (torch.full((3,), torch.nan), U)],
     ids=["count", "value", "dtype", "device", "shape", "nan"],
 )
-def test_told_conditioning_that_differs(other: tuple[Tensor, ...]) -> None:
+def test_conditioning_that_differs(other: tuple[Tensor, ...]) -> None:
     see = told(9)
     see(inputs(0, 9.0, C, U))
     assert see(inputs(0, 9.0, *other)) == (0, 1)
 
 
 def test_conditioning_that_was_written_to_is_another() -> None:
-    """Neither the object itself, nor another that now equals it, is what the stream was conditioned by."""
+    """Neither the object itself, nor another that now equals it, is the stream's conditioning."""
     see, given = told(9), torch.zeros(3)
     see(inputs(0, 9.0, given))
     given.add_(1)
     assert see(inputs(0, 9.0, torch.ones(3))) == (0, 1)
-    assert see(inputs(0, 9.0, given)) == (1, 1), "equal to the second stream's, by value"
+    assert see(inputs(0.1, 8.0, given)) == (1, 1), "equal to the second stream's, by value"
 
 
-def test_the_oldest_stream_goes() -> None:
-    trajectory = Trajectory(None)
-    names = [trajectory.stream(name).name for name in range(MAX_STREAMS + 1)]
-    assert list(trajectory.streams) == names[1:]
-    assert trajectory.stream(5) is trajectory.streams[5]
-    assert trajectory.new_name() == 0
+def test_a_denoiser_that_joins_late_shares_the_clock() -> None:
+    """The second expert of a pipeline starts in the middle of the schedule, without values."""
+    scheduler = SimpleNamespace(timesteps=torch.tensor([9.0, 8.0, 7.0, 6.0]))
+    clock = Clock(scheduler=scheduler)
+    first, second = Seen(ExplicitTrajectory(clock).place), Seen(ExplicitTrajectory(clock).place)
+    t = scheduler.timesteps
+    assert first(inputs(0, t[0])) == (None, 0, 0)
+    assert first(inputs(0.1, t[1])) == (1, 0)
+    assert second(inputs(0.2, t[2])) == (None, 2, 0)
+    assert second(inputs(0.3, t[3])) == (3, 0)
+    assert first(inputs(0.0, t[0])) == (Reason.TIMESTEP_TURNED, 0, 0)
+    assert second(inputs(0.2, t[2])) == (None, 2, 0)
 
 
 # --- watched ----------------------------------------------------------------------------------------------------------
 
 
 def watched() -> Seen:
-    return Seen(Watched().place)
+    return Seen(InferredTrajectory().place)
 
 
 def test_watched_falls_and_rises() -> None:
@@ -157,10 +166,10 @@ def test_watched_falls_and_rises() -> None:
 
 @pytest.mark.parametrize("timestep", [3, 3.0, torch.tensor([3.0, 3.0]), torch.tensor(3), None], ids=str)
 def test_watched_timesteps_of_any_kind(timestep: Any) -> None:
-    """A timestep may stand still, as in Heun's method, or be unknown."""
+    """One that stands still from the first call on proves nothing: it may be another picture of one step."""
     see = watched()
-    assert see(Inputs(latent(0), timestep, (C,))) == (Reason.FIRST_CALL, 0, 0)
-    assert see(Inputs(latent(0.1), timestep, (C,))) == (1, 0)
+    assert see(Inputs((latent(0),), timestep, (C,))) == (Reason.FIRST_CALL, 0, 0)
+    assert see(Inputs((latent(0.1),), timestep, (C,))) == (Reason.TIMESTEP_STILL, 0, 0)
 
 
 @pytest.mark.parametrize(
@@ -173,7 +182,6 @@ def test_watched_timesteps_of_any_kind(timestep: Any) -> None:
         (math.pi / 2, 7.0, Reason.NEW_LATENT),
         (math.nan, 7.0, Reason.NEW_LATENT),
         (0.2, 7.0, None),
-        (0.2, 8.0, None),
     ],
 )
 def test_watched_third_call(turn: float, time: float, why: Reason | None) -> None:
@@ -181,6 +189,15 @@ def test_watched_third_call(turn: float, time: float, why: Reason | None) -> Non
     see(inputs(0.0, 9.0))
     see(inputs(0.1, 8.0))
     assert see(inputs(turn, time)) == ((2, 0) if why is None else (why, 0, 0))
+
+
+def test_watched_second_evaluation() -> None:
+    """A second-order solver calls twice at a timestep, and the step is one."""
+    see = watched()
+    see(inputs(0.0, 9.0))
+    see(inputs(0.1, 8.0))
+    assert see(inputs(0.2, 8.0)) == (1, 0)
+    assert see(inputs(0.3, 7.0)) == (2, 0)
 
 
 def test_watched_conditioning() -> None:
@@ -196,16 +213,16 @@ def test_watched_conditioning() -> None:
 def test_watched_latent_of_another_shape() -> None:
     see = watched()
     see(inputs(0.0, 9.0))
-    assert see(Inputs(torch.ones(3), torch.tensor(8.0), (C,))) == (Reason.NEW_LATENT, 0, 0)
-    assert see(Inputs(1.1 * torch.ones(3), torch.tensor(7.0), (C,))) == (1, 0)
-    assert see(Inputs(torch.ones(3).double(), torch.tensor(6.0), (C,))) == (Reason.NEW_LATENT, 0, 0)
+    assert see(Inputs((torch.ones(3),), torch.tensor(8.0), (C,))) == (Reason.NEW_LATENT, 0, 0)
+    assert see(Inputs((1.1 * torch.ones(3),), torch.tensor(7.0), (C,))) == (1, 0)
+    assert see(Inputs((torch.ones(3).double(),), torch.tensor(6.0), (C,))) == (Reason.NEW_LATENT, 0, 0)
 
 
 def test_watched_latent_of_zeros_proves_nothing() -> None:
     """The change relative to it is 0 / 0."""
     see = watched()
-    see(Inputs(torch.zeros(3), torch.tensor(9.0), (C,)))
-    assert see(Inputs(torch.zeros(3), torch.tensor(8.0), (C,))) == (Reason.NEW_LATENT, 0, 0)
+    see(Inputs((torch.zeros(3),), torch.tensor(9.0), (C,)))
+    assert see(Inputs((torch.zeros(3),), torch.tensor(8.0), (C,))) == (Reason.NEW_LATENT, 0, 0)
 
 
 def test_watched_streams_share_latent_and_timestep() -> None:
@@ -251,10 +268,10 @@ def test_watched_holds_a_copy_of_the_latent() -> None:
     see, x = watched(), latent(0.0)
     for turn, expected in ((0.0, (Reason.FIRST_CALL, 0, 0)), (0.1, (1, 0)), (2.0, (Reason.NEW_LATENT, 0, 0))):
         x.copy_(latent(turn))
-        assert see(Inputs(x, torch.tensor(9.0 - turn), (C,))) == expected
+        assert see(Inputs((x,), torch.tensor(9.0 - turn), (C,))) == expected
 
 
 def test_watched_without_any_tensor_never_goes_on() -> None:
     see = watched()
-    assert see(Inputs(None, None, ())) == (Reason.FIRST_CALL, 0, 0)
-    assert see(Inputs(None, None, ())) == (Reason.NEW_LATENT, 0, 0)
+    assert see(Inputs((), None, ())) == (Reason.FIRST_CALL, 0, 0)
+    assert see(Inputs((), None, ())) == (Reason.NEW_LATENT, 0, 0)

@@ -1,0 +1,152 @@
+"""A diffusers pipeline in one line: its denoisers are rewritten, and each call of it is a trajectory.
+
+As with modules, the pipeline stays the user's object, and its class becomes a subclass of what it was.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import warnings
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+
+from dit_rewrite.compile import compile
+from dit_rewrite.errors import NoTransformer, NotRewritten, Reason
+from dit_rewrite.module import RewrittenModule, backend_of, detach, inside, needs_noise, subclass, unwrapped
+from dit_rewrite.policies import as_policy
+from dit_rewrite.policy import Policy
+from dit_rewrite.runtime.clock import Clock
+from dit_rewrite.runtime.stats import Stats
+
+_STATE = "_dit_rewrite"
+_PREFIX = "transformer"  # what diffusers calls denoisers: transformer, transformer_2, …
+
+
+@dataclass
+class _Enabled:
+    """What `enable` adds to a pipeline."""
+
+    plain: type
+    quiet: bool
+    reported: set[str] = field(default_factory=set)
+
+
+class EnabledPipeline:
+    """The call of a pipeline that was given to `enable`."""
+
+    def __copy__(self) -> Any:
+        """A copy shares the components, and is enabled too."""
+        copied = object.__new__(type(self))
+        copied.__dict__.update(self.__dict__)
+        return copied
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Deep copies and pickles are of the plain class."""
+        plain = self.__dict__[_STATE].plain
+        function, arguments, state, *rest = super().__reduce_ex__(protocol)  # type: ignore[misc]
+        arguments = tuple(plain if argument is type(self) else argument for argument in arguments)
+        if isinstance(state, dict):
+            state = {name: value for name, value in state.items() if name != _STATE}
+        return (function, arguments, state, *rest)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the pipeline: one trajectory of its denoisers, with one clock for all of them."""
+        models = [model for model in denoisers(self).values() if isinstance(model, RewrittenModule)]
+        free = [model for model in models if backend_of(model).session.explicit is None]
+        scheduler = getattr(self, "scheduler", None)
+        clock = Clock(scheduler=scheduler, noise=any(map(needs_noise, free)))
+        before = [model.stats() for model in free]
+        with contextlib.ExitStack() as stack:
+            for model in free:
+                stack.enter_context(inside(model, clock))
+            output = super().__call__(*args, **kwargs)  # type: ignore[misc]
+        _report(self.__dict__[_STATE], free, before)
+        return output
+
+
+def enable(pipe: Any, policy: Policy | str | None = None, *, quiet: bool = False, **options: Any) -> Any:
+    """Rewrite every denoiser of a diffusers pipeline in place, and open a trajectory around each call of it.
+
+    Returns `pipe` itself. `options` are those of `compile`. Without a `policy` the denoisers stay as they were
+    rewritten before, as those of a pipeline made by `from_pipe`. After the first run one line on stderr says what was
+    reused, unless `quiet`; a run that reuses nothing is warned of. `restore` undoes it.
+
+    Raises NoTransformer where the pipeline has no denoiser, NotRewritten where there is no policy, and what `compile`
+    raises.
+    """
+    found = denoisers(pipe)
+    if not found:
+        modules = [name for name, part in getattr(pipe, "components", {}).items() if isinstance(part, nn.Module)]
+        raise NoTransformer(type(pipe).__name__, modules)
+    if policy is None and not all(isinstance(model, RewrittenModule) for model in found.values()):
+        raise NotRewritten(type(pipe).__name__)
+    policy = None if policy is None else as_policy(policy)
+    for name, model in found.items() if policy is not None else ():
+        rewritten = compile(model, policy, **options)
+        if rewritten is not getattr(pipe, name):  # it was wrapped by torch.compile
+            setattr(pipe, name, rewritten)
+    plain = type(pipe) if _STATE not in pipe.__dict__ else pipe.__dict__[_STATE].plain
+    pipe.__class__ = subclass(plain, EnabledPipeline)
+    pipe.__dict__[_STATE] = _Enabled(plain, quiet)
+    return pipe
+
+
+def disable(pipe: Any) -> Any:
+    """Undo `enable`."""
+    for model in denoisers(pipe).values():
+        detach(model)
+    state = pipe.__dict__.pop(_STATE, None)
+    if state is not None:
+        pipe.__class__ = state.plain
+    return pipe
+
+
+def denoisers(pipe: Any) -> dict[str, nn.Module]:
+    """The denoisers of a pipeline, by the names of the components."""
+    names = [name for name in getattr(pipe, "components", {}) if name.startswith(_PREFIX)]
+    parts = {name: unwrapped(getattr(pipe, name, None)) for name in names}
+    return {name: part for name, part in parts.items() if isinstance(part, nn.Module)}
+
+
+def _report(state: _Enabled, models: list[RewrittenModule], before: list[Stats]) -> None:
+    """Say once what a run reused; and once for each reason why it reused nothing."""
+    runs = [model.stats().since(earlier) for model, earlier in zip(models, before, strict=True)]
+    policies = [backend_of(model).policy for model in models]
+    total, reused = sum(run.computed + run.reused for run in runs), sum(run.reused for run in runs)
+    if not total or not any(policy.rules for policy in policies):
+        return
+    misses = sum((run.misses for run in runs), Counter[Reason]())
+    if not reused:
+        reason = why_nothing(runs)
+        if reason not in state.reported:
+            state.reported.add(reason)
+            warnings.warn(f"{policies[0]}: none of {total} values was reused: {reason}", stacklevel=3)
+    elif not state.quiet and not state.reported:
+        state.reported.add("")
+        line = f"{policies[0]}: {reused / total:.0%} of {total} values reused, {misses.total()} misses"
+        print(line, file=sys.stderr)
+
+
+_REMEDY = {
+    Reason.NEW_CONDITIONING: "make the prompt embeddings once, before the sampler's loop",
+    Reason.NOT_CAPTURED: "raise torch._dynamo.config.recompile_limit, or find out why it recompiles: TORCH_LOGS=recompiles",
+    Reason.UNREADABLE_INPUT: "pass tensors, numbers, containers or dataclasses of them",
+    Reason.NOISE_UNKNOWN: "use a scheduler with alphas_cumprod or sigmas",
+    Reason.TOTAL_UNKNOWN: "tell the number of steps: model.trajectory(num_steps=...)",
+}
+
+
+def why_nothing(runs: list[Stats]) -> str:
+    """The most frequent reason why nothing was reused, and what to do about it."""
+    for counts in ([run.misses for run in runs], [run.streams for run in runs]):
+        together = sum(counts, Counter[Reason]())
+        if together:
+            reason = together.most_common(1)[0][0]
+            return f"{reason}; {_REMEDY.get(reason, 'print(pipe.transformer.stats()) lists all reasons')}"
+    decided = Counter(reason for run in runs for record in run.records for reason in record.reasons)
+    reason = decided.most_common(1)[0][0] if decided else Reason.UNREACHED
+    return f"{reason}; {_REMEDY.get(reason, 'print(pipe.transformer.explain()) shows the guards')}"

@@ -1,0 +1,248 @@
+"""The module that `compile` returns: the user's own object, of a class made of its own.
+
+As torch's `fully_shard` does, the object's class is replaced by a subclass of it with the same name. So `isinstance`,
+`state_dict`, `save_pretrained`, hooks and LoRA adapters work as before. Copies and pickles are of the plain class.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import cache
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+from torch._dynamo.eval_frame import OptimizedModule
+from torch._dynamo.exc import BackendCompilerFailed
+from torch.utils._pytree import tree_leaves
+
+from dit_rewrite.backend import Backend
+from dit_rewrite.errors import (
+    DitRewriteError,
+    GradientsNeeded,
+    NoiseUnknown,
+    NoSites,
+    NotCaptured,
+    NotRewritten,
+    PlanMismatch,
+    Reason,
+)
+from dit_rewrite.lowering import isolated
+from dit_rewrite.passes.capture import one_graph
+from dit_rewrite.passes.guards import NOISE
+from dit_rewrite.report import Report
+from dit_rewrite.runtime.clock import Clock, Named
+from dit_rewrite.runtime.inputs import Reader
+from dit_rewrite.runtime.stats import Stats
+
+_STATE = "_dit_rewrite"  # the attribute of a rewritten module that holds its Rewrite
+Module = TypeVar("Module", bound=nn.Module)
+
+
+@dataclass
+class Rewrite:
+    """What `compile` adds to a module. ``run`` is its compiled call, ``checked`` the graphs that the policy was checked
+    against; ``compiled_before`` is what `Module.compile` had set."""
+
+    plain: type[nn.Module]
+    backend: Backend
+    run: Callable[..., Any]
+    reader: Reader
+    compiled_before: Any = None
+    checked: int = 0
+
+
+class RewrittenModule(nn.Module):
+    """The methods of a denoiser that was given to `compile`."""
+
+    @property
+    def _rewrite(self) -> Rewrite:
+        return self.__dict__[_STATE]  # type: ignore[no-any-return]
+
+    @property
+    def _backend(self) -> Backend:
+        return self._rewrite.backend
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Copies and pickles are of the plain class, and hold no compiled code."""
+        plain = self._rewrite.plain
+        function, arguments, state, *rest = super().__reduce_ex__(protocol)
+        arguments = tuple(plain if argument is type(self) else argument for argument in arguments)
+        if isinstance(state, dict):
+            state = {name: value for name, value in state.items() if name != _STATE}
+        return (function, arguments, state, *rest)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """One call of the denoiser: a step of one stream of the present trajectory. For inference only.
+
+        Raises GradientsNeeded where autograd would record it, NoSites where the policy has nothing to work on.
+        """
+        rewrite = self._rewrite
+        _refuse_gradients(self, args, kwargs)
+        session = rewrite.backend.session
+        call = session.begin(rewrite.reader.read(args, kwargs))
+        try:
+            with one_graph():
+                output = rewrite.run(*args, **kwargs)
+        except BaseException as error:
+            session.abandon(call)
+            if isinstance(error, BackendCompilerFailed) and isinstance(error.inner_exception, DitRewriteError):
+                raise error.inner_exception from None
+            raise
+        session.end(call)
+        if rewrite.checked != len(rewrite.backend.rewritten):
+            rewrite.checked = len(rewrite.backend.rewritten)
+            _check_policy(rewrite)
+        return output
+
+    @contextlib.contextmanager
+    def trajectory(self, num_steps: int | None = None, scheduler: Any = None) -> Iterator[None]:
+        """Mark that the calls inside are one run of the sampler.
+
+        `scheduler` says at which step each call is, and its noise; its timesteps are read at the first call, and may be
+        set inside the context. `num_steps` is needed without one only. A call whose timestep goes back begins another
+        trajectory. Raises BadTrajectory inside another trajectory or for arguments that do not fit, and NoiseUnknown
+        where the policy needs the SNR and there is no scheduler to say it.
+        """
+        clock = Clock(num_steps, scheduler, noise=needs_noise(self))
+        with inside(self, clock):
+            yield
+
+    @contextlib.contextmanager
+    def cache_context(self, name: str, **fields: Any) -> Iterator[None]:
+        """Name the stream ("cond", "uncond", …) of the calls inside, as diffusers' pipelines do.
+
+        Of the `fields` of diffusers' CacheContext, `step_index` (from 0), `sigma`, `num_inference_steps` and
+        `timestep` are read; others are left aside. A hook of diffusers that is on the model sees them all.
+        """
+        session = self._backend.session
+        known = {field: value for field, value in fields.items() if field in Named.__dataclass_fields__}
+        before, session.named = session.named, Named(name, **known)
+        theirs = getattr(super(), "cache_context", None)
+        try:
+            with theirs(name, **fields) if theirs is not None else contextlib.nullcontext():
+                yield
+        finally:
+            session.named = before
+
+    def explain(self) -> Report:
+        """What was found and rewritten. Raises NotCaptured before the first call."""
+        backend = self._backend
+        if not backend.rewritten:
+            raise NotCaptured("explain()")
+        return Report(backend.policy, tuple(backend.rewritten), Counter(backend.session.ran))
+
+    def stats(self) -> Stats:
+        """A copy of the counts so far; its rows of decisions are shared."""
+        backend = self._backend
+        return backend.stats.copy(cache_bytes=backend.session.cache_bytes())
+
+    def reset(self) -> None:
+        """Forget all trajectories and their cached values (of the calling thread)."""
+        self._backend.session.forget()
+        self._backend.stats.begin(Reason.RESET)
+
+
+def _refuse_gradients(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+    if not torch.is_grad_enabled():
+        return
+    if any(p.requires_grad for p in model.parameters()):
+        raise GradientsNeeded("a parameter of the model")
+    if any(isinstance(a, torch.Tensor) and a.requires_grad for a in tree_leaves((args, dict(kwargs)))):
+        raise GradientsNeeded("an input")
+
+
+def _check_policy(rewrite: Rewrite) -> None:
+    """After a call that captured graphs: a policy that can do nothing in them is not passed over in silence."""
+    backend, name = rewrite.backend, rewrite.plain.__name__
+    if not backend.policy.rules:
+        return
+    if not any(r.found.sites for r in backend.rewritten):
+        refused = [f"{p.path or p.node}: {p.reason}" for r in backend.rewritten for p in r.found.refused]
+        raise NoSites(name, refused)
+    present = [backend.rewritten[i] for i in set(backend.session.ran)]
+    if not backend.force and not any(r.reached for r in present):
+        warnings.warn(f"{backend.policy} reaches no site of {name} as it is now", stacklevel=4)
+
+
+def needs_noise(model: nn.Module) -> bool:
+    """Whether the policy of a rewritten module reads noise levels."""
+    return bool(backend_of(model).policy.mentions & NOISE)
+
+
+@contextlib.contextmanager
+def inside(model: nn.Module, clock: Clock) -> Iterator[None]:
+    """The calls of a rewritten module inside belong to trajectories of this clock."""
+    backend = backend_of(model)
+    policy = backend.policy
+    if clock.scheduler is None and "snr" in policy.mentions:
+        raise NoiseUnknown(policy, clock.scheduler)
+    if policy.made_for is not None and clock.told_steps not in (None, policy.made_for.steps):
+        raise PlanMismatch(
+            f"{policy} was made for {policy.made_for.steps} steps, not {clock.told_steps}.", "Search again."
+        )
+    backend.session.enter(clock)
+    try:
+        yield
+    finally:
+        backend.session.leave()
+
+
+def backend_of(model: nn.Module) -> Backend:
+    """The backend of a rewritten module. Raises NotRewritten for a plain one."""
+    if not isinstance(model, RewrittenModule):
+        raise NotRewritten(type(model).__name__)
+    return model._backend
+
+
+@cache
+def subclass(plain: type, mixin: type) -> type:
+    """The class of objects that were of class `plain` and have the methods of `mixin`: one for each.
+
+    It equals `plain`: code that looks up the exact class of an object, as diffusers' `from_pipe` does to see whether a
+    component fits, takes it for that.
+    """
+    meta = type(plain)
+    same = {"__eq__": lambda cls, other: other is cls or other is plain, "__hash__": lambda cls: hash(plain)}
+    names = {"__module__": plain.__module__, "__qualname__": plain.__qualname__, "__doc__": plain.__doc__}
+    return type(meta.__name__, (meta,), same)(plain.__name__, (mixin, plain), names)  # type: ignore[no-any-return]
+
+
+def attach(model: Module, backend: Backend, fullgraph: bool = False, dynamic: bool | None = None) -> Module:
+    """Rewrite a module in place: its captured graphs go through `backend`. A rewrite that it has is exchanged."""
+    detach(model)
+    plain, compiled_before = type(model), model._compiled_call_impl
+    model._compiled_call_impl = None
+    optimized = isolated(model, backend, fullgraph, dynamic)
+    # OptimizedModule's own `forward` runs the module's hooks outside of Dynamo, and captures what they call
+    rewrite = Rewrite(plain, backend, optimized.forward, Reader(model.forward), compiled_before)
+    model.__class__ = subclass(plain, RewrittenModule)
+    model.__dict__[_STATE] = rewrite
+    return model
+
+
+def detach(model: Module) -> Module:
+    """Undo `attach`; a module without a rewrite stays as it is."""
+    rewrite = model.__dict__.pop(_STATE, None)
+    if rewrite is not None:
+        model.__class__ = rewrite.plain
+        model._compiled_call_impl = rewrite.compiled_before
+    return model
+
+
+def unwrapped(model: Any) -> Any:
+    """The module under `torch.compile`."""
+    while isinstance(model, OptimizedModule):
+        model = model._orig_mod
+    return model
+
+
+def twin(model: Module) -> Module:
+    """A plain copy of a module that shares its parameters and buffers."""
+    shared = [*model.parameters(), *model.buffers()]
+    return copy.deepcopy(unwrapped(model), {id(tensor): tensor for tensor in shared})

@@ -1,0 +1,143 @@
+"""A scheduler's timesteps, and where among them a call is.
+
+A step is a timestep, not an entry: a second-order sampler (Heun, PNDM) lists a timestep twice and calls the denoiser
+at both entries. Where a call is, is read from what the sampler does and never counted: from the timestep's memory (a
+pipeline passes ``scheduler.timesteps[i]``, expanded), from its value where that lies on the CPU, or from the
+scheduler's own `step_index`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dit_rewrite.runtime.noise import NoiseLevels, noise_levels, setting
+
+# How pipelines hand on a timestep t of a scheduler with n training steps.
+_UNITS: tuple[Callable[[float, float], float], ...] = (
+    lambda t, n: t,
+    lambda t, n: t / n,
+    lambda t, n: 1 - t / n,
+)
+
+
+class Schedule:
+    """The timesteps of a scheduler as they were set, read once: of a schedule on a GPU that is one device read."""
+
+    def __init__(self, scheduler: Any, noise: bool) -> None:
+        """`noise`: also read the noise levels."""
+        self.scheduler = scheduler
+        self.tensor = scheduler.timesteps
+        self.times = [float(t) for t in torch.as_tensor(self.tensor).tolist()]
+        self.levels: NoiseLevels | None = noise_levels(scheduler) if noise else None
+        self._ranks = _ranks(self.times)
+        self._stepped: tuple[int, float | None] | None = None  # the scheduler's step_index, and the timestep then
+        self._unit: Sequence[float] | None = None  # the timesteps in the unit that the model is given
+
+    @property
+    def begin_index(self) -> int | None:
+        """The entry at which the scheduler was told to begin; None where it was not told."""
+        begin = getattr(self.scheduler, "begin_index", None)
+        return begin if isinstance(begin, int) else None
+
+    @property
+    def is_current(self) -> bool:
+        """Whether the scheduler still has these timesteps, and was not set anew."""
+        return self.scheduler.timesteps is self.tensor
+
+    def rank(self, entry: int) -> int:
+        """The step of an entry: how many distinct timesteps lie before it."""
+        return self._ranks[min(entry, len(self._ranks) - 1)]
+
+    def repeats(self, entry: int) -> bool:
+        """Whether the schedule lists the timestep of an entry more than once."""
+        return self._ranks.count(self.rank(entry)) > 1
+
+    def entry_at(self, rank: int) -> int:
+        """The first entry of a step; -1 where there is none."""
+        return self._ranks.index(rank) if 0 <= rank < self.num_steps else -1
+
+    @property
+    def num_steps(self) -> int:
+        """How many distinct timesteps there are."""
+        return self._ranks[-1] + 1 if self._ranks else 0
+
+    def entry(self, timestep: Tensor | float | None, last: int | None) -> int | None:
+        """The entry of a call; None where it cannot be told.
+
+        `last` is the entry of the call before: of several that fit, a sampler is at the first that is not before it.
+        """
+        if isinstance(timestep, Tensor) and isinstance(self.tensor, Tensor):
+            place = _place_in(self.tensor, timestep)
+            if place is not None:
+                return place
+        value = on_host(timestep)
+        index = self._step_index(value)
+        fitting = self._of_value(timestep, value) if value is not None else []
+        if index is not None and (not fitting or index in fitting):
+            return index
+        if not fitting:
+            return None
+        return next((i for i in fitting if last is None or i >= last), fitting[0])
+
+    def _step_index(self, value: float | None) -> int | None:
+        """What the scheduler says; None where it stays the same though the timestep moves: another one is stepped."""
+        index = getattr(self.scheduler, "step_index", None)
+        if not isinstance(index, int) or not 0 <= index < len(self.times):
+            return None
+        before, self._stepped = self._stepped, (index, value)
+        stays = before is not None and before[0] == index
+        if stays and before is not None and None not in (value, before[1]) and value != before[1]:
+            self._stepped = before
+            return None
+        return index
+
+    def _of_value(self, timestep: Tensor | float | None, value: float) -> list[int]:
+        """The entries whose timestep is `value`, in the unit in which the first call had one."""
+        total = setting(self.scheduler, "num_train_timesteps")
+        total = float(total) if isinstance(total, int | float) else 1000.0
+        coarse = isinstance(timestep, Tensor) and timestep.is_floating_point() and timestep.dtype.itemsize < 4
+        precision = torch.finfo(timestep.dtype).eps if coarse else 1e-6  # type: ignore[union-attr]
+        for unit in (self._unit,) if self._unit is not None else ([f(t, total) for t in self.times] for f in _UNITS):
+            scale = max(map(abs, unit), default=0.0)
+            fitting = [i for i, t in enumerate(unit) if abs(t - value) <= precision * scale]
+            if fitting:
+                self._unit = unit
+                nearest = min(abs(unit[i] - value) for i in fitting)
+                return fitting if coarse else [i for i in fitting if abs(unit[i] - value) == nearest]
+        return []
+
+
+def _ranks(times: Sequence[float]) -> list[int]:
+    ranks = [0]
+    for before, now in pairwise(times):
+        ranks.append(ranks[-1] + (now != before))
+    return ranks if times else []
+
+
+def _place_in(schedule: Tensor, timestep: Tensor) -> int | None:
+    """The entry of `schedule` whose memory `timestep` shows, expanded or not; read from addresses, not the device."""
+    if timestep.dtype != schedule.dtype or timestep.device != schedule.device or schedule.ndim != 1:
+        return None
+    if any(stride and size > 1 for stride, size in zip(timestep.stride(), timestep.shape, strict=True)):
+        return None
+    if timestep.numel() == 0 or timestep.untyped_storage().data_ptr() != schedule.untyped_storage().data_ptr():
+        return None
+    offset = timestep.storage_offset() - schedule.storage_offset()
+    entry, rest = divmod(offset, schedule.stride(0) or 1)
+    return entry if rest == 0 and 0 <= entry < len(schedule) else None
+
+
+def on_host(timestep: Any) -> float | None:
+    """A timestep's value, where reading it waits for no device. Of a time for each frame or token the largest."""
+    if isinstance(timestep, (int, float)):
+        return float(timestep)
+    if not isinstance(timestep, Tensor) or timestep.device.type != "cpu" or timestep.numel() == 0:
+        return None
+    if timestep.numel() == 1 or not any(timestep.stride()):
+        return timestep.flatten()[0].item()  # type: ignore[no-any-return]
+    return timestep.max().item()  # type: ignore[no-any-return]
