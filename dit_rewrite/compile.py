@@ -38,8 +38,7 @@ def compile(
 ) -> Any:
     """Compile a diffusion transformer so that its residual branches are computed or reused as `policy` says.
 
-    Returns `model` itself, with the methods of RewrittenModule: its class is now a subclass of what it was. Its copies
-    are plain. Compiling again exchanges the policy, and `restore` undoes it. A model that was given to torch.compile is
+    Returns `model` itself, with the methods of RewrittenModule. Its copies are plain. Compiling again exchanges the policy, and `restore` undoes it. A model that was given to torch.compile is
     unwrapped. A diffusers pipeline is given to `enable`. `policy` may be text, such as ``"fora:interval=3"``.
 
     `backend` lowers the rewritten graphs: "inductor" (with torch.compile's `mode` and `options`), "aot_eager" (runs
@@ -74,7 +73,7 @@ def compile(
 
 
 def restore(model: Any) -> Any:
-    """Undo `compile` on a model, or `enable` on a pipeline: returns the same object, of the class that it had."""
+    """Undo `compile` on a model, or `enable` on a pipeline; returns the same object."""
     if is_pipeline(model):
         from dit_rewrite.enable import disable
 

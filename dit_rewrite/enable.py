@@ -1,22 +1,24 @@
 """A diffusers pipeline in one line: its denoisers are rewritten, and each call of it is a trajectory.
 
-As with modules, the pipeline stays the user's object, and its class becomes a subclass of what it was.
+The pipeline stays the user's object. Its class becomes a subclass of what it was, as torch's `fully_shard` does it.
 """
 
 from __future__ import annotations
 
 import contextlib
 import sys
+import types
 import warnings
 from collections import Counter
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 from torch import nn
 
 from dit_rewrite.compile import compile
 from dit_rewrite.errors import NoTransformer, NotRewritten, Reason
-from dit_rewrite.module import RewrittenModule, backend_of, detach, inside, needs_noise, subclass, unwrapped
+from dit_rewrite.module import RewrittenModule, backend_of, detach, inside, needs_noise, unwrapped
 from dit_rewrite.policies import as_policy
 from dit_rewrite.policy import Policy
 from dit_rewrite.runtime.clock import Clock
@@ -90,7 +92,7 @@ def enable(pipe: Any, policy: Policy | str | None = None, *, quiet: bool = False
         if rewritten is not getattr(pipe, name):  # it was wrapped by torch.compile
             setattr(pipe, name, rewritten)
     plain = type(pipe) if _STATE not in pipe.__dict__ else pipe.__dict__[_STATE].plain
-    pipe.__class__ = subclass(plain, EnabledPipeline)
+    pipe.__class__ = _subclass(plain)
     pipe.__dict__[_STATE] = _Enabled(plain, quiet)
     return pipe
 
@@ -110,6 +112,13 @@ def denoisers(pipe: Any) -> dict[str, nn.Module]:
     names = [name for name in getattr(pipe, "components", {}) if name.startswith(_PREFIX)]
     parts = {name: unwrapped(getattr(pipe, name, None)) for name in names}
     return {name: part for name, part in parts.items() if isinstance(part, nn.Module)}
+
+
+@cache
+def _subclass(plain: type) -> type:
+    """The class of enabled pipelines that were of class `plain`; `type(pipe).__call__` is what Python calls."""
+    names = {"__module__": plain.__module__, "__qualname__": plain.__qualname__, "__doc__": plain.__doc__}
+    return types.new_class(plain.__name__, (EnabledPipeline, plain), exec_body=lambda body: body.update(names))
 
 
 def _report(state: _Enabled, models: list[RewrittenModule], before: list[Stats]) -> None:

@@ -11,7 +11,6 @@ from typing import Any
 import sympy
 import torch
 from torch import fx
-from torch._dynamo.eval_frame import OptimizedModule
 from torch._guards import TracingContext, tracing
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -127,14 +126,11 @@ def admits(
     return check
 
 
-def isolated(
-    model: torch.nn.Module, backend: Backend, fullgraph: bool = False, dynamic: bool | None = None
-) -> OptimizedModule:
-    """torch.compile with recompiles counted for this model alone, where torch can do that (2.13).
+def isolated(model: Any, backend: Backend, fullgraph: bool = False, dynamic: bool | None = None) -> Any:
+    """torch.compile of a module or function with recompiles counted for it alone, where torch can do that (2.13).
 
     Otherwise every compiled module of one class shares a budget of 8, and then runs eagerly in silence.
     """
     separate = "isolate_recompiles" in inspect.signature(torch.compile).parameters
     more: dict[str, Any] = {"isolate_recompiles": True} if separate else {}
-    compiled: Any = torch.compile(model, backend=backend, fullgraph=fullgraph, dynamic=dynamic, **more)
-    return compiled
+    return torch.compile(model, backend=backend, fullgraph=fullgraph, dynamic=dynamic, **more)

@@ -1,18 +1,19 @@
-"""The module that `compile` returns: the user's own object, of a class made of its own.
+"""The module that `compile` returns: the user's own object, with another call.
 
-As torch's `fully_shard` does, the object's class is replaced by a subclass of it with the same name. So `isinstance`,
-`state_dict`, `save_pretrained`, hooks and LoRA adapters work as before. Copies and pickles are of the plain class.
+As `torch.nn.Module.compile` does, the object's `_compiled_call_impl` is set, and its class stays what it is: code that
+asks for the exact class, as diffusers' `from_pipe` does, `isinstance`, `state_dict`, `save_pretrained`, hooks and LoRA
+adapters work as before. Copies and pickles are of the plain module.
 """
 
 from __future__ import annotations
 
 import contextlib
 import copy
+import types
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import cache
 from typing import Any, TypeVar
 
 import torch
@@ -49,7 +50,6 @@ class Rewrite:
     """What `compile` adds to a module. ``run`` is its compiled call, ``checked`` the graphs that the policy was checked
     against; ``compiled_before`` is what `Module.compile` had set."""
 
-    plain: type[nn.Module]
     backend: Backend
     run: Callable[..., Any]
     reader: Reader
@@ -57,48 +57,15 @@ class Rewrite:
     checked: int = 0
 
 
-class RewrittenModule(nn.Module):
-    """The methods of a denoiser that was given to `compile`."""
+class _IsRewritten(type):
+    def __instancecheck__(cls, instance: object) -> bool:
+        return _STATE in getattr(instance, "__dict__", ())
 
-    @property
-    def _rewrite(self) -> Rewrite:
-        return self.__dict__[_STATE]  # type: ignore[no-any-return]
 
-    @property
-    def _backend(self) -> Backend:
-        return self._rewrite.backend
+class RewrittenModule(nn.Module, metaclass=_IsRewritten):
+    """The methods that a denoiser has once it was given to `compile`; `isinstance` tells whether it was."""
 
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        """Copies and pickles are of the plain class, and hold no compiled code."""
-        plain = self._rewrite.plain
-        function, arguments, state, *rest = super().__reduce_ex__(protocol)
-        arguments = tuple(plain if argument is type(self) else argument for argument in arguments)
-        if isinstance(state, dict):
-            state = {name: value for name, value in state.items() if name != _STATE}
-        return (function, arguments, state, *rest)
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """One call of the denoiser: a step of one stream of the present trajectory. For inference only.
-
-        Raises GradientsNeeded where autograd would record it, NoSites where the policy has nothing to work on.
-        """
-        rewrite = self._rewrite
-        _refuse_gradients(self, args, kwargs)
-        session = rewrite.backend.session
-        call = session.begin(rewrite.reader.read(args, kwargs))
-        try:
-            with one_graph():
-                output = rewrite.run(*args, **kwargs)
-        except BaseException as error:
-            session.abandon(call)
-            if isinstance(error, BackendCompilerFailed) and isinstance(error.inner_exception, DitRewriteError):
-                raise error.inner_exception from None
-            raise
-        session.end(call)
-        if rewrite.checked != len(rewrite.backend.rewritten):
-            rewrite.checked = len(rewrite.backend.rewritten)
-            _check_policy(rewrite)
-        return output
+    _backend: Backend
 
     @contextlib.contextmanager
     def trajectory(self, num_steps: int | None = None, scheduler: Any = None) -> Iterator[None]:
@@ -123,9 +90,9 @@ class RewrittenModule(nn.Module):
         session = self._backend.session
         known = {field: value for field, value in fields.items() if field in Named.__dataclass_fields__}
         before, session.named = session.named, Named(name, **known)
-        theirs = getattr(super(), "cache_context", None)
+        theirs = getattr(type(self), "cache_context", None)
         try:
-            with theirs(name, **fields) if theirs is not None else contextlib.nullcontext():
+            with theirs(self, name, **fields) if theirs is not None else contextlib.nullcontext():
                 yield
         finally:
             session.named = before
@@ -148,6 +115,29 @@ class RewrittenModule(nn.Module):
         self._backend.stats.begin(Reason.RESET)
 
 
+def _call(model: nn.Module, rewrite: Rewrite, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """One call of the denoiser: a step of one stream of the present trajectory. For inference only.
+
+    Raises GradientsNeeded where autograd would record it, NoSites where the policy has nothing to work on.
+    """
+    _refuse_gradients(model, args, kwargs)
+    session = rewrite.backend.session
+    call = session.begin(rewrite.reader.read(args, kwargs))
+    try:
+        with one_graph():
+            output = rewrite.run(*args, **kwargs)
+    except BaseException as error:
+        session.abandon(call)
+        if isinstance(error, BackendCompilerFailed) and isinstance(error.inner_exception, DitRewriteError):
+            raise error.inner_exception from None
+        raise
+    session.end(call)
+    if rewrite.checked != len(rewrite.backend.rewritten):
+        rewrite.checked = len(rewrite.backend.rewritten)
+        _check_policy(type(model).__name__, rewrite.backend)
+    return output
+
+
 def _refuse_gradients(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
     if not torch.is_grad_enabled():
         return
@@ -157,9 +147,8 @@ def _refuse_gradients(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[s
         raise GradientsNeeded("an input")
 
 
-def _check_policy(rewrite: Rewrite) -> None:
+def _check_policy(name: str, backend: Backend) -> None:
     """After a call that captured graphs: a policy that can do nothing in them is not passed over in silence."""
-    backend, name = rewrite.backend, rewrite.plain.__name__
     if not backend.policy.rules:
         return
     if not any(r.found.sites for r in backend.rewritten):
@@ -200,39 +189,38 @@ def backend_of(model: nn.Module) -> Backend:
     return model._backend
 
 
-@cache
-def subclass(plain: type, mixin: type) -> type:
-    """The class of objects that were of class `plain` and have the methods of `mixin`: one for each.
-
-    It equals `plain`: code that looks up the exact class of an object, as diffusers' `from_pipe` does to see whether a
-    component fits, takes it for that.
-    """
-    meta = type(plain)
-    same = {"__eq__": lambda cls, other: other is cls or other is plain, "__hash__": lambda cls: hash(plain)}
-    names = {"__module__": plain.__module__, "__qualname__": plain.__qualname__, "__doc__": plain.__doc__}
-    return type(meta.__name__, (meta,), same)(plain.__name__, (mixin, plain), names)  # type: ignore[no-any-return]
-
-
 def attach(model: Module, backend: Backend, fullgraph: bool = False, dynamic: bool | None = None) -> Module:
     """Rewrite a module in place: its captured graphs go through `backend`. A rewrite that it has is exchanged."""
     detach(model)
-    plain, compiled_before = type(model), model._compiled_call_impl
-    model._compiled_call_impl = None
-    optimized = isolated(model, backend, fullgraph, dynamic)
-    # OptimizedModule's own `forward` runs the module's hooks outside of Dynamo, and captures what they call
-    rewrite = Rewrite(plain, backend, optimized.forward, Reader(model.forward), compiled_before)
-    model.__class__ = subclass(plain, RewrittenModule)
+    run = isolated(model._call_impl, backend, fullgraph, dynamic)
+    rewrite = Rewrite(backend, run, Reader(model.forward), model._compiled_call_impl)
     model.__dict__[_STATE] = rewrite
+    model.__dict__["_backend"] = backend
+    for name in _METHODS:
+        model.__dict__[name] = types.MethodType(vars(RewrittenModule)[name], model)
+    model.__dict__["__getstate__"] = lambda: _plain_state(model)
+    model._compiled_call_impl = lambda *args, **kwargs: _call(model, rewrite, args, kwargs)
     return model
 
 
 def detach(model: Module) -> Module:
     """Undo `attach`; a module without a rewrite stays as it is."""
-    rewrite = model.__dict__.pop(_STATE, None)
+    rewrite = model.__dict__.get(_STATE)
     if rewrite is not None:
-        model.__class__ = rewrite.plain
+        for name in _ATTRIBUTES:
+            del model.__dict__[name]
         model._compiled_call_impl = rewrite.compiled_before
     return model
+
+
+_METHODS = ("trajectory", "cache_context", "explain", "stats", "reset")
+_ATTRIBUTES = (_STATE, "_backend", "__getstate__", *_METHODS)
+
+
+def _plain_state(model: nn.Module) -> dict[str, Any]:
+    """What a copy or pickle of a rewritten module holds: no compiled code."""
+    state = type(model).__getstate__(model) if hasattr(type(model), "__getstate__") else dict(model.__dict__)
+    return {k: v for k, v in state.items() if k not in _ATTRIBUTES and k != "_compiled_call_impl"}
 
 
 def unwrapped(model: Any) -> Any:
