@@ -229,7 +229,8 @@ class Backend:
         guarded, layout = rewritten.guarded, rewritten.layout
         stored = None if self.store is None else [i < self.store for i in range(len(guarded.sites))]
         hoisted = (True,) * (len(guarded.sites) - len(layout.sites))
-        variant = specialise(guarded, (*layout.full_row(number, row), *hoisted), layout.segments, number, stored)
+        full, dense = (*layout.full_row(number, row), *hoisted), self.lowering.lays_out
+        variant = specialise(guarded, full, layout.segments, number, stored, dense)
         rewritten.variants[number, row] = variant
         if layout.segments.count > 1 and not (variant.outputs or variant.fresh):
             return None

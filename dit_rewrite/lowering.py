@@ -66,6 +66,11 @@ class Lowering:
         """Whether what a variant returns stays ours: CUDA graphs overwrite their outputs at the next replay."""
         return not self.options.get("triton.cudagraphs", False)
 
+    @property
+    def lays_out(self) -> bool:
+        """Whether strides within a graph are the compiler's to choose; ops that run as they are keep to the trace's."""
+        return self.backend == "inductor"
+
     def lower(self, gm: fx.GraphModule, fake_mode: FakeTensorMode | None) -> Compiled:
         """Compile a straight-line graph for the fake inputs in its placeholders' metadata."""
         inputs = [node.meta["val"] for node in gm.graph.find_nodes(op="placeholder")]

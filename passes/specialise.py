@@ -56,12 +56,14 @@ def specialise(
     segments: Segments,
     segment: int = 0,
     store: Sequence[bool] | None = None,
+    dense: bool = True,
 ) -> Variant:
     """The variant of one of the guarded graph's segments for a row of decisions.
 
-    `store` says for each site whether its fresh values are returned, by default all that were computed.
+    `store` says for each site whether its fresh values are returned, by default all that were computed. `dense`: what
+    goes from one segment to another is laid out anew, without gaps; ops that run as they are would round otherwise.
     """
-    piece = _Piece(guarded, _Flat(guarded, normalise(row, guarded.parents)), segments.of, segment)
+    piece = _Piece(guarded, _Flat(guarded, normalise(row, guarded.parents)), segments.of, segment, dense=dense)
     return piece.variant(segments.exports[segment], store)
 
 
@@ -126,9 +128,16 @@ class _Piece:
     """One segment of a flattened graph."""
 
     def __init__(
-        self, guarded: GuardedGraph, flat: _Flat, of: Sequence[int | None], segment: int, effects: bool = True
+        self,
+        guarded: GuardedGraph,
+        flat: _Flat,
+        of: Sequence[int | None],
+        segment: int,
+        effects: bool = True,
+        dense: bool = True,
     ) -> None:
-        self.guarded, self.flat, self.of, self.segment, self.effects = guarded, flat, of, segment, effects
+        self.guarded, self.flat, self.of, self.segment = guarded, flat, of, segment
+        self.effects, self.dense = effects, dense
         self.placeholders = guarded.gm.graph.find_nodes(op="placeholder")
         self.number = {node: i for i, node in enumerate(self.placeholders)}
         results = self.flat.outputs[: guarded.num_outputs]
@@ -138,7 +147,7 @@ class _Piece:
         wires = tuple(p for p in exports if isinstance(self.flat.at.get(p), fx.Node))
         fresh = self._fresh(store)
         outputs = (*(self.flat.at[p] for p in wires), *fresh.values())
-        dense = [i for i, p in enumerate(wires) if p not in self.returned]
+        dense = [i for i, p in enumerate(wires) if self._is_dense(p)]
         gm, inputs, cached = self._straighten(outputs, frozenset(dense))
         return Variant(gm, self.flat.row, inputs, cached, wires, tuple(fresh))
 
@@ -148,6 +157,10 @@ class _Piece:
         held = zip(pairs, self.flat.outputs[self.guarded.num_outputs :], strict=True)
         stored = [not reused and (store is None or store[i]) for i, reused in enumerate(self.flat.row)]
         return {pair: node for pair, node in held if stored[pair[0]] and self._is_own(node)}
+
+    def _is_dense(self, wire: int) -> bool:
+        """Whether a wire is laid out anew where it goes to another segment; what the call returns is not."""
+        return self.dense and wire not in self.returned
 
     def _is_own(self, node: fx.Node) -> bool:
         return self.of[self._wire(node)] == self.segment if node.op == "call_function" else False
@@ -180,7 +193,7 @@ class _Piece:
         slots = known[len(first) :]
         graph = fx.Graph()
         env = {node: graph.node_copy(node) for node in first}
-        env.update({node: _placeholder(graph, node, self._wire(node) not in self.returned) for node in handed})
+        env.update({node: _placeholder(graph, node, self._is_dense(self._wire(node))) for node in handed})
         env.update({node: _placeholder(graph, node) for node in slots})
         attributes: dict[str, Any] = {}
         for node in sorted((n for n in needed if n not in env), key=lambda n: n.meta["position"]):
