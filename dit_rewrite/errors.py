@@ -21,6 +21,10 @@ class Reason(str, Enum):
     # a span or a part of a branch that a rule asked for
     NO_COUNTERPART = "the stream behind the span has no counterpart of its shape before it"
     SPAN_IN_PART = "the graph is a part of the model, so that its layers are not known"
+    SPAN_PER_GRAPH = "the graph is a part of the model: the span is of the blocks of this part alone"
+    OTHER_STACK = "it is not in the stack with most FLOPs: name it by Where(stack=…)"
+    NO_STACK = "no blocks of the graph lie in such a container, or none add to a stream"
+    NO_BLOCKS = "the stack has no such blocks"
     NO_KEYS = "no attention op with keys and values of its own"
     NO_CORE = "no attention op: what it does instead is defined for softmax attention alone"
     CAUSAL = "its attention is causal, or shares keys among heads"

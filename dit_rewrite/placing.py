@@ -19,7 +19,8 @@ from dit_rewrite.passes.guards import ENTROPY, MEASURED, PROBED, Value
 from dit_rewrite.passes.parts import Probes, add_entropy, copied, find_keys
 from dit_rewrite.passes.site import Found, Part, Site, close
 from dit_rewrite.passes.spans import Stream, find_spans
-from dit_rewrite.policy import Policy, SiteRules
+from dit_rewrite.passes.stacks import Stacks
+from dit_rewrite.policy import Policy, SiteRules, Spans
 from dit_rewrite.where import Where
 
 
@@ -51,7 +52,8 @@ def place(captured: Captured, found: Found, policy: Policy, whole: bool, hoist: 
 
     Raises LayersOutside, OverlappingSpans, TwoStores.
     """
-    spans = policy.spans(found.num_layers, whole) if found.sites else {}
+    stacks = Stacks(Stream(captured.gm.graph, found))
+    spans = policy.spans(found.num_layers, lambda name: stacks.find(name).layers, whole) if found.sites else {}
     asked = frozenset[Part]().union(*(rule.parts for rule in policy.rules))
     adds = asked - {Part.BRANCH, Part.SPAN} or any(spans.values()) or policy.mentions & MEASURED
     gm = copied(captured.gm) if adds else captured.gm
@@ -65,8 +67,8 @@ def place(captured: Captured, found: Found, policy: Policy, whole: bool, hoist: 
     early = _refuse_early(sites, rules, gm) if not policy.lag else []
     _go_with_cores(sites, rules)
     forms, formless = _forms(sites, rules, Forms(captured, measuring.probes, steady))
-    partial = [] if whole else _in_part(policy, spans)
-    refused = [*found.refused, *refused, *partial, *unmeasured, *early, *formless]
+    outside = _outside(policy, spans, stacks, whole) if found.sites else []
+    refused = [*found.refused, *refused, *outside, *unmeasured, *early, *formless]
     return Placed(gm, replace(found, sites=tuple(sites), refused=tuple(refused)), tuple(rules), forms)
 
 
@@ -74,12 +76,12 @@ def _asked(
     gm: fx.GraphModule,
     found: Found,
     asked: frozenset[Part],
-    spans: Mapping[Where, Sequence[tuple[int, int]]],
+    spans: Mapping[Where, Spans],
     steady: frozenset[int],
 ) -> tuple[list[Site], list[Refusal]]:
     """The branches, and those other parts of them and spans that some rule asks for."""
     sites, refused = list(found.sites), list[Refusal]()
-    wanted = {span for each in spans.values() for span in each}
+    wanted = {span: blocks for each in spans.values() for span, blocks in each.items()}
     finders: tuple[tuple[bool, Callable[[], tuple[Sequence[Site], Sequence[Refusal]]]], ...] = (
         (Part.KV in asked, lambda: find_keys(gm, found.sites, steady)),
         (Part.CORE in asked, lambda: find_cores(gm, found.sites)),
@@ -93,10 +95,20 @@ def _asked(
     return sites, refused
 
 
-def _in_part(policy: Policy, spans: Mapping[Where, object]) -> list[Refusal]:
-    """The spans whose layers are not known in a part of a model."""
-    partial = [w for w in dict.fromkeys(rule.where for rule in policy.rules) if w.span and w not in spans]
-    return [Refusal("", f"{where.span} of layers", Reason.SPAN_IN_PART) for where in partial]
+def _outside(policy: Policy, spans: Mapping[Where, Spans], stacks: Stacks, whole: bool) -> list[Refusal]:
+    """What the places of spans leave out: blocks of other stacks, or spans that cannot be told in a part of a model."""
+    refused: dict[Refusal, None] = {}
+    for where in dict.fromkeys(rule.where for rule in policy.rules if rule.where.span is not None):
+        meant = spans.get(where)
+        if meant is None:
+            refused[Refusal("", f"{where.span} of layers", Reason.SPAN_IN_PART)] = None
+            continue
+        refused.update(dict.fromkeys(stacks.find(where.stack).refused))
+        if not meant and stacks.find(where.stack).layers:
+            refused[Refusal("", f"{where.span} of layers", Reason.NO_BLOCKS)] = None
+        elif meant and not whole:
+            refused[Refusal("", f"{where.span} of layers", Reason.SPAN_PER_GRAPH)] = None
+    return list(refused)
 
 
 def _closed(gm: fx.GraphModule, sites: Sequence[Site], found: Found) -> tuple[list[Site], Found]:

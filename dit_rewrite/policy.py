@@ -6,7 +6,7 @@ Where none applies the site computes.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Collection, Container, Mapping
+from collections.abc import Callable, Collection, Container, Mapping, Sequence
 from dataclasses import InitVar, dataclass, field, replace
 from fractions import Fraction
 from functools import lru_cache
@@ -20,9 +20,12 @@ from dit_rewrite.passes import guards
 from dit_rewrite.passes.guards import Predicate, Value, is_known
 from dit_rewrite.passes.notation import show
 from dit_rewrite.passes.sites import Part, Site
+from dit_rewrite.passes.spans import Span
 from dit_rewrite.runtime.decide import Choose, Moment, Read
 from dit_rewrite.strategy import Compute, Core, Reuse, ShareGuidance, Strategy, parts
 from dit_rewrite.where import Where
+
+Spans = Mapping[Span, frozenset[int]]  # and the blocks of each
 
 
 @dataclass(frozen=True)
@@ -118,17 +121,24 @@ class Policy:
         shared = {do.stream for r in self.rules for do in r.strategies if isinstance(do, ShareGuidance) and do.stream}
         return frozenset(name for rule in self.rules for name in rule.where.streams or ()) | shared
 
-    def spans(self, count: int, whole: bool) -> dict[Where, tuple[tuple[int, int], ...]]:
-        """The spans that each place means in a graph of `count` blocks.
+    def spans(self, count: int, stack: Callable[[str | None], Sequence[int]], whole: bool) -> dict[Where, Spans]:
+        """The spans that each place means in a graph of `count` blocks, and the blocks of each.
 
-        Which blocks those are is known where the graph is the `whole` model; in a part of one, only "all of them" is.
+        `stack` gives the blocks of a stack by its name. Which of these are meant is known where the graph is the
+        `whole` model; in a part of one, a place without an end means those of this part.
         Raises LayersOutside, and OverlappingSpans for two that are neither apart nor within one another.
         """
-        places = dict.fromkeys(rule.where for rule in self.rules)
-        known = [where for where in places if whole or (where.layers is None and where.fraction is None)]
-        spans = {where: where.spans(count) for where in known}
-        for a, b in itertools.combinations(sorted({s for found in spans.values() for s in found}), 2):
-            if a[0] < b[0] < a[1] < b[1]:
+        spans: dict[Where, Spans] = {}
+        for where in dict.fromkeys(rule.where for rule in self.rules):
+            if whole:
+                where.check(count)
+            if where.span is not None and (whole or where.is_open):
+                blocks = stack(where.stack)
+                meant = where.spans(blocks)
+                spans[where] = {(first, end): frozenset(b for b in blocks if first <= b < end) for first, end in meant}
+        held = {span: blocks for found in spans.values() for span, blocks in found.items()}
+        for (a, mine), (b, other) in itertools.combinations(sorted(held.items(), key=lambda item: item[0]), 2):
+            if mine & other and not (mine <= other or other <= mine):
                 raise OverlappingSpans(a, b)
         return spans
 
@@ -136,7 +146,7 @@ class Policy:
         self,
         site: Site,
         known: Mapping[str, Value],
-        spans: Mapping[Where, Collection[tuple[int, int]]] = MappingProxyType({}),
+        spans: Mapping[Where, Collection[Span]] = MappingProxyType({}),
     ) -> SiteRules:
         """The rules that can reach a site, partially evaluated by what is `known` of it at rewrite time.
 

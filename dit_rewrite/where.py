@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Hashable
+from collections.abc import Collection, Hashable, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Literal
@@ -13,6 +13,7 @@ from sympy.logic.boolalg import Boolean
 from dit_rewrite.errors import BadParameter, LayersOutside
 from dit_rewrite.passes.guards import layer, num_layers
 from dit_rewrite.passes.sites import Kind, Part, Site
+from dit_rewrite.passes.spans import Span
 
 FAMILIES = {
     "attention": frozenset({Kind.SELF, Kind.CROSS, Kind.JOINT}),
@@ -27,10 +28,14 @@ class Where:
 
     kinds: "self", "cross", "joint", "parallel", "mlp", or "attention" for the first three. A parallel site is attention
     and MLP at once, so it is selected where both are.
-    layers: blocks from the first number up to, not including, the second (None: to the end), counted from 0.
+    layers: blocks from the first number up to, not including, the second (None: to the end), counted from 0; for a span
+    those of its stack.
     fraction: the same as shares of the number of blocks: (0, 0.5) is the first half.
     names: a pattern of the site's name, as of file names: "transformer_blocks.*.attn2".
-    span: "block" or "stack": instead of branches each selected block, or all of them as one; `kinds` has no say then.
+    span: "block" or "stack": instead of branches each selected block of a stack, or all of them as one; `kinds` has no
+    say then. A stack is a chain of blocks over one residual stream.
+    stack: which one, by a pattern of the path of the list that holds its blocks: "single_transformer_blocks". Without
+    it, the one with most FLOPs of the model; of the blocks that have such a path, otherwise.
     streams: the calls' streams by name, as `cache_context` tells them.
 
     Raises BadParameter for what no model could have.
@@ -42,6 +47,7 @@ class Where:
     names: str | None = None
     span: Literal["block", "stack"] | None = None
     streams: tuple[str, ...] | None = None
+    stack: str | None = None
 
     def __post_init__(self) -> None:
         for kind in self.kinds:
@@ -53,6 +59,8 @@ class Where:
             raise BadParameter("Where", "fraction", self.fraction, "(from, to) with 0 <= from < to <= 1")
         if self.span not in (None, "block", "stack"):
             raise BadParameter("Where", "span", self.span, '"block", "stack" or None')
+        if self.stack is not None and (self.span is None or not isinstance(self.stack, str) or not self.stack):
+            raise BadParameter("Where", "stack", self.stack, 'a pattern such as "transformer_blocks", beside span=…')
 
     @property
     def guard(self) -> Boolean:
@@ -67,7 +75,7 @@ class Where:
             guard &= (layer >= first * num_layers) & ((layer < end * num_layers) if end < 1 else sympy.true)
         return guard
 
-    def selects(self, site: Site, spans: Collection[tuple[int, int]] = ()) -> bool:
+    def selects(self, site: Site, spans: Collection[Span] = ()) -> bool:
         """Whether a rule of this place speaks of the site, its layer left aside; `spans` are the blocks it means."""
         if self.names is not None and not fnmatchcase(site.place, self.names):
             return False
@@ -82,19 +90,30 @@ class Where:
         return self.streams is None or stream in self.streams
 
     def blocks(self, count: int) -> range:
-        """The selected blocks of a model that has `count`. Raises LayersOutside where it has not all of them."""
+        """The selected blocks of a stack, or of a model, that has `count`."""
         first, end = self.layers if self.layers is not None else (0, None)
-        if first >= count or (end is not None and end > count):
-            raise LayersOutside(self.layers, count)
         low, high = self.fraction if self.fraction is not None else (0.0, 1.0)
+        if end is not None and end > count:
+            return range(0)
         return range(max(first, _ceil(low, count)), min(count if end is None else end, _ceil(high, count)))
 
-    def spans(self, count: int) -> tuple[tuple[int, int], ...]:
-        """The spans that are meant in a model of `count` blocks: from a block up to another."""
-        blocks = self.blocks(count)
+    def check(self, count: int) -> None:
+        """Raises LayersOutside where a model of `count` blocks has not all that are meant."""
+        if self.layers is not None and (self.layers[0] >= count or (self.layers[1] or 0) > count):
+            raise LayersOutside(self.layers, count)
+
+    @property
+    def is_open(self) -> bool:
+        """Whether it is known which blocks are meant of a stack that may go on."""
+        return self.fraction is None and (self.layers is None or self.layers[1] is None)
+
+    def spans(self, stack: Sequence[int]) -> tuple[Span, ...]:
+        """The spans that are meant of a stack of these blocks: from a block up to another."""
+        blocks = self.blocks(len(stack))
         if self.span is None or not blocks:
             return ()
-        return tuple((b, b + 1) for b in blocks) if self.span == "block" else ((blocks.start, blocks.stop),)
+        runs = [(b, b) for b in blocks] if self.span == "block" else [(blocks[0], blocks[-1])]
+        return tuple((stack[first], stack[last] + 1) for first, last in runs)
 
 
 def _is_range(first: int, end: int | None) -> bool:

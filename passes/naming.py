@@ -46,6 +46,11 @@ def block_of(path: str) -> str:
     return match.group() if match else ""
 
 
+def container_of(block: str) -> str:
+    """The path of the list of modules that holds a block: ``transformer_blocks``; ``""`` outside of any."""
+    return block.rpartition(".")[0]
+
+
 def unique(names: Sequence[str]) -> list[str]:
     """`names`, those that stand more than once numbered: ``mlp, mlp`` -> ``mlp, mlp#1``."""
     seen: Counter[str] = Counter()

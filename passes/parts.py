@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import cached_property
 from typing import Any
 
 from torch import Tensor, fx
@@ -20,7 +21,8 @@ from dit_rewrite.passes.cores import arguments, cores
 from dit_rewrite.passes.graph import Dependence, aten, is_contraction, is_copy, is_view, operands
 from dit_rewrite.passes.hoist import steady_nodes
 from dit_rewrite.passes.site import Found, Kind, Part, Site
-from dit_rewrite.passes.spans import Stream, entrances
+from dit_rewrite.passes.spans import Stream
+from dit_rewrite.passes.stacks import Stacks
 
 
 def copied(gm: fx.GraphModule) -> fx.GraphModule:
@@ -111,21 +113,22 @@ class Probes:
 
     def image_tokens(self) -> int | None:
         """How many tokens the stream has from which the model's output is made; None where no block shows it."""
-        pair = self._main()
+        pair = self._main
         return None if pair is None or pair[1].meta["val"].ndim != 3 else cost.shape(pair[1].meta["val"])[1]
 
+    @cached_property
     def _main(self) -> tuple[fx.Node, fx.Node] | None:
-        """Value and base of the first block, of the stream from which the model's output is made."""
-        boundaries = self.stream.boundaries
-        pairs = self.stream.pairs(0, 1) if len(boundaries) > 1 else None
+        """Value and base of the main stack's first block, of the stream from which the model's output is made."""
+        stack = Stacks(self.stream).find().layers
+        pairs = self.stream.pairs(stack[0], stack[0] + 1) if stack else None
         if not pairs:
             return None
         bases = {base: (value, base) for value, base in pairs}
-        ways = (self.stream.walk(node, entrances(bases)) for node in boundaries[-1].streams)
+        ways = (self.stream.walk(node, bases.__contains__) for node in self.stream.behind(stack))
         return next((bases[way[-1]] for way in ways if way is not None), pairs[0])
 
     def _first_block(self) -> str | None:
-        pair = self._main()
+        pair = self._main
         return None if pair is None else _after(self.gm.graph, pair[0], aten.sub.Tensor, *pair).name
 
     def _modulated_input(self) -> str | None:
@@ -133,7 +136,7 @@ class Probes:
         dependence = Dependence(self.gm.graph, self.static)
         attention = (s for s in self.found.sites if s.kind in (Kind.SELF, Kind.JOINT, Kind.PARALLEL))
         site = next(attention, None)
-        pair = self._main()
+        pair = self._main
         if site is None or pair is None:
             return None
         streams = [self.stream.nodes[name] for name in site.streams]

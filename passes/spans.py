@@ -1,13 +1,13 @@
-"""Spans: pieces of the residual stream from one block boundary to another, and what the stream changes across them.
+"""Spans: pieces of the residual stream from one block to another, and what the stream changes across them.
 
-At a boundary lives nothing that moves but the stream: of joint models two, one for each modality. A span's values are
-the streams behind it that it computes; each has a base, the same stream before it, found by walking the residual sums
-back. What has no base of its shape is no span.
+A span's values are the streams behind it that its blocks compute: of joint models two, one for each modality. Each has
+a base, the same stream before the span, found by walking the residual sums back. Where one has no base of its shape
+there is no span.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from operator import getitem
@@ -18,19 +18,22 @@ from torch import Tensor, fx
 from dit_rewrite.errors import Reason
 from dit_rewrite.passes import cost
 from dit_rewrite.passes.branches import Refusal, stream_side
-from dit_rewrite.passes.graph import aten, is_copy, is_view, packet
+from dit_rewrite.passes.crops import Crop, crop_of, is_all, part_of
+from dit_rewrite.passes.graph import Dependence, aten, is_copy, is_view, packet
 from dit_rewrite.passes.site import Found, Kind, Part, Site
 
 _SELECTIONS = {aten.slice, aten.split, aten.split_with_sizes, aten.chunk}
-_SLICE = (0, None, None, 1)  # what aten.slice takes for what is not given
-Crop = tuple[int, Any, Any]  # a dimension, and where along it a part begins and ends
+_ELEMENTWISE = {aten.add: None, aten.where: 0, aten.masked_fill: 1}  # and which operand is a mask
+Span = tuple[int, int]  # the first block, and the one behind the last
+Way = list[fx.Node]  # from a node back along the stream
 
 
 def _is_selection(node: fx.Node) -> bool:
     return packet(node) in _SELECTIONS or node.target is getitem
 
 
-def _is_shape_only(node: fx.Node) -> bool:
+def is_shape_only(node: fx.Node) -> bool:
+    """A view, a cast or a selection."""
     return is_view(node) or is_copy(node) or _is_selection(node)
 
 
@@ -53,6 +56,7 @@ class Stream:
         self._ends = [(site.layer, self.nodes[total]) for site in branches for total in site.sums]
         pairs = ((s, b) for site in branches for s, b in zip(site.sums, site.streams, strict=True))
         self.under = {self.nodes[s]: self.nodes[b] for s, b in pairs}  # the stream under each residual sum
+        self.layer = {total: layer for layer, total in self._ends}
 
     @cached_property
     def moving(self) -> dict[fx.Node, None]:
@@ -89,55 +93,109 @@ class Stream:
     def _behind_views(self, end: int) -> int:
         """The position behind `end` up to which nothing happens but views, casts and selections of what lives there."""
         order = list(self.position)
-        while end + 1 < len(order) and order[end + 1] in self.moving and _is_shape_only(order[end + 1]):
+        while end + 1 < len(order) and order[end + 1] in self.moving and is_shape_only(order[end + 1]):
             end += 1
         return end
 
     def live(self, position: int) -> tuple[fx.Node, ...]:
         """The moving nodes up to a position that are read behind it."""
-        return tuple(
-            node
-            for node in self.moving
-            if self.position[node] <= position and any(self.position[user] > position for user in node.users)
-        )
+        return tuple(node for node, last in self._last_read.items() if self.position[node] <= position < last)
 
-    def pairs(self, first: int, end: int) -> list[tuple[fx.Node, fx.Node]] | None:
-        """Value and base of each stream across the blocks from `first` up to `end`; None where one has no base."""
-        before, behind = self.boundaries[first], self.boundaries[end]
-        entered = entrances(before.streams)
+    @cached_property
+    def _last_read(self) -> dict[fx.Node, int]:
+        return {node: max((self.position[user] for user in node.users), default=-1) for node in self.moving}
+
+    @cached_property
+    def _sums(self) -> dict[int, list[fx.Node]]:
+        """The residual sums of each block."""
+        sums: dict[int, list[fx.Node]] = {}
+        for layer, total in self._ends:
+            sums.setdefault(layer, []).append(total)
+        return sums
+
+    @cached_property
+    def _dependence(self) -> Dependence:
+        return Dependence(next(iter(self.position)).graph)
+
+    def _is_of(self, node: fx.Node, sums: Iterable[fx.Node]) -> bool:
+        """Whether a node is computed from one of these sums."""
+        return any(self._dependence.depends(node, total) for total in sums)
+
+    def _begin(self, layer: int) -> int:
+        """The position up to which the streams that a block adds to are computed."""
+        sums = self._sums[layer]
+        return max(self.position[base] for base in map(self.under.__getitem__, sums) if not self._is_of(base, sums))
+
+    def pairs(self, first: int, end: int, among: Iterable[int] | None = None) -> list[tuple[fx.Node, fx.Node]] | None:
+        """Value and base of each stream across the blocks from `first` up to `end`; None where one has no base.
+
+        Only blocks `among` these are meant, if given: some of another stack may run in between.
+        """
+        meant = range(self.found.num_layers) if among is None else sorted(among)
+        blocks = [block for block in meant if first <= block < end]
+        sums = [total for block in blocks for total in self._sums[block]]
+        begin = self._begin(blocks[0])
         pairs: dict[fx.Node, fx.Node] = {}
-        for node in behind.streams:
-            if node in entered:  # passed by, not computed here
+        for node in self.behind(blocks):
+            if self.position[node] <= begin or not self._is_of(node, sums):  # passed by, or another stack's
                 continue
-            pair = next((p for value in _forms(node) if (p := self._pair(value, entered)) is not None), None)
+            pair = next((p for value in _forms(node) if (p := self._pair(value, begin)) is not None), None)
             if pair is None:
                 return None
             pairs[pair[0]] = pair[1]
         return list(pairs.items()) or None
 
-    def _pair(self, value: fx.Node, entered: Mapping[fx.Node, fx.Node]) -> tuple[fx.Node, fx.Node] | None:
-        way = self.walk(value, entered)
-        if way is None:
-            return None
+    def behind(self, blocks: Iterable[int]) -> tuple[fx.Node, ...]:
+        """The moving nodes that are read behind these blocks."""
+        return self.live(self._behind_views(max(self.position[total] for b in blocks for total in self._sums[b])))
+
+    def _pair(self, value: fx.Node, begin: int) -> tuple[fx.Node, fx.Node] | None:
+        way = self.walk(value, lambda node: self.position[node] <= begin)
         base = None  # the last form of the stream before anything is added: in the layout in which that is done
-        for node in reversed(way):
-            if node is value or not (node in entered or _is_shape_only(node)):
+        for node in reversed(way or ()):
+            if node is value or not (self.position[node] <= begin or is_shape_only(node)):
                 break
             if _alike(node, value):
                 base = node
         return None if base is None else (value, base)
 
-    def walk(self, node: fx.Node, entered: Mapping[fx.Node, fx.Node]) -> list[fx.Node] | None:
-        """The way back along the residual sums from a node to one of those `entered`; both are in it. None if it ends
-        elsewhere."""
-        way, crops = [node], list[Crop]()
-        while node not in entered or crops:
-            below = self._below(node, crops)
-            if below is None:
-                return None
-            node = below
+    def walk(self, node: fx.Node, is_end: Callable[[fx.Node], bool]) -> Way | None:
+        """The way back along the residual sums from a node to an end; both are in it. None if it ends elsewhere."""
+        return self._walk(node, (), is_end, {})
+
+    def way(self, node: fx.Node) -> Way:
+        """The way back along the residual sums from a node, as far as it goes."""
+        return self._walk(node, (), None, {}) or []
+
+    def _walk(
+        self,
+        node: fx.Node,
+        crops: tuple[Crop, ...],
+        is_end: Callable[[fx.Node], bool] | None,
+        known: dict[Any, Way | None],
+    ) -> Way | None:
+        """`crops` are the selections that wait for the cat or pad which they undo.
+
+        From a sum of several streams it goes on along the one that passes most residual sums.
+        """
+        way = [node]
+        while crops or is_end is None or not is_end(node):
+            if is_end is not None and is_end(node) and node in self.under:
+                return None  # a part of the stream at the end: there is no node of it alone
+            below, crops = self._below(node, crops)
+            if len(below) > 1:
+                rests = []
+                for fork in below:
+                    if (fork, crops) not in known:
+                        known[fork, crops] = self._walk(fork, crops, is_end, known)
+                    rests.append(known[fork, crops])
+                rest = max(filter(None, rests), key=lambda w: sum(n in self.under for n in w), default=None)
+                return None if rest is None else way + rest
+            if not below:
+                return way if is_end is None else None
+            (node,) = below
             way.append(node)
-        return way if entered[node] is node else [*way, entered[node]]
+        return way
 
     def _entered_by(self, total: fx.Node) -> fx.Node:
         """What stands in a sum for the stream under it, as far as it is but a view or cast of that."""
@@ -146,42 +204,35 @@ class Stream:
             form = form.all_input_nodes[0]
         return side if form is self.under[total] else form
 
-    def _below(self, node: fx.Node, crops: list[Crop]) -> fx.Node | None:
-        """One step back; `crops` are the selections that wait for the cat which they undo."""
+    def _below(self, node: fx.Node, crops: tuple[Crop, ...]) -> tuple[list[fx.Node], tuple[Crop, ...]]:
+        """One step back, or several where it cannot be told which is the stream; and the selections that wait then."""
         if node in self.under:
-            return self._entered_by(node)
+            return [self._entered_by(node)], crops
         if is_copy(node) or (is_view(node) and not crops):
-            return node.all_input_nodes[0]
-        if packet(node) is aten.add:
-            moving = [argument for argument in node.all_input_nodes if argument in self.moving]
-            return moving[0] if len(moving) == 1 else None
-        if packet(node) is aten.cat and crops:
-            return _part(node, crops.pop())
-        crop = _crop(node)
+            return node.all_input_nodes[:1], crops
+        if packet(node) in _ELEMENTWISE:
+            return self._moving(node), crops
+        if packet(node) in (aten.cat, aten.constant_pad_nd) and crops:
+            part, crop = part_of(node, crops[-1])
+            return ([] if part is None else [part]), (*crops[:-1], *([] if crop is None else [crop]))
+        crop = crop_of(node)
         if crop is None:
-            return None
+            return [], crops
         source = node.all_input_nodes[0] if packet(node) is aten.slice else node.all_input_nodes[0].all_input_nodes[0]
-        if not _is_all(source, crop):
-            crops.append(crop)
-        return source
+        return [source], crops if is_all(source, crop) else (*crops, crop)
 
-
-def entrances(streams: Iterable[fx.Node]) -> dict[fx.Node, fx.Node]:
-    """The streams at a boundary, each by itself and by what it is a view or cast of."""
-    found: dict[fx.Node, fx.Node] = {}
-    for stream in streams:
-        node = stream
-        found[node] = stream
-        while is_view(node) or is_copy(node):
-            node = node.all_input_nodes[0]
-            found.setdefault(node, stream)
-    return found
+    def _moving(self, node: fx.Node) -> list[fx.Node]:
+        """The moving summands, or the moving sides of a choice by a mask that does not move."""
+        mask = _ELEMENTWISE[packet(node)]
+        if mask is not None and node.args[mask] in self.moving:
+            return []
+        return [argument for argument in node.all_input_nodes if argument in self.moving]
 
 
 def _forms(node: fx.Node) -> Iterator[fx.Node]:
-    """The views, casts and selections of a node that alone are read, the last first; it; what it is a view of."""
+    """The views, casts and selections of a node that alone are read, the last first; it; what it is one of."""
     yield from _later(node)
-    while is_view(node) or is_copy(node):
+    while is_shape_only(node):
         node = node.all_input_nodes[0]
         yield node
 
@@ -189,7 +240,7 @@ def _forms(node: fx.Node) -> Iterator[fx.Node]:
 def _later(node: fx.Node) -> Iterator[fx.Node]:
     if len(node.users) == 1:
         (user,) = node.users
-        if _is_shape_only(user):
+        if is_shape_only(user):
             yield from _later(user)
     yield node
 
@@ -201,52 +252,13 @@ def _alike(a: fx.Node, b: fx.Node) -> bool:
     return mine.dtype == other.dtype and cost.shape(mine) == cost.shape(other)
 
 
-def _crop(node: fx.Node) -> Crop | None:
-    """Which part of its operand a slice, or an item of a split, is."""
-    if packet(node) is aten.slice:
-        given: list[Any] = [*node.args[1:], *_SLICE[len(node.args) - 1 :]]
-        return (given[0], given[1] or 0, given[2]) if given[3] == 1 else None
-    split = node.args[0] if node.target is getitem else None
-    if isinstance(split, fx.Node) and packet(split) is aten.split_with_sizes:
-        sizes: Any = split.args[1]
-        item: Any = node.args[1]
-        start = sum(sizes[:item])
-        return (split.args[2] if len(split.args) > 2 else 0, start, start + sizes[item])  # type: ignore[return-value]
-    return None
-
-
-def _is_all(node: fx.Node, crop: Crop) -> bool:
-    """A selection that leaves nothing out: under dynamic shapes ``x[:, n:]`` has one along its first dimension."""
-    dim, start, end = crop
-    size = cost.shape(node.meta["val"])[dim]
-    return cost.position(start, size) == 0 and cost.position(end, size) == size
-
-
-def _part(cat: fx.Node, crop: Crop) -> fx.Node | None:
-    """The operand of a cat that a selection picks."""
-    dim, start, end = crop
-    parts: Any = cat.args[0]
-    along = cat.args[1] if len(cat.args) > 1 else 0
-    rank = cat.meta["val"].ndim
-    if not isinstance(along, int) or along % rank != dim % rank:
-        return None
-    at = 0
-    total = cost.shape(cat.meta["val"])[dim]
-    for part in parts:
-        length = cost.shape(part.meta["val"])[dim]
-        if cost.position(start, total) == at and cost.position(end, total) == at + length:
-            return part  # type: ignore[no-any-return]
-        at += length
-    return None
-
-
-def find_spans(stream: Stream, wanted: Iterable[tuple[int, int]]) -> tuple[list[Site], list[Refusal]]:
-    """A site for each wanted span of blocks (the first, and the one behind the last), smaller ones first, and those
-    that are none."""
+def find_spans(stream: Stream, wanted: Mapping[Span, Collection[int]]) -> tuple[list[Site], list[Refusal]]:
+    """A site for each wanted span, smaller ones first, and those that are none. With each the blocks that it may hold:
+    some of another stack may run in between."""
     sites, refused = [], []
-    for first, end in sorted(wanted, key=lambda blocks: blocks[1] - blocks[0]):
-        pairs = stream.pairs(first, end)
-        name = _name(stream.found, first, end - 1)
+    for (first, end), among in sorted(wanted.items(), key=lambda item: item[0][1] - item[0][0]):
+        pairs = stream.pairs(first, end, among)
+        name = block_range(stream.found, first, end - 1)
         if pairs is None:
             refused.append(Refusal("", name, Reason.NO_COUNTERPART))
             continue
@@ -260,5 +272,6 @@ def _block(found: Found, layer: int) -> str:
     return next((site.block for site in found.sites if site.layer == layer), "") or f"block {layer}"
 
 
-def _name(found: Found, first: int, last: int) -> str:
+def block_range(found: Found, first: int, last: int) -> str:
+    """The name of the blocks from one to another."""
     return _block(found, first) if first == last else f"{_block(found, first)}..{_block(found, last)}"

@@ -193,17 +193,39 @@ def places(*where: Where) -> Policy:
     return Policy(tuple(Rule(step > 0, where=each) for each in where))
 
 
+def spans_of(policy: Policy, count: int, whole: bool = True) -> dict[Where, dict[Any, Any]]:
+    """The spans in a graph of so many blocks, which are all one stack."""
+    return {where: dict(found) for where, found in policy.spans(count, lambda _: range(count), whole).items()}
+
+
 def test_spans_of_a_policy() -> None:
-    """What each place means; in a part of a model blocks have no numbers, and "all" means all of the part."""
+    """What each place means, with its blocks."""
     stack, block, some = Where(span="stack"), Where(span="block"), Where(span="stack", layers=(1, 3))
-    policy = places(stack, block, some, Where())
-    assert policy.spans(3, whole=True) == {
-        stack: ((0, 3),),
-        block: ((0, 1), (1, 2), (2, 3)),
-        some: ((1, 3),),
-        Where(): (),
+    assert spans_of(places(stack, block, some, Where()), 3) == {
+        stack: {(0, 3): {0, 1, 2}},
+        block: {(0, 1): {0}, (1, 2): {1}, (2, 3): {2}},
+        some: {(1, 3): {1, 2}},
     }
-    assert set(policy.spans(3, whole=False)) == {stack, block, Where()}
+
+
+def test_spans_in_a_part_of_a_model() -> None:
+    """Its blocks have no numbers: a place without an end means those of the part, and one with an end nothing."""
+    stack, rest = Where(span="stack"), Where(span="stack", layers=(1, None))
+    some, share = Where(span="stack", layers=(0, 1)), Where(span="stack", fraction=(0, 0.5))
+    policy = places(stack, rest, some, share, Where(layers=(5, None)))
+    assert {where: list(found) for where, found in spans_of(policy, 2, whole=False).items()} == {
+        stack: [(0, 2)],
+        rest: [(1, 2)],
+    }
+    assert spans_of(policy, 1, whole=False)[rest] == {}, "and no error: another part may have a second block"
+
+
+def test_spans_of_a_named_stack() -> None:
+    """Layers count the blocks of the stack; those of two stacks that run in turn do not overlap."""
+    main, control = Where(span="stack", layers=(1, None)), Where(span="stack", stack="control")
+    turns = {None: (1, 3, 5), "control": (0, 2, 4)}
+    found = {where: dict(spans) for where, spans in places(main, control).spans(6, turns.__getitem__, True).items()}
+    assert found == {main: {(3, 6): {3, 5}}, control: {(0, 5): {0, 2, 4}}}
 
 
 @pytest.mark.parametrize(
@@ -223,9 +245,9 @@ def test_overlapping_spans(a: tuple[int, int], b: tuple[int, int], overlap: bool
         if overlap:
             said = rf"blocks {a[0]} to {a[1] - 1} and {b[0]} to {b[1] - 1} overlap"
             with pytest.raises(OverlappingSpans, match=said):
-                policy.spans(5, whole=True)
+                spans_of(policy, 5)
         else:
-            assert len(policy.spans(5, whole=True)) == 2
+            assert len(spans_of(policy, 5)) == 2
 
 
 # --- rules of a site --------------------------------------------------------------------------------------------------
@@ -264,7 +286,7 @@ def test_rules_of_a_span() -> None:
     """Its layers were meant when it was made: they are no part of the guard, whose layer is the first block."""
     where = Where(span="stack", layers=(1, 3))
     policy = Policy((Rule(step > 0, where=where), Rule(step > 0, Reuse("int8"), Where(span="block"))))
-    spans = policy.spans(4, whole=True)
+    spans = policy.spans(4, lambda _: range(4), whole=True)
     stack = site(Part.SPAN, Kind.SPAN, span=(1, 3))
     block = site(Part.SPAN, Kind.SPAN, span=(1, 2))
     assert [rule.do for rule in policy.for_site(stack, {"layer": 1}, spans).rules] == [Reuse()]

@@ -162,7 +162,15 @@ def test_unwritable() -> None:
             to_json(Policy((Rule(when=guard),)))
 
 
-EVERYWHERE = {"kinds": list(FAMILIES), "layers": None, "fraction": None, "names": None, "span": None, "streams": None}
+EVERYWHERE = {"kinds": list(FAMILIES), **dict.fromkeys(("layers", "fraction", "names", "span", "streams", "stack"))}
+    "kinds": list(FAMILIES),
+    "layers": None,
+    "fraction": None,
+    "names": None,
+    "span": None,
+    "streams": None,
+    "stack": None,
+}
 SIMPLE = {
     "version": 1,
     "name": "three rules",

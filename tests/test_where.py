@@ -31,6 +31,7 @@ def site(name: str = "blocks.1.attn", kind: Kind = Kind.SELF, part: Part = Part.
             for value in ((-0.1, 0.5), (0.5, 0.5), (0.6, 0.5), (0, 1.01), (0, math.nan), (math.nan, 1))
         ],
         *[("span", value) for value in ("blocks", "", True, 1)],
+        *[("stack", value) for value in ("blocks", "", 1)],  # without a span
     ],
 )
 def test_out_of_range(field: str, value: Any) -> None:
@@ -154,9 +155,8 @@ def test_shares_of_any_model(a: int, b: int, c: int, d: int, count: int) -> None
 def test_layers_outside(layers: Any) -> None:
     """Blocks that the model does not have are an error that says how many there are."""
     with pytest.raises(LayersOutside, match=r"is outside the model, which has 4 blocks.*end <= 4"):
-        Where(layers=layers).blocks(4)
-    with pytest.raises(LayersOutside):
-        Where(layers=layers, span="stack").spans(4)
+        Where(layers=layers).check(4)
+    assert Where(layers=layers, span="stack").spans(range(4)) == (), "of a stack that is not all of the model"
 
 
 @pytest.mark.parametrize(
@@ -173,7 +173,16 @@ def test_layers_outside(layers: Any) -> None:
     ],
 )
 def test_spans(where: Where, spans: Any) -> None:
-    assert where.spans(4) == spans
+    assert where.spans(range(4)) == spans
+
+
+def test_spans_of_a_stack_among_others() -> None:
+    """Layers and shares count the blocks of the stack, and spans are named by the model's."""
+    stack = (1, 3, 5, 7)
+    assert Where(span="block", layers=(1, 3)).spans(stack) == ((3, 4), (5, 6))
+    assert Where(span="stack", layers=(1, None)).spans(stack) == ((3, 8),)
+    assert Where(span="stack", fraction=(0, 0.5)).spans(stack) == ((1, 4),)
+    assert Where(span="stack").spans(()) == ()
 
 
 def test_the_guard_of_everything() -> None:

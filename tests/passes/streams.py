@@ -195,7 +195,7 @@ def with_spans(
     """A graph with these spans guarded, and its branches; the sites have the `stores` in turn."""
     gm = copied(of.gm)
     found: Found = of.sites()
-    sites, refused = find_spans(Stream(gm.graph, found), spans)
+    sites, refused = find_spans(Stream(gm.graph, found), {span: range(*span) for span in spans})
     assert not refused
     parts: list[Site] = [*found.sites, *sites]
     chosen = range(len(parts)) if branches else range(len(found.sites), len(parts))
