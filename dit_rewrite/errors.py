@@ -24,7 +24,7 @@ class Reason(str, Enum):
     SPAN_PER_GRAPH = "the graph is a part of the model: the span is of the blocks of this part alone"
     OTHER_STACK = "it is not in the stack with most FLOPs: name it by Where(stack=…)"
     NO_STACK = "no blocks of the graph lie in such a container, or none add to a stream"
-    NO_BLOCKS = "the stack has no such blocks"
+    NO_BLOCKS = "the stack has no such blocks in this graph"
     NO_KEYS = "no attention op with keys and values of its own"
     NO_CORE = "no attention op: what it does instead is defined for softmax attention alone"
     CAUSAL = "its attention is causal, or shares keys among heads"

@@ -72,12 +72,14 @@ class Stacks:
 
     @cached_property
     def _flops(self) -> dict[int, int]:
-        """The FLOPs of each block's branches, those within another left out."""
+        """The FLOPs of each block's branches, less those of other blocks within them: a skip around all of the blocks
+        makes one branch of these."""
         sites = self.stream.found.sites
         flops = dict.fromkeys(self._blocks, 0)
         for site in sites:
-            if site.parent is None or sites[site.parent].layer != site.layer:
-                flops[site.layer] += site.flops
+            flops[site.layer] += site.flops
+            if site.parent is not None:
+                flops[sites[site.parent].layer] -= site.flops
         return flops
 
     def _largest(self, chains: Iterable[tuple[int, ...]]) -> tuple[int, ...]:

@@ -163,14 +163,6 @@ def test_unwritable() -> None:
 
 
 EVERYWHERE = {"kinds": list(FAMILIES), **dict.fromkeys(("layers", "fraction", "names", "span", "streams", "stack"))}
-    "kinds": list(FAMILIES),
-    "layers": None,
-    "fraction": None,
-    "names": None,
-    "span": None,
-    "streams": None,
-    "stack": None,
-}
 SIMPLE = {
     "version": 1,
     "name": "three rules",

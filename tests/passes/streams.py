@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -190,12 +190,18 @@ def stream_of(name: str) -> Stream:
 
 
 def with_spans(
-    of: Traced, spans: Sequence[tuple[int, int]], branches: bool = True, stores: Sequence[str | None] = (None,)
+    of: Traced,
+    spans: Sequence[tuple[int, int]],
+    branches: bool = True,
+    stores: Sequence[str | None] = (None,),
+    stack: Collection[int] | None = None,
 ) -> Rewritten:
-    """A graph with these spans guarded, and its branches; the sites have the `stores` in turn."""
+    """A graph with these spans (of a stack's blocks) guarded, and its branches; the sites have the `stores` in turn."""
     gm = copied(of.gm)
     found: Found = of.sites()
-    sites, refused = find_spans(Stream(gm.graph, found), {span: range(*span) for span in spans})
+    sites, refused = find_spans(
+        Stream(gm.graph, found), {span: range(*span) if stack is None else stack for span in spans}
+    )
     assert not refused
     parts: list[Site] = [*found.sites, *sites]
     chosen = range(len(parts)) if branches else range(len(found.sites), len(parts))
