@@ -21,6 +21,14 @@ def positive(text: str) -> int:
     return value
 
 
+def seed(text: str) -> int:
+    """An argparse type: what torch takes as a seed."""
+    value = int(text)
+    if not -(2**63) <= value < 2**64:
+        raise argparse.ArgumentTypeError(f"{value} does not fit into 64 bits")
+    return value
+
+
 def lengths(text: str) -> tuple[int, ...]:
     """An argparse type: numbers of tokens with commas between them, each at least 1 and none twice."""
     try:
@@ -38,7 +46,7 @@ def _add_demo(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--steps", type=positive, default=50, help="DDIM steps of the uncached reference")
     parser.add_argument("--intervals", type=positive, nargs="+", default=[2, 3, 5], help="FORA's intervals")
     parser.add_argument("--rounds", type=positive, default=3, help="timed runs of each method; the median counts")
-    parser.add_argument("--seed", type=int, default=0, help="of the noise that all methods start from")
+    parser.add_argument("--seed", type=seed, default=0, help="of the noise that all methods start from")
     parser.add_argument("--backend", default="inductor", help="what lowers the graphs: inductor or aot_eager")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--threads", type=positive, default=1, help="one is hardly disturbed by a busy machine")
@@ -52,7 +60,7 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
     wanted.add_argument("--label", type=int, nargs="+", help="class numbers, for class-conditional pipelines")
     parser.add_argument("--steps", type=positive, default=50)
     parser.add_argument("--guidance", type=float, help="guidance scale; the pipeline's own when not given")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=seed, default=0)
     parser.add_argument("--backend", default="inductor", help="what lowers the graphs: inductor or aot_eager")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto")

@@ -312,3 +312,8 @@ class BadPlan(DitRewriteError, ValueError):
 class PlanMismatch(DitRewriteError, ValueError):
     def __init__(self, problem: str, todo: str) -> None:
         super().__init__(f"{problem} {todo}")
+
+
+class NotAPolicy(PolicyError):
+    def __init__(self, given: str, remedy: str) -> None:
+        super().__init__(f"A policy is needed, and this is of type {given}. {remedy}.")

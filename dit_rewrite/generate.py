@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 import dit_rewrite
-from dit_rewrite.errors import HubUnreachable, MissingExtra, NoDenoiser, PipelineNotLoaded, WrongInput
+from dit_rewrite.errors import BadParameter, HubUnreachable, MissingExtra, NoDenoiser, PipelineNotLoaded, WrongInput
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -49,6 +49,8 @@ def choose_device(device: str, dtype: str) -> tuple[torch.device, torch.dtype]:
     """A GPU where there is one; bfloat16 there and float32 on a CPU."""
     kind = device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
     name = dtype if dtype != "auto" else "bfloat16" if kind == "cuda" else "float32"
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise BadParameter("generate", "device", device, '"cpu" or "auto": torch sees no GPU here')
     return torch.device(kind), getattr(torch, name)
 
 
@@ -84,11 +86,21 @@ def call_arguments(pipeline: DiffusionPipeline, arguments: argparse.Namespace) -
         raise WrongInput(name, "--label", "--prompt")
     if arguments.prompt is not None and "prompt" not in known:
         raise WrongInput(name, "--prompt", "--label")
+    _check_labels(pipeline, arguments.label or ())
     asked = {"prompt": arguments.prompt} if arguments.label is None else {"class_labels": arguments.label}
     if arguments.guidance is not None:
         asked["guidance_scale"] = arguments.guidance
     generator = torch.Generator().manual_seed(arguments.seed)
     return {**asked, "num_inference_steps": arguments.steps, "generator": generator}
+
+
+def _check_labels(pipeline: DiffusionPipeline, labels: Sequence[int]) -> None:
+    """Raise BadParameter for a class that the denoiser does not have, where its configuration says how many it has."""
+    config = getattr(getattr(pipeline, "transformer", None), "config", None)
+    classes = getattr(config, "num_embeds_ada_norm", None)
+    for label in labels:
+        if classes is not None and not 0 <= label < classes:
+            raise BadParameter("generate", "label", label, f"class numbers from 0 to {classes - 1}")
 
 
 def pictures_of(output: Any) -> list[list[Any]]:

@@ -7,15 +7,17 @@ import inspect
 import math
 from collections.abc import Callable, Sequence
 from glob import escape
+from numbers import Real
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from sympy import Eq, Mod, Ne, Or, Rational, floor
 from sympy.logic.boolalg import Boolean
+from torch import nn
 
-from dit_rewrite.errors import BadParameter, UnknownPolicy
+from dit_rewrite.errors import BadParameter, BadPlan, BadPolicyText, NotAPolicy, UnknownPolicy
 from dit_rewrite.passes.guards import entropy, layer, num_layers, num_steps, progress, similarity, snr, step
-from dit_rewrite.plan import Choice, Plan, Window
+from dit_rewrite.plan import Choice, Plan, Window, is_whole
 from dit_rewrite.policy import MadeFor, Policy, Rule
 from dit_rewrite.serialise import from_json
 from dit_rewrite.strategy import BlockwiseReuse, Reuse, ShareGuidance, Strategy, WindowResidual
@@ -36,13 +38,13 @@ def FORA(
     down, and computes at the first step and where t % interval == 0 with t = num_steps - 1 - step; it needs to be
     told num_steps. Raises BadParameter for an interval below 1 or an unknown kind or anchor.
     """
-    if not isinstance(interval, int) or interval < 1:
+    if not is_whole(interval, 1):
         raise BadParameter("FORA", "interval", interval, "a whole number >= 1")
-    if anchor not in ("start", "paper"):
-        raise BadParameter("FORA", "anchor", anchor, '"start" or "paper"')
+    _one_of("FORA", "anchor", anchor, ("start", "paper"))
+    where = Where(kinds)
     t = step if anchor == "start" else num_steps - 1 - step
-    rule = Rule(when=Ne(Mod(t, interval), 0) & (step > 0), where=Where(tuple(kinds)))
-    return Policy((rule,), f"FORA(interval={interval}, kinds={tuple(kinds)}, anchor={anchor!r})")
+    rule = Rule(when=Ne(Mod(t, interval), 0) & (step > 0), where=where)
+    return Policy((rule,), f"FORA(interval={interval}, kinds={where.kinds}, anchor={anchor!r})")
 
 
 def DQAR(
@@ -62,21 +64,22 @@ def DQAR(
     number of rows), was below it when it was last computed. Needs to be told num_steps, and the scheduler for the SNR.
     Raises BadParameter for what is out of range.
     """
-    _within("DQAR", "warmup", warmup, 0 <= warmup < 1, "a share of the steps, 0 <= warmup < 1")
-    _within("DQAR", "layer_fraction", layer_fraction, 0 < layer_fraction <= 1, "a share of the layers, 0 < … <= 1")
+    _real("DQAR", "warmup", warmup, lambda w: 0 <= w < 1, "a share of the steps, 0 <= warmup < 1")
+    _real("DQAR", "layer_fraction", layer_fraction, lambda f: 0 < f <= 1, "a share of the layers, 0 < … <= 1")
     for name, threshold in (("snr_threshold", snr_threshold), ("entropy_threshold", entropy_threshold)):
-        _within("DQAR", name, threshold, threshold is None or 0 <= threshold < math.inf, "a number >= 0, or None")
-    _within("DQAR", "order", order, order in ("linear", "linear_reverse"), '"linear" or "linear_reverse"')
+        if threshold is not None:
+            _real("DQAR", name, threshold, lambda t: 0 <= t < math.inf, "a number >= 0, or None")
+    _one_of("DQAR", "order", order, ("linear", "linear_reverse"))
+    where = Where(kinds)
     w, share = Rational(str(warmup)), Rational(str(layer_fraction))
     depth = layer if order == "linear" else num_layers - 1 - layer
     when = (progress >= w) & (depth < floor((progress - w) / (1 - w) * share * num_layers))
     when = when if snr_threshold is None else when & (snr > snr_threshold)
     when = when if entropy_threshold is None else when & (entropy < entropy_threshold)
-    rule = Rule(when=when, where=Where(tuple(kinds)))
     return Policy(
-        (rule,),
+        (Rule(when=when, where=where),),
         f"DQAR(warmup={warmup}, layer_fraction={layer_fraction}, snr_threshold={snr_threshold}, order={order!r}, "
-        f"entropy_threshold={entropy_threshold}, kinds={tuple(kinds)})",
+        f"entropy_threshold={entropy_threshold}, kinds={where.kinds})",
     )
 
 
@@ -91,7 +94,7 @@ def FirstBlockCache(
     `lag` 1 the last step's change decides, and nothing waits for the device. Raises BadParameter for what is out of
     range.
     """
-    _within("FirstBlockCache", "threshold", threshold, 0 <= threshold < math.inf, "a number >= 0")
+    _real("FirstBlockCache", "threshold", threshold, lambda t: 0 <= t < math.inf, "a number >= 0")
     where = Where(span="stack", layers=(1, None))
     rule = Rule(when=similarity("first_block") <= threshold, where=where, max_streak=max_streak)
     name = f"FirstBlockCache(threshold={threshold}, warmup={warmup}, max_streak={max_streak}, lag={lag})"
@@ -108,8 +111,9 @@ def CachedAttention(
     bound="paper" is equation 14 as printed, for keys that stay as they are; "sound" a true bound, in units of the
     softmax's exponent. Raises BadParameter for what is out of range.
     """
-    rule = Rule(step > 0, BlockwiseReuse(threshold, block, bound), Where(tuple(kinds)))
-    return Policy((rule,), f"CachedAttention(threshold={threshold}, block={block}, bound={bound!r}, kinds={kinds})")
+    rule = Rule(step > 0, BlockwiseReuse(threshold, block, bound), Where(kinds))
+    name = f"CachedAttention(threshold={threshold}, block={block}, bound={bound!r}, kinds={rule.where.kinds})"
+    return Policy((rule,), name)
 
 
 def DiTFastAttn(plan: Plan | str | Path) -> Policy:
@@ -117,7 +121,7 @@ def DiTFastAttn(plan: Plan | str | Path) -> Policy:
 
     `plan` may be a plan's file. The policy refuses another model, and a trajectory of another length. Raises BadPlan.
     """
-    plan = plan if isinstance(plan, Plan) else Plan.load(plan)
+    plan = plan if isinstance(plan, Plan) else _load(plan)
     strategies = strategies_of(plan.window, plan.conditional)
     rules = []
     for i, site in enumerate(plan.sites):
@@ -152,9 +156,24 @@ def _among(steps: Sequence[int]) -> Boolean:
     return Or(*(Eq(step, a) if a == b else (step >= a) & (step <= b) for a, b in runs))
 
 
-def _within(policy: str, name: str, value: object, holds: bool, allowed: str) -> None:
-    if not holds or isinstance(value, bool):
+def _load(path: str | Path) -> Plan:
+    if not isinstance(path, str | Path):
+        raise BadParameter("DiTFastAttn", "plan", path, "a Plan, or the path of its file")
+    try:
+        return Plan.load(path)
+    except OSError as error:
+        raise BadPlan(path, f"it cannot be read ({error.strerror or error})") from error
+
+
+def _real(policy: str, name: str, value: object, fits: Callable[[Any], bool], allowed: str) -> None:
+    """Raise BadParameter unless `value` is a number that `fits`; NaN fits nothing, and True is no number."""
+    if not isinstance(value, Real) or isinstance(value, bool) or not fits(value):
         raise BadParameter(policy, name, value, allowed)
+
+
+def _one_of(policy: str, name: str, value: object, allowed: tuple[str, ...]) -> None:
+    if not isinstance(value, str) or value not in allowed:
+        raise BadParameter(policy, name, value, " or ".join(f'"{word}"' for word in allowed))
 
 
 _POLICIES: dict[str, Callable[..., Policy]] = {
@@ -167,17 +186,45 @@ _POLICIES: dict[str, Callable[..., Policy]] = {
 }
 
 
+def as_policy(given: Policy | str | Path) -> Policy:
+    """A policy as it is, or the one that text or the path of a saved policy names (see `parse`).
+
+    Raises NotAPolicy, with what to give, for anything else.
+    """
+    if isinstance(given, Policy):
+        return given
+    if isinstance(given, str | Path):
+        return parse(str(given))
+    raise NotAPolicy(type(given).__name__, _remedy(given))
+
+
+def _remedy(given: object) -> str:
+    """How to make a policy of what was given in the place of one."""
+    if callable(given) and not isinstance(given, nn.Module):
+        name = getattr(given, "__name__", "FORA")
+        return f"Call it: `{name}(interval=3)`" if given is FORA else f"Call it with its parameters: `{name}(…)`"
+    if isinstance(given, nn.Module):
+        return "Give the model first, and then the policy"
+    if isinstance(given, Rule):
+        return "Put the rule into a policy: `Policy((rule,))`"
+    if isinstance(given, Sequence) and given and all(isinstance(item, Rule) for item in given):
+        return "Put the rules into a policy: `Policy(tuple(rules))`"
+    if isinstance(given, Plan):
+        return "Make a policy of the plan: `policies.DiTFastAttn(plan)`"
+    return "Give one of dit_rewrite.policies, such as `FORA(interval=3)`, or its text, such as `fora:interval=3`"
+
+
 def parse(text: str) -> Policy:
     """A policy from text as on a command line: ``never``, ``fora:interval=3,anchor=paper``, ``dqar:snr_threshold=0.5``.
 
     Several kinds are joined by ``+``: ``fora:interval=3,kinds=self+mlp``. ``ditfastattn:plan=plan.json`` takes a
     plan. A path that ends in ``.json`` is a policy saved with `serialise.to_json`. Raises UnknownPolicy,
-    BadParameter, or BadPolicyText for a file that is none.
+    BadParameter, BadPlan for a plan that cannot be used, or BadPolicyText for a file that is no policy.
     """
     name, _, rest = text.partition(":")
     build = _POLICIES.get(name.strip().lower())
     if build is None and text.endswith(".json"):
-        return from_json(Path(text).read_text())
+        return _saved(text)
     if build is None:
         raise UnknownPolicy(text, sorted(_POLICIES))
     allowed = inspect.signature(build).parameters
@@ -186,20 +233,32 @@ def parse(text: str) -> Policy:
         key, equals, value = (part.strip() for part in item.partition("="))
         if not equals or key not in allowed:
             raise BadParameter(name, key, value, f"name=value with a name among {', '.join(allowed) or 'none'}")
-        parameters[key] = tuple(value.split("+")) if key == "kinds" else _literal(value)
+        if key in parameters:
+            raise BadParameter(name, key, value, "one value: it is given twice")
+        parameters[key] = _value(key, value)
     missing = [p.name for p in allowed.values() if p.default is p.empty and p.name not in parameters]
     if missing:
         raise BadParameter(name, missing[0], None, f"{name}:{missing[0]}=…")
     return build(**parameters)
 
 
-def _literal(text: str) -> object:
+def _saved(path: str) -> Policy:
     try:
-        return ast.literal_eval(text)
-    except (ValueError, SyntaxError):
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:  # no file, no path, or no text
+        raise BadPolicyText(path, f"cannot be read ({getattr(error, 'strerror', None) or error})") from error
+    return from_json(text)
+
+
+def _value(key: str, text: str) -> object:
+    """What the text of a parameter stands for: a number, None, or the text itself."""
+    if key == "kinds":
+        return tuple(kind.strip() for kind in text.split("+"))
+    if key == "plan":
         return text
-
-
-def as_policy(policy: Policy | str) -> Policy:
-    """A policy, or the one that a text such as ``"fora:interval=3"`` names."""
-    return parse(policy) if isinstance(policy, str) else policy
+    for read in (ast.literal_eval, float):  # float also knows inf and nan
+        try:
+            return read(text)
+        except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
+            continue
+    return text

@@ -44,6 +44,8 @@ class Rule:
 
     def __post_init__(self, max_streak: int | None) -> None:
         when = guards.check(self.when)
+        if not isinstance(self.where, Where):
+            raise BadParameter("Rule", "where", self.where, 'a place, such as Where(kinds=("self",))')
         if max_streak is not None:
             _whole("Rule", "max_streak", max_streak, 1)
             when &= guards.streak < max_streak
@@ -101,8 +103,10 @@ class Policy:
     def __post_init__(self, warmup: int, cooldown: int) -> None:
         _whole("Policy", "warmup", warmup, 0)
         _whole("Policy", "cooldown", cooldown, 0)
-        if self.lag not in (0, 1):
+        if isinstance(self.lag, bool) or self.lag not in (0, 1):
             raise BadParameter("Policy", "lag", self.lag, "0 or 1")
+        if not isinstance(self.rules, tuple | list) or not all(isinstance(rule, Rule) for rule in self.rules):
+            raise BadParameter("Policy", "rules", self.rules, "a tuple of rules: Policy((rule,))")
         between = (guards.step >= warmup) & ((guards.step < guards.num_steps - cooldown) if cooldown else sympy.true)
         rules = (replace(r, when=r.when & between) if r.parts else r for r in self.rules)
         object.__setattr__(self, "rules", tuple(rules))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from numbers import Real
 from typing import Literal
 
 from dit_rewrite.errors import BadParameter
@@ -61,8 +62,12 @@ class WindowResidual:
         good = all(isinstance(w, int | float) and not isinstance(w, bool) and 0 <= w < math.inf for w in reach)
         if not good or any(isinstance(w, float) and w >= 1 for w in reach):
             raise BadParameter("WindowResidual", "window", self.window, "shares below 1, or whole numbers of tokens")
-        if self.grid is not None and len(self.grid) not in (1, 2, 3):
+        if self.grid is not None and not _is_grid(self.grid):
             raise BadParameter("WindowResidual", "grid", self.grid, "(H, W), (T, H, W), or None for a sequence")
+        axes = 1 if self.grid is None else len(self.grid)
+        if isinstance(self.window, tuple) and len(self.window) not in (1, axes):
+            allowed = f"one number, or a tuple of {axes}: one for each axis of grid={self.grid}"
+            raise BadParameter("WindowResidual", "window", self.window, allowed)
 
     def reach(self, tokens: int) -> tuple[int, ...]:
         """Tokens on each side, along each axis of the grid, of a sequence of that many."""
@@ -71,6 +76,12 @@ class WindowResidual:
         return tuple(
             int(w * size) if isinstance(w, float) else w for w, size in zip(window, sizes, strict=len(window) > 1)
         )
+
+
+def _is_grid(grid: object) -> bool:
+    """Numbers of tokens along one to three axes."""
+    axes = grid if isinstance(grid, tuple) else ()
+    return 1 <= len(axes) <= 3 and all(isinstance(n, int) and not isinstance(n, bool) and n >= 1 for n in axes)
 
 
 @dataclass(frozen=True)
@@ -114,9 +125,10 @@ class BlockwiseReuse:
     bound: Literal["paper", "sound"] = "sound"
 
     def __post_init__(self) -> None:
-        if math.isnan(self.threshold):
+        real = isinstance(self.threshold, Real) and not isinstance(self.threshold, bool)
+        if not real or math.isnan(self.threshold):
             raise BadParameter("BlockwiseReuse", "threshold", self.threshold, "a number, inf or -inf")
-        if not isinstance(self.block, int) or self.block < 1:
+        if not isinstance(self.block, int) or isinstance(self.block, bool) or self.block < 1:
             raise BadParameter("BlockwiseReuse", "block", self.block, "a number of keys >= 1")
         if self.bound not in ("paper", "sound"):
             raise BadParameter("BlockwiseReuse", "bound", self.bound, '"paper" or "sound"')

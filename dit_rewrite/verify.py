@@ -22,6 +22,7 @@ from dit_rewrite.lowering import Lowering, isolated
 from dit_rewrite.module import RewrittenModule, attach, twin
 from dit_rewrite.passes.capture import one_graph
 from dit_rewrite.passes.sites import Site
+from dit_rewrite.policies import as_policy
 from dit_rewrite.policy import Policy
 from dit_rewrite.replay import check_replay
 from dit_rewrite.report import Dump
@@ -83,7 +84,7 @@ class Verification:
 def verify(
     model: torch.nn.Module,
     inputs: Sequence[Mapping[str, Any]],
-    policy: Policy,
+    policy: Policy | str | Path,
     *,
     backend: LoweringBackend = "inductor",
     lowering: str = "auto",
@@ -104,12 +105,10 @@ def verify(
     the captured graphs that keeps values in a dictionary. Outputs and held values must be equal; lowered by Inductor,
     their RMS distance from a float64 replay may be at most twice the interpreter's own.
 
-    Raises UnreachedPolicy where the policy reaches no site, BadParameter for empty inputs.
+    Raises UnreachedPolicy where the policy reaches no site, BadParameter for arguments that are no trajectory.
     """
-    names = tuple(streams) if streams is not None else ("main",) * len(inputs)
-    if not inputs or len(names) != len(inputs):
-        raise BadParameter("verify", "inputs", len(inputs), "one mapping a call, and as many stream names if any")
-    trajectory = Trajectory(tuple(inputs), names, scheduler)
+    policy = as_policy(policy)
+    trajectory = Trajectory(_calls(model, inputs), _names(inputs, streams), scheduler)
     lower = Lowering.of(backend, form=lowering)
     with torch.no_grad():
         reuse0, forced, notes = _check_reuse0(model, trajectory, policy, lower)
@@ -121,6 +120,30 @@ def verify(
     result = Verification(reuse0, replay, len(places), values, len(inputs), sum(map(len, rows)), reused, notes)
     print(result)
     return result
+
+
+def _calls(model: object, inputs: object) -> tuple[Mapping[str, Any], ...]:
+    """The calls, once they are known to be some. Values stay out of messages: they are models and tensors."""
+    if not isinstance(model, torch.nn.Module):
+        raise BadParameter("verify", "model", type(model).__name__, "the denoiser, a torch.nn.Module")
+    allowed = "a list with one mapping of keyword arguments for each call: [{…}, {…}]"
+    if not isinstance(inputs, Sequence) or isinstance(inputs, str):
+        raise BadParameter("verify", "inputs", type(inputs).__name__, allowed)
+    for i, call in enumerate(inputs):
+        if not isinstance(call, Mapping) or not all(isinstance(name, str) for name in call):
+            raise BadParameter("verify", f"inputs[{i}]", type(call).__name__, "a mapping of keyword arguments")
+    if not inputs:
+        raise BadParameter("verify", "inputs", len(inputs), allowed)
+    return tuple(inputs)
+
+
+def _names(inputs: Sequence[object], streams: Sequence[str] | None) -> tuple[str, ...]:
+    if streams is None:
+        return ("main",) * len(inputs)
+    named = isinstance(streams, Sequence) and all(isinstance(name, str) for name in streams)
+    if not named or isinstance(streams, str) or len(streams) != len(inputs):
+        raise BadParameter("verify", "streams", streams, f"a list of {len(inputs)} names, one for each call, or None")
+    return tuple(streams)
 
 
 def _run(model: Any, trajectory: Trajectory) -> list[list[Tensor]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Hashable, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from numbers import Real
 from typing import Literal
 
 import sympy
@@ -50,17 +51,24 @@ class Where:
     stack: str | None = None
 
     def __post_init__(self) -> None:
-        for kind in self.kinds:
-            if kind not in FAMILIES:
-                raise BadParameter("Where", "kinds", self.kinds, f"names among {', '.join(FAMILIES)}")
-        if self.layers is not None and not _is_range(*self.layers):
-            raise BadParameter("Where", "layers", self.layers, "(first, end) with 0 <= first < end, or end None")
-        if self.fraction is not None and not 0 <= self.fraction[0] < self.fraction[1] <= 1:
-            raise BadParameter("Where", "fraction", self.fraction, "(from, to) with 0 <= from < to <= 1")
-        if self.span not in (None, "block", "stack"):
-            raise BadParameter("Where", "span", self.span, '"block", "stack" or None')
-        if self.stack is not None and (self.span is None or not isinstance(self.stack, str) or not self.stack):
-            raise BadParameter("Where", "stack", self.stack, 'a pattern such as "transformer_blocks", beside span=…')
+        for name in ("kinds", "layers", "fraction", "streams"):  # a list means the tuple: a place must be hashable
+            if isinstance(getattr(self, name), list):
+                object.__setattr__(self, name, tuple(getattr(self, name)))
+        known = _are_texts(self.kinds) and all(kind in FAMILIES for kind in self.kinds)
+        self._require("kinds", known, f"a tuple of names among {', '.join(FAMILIES)}")
+        layers = self.layers is None or _is_range(self.layers)
+        self._require("layers", layers, "(first, end) with 0 <= first < end, or end None")
+        shares = self.fraction is None or _are_shares(self.fraction)
+        self._require("fraction", shares, "(from, to) with 0 <= from < to <= 1")
+        self._require("names", self.names is None or isinstance(self.names, str), "a pattern as text, or None")
+        self._require("span", self.span in (None, "block", "stack"), '"block", "stack" or None')
+        fits = self.stack is None or (self.span is not None and isinstance(self.stack, str) and bool(self.stack))
+        self._require("stack", fits, 'a pattern such as "transformer_blocks", beside span=...')
+        self._require("streams", self.streams is None or _are_texts(self.streams), "a tuple of names, or None")
+
+    def _require(self, name: str, fits: bool, allowed: str) -> None:
+        if not fits:
+            raise BadParameter("Where", name, getattr(self, name), allowed)
 
     @property
     def guard(self) -> Boolean:
@@ -116,8 +124,26 @@ class Where:
         return tuple((stack[first], stack[last] + 1) for first, last in runs)
 
 
-def _is_range(first: int, end: int | None) -> bool:
-    return first >= 0 and (end is None or first < end)
+def _are_texts(value: object) -> bool:
+    """A tuple of texts; a text itself would be taken for its letters."""
+    return isinstance(value, tuple) and all(isinstance(item, str) for item in value)
+
+
+def _is_range(value: object) -> bool:
+    if not isinstance(value, tuple) or len(value) != 2:
+        return False
+    first, end = value
+    return _is_block(first) and (end is None or (_is_block(end) and first < end))
+
+
+def _is_block(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def _are_shares(value: object) -> bool:
+    pair = value if isinstance(value, tuple) and len(value) == 2 else ()
+    real = all(isinstance(share, Real) and not isinstance(share, bool) for share in pair)
+    return len(pair) == 2 and real and 0 <= pair[0] < pair[1] <= 1
 
 
 def _ceil(share: float, count: int) -> int:

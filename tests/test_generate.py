@@ -107,6 +107,39 @@ def test_an_unknown_policy_is_refused(dit_folder, tmp_path, capsys):
     assert "nonsense" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("label", ["100000", "1000", "-1"])
+def test_a_class_that_the_model_does_not_have_is_named(dit_folder, tmp_path, capsys, label):
+    """Before anything is sampled; 1000 is the class of no condition."""
+    assert generate(dit_folder, tmp_path / "a.png", "--label", "3", label) == FAILED
+    assert f"label={label} is out of range. Give label as class numbers from 0 to 999." in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("line", "says"),
+    [
+        (["--policy", "dqar:snr_threshold=abc"], "error: DQAR: snr_threshold='abc' is out of range"),
+        (["--policy", "fora:interval=True"], "error: FORA: interval=True is out of range. Give interval as a whole"),
+        (["--policy", "ditfastattn:plan=none.json"], "error: none.json cannot be used as a plan: it cannot be read"),
+        (["--policy", "none.json"], "none.json cannot be read (No such file"),
+        (["--device", "cuda"], "device='cuda' is out of range"),
+    ],
+    ids=lambda value: value[-1] if isinstance(value, list) else "",
+)
+def test_a_wrong_argument_is_one_line(dit_folder, tmp_path, capsys, monkeypatch, line, says):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert generate(dit_folder, tmp_path / "a.png", "--label", "1", *line) == FAILED
+    said = capsys.readouterr().err
+    assert says in said and said.count("\n") == 1 and said.startswith("error: ")
+
+
+@pytest.mark.parametrize("seed", [str(2**64), str(-(2**63) - 1), "one"])
+def test_a_seed_that_torch_does_not_take(dit_folder, tmp_path, capsys, seed):
+    with pytest.raises(SystemExit):
+        generate(dit_folder, tmp_path / "a.png", "--label", "1", "--seed", seed)
+    assert "argument --seed" in capsys.readouterr().err
+    assert build_parser().parse_args(["generate", "--model", "m", "--label", "1", "--seed", "-1"]).seed == -1
+
+
 class TextPipeline:
     def __call__(self, prompt, num_inference_steps, guidance_scale=4.0, generator=None):
         """What a text-to-image pipeline takes."""

@@ -13,7 +13,7 @@ from torch import fx
 
 from dit_rewrite import Policy, Rule, Verification, backend, verify
 from dit_rewrite.check import Check, Difference, equal, max_abs_error, rms
-from dit_rewrite.errors import BadParameter, Reason, UnreachedPolicy
+from dit_rewrite.errors import BadParameter, NotAPolicy, Reason, UnreachedPolicy
 from dit_rewrite.passes.guarded import GuardedGraph, cache_or_compute
 from dit_rewrite.passes.specialise import Variant
 from dit_rewrite.policies import FORA, Never
@@ -199,10 +199,31 @@ def test_a_policy_that_reaches_no_site_is_refused() -> None:
 
 
 def test_inputs_that_are_no_trajectory_are_refused() -> None:
-    with pytest.raises(BadParameter, match="verify: inputs=0"):
-        verify(tiny.build(), [], policy=FORA(3), backend="aot_eager")
-    with pytest.raises(BadParameter, match="as many stream names"):
-        verify(tiny.build(), tiny.calls(2), policy=FORA(3), backend="aot_eager", streams=["cond"])
+    model, (call, _) = tiny.build(), tiny.calls(2)
+    several: list[tuple[Any, str]] = [
+        ([], "verify: inputs=0 .*a list with one mapping"),
+        (call, "verify: inputs='dict' .*a list with one mapping of keyword arguments for each call"),
+        ("call", "verify: inputs='str'"),
+        (call["hidden_states"], "verify: inputs='Tensor'"),
+        ([call, "call"], r"verify: inputs\[1\]='str' .*a mapping of keyword arguments"),
+        ([{1: 2}], r"verify: inputs\[0\]='dict'"),
+    ]
+    for inputs, says in several:
+        with pytest.raises(BadParameter, match=says) as caught:
+            verify(model, inputs, policy=FORA(3), backend="aot_eager")
+        assert len(str(caught.value)) < 200, "without the tensors"
+    for streams in (["cond"], "co", [1, 2]):
+        with pytest.raises(BadParameter, match="verify: streams=.*a list of 2 names"):
+            verify(model, [call, call], policy=FORA(3), backend="aot_eager", streams=streams)  # type: ignore[arg-type]
+    with pytest.raises(BadParameter, match="verify: model='list'"):
+        verify([call], model, policy=FORA(3))  # type: ignore[arg-type]
+    with pytest.raises(NotAPolicy, match=r"Call it: `FORA\(interval=3\)`"):
+        verify(model, [call], FORA)  # type: ignore[arg-type]
+
+
+def test_a_policy_may_be_its_text() -> None:
+    found = verify(tiny.build(), tiny.calls(4), "fora:interval=3", backend="aot_eager")
+    assert found.exact and found.reused == 8
 
 
 def test_what_the_dump_holds(tmp_path: Path) -> None:
