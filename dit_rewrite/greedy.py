@@ -13,11 +13,11 @@ model's output stays close to that of the uncompressed model. Where the paper le
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -36,11 +36,11 @@ from dit_rewrite.plan import (
     write_whole,
 )
 
-VERSION = 1  # of the file of an unfinished search
+VERSION = 2  # of the file of an unfinished search
 EPSILON = 1e-6  # appendix A.2
 CLIP = 10.0  # appendix A.2
 DELTAS = {"D1": 0.025, "D2": 0.05, "D3": 0.075, "D4": 0.1, "D5": 0.125, "D6": 0.15}  # section 4.1
-STRATEGIES = (Choice.AST, Choice.WA_RS_ASC, Choice.WA_RS, Choice.ASC)  # S of section 3.5, in ascending cost
+STRATEGIES = (Choice.AST, Choice.WA_RS_ASC, Choice.WA_RS, Choice.ASC)  # S of section 3.5, by cost at long sequences
 
 
 class Runner(Protocol):
@@ -76,15 +76,17 @@ class Runner(Protocol):
 
 @dataclass(frozen=True)
 class Search:
-    """What is searched. ``choices`` are the candidates in ascending cost; ``key`` tells apart what the rest does not,
-    such as the model's fingerprint and the trajectories. Raises BadParameter for values out of range.
+    """What is searched. ``choices`` are the candidates in ascending cost, and ``orders``, if any, those of each site in
+    its own; ``key`` tells apart what the rest does not, such as the model's fingerprint and the trajectories. Raises
+    BadParameter for values out of range.
     """
 
     sites: tuple[str, ...]
     steps: int
     delta: float
     choices: tuple[Choice, ...] = STRATEGIES
-    key: str = ""
+    key: str | Mapping[str, str] = ""
+    orders: tuple[tuple[Choice, ...], ...] = ()
 
     def __post_init__(self) -> None:
         self._require("sites", are_names(self.sites), "names, each once")
@@ -93,10 +95,17 @@ class Search:
         known = [choice for choice in self.choices if isinstance(choice, Choice) and choice is not Choice.FULL]
         once = len(set(known)) == len(self.choices) > 0
         self._require("choices", once, "some Choice in ascending cost, each once and without Choice.FULL")
+        known = all(len(set(order)) == len(order) and set(order) <= set(self.choices) for order in self.orders)
+        fits = known and len(self.orders) in (0, len(self.sites))
+        self._require("orders", fits, f"{len(self.sites)} tuples of choices, one for each site, or none")
 
     def _require(self, name: str, fits: bool, allowed: str) -> None:
         if not fits:
             raise BadParameter("search", name, getattr(self, name), allowed)
+
+    def candidates(self, index: int) -> tuple[Choice, ...]:
+        """What is tried at site `index`, one after the other."""
+        return self.orders[index] if self.orders else self.choices
 
     def threshold(self, index: int) -> float:
         """What the loss of a candidate at site `index` (from 0) must be below: delta for the last site."""
@@ -126,11 +135,13 @@ def greedy(
     delta: float,
     choices: Sequence[Choice] = STRATEGIES,
     *,
+    orders: Sequence[Sequence[Choice]] = (),
     partial: Path | None = None,
-    key: str = "",
+    key: str | Mapping[str, str] = "",
     progress: bool = False,
 ) -> Found:
-    """Algorithm 1: the table of a plan, for `sites` in graph order and `choices` in ascending cost.
+    """Algorithm 1: the table of a plan, for `sites` in graph order and `choices` in ascending cost. Where sites differ
+    in what their choices cost, or in what they can do, `orders` has those of each.
 
     A candidate passes if its `loss` is below its threshold; one whose loss is NaN does not. With a file `partial`,
     what was found is written there after each step, and a search that finds it goes on behind those steps, which the
@@ -139,7 +150,7 @@ def greedy(
     Raises BadParameter for arguments out of range or outputs of another shape than the reference's, BadPlan and
     PlanMismatch for a partial file that is damaged or of another search, and MissingExtra for a bar without rich.
     """
-    search = Search(tuple(sites), steps, delta, tuple(choices), key)
+    search = Search(tuple(sites), steps, delta, tuple(choices), key, tuple(map(tuple, orders)))
     found = Found(((Choice.FULL,) * len(search.sites),))
     if partial is not None and partial.exists():
         found = _read(partial, search)
@@ -173,10 +184,11 @@ def _choose(runner: Runner, step: int, search: Search, tick: Callable[[], None])
 
 def _first_passing(runner: Runner, index: int, reference: Sequence[Tensor], search: Search) -> tuple[Choice, int]:
     """The cheapest candidate that passes at a site, or FULL; and how many were tried."""
-    for tried, choice in enumerate(search.choices, start=1):
+    candidates = search.candidates(index)
+    for tried, choice in enumerate(candidates, start=1):
         if loss(reference, runner.attempt(index, choice)) < search.threshold(index):
             return choice, tried
-    return Choice.FULL, len(search.choices)
+    return Choice.FULL, len(candidates)
 
 
 def loss(reference: Sequence[Tensor], output: Sequence[Tensor]) -> float:
@@ -234,12 +246,18 @@ def _read(path: Path, search: Search) -> Found:
     return Found(table, tried, work)
 
 
-def _differences(there: object, here: dict[str, object]) -> str:
+def _differences(there: object, here: dict[str, Any]) -> str:
     """The settings that differ, such as ``delta: 0.1 there, 0.05 here``."""
     if not isinstance(there, dict):
         return "it has no settings"
-    different = [name for name, value in here.items() if there.get(name) != value]
-    return "; ".join(f"{name}: {there.get(name)!r:.60} there, {here[name]!r:.60} here" for name in different)
+    lines = []
+    for name, value in here.items():
+        found = there.get(name)
+        if isinstance(found, dict) and isinstance(value, dict):
+            lines += [_differences(found, value)]
+        elif found != value:
+            lines += [f"{name}: {found!r:.60} there, {value!r:.60} here"]
+    return "; ".join(filter(None, lines))
 
 
 @contextmanager

@@ -14,13 +14,15 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from enum import Enum
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal, TypeGuard
 
 from torch import Tensor, nn
 
 from dit_rewrite.errors import BadParameter, BadPlan, PlanMismatch
 
-VERSION = 1
+VERSION = 2
+SINCE = {"grid": 2, "notes": 2}  # the first version that has a field
 
 
 class Choice(str, Enum):
@@ -39,6 +41,7 @@ class Choice(str, Enum):
 Row = tuple[Choice, ...]
 Table = tuple[Row, ...]
 Window = float | tuple[int, ...]
+Grid = tuple[int, ...]
 
 WINDOWED = frozenset({Choice.WA_RS, Choice.WA_RS_ASC})
 SHARED = frozenset({Choice.ASC, Choice.WA_RS_ASC})
@@ -50,12 +53,12 @@ class Plan:
 
     ``model`` is the model's `fingerprint`, ``scheduler`` the sampler by `describe_scheduler`. ``table[step][i]`` is the
     choice of ``sites[i]``, in graph order. ``window`` is the window of WA-RS, as a share of the tokens or as a distance
-    in tokens on each axis; ``conditional`` the half of a guided batch that ASC computes. Each may be None where no
-    choice needs it.
+    in tokens on each axis of ``grid``, the (H, W) or (T, H, W) of an image's or a video's tokens (None: a sequence);
+    ``conditional`` the half of a guided batch that ASC computes. Each may be None where no choice needs it.
 
     How it was found: ``delta`` is the threshold of the search (0 where nothing was searched), ``evaluations`` how many
     candidates it tried, and ``work`` its runs of the network, as a share of the steps x |S| x |M| that a full run for
-    every candidate takes (appendix A.2).
+    every candidate takes (appendix A.2). ``notes`` say which attentions it left out, and why.
     """
 
     model: str
@@ -68,6 +71,8 @@ class Plan:
     conditional: Literal["first", "second"] | None = None
     evaluations: int = 0
     work: float = 0.0
+    grid: Grid | None = None
+    notes: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         self._require("model", _is_name(self.model), "the text that fingerprint(model) gives")
@@ -81,6 +86,8 @@ class Plan:
         self._require("conditional", self.conditional or not self._uses(SHARED), '"first" or "second" for ASC')
         self._require("evaluations", is_whole(self.evaluations, 0), "a whole number >= 0")
         self._require("work", is_real(self.work), "a number >= 0")
+        texts = isinstance(self.notes, tuple) and all(isinstance(note, str) for note in self.notes)
+        self._require("notes", texts, "a tuple of texts")
 
     def _require(self, name: str, fits: object, allowed: str) -> None:
         if not fits:
@@ -97,11 +104,9 @@ class Plan:
                 raise BadParameter("Plan", f"len(table[{step}])", len(row), f"{len(self.sites)}, one for each site")
 
     def _check_window(self) -> None:
-        tokens = isinstance(self.window, tuple) and self.window and all(is_whole(n, 0) for n in self.window)
-        share = is_real(self.window) and 0 < self.window <= 1
-        allowed = "a share in (0, 1], or a tuple of whole numbers >= 0, one for each axis"
-        self._require("window", share or tokens or self.window is None, f"{allowed}, or None")
-        self._require("window", self.window is not None or not self._uses(WINDOWED), f"{allowed} for WA-RS")
+        check_window("Plan", self.window, self.grid)
+        allowed = f"{WINDOWS} for WA-RS"
+        self._require("window", self.window is not None or not self._uses(WINDOWED), allowed)
 
     def _uses(self, choices: frozenset[Choice]) -> bool:
         return any(choice in choices for row in self.table for choice in row)
@@ -144,12 +149,11 @@ class Plan:
     @classmethod
     def load(cls, path: str | Path) -> Plan:
         """The plan of a file that `save` has written. Raises BadPlan for whatever else is in it, OSError without it."""
-        content = read_fields(Path(path), {field.name for field in fields(cls)}, VERSION)
+        content = read_fields(Path(path), {field.name for field in fields(cls)}, VERSION, SINCE)
         try:
             rows = tuple(parse_row(row) for row in _items(content, "table"))
-            window = content["window"]
-            places = {"sites": tuple(_items(content, "sites")), "table": rows}
-            return cls(**content | places | {"window": tuple(window) if isinstance(window, list) else window})
+            lists = {n: tuple(v) for n in ("window", "grid", "notes") if isinstance(v := content.get(n), list)}
+            return cls(**content | lists | {"sites": tuple(_items(content, "sites")), "table": rows})
         except BadParameter as error:
             raise BadPlan(path, str(error)) from None
 
@@ -217,8 +221,12 @@ def write_whole(path: Path, text: str) -> None:
     unfinished.replace(path)
 
 
-def read_fields(path: Path, names: set[str], version: int) -> dict[str, Any]:
-    """The object in a JSON file that has these fields and this version. Raises BadPlan for another."""
+def read_fields(
+    path: Path, names: set[str], version: int, since: Mapping[str, int] = MappingProxyType({})
+) -> dict[str, Any]:
+    """The object in a JSON file that has these fields and this version, or, where some fields are known to have come
+    `since` a version, an older one without them. Raises BadPlan for another.
+    """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
@@ -226,8 +234,10 @@ def read_fields(path: Path, names: set[str], version: int) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise BadPlan(path, f"it is a {type(content).__name__}, and no object with fields")
     found = content.pop("version", None)
-    if type(found) is not int or found != version:
+    oldest = 1 if since else version
+    if type(found) is not int or not oldest <= found <= version:
         raise BadPlan(path, f"its version is {found!r:.50}, and this dit_rewrite reads {version}")
+    names = {name for name in names if since.get(name, oldest) <= found}
     for problem, wrong in (("lacks", names - set(content)), ("has the foreign", set(content) - names)):
         if wrong:
             raise BadPlan(path, f"it {problem} {', '.join(sorted(wrong))}")
@@ -249,6 +259,21 @@ def is_whole(value: object, least: int) -> TypeGuard[int]:
 def is_real(value: object) -> TypeGuard[float]:
     """A finite number >= 0."""
     return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < math.inf
+
+
+WINDOWS = "a share in (0, 1], or a tuple of whole numbers >= 0, one for each axis"
+
+
+def check_window(where: str, window: object, grid: object) -> None:
+    """Raise BadParameter unless `window` fits a sequence, or the axes of a `grid`."""
+    axes = len(grid) if isinstance(grid, tuple) else 1
+    good = isinstance(grid, tuple) and 1 <= axes <= 3 and all(is_whole(n, 1) for n in grid)
+    if grid is not None and not good:
+        raise BadParameter(where, "grid", grid, "(H, W) or (T, H, W) in tokens, or None for a sequence")
+    tokens = isinstance(window, tuple) and len(window) in (1, axes) and all(is_whole(n, 0) for n in window)
+    share = is_real(window) and 0 < window <= 1
+    if not (share or tokens or window is None):
+        raise BadParameter(where, "window", window, f"{WINDOWS} of grid={grid}, or None")
 
 
 def _is_name(value: object) -> bool:

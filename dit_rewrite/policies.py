@@ -17,7 +17,7 @@ from torch import nn
 
 from dit_rewrite.errors import BadParameter, BadPlan, BadPolicyText, NotAPolicy, UnknownPolicy
 from dit_rewrite.passes.guards import entropy, layer, num_layers, num_steps, progress, similarity, snr, step
-from dit_rewrite.plan import Choice, Plan, Window, is_whole
+from dit_rewrite.plan import Choice, Grid, Plan, Window, is_whole
 from dit_rewrite.policy import MadeFor, Policy, Rule
 from dit_rewrite.serialise import from_json
 from dit_rewrite.strategy import BlockwiseReuse, Reuse, ShareGuidance, Strategy, WindowResidual
@@ -122,7 +122,7 @@ def DiTFastAttn(plan: Plan | str | Path) -> Policy:
     `plan` may be a plan's file. The policy refuses another model, and a trajectory of another length. Raises BadPlan.
     """
     plan = plan if isinstance(plan, Plan) else _load(plan)
-    strategies = strategies_of(plan.window, plan.conditional)
+    strategies = strategies_of(plan.window, plan.conditional, plan.grid)
     rules = []
     for i, site in enumerate(plan.sites):
         for choice, do in strategies.items():
@@ -133,15 +133,17 @@ def DiTFastAttn(plan: Plan | str | Path) -> Policy:
     return Policy(tuple(rules), f"DiTFastAttn(delta={plan.delta})", made_for=MadeFor(plan.model, plan.steps))
 
 
-def strategies_of(window: Window | None, conditional: str | None) -> dict[Choice, Strategy | tuple[Strategy, ...]]:
-    """What a plan's choices mean; None where it has none that need it."""
+def strategies_of(
+    window: Window | None, conditional: str | None, grid: Grid | None = None
+) -> dict[Choice, Strategy | tuple[Strategy, ...]]:
+    """What a plan's choices mean; `window` and `conditional` are None where it has none that need it."""
     found: dict[Choice, Strategy | tuple[Strategy, ...]] = {Choice.AST: Reuse()}
     if conditional is not None:
         found[Choice.ASC] = ShareGuidance(conditional)
     if window is not None:
-        found[Choice.WA_RS] = WindowResidual(window)
+        found[Choice.WA_RS] = WindowResidual(window, grid)
     if conditional is not None and window is not None:
-        found[Choice.WA_RS_ASC] = (WindowResidual(window), ShareGuidance(conditional))
+        found[Choice.WA_RS_ASC] = (WindowResidual(window, grid), ShareGuidance(conditional))
     return found
 
 

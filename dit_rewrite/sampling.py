@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from queue import SimpleQueue
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 from dit_rewrite.errors import BadTrajectory
 from dit_rewrite.module import RewrittenModule
@@ -24,6 +26,50 @@ class Arrival(NamedTuple):
     args: list[Any]
     call: Call
     bank: Bank
+
+
+def digest(arrivals: Iterable[Arrival]) -> str:
+    """Tells calls apart by what they are given, weights left out: latent, time and conditioning. Reads the device."""
+    found = hashlib.sha256()
+    for arrival in arrivals:
+        weights = arrival.graph.wiring.static
+        for value in (value for i, value in enumerate(arrival.args) if i not in weights):
+            found.update(repr((value.shape, value.dtype) if isinstance(value, Tensor) else value).encode())
+            if isinstance(value, Tensor):
+                found.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()[:16]
+
+
+class State:
+    """One trajectory within a step: the wires as they stand before the first piece that is still open."""
+
+    def __init__(self, arrival: Arrival) -> None:
+        self.graph, self.args, self.call, self.bank = arrival
+        self.wires = self.graph.start(self.args)
+        self.cursor = 0
+        self.fresh: list[Any] = []
+
+    def outputs(self, decide: Callable[[int], bool]) -> tuple[Tensor, float]:
+        """The model's output if the open pieces run so, and which share of the network that takes."""
+        wires = list(self.wires)
+        count = len(self.graph.pieces)
+        for number in range(self.cursor, count):
+            self.graph.run_piece(number, decide, self.args, wires, self.bank)
+        tensors = [t for t in self.graph.results(wires) if isinstance(t, Tensor) and t.is_floating_point()]
+        return torch.cat([t.flatten() for t in tensors]), (count - self.cursor) / count
+
+    def advance(self, until: int, decide: Callable[[int], bool]) -> float:
+        """Close the pieces before `until`: they run for good."""
+        before = self.cursor
+        for number in range(self.cursor, until):
+            self.fresh += self.graph.run_piece(number, decide, self.args, self.wires, self.bank)
+            self.cursor = number + 1
+        return (self.cursor - before) / len(self.graph.pieces)
+
+    def finish(self, decided: Decisions) -> list[Any]:
+        """Fill the slots; what the graph returns."""
+        self.graph.store(self.fresh, self.bank, self.call.moment.step, decided)
+        return self.graph.results(self.wires)
 
 
 class _Closed(BaseException):

@@ -29,6 +29,7 @@ PLAN = Plan(
     conditional="second",
     evaluations=23,
     work=0.4,
+    notes=("2 cross not searched (kinds: self)",),
 )
 
 
@@ -75,8 +76,14 @@ def test_counts_and_fractions():
         ({"window": 0}, "window=0 .*a share"),
         ({"window": 1.5}, "window=1.5"),
         ({"window": ()}, r"window=\(\)"),
-        ({"window": (2, -1)}, "window=.*whole numbers"),
-        ({"window": (2, 0.5)}, "window=.*whole numbers"),
+        ({"window": (2, -1), "grid": (4, 4)}, "window=.*whole numbers"),
+        ({"window": (2, 0.5), "grid": (4, 4)}, "window=.*whole numbers"),
+        ({"window": (2, 2)}, "window=.*one for each axis of grid=None"),
+        ({"window": (2, 2), "grid": (4, 4, 4)}, r"window=.*one for each axis of grid=\(4, 4, 4\)"),
+        ({"grid": (4, 0)}, r"grid=\(4, 0\)"),
+        ({"grid": 16}, "grid=16"),
+        ({"grid": (2, 2, 2, 2)}, "grid="),
+        ({"notes": "all of it"}, "notes='all of it'"),
         ({"window": None}, "window=None.*for WA-RS"),
         ({"conditional": "third"}, "conditional='third'"),
         ({"conditional": None}, "conditional=None.*for ASC"),
@@ -92,7 +99,7 @@ def test_fields_that_do_not_fit(changes: dict[str, Any], says: str):
 def test_what_no_choice_needs_may_be_missing():
     table = ((FULL,) * 4, (AST,) * 4, (FULL,) * 4)
     assert replace(PLAN, table=table, window=None, conditional=None).counts[AST] == 4
-    assert replace(PLAN, window=(3, 0)).window == (3, 0)
+    assert replace(PLAN, window=(3, 0), grid=(8, 8)).window == (3, 0)
     with pytest.raises(BadParameter, match="window=None"):
         replace(PLAN, table=(*table[:2], (WA_RS, FULL, FULL, FULL)), window=None, conditional=None)
     with pytest.raises(BadParameter, match="conditional=None"):
@@ -109,7 +116,7 @@ def test_save_and_load(tmp_path: Path):
     assert Plan.load(str(path)) == PLAN
     assert [entry.name for entry in path.parent.iterdir()] == ["plan.json"]
     content = json.loads(path.read_text())
-    assert content["version"] == 1
+    assert content["version"] == 2
     assert content["table"] == ["full full full full", "full AST WA-RS full", "AST AST WA-RS+ASC ASC"]
 
 
@@ -121,10 +128,13 @@ def plans(draw: st.DrawFn) -> Plan:
     sites = tuple(draw(st.lists(st.text(min_size=1, max_size=4), min_size=1, max_size=4, unique=True)))
     row = st.tuples(*[CELLS] * len(sites))
     table = tuple(draw(st.lists(row, min_size=1, max_size=4)))
-    window = draw(st.floats(1e-3, 1) | st.lists(st.integers(0, 99), min_size=1, max_size=3).map(tuple))
+    grid = draw(st.none() | st.lists(st.integers(1, 9), min_size=1, max_size=3).map(tuple))
+    reach = st.lists(st.integers(0, 99), min_size=len(grid or "1"), max_size=len(grid or "1")).map(tuple)
+    window = draw(st.floats(1e-3, 1) | reach)
     half = draw(st.sampled_from(["first", "second"]))
     delta, work = draw(st.floats(0, 1)), draw(st.floats(0, 2))
-    return Plan("m", len(table), "none", sites, table, delta, window, half, draw(st.integers(0, 10**6)), work)
+    tried, notes = draw(st.integers(0, 10**6)), tuple(draw(st.lists(st.text(), max_size=2)))
+    return Plan("m", len(table), "none", sites, table, delta, window, half, tried, work, grid, notes)
 
 
 @settings(deadline=None, max_examples=30)
@@ -170,7 +180,10 @@ def test_a_plan_that_cannot_be_written_leaves_the_old_one(tmp_path: Path, monkey
         ({"window": "1/8"}, "window='1/8'"),
         ({"conditional": ["first"]}, r"conditional=\['first'\]"),
         ({"delta": float("nan")}, "delta=nan"),
-        ({"version": 2}, "its version is 2, and this dit_rewrite reads 1"),
+        ({"version": 3}, "its version is 3, and this dit_rewrite reads 2"),
+        ({"version": 0}, "its version is 0"),
+        ({"version": 1}, "has the foreign grid, notes"),
+        ({"grid": {"H": 4}}, "grid={'H': 4}"),
         ({"version": True}, "its version is True"),
         ({"version": None}, "its version is None"),
         ({"strategy": "greedy"}, "has the foreign strategy"),
@@ -190,6 +203,17 @@ def test_files_that_lack_a_field(tmp_path: Path):
         path.write_text(json.dumps({key: value for key, value in content.items() if key != name}))
         with pytest.raises(BadPlan, match="its version is None" if name == "version" else f"it lacks {name}"):
             Plan.load(path)
+
+
+def test_files_of_the_first_version(tmp_path: Path):
+    """They had no grid and no notes."""
+    path = tmp_path / "plan.json"
+    old = {key: value for key, value in saved(path).items() if key not in ("grid", "notes")}
+    path.write_text(json.dumps(old | {"version": 1}))
+    assert Plan.load(path) == replace(PLAN, notes=())
+    path.write_text(json.dumps(old))
+    with pytest.raises(BadPlan, match="it lacks grid, notes"):
+        Plan.load(path)
 
 
 @pytest.mark.parametrize("content", [b"", b"full AST", b"\x93NUMPY\xff", b'{"version": 1', b"[" * 100_000])
