@@ -56,7 +56,7 @@ def _ranges(numbers: Sequence[int]) -> str:
 
 
 def _left_out(rewritten: Iterable[Rewritten]) -> str:
-    """What to do where blocks are counted whose attention shares its projection with an MLP, so that it is not meant."""
+    """What to do where blocks count whose attention shares its projection with an MLP, so that it is not meant."""
     wheres = {rule.where for graph in rewritten for i in graph.reached for rule in graph.rules[i].rules if rule.mine}
     kinds = frozenset[Kind]().union(*(FAMILIES[kind] for where in wheres for kind in where.kinds if not where.span))
     parallel = sum(site.kind is Kind.PARALLEL for graph in rewritten for site in graph.found.sites)
