@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -51,6 +52,19 @@ def check_replay(
             return
         wide = None if exact else _replay(Replay64, Check(), graph, observation, stream, kept64)
         _compare(check, graph, observation, replay, wide)
+
+
+def kept_as_seen(observation: Observation, static: frozenset[int]) -> Observation:
+    """The observation with copies of what its graph took, weights left out, and returned.
+
+    Behind a graph break the model may change such a tensor in place, and the replay would be given the changed one.
+    """
+    args = (value if i in static else _copied(value) for i, value in enumerate(observation.args))
+    return replace(observation, args=tuple(args), outputs=tuple(map(_copied, observation.outputs)))
+
+
+def _copied(value: Any) -> Any:
+    return value.clone() if isinstance(value, Tensor) else value
 
 
 @dataclass

@@ -24,7 +24,7 @@ from dit_rewrite.passes.capture import one_graph
 from dit_rewrite.passes.sites import Site
 from dit_rewrite.policies import as_policy
 from dit_rewrite.policy import Policy
-from dit_rewrite.replay import check_replay
+from dit_rewrite.replay import check_replay, kept_as_seen
 from dit_rewrite.report import Dump
 from dit_rewrite.runtime.session import Observation
 
@@ -224,9 +224,13 @@ def _check_replay(
     ours = attach(twin(model), backend)
     check = Check()
     observed: list[Observation] = []
+
+    def see(observation: Observation) -> None:
+        observed.append(kept_as_seen(observation, backend.rewritten[observation.graph].captured.static))
+
+    backend.session.observer = see
     for _ in range(2):
-        observed = []
-        backend.session.observer = observed.append
+        observed.clear()
         _run(ours, trajectory)
         streams = _stream_of_each(observed, trajectory.streams)
         check_replay(check, backend.rewritten, observed, streams, exact=lower.backend == "aot_eager")
