@@ -33,6 +33,7 @@ class Reason(str, Enum):
     MOVING_KEYS = "its keys change from step to step, and the paper's bound does not know that: use bound='sound'"
     MIXES_SAMPLES = "its samples cannot be told apart, so that no half of the batch can be computed alone"
     ODD_BATCH = "the batch has no two halves"
+    MOVING_SIZE = "its size is decided by data that change from step to step"
     NO_PROBE = "the graph has no such probe"
     PROBE_WITHIN = "its probe is computed after its own value: give the policy lag=1"
     # a site that costs nothing at run time

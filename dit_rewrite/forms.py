@@ -6,11 +6,12 @@ import math
 from functools import cached_property
 from typing import Any
 
-from torch import Tensor
+import sympy
+from torch import Tensor, fx
 
 from dit_rewrite.cores import codec
 from dit_rewrite.errors import Reason
-from dit_rewrite.passes import cost
+from dit_rewrite.passes import cost, torch_private
 from dit_rewrite.passes.capture import Captured
 from dit_rewrite.passes.guarded import Guidance
 from dit_rewrite.passes.halve import Batch, batch_labels
@@ -18,6 +19,7 @@ from dit_rewrite.passes.hoist import steady_nodes
 from dit_rewrite.passes.parts import Probes
 from dit_rewrite.passes.site import Site
 from dit_rewrite.passes.store import Codec, Store
+from dit_rewrite.passes.unbacked import moving_sizes
 from dit_rewrite.policy import SiteRules
 from dit_rewrite.strategy import ShareGuidance
 
@@ -35,6 +37,8 @@ class Forms:
     def of(self, site: Site, rules: SiteRules) -> Form | Reason:
         """The form of a site under its rules."""
         form = rules.form
+        if any(self._moves(self.nodes[name]) for name in (*site.values, *site.inputs)):
+            return Reason.MOVING_SIZE
         if isinstance(form, ShareGuidance):
             return self._shared(site, form)
         if form is None or isinstance(form, str):
@@ -51,6 +55,14 @@ class Forms:
     @cached_property
     def _still(self) -> Any:
         return steady_nodes(self.graph, self.steady)
+
+    def _moves(self, node: fx.Node) -> bool:
+        """Whether a value's size is decided by data that change from step to step."""
+        return bool(torch_private.unbacked_symbols(node.meta["val"]) & self._moving_sizes)
+
+    @cached_property
+    def _moving_sizes(self) -> frozenset[sympy.Symbol]:
+        return moving_sizes(self.graph, self.captured.static | self.captured.steady)
 
     @cached_property
     def _batch(self) -> int:

@@ -16,7 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from dit_rewrite import refresh
 from dit_rewrite.errors import BadParameter
-from dit_rewrite.passes import attention_core
+from dit_rewrite.passes import attention_core, unbacked
 
 Backend = str | Callable[[fx.GraphModule, list[Any]], Callable[..., Any]]
 Compiled = Callable[..., Sequence[Any]]
@@ -73,11 +73,12 @@ class Lowering:
 
     def lower(self, gm: fx.GraphModule, fake_mode: FakeTensorMode | None) -> Compiled:
         """Compile a straight-line graph for the fake inputs in its placeholders' metadata."""
-        inputs = [node.meta["val"] for node in gm.graph.find_nodes(op="placeholder")]
         refresh.fuse(gm, refresh.is_faster)
         attention_core.unmark(gm)
         if self.backend == "aot_eager":
             return gm.forward
+        unbacked.bind_inputs(gm, fake_mode)
+        inputs = [node.meta["val"] for node in gm.graph.find_nodes(op="placeholder")]
         with _quiet(fake_mode):
             run = self._compile(gm, inputs)
         return run if self.owns_outputs else _cloning(run)

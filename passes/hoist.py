@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, fx
 
 from dit_rewrite.passes.graph import is_contraction, is_view
+from dit_rewrite.passes.unbacked import is_unbacked
 
 
 def steady_values(graph: fx.Graph, steady_inputs: Iterable[int]) -> tuple[fx.Node, ...]:
@@ -86,13 +87,7 @@ def _may_move(node: fx.Node) -> bool:
         return False
     value = node.meta.get("val")
     parts = value if isinstance(value, (tuple, list)) else (value,)
-    return all(isinstance(part, Tensor) and not _unbacked(part) for part in parts)
-
-
-def _unbacked(value: Tensor) -> bool:
-    from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
-
-    return bool(free_unbacked_symbols(value))
+    return all(isinstance(part, Tensor) and not is_unbacked(part) for part in parts)
 
 
 def _dear(steady: dict[fx.Node, None]) -> dict[fx.Node, None]:

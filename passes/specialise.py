@@ -18,6 +18,7 @@ from torch import Tensor, fx
 from dit_rewrite.passes.graph import aten, attribute
 from dit_rewrite.passes.guarded import GuardedGraph, cache_or_compute
 from dit_rewrite.passes.segments import Segments
+from dit_rewrite.passes.unbacked import is_contiguous
 
 Row = tuple[bool, ...]  # for each guarded site: True = reused (or inside a reused one)
 
@@ -257,6 +258,6 @@ def _dense(graph: fx.Graph, node: fx.Node) -> fx.Node:
 
 
 def _without_gaps(value: Any) -> Any:
-    if not isinstance(value, Tensor) or value.is_contiguous():
+    if not isinstance(value, Tensor) or is_contiguous(value):
         return value
     return torch.empty_like(value, memory_format=torch.contiguous_format)

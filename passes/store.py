@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, fx
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from dit_rewrite.passes.unbacked import is_dense
+
 _LARGEST = {"int8": 127.0, "fp8": 448.0}  # of e4m3
 _DTYPES = {"bf16": torch.bfloat16, "int8": torch.int8, "fp8": torch.float8_e4m3fn}
 STORES = tuple(_DTYPES)
@@ -49,14 +51,14 @@ class Store:
         return repr(self.name)
 
     def is_plain(self, value: Tensor, read: Sequence[Tensor]) -> bool:
-        return not read and not is_packed(value, self.name) and _is_dense(value)
+        return not read and not is_packed(value, self.name) and is_dense(value)
 
     def encode(self, value: Tensor, read: Sequence[Tensor]) -> tuple[Tensor, ...]:
         held = value - read[0] if read else value
         name = self.name if is_packed(value, self.name) else None
         if name is None or name not in _LARGEST:
             held = held if name is None else held.to(_DTYPES[name])
-            return (held if _is_dense(held) else held.clone(),)  # keys beside queries and values would hold all three
+            return (held if is_dense(held) else held.clone(),)  # keys beside queries and values would hold all three
         wide = held.float()
         largest = wide.abs().amax(-1, keepdim=True)
         scale = largest / _LARGEST[name]
@@ -70,11 +72,6 @@ class Store:
             value = value.float() * held[1]
         value = value.to(dtype) if self.name is not None else value
         return read[0] + value if read else value
-
-
-def _is_dense(value: Tensor) -> bool:
-    """Without gaps and overlaps in memory."""
-    return bool(torch.ops.aten.is_non_overlapping_and_dense(value))
 
 
 def is_packed(value: Tensor, store: str | None) -> bool:
