@@ -21,6 +21,7 @@ from dit_rewrite.passes.guards import Predicate, Value, is_known
 from dit_rewrite.passes.notation import show
 from dit_rewrite.passes.sites import Part, Site
 from dit_rewrite.passes.spans import Span
+from dit_rewrite.passes.verdict import Verdict, verdict
 from dit_rewrite.runtime.decide import Choose, Moment, Read
 from dit_rewrite.strategy import Compute, Core, Reuse, ShareGuidance, Strategy, parts
 from dit_rewrite.where import Where
@@ -162,8 +163,10 @@ class Policy:
                 continue
             placed = sympy.true if site.part is Part.SPAN else rule.where.guard  # a span was made for its layers
             predicate = Predicate.of(rule.when & placed, known)
-            if not guards.unreachable(predicate.guard):
-                do = rule.strategy(site.part)
+            do = rule.strategy(site.part)
+            if not guards.unreachable(predicate.guard) and not (
+                _reads_earlier(do) and verdict(rule.when & placed, known) is Verdict.NEVER
+            ):
                 reaching.append(SiteRule(predicate, do, site.part in rule.parts, rule.where))
             if predicate.guard == sympy.true and not predicate.needs and rule.where.streams is None:
                 break
@@ -171,6 +174,11 @@ class Policy:
         if len(rules.forms) > 1:
             raise TwoStores(site.name, rules.forms)
         return rules
+
+
+def _reads_earlier(do: Strategy) -> bool:
+    """Whether a strategy needs what an earlier step computed, which is what verdicts speak of."""
+    return not isinstance(do, (Compute, ShareGuidance))
 
 
 @dataclass(frozen=True)

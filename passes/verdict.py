@@ -68,7 +68,8 @@ def verdict(guard: Boolean, known: Mapping[str, guards.Value] = MappingProxyType
     num_layers; 1 <= age <= step, since each step asks once; 0 <= streak < age, since each step after the computation
     reuses at most once, and a covered one does not count; sigma, snr and measurements are >= 0. A guard that could hold
     at step 0 alone is NEVER: no slot holds a value there. `known` must agree with all of this. Who tells one step_index
-    twice asks a step twice, at age 0: for that this is no proof, so nothing is decided by it; it is for reports.
+    twice asks a step twice, at age 0: for that this is no proof, so that NEVER may make a site compute, which is always
+    right, and ALWAYS is for reports.
 
     Sound, not complete: None where the guard is too large, and often where it is not linear. Raises nothing
     for a guard that `guards.check` passes.

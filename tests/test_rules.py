@@ -253,6 +253,21 @@ def test_overlapping_spans(a: tuple[int, int], b: tuple[int, int], overlap: bool
 # --- rules of a site --------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize(("order", "reached"), [("linear", range(9)), ("linear_reverse", range(19, 28))])
+def test_layers_that_no_step_can_reuse_are_out_of_reach(order: str, reached: range) -> None:
+    """DQAR lets at most floor(0.33 * 28) = 9 layers reuse, whatever the number of steps; of a part nothing is known."""
+    policy = DQAR(0.2, 0.33, None, order)
+    found = [policy.for_site(site(), {"layer": i, "num_layers": 28}).reachable for i in range(28)]
+    assert [i for i, reachable in enumerate(found) if reachable] == list(reached)
+    assert policy.for_site(site(), {}).reachable
+
+
+def test_what_reads_no_earlier_step_is_in_reach_at_the_first() -> None:
+    """No slot is filled before step 0; one half of a guided batch stands for both at any step."""
+    assert not Policy((Rule(step < 1),)).for_site(site(), {}).reachable
+    assert Policy((Rule(step < 1, ShareGuidance("first")),)).for_site(site(Part.GUIDANCE), {}).reachable
+
+
 def test_two_stores() -> None:
     """Of one slot two rules ask for different contents: refused, with both; of different slots each may."""
     both = Policy((Rule(step > 3), Rule(step > 1, Reuse("int8"))))
