@@ -176,7 +176,7 @@ class Backend:
             len(self.rewritten),
             specs,
             placed.found.num_layers,
-            layout.wiring(captured.static, captured.ambient),
+            layout.wiring(captured),
             layout.pieces(),
             self.session,
             compile_variant,

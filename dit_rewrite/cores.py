@@ -86,15 +86,15 @@ def _narrow(tensor: Tensor) -> Tensor:
     return tensor.float() if tensor.dtype is torch.float64 else tensor
 
 
-def codec(strategy: Core, core: fx.Node, image: int | None, static: bool) -> Codec | Reason:
+def codec(strategy: Core, core: fx.Node, image: int | None, static: bool, steady_mask: bool) -> Codec | Reason:
     """What a strategy puts in the place of the attention op `core`, or why it cannot.
 
     `image` is the number of tokens of the stream from which the model's output is made; `static`: keys and values are
-    the same throughout a trajectory.
+    the same throughout a trajectory; `steady_mask`: so is the mask, or there is none.
     """
     given = arguments(core)
     if isinstance(strategy, BlockwiseReuse):
-        return _blockwise(strategy, given, static)
+        return _blockwise(strategy, given, static) if steady_mask else Reason.MOVING_MASK
     if not is_of_one_sequence(core):
         return Reason.OTHER_TOKENS
     text, last = (0, False) if image is None else text_tokens(core, image)

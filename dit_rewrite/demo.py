@@ -153,7 +153,7 @@ def result_of(method: Method, uncached: Method, labels: Tensor, classifier: nn.M
 
 def stats_figures(stats: Any) -> dict[str, object]:
     """What `model.stats()` counts, without its row per call."""
-    names = ("calls", "computed", "reused", "variants", "recompiles", "graph_breaks", "cache_bytes")
+    names = ("calls", "computed", "reused", "variants", "recompiles", "graph_breaks", "peak_bytes")
     misses = {str(reason): count for reason, count in dict(stats.misses).items()}
     return {name: getattr(stats, name) for name in names} | {"misses": misses}
 

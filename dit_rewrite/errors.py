@@ -31,6 +31,7 @@ class Reason(str, Enum):
     OTHER_TOKENS = "its queries and keys are not the same tokens, so that they have no window"
     HEAD_SIZE = "blockwise attention takes heads of 16 to 256 channels, in 16 or 32 bits"
     MOVING_KEYS = "its keys change from step to step, and the paper's bound does not know that: use bound='sound'"
+    MOVING_MASK = "its attention mask changes from step to step, and the bound does not know that"
     MIXES_SAMPLES = "its samples cannot be told apart, so that no half of the batch can be computed alone"
     ODD_BATCH = "the batch has no two halves"
     MOVING_SIZE = "its size is decided by data that change from step to step"
@@ -53,6 +54,7 @@ class Reason(str, Enum):
     CHANGED_INPUT = "shape, dtype or device of an input changed"
     CHANGED_GRAPH = "another graph ran at this place of the call before"
     CHANGED_WEIGHTS = "the graph ran with other weights before"
+    CHANGED_CONDITIONING = "what it held was made for other conditioning"
     BEYOND_END = "the trajectory was told fewer steps"
     SIZES_NOT_COMPILED = "the variant was compiled later, for other sizes"
     NOT_CAPTURED = "Dynamo ran the call without a captured graph (recompile limit reached, or disabled)"
@@ -318,3 +320,11 @@ class PlanMismatch(DitRewriteError, ValueError):
 class NotAPolicy(PolicyError):
     def __init__(self, given: str, remedy: str) -> None:
         super().__init__(f"A policy is needed, and this is of type {given}. {remedy}.")
+
+
+class TorchChanged(DitRewriteError, RuntimeError):
+    def __init__(self, name: str, version: str) -> None:
+        super().__init__(
+            f"torch {version} has no {name} any more, which dit_rewrite reads. Install a torch that dit_rewrite was "
+            f"tested with (see its pyproject.toml), or a newer dit_rewrite."
+        )

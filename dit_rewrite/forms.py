@@ -9,7 +9,7 @@ from typing import Any
 import sympy
 from torch import Tensor, fx
 
-from dit_rewrite.cores import codec
+from dit_rewrite.cores import Blockwise, codec
 from dit_rewrite.errors import Reason
 from dit_rewrite.passes import cost, torch_private
 from dit_rewrite.passes.capture import Captured
@@ -29,8 +29,9 @@ Form = tuple[Codec, Guidance | None]
 class Forms:
     """Answers for the sites of one graph; `probes` knows its streams."""
 
-    def __init__(self, captured: Captured, probes: Probes, steady: frozenset[int]) -> None:
-        self.captured, self.probes, self.steady = captured, probes, steady
+    def __init__(self, captured: Captured, probes: Probes) -> None:
+        self.captured, self.probes = captured, probes
+        self.steady = captured.static | captured.steady  # dispatch asks whether it still is (Site.conditioned)
         self.graph = probes.gm.graph
         self.nodes = {node.name: node for node in self.graph.nodes}
 
@@ -44,8 +45,8 @@ class Forms:
         if form is None or isinstance(form, str):
             return Store(form), None
         core = self.nodes[site.values[0]]
-        static = all(self.nodes[name] in self._still for name in site.inputs[1:])
-        found = codec(form, core, self._image, static)
+        keys, mask = (all(self.nodes[n] in self._still for n in names) for names in (site.inputs[1:3], site.inputs[3:]))
+        found = codec(form, core, self._image, keys, mask)
         return found if isinstance(found, Reason) else (found, None)
 
     @cached_property
@@ -56,13 +57,19 @@ class Forms:
     def _still(self) -> Any:
         return steady_nodes(self.graph, self.steady)
 
+    def is_conditioned(self, site: Site, form: Form) -> bool:
+        """Whether what is held for a site is good for the same conditioning alone: its size follows from that, or keys,
+        values or a mask do that the held state takes for the same in every call."""
+        sized = any(torch_private.unbacked_symbols(self.nodes[name].meta["val"]) for name in site.values)
+        return sized or (isinstance(form[0], Blockwise) and (form[0].kv_static or len(site.inputs) > 3))
+
     def _moves(self, node: fx.Node) -> bool:
         """Whether a value's size is decided by data that change from step to step."""
         return bool(torch_private.unbacked_symbols(node.meta["val"]) & self._moving_sizes)
 
     @cached_property
     def _moving_sizes(self) -> frozenset[sympy.Symbol]:
-        return moving_sizes(self.graph, self.captured.static | self.captured.steady)
+        return moving_sizes(self.graph, self.steady)
 
     @cached_property
     def _batch(self) -> int:

@@ -10,6 +10,7 @@ from torch import fx
 
 from dit_rewrite.errors import NeedsSegments, Reason
 from dit_rewrite.lowering import Lowering
+from dit_rewrite.passes.capture import Captured
 from dit_rewrite.passes.guarded import GuardedGraph
 from dit_rewrite.passes.guards import PROBED
 from dit_rewrite.passes.segments import Segments, cut, relevant, whole
@@ -72,21 +73,22 @@ class Layout:
         """The wire that carries the node at a position of the captured graph."""
         return self._wires[position]
 
-    def wiring(self, static: frozenset[int], ambient: frozenset[int]) -> Wiring:
-        """How the wires run; `static` and `ambient` are inputs."""
+    def wiring(self, captured: Captured) -> Wiring:
+        """How the wires of the captured graph run."""
         returned = self._nodes[-1].args[0]
         outputs = tuple(
             self._wires[self._position[out.name]] if isinstance(out, fx.Node) else (out,)
             for out in returned  # type: ignore[union-attr]
         )
         num_inputs = sum(node.op == "placeholder" for node in self._nodes)
-        return Wiring(len(self._wires), num_inputs, outputs, static, ambient)
+        return Wiring(len(self._wires), num_inputs, outputs, captured.static, captured.steady, captured.ambient)
 
     def wired(self, specs: Sequence[SiteSpec]) -> list[SiteSpec]:
-        """The sites as dispatch knows them, with the wires that carry what they measure."""
+        """The sites as dispatch knows them, with the wires that carry what they measure, and what they depend on."""
         return [
             replace(
                 spec,
+                conditioned=site.conditioned,
                 measured=tuple(
                     Measured(name, PROBED[name][0], self._wires[self._position[node]]) for name, node in site.probes
                 ),

@@ -66,7 +66,10 @@ def place(captured: Captured, found: Found, policy: Policy, whole: bool, hoist: 
         sites, found = _closed(gm, sites, found)
     early = _refuse_early(sites, rules, gm) if not policy.lag else []
     _go_with_cores(sites, rules)
-    forms, formless = _forms(sites, rules, Forms(captured, measuring.probes, steady))
+    answers = Forms(captured, measuring.probes)
+    forms, formless = _forms(sites, rules, answers)
+    for i, form in forms.items():
+        sites[i] = replace(sites[i], conditioned=answers.is_conditioned(sites[i], form))
     outside = _outside(policy, spans, stacks, whole) if found.sites else []
     refused = [*found.refused, *refused, *outside, *unmeasured, *early, *formless]
     return Placed(gm, replace(found, sites=tuple(sites), refused=tuple(refused)), tuple(rules), forms)

@@ -13,8 +13,10 @@ import sympy
 import torch
 from torch import Tensor, fx
 
-from dit_rewrite.passes.graph import is_contraction, is_view
+from dit_rewrite.passes.graph import aten, is_contraction, is_view, packet
 from dit_rewrite.passes.unbacked import is_unbacked
+
+_SHAPED = {aten.full_like, aten.zeros_like, aten.ones_like, aten.new_full, aten.new_zeros, aten.new_ones}
 
 
 def steady_values(graph: fx.Graph, steady_inputs: Iterable[int]) -> tuple[fx.Node, ...]:
@@ -60,9 +62,15 @@ def steady_nodes(graph: fx.Graph, inputs: Iterable[int]) -> dict[fx.Node, None]:
     steady = dict.fromkeys(node for i, node in enumerate(placeholders) if i in inputs or _is_size(node, sizes))
     for node in graph.nodes:
         computed = node.op == "call_function" and _may_move(node)
-        if node.op == "get_attr" or (computed and all(argument in steady for argument in node.all_input_nodes)):
+        if node.op == "get_attr" or (computed and all(argument in steady for argument in _read(node))):
             steady[node] = None
     return steady
+
+
+def _read(node: fx.Node) -> list[fx.Node]:
+    """What a node's values depend on: not the tensor of which `full_like` and its kind take nothing but the shape."""
+    likes = node.args[0] if packet(node) in _SHAPED else None
+    return [argument for argument in node.all_input_nodes if argument is not likes]
 
 
 def _sizes(placeholders: Iterable[fx.Node]) -> set[sympy.Symbol]:

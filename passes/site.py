@@ -56,7 +56,8 @@ class Site:
     ``sums`` are the residual sums that the values go into, over ``streams``. A span has the blocks ``span``, from the
     first up to the second, and ``bases``: the stream before it, for each of its values. ``probes`` are pairs of a
     symbol and the node that is measured for it, ``entropy`` is the index of the value that holds the attention's
-    entropy. ``inputs`` are what a core reads: query, key, value and perhaps a mask.
+    entropy. ``inputs`` are what a core reads: query, key, value and perhaps a mask. ``conditioned``: what its slot
+    holds is good for the same conditioning alone.
     """
 
     name: str
@@ -72,6 +73,7 @@ class Site:
     probes: tuple[tuple[str, str], ...] = ()
     entropy: int | None = None
     inputs: tuple[str, ...] = ()
+    conditioned: bool = False
     closure: frozenset[str] = field(default=frozenset(), repr=False)
     flops: int = 0
     bytes: int = 0

@@ -60,6 +60,7 @@ class Bank:
         self.streak = [0] * num_sites
         self.tracked = Tracked()
         self.hoisted: Hoisted | None = None
+        self.conditioning: Hoisted | None = None  # holds no values: what the slots hold that are good for it alone
         self.stamp: Stamp | None = None
         self.weights: tuple[Any, ...] = ()
         self.ambient: tuple[tuple[Any, int | None], ...] = ()
@@ -94,6 +95,16 @@ class Bank:
         self.hoisted = None
         self.tracked = Tracked()
         self.values = [None] * len(self.values)
+
+    def keep_for(self, conditioning: Sequence[Tensor], told: bool, sites: Sequence[int]) -> Reason | None:
+        """Empty the slots of `sites` unless the conditioning is the one that they were filled under; why, if so."""
+        before = self.conditioning
+        if before is not None and before.holds_for(conditioning, told):
+            return None
+        self.conditioning = Hoisted.of(conditioning, ())
+        for site in sites:
+            self.values[site] = None
+        return None if before is None else Reason.CHANGED_CONDITIONING
 
     def store(self, site: int, values: tuple[Tensor, ...] | None, step: int) -> None:
         """Put what a computing site made into its slot; None where it has none."""

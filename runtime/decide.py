@@ -41,6 +41,7 @@ class SiteSpec:
     holds its attention's entropy. ``reads`` is the site whose slot its strategy reads: by default its own, -1: none.
     ``serves``: it only fills a slot for that site, where this will read it. ``foreseen``: what `choose` says of a step
     to come depends on nothing but the step. ``borrows``: its slot is that of this stream, filled in the same step.
+    ``conditioned``: what its slot holds is good for the same conditioning alone.
     """
 
     name: str
@@ -54,6 +55,7 @@ class SiteSpec:
     serves: int | None = None
     foreseen: bool = False
     borrows: str | None = None
+    conditioned: bool = False
 
 
 @dataclass(frozen=True)

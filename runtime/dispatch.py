@@ -55,13 +55,14 @@ class Piece:
 @dataclass(frozen=True)
 class Wiring:
     """How the wires of a graph run: wires below ``num_inputs`` are its inputs, ``outputs`` says what it returns: a
-    wire, or a constant in a tuple of its own. ``static`` and ``ambient`` are inputs: weights, and tensors that the
-    model has as attributes."""
+    wire, or a constant in a tuple of its own. ``static``, ``steady`` and ``ambient`` are inputs: weights, the call's
+    conditioning, and tensors that the model has as attributes."""
 
     num_wires: int
     num_inputs: int
     outputs: tuple[int | tuple[Any], ...]
     static: frozenset[int] = frozenset()
+    steady: frozenset[int] = frozenset()
     ambient: frozenset[int] = frozenset()
 
 
@@ -98,7 +99,9 @@ class Graph:
         self._measures = any(site.measured or site.entropy is not None for site in self.sites)
         self._decided = lru_cache(maxsize=PLANS)(self._decide)
         self._borrowing = tuple((i, site.borrows) for i, site in enumerate(self.sites) if site.borrows is not None)
+        self._conditioned = tuple(i for i, site in enumerate(self.sites) if site.conditioned)
         self._weights = tuple(sorted(wiring.static))
+        self._steady = tuple(sorted(wiring.steady))
         self._ambient = tuple(sorted(wiring.ambient))
         self._data = tuple(i for i in range(wiring.num_inputs) if i not in wiring.static)
         self._compiling = threading.RLock()
@@ -116,6 +119,9 @@ class Graph:
         unfit = bank.fit(stamp, weights, [args[i] for i in self._ambient])
         if unfit is Reason.EMPTY and call.fresh is not None:
             unfit = call.fresh
+        if self._conditioned:
+            steady = [args[i] for i in self._steady]
+            unfit = bank.keep_for(steady, call.explicit, self._conditioned) or unfit
         if self.prologue is not None:
             self._hoist(self.prologue, args, bank, call.explicit)
         for site, lender in self._borrowing if unfit is None else ():
@@ -128,6 +134,8 @@ class Graph:
             decided, outputs = self._run(args, call, bank, Reason.SIZES_NOT_COMPILED)
         outputs = self._owned(decided.row, outputs, bank)
         self._note(call, occurrence, decided, args, outputs, bank)
+        for site, _ in self._borrowing:
+            bank.values[site] = None  # or the lender's old values would live while it makes new ones
         call.layers += self.num_layers
         args.clear()
         return outputs
@@ -178,9 +186,16 @@ class Graph:
     def _pieces(
         self, args: list[Any], wires: list[Any], bank: Bank, decide: Callable[[int], bool]
     ) -> list[tuple[tuple[int, int], Tensor]]:
-        """Run the pieces one after the other; what they made for the slots."""
+        """Run the pieces one after the other; what they made for the slots.
+
+        What a site held that now computes is let go first: nothing reads it any more, and the memory of old and new
+        values together would be twice the cache's. Should the call fail, the slot is empty: a miss.
+        """
         fresh: list[tuple[tuple[int, int], Tensor]] = []
-        for number in range(len(self.pieces)):
+        for number, piece in enumerate(self.pieces):
+            for site in piece.sites:
+                if not decide(site):
+                    bank.values[site] = None
             fresh += self.run_piece(number, decide, args, wires, bank)
         return fresh
 
@@ -244,6 +259,7 @@ class Graph:
         values = [value for _, value in _execute(prologue, args, bank)]
         bank.hoisted = Hoisted.of(inputs, values)
         self.session.stats.add("hoists")
+        self.session.note_bytes()
 
     def store(self, fresh: Sequence[tuple[tuple[int, int], Tensor]], bank: Bank, step: int, decided: Decisions) -> None:
         """Put what the pieces made into the slots, once all of them have run."""
@@ -258,6 +274,8 @@ class Graph:
                 bank.store(site, None, step)  # what it held is of an earlier computation
             elif reason is not Reason.COVERED:
                 bank.streak[site] += 1
+        if fresh:
+            self.session.note_bytes()
 
     def _owned(self, row: Row, outputs: Sequence[Any], bank: Bank) -> Sequence[Any]:
         """The outputs; one that shares memory with a slot is copied, since its taker may change it in place."""

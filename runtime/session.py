@@ -161,3 +161,7 @@ class Session(threading.local):
         """Bytes that the present trajectory's slots hold."""
         tracker = self.inferred if self.explicit is None else self.explicit
         return sum(stream.bytes for stream in tracker.trajectory.streams.all)
+
+    def note_bytes(self) -> None:
+        """Slots were filled: keep the most bytes that they ever held."""
+        self.stats.peak_bytes = max(self.stats.peak_bytes, self.cache_bytes())

@@ -62,9 +62,10 @@ class Stats:
 
     ``calls`` of the model; ``computed`` and ``reused`` site decisions; ``variants`` compiled, of which
     ``late_variants`` during a trajectory; ``recompiles`` and ``graph_breaks`` that Dynamo made; ``cache_bytes`` held
-    now; ``hoists``, how often what is computed once per trajectory was computed; ``misses`` by reason: a rule would
-    have reused and no value fitted; ``num_trajectories`` in all, ``trajectories`` by the reason they began where the
-    caller did not mark them; ``streams`` that have no values of their own, or none any more, by the reason. Threads share them.
+    now, ``peak_bytes`` at most so far by all streams of a thread; ``hoists``, how often values that are computed once
+    per trajectory were computed; ``misses`` by reason: a rule would have reused and no value fitted;
+    ``num_trajectories`` in all, ``trajectories`` by the reason they began where the caller did not mark them;
+    ``streams`` that have no values of their own, or none any more, by the reason. Threads share them.
     """
 
     calls: int = 0
@@ -75,6 +76,7 @@ class Stats:
     recompiles: int = 0
     graph_breaks: int = 0
     cache_bytes: int = 0
+    peak_bytes: int = 0
     hoists: int = 0
     misses: Counter[Reason] = field(default_factory=Counter)
     num_trajectories: int = 0
@@ -149,7 +151,7 @@ class Stats:
             f"{self.calls} calls: {self.reused} values reused, {self.computed} computed "
             f"(Recomp {self.recomputed_fraction:.1%})",
             f"{self.variants} variants ({self.late_variants} compiled late), {self.recompiles} recompiles, "
-            f"{self.graph_breaks} graph breaks, {self.cache_bytes / 2**20:.2f} MiB cached",
+            f"{self.graph_breaks} graph breaks, {self.peak_bytes / 2**20:.2f} MiB cached at most",
         ]
         lines += [f"missed {n} times: {reason}" for reason, n in self.misses.most_common()]
         lines += [f"{self.num_trajectories} trajectories, of which began by themselves:"] if self.trajectories else []

@@ -275,3 +275,74 @@ def test_wires_are_let_go_as_soon_as_nothing_reads_them() -> None:
     assert alive == [[], [True], [False, True]]
     assert [ref() is not None for ref in made] == [False, False, True]
     assert outputs[0].item() == 12
+
+
+class Watching(Doubling):
+    """Sees at each computation whether the value that the slot held is still alive, and fails where it is told to."""
+
+    def __init__(self) -> None:
+        super().__init__(choose=lambda moment, *_: (moment.step % 2 == 1, Reason.RULE))
+        self.old: weakref.ref[Tensor] | None = None
+        self.alive: list[bool] = []
+        self.fails = False
+
+    def compute(self, x: Tensor, w: Tensor) -> tuple[Tensor, ...]:
+        if self.old is not None:
+            self.alive.append(self.old() is not None)
+        if self.fails:
+            raise RuntimeError("out of memory")
+        outputs = super().compute(x, w)
+        self.old = weakref.ref(outputs[-1])
+        return outputs
+
+
+def test_the_old_value_is_let_go_before_the_new_one_is_made() -> None:
+    run = Watching()
+    assert [run(float(x))[0].item() for x in range(1, 6)] == [4, 5, 12, 13, 20]
+    assert run.alive == [False, False]
+
+
+def test_after_a_failure_that_the_model_catches_the_slot_is_a_miss() -> None:
+    """What was let go is not there, and what came of the failed call is not stored: the next step computes."""
+    run = Watching()
+    run(1.0), run(2.0)
+    run.fails = True
+    call = run.session.begin(Inputs(torch.tensor([3.0]), 0.0, ()))
+    with pytest.raises(RuntimeError, match="out of memory"):
+        run.graph([torch.tensor([3.0]), W])
+    run.session.end(call)
+    run.fails = False
+    assert run(4.0)[0].item() == 16, "the rule asks for reuse, and there is nothing to reuse"
+    assert run.session.stats.misses == {Reason.EMPTY: 1}
+
+
+def test_peak_bytes_outlive_the_trajectory() -> None:
+    run = Doubling()
+    run(torch.ones(5)), run(torch.ones(5))
+    run.session.forget()
+    run(torch.ones(2))
+    assert (run.session.cache_bytes(), run.session.stats.peak_bytes) == (8, 20)
+
+
+class Conditioned(Doubling):
+    """The weight is an input of the call instead, and what the slot holds is good for it alone."""
+
+    def __init__(self, conditioned: bool) -> None:
+        super().__init__()
+        site = SiteSpec("product", "mlp", 0, None, after_first, conditioned=conditioned)
+        wiring = Wiring(3, 2, (2,), steady=frozenset({1}))
+        self.graph = Graph(0, [site], 1, wiring, [Piece((0,))], self.session, self.compile, 0, unmeasured)
+
+
+@pytest.mark.parametrize(("conditioned", "expected"), [(True, [4, 5, 18, 19, 80]), (False, [4, 5, 6, 7, 8])])
+def test_what_is_good_for_the_conditioning_alone_goes_when_that_is_another(
+    conditioned: bool, expected: list[float]
+) -> None:
+    """Another tensor, then the same one changed in place: each time the site computes."""
+    run = Conditioned(conditioned)
+    first, second = torch.tensor([3.0]), torch.tensor([5.0])
+    found = [run(1.0, first), run(2.0, first), run(3.0, second), run(4.0, second)]
+    second.fill_(15.0)
+    found.append(run(5.0, second))
+    assert [outputs[0].item() for outputs in found] == expected
+    assert run.session.stats.misses == ({Reason.CHANGED_CONDITIONING: 2} if conditioned else {})
