@@ -17,7 +17,7 @@ from dit_rewrite import lowering
 from dit_rewrite.kernels.relative_l1 import relative_l1
 from dit_rewrite.layout import Layout
 from dit_rewrite.lowering import Lowering
-from dit_rewrite.passes import cost
+from dit_rewrite.passes import cost, torch_private
 from dit_rewrite.passes.capture import Captured, capture
 from dit_rewrite.passes.guard import guard
 from dit_rewrite.passes.guarded import Guarded, GuardedGraph
@@ -125,13 +125,11 @@ class Backend:
 
     def _count(self, gm: fx.GraphModule) -> None:
         """Count recompiles and graph breaks. Dynamo may start one compilation over, with the same id: that is none."""
-        compile_id = torch._guards.CompileContext.current_compile_id()
+        compile_id = torch_private.compile_id()
         if compile_id is None or compile_id in self._compiles:
             return
         self.stats.add("recompiles", any(compile_id.frame_id == other.frame_id for other in self._compiles))
-        self.stats.add(
-            "graph_breaks", bool(getattr(getattr(gm, "compile_subgraph_reason", None), "graph_break", False))
-        )
+        self.stats.add("graph_breaks", torch_private.is_broken(gm))
         self._compiles.add(compile_id)
 
     def _rewrite(self, captured: Captured) -> Graph:
@@ -251,7 +249,7 @@ class Backend:
             run = self.lowering.lower(fx.GraphModule(variant.gm, variant.gm.graph), fake_mode)  # it may change it
             rewritten.compiled[key] = variant, run
         _, run = rewritten.compiled[key]
-        late = torch._guards.CompileContext.try_get() is None
+        late = not torch_private.is_compiling()
         assumed = lowering.new_guards(fake_mode, before) if late else ()
         symbols = {i: s for i, node in enumerate(rewritten.captured.placeholders) if (s := _symbol(node)) is not None}
         check = lowering.admits(assumed, symbols) if assumed else None

@@ -11,12 +11,11 @@ from typing import Any
 import sympy
 import torch
 from torch import fx
-from torch._guards import TracingContext, tracing
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from dit_rewrite import refresh
 from dit_rewrite.errors import BadParameter
-from dit_rewrite.passes import attention_core, unbacked
+from dit_rewrite.passes import attention_core, torch_private, unbacked
+from dit_rewrite.passes.torch_private import FakeTensorMode
 
 Backend = str | Callable[[fx.GraphModule, list[Any]], Callable[..., Any]]
 Compiled = Callable[..., Sequence[Any]]
@@ -55,7 +54,7 @@ class Lowering:
         """As torch.compile takes them: `mode` is a named set of Inductor options."""
         if not callable(backend) and backend not in ("inductor", "aot_eager"):
             raise BadParameter("compile", "backend", backend, '"inductor", "aot_eager" or a callable')
-        patches = dict(torch._inductor.list_mode_options(mode)) if mode is not None else {}
+        patches = dict(torch_private.inductor_options(mode)) if mode is not None else {}
         patches.update(options or {})
         if patches and backend != "inductor":
             raise BadParameter("compile", "mode or options", patches, 'none, unless backend is "inductor"')
@@ -86,18 +85,17 @@ class Lowering:
     def _compile(self, gm: fx.GraphModule, inputs: list[Any]) -> Compiled:
         if callable(self.backend):
             return self.backend(gm, inputs)
-        from torch._inductor.compile_fx import compile_fx
-
-        return compile_fx(gm, inputs, config_patches=dict(self.options))  # type: ignore[return-value]
+        run: Compiled = torch_private.inductor()(gm, inputs, config_patches=dict(self.options))
+        return run
 
 
 @contextlib.contextmanager
 def _quiet(fake_mode: FakeTensorMode | None) -> Iterator[None]:
     """A tracing context of our own; no autograd and no autocast: the graph has its casts already."""
     with contextlib.ExitStack() as stack:
-        stack.enter_context(tracing(TracingContext(fake_mode)) if fake_mode is not None else contextlib.nullcontext())
+        stack.enter_context(torch_private.tracing(fake_mode))
         stack.enter_context(torch.no_grad())
-        stack.enter_context(torch._C._DisableAutocast())
+        stack.enter_context(torch_private.no_autocast())
         yield
 
 
@@ -110,14 +108,12 @@ def _cloning(run: Compiled) -> Compiled:
 
 def new_guards(fake_mode: FakeTensorMode | None, before: int) -> tuple[sympy.Basic, ...]:
     """The guards on sizes that were added to the trace since it had `before` of them."""
-    shape_env = fake_mode.shape_env if fake_mode is not None else None
-    return tuple(guard.expr for guard in shape_env.guards[before:]) if shape_env is not None else ()
+    return tuple(torch_private.size_guards(fake_mode)[before:])
 
 
 def count_guards(fake_mode: FakeTensorMode | None) -> int:
     """How many guards on sizes the trace has."""
-    shape_env = fake_mode.shape_env if fake_mode is not None else None
-    return len(shape_env.guards) if shape_env is not None else 0
+    return len(torch_private.size_guards(fake_mode))
 
 
 def admits(

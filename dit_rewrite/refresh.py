@@ -15,12 +15,12 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
-from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from dit_rewrite.kernels.window_attention import window_refresh, window_reuse
 from dit_rewrite.passes import attention_core
 from dit_rewrite.passes.cores import arguments
 from dit_rewrite.passes.graph import aten
+from dit_rewrite.passes.torch_private import unset_fake_temporarily
 
 REUSE, REFRESH = torch.ops.dit_rewrite.window_reuse.default, torch.ops.dit_rewrite.window_refresh.default
 _PLACES = ("query", "key", "value", "residual", "window", "grid", "prefix", "attn_mask", "scale")

@@ -19,6 +19,7 @@ from dit_rewrite.check import Check, Difference, equal, max_abs_error, rms
 from dit_rewrite.errors import Reason
 from dit_rewrite.forms import Form
 from dit_rewrite.interpret import Instead, Read, Replay, Replay64, twice
+from dit_rewrite.passes import torch_private
 from dit_rewrite.passes.guarded import Guidance
 from dit_rewrite.passes.site import Part, Site
 from dit_rewrite.passes.store import Codec, Store
@@ -139,7 +140,7 @@ def _replay(
         check.fail(Difference(step.lacking, record.step, "replay: reused, and never computed in this trajectory"))
         return None
     run = kind(graph.placed.gm, step.instead, step.keep, step.shared)
-    with torch._C._DisableAutocast():  # the captured graph has its casts already
+    with torch_private.no_autocast():  # the captured graph has its casts already
         outputs = run.run(*observation.args)
     for key, codec, read in step.computed:
         kept[key] = _keep(run.values[key[-1]], codec, run.seen(read, key[-1]))

@@ -13,12 +13,10 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch._dynamo.backends.common import aot_autograd
-from torch._guards import TracingContext
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from dit_rewrite.errors import GradientsNeeded
-from dit_rewrite.passes import attention_core, naming
+from dit_rewrite.passes import attention_core, naming, torch_private
+from dit_rewrite.passes.torch_private import FakeTensorMode
 
 Runner = Callable[[list[Any]], Sequence[Any]]
 
@@ -91,28 +89,26 @@ def capture(
     """
     attention_core.mark(gm)
     inputs = [naming.input_name(str(node.target)) for node in gm.graph.find_nodes(op="placeholder")]
-    names = frozenset(gm.meta.get("dynamo_flat_name_to_original_fqn", {}).values())
+    names = torch_private.parameter_names(gm)
     held = set(map(id, conditioning))
     steady = frozenset(i for i, value in enumerate(example_inputs) if id(value) in held)
     given = set(map(id, arguments))
     ambient = [i for i in _attributes(gm) if isinstance(example_inputs[i], torch.Tensor)]
     ambient = [i for i in ambient if id(example_inputs[i]) not in given]
-    reason = getattr(gm, "compile_subgraph_reason", None)
+    complete = not torch_private.is_broken(gm)
 
     def inference(functional: fx.GraphModule, fake_inputs: Sequence[Any]) -> Runner:
-        context = TracingContext.try_get()
-        metadata = context.fw_metadata if context is not None else None
         functional.graph.eliminate_dead_code()
         same = _rename_inputs(functional, inputs)
         functional.recompile()
         captured = Captured(
             functional,
-            frozenset(metadata.static_input_indices if metadata is not None else ()),
+            torch_private.static_inputs(),
             steady if same else frozenset(),
             frozenset(ambient) if same else frozenset(),
             names,
-            complete=not getattr(reason, "graph_break", False),
-            fake_mode=torch._guards.detect_fake_mode(list(fake_inputs)),
+            complete,
+            torch_private.detect_fake_mode(list(fake_inputs)),
         )
         runner = then(captured)
         runner._boxed_call = True  # type: ignore[attr-defined]  # AOTAutograd: takes its arguments as one list
@@ -121,7 +117,7 @@ def capture(
     def training(*_: object) -> Runner:
         raise GradientsNeeded("an input or parameter of the graph")
 
-    return aot_autograd(fw_compiler=training, inference_compiler=inference)(gm, example_inputs)
+    return torch_private.aot_autograd(fw_compiler=training, inference_compiler=inference)(gm, example_inputs)
 
 
 def _rename_inputs(gm: fx.GraphModule, names: Sequence[str]) -> bool:

@@ -14,8 +14,8 @@ from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, fx
-from torch._guards import detect_fake_mode
 
+from dit_rewrite.passes import torch_private
 from dit_rewrite.passes.batch import Batch, Flow, batch_labels
 from dit_rewrite.passes.graph import aten, attribute, needed, packet
 
@@ -57,7 +57,7 @@ class _Halver:
         self.attributes: dict[str, Any] = {}
         self.whole: dict[fx.Node, fx.Node] = {}
         self.halves: dict[fx.Node, fx.Node] = {}
-        self.mode = detect_fake_mode([node.meta.get("val") for node in gm.graph.nodes])
+        self.mode = torch_private.detect_fake_mode([node.meta.get("val") for node in gm.graph.nodes])
 
     def run(self, wanted: Sequence[Batch]) -> fx.GraphModule:
         """The graph; its outputs are halved where LEADING is wanted of them."""
@@ -164,7 +164,7 @@ class _Halver:
         """What a call gives, without data; casts of autocast stand in the graph already."""
         values = fx.map_arg((args, kwargs), lambda n: n.meta["val"])
         with ExitStack() as modes:
-            for mode in (self.mode, torch.no_grad(), torch._C._DisableAutocast()):
+            for mode in (self.mode, torch.no_grad(), torch_private.no_autocast()):
                 modes.enter_context(mode or nullcontext())
             return target(*values[0], **values[1])
 

@@ -1,14 +1,133 @@
-"""Every private API of torch that the passes need, each behind a small function.
+"""Every private API of torch that the project uses, each behind a small function or a name of its own.
 
-torch may rename one in any release. Then the function raises TorchChanged, and never answers by a silent default: a
-graph in part would count as whole, a weight as data, an assumed size as checked.
+torch may rename one in any release. Then TorchChanged is raised, at import or where it is asked for: a silent default
+would let a part of a model count as all of it, a weight as data, an assumed size as checked.
 """
 
 from __future__ import annotations
 
+import importlib
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import TYPE_CHECKING, Any
+
 import sympy
-from torch import SymInt, Tensor
-from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
+import torch
+from torch import SymInt, Tensor, fx
+
+from dit_rewrite.errors import TorchChanged
+
+
+def _find(module: str, name: str) -> Any:
+    """An attribute of one of torch's modules."""
+    try:
+        return getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError):
+        raise TorchChanged(f"{module}.{name}", torch.__version__) from None
+
+
+def _get(owner: object, name: str) -> Any:
+    """An attribute of one of torch's objects."""
+    try:
+        return getattr(owner, name)
+    except AttributeError:
+        raise TorchChanged(f"{type(owner).__name__}.{name}", torch.__version__) from None
+
+
+if TYPE_CHECKING:
+    from torch._subclasses.fake_tensor import FakeTensorMode as FakeTensorMode
+else:
+    FakeTensorMode = _find("torch._subclasses.fake_tensor", "FakeTensorMode")
+aot_autograd: Callable[..., Callable[..., Any]] = _find("torch._dynamo.backends.common", "aot_autograd")
+detect_fake_mode: Callable[[Any], FakeTensorMode | None] = _find("torch._guards", "detect_fake_mode")
+unset_fake_temporarily: Callable[[], AbstractContextManager[Any]] = _find(
+    "torch._subclasses.fake_tensor", "unset_fake_temporarily"
+)
+no_autocast: Callable[[], AbstractContextManager[Any]] = _find("torch._C", "_DisableAutocast")
+
+# what Dynamo and AOTAutograd say of a graph
+
+
+def parameter_names(gm: fx.GraphModule) -> frozenset[str]:
+    """The names of the parameters and buffers of one of Dynamo's graphs, seen from the module that was traced."""
+    name = "dynamo_flat_name_to_original_fqn"
+    if name not in gm.meta:
+        raise TorchChanged(f"GraphModule.meta[{name!r}]", torch.__version__)
+    return frozenset(gm.meta[name].values())
+
+
+def is_broken(gm: fx.GraphModule) -> bool:
+    """Whether one of Dynamo's graphs ends in a graph break."""
+    return bool(_get(_get(gm, "compile_subgraph_reason"), "graph_break"))
+
+
+def static_inputs() -> frozenset[int]:
+    """The positions of the weights among the inputs of the graph that AOTAutograd is compiling."""
+    context = _get(_find("torch._guards", "TracingContext"), "try_get")()
+    metadata = None if context is None else _get(context, "fw_metadata")
+    if metadata is None:
+        raise TorchChanged("TracingContext.fw_metadata", torch.__version__)
+    return frozenset(_get(metadata, "static_input_indices"))
+
+
+# the compilation that is under way
+
+
+def compile_id() -> Any:
+    """Which of Dynamo's compilations is under way; None outside of any."""
+    return _get(_find("torch._guards", "CompileContext"), "current_compile_id")()
+
+
+def is_compiling() -> bool:
+    """Whether Dynamo is compiling: it checks later what sizes are assumed now."""
+    return _get(_find("torch._guards", "CompileContext"), "try_get")() is not None
+
+
+def tracing(fake_mode: FakeTensorMode | None) -> AbstractContextManager[Any]:
+    """A tracing context of our own around a lowering."""
+    if fake_mode is None:
+        return nullcontext()
+    found: AbstractContextManager[Any] = _find("torch._guards", "tracing")(
+        _find("torch._guards", "TracingContext")(fake_mode)
+    )
+    return found
+
+
+# Inductor
+
+
+def inductor() -> Callable[..., Any]:
+    """Inductor's entry for a graph and its fake inputs."""
+    found: Callable[..., Any] = _find("torch._inductor.compile_fx", "compile_fx")
+    return found
+
+
+def inductor_options(mode: str) -> Mapping[str, Any]:
+    """The config patches that torch.compile's `mode` stands for."""
+    found: Mapping[str, Any] = _find("torch._inductor", "list_mode_options")(mode)
+    return found
+
+
+# sizes
+
+
+def size_guards(fake_mode: FakeTensorMode | None) -> Sequence[sympy.Basic]:
+    """What a trace has assumed of sizes so far."""
+    shape_env = None if fake_mode is None else _get(fake_mode, "shape_env")
+    return [] if shape_env is None else [_get(guard, "expr") for guard in _get(shape_env, "guards")]
+
+
+def unbacked_symbols(value: object) -> frozenset[sympy.Symbol]:
+    """The symbols of sizes that data decide, in a number or in a tensor's shape and strides."""
+    if not isinstance(value, (SymInt, Tensor)):
+        return frozenset()
+    return frozenset(_find("torch.fx.experimental.symbolic_shapes", "free_unbacked_symbols")(value))
+
+
+def value_bounds(size: SymInt) -> tuple[sympy.Expr, sympy.Expr]:
+    """The least and the largest value that a size can have."""
+    bounds = _get(size.node.shape_env, "bound_sympy")(size.node.expr)
+    return bounds.lower, bounds.upper
 
 
 def unbacked_input(size: SymInt) -> SymInt:
@@ -16,22 +135,10 @@ def unbacked_input(size: SymInt) -> SymInt:
 
     As torch does for what `mark_unbacked` marks: only so may other symbols be replaced by it.
     """
-    shape_env = size.node.shape_env
-    with shape_env.ignore_fresh_unbacked_symbols():
-        fresh = shape_env.create_unbacked_symint()
-    lower, upper = value_bounds(size)
-    constrain = shape_env._constrain_range_for_size if lower >= 0 else shape_env.constrain_symbol_range
+    shape_env, (lower, upper) = size.node.shape_env, value_bounds(size)
+    with _get(shape_env, "ignore_fresh_unbacked_symbols")():
+        fresh: SymInt = _get(shape_env, "create_unbacked_symint")()
+    constrain = _get(shape_env, "_constrain_range_for_size" if lower >= 0 else "constrain_symbol_range")
     constrain(fresh.node.expr, lower, upper)
-    shape_env.unbacked_inputs.add(fresh.node.expr)
+    _get(shape_env, "unbacked_inputs").add(fresh.node.expr)
     return fresh
-
-
-def value_bounds(size: SymInt) -> tuple[sympy.Expr, sympy.Expr]:
-    """The least and the largest value that a size can have."""
-    bounds = size.node.shape_env.bound_sympy(size.node.expr)
-    return bounds.lower, bounds.upper
-
-
-def unbacked_symbols(value: object) -> frozenset[sympy.Symbol]:
-    """The symbols of sizes that data decide, in a number or in a tensor's shape and strides."""
-    return frozenset(free_unbacked_symbols(value) if isinstance(value, (SymInt, Tensor)) else ())  # type: ignore[arg-type]

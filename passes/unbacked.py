@@ -13,10 +13,10 @@ from typing import Any
 import sympy
 import torch
 from torch import SymInt, Tensor, fx
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_leaves
 
 from dit_rewrite.passes import torch_private
+from dit_rewrite.passes.torch_private import FakeTensorMode
 
 _ONE = sympy.S.One
 
