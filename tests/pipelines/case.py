@@ -22,14 +22,14 @@ SIZE = {"height": PIXELS, "width": PIXELS}
 STRENGTH = 0.5  # how much of a given picture is drawn anew
 
 
-def every_step(steps: int) -> tuple[int, ...]:
+def every_step(steps: int) -> tuple[range, ...]:
     """One denoiser that runs at every step."""
-    return (steps,)
+    return (range(steps),)
 
 
-def second_half(steps: int) -> tuple[int, ...]:
+def second_half(steps: int) -> tuple[range, ...]:
     """The steps that are left where a picture is given: `STRENGTH` of them, the last ones."""
-    return (int(steps * STRENGTH),)
+    return (range(steps - int(steps * STRENGTH), steps),)
 
 
 def one_call(guidance: bool) -> int:
@@ -54,8 +54,8 @@ class PipelineCase:
     denoisers: tuple[str, ...] = ("transformer",)
     guidance: tuple[bool, ...] = (False, True)
     """The kinds of guidance that the pipeline knows."""
-    steps_run: Callable[[int], tuple[int, ...]] = every_step
-    """How many of the steps asked for each denoiser runs: fewer where the pipeline starts late or changes experts."""
+    steps_run: Callable[[int], tuple[range, ...]] = every_step
+    """Which of the steps asked for each denoiser runs: not all where the pipeline starts late or changes experts."""
     output_type: str = "latent"
 
     def call(self, pipe: Any, steps: int, seed: int = 0, guidance: bool = False, **extra: Any) -> Tensor:
@@ -68,8 +68,8 @@ class PipelineCase:
 
     def calls(self, steps: int, guidance: bool) -> dict[str, int]:
         """The number of calls that each denoiser gets in one run."""
-        counts = self.steps_run(steps)
-        return {name: count * self.calls_a_step(guidance) for name, count in zip(self.denoisers, counts, strict=True)}
+        ran = zip(self.denoisers, self.steps_run(steps), strict=True)
+        return {name: len(indices) * self.calls_a_step(guidance) for name, indices in ran}
 
 
 def quiet(pipe: Any) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -9,6 +10,7 @@ from torch import nn
 
 from tests.models import build_flux
 from tests.pipelines.case import (
+    PIXELS,
     SIZE,
     STRENGTH,
     TEXT,
@@ -122,31 +124,45 @@ def flux2_parts(guidance_embeds: bool, vae: nn.Module | None) -> dict[str, Any]:
     return parts(frozen(transformer), scheduler, vae)
 
 
-def build_flux2() -> Any:
-    """FLUX.2, guidance as an input."""
-    from diffusers import Flux2Pipeline
-
-    return quiet(Flux2Pipeline(**flux2_parts(True, None)))
-
-
-def build_flux2_klein() -> Any:
-    """FLUX.2 Klein, whose pipeline brings even latents back to the VAE's scale."""
-    from diffusers import AutoencoderKLFlux2, Flux2KleinPipeline
+def flux2_vae(levels: int) -> Any:
+    """FLUX.2's VAE at its least: it halves a picture at each level but the first."""
+    from diffusers import AutoencoderKLFlux2
 
     vae = AutoencoderKLFlux2(
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-        block_out_channels=(4, 4),
+        down_block_types=("DownEncoderBlock2D",) * levels,
+        up_block_types=("UpDecoderBlock2D",) * levels,
+        block_out_channels=(4,) * levels,
         latent_channels=2,
         norm_num_groups=2,
         layers_per_block=1,
     )
-    return quiet(Flux2KleinPipeline(**flux2_parts(False, frozen(vae))))
+    return frozen(vae)
+
+
+def build_flux2(levels: int) -> Any:
+    """FLUX.2, guidance as an input; with a VAE it can take a picture along."""
+    from diffusers import Flux2Pipeline
+
+    return quiet(Flux2Pipeline(**flux2_parts(True, flux2_vae(levels) if levels else None)))
+
+
+def build_flux2_klein() -> Any:
+    """FLUX.2 Klein, whose pipeline brings even latents back to the VAE's scale."""
+    from diffusers import Flux2KleinPipeline
+
+    return quiet(Flux2KleinPipeline(**flux2_parts(False, flux2_vae(2))))
 
 
 def flux2_arguments(seed: int, guidance: bool) -> dict[str, Any]:
     """Text to image."""
     return {**prompts(seed, False, prompt_embeds=TEXT), **SIZE, "guidance_scale": 4.0}
+
+
+def flux2_image_arguments(seed: int, guidance: bool) -> dict[str, Any]:
+    """With a picture to go by, whose tokens and positions are joined to the latent's at every step."""
+    from PIL import Image
+
+    return {**flux2_arguments(seed, guidance), "image": Image.new("RGB", (PIXELS, PIXELS), (40 * seed, 90, 160))}
 
 
 def flux2_klein_arguments(seed: int, guidance: bool) -> dict[str, Any]:
@@ -261,7 +277,8 @@ CASES = (
     PipelineCase("flux_img2img", build_flux_img2img, flux_img2img_arguments, two_calls, steps_run=second_half),
     PipelineCase("flux_inpaint", build_flux_inpaint, flux_inpaint_arguments, two_calls, steps_run=second_half),
     PipelineCase("flux_controlnet", build_flux_controlnet, flux_controlnet_arguments, two_calls),
-    PipelineCase("flux2", build_flux2, flux2_arguments, one_call, guidance=(False,)),
+    PipelineCase("flux2", partial(build_flux2, 0), flux2_arguments, one_call, guidance=(False,)),
+    PipelineCase("flux2_image", partial(build_flux2, 4), flux2_image_arguments, one_call, guidance=(False,)),
     PipelineCase("flux2_klein", build_flux2_klein, flux2_klein_arguments, two_calls),
     PipelineCase("qwen_image", build_qwen_image, qwen_image_arguments, two_calls),
     PipelineCase("lumina2", build_lumina2, lumina2_arguments, two_calls),

@@ -103,12 +103,12 @@ def build_wan22() -> Any:
     return quiet(WanPipeline(**parts(build_wan(), wan_scheduler()), transformer_2=second, boundary_ratio=0.7))
 
 
-def experts(steps: int) -> tuple[int, ...]:
-    """How many steps each expert of Wan 2.2 runs: counted from the timesteps that the scheduler makes."""
+def experts(steps: int) -> tuple[range, ...]:
+    """Which steps each expert of Wan 2.2 runs: told by the timesteps that the scheduler makes."""
     scheduler = wan_scheduler()
     scheduler.set_timesteps(steps)
     first = int((scheduler.timesteps >= 700).sum())
-    return (first, steps - first)
+    return (range(first), range(first, steps))
 
 
 def wan_arguments(seed: int, guidance: bool) -> dict[str, Any]:
