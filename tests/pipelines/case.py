@@ -28,8 +28,8 @@ def every_step(steps: int) -> tuple[range, ...]:
 
 
 def second_half(steps: int) -> tuple[range, ...]:
-    """The steps that are left where a picture is given: `STRENGTH` of them, the last ones."""
-    return (range(steps - int(steps * STRENGTH), steps),)
+    """What is left where a picture is given: `STRENGTH` of the schedule's timesteps, the last ones, counted from 0."""
+    return (range(int(steps * STRENGTH)),)
 
 
 def one_call(guidance: bool) -> int:

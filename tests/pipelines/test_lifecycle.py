@@ -19,6 +19,8 @@ from tests.pipelines.test_enable import NEVER_OLD_ENOUGH, decisions
 STEPS = 4
 KINDS = [("flux", True), ("sd3", True), ("cogvideox", False)]  # two named streams; none; a scheduler without step_index
 
+pytestmark = pytest.mark.filterwarnings("ignore:never old enough")
+
 
 class Stopped(Exception):
     """Raised by a callback."""
@@ -39,7 +41,7 @@ def fail(pipe: Any, index: int, timestep: Any, tensors: dict[str, Any]) -> dict[
 
 def enabled(name: str) -> Any:
     """A new pipeline under FORA(2)."""
-    return dit_rewrite.enable(PIPELINES[name].build(), FORA(2), backend="aot_eager")
+    return dit_rewrite.enable(PIPELINES[name].build(), FORA(2), backend="aot_eager", quiet=True)
 
 
 @pytest.mark.parametrize(("name", "guidance"), KINDS)
@@ -96,7 +98,7 @@ def test_policy_exchanged() -> None:
     """Enabling again takes the new policy: nothing is reused where FORA(2) reused."""
     case, pipe = PIPELINES["sd3"], PIPELINES["sd3"].build()
     plain = case.call(pipe, STEPS)
-    dit_rewrite.enable(pipe, FORA(2), backend="aot_eager")
+    dit_rewrite.enable(pipe, FORA(2), backend="aot_eager", quiet=True)
     assert not torch.equal(case.call(pipe, STEPS), plain)
     dit_rewrite.enable(pipe, NEVER_OLD_ENOUGH, backend="aot_eager")
     assert torch.equal(case.call(pipe, STEPS), plain)
@@ -110,7 +112,7 @@ def test_restored(name: str) -> None:
     denoisers = [getattr(pipe, denoiser) for denoiser in case.denoisers]
     classes = [type(pipe), *map(type, denoisers)]
     plain = case.call(pipe, STEPS)
-    dit_rewrite.enable(pipe, FORA(2), backend="aot_eager")
+    dit_rewrite.enable(pipe, FORA(2), backend="aot_eager", quiet=True)
     assert not torch.equal(case.call(pipe, STEPS), plain)
     dit_rewrite.restore(pipe)
     after = [getattr(pipe, denoiser) for denoiser in case.denoisers]

@@ -100,14 +100,14 @@ def build_wan22() -> Any:
     second = build_wan()
     for parameter in second.parameters():
         parameter.mul_(0.9)  # another model than the first
-    return quiet(WanPipeline(**parts(build_wan(), wan_scheduler()), transformer_2=second, boundary_ratio=0.7))
+    return quiet(WanPipeline(**parts(build_wan(), wan_scheduler()), transformer_2=second, boundary_ratio=0.8))
 
 
 def experts(steps: int) -> tuple[range, ...]:
     """Which steps each expert of Wan 2.2 runs: told by the timesteps that the scheduler makes."""
     scheduler = wan_scheduler()
     scheduler.set_timesteps(steps)
-    first = int((scheduler.timesteps >= 700).sum())
+    first = int((scheduler.timesteps >= 800).sum())
     return (range(first), range(first, steps))
 
 
