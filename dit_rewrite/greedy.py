@@ -95,8 +95,8 @@ class Search:
         known = [choice for choice in self.choices if isinstance(choice, Choice) and choice is not Choice.FULL]
         once = len(set(known)) == len(self.choices) > 0
         self._require("choices", once, "some Choice in ascending cost, each once and without Choice.FULL")
-        known = all(len(set(order)) == len(order) and set(order) <= set(self.choices) for order in self.orders)
-        fits = known and len(self.orders) in (0, len(self.sites))
+        own = all(len(set(order)) == len(order) and set(order) <= set(self.choices) for order in self.orders)
+        fits = own and len(self.orders) in (0, len(self.sites))
         self._require("orders", fits, f"{len(self.sites)} tuples of choices, one for each site, or none")
 
     def _require(self, name: str, fits: bool, allowed: str) -> None:

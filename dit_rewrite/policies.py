@@ -7,7 +7,6 @@ import inspect
 import math
 from collections.abc import Callable, Sequence
 from glob import escape
-from numbers import Real
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,7 +19,7 @@ from dit_rewrite.passes.guards import entropy, layer, num_layers, num_steps, pro
 from dit_rewrite.plan import Choice, Grid, Plan, Window, is_whole
 from dit_rewrite.policy import MadeFor, Policy, Rule
 from dit_rewrite.serialise import from_json
-from dit_rewrite.strategy import BlockwiseReuse, Reuse, ShareGuidance, Strategy, WindowResidual
+from dit_rewrite.strategy import BlockwiseReuse, Reuse, ShareGuidance, Strategy, WindowResidual, is_number
 from dit_rewrite.where import Where
 
 
@@ -169,7 +168,7 @@ def _load(path: str | Path) -> Plan:
 
 def _real(policy: str, name: str, value: object, fits: Callable[[Any], bool], allowed: str) -> None:
     """Raise BadParameter unless `value` is a number that `fits`; NaN fits nothing, and True is no number."""
-    if not isinstance(value, Real) or isinstance(value, bool) or not fits(value):
+    if not is_number(value) or not fits(value):
         raise BadParameter(policy, name, value, allowed)
 
 

@@ -120,7 +120,7 @@ def greedy_plan(
     return plan
 
 
-def _check(strategies: Collection[Choice], window: Window, grid: object, conditional: object) -> None:
+def _check(strategies: Collection[Choice], window: Window | None, grid: object, conditional: object) -> None:
     """Before anything is compiled. Raises BadParameter."""
     if not all(isinstance(choice, Choice) and choice is not Choice.FULL for choice in strategies):
         raise BadParameter("greedy_plan", "strategies", strategies, "some Choice without Choice.FULL")

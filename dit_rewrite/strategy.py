@@ -78,6 +78,11 @@ class WindowResidual:
         )
 
 
+def is_number(value: object) -> bool:
+    """Whether it is a real number; True is none, though Python counts it among the integers."""
+    return isinstance(value, Real) and type(value) is not bool
+
+
 def _is_grid(grid: object) -> bool:
     """Numbers of tokens along one to three axes."""
     axes = grid if isinstance(grid, tuple) else ()
@@ -125,8 +130,7 @@ class BlockwiseReuse:
     bound: Literal["paper", "sound"] = "sound"
 
     def __post_init__(self) -> None:
-        real = isinstance(self.threshold, Real) and not isinstance(self.threshold, bool)
-        if not real or math.isnan(self.threshold):
+        if not is_number(self.threshold) or math.isnan(self.threshold):
             raise BadParameter("BlockwiseReuse", "threshold", self.threshold, "a number, inf or -inf")
         if not isinstance(self.block, int) or isinstance(self.block, bool) or self.block < 1:
             raise BadParameter("BlockwiseReuse", "block", self.block, "a number of keys >= 1")

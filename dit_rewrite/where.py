@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Collection, Hashable, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from numbers import Real
 from typing import Literal
 
 import sympy
@@ -15,6 +14,7 @@ from dit_rewrite.errors import BadParameter, LayersOutside
 from dit_rewrite.passes.guards import layer, num_layers
 from dit_rewrite.passes.sites import Kind, Part, Site
 from dit_rewrite.passes.spans import Span
+from dit_rewrite.strategy import is_number
 
 FAMILIES = {
     "attention": frozenset({Kind.SELF, Kind.CROSS, Kind.JOINT}),
@@ -142,8 +142,7 @@ def _is_block(value: object) -> bool:
 
 def _are_shares(value: object) -> bool:
     pair = value if isinstance(value, tuple) and len(value) == 2 else ()
-    real = all(isinstance(share, Real) and not isinstance(share, bool) for share in pair)
-    return len(pair) == 2 and real and 0 <= pair[0] < pair[1] <= 1
+    return len(pair) == 2 and all(map(is_number, pair)) and 0 <= pair[0] < pair[1] <= 1
 
 
 def _ceil(share: float, count: int) -> int:
