@@ -88,10 +88,10 @@ def FirstBlockCache(
     """Run the first block, and the others only where what it adds to the stream has changed enough.
 
     ParaAttention's first-block cache, as diffusers' FirstBlockCacheConfig has it: where the relative L1 change of the
-    first block's residual since the last step that computed is at most `threshold`, all other blocks are one span whose
-    cached change of the stream is added. `warmup` steps compute first, and at most `max_streak` in a row reuse. With
-    `lag` 1 the last step's change decides, and nothing waits for the device. Raises BadParameter for what is out of
-    range.
+    first block's residual since the last step that computed is at most `threshold`, all other blocks of the main stack
+    are one span whose cached change of the stream is added; in a model with graph breaks, those of each graph.
+    `warmup` steps compute first, and at most `max_streak` in a row reuse. With `lag` 1 the last step's change decides,
+    and nothing waits for the device. Raises BadParameter for what is out of range.
     """
     _real("FirstBlockCache", "threshold", threshold, lambda t: 0 <= t < math.inf, "a number >= 0")
     where = Where(span="stack", layers=(1, None))

@@ -8,7 +8,8 @@ structure.py       when two graphs are the same code
 hoist.py           what is computed once per trajectory
 branches.py        residual sums -> branches
 sites.py           branches -> sites; site.py says what a site is
-spans.py           blocks and stacks of them as sites
+spans.py           runs of blocks as sites; crops.py says which part of a cat a selection is
+stacks.py          chains of blocks over one stream, and which of them is the main one
 parts.py, cores.py keys and values, attention cores, probes and entropy: what policies ask for beyond branches
 batch.py           which values belong to which sample, by the rules of batch_rules.py
 halve.py           a graph for half of the batch
