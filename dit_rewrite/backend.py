@@ -103,8 +103,8 @@ class Backend:
         cache_limit: int | None = None,
     ) -> None:
         """`force` makes every decision compute, `store` limits how many sites' fresh values are returned; both are
-        for `verify`. `observe` is called with each rewritten graph. The streams of a trajectory hold `cache_limit` bytes
-        at most, by default half of the memory of the model's device."""
+        for `verify`. `observe` is called with each rewritten graph. The streams of a trajectory hold at most
+        `cache_limit` bytes, by default half of the memory of the model's device."""
         self.policy, self.lowering, self.force, self.observe, self.store = policy, lowering, force, observe, store
         self.hoist = hoist
         self.stats = Stats()

@@ -38,8 +38,9 @@ def compile(
 ) -> Any:
     """Compile a diffusion transformer so that its residual branches are computed or reused as `policy` says.
 
-    Returns `model` itself, with the methods of RewrittenModule. Its copies are plain. Compiling again exchanges the policy, and `restore` undoes it. A model that was given to torch.compile is
-    unwrapped. A diffusers pipeline is given to `enable`. `policy` may be text, such as ``"fora:interval=3"``.
+    Returns `model` itself, with the methods of RewrittenModule. Its copies are plain. Compiling again exchanges the
+    policy, and `restore` undoes it. A model that was given to torch.compile is unwrapped. A diffusers pipeline goes to
+    `enable`. `policy` may be text, such as ``"fora:interval=3"``.
 
     `backend` lowers the rewritten graphs: "inductor" (with torch.compile's `mode` and `options`), "aot_eager" (runs
     them as they are) or a callable ``(graph module, fake inputs) -> callable``. `fullgraph=True` makes a graph break an
@@ -58,8 +59,9 @@ def compile(
     if is_pipeline(model):
         from dit_rewrite.enable import enable
 
-        keep = {name: value for name, value in locals().items() if name not in ("model", "policy", "enable")}
-        return enable(model, policy, **keep)
+        lowered = {"backend": backend, "mode": mode, "options": options, "fullgraph": fullgraph, "dynamic": dynamic}
+        pieces = {"lowering": lowering, "max_variants": max_variants}
+        return enable(model, policy, **lowered, **pieces, dump=dump, hoist=hoist, cache_limit=cache_limit)
     model = unwrapped(model)
     if not isinstance(model, torch.nn.Module):
         raise NotAModule(model)

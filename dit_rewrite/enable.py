@@ -142,7 +142,7 @@ def _report(state: _Enabled, models: list[RewrittenModule], before: list[Stats])
 
 _REMEDY = {
     Reason.NEW_CONDITIONING: "make the prompt embeddings once, before the sampler's loop",
-    Reason.NOT_CAPTURED: "raise torch._dynamo.config.recompile_limit, or find out why it recompiles: TORCH_LOGS=recompiles",
+    Reason.NOT_CAPTURED: "find out why Dynamo recompiles (TORCH_LOGS=recompiles), or raise its recompile_limit",
     Reason.UNREADABLE_INPUT: "pass tensors, numbers, containers or dataclasses of them",
     Reason.NOISE_UNKNOWN: "use a scheduler with alphas_cumprod or sigmas",
     Reason.TOTAL_UNKNOWN: "tell the number of steps: model.trajectory(num_steps=...)",

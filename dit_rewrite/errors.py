@@ -182,7 +182,7 @@ class NoTransformer(DitRewriteError, ValueError):
     def __init__(self, pipeline: str, components: Iterable[str]) -> None:
         super().__init__(
             f"{pipeline} has no component called transformer, so there is no diffusion transformer to rewrite; its "
-            f"modules are {', '.join(components) or 'none'}. Give dit_rewrite.compile the denoiser itself, if it is one."
+            f"modules are {', '.join(components) or 'none'}. Give dit_rewrite.compile a denoiser itself, if it has one."
         )
 
 

@@ -34,8 +34,8 @@ class Reading:
     """What can be said of a call's time before its stream is known.
 
     ``entry`` is its place in the schedule, and ``value`` its timestep where there is none and reading it waits for no
-    device. ``same_step``: whether it belongs to the step of the call before; None where that is unknown. ``repeats``: whether
-    the schedule lists this timestep twice, as those of second-order solvers do; None where there is no schedule.
+    device. ``same_step``: whether it belongs to the step of the call before; None: unknown. ``repeats``: whether the
+    schedule lists this timestep twice, as those of second-order solvers do; None where there is no schedule.
     ``restart`` is the reason why the call begins another trajectory, if it does.
     """
 
