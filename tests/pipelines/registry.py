@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from tests.pipelines import image, image_streams, video
@@ -10,12 +12,17 @@ from tests.pipelines.case import PipelineCase
 PIPELINES: dict[str, PipelineCase] = {case.name: case for case in (*image.CASES, *image_streams.CASES, *video.CASES)}
 SETTINGS = [(name, guidance) for name, case in PIPELINES.items() for guidance in case.guidance]
 
-WITHOUT_GUIDANCE = ("flux", "sd3", "z_image")
-"""Where both kinds of guidance are compiled in every run of the tests: two names, one batch, lists. Others have one."""
+WITHOUT_GUIDANCE = ("flux", "z_image")
+SAME_DENOISER = ("pixart_sigma", "flux_img2img", "flux_inpaint", "cogvideox_video")
+"""Both save time: what is compiled without guidance in every run of the tests (two names, lists), and the pipelines
+whose denoiser another one has, so that its exactness is proven in every run anyhow. The rest is slow."""
 
-COMPILED = [
-    setting
-    if setting[1] or len(PIPELINES[setting[0]].guidance) == 1 or setting[0] in WITHOUT_GUIDANCE
-    else pytest.param(*setting, marks=pytest.mark.slow)
-    for setting in SETTINGS
-]
+
+def marked(name: str, guidance: bool, slow: bool) -> Any:
+    """A setting, as pytest takes it."""
+    without = not guidance and len(PIPELINES[name].guidance) == 2 and name not in WITHOUT_GUIDANCE
+    return pytest.param(name, guidance, marks=[pytest.mark.slow] if slow or without else [])
+
+
+EXACT = [marked(*setting, slow=setting[0] in SAME_DENOISER) for setting in SETTINGS]
+REUSING = [marked(*setting, slow=False) for setting in SETTINGS]

@@ -14,7 +14,7 @@ import dit_rewrite
 from dit_rewrite import Policy, Rule, guards
 from dit_rewrite.policies import FORA
 from tests.pipelines.case import PipelineCase
-from tests.pipelines.registry import COMPILED, PIPELINES
+from tests.pipelines.registry import EXACT, PIPELINES, REUSING
 
 STEPS = 4
 NEVER_OLD_ENOUGH = Policy((Rule(when=guards.age > 10_000),), name="never old enough")
@@ -43,7 +43,7 @@ def decisions(denoiser: Any) -> Counter[tuple[int, str]]:
     return Counter((step, " and ".join(sorted(found))) for (_, step, _), found in done.items())
 
 
-@pytest.mark.parametrize(("name", "guidance"), COMPILED)
+@pytest.mark.parametrize(("name", "guidance"), EXACT)
 def test_exact_at_reuse_0(name: str, guidance: bool) -> None:
     """With every site guarded and none reused, the picture is the plain pipeline's, bit for bit."""
     case = PIPELINES[name]
@@ -58,7 +58,7 @@ def test_exact_at_reuse_0(name: str, guidance: bool) -> None:
         assert stats.reused == 0
 
 
-@pytest.mark.parametrize(("name", "guidance"), COMPILED)
+@pytest.mark.parametrize(("name", "guidance"), REUSING)
 def test_every_second_step_reuses(name: str, guidance: bool) -> None:
     """Each call of an odd step reuses every site, and each call of an even step computes every site."""
     case = PIPELINES[name]
