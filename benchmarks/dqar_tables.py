@@ -31,7 +31,6 @@ from dit_rewrite.policies import DQAR
 from dit_rewrite.policy import Policy
 from dit_rewrite.runtime.decide import SiteSpec
 from dit_rewrite.runtime.noise import NoiseLevels, noise_levels
-from dit_rewrite.runtime.trajectory import Trajectory
 from dit_rewrite.simulate import simulate
 
 LAYERS, STEPS = 28, 50
@@ -95,7 +94,7 @@ def decided(setting: Setting, levels: NoiseLevels) -> int:
     threshold = None if setting.snr is None else float(setting.snr)
     policy = DQAR(float(setting.warmup), float(setting.fraction), threshold)
     specs = [_spec(policy, layer) for layer in range(LAYERS)]
-    return sum(map(sum, simulate(specs, Trajectory(None, len(levels), levels=levels))))
+    return sum(map(sum, simulate(specs, len(levels), levels.at)))
 
 
 def _spec(policy: Policy, layer: int) -> SiteSpec:

@@ -145,7 +145,8 @@ class Backend:
         guarded = guard(placed.gm, placed.found.all, [*labels, *moved])
         trajectory = self.session.call.trajectory if self.session.call is not None else Trajectory(None)
         specs = [self._spec(guarded, k, placed.rules[label.site]) for k, label in enumerate(labels)]
-        rows = simulate(specs, trajectory, self.policy.streams, bool(self.policy.mentions & MEASURED))
+        measures = bool(self.policy.mentions & MEASURED)
+        rows = simulate(specs, trajectory.num_steps, trajectory.noise, self.policy.streams, measures)
         layout = Layout.of(placed, guarded, rows, self.lowering, self.policy)
         rewritten = self._dispatched(captured, placed, guarded, layout, layout.wired(specs))
         if hoisted:

@@ -59,9 +59,9 @@ def compile(
     if is_pipeline(model):
         from dit_rewrite.enable import enable
 
-        lowered = {"backend": backend, "mode": mode, "options": options, "fullgraph": fullgraph, "dynamic": dynamic}
-        pieces = {"lowering": lowering, "max_variants": max_variants}
-        return enable(model, policy, **lowered, **pieces, dump=dump, hoist=hoist, cache_limit=cache_limit)
+        lowered: dict[str, Any] = {"backend": backend, "mode": mode, "options": options, "lowering": lowering}
+        captured: dict[str, Any] = {"fullgraph": fullgraph, "dynamic": dynamic, "hoist": hoist, "dump": dump}
+        return enable(model, policy, **lowered, **captured, max_variants=max_variants, cache_limit=cache_limit)
     model = unwrapped(model)
     if not isinstance(model, torch.nn.Module):
         raise NotAModule(model)

@@ -49,7 +49,8 @@ class EnabledPipeline:
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Deep copies and pickles are of the plain class."""
         plain = self.__dict__[_STATE].plain
-        function, arguments, state, *rest = super().__reduce_ex__(protocol)  # type: ignore[misc]
+        reduced: Any = super().__reduce_ex__(protocol)
+        function, arguments, state, *rest = reduced
         arguments = tuple(plain if argument is type(self) else argument for argument in arguments)
         if isinstance(state, dict):
             state = {name: value for name, value in state.items() if name != _STATE}
@@ -87,11 +88,10 @@ def enable(pipe: Any, policy: Policy | str | None = None, *, quiet: bool = False
     if policy is None and not all(isinstance(model, RewrittenModule) for model in found.values()):
         raise NotRewritten(type(pipe).__name__)
     policy = None if policy is None else as_policy(policy)
-    for name, model in found.items() if policy is not None else ():
-        rewritten = compile(model, policy, **options)
-        if rewritten is not getattr(pipe, name):  # it was wrapped by torch.compile
-            setattr(pipe, name, rewritten)
-    plain = type(pipe) if _STATE not in pipe.__dict__ else pipe.__dict__[_STATE].plain
+    if policy is not None:
+        for name, model in found.items():
+            setattr(pipe, name, compile(model, policy, **options))  # which takes torch.compile's wrapper off
+    plain: Any = type(pipe) if _STATE not in pipe.__dict__ else pipe.__dict__[_STATE].plain
     pipe.__class__ = _subclass(plain)
     pipe.__dict__[_STATE] = _Enabled(plain, quiet)
     return pipe

@@ -189,7 +189,7 @@ def backend_of(model: nn.Module) -> Backend:
     return model._backend
 
 
-def attach(model: Module, backend: Backend, fullgraph: bool = False, dynamic: bool | None = None) -> Module:
+def attach(model: nn.Module, backend: Backend, fullgraph: bool = False, dynamic: bool | None = None) -> RewrittenModule:
     """Rewrite a module in place: its captured graphs go through `backend`. A rewrite that it has is exchanged."""
     detach(model)
     run = isolated(model._call_impl, backend, fullgraph, dynamic)
@@ -200,7 +200,7 @@ def attach(model: Module, backend: Backend, fullgraph: bool = False, dynamic: bo
         model.__dict__[name] = types.MethodType(vars(RewrittenModule)[name], model)
     model.__dict__["__getstate__"] = lambda: _plain_state(model)
     model._compiled_call_impl = lambda *args, **kwargs: _call(model, rewrite, args, kwargs)
-    return model
+    return model  # type: ignore[return-value]  # it has the methods now
 
 
 def detach(model: Module) -> Module:

@@ -179,9 +179,7 @@ class _Pieces:
         self._sites, self._first = [], []
         self.replay(())
         self._arrive()
-        raise NoSites(
-            type(self.compiled._orig_mod).__name__, [f"{p.path or p.node}: {p.reason}" for p in found.refused]
-        )
+        raise NoSites(type(self.compiled).__name__, [f"{p.path or p.node}: {p.reason}" for p in found.refused])
 
     def inputs(self) -> str:
         """The digest of what the samplers give their first calls."""
@@ -198,7 +196,7 @@ class _Pieces:
 
     def _refuse(self, arrival: Arrival, first: Arrival, before: Call | None) -> None:
         call, found = arrival.call, arrival.call.trajectory.step
-        if not call.told:
+        if not call.explicit:
             raise BadTrajectory("A plan is searched within told trajectories.", "Use `with model.trajectory(…)`.")
         if call is before:
             raise _broken()

@@ -3,38 +3,49 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 from dit_rewrite.errors import Reason
 from dit_rewrite.runtime.decide import Decider, Moment, SiteSpec
-from dit_rewrite.runtime.trajectory import Trajectory
 
 FORESEEN_STEPS = 64  # how far to look ahead where nobody told the number of steps
 LONGEST = 1000  # and at most, whatever was told
 ANSWERS = (None, 0.0, 1e6)  # what measurements may turn out to be: none, no change, a large one
 
 Row = tuple[bool, ...]
+Noise = Callable[[int], tuple[float | None, float | None]]  # sigma and SNR of a step; None where it is not known
+
+
+def _unknown(step: int) -> tuple[None, None]:
+    return None, None
 
 
 def simulate(
-    specs: Sequence[SiteSpec], trajectory: Trajectory, streams: Collection[str] = (), measures: bool = False
+    specs: Sequence[SiteSpec],
+    num_steps: int | None,
+    noise: Noise = _unknown,
+    streams: Collection[str] = (),
+    measures: bool = False,
 ) -> list[Row]:
     """The rows of a trajectory whose every call finds the slots it left, for each stream that rules name and another.
 
+    `noise` gives sigma and SNR of a step. Without `num_steps`, the first steps of a long trajectory are looked at.
     Where guards measure, the plan is not known: these are its rows if every measurement were the same.
     """
     answers = ANSWERS if measures else (None,)
     plans = itertools.product((None, *sorted(streams)), answers)
-    return [row for stream, answer in plans for row in _rows(specs, trajectory, stream, answer)]
+    return [row for stream, answer in plans for row in _rows(specs, num_steps, noise, stream, answer)]
 
 
-def _rows(specs: Sequence[SiteSpec], trajectory: Trajectory, stream: str | None, answer: float | None) -> list[Row]:
+def _rows(
+    specs: Sequence[SiteSpec], num_steps: int | None, noise: Noise, stream: str | None, answer: float | None
+) -> list[Row]:
     computed_at, streak = [0] * len(specs), [0] * len(specs)
     rows = []
-    for step in range(min(trajectory.num_steps or FORESEEN_STEPS, LONGEST)):
+    for step in range(min(num_steps or FORESEEN_STEPS, LONGEST)):
         holds = [step > 0] * len(specs)
-        sigma, snr = trajectory.noise(step)
-        moment = Moment(step, trajectory.num_steps, sigma=sigma, snr=snr, stream=stream)
+        sigma, snr = noise(step)
+        moment = Moment(step, num_steps, sigma=sigma, snr=snr, stream=stream)
         decided = Decider(specs, moment, computed_at, streak, holds, measure=lambda _, __: answer).decisions()
         rows.append(decided.row)
         for i, (reused, reason) in enumerate(zip(decided.row, decided.reasons, strict=True)):

@@ -140,18 +140,11 @@ _ROOT = re.compile(r"[LG]\['[^']+'\]")
 def _attributes(gm: fx.GraphModule) -> list[int]:
     """The positions of inputs that Dynamo read from attributes of the module that has the parameters, or globals."""
     sources = [_source(node) for node in gm.graph.find_nodes(op="placeholder")]
-    weights = [("._parameters[" in source or "._buffers[" in source) for source in sources]
-    roots = {
-        _ROOT.match(source)[0]
-        for source, weight in zip(sources, weights, strict=True)
-        if weight and _ROOT.match(source)
-    }  # type: ignore[index]
-    named = [match[0] if (match := _ROOT.match(source)) else "" for source in sources]
-    return [
-        i
-        for i, (root, weight) in enumerate(zip(named, weights, strict=True))
-        if not weight and (root in roots or root.startswith("G"))
-    ]
+    roots = [match[0] if (match := _ROOT.match(source)) else "" for source in sources]
+    weights = ["._parameters[" in source or "._buffers[" in source for source in sources]
+    modules = {root for root, weight in zip(roots, weights, strict=True) if weight and root}
+    pairs = enumerate(zip(roots, weights, strict=True))
+    return [i for i, (root, weight) in pairs if not weight and (root in modules or root.startswith("G["))]
 
 
 def _source(node: fx.Node) -> str:

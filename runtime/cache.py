@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -23,20 +24,23 @@ def stamp_of(arguments: Sequence[Any], numbers: bool = True) -> Stamp:
 
 @dataclass(frozen=True)
 class Hoisted:
-    """Values that were computed once per trajectory, and the inputs that they hold for, with version counters."""
+    """Values that were computed once per trajectory, and the inputs that they hold for, with version counters.
 
-    inputs: tuple[Tensor, ...]
+    The inputs are held weakly: a tensor that does not exist any more cannot come again.
+    """
+
+    inputs: tuple[weakref.ref[Tensor], ...]
     versions: tuple[int | None, ...]
     values: tuple[Tensor, ...]
 
     @classmethod
     def of(cls, inputs: Sequence[Tensor], values: Sequence[Tensor]) -> Hoisted:
-        return cls(tuple(inputs), tuple(map(version, inputs)), tuple(values))
+        return cls(tuple(map(weakref.ref, inputs)), tuple(map(version, inputs)), tuple(values))
 
     def holds_for(self, inputs: Sequence[Tensor], explicit: bool) -> bool:
         """Whether these are the same tensors, unchanged. Inference tensors have no counter to prove it: they pass in an
         `explicit` trajectory alone, whose contract is that conditioning stays as it is."""
-        return all(map(operator.is_, self.inputs, inputs)) and all(
+        return all(before() is now for before, now in zip(self.inputs, inputs, strict=True)) and all(
             explicit if now is None else now == before
             for before, now in zip(self.versions, map(version, inputs), strict=True)
         )

@@ -149,7 +149,8 @@ class Clock:
         counted = not starts and reading.same_step is None and key in self._called
         step = self.step_of(reading, named) + counted
         self._find_begin(reading, step, starts)
-        step = self.step_of(reading, named) + counted
+        if reading.entry is not None:  # now that the begin is known, the schedule says it
+            step = self.step_of(reading, named)
         if step != self.step or starts:
             self._called.clear()
         self.step = step

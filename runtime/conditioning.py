@@ -12,8 +12,6 @@ from torch import Tensor
 from dit_rewrite.runtime.inputs import Inputs
 from dit_rewrite.runtime.tensors import alike, version
 
-Pairs = list[tuple[Tensor, Tensor]] | None  # tensors to compare; None: they differ whatever they hold
-
 
 class Kind(Enum):
     """What is known of a tensor of the conditioning."""
@@ -65,11 +63,9 @@ class Conditioning:
         pairs = enumerate(zip(self._held, inputs.conditioning, strict=True))
         return [i for i, (held, tensor) in pairs if held.kind is not Kind.DATA and not held.is_(tensor)]
 
-    def pairs(self, inputs: Inputs, places: Sequence[int]) -> Pairs:
-        """The tensors at `places`, before and now, for `equal` to compare."""
-        pairs = [(self._held[i].comparable(inputs.conditioning[i]), inputs.conditioning[i]) for i in places]
-        known = [(before, now) for before, now in pairs if before is not None]
-        return known if len(known) == len(pairs) else None
+    def before(self, inputs: Inputs, place: int) -> Tensor | None:
+        """The tensor at a place as it was, where that of `inputs` may equal it; None where it differs for certain."""
+        return self._held[place].comparable(inputs.conditioning[place])
 
     def are_gone(self, places: Sequence[int]) -> bool:
         """Whether the tensors at `places` were seen in one step alone and do not exist any more."""
@@ -79,11 +75,10 @@ class Conditioning:
         """Whether some tensor does not exist any more and its content is not held: no call can have this again."""
         return any(held.ref() is None and held.alias is None and held.kind is not Kind.DATA for held in self._held)
 
-    def hold(self, inputs: Inputs, data: bool = False) -> None:
-        """Take the tensors of `inputs` in the place of those before; with `data`, those that differ move."""
+    def hold(self, inputs: Inputs, data: Sequence[int] = ()) -> None:
+        """Take the tensors of `inputs` in the place of those before; those at the places `data` move."""
         for i in self.differing(inputs):
-            tensor = inputs.conditioning[i]
-            self._held[i] = _Held(tensor, Kind.DATA if data else self._held[i].kind)
+            self._held[i] = _Held(inputs.conditioning[i], Kind.DATA if i in data else self._held[i].kind)
 
     def settle(self) -> None:
         """All tensors that did not move until the second step are steady."""
@@ -102,13 +97,13 @@ class Conditioning:
         return tuple(tensor for held, tensor in pairs if held.kind is not Kind.DATA)
 
 
-def equal(comparisons: Sequence[Pairs]) -> list[bool]:
-    """For each list of pairs, whether all of them are equal bit for bit; by one read of the device. NaN is equal to
-    nothing."""
-    differ = [[(a != b).any() for a, b in pairs] for pairs in comparisons if pairs]
-    flat = [number for numbers in differ for number in numbers]
-    read = iter(torch.stack([n.to(flat[0].device) for n in flat]).tolist() if flat else [])
-    found = []
-    for pairs in comparisons:
-        found.append(pairs is not None and not any([next(read) for _ in pairs]))
-    return found
+def unequal(streams: Sequence[tuple[Conditioning, list[int]]], inputs: Inputs) -> list[list[int]]:
+    """Of the places at which each conditioning has another tensor than `inputs`, those where the content differs too.
+
+    Reads the device once. NaN is equal to nothing.
+    """
+    pairs = [(held.before(inputs, i), inputs.conditioning[i]) for held, places in streams for i in places]
+    differ = [(before != now).any() for before, now in pairs if before is not None]
+    read = iter(torch.stack([number.to(differ[0].device) for number in differ]).tolist() if differ else ())
+    found = iter([before is None or next(read) for before, _ in pairs])
+    return [[i for i in places if next(found)] for _, places in streams]

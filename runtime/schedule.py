@@ -128,7 +128,7 @@ def _place_in(schedule: Tensor, timestep: Tensor) -> int | None:
     if timestep.numel() == 0 or timestep.untyped_storage().data_ptr() != schedule.untyped_storage().data_ptr():
         return None
     offset = timestep.storage_offset() - schedule.storage_offset()
-    entry, rest = divmod(offset, schedule.stride(0) or 1)
+    entry, rest = divmod(int(offset), schedule.stride(0) or 1)
     return entry if rest == 0 and 0 <= entry < len(schedule) else None
 
 

@@ -132,8 +132,8 @@ class Stats:
 
     def since(self, earlier: Stats) -> Stats:
         """What was counted since `earlier`, a copy; `cache_bytes` is of now."""
-        numbers = ("calls", "computed", "reused", "variants", "late_variants", "recompiles", "graph_breaks", "hoists")
-        numbers = (*numbers, "num_trajectories")
+        numbers = ["calls", "computed", "reused", "variants", "late_variants", "recompiles", "graph_breaks", "hoists"]
+        numbers += ["num_trajectories"]
         changes: dict[str, Any] = {name: getattr(self, name) - getattr(earlier, name) for name in numbers}
         for name in ("misses", "trajectories", "streams"):
             changes[name] = getattr(self, name) - getattr(earlier, name)

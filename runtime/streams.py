@@ -20,7 +20,7 @@ from torch import Tensor
 from dit_rewrite.errors import Reason
 from dit_rewrite.runtime.cache import Bank
 from dit_rewrite.runtime.clock import Reading
-from dit_rewrite.runtime.conditioning import Conditioning, equal
+from dit_rewrite.runtime.conditioning import Conditioning, unequal
 from dit_rewrite.runtime.inputs import Inputs
 from dit_rewrite.runtime.tensors import relative_changes, version
 
@@ -115,7 +115,12 @@ class Streams:
         mine = self.alike(inputs, name)
         group = self.conditioned(mine, inputs)
         if not group:
-            return self._moved(mine, inputs, name, reading, step)
+            moved = self._unequal(mine, inputs)
+            group = [stream for stream, places in moved.items() if not places]
+            if not group:
+                return self._moved(moved, inputs, name, reading, step)
+            for stream in group:
+                stream.conditioning.hold(inputs)  # type: ignore[union-attr]
         now = [stream for stream in group if stream.step == step and reading.same_step is not False]
         if len(group) == 1 and not now:
             return group[0], None
@@ -127,17 +132,15 @@ class Streams:
         return [s for s in named if s.conditioning is not None and s.conditioning.is_like(inputs)]
 
     @staticmethod
-    def conditioned(mine: Sequence[Stream], inputs: Inputs, by_value: bool = True) -> list[Stream]:
-        """Those of this conditioning: the very tensors if there are any, else tensors of equal content."""
-        differing = [(stream, stream.conditioning.differing(inputs)) for stream in mine]  # type: ignore[union-attr]
-        same = [stream for stream, places in differing if not places]
-        if same or not by_value:
-            return same
-        pairs = [stream.conditioning.pairs(inputs, places) for stream, places in differing]  # type: ignore[union-attr]
-        found = [stream for stream, is_equal in zip(mine, equal(pairs), strict=True) if is_equal]
-        for stream in found:
-            stream.conditioning.hold(inputs)  # type: ignore[union-attr]
-        return found
+    def conditioned(mine: Sequence[Stream], inputs: Inputs) -> list[Stream]:
+        """Those whose conditioning are these very tensors."""
+        return [stream for stream in mine if not stream.conditioning.differing(inputs)]  # type: ignore[union-attr]
+
+    @staticmethod
+    def _unequal(mine: Sequence[Stream], inputs: Inputs) -> dict[Stream, list[int]]:
+        """The places at which each stream's conditioning differs in content."""
+        held = [stream.conditioning for stream in mine if stream.conditioning is not None]
+        return dict(zip(mine, unequal([(c, c.differing(inputs)) for c in held], inputs), strict=True))
 
     def _placed(
         self,
@@ -185,45 +188,51 @@ class Streams:
         return self.add(name, 1 + max(stream.place for stream in group)), Reason.NEW_STREAM
 
     def _moved(
-        self, mine: list[Stream], inputs: Inputs, name: Hashable, reading: Reading, step: int
+        self, moved: dict[Stream, list[int]], inputs: Inputs, name: Hashable, reading: Reading, step: int
     ) -> tuple[Stream, Reason | None]:
-        """The stream of a call whose conditioning is no stream's: the one whose data moved on, or another one."""
-        waiting = [s for s in mine if s.step != step or reading.same_step is not True]
-        change = dict(zip(waiting, relative_changes(inputs.latent, [s.last_latent for s in waiting]), strict=True))
-        on = [s for s in waiting if change[s] < CONTINUES and (change[s] > 0 or reading.same_step is False)]
-        following = [stream for stream in on if self.follows(stream, inputs, name is not None)]
+        """The stream of a call whose conditioning is no stream's: the one whose data moved on, or another one.
+
+        `moved` says where the conditioning of each stream differs.
+        """
+        waiting = [stream for stream in moved if stream.step != step or reading.same_step is not True]
+        following = [stream for stream in waiting if self.follows(stream, moved[stream], name is not None)]
+        if len(following) > 1 or reading.same_step is None:
+            following = self._going_on(following, inputs, reading)
         if len(following) == 1:
-            following[0].conditioning.hold(inputs, data=True)  # type: ignore[union-attr]
-            return following[0], None
+            stream = following[0]
+            stream.conditioning.hold(inputs, moved[stream])  # type: ignore[union-attr]
+            return stream, None
         added = self.add(name)
-        added.suspect = self._suspect(on, inputs)
-        return added, Reason.NEW_CONDITIONING if mine else Reason.NEW_STREAM
+        added.suspect = self._suspect(self._going_on(waiting, inputs, reading), moved)
+        return added, Reason.NEW_CONDITIONING if moved else Reason.NEW_STREAM
 
     @staticmethod
-    def _suspect(streams: Sequence[Stream], inputs: Inputs) -> tuple[Stream, list[int]] | None:
+    def _going_on(streams: Sequence[Stream], inputs: Inputs, reading: Reading) -> list[Stream]:
+        """Those whose latent a call continues, in another step."""
+        changes = zip(streams, relative_changes(inputs.latent, [s.last_latent for s in streams]), strict=True)
+        return [stream for stream, c in changes if c < CONTINUES and (c > 0 or reading.same_step is False)]
+
+    @staticmethod
+    def _suspect(streams: Sequence[Stream], moved: dict[Stream, list[int]]) -> tuple[Stream, list[int]] | None:
         """The stream that is nearest to a call's conditioning, and where they differ; of those called last."""
         last = max((stream.step for stream in streams), default=-1)
-        moved = [
-            (s, s.conditioning.differing(inputs)) for s in streams if s.step == last and s.conditioning is not None
-        ]
-        fewest = min((len(places) for _, places in moved), default=0)
-        nearest = [pair for pair in moved if len(pair[1]) == fewest]
-        return nearest[0] if len(nearest) == 1 else None
+        latest = [stream for stream in streams if stream.step == last]
+        fewest = min((len(moved[stream]) for stream in latest), default=0)
+        nearest = [stream for stream in latest if len(moved[stream]) == fewest]
+        return (nearest[0], moved[nearest[0]]) if len(nearest) == 1 else None
 
     @staticmethod
-    def follows(stream: Stream, inputs: Inputs, named: bool) -> bool:
-        """Whether a call is a stream's though tensors of its conditioning are others, so that these are data.
+    def follows(stream: Stream, moved: Sequence[int], named: bool) -> bool:
+        """Whether a call may be a stream's though tensors of its conditioning differ, so that these are data.
 
         That they are data is known where the tensors before do not exist any more, so that no call can have them
         again; or where they moved the same way a step before, and the stream of that time was not called since.
         """
-        conditioning = stream.conditioning
+        conditioning, before = stream.conditioning, stream.suspect
         if conditioning is None:
             return False
-        moved = conditioning.differing(inputs)
         gone = conditioning.are_gone(moved) and (named or len(moved) < len(conditioning))
-        before = stream.suspect
-        return gone or (before is not None and before[0].step < stream.step and moved == before[1])
+        return gone or (before is not None and before[0].step < stream.step and list(moved) == before[1])
 
     def lapse(self, step: int) -> list[Stream]:
         """Take the slots from streams that were called in one step and not again soon after; those that had any."""

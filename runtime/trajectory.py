@@ -80,10 +80,10 @@ class ExplicitTrajectory:
         clock = self.clock
         reading = clock.read(inputs.timestep, named)
         if reading.restart is not None:
-            why = reading.restart
+            restart = reading.restart
             clock.begin()
             reading = clock.read(inputs.timestep, named)
-            self._follow_clock(why)
+            self._follow_clock(restart)
         elif clock.run != self._run:
             self._follow_clock(None)
         trajectory = self.trajectory
@@ -120,7 +120,7 @@ class InferredTrajectory:
         """The trajectory and stream of a call; a new trajectory unless everything speaks for the present one."""
         streams = self.trajectory.streams
         mine = streams.alike(inputs, named.name)
-        stream = next(iter(streams.conditioned(mine, inputs, by_value=False)), None)
+        stream = next(iter(streams.conditioned(mine, inputs)), None)
         moved = self._that_moved(mine) if stream is None else None
         before = stream or moved or self._latest
         timestep, change = _read(inputs, None if before is None else before.latent)
@@ -159,10 +159,11 @@ class InferredTrajectory:
     @staticmethod
     def _goes_on(stream: Stream, inputs: Inputs, named: Named, timestep: float, change: float) -> bool:
         """Whether a call is the next of a stream, though tensors of its conditioning are others."""
+        moved = stream.conditioning.differing(inputs) if stream.conditioning is not None else []
         next_step = timestep != stream.timestep and 0 < change < CONTINUES
-        if not (next_step and Streams.follows(stream, inputs, named.name is not None)):
+        if stream.conditioning is None or not (next_step and Streams.follows(stream, moved, named.name is not None)):
             return False
-        stream.conditioning.hold(inputs, data=True)  # type: ignore[union-attr]
+        stream.conditioning.hold(inputs, moved)
         return True
 
     def _misfit(self, stream: Stream | None, inputs: Inputs, timestep: float, change: float) -> Reason | None:
