@@ -33,6 +33,7 @@ from dit_rewrite.errors import (
     PlanMismatch,
     Reason,
 )
+from dit_rewrite.idle import idle_reason
 from dit_rewrite.lowering import isolated
 from dit_rewrite.passes.capture import one_graph
 from dit_rewrite.passes.guards import NOISE
@@ -40,6 +41,7 @@ from dit_rewrite.report import Report
 from dit_rewrite.runtime.clock import Clock, Named
 from dit_rewrite.runtime.inputs import Reader
 from dit_rewrite.runtime.stats import Stats
+from dit_rewrite.runtime.trajectory import Trajectory
 
 _STATE = "_dit_rewrite"  # the attribute of a rewritten module that holds its Rewrite
 Module = TypeVar("Module", bound=nn.Module)
@@ -134,7 +136,7 @@ def _call(model: nn.Module, rewrite: Rewrite, args: tuple[Any, ...], kwargs: dic
     session.end(call)
     if rewrite.checked != len(rewrite.backend.rewritten):
         rewrite.checked = len(rewrite.backend.rewritten)
-        _check_policy(type(model).__name__, rewrite.backend)
+        _check_policy(type(model).__name__, rewrite.backend, call.trajectory)
     return output
 
 
@@ -147,7 +149,7 @@ def _refuse_gradients(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[s
         raise GradientsNeeded("an input")
 
 
-def _check_policy(name: str, backend: Backend) -> None:
+def _check_policy(name: str, backend: Backend, trajectory: Trajectory) -> None:
     """After a call that captured graphs: a policy that can do nothing in them is not passed over in silence."""
     if not backend.policy.rules:
         return
@@ -157,6 +159,11 @@ def _check_policy(name: str, backend: Backend) -> None:
     present = [backend.rewritten[i] for i in set(backend.session.ran)]
     if not backend.force and not any(r.reached for r in present):
         warnings.warn(f"{backend.policy} reaches no site of {name} as it is now", stacklevel=4)
+    schedule = None if trajectory.clock is None else trajectory.clock.schedule
+    noise = None if schedule is None else trajectory.noise  # without a schedule a cache_context may tell it
+    reason = None if backend.force else idle_reason(present, trajectory.num_steps, noise)
+    if reason is not None:
+        warnings.warn(f"{backend.policy} reuses nothing of {name}: {reason}", stacklevel=4)
 
 
 def needs_noise(model: nn.Module) -> bool:

@@ -16,6 +16,7 @@ from torch import fx
 
 from dit_rewrite.errors import GradientsNeeded
 from dit_rewrite.passes import attention_core, naming, torch_private
+from dit_rewrite.passes.float_inputs import keep_floats
 from dit_rewrite.passes.torch_private import FakeTensorMode
 
 Runner = Callable[[list[Any]], Sequence[Any]]
@@ -88,6 +89,7 @@ def capture(
     Raises GradientsNeeded where autograd would have to differentiate the graph.
     """
     attention_core.mark(gm)
+    keep_floats(gm)
     inputs = [naming.input_name(str(node.target)) for node in gm.graph.find_nodes(op="placeholder")]
     names = torch_private.parameter_names(gm)
     held = set(map(id, conditioning))

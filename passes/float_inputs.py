@@ -1,0 +1,98 @@
+"""Keep a float argument an input: a sampler whose time is a Python number is compiled once, and not at each step.
+
+Dynamo hands a float over as a tensor of no dimensions and reads its `item`. AOTAutograd turns arithmetic on that number
+into arithmetic on the tensor, but makes the number a constant where an op that fills a tensor takes it. Such ops are
+written as a sum of zeros and the number here, which gives the same values.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import fx
+
+_LIST = (torch.tensor, torch.scalar_tensor, torch._refs.tensor)
+
+
+def keep_floats(gm: fx.GraphModule) -> int:
+    """Rewrite the fills by float inputs in Dynamo's graph; the number of those rewritten."""
+    items = [node for node in gm.graph.find_nodes(op="call_method", target="item") if _is_input(node.args[0])]
+    count = 0
+    for item in items:
+        for user in list(item.users):
+            fill = _FILLS.get(user.target) if _is_float(user) else None
+            filled = None if fill is None else fill(gm.graph, user, item)
+            if filled is not None:
+                user.replace_all_uses_with(filled)
+                gm.graph.erase_node(user)
+                count += 1
+    if count:
+        gm.recompile()
+    return count
+
+
+def _is_input(node: Any) -> bool:
+    return isinstance(node, fx.Node) and node.op == "placeholder"
+
+
+def _is_float(node: fx.Node) -> bool:
+    """Whether an op makes a tensor of floats: the sum of whole numbers and a float would be another one."""
+    value = node.meta.get("example_value")
+    return isinstance(value, torch.Tensor) and value.is_floating_point()
+
+
+def _expanded(graph: fx.Graph, node: fx.Node, item: fx.Node, shape: Any, dtype: Any, device: Any) -> fx.Node:
+    """The float as a new tensor of a shape."""
+    with graph.inserting_before(node):
+        zeros = graph.call_function(torch.zeros, (shape,), {"dtype": dtype, "device": device})
+        return graph.call_function(torch.add, (zeros, item))
+
+
+def _like(graph: fx.Graph, node: fx.Node, item: fx.Node, like: fx.Node, shape: Any = None) -> fx.Node:
+    """The float as a new tensor that resembles `like`."""
+    with graph.inserting_before(node):
+        shape = graph.call_method("size", (like,)) if shape is None else shape
+        kwargs = {k: node.kwargs.get(k) or graph.call_function(getattr, (like, k)) for k in ("dtype", "device")}
+    return _expanded(graph, node, item, shape, **kwargs)
+
+
+def _default(node: fx.Node) -> tuple[Any, Any]:
+    """The dtype and device that an op is asked for, or torch's defaults."""
+    return node.kwargs.get("dtype") or torch.get_default_dtype(), node.kwargs.get(
+        "device"
+    ) or torch.get_default_device()
+
+
+def _full(graph: fx.Graph, node: fx.Node, item: fx.Node) -> fx.Node | None:
+    given = dict(zip(("size", "fill_value"), node.args, strict=False)) | node.kwargs
+    return _expanded(graph, node, item, given["size"], *_default(node)) if given.get("fill_value") is item else None
+
+
+def _full_like(graph: fx.Graph, node: fx.Node, item: fx.Node) -> fx.Node | None:
+    given = dict(zip(("input", "fill_value"), node.args, strict=False)) | node.kwargs
+    like: Any = given["input"]
+    return _like(graph, node, item, like) if given.get("fill_value") is item else None
+
+
+def _new_full(graph: fx.Graph, node: fx.Node, item: fx.Node) -> fx.Node | None:
+    given = dict(zip(("self", "size", "fill_value"), node.args, strict=False)) | node.kwargs
+    like: Any = given["self"]
+    return _like(graph, node, item, like, given["size"]) if given.get("fill_value") is item else None
+
+
+def _tensor(graph: fx.Graph, node: fx.Node, item: fx.Node) -> fx.Node | None:
+    value = node.args[0] if node.args else None
+    depth = 0
+    while isinstance(value, (list, tuple)) and len(value) == 1:
+        value, depth = value[0], depth + 1
+    return _expanded(graph, node, item, (1,) * depth, *_default(node)) if value is item else None
+
+
+_FILLS: dict[Any, Callable[[fx.Graph, fx.Node, fx.Node], fx.Node | None]] = {
+    torch.full: _full,
+    torch.full_like: _full_like,
+    "new_full": _new_full,
+    **dict.fromkeys(_LIST, _tensor),
+}
