@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from torch import fx
 
 from dit_rewrite.errors import Reason
-from dit_rewrite.passes import cost, naming, printing
+from dit_rewrite.passes import cost, naming, printing, torch_private
 from dit_rewrite.passes.branches import Refusal
 from dit_rewrite.passes.notation import show
 from dit_rewrite.passes.segments import crossing_bytes
@@ -43,11 +43,13 @@ class Report:
     """Prints as a table. ``sites`` are rows for every site of every graph, ``refused`` the places that are none.
 
     ``occurrences`` says how often each graph ran in the last call: behind a graph break identical blocks share one.
+    ``streams`` are known so far, each with slots of its own.
     """
 
     policy: Policy
     rewritten: tuple[Rewritten, ...]
     occurrences: Mapping[int, int]
+    streams: int = 1
 
     @property
     def sites(self) -> tuple[Place, ...]:
@@ -62,6 +64,17 @@ class Report:
     def refused(self) -> tuple[Refusal, ...]:
         return tuple(refusal for r in self.rewritten for refusal in r.found.refused)
 
+    @property
+    def peak_bytes(self) -> int:
+        """The most bytes that the slots of all streams of the last call's trajectory hold at once, as predicted."""
+        return self.streams * self.stream_bytes
+
+    @property
+    def stream_bytes(self) -> int:
+        """The same for one stream: every reached site holds its values, and beside them is what is computed once per
+        trajectory, and what guards compare with."""
+        return sum((self.occurrences.get(i, 0) or 1) * _held_bytes(r) for i, r in enumerate(self.rewritten))
+
     def graph_diff(self, graph: int | None = None) -> str:
         """A unified diff of a captured graph and its variant that reuses most, op counts on top.
 
@@ -74,14 +87,14 @@ class Report:
     def __str__(self) -> str:
         total = sum(cost.total_flops(r.captured.gm.graph) for r in self.rewritten)
         reached = [place for place in self.sites if place.reachable]
-        held = sum(place.bytes for place in reached)
         saved = sum(place.site.flops for place in reached if not place.inner)
         lines = [
             f"policy    {self.policy}",
             *self._verdicts(),
             *(f"graph {i}   {_layout(r)}" for i, r in enumerate(self.rewritten)),
             f"FLOPs     {_quantity(total)} a call, of which {_quantity(saved)} ({saved / max(total, 1):.1%}) in sites",
-            f"cached    {_quantity(held, 1024)}B a stream, where every reached site holds its values",
+            f"cached    {_quantity(self.stream_bytes, 1024)}B a stream at most, {_quantity(self.peak_bytes, 1024)}B "
+            f"in the {self.streams} known so far",
             *self._hoisted(),
             *_table(self._rows()),
         ]
@@ -122,6 +135,16 @@ class Report:
                 _quantity(site.flops),
                 _quantity(place.bytes, 1024),
             )
+
+
+def _held_bytes(rewritten: Rewritten) -> int:
+    """Bytes that the slots of one graph hold for one stream, memory that values share counted once."""
+    guarded, nodes = rewritten.guarded, {node.name: node for node in rewritten.placed.gm.graph.nodes}
+    slots = guarded.gm.graph.find_nodes(op="placeholder")[guarded.num_inputs + len(guarded.sites) :]
+    storages = {torch_private.storage_id(node.meta["val"]): cost.stored_bytes(node) for node in slots}
+    probes = {node for site in rewritten.layout.sites for _, node in site.probes}
+    compared = sum(cost.stored_bytes(nodes[name]) for name in probes)
+    return sum(storages.values()) + 2 * compared  # a probe as it was when its site was computed, and in the last call
 
 
 def _places(graph: int, occurrence: int, rewritten: Rewritten) -> Iterator[Place]:

@@ -108,7 +108,13 @@ def inductor_options(mode: str) -> Mapping[str, Any]:
     return found
 
 
-# sizes
+# memory and sizes
+
+
+def storage_id(value: Tensor) -> int:
+    """Which memory a tensor shows, its own or that of another; of fake tensors too, which have none."""
+    found: int = _get(value.untyped_storage(), "_cdata")
+    return found
 
 
 def size_guards(fake_mode: FakeTensorMode | None) -> Sequence[sympy.Basic]:

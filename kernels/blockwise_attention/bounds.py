@@ -54,8 +54,16 @@ def summary(x: Tensor, rows: int) -> Tensor:
     (B, H, groups, 2d+1) in float32, widened by more than its rounding. NaN spreads.
     """
     x = groups(x.float(), rows)
-    norm = (x * x).sum(-1).sqrt().amax(-1, keepdim=True) * (1 + SLACK * x.shape[-1])
+    norm = lengths(x).amax(-1, keepdim=True) * (1 + SLACK * x.shape[-1])
     return widen(torch.cat((x.amin(-2), x.amax(-2), norm), -1))
+
+
+def lengths(x: Tensor) -> Tensor:
+    """The length of each row, in float32. Rows are scaled first: squares of 1e20 or 1e-23 are out of float32's range,
+    and a length that came out as 0 would prove a change that is not there."""
+    largest = x.abs().amax(-1, keepdim=True)
+    scale = torch.where((largest > 0) & largest.isfinite(), largest, 1.0)
+    return ((x / scale) ** 2).sum(-1).sqrt() * scale.squeeze(-1)
 
 
 def widen(summary: Tensor) -> Tensor:

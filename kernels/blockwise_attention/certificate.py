@@ -32,7 +32,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dit_rewrite.kernels.blockwise_attention.bounds import SLACK, Decision, Keys, groups
+from dit_rewrite.kernels.blockwise_attention.bounds import SLACK, Decision, Keys, groups, lengths
 from dit_rewrite.kernels.blockwise_attention.state import State
 
 FAR = 20.0  # beyond this change of a score (1) says nothing that (3) does not, and exp might overflow
@@ -76,7 +76,7 @@ def _changes(state: State, decision: Decision, keys: Keys | None, q: Tensor, sca
     value, k_moved = torch.zeros_like(score), torch.zeros_like(score)
     if keys is not None:
         value, k_moved = (torch.where(kept, x, 0.0) for x in (keys.v_change, keys.change[..., -1]))
-    q_norm = groups(q.float(), state.partial.shape[-2]).norm(dim=-1).amax(-1).unsqueeze(-1)
+    q_norm = lengths(groups(q.float(), state.partial.shape[-2])).amax(-1).unsqueeze(-1)
     size = abs(scale) * (q_norm + moved) * (state.k_stats[..., -1].unsqueeze(2) + k_moved)
     return _Changes(score + size * (SLACK * (q.shape[-1] + 8)), value)
 

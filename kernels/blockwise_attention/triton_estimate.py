@@ -35,6 +35,15 @@ def load_summary(base, index, channel, D: tl.constexpr):
 
 
 @triton.jit
+def lengths(rows):
+    """The length of each row. Scaled first, since its squares may be out of float32's range; see bounds.py."""
+    largest = tl.max(tl.abs(rows), 1)
+    scale = tl.where((largest > 0) & (largest < float("inf")), largest, 1.0)
+    scaled = rows / scale[:, None]
+    return tl.sqrt(tl.sum(scaled * scaled, 1)) * scale
+
+
+@triton.jit
 def product(a_low, a_high, a_norm, b_low, b_high, b_norm, D: tl.constexpr, SLACK: tl.constexpr):
     """By the corners and by Cauchy-Schwarz, the greatest possible |x.y| of rows of two summaries."""
     first, second, third, fourth = a_low * b_low, a_low * b_high, a_high * b_low, a_high * b_high
@@ -69,13 +78,13 @@ def estimate_kernel(
         moved = now - tl.load(q_ref + at, mask=valid, other=0.0).to(tl.float32)
         low = tl.minimum(low, tl.min(tl.where(valid, moved, float("inf")), 0))
         high = tl.maximum(high, tl.max(tl.where(valid, moved, float("-inf")), 0))
-        norm = tl.maximum(norm, tl.max(tl.sum(moved * moved, 1), 0))
+        norm = tl.maximum(norm, tl.max(lengths(moved), 0))
         poison += tl.sum(tl.sum(moved * 0.0, 1), 0)  # NaN where anything is not finite: maxima would drop it
         q_low = tl.minimum(q_low, tl.min(tl.where(valid, now, float("inf")), 0))
         q_high = tl.maximum(q_high, tl.max(tl.where(valid, now, float("-inf")), 0))
-        q_norm = tl.maximum(q_norm, tl.max(tl.sum(now * now, 1), 0))
+        q_norm = tl.maximum(q_norm, tl.max(lengths(now), 0))
     real = channel < D
-    norm, q_norm = tl.sqrt(norm) * (1 + SLACK * D), tl.sqrt(q_norm) * (1 + SLACK * D)
+    norm, q_norm = norm * (1 + SLACK * D), q_norm * (1 + SLACK * D)
     low, high, norm = widen(tl.where(real, low, 0.0), tl.where(real, high, 0.0), norm, SLACK)
     q_low, q_high, q_norm = widen(tl.where(real, q_low, 0.0), tl.where(real, q_high, 0.0), q_norm, SLACK)
     pairs_done, scores_done = 0, 0

@@ -259,3 +259,12 @@ def test_certificate_of_not_finite() -> None:
     decision = estimate(q, k, state, None, INF, 0.25, False)
     blockwise_attention(q, k, v, state, threshold=INF, block=16, bound="sound")
     assert certified_error(state, decision, None, q, 0.25).isnan().all()
+
+
+@pytest.mark.parametrize("size", [1e-30, 1e-22, 1.0, 1e18, 1e25])
+def test_the_length_of_a_row_is_right_at_any_size(size: float) -> None:
+    """Its squares are out of float32's range for all but 1: the summary's length is still a bound, and a close one."""
+    x = torch.randn(1, 1, 6, 16, generator=torch.Generator().manual_seed(0)) * size
+    found = bounds.summary(x, 6)[0, 0, 0, -1].double()
+    exact = torch.linalg.vector_norm(x.double(), dim=-1).amax()
+    assert exact <= found <= exact * (1 + 1e-4)
