@@ -134,8 +134,9 @@ class Graph:
             decided, outputs = self._run(args, call, bank, Reason.SIZES_NOT_COMPILED)
         outputs = self._owned(decided.row, outputs, bank)
         self._note(call, occurrence, decided, args, outputs, bank)
-        for site, _ in self._borrowing:
-            bank.values[site] = None  # or the lender's old values would live while it makes new ones
+        for site, lender in self._borrowing:
+            if lender != call.stream.name:
+                bank.values[site] = None  # or the lender's old values would live while it makes new ones
         call.layers += self.num_layers
         args.clear()
         return outputs
