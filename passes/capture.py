@@ -49,30 +49,38 @@ class Captured:
 class one_graph:
     """Let Dynamo capture a model in as few graphs as possible, should it compile inside.
 
-    By default `nonzero` breaks the graph, in Mochi inside of every attention branch, and a float argument (a time) is
-    a constant, so that each step compiles anew. A plain context manager, and no config.patch: it is entered at each
-    call of a model.
+    By default `nonzero` breaks the graph, in Mochi inside of every attention branch, and a number (a time) is a
+    constant, so that each step, or the second, compiles anew. `number` names the argument that is the time. A
+    plain context manager, and no config.patch: it is entered at each call of a model.
     """
 
-    __slots__ = ()
+    __slots__ = ("number",)
     _lock = threading.Lock()
     _inside = 0  # calls under way, in all threads: the settings are shared by them
-    _before: tuple[bool, bool]
+    _before: tuple[bool, bool, str]
+
+    def __init__(self, number: str | None = None) -> None:
+        self.number = number
 
     def __enter__(self) -> None:
-        config = torch._dynamo.config
+        dynamo, compiler = torch._dynamo.config, torch.compiler.config
         with self._lock:
             if one_graph._inside == 0:
-                one_graph._before = config.capture_dynamic_output_shape_ops, config.specialize_float
-                config.capture_dynamic_output_shape_ops, config.specialize_float = True, False
+                before = dynamo.capture_dynamic_output_shape_ops, dynamo.specialize_float, compiler.dynamic_sources
+                one_graph._before = before
+                dynamo.capture_dynamic_output_shape_ops, dynamo.specialize_float = True, False
+            if self.number is not None:
+                compiler.dynamic_sources = ",".join(filter(None, (one_graph._before[2], f"L['{self.number}']")))
             one_graph._inside += 1
 
     def __exit__(self, *_: object) -> None:
-        config = torch._dynamo.config
+        dynamo, compiler = torch._dynamo.config, torch.compiler.config
         with self._lock:
             one_graph._inside -= 1
             if one_graph._inside == 0:
-                config.capture_dynamic_output_shape_ops, config.specialize_float = one_graph._before
+                shapes, floats, sources = one_graph._before
+                dynamo.capture_dynamic_output_shape_ops, dynamo.specialize_float = shapes, floats
+                compiler.dynamic_sources = sources
 
 
 def capture(

@@ -37,6 +37,7 @@ class Inputs:
     conditioning: tuple[Tensor, ...]
     rest: Hashable = ()
     opaque: bool = False
+    number: str | None = None  # the name of the timestep where that is a Python number
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
@@ -74,7 +75,8 @@ class Reader:
             if not latents and len(leaves.tensors) > before:
                 latents = tuple(leaves.tensors)
         conditioning = tuple(leaves.tensors[len(latents) :])
-        return Inputs(latents, timestep, conditioning, tuple(leaves.rest), leaves.opaque)
+        number = clock if isinstance(timestep, (int, float)) else None
+        return Inputs(latents, timestep, conditioning, tuple(leaves.rest), leaves.opaque, number)
 
 
 def _is_time(value: Any) -> bool:
