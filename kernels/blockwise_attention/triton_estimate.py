@@ -35,7 +35,7 @@ def load_summary(base, index, channel, D: tl.constexpr):
 
 
 @triton.jit
-def lengths(rows):
+def row_lengths(rows):
     """The length of each row. Scaled first, since its squares may be out of float32's range; see bounds.py."""
     largest = tl.max(tl.abs(rows), 1)
     scale = tl.where((largest > 0) & (largest < float("inf")), largest, 1.0)
@@ -78,11 +78,11 @@ def estimate_kernel(
         moved = now - tl.load(q_ref + at, mask=valid, other=0.0).to(tl.float32)
         low = tl.minimum(low, tl.min(tl.where(valid, moved, float("inf")), 0))
         high = tl.maximum(high, tl.max(tl.where(valid, moved, float("-inf")), 0))
-        norm = tl.maximum(norm, tl.max(lengths(moved), 0))
+        norm = tl.maximum(norm, tl.max(row_lengths(moved), 0))
         poison += tl.sum(tl.sum(moved * 0.0, 1), 0)  # NaN where anything is not finite: maxima would drop it
         q_low = tl.minimum(q_low, tl.min(tl.where(valid, now, float("inf")), 0))
         q_high = tl.maximum(q_high, tl.max(tl.where(valid, now, float("-inf")), 0))
-        q_norm = tl.maximum(q_norm, tl.max(lengths(now), 0))
+        q_norm = tl.maximum(q_norm, tl.max(row_lengths(now), 0))
     real = channel < D
     norm, q_norm = norm * (1 + SLACK * D), q_norm * (1 + SLACK * D)
     low, high, norm = widen(tl.where(real, low, 0.0), tl.where(real, high, 0.0), norm, SLACK)
