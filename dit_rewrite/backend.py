@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import threading
 import weakref
@@ -113,7 +114,7 @@ class Backend:
         self.session = Session(self.stats, self._limit)
         self.rewritten: list[Rewritten] = []
         self._compiles: set[Any] = set()
-        self._compiling = threading.RLock()
+        self._compiling, self._first_call = threading.RLock(), threading.RLock()
 
     def __call__(self, gm: fx.GraphModule, example_inputs: Sequence[Any], **_: Any) -> Callable[..., Any]:
         """What Dynamo calls with each graph that it captured."""
@@ -122,6 +123,10 @@ class Backend:
         if call is None:
             return capture(gm, example_inputs, self._rewrite)
         return capture(gm, example_inputs, self._rewrite, call.conditioning, call.inputs.tensors)
+
+    def capturing(self) -> contextlib.AbstractContextManager[Any]:
+        """To be entered around a call: of threads whose first calls come together one captures, for all of them."""
+        return contextlib.nullcontext() if self.rewritten else self._first_call
 
     def _count(self, gm: fx.GraphModule) -> None:
         """Count recompiles and graph breaks. Dynamo may start one compilation over, with the same id: that is none."""

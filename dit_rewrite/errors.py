@@ -258,14 +258,6 @@ class PipelineNotLoaded(DitRewriteError, OSError):
         )
 
 
-class NoDenoiser(DitRewriteError, ValueError):
-    def __init__(self, pipeline: str) -> None:
-        super().__init__(
-            f"{pipeline} has no component called transformer, so there is no denoiser to rewrite here. "
-            f"Give --model a pipeline of a diffusion transformer."
-        )
-
-
 class WrongInput(DitRewriteError, ValueError):
     def __init__(self, pipeline: str, given: str, wanted: str) -> None:
         super().__init__(f"{pipeline} takes no {given}. Give {wanted} instead.")

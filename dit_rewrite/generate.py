@@ -15,13 +15,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 import dit_rewrite
-from dit_rewrite.errors import BadParameter, HubUnreachable, MissingExtra, NoDenoiser, PipelineNotLoaded, WrongInput
+from dit_rewrite.errors import BadParameter, HubUnreachable, MissingExtra, PipelineNotLoaded, WrongInput
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
-    from dit_rewrite.module import RewrittenModule
-    from dit_rewrite.policy import Policy
 
 TRANSPORTS = ("httpx", "httpx2", "requests")  # the clients of the hub, by version
 
@@ -71,14 +69,6 @@ def load_pipeline(model: str, dtype: torch.dtype) -> DiffusionPipeline:
         raise PipelineNotLoaded(model, error) from error
 
 
-def rewrite(pipeline: DiffusionPipeline, policy: Policy, backend: str) -> RewrittenModule:
-    """Put the rewritten denoiser into the pipeline, and return it."""
-    if getattr(pipeline, "transformer", None) is None:
-        raise NoDenoiser(type(pipeline).__name__)
-    pipeline.transformer = dit_rewrite.compile(pipeline.transformer, policy, backend=backend)
-    return pipeline.transformer
-
-
 def call_arguments(pipeline: DiffusionPipeline, arguments: argparse.Namespace) -> dict[str, Any]:
     """What the pipeline is called with, in its own words."""
     name, known = type(pipeline).__name__, inspect.signature(pipeline.__call__).parameters
@@ -126,13 +116,13 @@ def run(arguments: argparse.Namespace) -> int:
     policy = dit_rewrite.policies.parse(arguments.policy)
     device, dtype = choose_device(arguments.device, arguments.dtype)
     pipeline = load_pipeline(arguments.model, dtype).to(device)
-    model = rewrite(pipeline, policy, arguments.backend)
+    dit_rewrite.enable(pipeline, policy, backend=arguments.backend)
     asked = call_arguments(pipeline, arguments)
     began = time.perf_counter()
-    with torch.no_grad(), model.trajectory(num_steps=None, scheduler=pipeline.scheduler):
+    with torch.no_grad():
         output = pipeline(**asked)
     seconds = time.perf_counter() - began
     for path in save_pictures(pictures_of(output), arguments.out):
         print(f"wrote {path}")
-    print(f"{seconds:.1f} s with compilation; {model.stats()}")
+    print(f"{seconds:.1f} s with compilation; {pipeline.transformer.stats()}")
     return 0

@@ -126,7 +126,7 @@ def _call(model: nn.Module, rewrite: Rewrite, args: tuple[Any, ...], kwargs: dic
     session = rewrite.backend.session
     call = session.begin(rewrite.reader.read(args, kwargs))
     try:
-        with one_graph(call.inputs.number):
+        with one_graph(call.inputs.number), rewrite.backend.capturing():
             output = rewrite.run(*args, **kwargs)
     except BaseException as error:
         session.abandon(call)

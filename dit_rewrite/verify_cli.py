@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from dit_rewrite import policies
-from dit_rewrite.errors import BadModel, NoDenoiser
+from dit_rewrite.errors import BadModel, NoTransformer
 from dit_rewrite.generate import load_pipeline
 from dit_rewrite.verify import verify
 
@@ -86,7 +86,7 @@ def from_pipeline(model: str, steps: int) -> Loaded:
     pipeline = load_pipeline(model, torch.float32)
     denoiser = getattr(pipeline, "transformer", None)
     if denoiser is None:
-        raise NoDenoiser(type(pipeline).__name__)
+        raise NoTransformer(type(pipeline).__name__, getattr(pipeline, "components", ()))
     recorder = _Recorder(denoiser)
     pipeline.register_modules(transformer=recorder)
     known = inspect.signature(pipeline.__call__).parameters

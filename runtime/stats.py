@@ -154,7 +154,7 @@ class Stats:
             f"{self.graph_breaks} graph breaks, {self.peak_bytes / 2**20:.2f} MiB cached at most",
         ]
         lines += [f"missed {n} times: {reason}" for reason, n in self.misses.most_common()]
-        lines += [f"{self.num_trajectories} trajectories, of which began by themselves:"] if self.trajectories else []
-        lines += [f"  {n} times: {why}" for why, n in self.trajectories.most_common()]
+        lines += [f"{self.num_trajectories} trajectories"]
+        lines += [f"a trajectory began {n} times: {why}" for why, n in self.trajectories.most_common()]
         lines += [f"stream, {n} times: {why}" for why, n in self.streams.most_common() if n]
         return "\n".join(lines)

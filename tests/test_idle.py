@@ -69,7 +69,7 @@ def one(*guards: Any) -> Policy:
         (one(Rule(snr > 0, Compute()), sympy.true), STEPS, None),
         (one(Rule(Eq(step, 0), ShareGuidance("first"), Where(("self",)))), STEPS, None),
     ],
-    ids=str,
+    ids=lambda value: getattr(value, "__name__", None) or str(value),
 )
 def test_what_may_reuse(policy: Policy, steps: int | None, noise: Noise | None) -> None:
     """At one step at least, or nobody can tell."""
@@ -94,7 +94,7 @@ def test_what_may_reuse(policy: Policy, steps: int | None, noise: Noise | None) 
         (one(Rule(step >= 1, Compute()), sympy.true), STEPS, None, NEVER),
         (one((layer < 1) & (step > 20)), STEPS, None, "its 2 sites, in block 0 of 0 to 1"),
     ],
-    ids=str,
+    ids=lambda value: getattr(value, "__name__", None) or str(value),
 )
 def test_what_cannot(policy: Policy, steps: int | None, noise: Noise | None, says: str | None) -> None:
     """The reason says what is lacking, or where the policy looked."""

@@ -203,6 +203,31 @@ def test_threads_have_trajectories_of_their_own() -> None:
     assert same(other, fora(model, theirs))
 
 
+def test_threads_that_compile_at_once() -> None:
+    """Both make the first call at the same time: each gets its own values, and all reuse happens."""
+    model = tiny.build()
+    compiled = rewritten(model)
+    inputs = [calls(7, seed=seed) for seed in (1, 2)]
+    found: list[list[Tensor]] = [[], []]
+    start = threading.Barrier(2)
+
+    def run(i: int) -> None:
+        start.wait()
+        with compiled.trajectory(7):
+            found[i] = outputs(compiled, inputs[i])
+
+    threads = [threading.Thread(target=run, args=(i,)) for i in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for i in range(2):
+        assert same(found[i], fora(model, inputs[i]))
+    stats = compiled.stats()
+    assert (stats.calls, stats.computed, stats.reused) == (14, 6 * tiny.SITES, 8 * tiny.SITES)
+    assert not stats.misses
+
+
 def test_number_of_steps_is_read_late_from_a_scheduler() -> None:
     """Pipelines set the timesteps after the trajectory began."""
     model, inputs = tiny.build(), calls(5)
