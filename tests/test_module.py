@@ -130,7 +130,7 @@ def test_hooks_before_and_after_run_at_each_call() -> None:
         assert same(outputs(model, inputs), fora(plain, inputs))
 
 
-@pytest.mark.parametrize("given", [object(), tiny.TinyDiT, None, [1]], ids=str)
+@pytest.mark.parametrize("given", [object(), tiny.TinyDiT, None, [1]], ids=["object", "class", "None", "list"])
 def test_what_is_no_model(given: Any) -> None:
     with pytest.raises(NotAModule, match="Give compile a torch.nn.Module"):
         dit_rewrite.compile(given, FORA(2))

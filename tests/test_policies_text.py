@@ -229,7 +229,7 @@ def test_a_policy_or_its_text() -> None:
         ([], "of type list.* such as `fora:interval=3`"),
         (3, "of type int"),
     ],
-    ids=str,
+    ids=lambda value: value if isinstance(value, str) else type(value).__name__,
 )
 def test_what_is_no_policy_says_what_to_give(given: Any, says: str) -> None:
     with pytest.raises(NotAPolicy, match=says):
