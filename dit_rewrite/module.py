@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import gc
 import types
 import warnings
 from collections import Counter
@@ -136,6 +137,7 @@ def _call(model: nn.Module, rewrite: Rewrite, args: tuple[Any, ...], kwargs: dic
     session.end(call)
     if rewrite.checked != len(rewrite.backend.rewritten):
         rewrite.checked = len(rewrite.backend.rewritten)
+        gc.collect()  # compiling leaves cycles that hold the call's inputs: these would seem to be kept by the caller
         _check_policy(type(model).__name__, rewrite.backend, call.trajectory)
     return output
 
