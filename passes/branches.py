@@ -147,11 +147,28 @@ def _split(
 
 
 def _stream(dependence: Dependence, bases: list[fx.Node]) -> fx.Node | None:
-    """The oldest summand that another is computed from; None where there is none, and so no residual sum."""
+    """The oldest summand that another is computed from; None where there is none, and so no residual sum.
+
+    A tensor that is in another summand already, as it was added to the stream some blocks earlier, is not the stream.
+    """
     for base in sorted(bases, key=dependence.position.__getitem__):
-        if sum(dependence.depends(other, base) for other in bases) > 1:  # it is computed from itself
+        later = [other for other in bases if other is not base and dependence.depends(other, base)]
+        if later and not any(_is_added(dependence, base, other) for other in later):
             return base
     return None
+
+
+def _is_added(dependence: Dependence, term: fx.Node, total: fx.Node) -> bool:
+    """Whether `total` is a sum, of sums again, that `term` was added to."""
+    seen, pending = {total}, [total]
+    while pending:
+        node = pending.pop()
+        sides = [_base(side) for side in node.args[:2]] if _is_sum(node) else []  # type: ignore[arg-type]
+        if term in sides:
+            return True
+        pending += [side for side in sides if side not in seen and dependence.depends(side, term)]
+        seen.update(sides)
+    return False
 
 
 def _is_one_branch(dependence: Dependence, add: fx.Node, stream: fx.Node) -> bool:

@@ -137,7 +137,8 @@ class Drawn:
         """Some that do not overlap."""
         stream, last = Stream(self.gm.graph, self.found), self.found.num_layers
         ends = self.data.draw(st.lists(st.tuples(st.integers(0, last), st.integers(0, last)), max_size=4))
-        return find_spans(stream, spans_apart(stream, [(min(e), max(e)) for e in ends if e[0] != e[1]]))[0]
+        apart = spans_apart(stream, [(min(e), max(e)) for e in ends if e[0] != e[1]])
+        return find_spans(stream, {blocks: range(*blocks) for blocks in apart})[0]
 
     def measure(self) -> None:
         """Let spans behind the first block be decided by its change."""
