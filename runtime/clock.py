@@ -123,6 +123,10 @@ class Clock:
         if entry is not None and self._entry is not None and self.schedule is not None:
             moved = self.schedule.rank(entry) - self.schedule.rank(self._entry)
             return moved == 0, moved < 0
+        if (
+            entry is not None
+        ):  # it was unknown at the last call: a scheduler without `step_index` that has stepped since
+            return False, False
         if value is not None and self._value is not None:
             change = value - self._value
             return change == 0, change * self._direction < 0
@@ -146,11 +150,11 @@ class Clock:
     def enter(self, reading: Reading, timestep: Any, named: Named, key: Hashable) -> None:
         """Count a call; `key` tells its stream apart from those of all denoisers that share the clock."""
         starts = not self.started
-        counted = not starts and reading.same_step is None and key in self._called
+        known = reading.entry is not None and self._begin is not None
+        counted = not (starts or known) and reading.same_step is None and key in self._called
         step = self.step_of(reading, named) + counted
         self._find_begin(reading, step, starts)
-        if reading.entry is not None:  # now that the begin is known, the schedule says it
-            step = self.step_of(reading, named)
+        step = self.step_of(reading, named) if starts else step
         if step != self.step or starts:
             self._called.clear()
         self.step = step
