@@ -12,6 +12,8 @@ from torch import Tensor
 from dit_rewrite.runtime.inputs import Inputs
 from dit_rewrite.runtime.tensors import alike, version
 
+Pair = tuple[Tensor, Tensor] | None  # tensors to compare; None: they differ whatever they hold
+
 
 class Kind(Enum):
     """What is known of a tensor of the conditioning."""
@@ -63,20 +65,34 @@ class Conditioning:
         pairs = enumerate(zip(self._held, inputs.conditioning, strict=True))
         return [i for i, (held, tensor) in pairs if held.kind is not Kind.DATA and not held.is_(tensor)]
 
-    def before(self, inputs: Inputs, place: int) -> Tensor | None:
-        """The tensor at a place as it was, where that of `inputs` may equal it; None where it differs for certain."""
-        return self._held[place].comparable(inputs.conditioning[place])
+    def pair(self, inputs: Inputs, place: int) -> Pair:
+        """The tensors at a place, before and now, for `equal` to compare."""
+        before = self._held[place].comparable(inputs.conditioning[place])
+        return None if before is None else (before, inputs.conditioning[place])
+
+    @property
+    def data(self) -> list[int]:
+        """The places of data."""
+        return [i for i, held in enumerate(self._held) if held.kind is Kind.DATA]
+
+    def is_new(self, places: Sequence[int]) -> bool:
+        """Whether the tensors at `places` were seen in one step alone."""
+        return all(self._held[i].kind is Kind.NEW for i in places)
+
+    def shares(self, other: Conditioning, places: Sequence[int]) -> bool:
+        """Whether two have the very same tensors at `places`, which may not exist any more."""
+        return all(self._held[i].ref is other._held[i].ref for i in places)  # a tensor has one weak reference
 
     def are_gone(self, places: Sequence[int]) -> bool:
         """Whether the tensors at `places` were seen in one step alone and do not exist any more."""
-        return all(self._held[i].ref() is None and self._held[i].kind is Kind.NEW for i in places)
+        return self.is_new(places) and all(self._held[i].ref() is None for i in places)
 
     def is_gone(self) -> bool:
         """Whether some tensor does not exist any more and its content is not held: no call can have this again."""
         return any(held.ref() is None and held.alias is None and held.kind is not Kind.DATA for held in self._held)
 
     def hold(self, inputs: Inputs, data: Sequence[int] = ()) -> None:
-        """Take the tensors of `inputs` in the place of those before; those at the places `data` move."""
+        """Take the tensors of `inputs` in the place of those before; those at the places of `data` move."""
         for i in self.differing(inputs):
             self._held[i] = _Held(inputs.conditioning[i], Kind.DATA if i in data else self._held[i].kind)
 
@@ -97,13 +113,8 @@ class Conditioning:
         return tuple(tensor for held, tensor in pairs if held.kind is not Kind.DATA)
 
 
-def unequal(streams: Sequence[tuple[Conditioning, list[int]]], inputs: Inputs) -> list[list[int]]:
-    """Of the places at which each conditioning has another tensor than `inputs`, those where the content differs too.
-
-    Reads the device once. NaN is equal to nothing.
-    """
-    pairs = [(held.before(inputs, i), inputs.conditioning[i]) for held, places in streams for i in places]
-    differ = [(before != now).any() for before, now in pairs if before is not None]
-    read = iter(torch.stack([number.to(differ[0].device) for number in differ]).tolist() if differ else ())
-    found = iter([before is None or next(read) for before, _ in pairs])
-    return [[i for i in places if next(found)] for _, places in streams]
+def equal(pairs: Sequence[Pair]) -> list[bool]:
+    """Which pairs are equal bit for bit; by one read of the device. NaN is equal to nothing."""
+    differ = [(pair[0] != pair[1]).any() for pair in pairs if pair is not None]
+    read = iter(torch.stack([d.to(differ[0].device) for d in differ]).tolist() if differ else [])
+    return [pair is not None and not next(read) for pair in pairs]

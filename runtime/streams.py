@@ -7,7 +7,8 @@ and so computes.
 
 A tensor that moves from step to step at one place of the arguments (a ControlNet's residuals, a second latent) is data
 and no conditioning. That is learned at a stream's second step: the tensor is another one, the old one is gone, and
-everything else agrees. Once a tensor has stayed, another one in its place is another condition.
+everything else agrees. Once a tensor has stayed, another one in its place is another condition. What is data for one
+stream tells it apart from no other: the latent does.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from torch import Tensor
 from dit_rewrite.errors import Reason
 from dit_rewrite.runtime.cache import Bank
 from dit_rewrite.runtime.clock import Reading
-from dit_rewrite.runtime.conditioning import Conditioning, unequal
+from dit_rewrite.runtime.conditioning import Conditioning, equal
 from dit_rewrite.runtime.inputs import Inputs
 from dit_rewrite.runtime.tensors import relative_changes, version
 
@@ -36,7 +37,7 @@ class Stream:
 
     ``place`` numbers the streams of one name and conditioning; ``step`` and ``entry`` are those of the last call,
     ``calls`` counts the steps it was called in. ``suspect``: it may be another stream whose tensors at these places
-    moved, though those before still exist.
+    moved, though those before still exist. ``repeats``: its only call was that of another one.
     """
 
     name: Hashable
@@ -51,6 +52,7 @@ class Stream:
     entry: int | None = None
     calls: int = 0
     suspect: tuple[Stream, list[int]] | None = None
+    repeats: bool = False
     _latent_version: int | None = None
 
     @property
@@ -83,6 +85,9 @@ class Stream:
         self.sequence = None
 
 
+Differing = dict[Stream, list[int]]  # the places at which a stream's conditioning is another than a call's
+
+
 class Streams:
     """The streams of one trajectory."""
 
@@ -102,6 +107,12 @@ class Streams:
         self.all.append(stream)
         return stream
 
+    def renew(self, stream: Stream | None, name: Hashable) -> Stream:
+        """Another stream, in the place of one before if that is given."""
+        if stream is not None:
+            self.all.remove(stream)
+        return self.add(name)
+
     def match(
         self, inputs: Inputs, name: Hashable, reading: Reading, step: int, first: bool
     ) -> tuple[Stream, Reason | None]:
@@ -112,19 +123,18 @@ class Streams:
         """
         if inputs.opaque:
             return Stream(name), Reason.UNREADABLE_INPUT
-        mine = self.alike(inputs, name)
-        group = self.conditioned(mine, inputs)
+        differing = self.differing(self.alike(inputs, name), inputs)
+        group = self._conditioned(differing)
         if not group:
-            moved = self._unequal(mine, inputs)
-            group = [stream for stream, places in moved.items() if not places]
-            if not group:
-                return self._moved(moved, inputs, name, reading, step)
-            for stream in group:
-                stream.conditioning.hold(inputs)  # type: ignore[union-attr]
+            return self._moved(differing, inputs, name, reading, step)
         now = [stream for stream in group if stream.step == step and reading.same_step is not False]
-        if len(group) == 1 and not now:
-            return group[0], None
-        return self._placed(group, now, inputs, name, reading, first)
+        if len(group) == 1 and not now and reading.same_step is not None:
+            stream, why = group[0], None
+        else:
+            stream, why = self._placed(group, now, inputs, name, reading, first)
+        if stream in group:
+            stream.conditioning.hold(inputs, differing[stream])  # type: ignore[union-attr]
+        return stream, why
 
     def alike(self, inputs: Inputs, name: Hashable) -> list[Stream]:
         """The streams of this name, or without one, whose calls had the same arguments but for tensors."""
@@ -132,15 +142,31 @@ class Streams:
         return [s for s in named if s.conditioning is not None and s.conditioning.is_like(inputs)]
 
     @staticmethod
-    def conditioned(mine: Sequence[Stream], inputs: Inputs) -> list[Stream]:
-        """Those whose conditioning are these very tensors."""
-        return [stream for stream in mine if not stream.conditioning.differing(inputs)]  # type: ignore[union-attr]
+    def differing(mine: Sequence[Stream], inputs: Inputs, by_value: bool = True) -> Differing:
+        """At which places each stream has another conditioning than a call.
+
+        With `by_value`, tensors of equal content are the same, where no stream has the very tensors of the call.
+        """
+        found = {s: s.conditioning.differing(inputs) for s in mine if s.conditioning is not None}
+        if not by_value or not all(found.values()):
+            return found
+        places = [(stream, place) for stream, differing in found.items() for place in differing]
+        pairs = [stream.conditioning.pair(inputs, place) for stream, place in places]  # type: ignore[union-attr]
+        for (stream, place), same in zip(places, equal(pairs), strict=True):
+            if same:
+                found[stream].remove(place)
+        return found
 
     @staticmethod
-    def _unequal(mine: Sequence[Stream], inputs: Inputs) -> dict[Stream, list[int]]:
-        """The places at which each stream's conditioning differs in content."""
-        held = [stream.conditioning for stream in mine if stream.conditioning is not None]
-        return dict(zip(mine, unequal([(c, c.differing(inputs)) for c in held], inputs), strict=True))
+    def _conditioned(differing: Differing) -> list[Stream]:
+        """The streams that may have a call's conditioning, in the order in which they began.
+
+        What is data for one of them tells it apart from no other, unless it stayed the same there.
+        """
+        of = {stream: stream.conditioning for stream in differing if stream.conditioning is not None}
+        data = {place for stream, places in differing.items() if not places for place in of[stream].data}
+        group = [s for s, places in differing.items() if not places]
+        return [s for s in differing if s in group or data.issuperset(differing[s]) and of[s].is_new(differing[s])]
 
     def _placed(
         self,
@@ -164,14 +190,15 @@ class Streams:
             return self._join(group, name)
         least = min(change[s] for s in near)
         nearest = [s for s in near if change[s] == least]
-        waiting = [s for s in group if s not in now] or (now if reading.same_step is None else [])
-        places = len(now) if len(now) < len(group) else 0
-        expected = next((s for s in waiting if s.place == places), None)
-        if expected in nearest:
-            return expected, None  # type: ignore[return-value]
+        unclaimed = [s for s in nearest if s not in now] or (nearest if reading.same_step is None else [])
+        if len(nearest) > 1 and unclaimed:  # of one latent: in the order in which they began
+            return unclaimed[0], None
+        expected = group[len(now)] if len(now) < len(group) else group[0]
+        if expected in unclaimed:
+            return expected, None
         if len(nearest) > 1 or any(change[s] < MARGIN * least for s in near if s is not nearest[0]):
             return Stream(name), Reason.AMBIGUOUS_STREAM
-        if nearest[0] in waiting or self._is_evaluated_again(nearest[0], reading, least):
+        if unclaimed or self._is_evaluated_again(nearest[0], reading, least):
             return nearest[0], None
         return self._join(group, name)
 
@@ -188,51 +215,56 @@ class Streams:
         return self.add(name, 1 + max(stream.place for stream in group)), Reason.NEW_STREAM
 
     def _moved(
-        self, moved: dict[Stream, list[int]], inputs: Inputs, name: Hashable, reading: Reading, step: int
+        self, differing: Differing, inputs: Inputs, name: Hashable, reading: Reading, step: int
     ) -> tuple[Stream, Reason | None]:
-        """The stream of a call whose conditioning is no stream's: the one whose data moved on, or another one.
-
-        `moved` says where the conditioning of each stream differs.
-        """
-        waiting = [stream for stream in moved if stream.step != step or reading.same_step is not True]
-        following = [stream for stream in waiting if self.follows(stream, moved[stream], name is not None)]
-        if len(following) > 1 or reading.same_step is None:
-            following = self._going_on(following, inputs, reading)
-        if len(following) == 1:
-            stream = following[0]
-            stream.conditioning.hold(inputs, moved[stream])  # type: ignore[union-attr]
+        """The stream of a call whose conditioning is no stream's: the one whose data moved on, or another one."""
+        waiting = [s for s in differing if step - s.step == 1 or s.step == step and reading.same_step is not True]
+        change = dict(zip(waiting, relative_changes(inputs.latent, [s.last_latent for s in waiting]), strict=True))
+        on = [s for s in waiting if change[s] < CONTINUES and (change[s] > 0 or reading.same_step is False)]
+        following = [stream for stream in on if self.follows(stream, differing[stream], name is not None)]
+        following = [s for s in following if not any(set(differing[t]) < set(differing[s]) for t in following)]
+        if len(following) == 1 or self._are_one(following, differing):
+            stream = following[0]  # of one conditioning, the first that began
+            stream.conditioning.hold(inputs, differing[stream])  # type: ignore[union-attr]
             return stream, None
         added = self.add(name)
-        added.suspect = self._suspect(self._going_on(waiting, inputs, reading), moved)
-        return added, Reason.NEW_CONDITIONING if moved else Reason.NEW_STREAM
+        added.suspect = self._suspect(on, differing)
+        return added, Reason.NEW_CONDITIONING if differing else Reason.NEW_STREAM
 
     @staticmethod
-    def _going_on(streams: Sequence[Stream], inputs: Inputs, reading: Reading) -> list[Stream]:
-        """Those whose latent a call continues, in another step."""
-        changes = zip(streams, relative_changes(inputs.latent, [s.last_latent for s in streams]), strict=True)
-        return [stream for stream, c in changes if c < CONTINUES and (c > 0 or reading.same_step is False)]
+    def _are_one(streams: Sequence[Stream], differing: Differing) -> bool:
+        """Whether streams had one conditioning and one latent at their last calls."""
+        first = streams[0] if streams else None
+        return first is not None and all(
+            differing[s] == differing[first]
+            and s.latent is first.latent
+            and s.step == first.step
+            and s.conditioning.shares(first.conditioning, differing[s])  # type: ignore[union-attr,arg-type]
+            for s in streams
+        )
 
     @staticmethod
-    def _suspect(streams: Sequence[Stream], moved: dict[Stream, list[int]]) -> tuple[Stream, list[int]] | None:
+    def _suspect(streams: Sequence[Stream], differing: Differing) -> tuple[Stream, list[int]] | None:
         """The stream that is nearest to a call's conditioning, and where they differ; of those called last."""
         last = max((stream.step for stream in streams), default=-1)
-        latest = [stream for stream in streams if stream.step == last]
-        fewest = min((len(moved[stream]) for stream in latest), default=0)
-        nearest = [stream for stream in latest if len(moved[stream]) == fewest]
-        return (nearest[0], moved[nearest[0]]) if len(nearest) == 1 else None
+        moved = [(s, differing[s]) for s in streams if s.step == last]
+        fewest = min((len(places) for _, places in moved), default=0)
+        nearest = [pair for pair in moved if len(pair[1]) == fewest]
+        return nearest[0] if len(nearest) == 1 else None
 
     @staticmethod
-    def follows(stream: Stream, moved: Sequence[int], named: bool) -> bool:
-        """Whether a call may be a stream's though tensors of its conditioning differ, so that these are data.
+    def follows(stream: Stream, moved: list[int], named: bool) -> bool:
+        """Whether a call is a stream's though tensors of its conditioning are others, so that these are data.
 
         That they are data is known where the tensors before do not exist any more, so that no call can have them
         again; or where they moved the same way a step before, and the stream of that time was not called since.
         """
-        conditioning, before = stream.conditioning, stream.suspect
+        conditioning = stream.conditioning
         if conditioning is None:
             return False
         gone = conditioning.are_gone(moved) and (named or len(moved) < len(conditioning))
-        return gone or (before is not None and before[0].step < stream.step and list(moved) == before[1])
+        before = stream.suspect
+        return gone or (before is not None and before[0].step < stream.step and moved == before[1])
 
     def lapse(self, step: int) -> list[Stream]:
         """Take the slots from streams that were called in one step and not again soon after; those that had any."""

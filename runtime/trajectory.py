@@ -15,7 +15,7 @@ from torch import Tensor
 from dit_rewrite.errors import Reason
 from dit_rewrite.runtime.clock import Clock, Named
 from dit_rewrite.runtime.inputs import Inputs
-from dit_rewrite.runtime.streams import CONTINUES, Stream, Streams
+from dit_rewrite.runtime.streams import CONTINUES, Differing, Stream, Streams
 from dit_rewrite.runtime.tensors import alike, relative_change
 
 __all__ = ["Clock", "ExplicitTrajectory", "InferredTrajectory", "Named", "Place", "Stream", "Trajectory"]
@@ -80,10 +80,10 @@ class ExplicitTrajectory:
         clock = self.clock
         reading = clock.read(inputs.timestep, named)
         if reading.restart is not None:
-            restart = reading.restart
+            why = reading.restart
             clock.begin()
             reading = clock.read(inputs.timestep, named)
-            self._follow_clock(restart)
+            self._follow_clock(why)
         elif clock.run != self._run:
             self._follow_clock(None)
         trajectory = self.trajectory
@@ -108,36 +108,43 @@ class InferredTrajectory:
     """Tells steps, streams and trajectories apart by what the calls look like: one read of the device a call.
 
     Streams are told apart by name or conditioning alone. Several calls of one conditioning in a step are a solver's
-    second evaluation at most: whoever calls more often marks the trajectory.
+    second evaluation at most: whoever calls more often marks the trajectory. The very same call twice is one noise
+    sampled anew, or another call of each step: its values are used only where the next step has no such pair.
     """
 
     def __init__(self) -> None:
         self.trajectory = Trajectory(Reason.FIRST_CALL)
         self._direction = 0.0
         self._latest: Stream | None = None
+        self._crowded = False  # the trajectory began at the timestep of the one before: a step may have more calls
 
     def place(self, inputs: Inputs, named: Named) -> Place:
         """The trajectory and stream of a call; a new trajectory unless everything speaks for the present one."""
         streams = self.trajectory.streams
-        mine = streams.alike(inputs, named.name)
-        stream = next(iter(streams.conditioned(mine, inputs)), None)
-        moved = self._that_moved(mine) if stream is None else None
+        differing = streams.differing(streams.alike(inputs, named.name), inputs, by_value=False)
+        stream = next((s for s, places in differing.items() if not places), None)
+        moved = self._that_moved(differing, named) if stream is None and not self._crowded else None
         before = stream or moved or self._latest
         timestep, change = _read(inputs, None if before is None else before.latent)
-        if moved is not None and self._goes_on(moved, inputs, named, timestep, change):
+        if moved is not None and timestep != moved.timestep and 0 < change < CONTINUES:
+            moved.conditioning.hold(inputs, differing[moved])  # type: ignore[union-attr]
             stream = moved
         why = self._misfit(stream, inputs, timestep, change)
         if named.step_index is not None and named.step_index < self.trajectory.step:
             why = why or Reason.TIMESTEP_TURNED
         later = why is None and self._latest is not None and timestep != self._latest.timestep
+        again = why is Reason.REPEATED and stream is not None and timestep == stream.timestep
+        twin = why is None and stream is not None and stream.repeats
         if why is not None:
+            self._crowded = self._latest is not None and timestep == self._latest.timestep
             self.trajectory, self._direction, stream = Trajectory(why), 0.0, None
         elif stream is not None:
             self._direction = self._direction or timestep - stream.timestep
-        if stream is None:
-            stream = self.trajectory.streams.add(named.name)
+        if stream is None or twin:
+            stream = self.trajectory.streams.renew(stream, named.name)
+        stream.repeats = again
         self._note(stream, inputs, named, timestep, later)
-        return Place(self.trajectory, stream)
+        return Place(self.trajectory, stream, Reason.AMBIGUOUS_STREAM if twin else None)
 
     def _note(self, stream: Stream, inputs: Inputs, named: Named, timestep: float, later: bool) -> None:
         trajectory = self.trajectory
@@ -151,20 +158,11 @@ class InferredTrajectory:
         stream.timestep = timestep
         self._latest = stream
 
-    def _that_moved(self, mine: list[Stream]) -> Stream | None:
-        """The stream that a call may continue whose conditioning is no stream's."""
-        waiting = [stream for stream in mine if stream is self._latest or stream.step < self.trajectory.step]
-        return waiting[0] if len(waiting) == 1 else None
-
     @staticmethod
-    def _goes_on(stream: Stream, inputs: Inputs, named: Named, timestep: float, change: float) -> bool:
-        """Whether a call is the next of a stream, though tensors of its conditioning are others."""
-        moved = stream.conditioning.differing(inputs) if stream.conditioning is not None else []
-        next_step = timestep != stream.timestep and 0 < change < CONTINUES
-        if stream.conditioning is None or not (next_step and Streams.follows(stream, moved, named.name is not None)):
-            return False
-        stream.conditioning.hold(inputs, moved)
-        return True
+    def _that_moved(differing: Differing, named: Named) -> Stream | None:
+        """The one stream that a call may continue though tensors of its conditioning are others."""
+        following = [s for s, places in differing.items() if Streams.follows(s, places, named.name is not None)]
+        return following[0] if len(following) == 1 else None
 
     def _misfit(self, stream: Stream | None, inputs: Inputs, timestep: float, change: float) -> Reason | None:
         """Why a call does not belong to the present trajectory; None where it does. NaN never fits."""

@@ -97,7 +97,13 @@ def test_the_same_noise_again_starts_anew(telling: str, moved: int) -> None:
     a = calls(4, seed=1)
     b = [{**arguments, "timestep": at(arguments["timestep"][0] + moved)} for arguments in a]
     run(compiled, a[:1], telling, of=4)
-    assert same(run(compiled, b, telling), fora(model, b))
+    found = run(compiled, b, telling)
+    if telling == "watched" and not moved:  # the pair may be two calls of one step: the next step computes, to see
+        assert row(compiled, 4) == "CCRC"
+        assert same(found[:1] + found[1:3], fora(model, b[:1]) + fora(model, b[1:3]))
+        assert compiled.stats().streams == {Reason.AMBIGUOUS_STREAM: 1}
+    else:
+        assert same(found, fora(model, b))
     if telling == "watched":
         assert compiled.stats().trajectories == {Reason.FIRST_CALL: 1, Reason.REPEATED: 1}
 

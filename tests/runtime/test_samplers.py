@@ -1,0 +1,299 @@
+"""Random samplers against an oracle: no call gets the stream of another, and what can be told apart is told apart."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Generator, Tensor
+
+from dit_rewrite.runtime.inputs import Inputs
+from dit_rewrite.runtime.trajectory import Clock, ExplicitTrajectory, InferredTrajectory, Named
+
+BATCH = 2
+SCHEDULED = ("view", "value", "scaled", "step_index")  # a scheduler is known; how the timestep reaches the model
+COUNTED = ("float", "unknown", "device", "index")  # the number of steps alone is known
+KEPT, ANEW = "kept", "made anew at each call"
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """What a sampler does. In a step it calls each of its streams: every prompt on every window, `twins` times over."""
+
+    time: str = "view"
+    pictures: tuple[int, ...] = (4,)  # how many timesteps of each are sampled
+    steps: int = 4
+    contexts: bool = False  # one trajectory() for each picture
+    reset: bool = False  # the schedule is set for each picture
+    prompts: int = 1
+    windows: int = 1
+    twins: int = 1
+    rotates: bool = False  # the windows take turns in being first
+    prompts_first: bool = False  # all windows of the first prompt before the second's
+    named: bool = False
+    conditioning: str = KEPT
+    same_prompts: bool = True  # in all pictures
+    moving: str = ""  # a tensor that is another one in each "step" or in each "call"
+    steady: bool = False  # a further tensor that never changes
+    evaluations: int = 1  # 2: a further one at all timesteps but the first
+    unguided_from: int = 9  # from this step on, the first prompt alone, once
+    replaced_at: int = 9  # from this step on, all prompts are others
+    rising: bool = False
+    marked: bool = True
+
+    @property
+    def scheduled(self) -> bool:
+        return self.time in SCHEDULED
+
+    @property
+    def knows_time(self) -> bool:
+        return self.time not in ("unknown", "device")
+
+
+@dataclass
+class Seen:
+    """A call: its true origin, and what is known of its time."""
+
+    picture: int
+    origin: tuple[int, ...]  # prompt, window, twin, prompts before
+    step: int
+    evaluation: int
+    inputs: Inputs
+    named: Named
+
+
+@dataclass
+class Run:
+    """A sampler that runs; `clock` and `scheduler` are those of the present context."""
+
+    sampler: Sampler
+    generator: Generator = field(default_factory=lambda: Generator().manual_seed(0))
+    scheduler: Any = None
+
+    def noise(self) -> Tensor:
+        return torch.randn(1, 64, generator=self.generator)
+
+    def times(self) -> list[float]:
+        """The timesteps of a picture, one for each evaluation."""
+        sampler = self.sampler
+        falling = [900.0 - 100 * i for i in range(sampler.steps)]
+        distinct = falling[::-1] if sampler.rising else falling
+        return [t for i, t in enumerate(distinct) for _ in range(sampler.evaluations if i else 1)]
+
+    def set_timesteps(self) -> None:
+        if self.scheduler is None:
+            self.scheduler = SimpleNamespace(config={"num_train_timesteps": 1000})
+        self.scheduler.timesteps = torch.tensor(self.times())
+        self.scheduler.step_index = None
+
+    def timestep(self, entry: int) -> Any:
+        time = self.sampler.time
+        value = self.times()[entry]
+        if time in ("view", "step_index"):
+            view = self.scheduler.timesteps[entry].expand(BATCH)
+            return view if time == "view" else view.clone().to("meta")
+        if time in ("value", "index"):
+            return torch.tensor([value] * BATCH)
+        if time == "scaled":
+            return torch.tensor([value] * BATCH) / 1000
+        return {"float": value, "unknown": None, "device": torch.empty(BATCH, device="meta")}[time]
+
+    def order(self, step: int) -> Iterator[tuple[int, int, int]]:
+        """The streams of a step: prompt, window, twin."""
+        sampler = self.sampler
+        guided = step < sampler.unguided_from
+        windows = list(range(sampler.windows))
+        turn = step % sampler.windows if sampler.rotates else 0
+        windows = windows[turn:] + windows[:turn]
+        prompts = range(sampler.prompts if guided else 1)
+        pairs = [(p, w) for w in windows for p in prompts]
+        pairs = sorted(pairs, key=lambda pair: pair[0]) if sampler.prompts_first else pairs
+        return ((p, w, twin) for p, w in pairs for twin in range(sampler.twins if guided else 1))
+
+    def calls(self, picture: int, prompts: list[list[Tensor]], steady: Tensor) -> Iterator[Seen]:
+        sampler = self.sampler
+        latents = [self.noise() for _ in range(sampler.windows)]
+        done, times = sampler.pictures[picture], self.times()
+        step = evaluation = 0
+        for entry, time in enumerate(times):
+            if entry:
+                again = time == times[entry - 1]
+                step, evaluation = (step, evaluation + 1) if again else (step + 1, 0)
+            if step == done:
+                return
+            for call in self.calls_of(step, latents, prompts[step >= sampler.replaced_at], steady, entry):
+                yield replace(call, picture=picture, evaluation=evaluation)
+            share = 0.05 + 0.15 * float(torch.rand((), generator=self.generator))
+            latents = [x + share * x.norm() * (n := self.noise()) / n.norm() for x in latents]
+            if self.scheduler is not None and sampler.time == "step_index":
+                self.scheduler.step_index = entry + 1
+
+    def calls_of(
+        self, step: int, latents: list[Tensor], prompts: list[Tensor], steady: Tensor, entry: int
+    ) -> Iterator[Seen]:
+        sampler = self.sampler
+        now = self.noise()
+        replaced = int(step >= sampler.replaced_at)
+        for prompt, window, twin in self.order(step):
+            tensors = [prompts[prompt] if sampler.conditioning == KEPT else prompts[prompt].clone()]
+            tensors += [now if sampler.moving == "step" else self.noise()] if sampler.moving else []
+            tensors += [steady] if sampler.steady else []
+            name = f"prompt {prompt}" if sampler.named else None
+            named = Named(name, step_index=step if sampler.time == "index" else None)
+            inputs = Inputs((latents[window],), self.timestep(entry), tuple(tensors))
+            yield Seen(0, (prompt, window, twin, replaced), step, 0, inputs, named)
+            del tensors, inputs  # that the sampler holds none of them
+
+
+@dataclass(eq=False)
+class Tag:
+    """Stands in a stream's slots for what a call stored there."""
+
+    origin: tuple[Any, ...]
+    bytes: int = 0
+
+
+@dataclass
+class Verdict:
+    """What an oracle saw of a run."""
+
+    unsound: list[str] = field(default_factory=list)
+    lost: list[str] = field(default_factory=list)
+    wrong_steps: list[str] = field(default_factory=list)
+    calls: int = 0
+
+
+def follow(sampler: Sampler) -> Verdict:
+    """Run a sampler and compare each place with where the call really belongs."""
+    run, verdict = Run(sampler), Verdict()
+    prompts: list[list[Tensor]] = []
+    steady = torch.ones(2)
+    place: Any = None
+    for picture in range(len(sampler.pictures)):
+        if not prompts or not sampler.same_prompts:
+            prompts = [[run.noise() for _ in range(sampler.prompts)] for _ in range(2)]
+        if sampler.scheduled and (picture == 0 or sampler.reset or sampler.time == "step_index"):
+            run.set_timesteps()
+        if place is None or (sampler.contexts and sampler.marked):
+            clock = Clock(None if sampler.scheduled else sampler.steps, run.scheduler)
+            place = (ExplicitTrajectory(clock) if sampler.marked else InferredTrajectory()).place
+        before: dict[Any, Any] = {}
+        for seen in run.calls(picture, prompts, steady):
+            judge(sampler, seen, place(seen.inputs, seen.named), before, verdict)
+    return verdict
+
+
+def judge(sampler: Sampler, seen: Seen, found: Any, before: dict[Any, Any], verdict: Verdict) -> None:
+    verdict.calls += 1
+    stream, origin = found.stream, (seen.picture, *seen.origin)
+    at = f"picture {seen.picture}, step {seen.step}.{seen.evaluation}, stream {seen.origin}: "
+    tag = stream.banks.setdefault((0, 0), Tag(origin))
+    if tag.origin != origin:
+        verdict.unsound.append(f"{at}has values of {tag.origin}")
+    last = before.get(origin)
+    if last is not None and last is not stream and provable(sampler, seen):
+        verdict.lost.append(f"{at}{found.why}")
+    before[origin] = stream
+    if sampler.marked and sampler.knows_time and found.trajectory.step != seen.step:
+        verdict.wrong_steps.append(f"{at}said to be {found.trajectory.step}")
+
+
+def provable(sampler: Sampler, seen: Seen) -> bool:
+    """Whether a call that is not the first of its stream can be known as such.
+
+    Not where its tensors are others at each call, in a step of several calls on one latent; nor where such a step is
+    evaluated twice, or ends unmarked.
+    """
+    if not sampler.marked:
+        cut = sampler.moving and 1 in sampler.pictures[: seen.picture] and (seen.step == 1 or sampler.evaluations > 1)
+        return (
+            not cut
+            and sampler.twins == sampler.windows == 1
+            and sampler.conditioning == KEPT
+            and sampler.time != "unknown"
+        )
+    if sampler.evaluations > 1 and sampler.moving and sampler.replaced_at < sampler.steps:
+        return False  # both evaluations of the step in which the streams begin
+    if sampler.twins > 1:
+        ends = sampler.unguided_from < sampler.steps and (sampler.windows > 1 or not sampler.knows_time)
+        return sampler.moving != "call" and sampler.evaluations == 1 and not ends
+    return True
+
+
+@st.composite
+def samplers(draw: st.DrawFn, marked: bool) -> Sampler:
+    steps = draw(st.integers(3, 5))
+    pictures = draw(st.lists(st.sampled_from([steps, steps, 1, 2]), min_size=1, max_size=3))
+    prompts = draw(st.integers(1, 2))
+    windows = draw(st.integers(1, 4 // prompts))
+    return Sampler(
+        time=draw(st.sampled_from((*SCHEDULED, *COUNTED) if marked else ("value", "float", "scaled", "index"))),
+        pictures=tuple(pictures),
+        steps=steps,
+        contexts=marked and draw(st.booleans()),
+        reset=draw(st.booleans()),
+        prompts=prompts,
+        windows=windows,
+        twins=draw(st.integers(1, 4 // prompts // windows)),
+        rotates=draw(st.booleans()),
+        prompts_first=draw(st.booleans()),
+        named=draw(st.booleans()),
+        conditioning=draw(st.sampled_from([KEPT, ANEW])),
+        same_prompts=draw(st.booleans()),
+        moving=draw(st.sampled_from(["", "", "step", "call"])),
+        steady=draw(st.booleans()),
+        evaluations=draw(st.sampled_from([1, 1, 2])),
+        unguided_from=draw(st.integers(1, 9)),
+        replaced_at=draw(st.sampled_from([2, 9, 9, 9])) if marked else 9,
+        rising=draw(st.booleans()),
+        marked=marked,
+    )
+
+
+@settings(max_examples=150, deadline=None)
+@given(samplers(marked=True))
+def test_marked(sampler: Sampler) -> None:
+    verdict = follow(sampler)
+    assert (verdict.unsound, verdict.lost, verdict.wrong_steps) == ([], [], [])
+
+
+@settings(max_examples=100, deadline=None)
+@given(samplers(marked=False))
+def test_inferred(sampler: Sampler) -> None:
+    verdict = follow(sampler)
+    assert (verdict.unsound, verdict.lost) == ([], [])
+
+
+HARD = {
+    "the scheduler's step_index is None at the first call": Sampler("step_index"),
+    "moving inputs of one prompt on two windows": Sampler(windows=2, rotates=True, moving="step"),
+    "moving inputs of two prompts on two windows": Sampler(windows=2, prompts=2, rotates=True, moving="call"),
+    "moving inputs beside prompts made anew": Sampler(prompts=2, conditioning=ANEW, moving="call", steady=True),
+    "perturbed guidance with moving inputs": Sampler(twins=3, moving="step"),
+    "perturbed guidance on windows in turn": Sampler(windows=2, twins=2, rotates=True),
+    "perturbed guidance that ends, on windows in turn": Sampler(windows=2, twins=2, rotates=True, unguided_from=2),
+    "perturbed guidance after a picture of one step": Sampler(pictures=(1, 4), twins=2),
+    "a second picture on an unknown time": Sampler("unknown", pictures=(2, 3), prompts=2, twins=2, replaced_at=2),
+    "guidance of the first step, and a prompt that changes": Sampler(
+        prompts=2, conditioning=ANEW, steady=True, unguided_from=1, replaced_at=2
+    ),
+    "perturbed guidance, inferred": Sampler("value", twins=2, marked=False),
+    "prompts made anew, inferred": Sampler("value", prompts=2, conditioning=ANEW, steady=True, marked=False),
+    "prompts made anew on windows in turn, inferred": Sampler(
+        "value", prompts=2, windows=2, rotates=True, conditioning=ANEW, prompts_first=True, steady=True, marked=False
+    ),
+    "moving inputs of two prompts, inferred": Sampler("value", prompts=2, moving="call", marked=False),
+}
+
+
+@pytest.mark.parametrize("sampler", HARD.values(), ids=HARD)
+def test_hard_samplers(sampler: Sampler) -> None:
+    verdict = follow(sampler)
+    assert verdict.calls > 0
+    assert (verdict.unsound, verdict.lost, verdict.wrong_steps) == ([], [], [])
