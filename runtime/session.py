@@ -131,8 +131,8 @@ class Session(threading.local):
         if not call.graphs:
             self.stats.miss(Reason.NOT_CAPTURED)
         if stream.calls == 1 and len(call.trajectory.streams.all) > 1:
-            evicted = call.trajectory.streams.evict(self._limit(), stream)
-            self.stats.streams[Reason.EVICTED] += len(evicted)
+            for _ in call.trajectory.streams.evict(self._limit(), stream):
+                self.stats.streams[Reason.EVICTED] += 1
 
     def abandon(self, call: Call) -> None:
         """The call raised: nothing that it left behind is used."""

@@ -79,6 +79,10 @@ class Stream:
         self.latent = latent.clone() if latent is not None and latent.is_inference() else latent
         self._latent_version = None if self.latent is None else version(self.latent)
 
+    def is_before(self, reading: Reading) -> bool:
+        """Whether its last call is at an earlier entry of the schedule, perhaps of the same timestep."""
+        return reading.entry is not None and self.entry is not None and self.entry < reading.entry
+
     def forget(self) -> None:
         """Give all slots back."""
         self.banks.clear()
@@ -127,7 +131,7 @@ class Streams:
         group = self._conditioned(differing)
         if not group:
             return self._moved(differing, inputs, name, reading, step)
-        now = [stream for stream in group if stream.step == step and reading.same_step is not False]
+        now = [] if reading.same_step is False else [s for s in group if s.step == step and not s.is_before(reading)]
         if len(group) == 1 and not now and reading.same_step is not None:
             stream, why = group[0], None
         else:
@@ -177,7 +181,7 @@ class Streams:
         reading: Reading,
         first: bool,
     ) -> tuple[Stream, Reason | None]:
-        """The stream of a call that shares name and conditioning with others; `now` were called in this step.
+        """The stream of a call that shares name and conditioning with others; `now` were called for this evaluation.
 
         Reads the device once, for the change of the latent since each stream's last call.
         """
