@@ -208,7 +208,7 @@ def provable(sampler: Sampler, seen: Seen) -> bool:
     """Whether a call that is not the first of its stream can be known as such.
 
     Not where its tensors are others at each call, in a step of several calls on one latent; nor where such a step is
-    evaluated twice, or ends unmarked.
+    evaluated twice and the timestep does not say so, or ends unmarked.
     """
     if not sampler.marked:
         cut = sampler.moving and 1 in sampler.pictures[: seen.picture] and (seen.step == 1 or sampler.evaluations > 1)
@@ -222,7 +222,8 @@ def provable(sampler: Sampler, seen: Seen) -> bool:
         return False  # both evaluations of the step in which the streams begin
     if sampler.twins > 1:
         ends = sampler.unguided_from < sampler.steps and (sampler.windows > 1 or not sampler.knows_time)
-        return sampler.moving != "call" and sampler.evaluations == 1 and not ends
+        once = sampler.evaluations == 1 or (sampler.time in ("view", "step_index") and not sampler.moving)
+        return sampler.moving != "call" and once and not ends
     return True
 
 
@@ -278,6 +279,7 @@ HARD = {
     "perturbed guidance with moving inputs": Sampler(twins=3, moving="step"),
     "perturbed guidance on windows in turn": Sampler(windows=2, twins=2, rotates=True),
     "perturbed guidance that ends, on windows in turn": Sampler(windows=2, twins=2, rotates=True, unguided_from=2),
+    "perturbed guidance in a second-order solver": Sampler(twins=2, windows=2, evaluations=2),
     "perturbed guidance after a picture of one step": Sampler(pictures=(1, 4), twins=2),
     "a second picture on an unknown time": Sampler("unknown", pictures=(2, 3), prompts=2, twins=2, replaced_at=2),
     "guidance of the first step, and a prompt that changes": Sampler(
