@@ -223,17 +223,23 @@ class Streams:
     ) -> tuple[Stream, Reason | None]:
         """The stream of a call whose conditioning is no stream's: the one whose data moved on, or another one."""
         waiting = [s for s in differing if step - s.step == 1 or s.step == step and reading.same_step is not True]
-        change = dict(zip(waiting, relative_changes(inputs.latent, [s.last_latent for s in waiting]), strict=True))
-        on = [s for s in waiting if change[s] < CONTINUES and (change[s] > 0 or reading.same_step is False)]
-        following = [stream for stream in on if self.follows(stream, differing[stream], name is not None)]
+        following = [stream for stream in waiting if self.follows(stream, differing[stream], name is not None)]
         following = [s for s in following if not any(set(differing[t]) < set(differing[s]) for t in following)]
+        if len(following) != 1 or reading.same_step is not False:  # where one alone can be meant, the latent may leap
+            following = self._going_on(following, inputs, reading)
         if len(following) == 1 or self._are_one(following, differing):
             stream = following[0]  # of one conditioning, the first that began
             stream.conditioning.hold(inputs, differing[stream])  # type: ignore[union-attr]
             return stream, None
         added = self.add(name)
-        added.suspect = self._suspect(on, differing)
+        added.suspect = self._suspect(self._going_on(waiting, inputs, reading), differing)
         return added, Reason.NEW_CONDITIONING if differing else Reason.NEW_STREAM
+
+    @staticmethod
+    def _going_on(streams: Sequence[Stream], inputs: Inputs, reading: Reading) -> list[Stream]:
+        """Those whose latent a call continues in another step."""
+        changes = zip(streams, relative_changes(inputs.latent, [s.last_latent for s in streams]), strict=True)
+        return [stream for stream, c in changes if c < CONTINUES and (c > 0 or reading.same_step is False)]
 
     @staticmethod
     def _are_one(streams: Sequence[Stream], differing: Differing) -> bool:
