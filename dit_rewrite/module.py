@@ -105,7 +105,8 @@ class RewrittenModule(nn.Module, metaclass=_IsRewritten):
         backend = self._backend
         if not backend.rewritten:
             raise NotCaptured("explain()")
-        return Report(backend.policy, tuple(backend.rewritten), Counter(backend.session.ran))
+        ran, streams = Counter(backend.session.ran), backend.session.num_streams
+        return Report(backend.policy, tuple(backend.rewritten), ran, max(streams, 1))
 
     def stats(self) -> Stats:
         """A copy of the counts so far; its rows of decisions are shared."""

@@ -14,7 +14,7 @@ from dit_rewrite.passes import cost, naming, printing, torch_private
 from dit_rewrite.passes.branches import Refusal
 from dit_rewrite.passes.notation import show
 from dit_rewrite.passes.segments import crossing_bytes
-from dit_rewrite.passes.site import Site
+from dit_rewrite.passes.site import Part, Site
 from dit_rewrite.passes.verdict import verdict
 from dit_rewrite.policy import Policy
 
@@ -66,12 +66,14 @@ class Report:
 
     @property
     def peak_bytes(self) -> int:
-        """The most bytes that the slots of all streams of the last call's trajectory hold at once, as predicted."""
-        return self.streams * self.stream_bytes
+        """The most bytes, as predicted, that caching adds at once in a trajectory of so many streams: what all slots
+        hold, and beside them what one call keeps alive until it has measured and stored."""
+        working = [_working_bytes(rewritten) for rewritten in self.rewritten]
+        return self.streams * self.stream_bytes + max(working, default=0)
 
     @property
     def stream_bytes(self) -> int:
-        """The same for one stream: every reached site holds its values, and beside them is what is computed once per
+        """Bytes that the slots of one stream hold: every reached site holds its values, and beside them is what is computed once per
         trajectory, and what guards compare with."""
         return sum((self.occurrences.get(i, 0) or 1) * _held_bytes(r) for i, r in enumerate(self.rewritten))
 
@@ -142,9 +144,23 @@ def _held_bytes(rewritten: Rewritten) -> int:
     guarded, nodes = rewritten.guarded, {node.name: node for node in rewritten.placed.gm.graph.nodes}
     slots = guarded.gm.graph.find_nodes(op="placeholder")[guarded.num_inputs + len(guarded.sites) :]
     storages = {torch_private.storage_id(node.meta["val"]): cost.stored_bytes(node) for node in slots}
-    probes = {node for site in rewritten.layout.sites for _, node in site.probes}
-    compared = sum(cost.stored_bytes(nodes[name]) for name in probes)
+    compared = sum(cost.stored_bytes(nodes[name]) for name in _probes(rewritten))
     return sum(storages.values()) + 2 * compared  # a probe as it was when its site was computed, and in the last call
+
+
+def _working_bytes(rewritten: Rewritten) -> int:
+    """Bytes that a computing call keeps alive for the slots alone: probes, and the stream before each span until the
+    span's value is its change, as far as that is more than the value, whose old one is gone by then."""
+    nodes = {node.name: node for node in rewritten.placed.gm.graph.nodes}
+    spans = [site for site in rewritten.layout.sites if site.part is Part.SPAN]
+    bases, values = ({n for site in spans for n in getattr(site, side)} for side in ("bases", "values"))
+    held, replaced = (sum(cost.stored_bytes(nodes[name]) for name in names) for names in (bases, values))
+    return sum(cost.stored_bytes(nodes[name]) for name in _probes(rewritten)) + max(held - replaced, 0)
+
+
+def _probes(rewritten: Rewritten) -> set[str]:
+    """The nodes that guards measure."""
+    return {node for site in rewritten.layout.sites for _, node in site.probes}
 
 
 def _places(graph: int, occurrence: int, rewritten: Rewritten) -> Iterator[Place]:

@@ -123,9 +123,7 @@ class Clock:
         if entry is not None and self._entry is not None and self.schedule is not None:
             moved = self.schedule.rank(entry) - self.schedule.rank(self._entry)
             return moved == 0, moved < 0
-        if (
-            entry is not None
-        ):  # it was unknown at the last call: a scheduler without `step_index` that has stepped since
+        if entry is not None:  # unknown at the last call: the scheduler has no step_index until it has stepped
             return False, False
         if value is not None and self._value is not None:
             change = value - self._value

@@ -100,6 +100,7 @@ class Session(threading.local):
         self.call: Call | None = None
         self.known: int | None = None  # the number of the last call's trajectory: holding it would keep its slots
         self.ran: tuple[int, ...] = ()  # the graphs of the last call
+        self.num_streams = 0  # of the last call's trajectory
         self.observer: Callable[[Observation], None] | None = None
         self.director: Callable[[Any, list[Any], Call, Bank], Any] | None = None  # decides and runs a graph instead
         self._limit = limit
@@ -126,6 +127,7 @@ class Session(threading.local):
         stream = call.stream
         self.ran = stream.sequence = tuple(call.graphs)
         stream.num_layers = call.layers
+        self.num_streams = len(call.trajectory.streams.all)
         self.stats.called()
         self.call = None
         if not call.graphs:
