@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor
 
 from dit_rewrite.errors import BadTrajectory, Reason
-from dit_rewrite.runtime.schedule import Schedule, on_host
+from dit_rewrite.runtime.schedule import Schedule, is_uneven, on_host
 from dit_rewrite.runtime.tensors import version
 
 
@@ -80,6 +80,7 @@ class Clock:
         self._entry: int | None = None
         self._value: float | None = None
         self._direction = 0.0
+        self._uneven = False  # frames are at different steps of the schedule, and the trajectory is at none of them
         self._last: tuple[Any, int | None] | None = None  # the last timestep and its version
         self._called: set[Hashable] = set()
 
@@ -91,7 +92,7 @@ class Clock:
     def noise_at(self, step: int) -> tuple[float | None, float | None]:
         """Sigma and SNR of a step of the present trajectory, as far as they are known."""
         schedule = self.schedule
-        if schedule is None or schedule.levels is None:
+        if schedule is None or schedule.levels is None or self._uneven:
             return (self.sigma, None) if step == self.step else (None, None)
         if step == self.step and self._entry is not None:
             return schedule.levels.at(self._entry)
@@ -100,12 +101,13 @@ class Clock:
         return schedule.levels.at(schedule.entry_at((self._begin or 0) + step))
 
     def read(self, timestep: Tensor | float | None, named: Named) -> Reading:
-        """Read the time of a call. Changes nothing but which schedule is present."""
+        """Read the time of a call. Changes nothing but which schedule is present, and whether entries can be told."""
         started = self.started
         restart = Reason.SCHEDULE_SET if self._read_schedule() and started else None
         time = timestep if timestep is not None else named.timestep
-        entry = self.schedule.entry(time, self._entry) if self.schedule is not None else None
-        if entry is None and self.schedule is not None and not started:
+        self._uneven = self._uneven or is_uneven(time)
+        entry = None if self.schedule is None or self._uneven else self.schedule.entry(time, self._entry)
+        if entry is None and self.schedule is not None and not (started or self._uneven):
             entry = self.schedule.begin_index
         value = on_host(time) if entry is None else None
         repeats = None if self.schedule is None else entry is not None and self.schedule.repeats(entry)

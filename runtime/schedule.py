@@ -132,12 +132,20 @@ def _place_in(schedule: Tensor, timestep: Tensor) -> int | None:
     return entry if rest == 0 and 0 <= entry < len(schedule) else None
 
 
+def is_uneven(timestep: Any) -> bool:
+    """Whether a timestep holds several times, as known without a device read; frames that are given have the time 0."""
+    if not isinstance(timestep, Tensor) or timestep.device.type != "cpu" or not any(timestep.stride()):
+        return False
+    return len(timestep[timestep != 0].unique()) > 1
+
+
 def on_host(timestep: Any) -> float | None:
-    """A timestep's value, where reading it waits for no device. Of a time for each frame or token the largest."""
+    """A timestep's value, where reading it waits for no device. Of a time for each frame or token their mean where
+    these are at different steps, else the largest."""
     if isinstance(timestep, (int, float)):
         return float(timestep)
     if not isinstance(timestep, Tensor) or timestep.device.type != "cpu" or timestep.numel() == 0:
         return None
     if timestep.numel() == 1 or not any(timestep.stride()):
         return timestep.flatten()[0].item()  # type: ignore[no-any-return]
-    return timestep.max().item()  # type: ignore[no-any-return]
+    return (timestep.double().mean() if is_uneven(timestep) else timestep.max()).item()  # type: ignore[no-any-return]

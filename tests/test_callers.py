@@ -220,14 +220,24 @@ class Forced(TinyDiT):
         return super().forward(hidden_states, offsets, condition)
 
 
-@pytest.mark.parametrize("kept", [0, 2])
-def test_a_time_for_each_frame(kept: int) -> None:
-    """Frames that are given (`kept`) have the time 0; each of the others is later than the next."""
-    arguments = path(1)
-    for step, a in enumerate(arguments):
-        times = 900.0 - 100 * step - 10 * torch.arange(4.0)
-        a["timestep"] = torch.cat([torch.zeros(kept), times]).expand(2, -1)
-    sample(made(Forced), in_turn(("frames", arguments)))
+FRAMES = {
+    "a time for each, each later than the next": lambda step: 900.0 - 100 * step - 10 * torch.arange(4.0),
+    "frames that are given": lambda step: torch.tensor([0.0, 0.0, 900.0 - 100 * step, 900.0 - 100 * step]),
+    "each begins when the last has gone a step": lambda step: 900.0 - 100 * (step - torch.arange(4.0)).clamp(min=0),
+}
+
+
+@pytest.mark.parametrize("told", ["num_steps", "scheduler"])
+@pytest.mark.parametrize("frames", FRAMES)
+@torch.no_grad()
+def test_a_time_for_each_frame(frames: str, told: str) -> None:
+    scheduler = SimpleNamespace(timesteps=torch.linspace(900, 300, STEPS))
+    arguments = [{**a, "timestep": FRAMES[frames](step).expand(2, -1)} for step, a in enumerate(path(1))]
+    plain = made(Forced)
+    compiled = rewritten(plain)
+    with compiled.trajectory(STEPS) if told == "num_steps" else compiled.trajectory(scheduler=scheduler):
+        expect(compiled, plain, in_turn(("frames", arguments)), FORA_3)
+    assert [decision.step for decision in compiled.stats().decisions] == list(range(STEPS))
 
 
 class Sounding(TinyDiT):

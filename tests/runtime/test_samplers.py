@@ -233,8 +233,10 @@ def samplers(draw: st.DrawFn, marked: bool) -> Sampler:
     pictures = draw(st.lists(st.sampled_from([steps, steps, 1, 2]), min_size=1, max_size=3))
     prompts = draw(st.integers(1, 2))
     windows = draw(st.integers(1, 4 // prompts))
+    time = draw(st.sampled_from((*SCHEDULED, *COUNTED) if marked else ("value", "float", "scaled", "index")))
+    replaced = marked and time not in ("unknown", "device")  # a prompt made anew that changes may be data
     return Sampler(
-        time=draw(st.sampled_from((*SCHEDULED, *COUNTED) if marked else ("value", "float", "scaled", "index"))),
+        time=time,
         pictures=tuple(pictures),
         steps=steps,
         contexts=marked and draw(st.booleans()),
@@ -251,7 +253,7 @@ def samplers(draw: st.DrawFn, marked: bool) -> Sampler:
         steady=draw(st.booleans()),
         evaluations=draw(st.sampled_from([1, 1, 2])),
         unguided_from=draw(st.integers(1, 9)),
-        replaced_at=draw(st.sampled_from([2, 9, 9, 9])) if marked else 9,
+        replaced_at=draw(st.sampled_from([2, 9, 9, 9])) if replaced else 9,
         rising=draw(st.booleans()),
         marked=marked,
     )

@@ -135,6 +135,18 @@ def test_conditioning_that_was_written_to_is_another() -> None:
     assert see(inputs(0.1, 8.0, given)) == (1, 1), "equal to the second stream's, by value"
 
 
+def test_frames_at_several_steps_have_no_noise_of_one() -> None:
+    """The trajectory goes through more steps than the schedule, and is at none of them."""
+    scheduler = SimpleNamespace(timesteps=torch.tensor([9.0, 8.0, 7.0]), sigmas=torch.tensor([3.0, 2.0, 1.0, 0.0]))
+    place = ExplicitTrajectory(Clock(scheduler=scheduler, noise=True)).place
+    times = ([9.0, 9.0], [8.0, 9.0], [7.0, 8.0])
+    found = []
+    for step, each in enumerate(times):
+        trajectory = place(inputs(0.1 * step, torch.tensor([each])), NOBODY).trajectory
+        found.append((trajectory.step, trajectory.noise(trajectory.step)[0]))
+    assert found == [(0, 3.0), (1, None), (2, None)]
+
+
 def test_a_denoiser_that_joins_late_shares_the_clock() -> None:
     """The second expert of a pipeline starts in the middle of the schedule, without values."""
     scheduler = SimpleNamespace(timesteps=torch.tensor([9.0, 8.0, 7.0, 6.0]))
