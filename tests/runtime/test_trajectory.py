@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
 from torch import Tensor
 
 from dit_rewrite.errors import BadTrajectory, Reason
@@ -137,14 +138,14 @@ def test_conditioning_that_was_written_to_is_another() -> None:
 
 def test_frames_at_several_steps_have_no_noise_of_one() -> None:
     """The trajectory goes through more steps than the schedule, and is at none of them."""
-    scheduler = SimpleNamespace(timesteps=torch.tensor([9.0, 8.0, 7.0]), sigmas=torch.tensor([3.0, 2.0, 1.0, 0.0]))
+    scheduler = FlowMatchEulerDiscreteScheduler()
+    scheduler.set_timesteps(sigmas=[1.0, 0.8, 0.6])
     place = ExplicitTrajectory(Clock(scheduler=scheduler, noise=True)).place
-    times = ([9.0, 9.0], [8.0, 9.0], [7.0, 8.0])
     found = []
-    for step, each in enumerate(times):
-        trajectory = place(inputs(0.1 * step, torch.tensor([each])), NOBODY).trajectory
+    for step, entries in enumerate(([0, 0], [1, 0], [2, 1])):
+        trajectory = place(inputs(0.1 * step, scheduler.timesteps[entries]), NOBODY).trajectory
         found.append((trajectory.step, trajectory.noise(trajectory.step)[0]))
-    assert found == [(0, 3.0), (1, None), (2, None)]
+    assert found == [(0, 1.0), (1, None), (2, None)]
 
 
 def test_a_denoiser_that_joins_late_shares_the_clock() -> None:
