@@ -73,8 +73,8 @@ class Report:
 
     @property
     def stream_bytes(self) -> int:
-        """Bytes that the slots of one stream hold: every reached site holds its values, and beside them is what is computed once per
-        trajectory, and what guards compare with."""
+        """Bytes that the slots of one stream hold: the values of every reached site, values that are computed once per
+        trajectory, and the tensors that guards compare with."""
         return sum((self.occurrences.get(i, 0) or 1) * _held_bytes(r) for i, r in enumerate(self.rewritten))
 
     def graph_diff(self, graph: int | None = None) -> str:

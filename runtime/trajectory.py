@@ -80,10 +80,10 @@ class ExplicitTrajectory:
         clock = self.clock
         reading = clock.read(inputs.timestep, named)
         if reading.restart is not None:
-            why = reading.restart
+            restart = reading.restart
             clock.begin()
             reading = clock.read(inputs.timestep, named)
-            self._follow_clock(why)
+            self._follow_clock(restart)
         elif clock.run != self._run:
             self._follow_clock(None)
         trajectory = self.trajectory
