@@ -37,6 +37,7 @@ from dit_rewrite.backend import Backend
 from dit_rewrite.demo_report import console, open_progress, versions
 from dit_rewrite.kernels.blockwise_attention.state import State
 from dit_rewrite.metrics import relative_l2, ssim
+from dit_rewrite.module import twin
 from dit_rewrite.passes.site import Part
 from dit_rewrite.policies import FORA, CachedAttention
 from dit_rewrite.policy import Policy
@@ -134,7 +135,7 @@ class Bench:
 
     def run(self, policy: Policy, sample: Callable[[nn.Module], Tensor]) -> tuple[Tensor, list[float]]:
         """The images under a policy, and the share that it reused in each step."""
-        model = dit_rewrite.compile(self.model.denoiser, policy, backend="aot_eager")
+        model = dit_rewrite.compile(twin(self.model.denoiser), policy, backend="aot_eager")
         model._backend.session.observer = kept = Kept(model._backend, self.steps)
         images = sample(model)
         return images, kept.by_step() if kept.totals.any() else reused_by_step(model.stats(), self.steps)

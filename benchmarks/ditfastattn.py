@@ -44,7 +44,7 @@ from dit_rewrite.greedy import DELTAS
 from dit_rewrite.guards import step
 from dit_rewrite.kernels.window_attention import window_flops
 from dit_rewrite.metrics import relative_l2
-from dit_rewrite.module import RewrittenModule
+from dit_rewrite.module import RewrittenModule, twin
 from dit_rewrite.passes import cost
 from dit_rewrite.passes.site import Kind, Part
 from dit_rewrite.plan import SHARED, WINDOWED, Choice, Plan, describe_scheduler, fingerprint
@@ -130,7 +130,7 @@ def find_plan(denoiser: nn.Module, name: str, arguments: argparse.Namespace, rec
 
 def describe_plan(denoiser: Any, plan: Plan, steps: int) -> dict[str, Any]:
     """What follows from a plan without images; the pieces are counted where compiling costs least."""
-    model, spent = dit_rewrite.compile(denoiser, DiTFastAttn(plan), backend="aot_eager"), shares(denoiser)
+    model, spent = dit_rewrite.compile(twin(denoiser), DiTFastAttn(plan), backend="aot_eager"), shares(denoiser)
     sample_images(model, evenly_spread(1), steps=steps, guidance=GUIDANCE, seed=CALIBRATION_SEED)
     return {
         "delta": plan.delta,
@@ -181,7 +181,7 @@ def measure_pairs(arguments: argparse.Namespace, record: Record) -> list[dict[st
 
     @cache
     def images(policy: Policy) -> Tensor:
-        model = dit_rewrite.compile(denoiser, policy, backend="aot_eager") if policy.rules else denoiser
+        model = dit_rewrite.compile(twin(denoiser), policy, backend="aot_eager") if policy.rules else denoiser
         return torch.cat(
             [sample_images(model, b, steps=arguments.steps, guidance=GUIDANCE, seed=i) for i, b in enumerate(batches)]
         )

@@ -38,6 +38,7 @@ from benchmarks.timing import RESULTS, Spread, machine, synchronise
 from dit_rewrite.demo_report import console, open_progress, versions
 from dit_rewrite.lowering import isolated
 from dit_rewrite.metrics import frechet_distance, relative_l2, ssim
+from dit_rewrite.module import twin
 from dit_rewrite.plan import write_whole
 from dit_rewrite.shapes.data import NUM_CLASSES, sample
 from dit_rewrite.shapes.model import Classifier, accuracy, load_classifier, load_denoiser
@@ -131,7 +132,7 @@ class Bench:
         with bar(recipe.name, len(self.batches)) as tick:
             if policy is None:
                 return self._result(recipe, steps, self.sample_all(self.uncached, steps, self.rounds, tick))
-            model = dit_rewrite.compile(self.denoiser, policy, backend=self.backend)
+            model = dit_rewrite.compile(twin(self.denoiser), policy, backend=self.backend)
             _, first = self.sample(model, 0, steps)
             before = model.stats()
             run = self.sample_all(model, steps, self.rounds, tick)

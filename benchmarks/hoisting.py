@@ -16,6 +16,7 @@ from diffusers import PixArtTransformer2DModel
 import dit_rewrite
 from benchmarks.timing import Row, Spread, alternate, ratio, report
 from benchmarks.workload import Stepper
+from dit_rewrite.module import twin
 from dit_rewrite.passes import cost
 from dit_rewrite.policies import Never
 from examples.stdit import STDiT, STDiTConfig
@@ -56,10 +57,11 @@ def measure(name: str, build: Callable[[str], Workload], device: str, rounds: in
     """FLOPs that leave the step, and the time of a step with and without."""
     torch._dynamo.reset()
     model, call = build(device)
-    hoisting = dit_rewrite.compile(model, Never())
+    calls = [{**call, "timestep": call["timestep"] - i} for i in range(400)]
+    hoisting = dit_rewrite.compile(twin(model), Never())
     runs = {
-        "hoisted": Stepper(hoisting, [call]),
-        "not": Stepper(dit_rewrite.compile(model, Never(), hoist=False), [call]),
+        "hoisted": Stepper(hoisting, calls),
+        "not": Stepper(dit_rewrite.compile(twin(model), Never(), hoist=False), calls),
     }
     for run in runs.values():
         for _ in range(3):

@@ -30,7 +30,7 @@ def measure_steps(device: str, rounds: int) -> list[Row]:
     model, inputs, lower = build(device), calls(device), Lowering()
     plain = isolated(model, "inductor")
     computing = attach(twin(model), Backend(model, ALWAYS, lower, force=True))
-    reusing = dit_rewrite.compile(model, ALWAYS)
+    reusing = dit_rewrite.compile(twin(model), ALWAYS)
     runs = {
         "plain": Stepper(plain, inputs),
         "plain again": Stepper(plain, inputs),
@@ -53,7 +53,7 @@ _PAIRS = (("plain again", "plain"), ("reuse 0", "plain"), ("reusing", "reuse 0")
 def measure_trajectory(device: str, rounds: int) -> list[Row]:
     """FORA over a whole trajectory, against plain torch.compile and the ideal of steps / computed steps."""
     model, inputs = build(device), calls(device)
-    plain, rewritten = isolated(model, "inductor"), dit_rewrite.compile(model, FORA(INTERVAL))
+    plain, rewritten = isolated(model, "inductor"), dit_rewrite.compile(twin(model), FORA(INTERVAL))
 
     def run_plain() -> None:
         for kwargs in inputs:
@@ -82,7 +82,7 @@ def measure_compile(device: str, rounds: int) -> list[Row]:
 
     runs = {
         "plain": cold(lambda: isolated(model, "inductor"), first),
-        "FORA": cold(lambda: dit_rewrite.compile(model, FORA(INTERVAL)), first),
+        "FORA": cold(lambda: dit_rewrite.compile(twin(model), FORA(INTERVAL)), first),
     }
     seconds(runs["plain"])  # the process's first compile also loads the compiler
     samples = alternate(runs, rounds)
@@ -98,8 +98,8 @@ def measure_host(device: str, rounds: int) -> list[Row]:
     model, inputs = build(device), calls(device)
 
     plain = Stepper(isolated(model, instant), inputs)
-    told = Stepper(dit_rewrite.compile(model, FORA(INTERVAL), backend=instant), inputs, STEPS)
-    untold = dit_rewrite.compile(model, FORA(INTERVAL), backend=instant)
+    told = Stepper(dit_rewrite.compile(twin(model), FORA(INTERVAL), backend=instant), inputs, STEPS)
+    untold = dit_rewrite.compile(twin(model), FORA(INTERVAL), backend=instant)
     each = itertools.cycle(inputs)
     runs: dict[str, Callable[[], object]] = {"plain": plain, "told": told, "watched": lambda: untold(**next(each))}
     for run in runs.values():

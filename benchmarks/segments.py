@@ -33,8 +33,8 @@ def measure_segment_steps(device: str, rounds: int) -> list[Row]:
     runs = {
         "plain": Stepper(plain, inputs),
         "segments": Stepper(attach(twin(model), Backend(model, ALWAYS, segments, force=True)), inputs),
-        "reusing variant": Stepper(dit_rewrite.compile(model, ALWAYS), inputs),
-        "reusing segments": Stepper(dit_rewrite.compile(model, ALWAYS, lowering="segments"), inputs),
+        "reusing variant": Stepper(dit_rewrite.compile(twin(model), ALWAYS), inputs),
+        "reusing segments": Stepper(dit_rewrite.compile(twin(model), ALWAYS, lowering="segments"), inputs),
     }
     samples = alternate_steps(runs, rounds)
     computing, reusing = ratio(samples, "segments", "plain"), ratio(samples, "reusing segments", "reusing variant")
@@ -50,7 +50,7 @@ def measure_segment_compile(device: str, rounds: int) -> list[Row]:
 
     runs = {
         "plain": cold(lambda: isolated(model, "inductor"), first),
-        "segments": cold(lambda: dit_rewrite.compile(model, FORA(3), lowering="segments"), first),
+        "segments": cold(lambda: dit_rewrite.compile(twin(model), FORA(3), lowering="segments"), first),
     }
     samples = alternate(runs, rounds)
     found = ratio(samples, "segments", "plain")
@@ -63,11 +63,11 @@ def measure_segment_compile(device: str, rounds: int) -> list[Row]:
 def measure_first_block(device: str, rounds: int) -> list[Row]:
     """FirstBlockCache, which decides in the middle of each call, against a plan of the same decisions."""
     model, inputs = build(device), calls(device)
-    measured = dit_rewrite.compile(model, FirstBlockCache(THRESHOLD))
+    measured = dit_rewrite.compile(twin(model), FirstBlockCache(THRESHOLD))
     trajectory(measured, inputs)
     reused = [d.step for d in measured.stats().decisions if "reuse" in d.strategies.values()]
     when = sympy.Or(*(sympy.Eq(step, s) for s in reused))
-    plan = dit_rewrite.compile(model, Policy((Rule(when, Reuse(), BEHIND_THE_FIRST),), "plan"))
+    plan = dit_rewrite.compile(twin(model), Policy((Rule(when, Reuse(), BEHIND_THE_FIRST),), "plan"))
     trajectory(plan, inputs)
     runs = {"measured": lambda: trajectory(measured, inputs), "plan": lambda: trajectory(plan, inputs)}
     found = ratio(alternate(runs, rounds), "measured", "plan")
@@ -86,8 +86,8 @@ def measure_segment_host(device: str, rounds: int) -> list[Row]:
     """Host time of a segment: the same graph in segments and whole, with code that returns ready results at once."""
     model, inputs = build(device), calls(device)
     policy = FORA(3)
-    whole = dit_rewrite.compile(model, policy, backend=instant)
-    cut = dit_rewrite.compile(model, policy, backend=instant, lowering="segments")
+    whole = dit_rewrite.compile(twin(model), policy, backend=instant)
+    cut = dit_rewrite.compile(twin(model), policy, backend=instant, lowering="segments")
     runs = {"whole": Stepper(whole, inputs, STEPS), "cut": Stepper(cut, inputs, STEPS)}
     for run in runs.values():
         run()
@@ -107,7 +107,7 @@ def measure_stores(device: str) -> list[Row]:
     held = {}
     for store in (None, "int8", "fp8"):
         policy = Policy((Rule(sympy.true, Reuse(store)),), f"store {store}")
-        rewritten = dit_rewrite.compile(model, policy, backend="aot_eager")
+        rewritten = dit_rewrite.compile(twin(model), policy, backend="aot_eager")
         with rewritten.trajectory(num_steps=2):
             rewritten(**inputs[0])
             held[store] = rewritten.stats().cache_bytes

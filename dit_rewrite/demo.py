@@ -21,6 +21,7 @@ from torch import Tensor, nn
 import dit_rewrite
 from dit_rewrite.demo_report import Result, announce, open_progress, write_all
 from dit_rewrite.metrics import psnr, relative_l2
+from dit_rewrite.module import twin
 from dit_rewrite.shapes.data import CLASSES, COLOURS, SHAPES
 from dit_rewrite.shapes.model import accuracy, load_classifier, load_denoiser
 from dit_rewrite.shapes.sampling import GUIDANCE, sample_images
@@ -86,7 +87,7 @@ def build_methods(denoiser: nn.Module, arguments: argparse.Namespace) -> list[Me
     methods = [Method("uncached", plain, arguments.steps)]
     for interval in arguments.intervals:
         policy = dit_rewrite.policies.FORA(interval=interval)
-        cached = dit_rewrite.compile(denoiser, policy, backend=arguments.backend)
+        cached = dit_rewrite.compile(twin(denoiser), policy, backend=arguments.backend)
         methods.append(Method(f"FORA({interval})", cached, arguments.steps))
     return methods
 
