@@ -202,7 +202,7 @@ def backend_of(model: nn.Module) -> Backend:
 def attach(model: nn.Module, backend: Backend, fullgraph: bool = False, dynamic: bool | None = None) -> RewrittenModule:
     """Rewrite a module in place: its captured graphs go through `backend`. A rewrite that it has is exchanged."""
     detach(model)
-    run = isolated(model._call_impl, backend, fullgraph, dynamic)
+    run = isolated(_traceable(model), backend, fullgraph, dynamic)
     rewrite = Rewrite(backend, run, Reader(model.forward), model._compiled_call_impl)
     model.__dict__[_STATE] = rewrite
     model.__dict__["_backend"] = backend
@@ -211,6 +211,17 @@ def attach(model: nn.Module, backend: Backend, fullgraph: bool = False, dynamic:
     model.__dict__["__getstate__"] = lambda: _plain_state(model)
     model._compiled_call_impl = lambda *args, **kwargs: _call(model, rewrite, args, kwargs)
     return model  # type: ignore[return-value]  # it has the methods now
+
+
+def _traceable(self: nn.Module) -> Callable[..., Any]:
+    """The plain call of a module, for Dynamo to trace.
+
+    Dynamo starts at no frame of torch's own files, so a class of torch, as Sequential, gets a frame around its call.
+    It names modules from `self` on.
+    """
+    if not getattr(self.forward, "__module__", "").startswith("torch."):
+        return self._call_impl
+    return lambda *args, **kwargs: self._call_impl(*args, **kwargs)
 
 
 def detach(model: Module) -> Module:

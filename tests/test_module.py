@@ -67,6 +67,25 @@ def test_restoring() -> None:
         backend_of(model)
 
 
+class Residual(nn.Module):
+    """One projection that is added to its input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.out = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.out(x)
+
+
+def test_a_class_of_torch_itself() -> None:
+    """Dynamo traces no call that starts in torch's own files; the sites are found and named all the same."""
+    model = nn.Sequential(Residual(), Residual()).requires_grad_(False)
+    plain, x = twin(model), torch.ones(2, 4)
+    assert torch.equal(compiled(model)(x), plain(x))
+    assert [place.site.name for place in model.explain().sites] == ["0.out", "1.out"]
+
+
 def test_compiling_again_exchanges_the_policy() -> None:
     plain, inputs = tiny.build(), calls(6)
     model = compiled(compiled(twin(plain)), FORA(2))
