@@ -6,6 +6,7 @@ import contextlib
 import os
 import threading
 import weakref
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -113,6 +114,7 @@ class Backend:
         self.cache_limit = cache_limit
         self.session = Session(self.stats, self._limit)
         self.rewritten: list[Rewritten] = []
+        self.breaks: Counter[str] = Counter()  # graph breaks by place and reason
         self._compiles: set[Any] = set()
         self._compiling, self._first_call = threading.RLock(), threading.RLock()
 
@@ -134,7 +136,9 @@ class Backend:
         if compile_id is None or compile_id in self._compiles:
             return
         self.stats.add("recompiles", any(compile_id.frame_id == other.frame_id for other in self._compiles))
-        self.stats.add("graph_breaks", torch_private.is_broken(gm))
+        if torch_private.is_broken(gm):
+            self.stats.add("graph_breaks")
+            self.breaks[torch_private.break_reason(gm)] += 1
         self._compiles.add(compile_id)
 
     def _rewrite(self, captured: Captured) -> Graph:

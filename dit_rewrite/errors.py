@@ -6,7 +6,7 @@ An error is raised where going on would be wrong. Its message says what happened
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from enum import Enum
 
 
@@ -319,4 +319,22 @@ class TorchChanged(DitRewriteError, RuntimeError):
         super().__init__(
             f"torch {version} has no {name} any more, which dit_rewrite reads. Install a torch that dit_rewrite was "
             f"tested with (see its pyproject.toml), or a newer dit_rewrite."
+        )
+
+
+class BrokenUp(NoSites):
+    def __init__(self, model: str, graphs: int, breaks: Mapping[str, int], hooks: Mapping[str, int]) -> None:
+        place = max(breaks, key=breaks.__getitem__)
+        inner = ", ".join(f"{name} around {count} modules" for name, count in hooks.items())
+        remedy = (
+            f"Its layers run in hooks ({inner}). Offload the whole model or whole blocks instead of each layer, and "
+            f"quantize by torchao instead of layerwise casting."
+            if hooks
+            else "Remove the breaks: TORCH_LOGS=graph_breaks lists them, and fullgraph=True makes them errors."
+        )
+        DitRewriteError.__init__(
+            self,
+            f"{model} has no residual branch that could be reused in any of the {graphs} graphs that Dynamo broke it "
+            f"up into, so the policy can change nothing. Of {sum(breaks.values())} graph breaks {breaks[place]} are at "
+            f"{place}. {remedy}",
         )

@@ -13,7 +13,7 @@ import gc
 import types
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -23,12 +23,11 @@ from torch._dynamo.eval_frame import OptimizedModule
 from torch._dynamo.exc import BackendCompilerFailed
 from torch.utils._pytree import tree_leaves
 
-from dit_rewrite.backend import Backend
+from dit_rewrite.backend import Backend, Rewritten
 from dit_rewrite.errors import (
     DitRewriteError,
     GradientsNeeded,
     NoiseUnknown,
-    NoSites,
     NotCaptured,
     NotRewritten,
     PlanMismatch,
@@ -36,6 +35,7 @@ from dit_rewrite.errors import (
 )
 from dit_rewrite.idle import idle_reason
 from dit_rewrite.lowering import isolated
+from dit_rewrite.no_sites import why_no_sites
 from dit_rewrite.passes.capture import one_graph
 from dit_rewrite.passes.guards import NOISE
 from dit_rewrite.report import Report
@@ -51,13 +51,13 @@ Module = TypeVar("Module", bound=nn.Module)
 @dataclass
 class Rewrite:
     """What `compile` adds to a module. ``run`` is its compiled call, ``checked`` the graphs that the policy was checked
-    against; ``compiled_before`` is what `Module.compile` had set."""
+    against, -1 before the first call; ``compiled_before`` is what `Module.compile` had set."""
 
     backend: Backend
     run: Callable[..., Any]
     reader: Reader
     compiled_before: Any = None
-    checked: int = 0
+    checked: int = -1
 
 
 class _IsRewritten(type):
@@ -139,7 +139,7 @@ def _call(model: nn.Module, rewrite: Rewrite, args: tuple[Any, ...], kwargs: dic
     if rewrite.checked != len(rewrite.backend.rewritten):
         rewrite.checked = len(rewrite.backend.rewritten)
         gc.collect()  # compiling leaves cycles that hold the call's inputs: these would seem to be kept by the caller
-        _check_policy(type(model).__name__, rewrite.backend, call.trajectory)
+        _check_policy(model, rewrite.backend, call.trajectory)
     return output
 
 
@@ -152,21 +152,33 @@ def _refuse_gradients(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[s
         raise GradientsNeeded("an input")
 
 
-def _check_policy(name: str, backend: Backend, trajectory: Trajectory) -> None:
+def _check_policy(model: nn.Module, backend: Backend, trajectory: Trajectory) -> None:
     """After a call that captured graphs: a policy that can do nothing in them is not passed over in silence."""
     if not backend.policy.rules:
         return
+    name = type(model).__name__
+    if not backend.rewritten:
+        warnings.warn(f"{backend.policy} can do nothing in {name}: {Reason.NOT_CAPTURED}", stacklevel=4)
+        return
     if not any(r.found.sites for r in backend.rewritten):
-        refused = [f"{p.path or p.node}: {p.reason}" for r in backend.rewritten for p in r.found.refused]
-        raise NoSites(name, refused)
+        raise why_no_sites(model, backend.rewritten, backend.breaks)
     present = [backend.rewritten[i] for i in set(backend.session.ran)]
-    if not backend.force and not any(r.reached for r in present):
+    if backend.force:
+        return
+    if not any(r.found.sites for r in present):
+        warnings.warn(str(why_no_sites(model, present, backend.breaks)), stacklevel=4)
+    elif not any(r.reached for r in present):
         warnings.warn(f"{backend.policy} reaches no site of {name} as it is now", stacklevel=4)
+    else:
+        _warn_of_idleness(name, backend, present, trajectory)
+
+
+def _warn_of_idleness(name: str, backend: Backend, present: Sequence[Rewritten], trajectory: Trajectory) -> None:
     schedule = None if trajectory.clock is None else trajectory.clock.schedule
     noise = None if schedule is None else trajectory.noise  # without a schedule a cache_context may tell it
-    reason = None if backend.force else idle_reason(present, trajectory.num_steps, noise)
+    reason = idle_reason(present, trajectory.num_steps, noise)
     if reason is not None:
-        warnings.warn(f"{backend.policy} reuses nothing of {name}: {reason}", stacklevel=4)
+        warnings.warn(f"{backend.policy} reuses nothing of {name}: {reason}", stacklevel=5)
 
 
 def needs_noise(model: nn.Module) -> bool:

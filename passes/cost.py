@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_map
 from torch.utils.flop_counter import flop_registry, sdpa_flop_count
 
 from dit_rewrite.passes import attention_core
-from dit_rewrite.passes.graph import aten, operands, packet
+from dit_rewrite.passes.graph import PRODUCTS, operands, packet
 
 
 def hint(size: int | torch.SymInt) -> int:
@@ -44,12 +44,12 @@ def _flops(node: fx.Node) -> int:
         return sdpa_flop_count(*(shape(n.meta["val"]) for n in operands(node)))
     formula = flop_registry.get(packet(node))
     if formula is None:
-        return _linear_flops(node) if packet(node) is aten.linear else 0
+        return _product_flops(node) if packet(node) in PRODUCTS else 0
     args, kwargs, out = tree_map(_shapes, (node.args, node.kwargs, node))
     return int(formula(*args, **kwargs, out_val=out))
 
 
-def _linear_flops(node: fx.Node) -> int:
+def _product_flops(node: fx.Node) -> int:
     return 2 * shape(node.all_input_nodes[0].meta["val"])[-1] * _numel(node)
 
 

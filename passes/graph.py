@@ -22,6 +22,7 @@ _VIEWS = {
     aten.t, aten.expand, aten.detach,
 }  # fmt: skip
 _COPIES = {aten._to_copy, aten.clone}
+PRODUCTS = {aten.linear, aten._int_mm, aten._weight_int8pack_mm, aten._weight_int4pack_mm}  # without a FLOP formula
 _EXIT = "exit"
 
 
@@ -54,8 +55,8 @@ def is_constant_scale(node: fx.Node) -> bool:
 
 
 def is_contraction(node: fx.Node) -> bool:
-    """A matrix product, convolution or attention core: whatever ATen has a FLOP formula for."""
-    return node.target is attention_core.OP or packet(node) in flop_registry or packet(node) is aten.linear
+    """A matrix product, convolution or attention core: whatever ATen has a FLOP formula for, and `PRODUCTS`."""
+    return node.target is attention_core.OP or packet(node) in flop_registry or packet(node) in PRODUCTS
 
 
 def operands(node: fx.Node) -> list[fx.Node]:

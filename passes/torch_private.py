@@ -7,8 +7,10 @@ would let a part of a model count as all of it, a weight as data, an assumed siz
 from __future__ import annotations
 
 import importlib
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import sympy
@@ -59,6 +61,17 @@ def parameter_names(gm: fx.GraphModule) -> frozenset[str]:
 def is_broken(gm: fx.GraphModule) -> bool:
     """Whether one of Dynamo's graphs ends in a graph break."""
     return bool(_get(_get(gm, "compile_subgraph_reason"), "graph_break"))
+
+
+def break_reason(gm: fx.GraphModule) -> str:
+    """Why one of Dynamo's graphs ends in a graph break: its first line, and the innermost place that is not torch's."""
+    reason = _get(gm, "compile_subgraph_reason")
+    first = str(_get(reason, "reason")).partition("\n")[0]
+    stack: list[traceback.FrameSummary] = [f for f in _get(reason, "user_stack") if not f.filename.startswith(_TORCH)]
+    return f"{'/'.join(Path(stack[-1].filename).parts[-2:])}:{stack[-1].lineno}: {first}" if stack else first
+
+
+_TORCH = str(Path(torch.__file__).parent)
 
 
 def static_inputs() -> frozenset[int]:

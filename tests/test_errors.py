@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from dit_rewrite import Rule, Where, compile
 from dit_rewrite.errors import (
     BadParameter,
     BadTrajectory,
+    BrokenUp,
     DamagedWeights,
     DitRewriteError,
     GradientsNeeded,
@@ -159,6 +161,43 @@ def test_models_without_sites(model: nn.Module, says: str) -> None:
     with pytest.raises(NoSites, match=rf"(?s){type(model).__name__} has no residual branch.*{says}.*policies.Never"):
         compile(twin(model), FORA(3), backend="aot_eager")(x)
     assert torch.equal(compile(twin(model), Never(), backend="aot_eager")(x), model(x))
+
+
+class Broken(nn.Module):
+    """A branch that Dynamo breaks in two."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(4, 8), nn.Linear(8, 4)
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        hidden = self.up(hidden_states)
+        torch._dynamo.graph_break()
+        return hidden_states + self.down(hidden)
+
+
+def test_a_model_that_is_broken_up() -> None:
+    """The error names the place of the graph breaks."""
+    model = Broken().requires_grad_(False)
+    says = (
+        r"any of the 2 graphs .* Of 1 graph breaks 1 are at tests/test_errors.py:\d+: Call to .*TORCH_LOGS=graph_breaks"
+    )
+    with pytest.raises(BrokenUp, match=says):
+        compile(model, FORA(3), backend="aot_eager")(torch.ones(2, 4))
+
+
+def test_a_model_that_is_not_captured() -> None:
+    """A call that Dynamo leaves to Python is warned of, once."""
+    model = nn.Linear(4, 4).requires_grad_(False)
+    model.forward = torch.compiler.disable(model.forward)
+    compile(model, FORA(3), backend="aot_eager")
+    with pytest.warns(
+        UserWarning, match="FORA.* can do nothing in Linear: Dynamo ran the call without a captured graph"
+    ):
+        model(torch.ones(2, 4))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model(torch.ones(2, 4))
 
 
 @pytest.mark.parametrize("damage", ["truncated", "no header", "missing", "names", "shapes"])

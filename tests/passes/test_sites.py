@@ -207,6 +207,19 @@ def test_convolution_branch() -> None:
     assert look(model, tokens(0, 2, 3, 4, 4)) == Look([("mlp", ("convolution",))])
 
 
+def test_integer_product_branch() -> None:
+    """A product of eight-bit integers, as dynamic quantization makes it, is a contraction with FLOPs."""
+
+    def body(m: Toy, x: Tensor) -> Tensor:
+        rows = (x * 10).round().to(torch.int8).flatten(0, 1)
+        return x + (torch._int_mm(rows, m.weight).float() * 0.01).view_as(x)
+
+    model = Toy(body)
+    model.register_buffer("weight", torch.ones(WIDTH, WIDTH, dtype=torch.int8))
+    (site,) = trace(model, (tokens(),)).sites().sites
+    assert (site.kind, site.flops) == (Kind.MLP, 2 * (2 * 4) * WIDTH * WIDTH)
+
+
 def test_value_that_is_read_twice() -> None:
     """A value that something else reads too is a site, and its producers still serve it alone."""
 
