@@ -19,6 +19,7 @@ from dit_rewrite.passes.specialise import Variant
 from dit_rewrite.policies import FORA, Never
 from dit_rewrite.runtime.cache import Bank
 from dit_rewrite.runtime.session import Call, Session
+from dit_rewrite.runtime.streams import Streams
 from tests import tiny
 from tests.broken import broken_blocks
 
@@ -137,14 +138,15 @@ def test_a_value_cached_with_its_gate(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_stale_trajectory(monkeypatch: pytest.MonkeyPatch) -> None:
     """Slots that survive into the second run: with a rule that is always true its first step reuses."""
-    tell = Session.tell
+    enter = Session.enter
 
-    def told(session: Session, told: Any) -> None:
-        tell(session, told)
-        told.trajectory.streams = vars(session).setdefault("kept", {})
+    def entered(session: Session, clock: Any) -> None:
+        enter(session, clock)
+        assert session.explicit is not None
+        session.explicit.trajectory.streams = vars(session).setdefault("kept", Streams())
 
     assert verified(ALWAYS).exact
-    monkeypatch.setattr(Session, "tell", told)
+    monkeypatch.setattr(Session, "enter", entered)
     found = verified(ALWAYS)
     assert found.reuse0.exact
     assert is_seen(found, 0, "replay: reused, and never computed in this trajectory")
@@ -159,8 +161,8 @@ def test_layers_that_collide_behind_a_break(monkeypatch: pytest.MonkeyPatch, wei
         call._occurrences.clear()
         return enter(call, *args)
 
-    def unchecked(bank: Bank, stamp: Any, weights: Any) -> Reason | None:
-        return fit(bank, stamp, ())
+    def unchecked(bank: Bank, stamp: Any, weights: Any, ambient: Any) -> Reason | None:
+        return fit(bank, stamp, (), ambient)
 
     monkeypatch.setattr(Call, "enter", first)
     if weights == "not compared":
