@@ -10,8 +10,9 @@ import sys
 import types
 import warnings
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, wraps
 from typing import Any
 
 from torch import nn
@@ -56,8 +57,8 @@ class EnabledPipeline:
             state = {name: value for name, value in state.items() if name != _STATE}
         return (function, arguments, state, *rest)
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the pipeline: one trajectory of its denoisers, with one clock for all of them."""
+    def _run(self, plain: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run the `plain` call of the pipeline: one trajectory of its denoisers, with one clock for all of them."""
         models = [model for model in denoisers(self).values() if isinstance(model, RewrittenModule)]
         free = [model for model in models if backend_of(model).session.explicit is None]
         scheduler = getattr(self, "scheduler", None)
@@ -66,7 +67,7 @@ class EnabledPipeline:
         with contextlib.ExitStack() as stack:
             for model in free:
                 stack.enter_context(inside(model, clock))
-            output = super().__call__(*args, **kwargs)  # type: ignore[misc]
+            output = plain(self, *args, **kwargs)
         _report(self.__dict__[_STATE], free, before)
         return output
 
@@ -117,7 +118,18 @@ def denoisers(pipe: Any) -> dict[str, nn.Module]:
 @cache
 def _subclass(plain: type) -> type:
     """The class of enabled pipelines that were of class `plain`; `type(pipe).__call__` is what Python calls."""
-    names = {"__module__": plain.__module__, "__qualname__": plain.__qualname__, "__doc__": plain.__doc__}
+    run: Any = plain.__call__
+
+    @wraps(run)  # its signature says what the pipeline takes
+    def call(self: EnabledPipeline, *args: Any, **kwargs: Any) -> Any:
+        return self._run(run, args, kwargs)
+
+    names: dict[str, Any] = {
+        "__module__": plain.__module__,
+        "__qualname__": plain.__qualname__,
+        "__doc__": plain.__doc__,
+    }
+    names["__call__"] = call
     return types.new_class(plain.__name__, (EnabledPipeline, plain), exec_body=lambda body: body.update(names))
 
 

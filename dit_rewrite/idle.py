@@ -14,7 +14,7 @@ from dit_rewrite.passes.guards import NOISE, TOTALS, Predicate, Value, mentions
 from dit_rewrite.passes.site import Kind, Part, Site
 from dit_rewrite.passes.verdict import Verdict, verdict
 from dit_rewrite.policy import SiteRule, SiteRules
-from dit_rewrite.where import FAMILIES
+from dit_rewrite.where import FAMILIES, Where
 
 Noise = Callable[[int], tuple[float | None, float | None]]
 
@@ -45,7 +45,8 @@ def _never(rewritten: Sequence[Rewritten], sites: Sequence[Site], num_steps: int
     blocks = sorted({site.layer for site in sites})
     count = sum(graph.found.num_layers for graph in rewritten)
     where = f"its {len(sites)} sites, in block{'s' * (len(blocks) > 1)} {_ranges(blocks)} of 0 to {count - 1}"
-    return f"no guard can hold {when} at {where}{_left_out(rewritten)}"
+    reached = {rule.where for graph in rewritten for i in graph.reached for rule in graph.rules[i].rules if rule.mine}
+    return f"no guard can hold {when} at {where}{left_out(reached, rewritten)}"
 
 
 def _ranges(numbers: Sequence[int]) -> str:
@@ -55,9 +56,8 @@ def _ranges(numbers: Sequence[int]) -> str:
     return ", ".join(str(a) if a == b else f"{a} to {b}" for a, b in zip(starts, ends, strict=True))
 
 
-def _left_out(rewritten: Iterable[Rewritten]) -> str:
+def left_out(wheres: Iterable[Where], rewritten: Iterable[Rewritten]) -> str:
     """What to do where blocks count whose attention shares its projection with an MLP, so that it is not meant."""
-    wheres = {rule.where for graph in rewritten for i in graph.reached for rule in graph.rules[i].rules if rule.mine}
     kinds = frozenset[Kind]().union(*(FAMILIES[kind] for where in wheres for kind in where.kinds if not where.span))
     parallel = sum(site.kind is Kind.PARALLEL for graph in rewritten for site in graph.found.sites)
     if not parallel or not kinds or Kind.PARALLEL in kinds or {Kind.SELF, Kind.MLP} <= kinds:

@@ -33,7 +33,7 @@ from dit_rewrite.errors import (
     PlanMismatch,
     Reason,
 )
-from dit_rewrite.idle import idle_reason
+from dit_rewrite.idle import idle_reason, left_out
 from dit_rewrite.lowering import isolated
 from dit_rewrite.no_sites import why_no_sites
 from dit_rewrite.passes.capture import one_graph
@@ -168,7 +168,9 @@ def _check_policy(model: nn.Module, backend: Backend, trajectory: Trajectory) ->
     if not any(r.found.sites for r in present):
         warnings.warn(str(why_no_sites(model, present, backend.breaks)), stacklevel=4)
     elif not any(r.reached for r in present):
-        warnings.warn(f"{backend.policy} reaches no site of {name} as it is now", stacklevel=4)
+        meant = [rule.where for rule in backend.policy.rules if rule.parts]
+        hint = left_out(meant, present)
+        warnings.warn(f"{backend.policy} reaches no site of {name} as it is now{hint}", stacklevel=4)
     else:
         _warn_of_idleness(name, backend, present, trajectory)
 

@@ -68,7 +68,8 @@ def test_bare_names(layer: str) -> None:
 def test_errors_are_a_leaf() -> None:
     """The catalogue of errors imports nothing of this package, and not torch."""
     assert imports(ROOT / "dit_rewrite" / "errors.py") <= {
-        "__future__", "__future__.annotations", "collections.abc", "collections.abc.Iterable", "enum", "enum.Enum",
+        "__future__", "__future__.annotations", "collections.abc", "collections.abc.Iterable",
+        "collections.abc.Mapping", "enum", "enum.Enum",
     }  # fmt: skip
 
 

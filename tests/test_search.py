@@ -305,7 +305,7 @@ def restarted(model: Any) -> None:
 
 
 def resized(model: Any) -> None:
-    sampling([*tiny.calls(2), *tiny.calls(1, tokens=12)])(model)
+    sampling([*tiny.calls(3)[:2], *tiny.calls(3, tokens=12)[2:]])(model)
 
 
 @pytest.mark.parametrize(
