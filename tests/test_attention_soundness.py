@@ -13,6 +13,7 @@ import dit_rewrite
 from dit_rewrite import BlockwiseReuse, Policy, Rule, Where
 from dit_rewrite.errors import Reason
 from dit_rewrite.guards import step
+from dit_rewrite.module import twin
 
 POLICY = Policy((Rule(step > 0, BlockwiseReuse(0.05, 4), Where(("cross",))),))
 STEPS, TEXT = 4, 12
@@ -57,7 +58,7 @@ def test_a_mask_that_stays_is_reused_under() -> None:
     """A mask of the time's shape alone is one that stays; kept blocks leave an error, a small one."""
     model = Masked(moves=False)
     plain = copy.deepcopy(model)
-    rewritten = dit_rewrite.compile(model, POLICY, backend="aot_eager")
+    rewritten = dit_rewrite.compile(twin(model), POLICY, backend="aot_eager")
     with rewritten.trajectory(STEPS):
         errors = [largest_error(rewritten(**kwargs), plain(**kwargs)) for kwargs in calls()]
     assert errors[0] == 0 and 0 < max(errors) < 1e-3
@@ -68,7 +69,7 @@ def test_a_mask_that_stays_is_reused_under() -> None:
 def test_a_mask_that_depends_on_the_step_is_refused() -> None:
     model = Masked(moves=True)
     plain = copy.deepcopy(model)
-    rewritten = dit_rewrite.compile(model, POLICY, backend="aot_eager")
+    rewritten = dit_rewrite.compile(twin(model), POLICY, backend="aot_eager")
     with pytest.warns(UserWarning, match="reaches no site"), rewritten.trajectory(STEPS):
         errors = [largest_error(rewritten(**kwargs), plain(**kwargs)) for kwargs in calls()]
     assert max(errors) == 0
@@ -81,7 +82,7 @@ def test_text_that_is_replaced_in_a_named_stream_is_attended_to(in_place: bool) 
     """K and V of the old text are not used any more, whether the tensor is another or was written over."""
     model = Masked(moves=False)
     plain = copy.deepcopy(model)
-    rewritten = dit_rewrite.compile(model, POLICY, backend="aot_eager")
+    rewritten = dit_rewrite.compile(twin(model), POLICY, backend="aot_eager")
     errors = []
     with rewritten.trajectory(STEPS), rewritten.cache_context("cond"):
         for i, kwargs in enumerate(calls()):

@@ -18,6 +18,7 @@ from dit_rewrite import BlockwiseReuse, Policy, Reuse, Rule, ShareGuidance, Wher
 from dit_rewrite.errors import BadParameter, Reason
 from dit_rewrite.guards import step
 from dit_rewrite.kernels.blockwise_attention.state import State
+from dit_rewrite.module import twin
 from dit_rewrite.runtime.session import Observation
 from dit_rewrite.strategy import Strategy
 from examples.stdit import sincos
@@ -43,7 +44,7 @@ def scheduled(schedule: str, window: WindowResidual, half: int, kinds: tuple[str
 
 def run(model: nn.Module, inputs: Sequence[dict[str, Any]], policy: Policy, lowering: str) -> list[Tensor]:
     """What the rewritten model returns at each step of a told trajectory."""
-    compiled = dit_rewrite.compile(model, policy, backend="aot_eager", lowering=lowering)
+    compiled = dit_rewrite.compile(twin(model), policy, backend="aot_eager", lowering=lowering)
     with torch.no_grad(), compiled.trajectory(len(inputs)):
         found = [output(compiled(**arguments)).clone() for arguments in inputs]
     assert (compiled.stats().misses, compiled.stats().late_variants) == ({}, 0)
@@ -171,7 +172,7 @@ def ops_of(model: nn.Module, inputs: Sequence[dict[str, Any]], policy: Policy) -
 
         return noting
 
-    compiled = dit_rewrite.compile(model, policy, backend=backend)
+    compiled = dit_rewrite.compile(twin(model), policy, backend=backend)
     found = []
     with torch.no_grad(), compiled.trajectory(len(inputs)):
         for arguments in inputs:

@@ -26,6 +26,7 @@ from benchmarks.fidelity_rows import Result  # noqa: E402
 from benchmarks.record import Record  # noqa: E402
 from benchmarks.timing import Spread  # noqa: E402
 from dit_rewrite.greedy import DELTAS  # noqa: E402
+from dit_rewrite.module import twin
 from dit_rewrite.passes.site import Part  # noqa: E402
 from dit_rewrite.plan import Choice, Plan, describe_scheduler, fingerprint  # noqa: E402
 from dit_rewrite.policies import CachedAttention, DiTFastAttn  # noqa: E402
@@ -86,7 +87,7 @@ def test_the_share_of_each_choice_by_hand() -> None:
 def test_what_runs_spends_what_the_choices_do_and_the_residuals(rows: Any, spent: float) -> None:
     """Of four attentions; a residual costs the window once, at the site and step that keep it."""
     denoiser = small_denoiser()
-    model = dit_rewrite.compile(denoiser, DiTFastAttn(plan_of(denoiser, *rows)), backend="aot_eager")
+    model = dit_rewrite.compile(twin(denoiser), DiTFastAttn(plan_of(denoiser, *rows)), backend="aot_eager")
     sample_images(model, torch.arange(1), steps=2, guidance=1.25, seed=0)
     assert run_flops(model) == pytest.approx(spent / 4, abs=1e-12)
 

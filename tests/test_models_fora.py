@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import dit_rewrite
+from dit_rewrite.module import twin
 from dit_rewrite.policies import FORA
 from tests.broken import broken_blocks
 from tests.fora_reference import fora_outputs
@@ -35,7 +36,7 @@ def test_sites_and_fora_equal_the_reference(case: Case) -> None:
     model, inputs = case.build(), case.inputs(STEPS)
     for anchor, computed in (("start", 4), ("paper", 5)):  # 0, 3, 6, 9; and 0, then t = 9, 6, 3, 0: steps 2, 5, 8, 11
         torch.compiler.reset()
-        compiled = dit_rewrite.compile(model, FORA(3, anchor=anchor), backend="aot_eager")
+        compiled = dit_rewrite.compile(twin(model), FORA(3, anchor=anchor), backend="aot_eager")
         found = told(compiled, inputs)
         expected = fora_outputs(case.name, model, inputs, interval=3, anchor=anchor)
         different = [step for step in range(STEPS) if not torch.equal(found[step], expected[step])]
@@ -56,7 +57,7 @@ def test_sites_and_fora_equal_the_reference(case: Case) -> None:
 def test_fora_watched_equals_the_reference(case: Case) -> None:
     """The same without being told: falling and rising timesteps."""
     model, inputs = case.build(), case.inputs(7)
-    compiled = dit_rewrite.compile(model, FORA(3), backend="aot_eager")
+    compiled = dit_rewrite.compile(twin(model), FORA(3), backend="aot_eager")
     with torch.no_grad():
         found = [output(compiled(**arguments)).clone() for arguments in inputs]
     assert all(map(torch.equal, found, fora_outputs(case.name, model, inputs, interval=3)))
@@ -67,7 +68,7 @@ def test_fora_watched_equals_the_reference(case: Case) -> None:
 def test_blocks_behind_breaks_equal_the_reference(anchor: str) -> None:
     """Six identical blocks share two graphs: each has six occurrences, with slots of their own."""
     model, inputs = BROKEN.build(), BROKEN.inputs(STEPS)
-    compiled = dit_rewrite.compile(model, FORA(3, anchor=anchor), backend="aot_eager")
+    compiled = dit_rewrite.compile(twin(model), FORA(3, anchor=anchor), backend="aot_eager")
     found = told(compiled, inputs)
     assert all(map(torch.equal, found, fora_outputs(BROKEN.name, model, inputs, interval=3, anchor=anchor)))
     assert kinds(compiled) == {"self": 6, "mlp": 6}

@@ -13,6 +13,7 @@ import dit_rewrite
 from dit_rewrite import Policy, Reuse, ReuseKV, Rule, Where, verify
 from dit_rewrite.errors import LayersOutside, NeedsSegments, OverlappingSpans, Reason, TwoStores
 from dit_rewrite.guards import drift, entropy, similarity, step
+from dit_rewrite.module import twin
 from dit_rewrite.policies import FORA, FirstBlockCache
 from tests import tiny
 from tests.passes.streams import SHAPES, Plain, single
@@ -160,7 +161,7 @@ def test_first_block_cache(threshold: float, some: bool) -> None:
     model, inputs = denoiser("single"), steps("single", 12, 0.01)
     expected, did = first_block_by_hand(model, inputs, threshold)
     assert ("R" in did) is some
-    compiled = dit_rewrite.compile(model, FirstBlockCache(threshold), backend="aot_eager")
+    compiled = dit_rewrite.compile(twin(model), FirstBlockCache(threshold), backend="aot_eager")
     for _ in range(2):
         with compiled.trajectory(12):
             found = outputs(compiled, inputs)
@@ -296,7 +297,7 @@ def test_a_latent_that_is_changed_in_place(probe: str, transposed: bool, lag: in
     model = Flattened(transposed).eval().requires_grad_(False)
     policy = Policy((Rule(similarity(probe) < 0.05, where=Where(layers=(1, None))),), lag=lag)
     latent = tokens(0, 2, 8, 6) if transposed else tokens(0, 2, 3, 2, 8)
-    compiled = dit_rewrite.compile(model, policy, backend="aot_eager")
+    compiled = dit_rewrite.compile(twin(model), policy, backend="aot_eager")
     with compiled.trajectory(5):
         for k in range(5):
             expected = model(latent, torch.tensor(1 - k / 5))

@@ -47,7 +47,7 @@ class Audio(nn.Module):
 @pytest.mark.parametrize("post", [False, True], ids=["pre-norm", "post-norm"])
 def test_reuse_0_of_a_transposed_stream(post: bool) -> None:
     """A cut hands the stream on as it lies: a mean over a copy that lies otherwise is rounded otherwise."""
-    calls: list[dict[str, Any]] = [{"x": tokens(i, 2, 4, 16)} for i in range(3)]
+    calls: list[dict[str, Any]] = [{"x": tokens(0, 2, 4, 16) + 0.1 * i * tokens(1, 2, 4, 16)} for i in range(3)]
     model = Audio(post).eval().requires_grad_(False)
     found = dit_rewrite.verify(copy.deepcopy(model), calls, FORA(2), backend="aot_eager", lowering="segments")
     assert found.exact, found

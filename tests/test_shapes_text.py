@@ -16,6 +16,7 @@ pytest.importorskip("diffusers")
 
 import dit_rewrite  # noqa: E402
 from dit_rewrite.errors import BadParameter, DamagedWeights  # noqa: E402
+from dit_rewrite.module import twin
 from dit_rewrite.shapes import accuracy, captions, load_classifier  # noqa: E402
 from dit_rewrite.shapes.data import COLOURS, SHAPES, SIZE  # noqa: E402
 from dit_rewrite.shapes.model import WEIGHTS  # noqa: E402
@@ -240,7 +241,7 @@ def test_the_bundled_model_draws_what_it_is_told(model: TextModel) -> None:
 def test_the_denoiser_is_rewritten(model: TextModel) -> None:
     """FORA(2) reuses both attentions and the MLP of 4 blocks at every other step, and the picture stays close."""
     asked = ["a large red circle at the top left"]
-    rewritten = dit_rewrite.compile(model.denoiser, dit_rewrite.policies.FORA(2), backend="aot_eager")
+    rewritten = dit_rewrite.compile(twin(model.denoiser), dit_rewrite.policies.FORA(2), backend="aot_eager")
     images = sample_captions(rewritten, model.encoder, asked, steps=8, seed=0)
     plain = sample_captions(model.denoiser, model.encoder, asked, steps=8, seed=0)
     stats = rewritten.stats()

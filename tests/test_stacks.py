@@ -15,6 +15,7 @@ import dit_rewrite
 from dit_rewrite import Policy, Rule, Where
 from dit_rewrite.errors import Reason
 from dit_rewrite.guards import step
+from dit_rewrite.module import twin
 from dit_rewrite.passes.site import Part
 from dit_rewrite.policies import FirstBlockCache
 from tests.models import falling, prepare, rising
@@ -147,7 +148,7 @@ def test_first_block_cache(case: Class) -> None:
     found = dit_rewrite.verify(copy.deepcopy(model), calls, policy, backend="aot_eager")
     assert found.exact, found
     assert (found.reused, found.sites) == (STEPS - 1, 1)
-    compiled = dit_rewrite.compile(model, policy, backend="aot_eager")
+    compiled = dit_rewrite.compile(twin(model), policy, backend="aot_eager")
     with torch.no_grad():
         compiled(**calls[0])
     spans = [place.site.name for place in compiled.explain().sites if place.site.part is Part.SPAN]
@@ -190,7 +191,7 @@ def test_a_break_between_blocks(behind: int, reused: int, reasons: list[Reason])
     found = dit_rewrite.verify(copy.deepcopy(model), calls, policy, backend="aot_eager")
     assert found.exact, found
     assert (found.reused, found.sites) == ((STEPS - 1) * reused, reused)
-    compiled = dit_rewrite.compile(model, policy, backend="aot_eager")
+    compiled = dit_rewrite.compile(twin(model), policy, backend="aot_eager")
     with torch.no_grad():
         compiled(**calls[0])
     spoken = [refusal.reason for refusal in compiled.explain().refused if refusal.path.startswith("stack")]

@@ -13,6 +13,7 @@ from torch import Generator, Tensor, nn
 
 import dit_rewrite
 from dit_rewrite.errors import Reason
+from dit_rewrite.module import twin
 from dit_rewrite.policies import FORA
 
 WIDTH, TOKENS, TEXT = 16, 8, 10
@@ -114,7 +115,7 @@ def run(mode: Callable[..., Tensor], **options: Any) -> tuple[Any, list[float]]:
     """The model after four steps of FORA(2), and its relative error at each."""
     model = Selecting(mode)
     plain = copy.deepcopy(model)
-    rewritten = dit_rewrite.compile(model, FORA(2), **options)
+    rewritten = dit_rewrite.compile(twin(model), FORA(2), **options)
     errors = []
     with torch.no_grad(), rewritten.trajectory(4):
         for kwargs in calls(4):
