@@ -38,6 +38,11 @@ class Trajectory:
     scheduler: Any = None
 
     @property
+    def steps(self) -> list[int]:
+        """The step of each call: how many calls of its stream came before."""
+        return [self.streams[:i].count(name) for i, name in enumerate(self.streams)]
+
+    @property
     def num_steps(self) -> int:
         return max(self.streams.count(name) for name in self.streams)
 
@@ -151,8 +156,8 @@ def _run(model: Any, trajectory: Trajectory) -> list[list[Tensor]]:
     rewritten = isinstance(model, RewrittenModule)
     outputs = []
     with model.trajectory(trajectory.num_steps, trajectory.scheduler) if rewritten else nullcontext():
-        for kwargs, name in zip(trajectory.calls, trajectory.streams, strict=True):
-            with model.cache_context(name) if rewritten else one_graph():
+        for kwargs, name, step in zip(trajectory.calls, trajectory.streams, trajectory.steps, strict=True):
+            with model.cache_context(name, step_index=step) if rewritten else one_graph():
                 result = model(**kwargs)
             outputs.append([leaf.clone() for leaf in tree_leaves(result) if isinstance(leaf, Tensor)])
     return outputs
