@@ -13,7 +13,7 @@ PIPELINES: dict[str, PipelineCase] = {case.name: case for case in (*image.CASES,
 SETTINGS = [(name, guidance) for name, case in PIPELINES.items() for guidance in case.guidance]
 
 WITHOUT_GUIDANCE = ("flux", "z_image")
-SAME_DENOISER = ("pixart_sigma", "flux_img2img", "flux_inpaint", "cogvideox_video")
+SAME_DENOISER = ("pixart_sigma", "flux_img2img", "flux_inpaint", "flux2_image", "cogvideox_video", "wan_image")
 """Both save time: what is compiled without guidance in every run of the tests (two names, lists), and the pipelines
 whose denoiser another one has, so that its exactness is proven in every run anyhow. The rest is slow."""
 
