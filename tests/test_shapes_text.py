@@ -276,7 +276,8 @@ def test_most_timesteps_are_where_shapes_form() -> None:
 
 
 def test_the_rate_rises_and_falls() -> None:
-    rate_at = runpy.run_path(str(SCRIPTS / "train_text.py"))["rate_at"]
+    from dit_rewrite.shapes.training import rate_at
+
     assert rate_at(0, 6000, 2.0) == pytest.approx(0.01)
     assert rate_at(3000, 6000, 1.0) == pytest.approx(0.5)
     assert rate_at(6000, 6000, 1.0) == pytest.approx(0.0)

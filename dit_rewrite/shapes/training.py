@@ -1,10 +1,11 @@
-"""What training the bundled denoisers has in common: a moving average, checkpoints, and the loop."""
+"""What training the bundled denoisers has in common: rates, an optimiser, a moving average, checkpoints, the loop."""
 
 from __future__ import annotations
 
 import argparse
+import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch import Generator, Tensor, nn
 from dit_rewrite.shapes.model import save
 
 EMA_DECAY = 0.999
+WARM_UP = 200  # steps
 
 
 def build_parser(
@@ -101,3 +103,51 @@ class Trainer:
             for name, part in self._parts():
                 part.load_state_dict(state[name])
             self.step = state["step"]
+
+
+def rate_at(step: int, steps: int, peak: float, hold: int = 0) -> float:
+    """The learning rate: up linearly for WARM_UP steps, and from step ``hold`` down to zero along a half cosine."""
+    fallen = max(0, step - hold) / (steps - hold)
+    return peak * min(1.0, (step + 1) / WARM_UP) * 0.5 * (1 + math.cos(math.pi * fallen))
+
+
+def orthogonalise(matrices: Tensor) -> Tensor:
+    """Nearly orthogonal matrices with the singular vectors of ``(n, rows, columns)``, by Newton-Schulz (Jordan 2024).
+
+    In the dtype of the argument: `torch.optim.Muon` does this in bfloat16, which most CPUs only emulate.
+    """
+    if matrices.shape[-2] > matrices.shape[-1]:
+        return orthogonalise(matrices.mT).mT
+    x = matrices / matrices.norm(dim=(-2, -1), keepdim=True).clamp_min(1e-7)
+    for _ in range(5):
+        gram = x @ x.mT
+        x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
+    return x
+
+
+class Muon(torch.optim.Optimizer):
+    """Orthogonalised Nesterov momentum for matrices (Jordan 2024), at the learning rate that AdamW would have.
+
+    The update is scaled as in Liu et al. 2025 ("Muon is scalable for LLM training"), section 2.2.
+    """
+
+    def __init__(self, matrices: Iterable[Tensor], lr: float, momentum: float = 0.95) -> None:
+        super().__init__(matrices, {"lr": lr, "momentum": momentum})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        """Update every matrix; those of a shape are orthogonalised together."""
+        for group in self.param_groups:
+            for shape in {matrix.shape for matrix in group["params"]}:
+                matrices = [matrix for matrix in group["params"] if matrix.shape == shape]
+                updates = orthogonalise(torch.stack([self.nesterov(x, group["momentum"]) for x in matrices]))
+                for matrix, update in zip(matrices, updates, strict=True):
+                    matrix.add_(update, alpha=-0.2 * max(shape) ** 0.5 * group["lr"])
+
+    def nesterov(self, matrix: Tensor, momentum: float) -> Tensor:
+        """The gradient, moved towards its running average, which takes it in first."""
+        average = self.state[matrix].setdefault("average", torch.zeros_like(matrix))
+        gradient = matrix.grad
+        assert gradient is not None
+        average.lerp_(gradient, 1 - momentum)
+        return gradient.lerp(average, momentum)

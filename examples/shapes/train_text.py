@@ -19,10 +19,7 @@ C is right in 80.6 %: evaluate_text.py at guidance 1.25 and 50 steps.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -32,10 +29,9 @@ from torch import Generator, Tensor
 from dit_rewrite.shapes.captions import NULL_CAPTION, sample_captioned, tokenise
 from dit_rewrite.shapes.model import SCHEDULE, load
 from dit_rewrite.shapes.text_model import TextModel
-from dit_rewrite.shapes.training import Trainer, build_parser
+from dit_rewrite.shapes.training import Muon, Trainer, build_parser, rate_at
 
 CAPTION_DROP = 0.1
-WARM_UP = 200
 
 
 def initialise(model: TextModel) -> None:
@@ -63,54 +59,6 @@ def loss_of(model: torch.nn.Module, scheduler: DDPMScheduler, batch: int, genera
     noisy = scheduler.add_noise(images, noise, timestep)
     target = scheduler.get_velocity(images, noise, timestep)
     return F.mse_loss(model(noisy, timestep, tokens, mask), target)
-
-
-def rate_at(step: int, steps: int, peak: float, hold: int = 0) -> float:
-    """The learning rate: up linearly for WARM_UP steps, and from step ``hold`` down to zero along a half cosine."""
-    fallen = max(0, step - hold) / (steps - hold)
-    return peak * min(1.0, (step + 1) / WARM_UP) * 0.5 * (1 + math.cos(math.pi * fallen))
-
-
-def orthogonalise(matrices: Tensor) -> Tensor:
-    """Nearly orthogonal matrices with the singular vectors of ``(n, rows, columns)``, by Newton-Schulz (Jordan 2024).
-
-    In the dtype of the argument: `torch.optim.Muon` does this in bfloat16, which most CPUs only emulate.
-    """
-    if matrices.shape[-2] > matrices.shape[-1]:
-        return orthogonalise(matrices.mT).mT
-    x = matrices / matrices.norm(dim=(-2, -1), keepdim=True).clamp_min(1e-7)
-    for _ in range(5):
-        gram = x @ x.mT
-        x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
-    return x
-
-
-class Muon(torch.optim.Optimizer):
-    """Orthogonalised Nesterov momentum for matrices (Jordan 2024), at the learning rate that AdamW would have.
-
-    The update is scaled as in Liu et al. 2025 ("Muon is scalable for LLM training"), section 2.2.
-    """
-
-    def __init__(self, matrices: Iterable[Tensor], lr: float, momentum: float = 0.95) -> None:
-        super().__init__(matrices, {"lr": lr, "momentum": momentum})
-
-    @torch.no_grad()
-    def step(self, closure: Any = None) -> None:  # type: ignore[override]
-        """Update every matrix; those of a shape are orthogonalised together."""
-        for group in self.param_groups:
-            for shape in {matrix.shape for matrix in group["params"]}:
-                matrices = [matrix for matrix in group["params"] if matrix.shape == shape]
-                updates = orthogonalise(torch.stack([self.nesterov(x, group["momentum"]) for x in matrices]))
-                for matrix, update in zip(matrices, updates, strict=True):
-                    matrix.add_(update, alpha=-0.2 * max(shape) ** 0.5 * group["lr"])
-
-    def nesterov(self, matrix: Tensor, momentum: float) -> Tensor:
-        """The gradient, moved towards its running average, which takes it in first."""
-        average = self.state[matrix].setdefault("average", torch.zeros_like(matrix))
-        gradient = matrix.grad
-        assert gradient is not None
-        average.lerp_(gradient, 1 - momentum)
-        return gradient.lerp(average, momentum)
 
 
 def build_optimisers(model: TextModel, name: str) -> list[torch.optim.Optimizer]:

@@ -1,0 +1,127 @@
+"""The bundled flow-matching denoiser: SD3 at toy size (joint attention of text and image), and its picture reader."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from dit_rewrite.errors import MissingExtra
+from dit_rewrite.shapes.data import NUM_CLASSES
+from dit_rewrite.shapes.model import WEIGHTS, load
+from dit_rewrite.shapes.relations import MAX_TOKENS, SIZE, WORDS, Pairs, tokenise
+
+if TYPE_CHECKING:
+    from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel
+
+TEXT_CHANNELS = 64
+LAYERS = 5
+HEADS = 4
+HEAD_CHANNELS = 32
+PATCH = 4
+
+
+def build_flow_denoiser() -> SD3Transformer2DModel:
+    """An untrained SD3: 5 joint blocks, width 128, 64 tokens of 4x4 pixels and MAX_TOKENS of text, predicting v."""
+    try:
+        from diffusers import SD3Transformer2DModel
+    except ImportError as error:
+        raise MissingExtra("diffusers", "the bundled flow-matching model") from error
+    return SD3Transformer2DModel(
+        sample_size=SIZE,
+        patch_size=PATCH,
+        in_channels=3,
+        out_channels=3,
+        num_layers=LAYERS,
+        attention_head_dim=HEAD_CHANNELS,
+        num_attention_heads=HEADS,
+        joint_attention_dim=TEXT_CHANNELS,
+        caption_projection_dim=HEADS * HEAD_CHANNELS,
+        pooled_projection_dim=TEXT_CHANNELS,
+        pos_embed_max_size=SIZE // PATCH,
+        qk_norm="rms_norm",
+    )
+
+
+def build_flow_scheduler() -> FlowMatchEulerDiscreteScheduler:
+    """Euler's method on the straight paths that the denoiser was trained on (rectified flow)."""
+    from diffusers import FlowMatchEulerDiscreteScheduler
+
+    return FlowMatchEulerDiscreteScheduler(num_train_timesteps=1000)
+
+
+class FlowTextEncoder(nn.Module):
+    """A learned vector for each word plus one for its place; their mean is the pooled text."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words = nn.Embedding(len(WORDS), TEXT_CHANNELS)
+        self.places = nn.Parameter(0.5 * torch.randn(MAX_TOKENS, TEXT_CHANNELS))
+
+    def forward(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """Text states ``(n, MAX_TOKENS, TEXT_CHANNELS)`` and pooled text ``(n, TEXT_CHANNELS)`` of tokens."""
+        states = self.words(tokens) + self.places
+        return states, states.mean(1)
+
+
+class FlowModel(nn.Module):
+    """Both networks, as they are trained and saved together. A sampler calls the encoder once per trajectory."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder = FlowTextEncoder()
+        self.denoiser = build_flow_denoiser()
+
+    def forward(self, latents: Tensor, timestep: Tensor, tokens: Tensor) -> Tensor:
+        """The predicted velocity, noise - picture, ``(n, 3, SIZE, SIZE)``; ``timestep`` is 1000 sigma."""
+        states, pooled = self.encoder(tokens)
+        return self.denoiser(latents, states, pooled, timestep, return_dict=False)[0]
+
+
+@torch.no_grad()
+def encode_relations(encoder: nn.Module, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
+    """SD3's ``encoder_hidden_states`` and ``pooled_projections`` of captions, on the encoder's device.
+
+    Raises BadParameter as `relations.tokenise` does.
+    """
+    tokens = tokenise(captions).to(next(encoder.parameters()).device)
+    states, pooled = encoder(tokens)
+    return states, pooled
+
+
+def load_flow_model(path: Path = WEIGHTS / "flow_denoiser.safetensors") -> FlowModel:
+    """The trained encoder and denoiser in float32, eval mode. Raises DamagedWeights as `model.load` does."""
+    return load(FlowModel(), path)
+
+
+class PairReader(nn.Module):
+    """A small convolutional network that reads a picture of two objects: which they are, and how they lie."""
+
+    def __init__(self, width: int = 32) -> None:
+        super().__init__()
+        self.features = nn.Sequential(
+            nn.Conv2d(3, width, 3, stride=2, padding=1), nn.GELU(),
+            nn.Conv2d(width, 2 * width, 3, stride=2, padding=1), nn.GELU(),
+            nn.Conv2d(2 * width, 2 * width, 3, stride=2, padding=1), nn.GELU(),
+            nn.Flatten(), nn.Linear(2 * width * (SIZE // 8) ** 2, 128), nn.GELU(),
+        )  # fmt: skip
+        self.head = nn.Linear(128, 2 * NUM_CLASSES + 2)
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Logits of the fields of `relations.Pairs`, of images ``(n, 3, SIZE, SIZE)`` in [-1, 1]."""
+        first, second, vertical = self.head(self.features(images)).split([NUM_CLASSES, NUM_CLASSES, 2], dim=1)
+        return first, second, vertical
+
+
+def load_pair_reader(path: Path = WEIGHTS / "pair_reader.safetensors") -> PairReader:
+    """The trained reader in float32, eval mode. Raises DamagedWeights as `model.load` does."""
+    return load(PairReader(), path)
+
+
+@torch.no_grad()
+def read_pairs(reader: nn.Module, images: Tensor) -> Pairs:
+    """What images ``(n, 3, SIZE, SIZE)`` in [-1, 1] show."""
+    return Pairs(*(logits.argmax(1) for logits in reader(images)))

@@ -1,0 +1,102 @@
+"""A procedural data set of relations: two shapes, and a sentence that says which lies on which side of the other.
+
+"a red circle left of a blue square" names everything but the sizes and the exact places, which vary. Nothing is
+stored: see data.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Generator, Tensor
+
+from dit_rewrite.errors import BadParameter
+from dit_rewrite.shapes.data import COLOURS, NUM_CLASSES, SHAPES, _distances
+
+SIZE = 32
+RADII = (4.6, 6.4)  # in pixels
+RELATIONS = ("left of", "right of", "above", "below")
+START, NULL = "<start>", "<null>"
+WORDS = (START, NULL, "a", "left", "right", "of", "above", "below", *COLOURS, *SHAPES)
+MAX_TOKENS = 9
+NULL_CAPTION = ""  # for classifier-free guidance
+
+
+class Pairs(NamedTuple):
+    """What ``n`` pictures show, each ``(n,)`` int64: the class (data.CLASSES) of the object at the left or the top, of
+    the other one, and whether one lies above the other (1) or beside it (0)."""
+
+    first: Tensor
+    second: Tensor
+    vertical: Tensor
+
+
+def draw_pairs(n: int, generator: Generator) -> Pairs:
+    """``n`` pairs of different classes, uniform."""
+    first = torch.randint(NUM_CLASSES, (n,), generator=generator)
+    other = torch.randint(1, NUM_CLASSES, (n,), generator=generator)
+    return Pairs(first, (first + other) % NUM_CLASSES, torch.randint(2, (n,), generator=generator))
+
+
+def _layer(labels: Tensor, centre: Tensor, radius: Tensor) -> tuple[Tensor, Tensor]:
+    """How much of each pixel an object covers ``(n, 1, SIZE, SIZE)``, and its colour ``(n, 3, 1, 1)``."""
+    pixel = torch.arange(SIZE) + 0.5
+    x, y = pixel[None, None, :] - centre[0][:, None, None], pixel[None, :, None] - centre[1][:, None, None]
+    shape, colour = labels // len(COLOURS), labels % len(COLOURS)
+    distance = _distances(x, y, radius[:, None, None])[shape, torch.arange(len(labels))]
+    return (0.5 - distance).clamp(0, 1)[:, None], torch.tensor(list(COLOURS.values()))[colour][:, :, None, None]
+
+
+def render(pairs: Pairs, generator: Generator) -> Tensor:
+    """Pictures ``(n, 3, SIZE, SIZE)`` float32 in [-1, 1]; the two objects never overlap."""
+    n = len(pairs.first)
+    low, high = RADII
+    image = (-0.85 + 0.1 * torch.rand(n, 1, 1, 1, generator=generator)).expand(n, 3, SIZE, SIZE)
+    for labels, far in ((pairs.first, False), (pairs.second, True)):
+        radius = low + (high - low) * torch.rand(n, generator=generator)
+        near_edge = radius + (SIZE / 2 - 2 * radius) * torch.rand(n, generator=generator)
+        along = SIZE - near_edge if far else near_edge
+        across = radius + (SIZE - 2 * radius) * torch.rand(n, generator=generator)
+        upright = pairs.vertical == 1
+        centre = torch.stack([torch.where(upright, across, along), torch.where(upright, along, across)])
+        coverage, ink = _layer(labels, centre, radius)
+        image = image + coverage * (ink - image)
+    return image
+
+
+def _say(label: int) -> str:
+    return f"a {list(COLOURS)[label % len(COLOURS)]} {SHAPES[label // len(COLOURS)]}"
+
+
+def describe(pairs: Pairs, generator: Generator) -> list[str]:
+    """One caption for each picture; which of the two objects is named first is drawn."""
+    turned = torch.randint(2, (len(pairs.first),), generator=generator)
+    captions = []
+    for first, second, vertical, turn in zip(*(x.tolist() for x in (*pairs, turned)), strict=True):
+        one, other = (second, first) if turn else (first, second)
+        captions.append(f"{_say(one)} {RELATIONS[2 * vertical + turn]} {_say(other)}")
+    return captions
+
+
+def sample_related(n: int, generator: Generator) -> tuple[Tensor, list[str], Pairs]:
+    """Draw ``n`` pictures ``(n, 3, SIZE, SIZE)`` in [-1, 1], a caption of each, and what they show."""
+    pairs = draw_pairs(n, generator)
+    return render(pairs, generator), describe(pairs, generator), pairs
+
+
+def tokenise(captions: Sequence[str]) -> Tensor:
+    """Tokens ``(n, MAX_TOKENS)`` int64 of the captions: a start, the words, and the null token as padding.
+
+    Raises BadParameter for a word outside WORDS or too many words.
+    """
+    number = {word: i for i, word in enumerate(WORDS)}
+    tokens = torch.full((len(captions), MAX_TOKENS), number[NULL])
+    for row, caption in zip(tokens, captions, strict=True):
+        words = caption.lower().split()
+        if len(words) >= MAX_TOKENS or not set(words) <= set(WORDS[2:]):
+            allowed = f"at most {MAX_TOKENS - 1} of the words {', '.join(WORDS[2:])}"
+            raise BadParameter("tokenise", "caption", caption, allowed)
+        row[: len(words) + 1] = torch.tensor([number[word] for word in (START, *words)])
+    return tokens
