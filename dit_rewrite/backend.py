@@ -69,11 +69,8 @@ class Rewritten:
     @property
     def held_bytes(self) -> dict[int, int]:
         """For each guarded site, by its index among all sites, the bytes that its slot holds of a stream."""
-        slots = self.guarded.gm.graph.find_nodes(op="placeholder")[self.guarded.num_inputs + len(self.guarded.sites) :]
-        held, found = iter(slots), {}
-        for i, count in zip(self.reached, self.guarded.held, strict=False):  # less the hoisted
-            found[i] = sum(cost.stored_bytes(next(held)) for _ in range(count))
-        return found
+        slots = zip(self.reached, self.guarded.stored, strict=False)  # less the hoisted
+        return {i: sum(map(cost.stored_bytes, slot)) for i, slot in slots}
 
     def straight(self, row: Row) -> Variant:
         """All of the graph under a row of decisions, as one piece; for people to look at."""
@@ -224,7 +221,19 @@ class Backend:
         elif site.part is Part.HELD and not self.force:
             serves = parent
         return SiteSpec(
-            site.name, site.kind, site.layer, parent, choose, (), entropy, reads, serves, rules.foreseen, borrows
+            site.name,
+            site.kind,
+            site.layer,
+            parent,
+            choose,
+            (),
+            entropy,
+            reads,
+            serves,
+            rules.foreseen,
+            borrows,
+            width=guarded.held[index],
+            depth=guarded.depths[index],
         )
 
     def _compile_prologue(self, rewritten: Rewritten) -> Executable:

@@ -22,6 +22,7 @@ class Reason(str, Enum):
     NO_COUNTERPART = "the stream behind the span has no counterpart of its shape before it"
     SPAN_IN_PART = "the graph is a part of the model, so that its layers are not known"
     SPAN_PER_GRAPH = "the graph is a part of the model: the span is of the blocks of this part alone"
+    NO_LATENT = "the output has not the latent's shape and dtype, so that their difference is not known"
     OTHER_STACK = "it is not in the stack with most FLOPs: name it by Where(stack=…)"
     NO_STACK = "no blocks of the graph lie in such a container, or none add to a stream"
     NO_BLOCKS = "the stack has no such blocks in this graph"
@@ -43,6 +44,7 @@ class Reason(str, Enum):
     NOISE_UNKNOWN = "the guard needs the noise level, and no scheduler that says it was told"
     # decisions
     NO_RULE = "no rule applies"
+    NO_WEIGHTS = "the forecast's basis gives no finite weights for these places"
     NOT_MEASURED = "the guard needs a measurement, and there is none yet"
     RULE = "a rule applies"
     COVERED = "an enclosing site is reused"

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import math
 from functools import cached_property
 from typing import Any
 
 import sympy
-from torch import Tensor, fx
+from torch import fx
 
 from dit_rewrite.cores import Blockwise, codec
 from dit_rewrite.errors import Reason
-from dit_rewrite.passes import cost, torch_private
+from dit_rewrite.passes import torch_private
 from dit_rewrite.passes.capture import Captured
 from dit_rewrite.passes.guarded import Guidance
 from dit_rewrite.passes.halve import Batch, batch_labels
 from dit_rewrite.passes.hoist import steady_nodes
+from dit_rewrite.passes.outputs import latent
 from dit_rewrite.passes.parts import Probes
 from dit_rewrite.passes.site import Site
 from dit_rewrite.passes.store import Codec, Store
@@ -74,11 +74,9 @@ class Forms:
     @cached_property
     def _batch(self) -> int:
         """The size of the batch: that of the largest input that changes from step to step, the latent."""
-        inputs = enumerate(node.meta["val"] for node in self.graph.find_nodes(op="placeholder"))
-        known = self.captured.static | self.captured.steady
-        moving = [v for i, v in inputs if i not in known and isinstance(v, Tensor) and v.is_floating_point() and v.ndim]
-        latent = max(moving, key=lambda v: math.prod(cost.shape(v)), default=None)
-        return 0 if latent is None or not isinstance(latent.shape[0], int) else latent.shape[0]
+        node = latent(self.graph, self.captured.static | self.captured.steady)
+        size = 0 if node is None else node.meta["val"].shape[0]
+        return size if isinstance(size, int) else 0
 
     @cached_property
     def _labels(self) -> dict[str, Batch]:

@@ -185,7 +185,7 @@ def _warn_of_idleness(name: str, backend: Backend, present: Sequence[Rewritten],
 
 def needs_noise(model: nn.Module) -> bool:
     """Whether the policy of a rewritten module reads noise levels."""
-    return bool(backend_of(model).policy.mentions & NOISE)
+    return bool(backend_of(model).policy.reads & NOISE)
 
 
 @contextlib.contextmanager
@@ -193,7 +193,7 @@ def inside(model: nn.Module, clock: Clock) -> Iterator[None]:
     """The calls of a rewritten module inside belong to trajectories of this clock."""
     backend = backend_of(model)
     policy = backend.policy
-    if clock.scheduler is None and "snr" in policy.mentions:
+    if clock.scheduler is None and "snr" in policy.reads:
         raise NoiseUnknown(policy, clock.scheduler)
     if policy.made_for is not None and clock.told_steps not in (None, policy.made_for.steps):
         raise PlanMismatch(

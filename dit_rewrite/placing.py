@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -16,6 +16,7 @@ from dit_rewrite.passes.capture import Captured
 from dit_rewrite.passes.cores import find_cores, find_shared
 from dit_rewrite.passes.guarded import Guarded
 from dit_rewrite.passes.guards import ENTROPY, MEASURED, PROBED, Value
+from dit_rewrite.passes.outputs import find_output
 from dit_rewrite.passes.parts import Probes, add_entropy, copied, find_keys
 from dit_rewrite.passes.site import Found, Part, Site, close
 from dit_rewrite.passes.spans import Stream, find_spans
@@ -44,7 +45,10 @@ class Placed:
     @property
     def labels(self) -> list[Guarded]:
         """The guarded sites as pass 03 takes them."""
-        return [Guarded(i, self.rules[i].guard, self.rules[i].strategy, *self.forms[i]) for i in self.reached]
+        return [
+            Guarded(i, self.rules[i].guard, self.rules[i].strategy, *self.forms[i], self.rules[i].depth)
+            for i in self.reached
+        ]
 
 
 def place(captured: Captured, found: Found, policy: Policy, whole: bool, hoist: bool) -> Placed:
@@ -58,7 +62,8 @@ def place(captured: Captured, found: Found, policy: Policy, whole: bool, hoist: 
     adds = asked - {Part.BRANCH, Part.SPAN} or any(spans.values()) or policy.mentions & MEASURED
     gm = copied(captured.gm) if adds else captured.gm
     steady = captured.static | captured.steady if hoist else captured.static
-    sites, refused = _asked(gm, found, asked, spans, steady)
+    wheres = [rule.where for rule in policy.rules if rule.where.part is Part.OUTPUT]
+    sites, refused = _asked(gm, found, asked, spans, steady, {where.minus for where in wheres})
     rules = [policy.for_site(site, known(found, site.layer, whole), spans) for site in sites]
     measuring = _Measuring(gm, found, captured.static, policy.lag)
     sites, rules, unmeasured = measuring.add(sites, rules)
@@ -81,6 +86,7 @@ def _asked(
     asked: frozenset[Part],
     spans: Mapping[Where, Spans],
     steady: frozenset[int],
+    outputs: Collection[str | None],
 ) -> tuple[list[Site], list[Refusal]]:
     """The branches, and those other parts of them and spans that some rule asks for."""
     sites, refused = list(found.sites), list[Refusal]()
@@ -90,6 +96,8 @@ def _asked(
         (Part.CORE in asked, lambda: find_cores(gm, found.sites)),
         (Part.GUIDANCE in asked, lambda: (find_shared(found.sites), [])),
         (bool(wanted), lambda: find_spans(Stream(gm.graph, found), wanted)),
+        (None in outputs, lambda: find_output(gm, steady, less_latent=False)),
+        ("latent" in outputs, lambda: find_output(gm, steady, less_latent=True)),
     )
     for is_asked, find in finders:
         if is_asked:
@@ -101,7 +109,7 @@ def _asked(
 def _outside(policy: Policy, spans: Mapping[Where, Spans], stacks: Stacks, whole: bool) -> list[Refusal]:
     """What the places of spans leave out: blocks of other stacks, or spans that cannot be told in a part of a model."""
     refused: dict[Refusal, None] = {}
-    for where in dict.fromkeys(rule.where for rule in policy.rules if rule.where.span is not None):
+    for where in dict.fromkeys(rule.where for rule in policy.rules if rule.where.part is Part.SPAN):
         meant = spans.get(where)
         if meant is None:
             refused[Refusal("", f"{where.span} of layers", Reason.SPAN_IN_PART)] = None

@@ -22,8 +22,8 @@ from dit_rewrite.passes.notation import show
 from dit_rewrite.passes.sites import Part, Site
 from dit_rewrite.passes.spans import Span
 from dit_rewrite.passes.verdict import Verdict, verdict
-from dit_rewrite.runtime.decide import Choose, Moment, Read
-from dit_rewrite.strategy import Compute, Core, Reuse, ShareGuidance, Strategy, parts
+from dit_rewrite.runtime.decide import Choice, Choose, Moment, Read
+from dit_rewrite.strategy import PLACES, Compute, Core, Forecast, Reuse, ShareGuidance, Strategy, parts
 from dit_rewrite.where import Where
 
 Spans = Mapping[Span, frozenset[int]]  # and the blocks of each
@@ -51,10 +51,12 @@ class Rule:
             _whole("Rule", "max_streak", max_streak, 1)
             when &= guards.streak < max_streak
         known = all(isinstance(do, Strategy) for do in self.strategies)
-        if not known or sum(len(parts(do, False)) for do in self.strategies) != len(self.parts):
+        if not known or sum(len(parts(do)) for do in self.strategies) != len(self.parts):
             raise BadParameter("Rule", "do", self.do, "a strategy of dit_rewrite.strategy, or two for different parts")
-        if self.where.span is not None and not all(isinstance(do, Compute | Reuse) for do in self.strategies):
-            raise BadParameter("Rule", "do", self.do, "Reuse() where the place is a span: it is no attention")
+        fits = self.where.span is None or all(isinstance(do, Compute | Reuse | Forecast) for do in self.strategies)
+        if not fits:
+            allowed = "Reuse() or Forecast() where the place is a span: it is no attention"
+            raise BadParameter("Rule", "do", self.do, allowed)
         object.__setattr__(self, "when", when)
 
     @property
@@ -64,12 +66,11 @@ class Rule:
     @property
     def parts(self) -> frozenset[Part]:
         """The parts of a place that it replaces; none: it computes."""
-        return frozenset[Part]().union(*(parts(do, self.where.span is not None) for do in self.strategies))
+        return frozenset[Part]().union(*(parts(do, self.where.part) for do in self.strategies))
 
     def strategy(self, part: Part) -> Strategy:
         """What it does to a part of a place."""
-        span = self.where.span is not None
-        return next((do for do in self.strategies if part in parts(do, span)), Compute())
+        return next((do for do in self.strategies if part in parts(do, self.where.part)), Compute())
 
 
 def _whole(where: str, name: str, value: object, least: int) -> None:
@@ -121,6 +122,12 @@ class Policy:
         return frozenset[str]().union(*(guards.mentions(rule.when) for rule in self.rules))
 
     @property
+    def reads(self) -> frozenset[str]:
+        """The symbols that must be known: of its guards, and of the places that its forecasts ask for."""
+        over = {do.over for rule in self.rules for do in rule.strategies if isinstance(do, Forecast)}
+        return self.mentions | {PLACES[name] for name in over}
+
+    @property
     def streams(self) -> frozenset[str]:
         """The streams that its rules name."""
         shared = {do.stream for r in self.rules for do in r.strategies if isinstance(do, ShareGuidance) and do.stream}
@@ -137,7 +144,7 @@ class Policy:
         for where in dict.fromkeys(rule.where for rule in self.rules):
             if whole:
                 where.check(count)
-            if where.span is not None and (whole or where.is_open):
+            if where.part is Part.SPAN and (whole or where.is_open):
                 blocks = stack(where.stack)
                 meant = where.spans(blocks)
                 spans[where] = {(first, end): frozenset(b for b in blocks if first <= b < end) for first, end in meant}
@@ -161,7 +168,8 @@ class Policy:
         for rule in self.rules:
             if not rule.where.selects(site, spans.get(rule.where, ())):
                 continue
-            placed = sympy.true if site.part is Part.SPAN else rule.where.guard  # a span was made for its layers
+            made_for_it = site.part in (Part.SPAN, Part.OUTPUT)  # a span was made for its layers
+            placed = sympy.true if made_for_it else rule.where.guard
             predicate = Predicate.of(rule.when & placed, known)
             do = rule.strategy(site.part)
             if not guards.unreachable(predicate.guard) and not (
@@ -217,6 +225,11 @@ class SiteRules:
         return next(iter(self.forms), None)
 
     @property
+    def depth(self) -> int:
+        """How many computed values its slot keeps."""
+        return max((rule.do.depth for rule in self.rules if rule.mine and isinstance(rule.do, Forecast)), default=1)
+
+    @property
     def foreseen(self) -> bool:
         """Whether a decision of a step to come is known from the step alone."""
         return self.needs <= guards.FORESEEN
@@ -258,7 +271,7 @@ def _chooser(site: SiteRules) -> Choose:
                 return i
         return None
 
-    def choose(moment: Moment, layer: int, age: int | None, streak: int, read: Read) -> tuple[bool, Reason]:
+    def choose(moment: Moment, layer: int, age: int | None, streak: int, read: Read) -> Choice:
         unproven = False
         i = first(moment, layer, age, streak, 0)
         while i is not None:
@@ -266,12 +279,13 @@ def _chooser(site: SiteRules) -> Choose:
             measured = {name: read(name) for name in rule.predicate.measured}
             symbols = {**_symbols(moment, layer, age, streak), **measured}
             if rule.predicate.holds(symbols):
-                return rule.mine, Reason.RULE
+                weigh = rule.do.weights if isinstance(rule.do, Forecast) and rule.mine else None
+                return Choice(rule.mine, Reason.RULE, weigh)
             unproven |= None in measured.values()
             if not rule.mine and not all(is_known(name, symbols.get(name)) for name in rule.predicate.needs):
                 break
             i = first(moment, layer, age, streak, i + 1)
-        return False, Reason.NOT_MEASURED if unproven else _lacking(moment)
+        return Choice(False, Reason.NOT_MEASURED if unproven else _lacking(moment))
 
     @lru_cache(maxsize=1024)
     def _lacking(moment: Moment) -> Reason:
@@ -301,6 +315,6 @@ def _form(do: Strategy) -> str | None | ShareGuidance | Core:
     return do if isinstance(do, ShareGuidance | Core) else getattr(do, "store", None)
 
 
-def forced(*_: object, **__: object) -> tuple[bool, Reason]:
+def forced(*_: object, **__: object) -> Choice:
     """The chooser of reuse 0: every decision computes."""
-    return False, Reason.FORCED
+    return Choice(False, Reason.FORCED)

@@ -14,7 +14,7 @@ from dit_rewrite.passes import cost, naming, printing, torch_private
 from dit_rewrite.passes.branches import Refusal
 from dit_rewrite.passes.notation import show
 from dit_rewrite.passes.segments import crossing_bytes
-from dit_rewrite.passes.site import Part, Site
+from dit_rewrite.passes.site import Site
 from dit_rewrite.passes.verdict import verdict
 from dit_rewrite.policy import Policy
 
@@ -142,8 +142,8 @@ class Report:
 def _held_bytes(rewritten: Rewritten) -> int:
     """Bytes that the slots of one graph hold for one stream, memory that values share counted once."""
     guarded, nodes = rewritten.guarded, {node.name: node for node in rewritten.placed.gm.graph.nodes}
-    slots = guarded.gm.graph.find_nodes(op="placeholder")[guarded.num_inputs + len(guarded.sites) :]
-    storages = {torch_private.storage_id(node.meta["val"]): cost.stored_bytes(node) for node in slots}
+    stored = (node for slot in guarded.stored for node in slot)
+    storages = {torch_private.storage_id(node.meta["val"]): cost.stored_bytes(node) for node in stored}
     compared = sum(cost.stored_bytes(nodes[name]) for name in _probes(rewritten))
     return sum(storages.values()) + 2 * compared  # a probe as it was when its site was computed, and in the last call
 
@@ -152,7 +152,7 @@ def _working_bytes(rewritten: Rewritten) -> int:
     """Bytes that a computing call keeps alive for the slots alone: probes, and the stream before each span until the
     span's value is its change, as far as that is more than the value, whose old one is gone by then."""
     nodes = {node.name: node for node in rewritten.placed.gm.graph.nodes}
-    spans = [site for site in rewritten.layout.sites if site.part is Part.SPAN]
+    spans = [site for site in rewritten.layout.sites if site.bases]
     bases, values = ({n for site in spans for n in getattr(site, side)} for side in ("bases", "values"))
     held, replaced = (sum(cost.stored_bytes(nodes[name]) for name in names) for names in (bases, values))
     return sum(cost.stored_bytes(nodes[name]) for name in _probes(rewritten)) + max(held - replaced, 0)

@@ -68,7 +68,7 @@ class State:
 
     def finish(self, decided: Decisions) -> list[Any]:
         """Fill the slots; what the graph returns."""
-        self.graph.store(self.fresh, self.bank, self.call.moment.step, decided)
+        self.graph.store(self.fresh, self.bank, self.call.moment, decided)
         return self.graph.results(self.wires)
 
 

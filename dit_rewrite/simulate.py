@@ -6,7 +6,7 @@ import itertools
 from collections.abc import Callable, Collection, Sequence
 
 from dit_rewrite.errors import Reason
-from dit_rewrite.runtime.decide import Decider, Moment, SiteSpec
+from dit_rewrite.runtime.decide import NEVER, Computed, Decider, Moment, SiteSpec, pushed
 
 FORESEEN_STEPS = 64  # how far to look ahead where nobody told the number of steps
 LONGEST = 1000  # and at most, whatever was told
@@ -40,17 +40,17 @@ def simulate(
 def _rows(
     specs: Sequence[SiteSpec], num_steps: int | None, noise: Noise, stream: str | None, answer: float | None
 ) -> list[Row]:
-    computed_at, streak = [0] * len(specs), [0] * len(specs)
+    past, streak = [NEVER] * len(specs), [0] * len(specs)
     rows = []
     for step in range(min(num_steps or FORESEEN_STEPS, LONGEST)):
         holds = [step > 0] * len(specs)
         sigma, snr = noise(step)
         moment = Moment(step, num_steps, sigma=sigma, snr=snr, stream=stream)
-        decided = Decider(specs, moment, computed_at, streak, holds, measure=lambda _, __: answer).decisions()
+        decided = Decider(specs, moment, past, streak, holds, measure=lambda _, __: answer).decisions()
         rows.append(decided.row)
         for i, (reused, reason) in enumerate(zip(decided.row, decided.reasons, strict=True)):
             if not reused:
-                computed_at[i], streak[i] = step, 0
+                past[i], streak[i] = pushed(past[i], Computed(step, sigma, snr), specs[i].depth), 0
             elif reason is not Reason.COVERED:
                 streak[i] += 1
     return rows

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from numbers import Real
-from typing import Literal
+from typing import Any, Literal, get_args
 
-from dit_rewrite.errors import BadParameter
+from dit_rewrite.bases import BASES, Basis
+from dit_rewrite.errors import BadParameter, Reason
 from dit_rewrite.passes.sites import Part
 from dit_rewrite.passes.store import STORES
+from dit_rewrite.runtime.decide import Computed, Moment, Past, Weights
 
 Store = Literal["bf16", "fp8", "int8"] | None
+MOST = 8  # the highest order of a forecast: above, its weights grow beyond what fp32 can sum
+LONGEST = 64  # computed values that a slot may keep
 
 
 @dataclass(frozen=True)
@@ -19,13 +24,17 @@ class Compute:
     """Compute, whatever later rules say."""
 
 
+def _check_store(strategy: object, store: object) -> None:
+    if store is not None and store not in STORES:
+        raise BadParameter(type(strategy).__name__, "store", store, f"None or one of {', '.join(STORES)}")
+
+
 @dataclass(frozen=True)
 class _Cached:
     store: Store = None
 
     def __post_init__(self) -> None:
-        if self.store is not None and self.store not in STORES:
-            raise BadParameter(type(self).__name__, "store", self.store, f"None or one of {', '.join(STORES)}")
+        _check_store(self, self.store)
 
 
 @dataclass(frozen=True)
@@ -35,6 +44,82 @@ class Reuse(_Cached):
     `store` is what the cache holds: None the value as it is, "bf16" it in that dtype, "int8" and "fp8" (e4m3) numbers
     of one byte with an absolute-maximum scale for each token. The step that computes uses the value itself.
     """
+
+
+Over = Literal["step", "sigma", "log_snr"]
+PLACES = {"step": "step", "sigma": "sigma", "log_snr": "snr"}  # and the symbol that each is made of
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """Take a weighted sum of the last computed values: a forecast of a branch's output, or of a span's change.
+
+    `basis` says how the weights follow from where the values were computed (`dit_rewrite.bases`): "taylor", the
+    polynomial of `order` through the last ones; another name of `bases.BASES`; a basis with parameters of its own, such
+    as `bases.Chebyshev(ridge=0.1)`; or a function of yours, from the places of the values, newest first, the place of
+    this step and the order to the weights. `history` is how many values the slot keeps, by default as many as the basis
+    reads; where fewer are there yet, the order falls, down to reuse. `over` says what a place is: the "step", the noise
+    level "sigma", or "log_snr", the logarithm of the signal-to-noise ratio; the two need a scheduler that says it.
+    `store` is as in `Reuse`. One compiled piece serves every order, basis and distance: the weights are an input of it.
+    Raises BadParameter.
+    """
+
+    order: int = 1
+    basis: str | Basis | Callable[[Sequence[float], float, int], Sequence[float]] = "taylor"
+    history: int | None = None
+    over: Over = "step"
+
+    store: Store = None
+
+    def __post_init__(self) -> None:
+        order, basis, history, over = self.order, self.basis, self.history, self.over
+        _check_store(self, self.store)
+        self._require("order", is_count(order, 0) and order <= MOST, f"a whole number from 0 to {MOST}")
+        named = basis in BASES if isinstance(basis, str) else isinstance(basis, Basis) or callable(basis)
+        self._require("basis", named, f"one of {', '.join(BASES)}, a basis of dit_rewrite.bases, or a function")
+        fits = history is None or (is_count(history, 1) and history <= LONGEST)
+        self._require("history", fits, f"a whole number from 1 to {LONGEST}, or None")
+        self._require("over", over in get_args(Over), " or ".join(f'"{name}"' for name in get_args(Over)))
+
+    def _require(self, name: str, fits: object, allowed: str) -> None:
+        if not fits:
+            raise BadParameter("Forecast", name, getattr(self, name), allowed)
+
+    @property
+    def depth(self) -> int:
+        """How many computed values the slot keeps."""
+        if self.history is not None:
+            return self.history
+        basis = _basis(self.basis)
+        return basis.history(self.order) if isinstance(basis, Basis) else self.order + 1
+
+    def weights(self, past: Past, moment: Moment) -> Weights | Reason:
+        """The weights of the values that a slot holds, newest first; why there are none."""
+        places = [self._place(computed) for computed in past.computed[: self.depth]]
+        place = self._place(Computed(moment.step, moment.sigma, moment.snr))
+        known = [p for p in places if p is not None]
+        if place is None or len(known) < len(places):
+            return Reason.NOISE_UNKNOWN
+        basis = _basis(self.basis)
+        weigh = basis.weights if isinstance(basis, Basis) else basis
+        try:
+            found = tuple(map(float, weigh(known, place, min(self.order, len(known) - 1))))
+        except (ArithmeticError, ValueError):
+            found = ()
+        if not found or len(found) > len(known) or not all(map(math.isfinite, found)):
+            return Reason.NO_WEIGHTS
+        return found + (0.0,) * (self.depth - len(found))
+
+    def _place(self, computed: Computed) -> float | None:
+        if self.over == "step":
+            return float(computed.step)
+        if self.over == "sigma":
+            return computed.sigma
+        return math.log(computed.snr) if computed.snr is not None and 0 < computed.snr < math.inf else None
+
+
+def _basis(basis: str | Basis | Callable[..., Any]) -> Basis | Callable[..., Any]:
+    return BASES[basis]() if isinstance(basis, str) else basis
 
 
 @dataclass(frozen=True)
@@ -76,6 +161,11 @@ class WindowResidual:
         return tuple(
             int(w * size) if isinstance(w, float) else w for w, size in zip(window, sizes, strict=len(window) > 1)
         )
+
+
+def is_count(value: object, least: int) -> bool:
+    """Whether it is a whole number that is at least so large."""
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
 
 
 def is_number(value: object) -> bool:
@@ -139,7 +229,7 @@ class BlockwiseReuse:
 
 
 Core = WindowResidual | BlockwiseReuse  # what is done in the place of an attention op
-Strategy = Compute | Reuse | ReuseKV | ShareGuidance | Core
+Strategy = Compute | Reuse | Forecast | ReuseKV | ShareGuidance | Core
 _PARTS = {
     ReuseKV: frozenset({Part.KV}),
     ShareGuidance: frozenset({Part.GUIDANCE}),
@@ -148,8 +238,8 @@ _PARTS = {
 }
 
 
-def parts(strategy: Strategy, span: bool) -> frozenset[Part]:
+def parts(strategy: Strategy, of: Part = Part.BRANCH) -> frozenset[Part]:
     """The parts of a place that a strategy replaces; none for computing."""
     if isinstance(strategy, Compute):
         return frozenset()
-    return _PARTS.get(type(strategy), frozenset({Part.SPAN if span else Part.BRANCH}))
+    return _PARTS.get(type(strategy), frozenset({of}))

@@ -34,7 +34,9 @@ class Where:
     fraction: the same as shares of the number of blocks: (0, 0.5) is the first half.
     names: a pattern of the site's name, as of file names: "transformer_blocks.*.attn2".
     span: "block" or "stack": instead of branches each selected block of a stack, or all of them as one; `kinds` has no
-    say then. A stack is a chain of blocks over one residual stream.
+    say then. A stack is a chain of blocks over one residual stream. Or "output", all that the model returns: where that
+    is not computed nothing of the model runs.
+    minus: "latent" with span="output": what is held is the output less the model's latent input.
     stack: which one, by a pattern of the path of the list that holds its blocks: "single_transformer_blocks". Without
     it, the one with most FLOPs of the model; of the blocks that have such a path, otherwise.
     streams: the calls' streams by name, as `cache_context` tells them.
@@ -46,9 +48,10 @@ class Where:
     layers: tuple[int, int | None] | None = None
     fraction: tuple[float, float] | None = None
     names: str | None = None
-    span: Literal["block", "stack"] | None = None
+    span: Literal["block", "stack", "output"] | None = None
     streams: tuple[str, ...] | None = None
     stack: str | None = None
+    minus: Literal["latent"] | None = None
 
     def __post_init__(self) -> None:
         for name in ("kinds", "layers", "fraction", "streams"):  # a list means the tuple: a place must be hashable
@@ -61,14 +64,24 @@ class Where:
         shares = self.fraction is None or _are_shares(self.fraction)
         self._require("fraction", shares, "(from, to) with 0 <= from < to <= 1")
         self._require("names", self.names is None or isinstance(self.names, str), "a pattern as text, or None")
-        self._require("span", self.span in (None, "block", "stack"), '"block", "stack" or None')
-        fits = self.stack is None or (self.span is not None and isinstance(self.stack, str) and bool(self.stack))
+        self._require("span", self.span in (None, "block", "stack", "output"), '"block", "stack", "output" or None')
+        for name in ("layers", "fraction"):
+            fits = self.span != "output" or getattr(self, name) is None
+            self._require(name, fits, 'None beside span="output", which is all of the model')
+        fits = self.minus is None or (self.minus == "latent" and self.span == "output")
+        self._require("minus", fits, '"latent" beside span="output", or None')
+        fits = self.stack is None or (self.part is Part.SPAN and isinstance(self.stack, str) and bool(self.stack))
         self._require("stack", fits, 'a pattern such as "transformer_blocks", beside span=...')
         self._require("streams", self.streams is None or _are_texts(self.streams), "a tuple of names, or None")
 
     def _require(self, name: str, fits: bool, allowed: str) -> None:
         if not fits:
             raise BadParameter("Where", name, getattr(self, name), allowed)
+
+    @property
+    def part(self) -> Part:
+        """The part of a model that reuse replaces here."""
+        return Part.BRANCH if self.span is None else Part.OUTPUT if self.span == "output" else Part.SPAN
 
     @property
     def guard(self) -> Boolean:
@@ -87,6 +100,8 @@ class Where:
         """Whether a rule of this place speaks of the site, its layer left aside; `spans` are the blocks it means."""
         if self.names is not None and not fnmatchcase(site.place, self.names):
             return False
+        if self.span == "output" or site.part is Part.OUTPUT:
+            return self.part is site.part and bool(site.bases) == (self.minus is not None)
         if self.span is not None or site.part is Part.SPAN:
             return self.span is not None and site.span in spans
         kinds = frozenset[Kind]().union(*(FAMILIES[kind] for kind in self.kinds))
@@ -118,7 +133,7 @@ class Where:
     def spans(self, stack: Sequence[int]) -> tuple[Span, ...]:
         """The spans that are meant of a stack of these blocks: from a block up to another."""
         blocks = self.blocks(len(stack))
-        if self.span is None or not blocks:
+        if self.part is not Part.SPAN or not blocks:
             return ()
         runs = [(b, b) for b in blocks] if self.span == "block" else [(blocks[0], blocks[-1])]
         return tuple((stack[first], stack[last] + 1) for first, last in runs)

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from operator import getitem
 from typing import Any
 
+import torch
 from torch import fx
 
 from dit_rewrite.passes.graph import attribute, needed
@@ -46,7 +47,7 @@ def _input(graph: fx.Graph, name: str) -> fx.Node:
     return node
 
 
-_KEYS = {"reuse": Batch.SAME, "cached": Batch.LEADING}  # what a subgraph takes beside nodes: decisions and slots
+_KEYS = {"reuse": Batch.SAME, "cached": Batch.LEADING, "weights": Batch.SAME}  # what a subgraph takes beside nodes
 
 
 class _Rewriter:
@@ -65,6 +66,7 @@ class _Rewriter:
         self.needed = needed(gm.graph, kept)  # the rest may read what lies in a site and is not there when it is reused
         self.slots = [self._slots(i) for i in range(len(sites))]
         self.held = tuple(sum(slot.width for slot in slots) for slots in self.slots)
+        self.depths = tuple(max((slot.depth for slot in slots), default=1) for slots in self.slots)
         self.owner = self._owners()
         self.inside = [self._inside(i) for i in range(len(sites))]
 
@@ -75,7 +77,8 @@ class _Rewriter:
         for k, name in enumerate(site.values if plain else ()):
             read = (*site.bases[k : k + 1], *site.inputs)
             first = slots[-1].first + slots[-1].width if slots else 0
-            slots.append(Slot(self.nodes[name], tuple(self.nodes[r] for r in read), self.labels[i].codec, first))
+            nodes, label = tuple(self.nodes[r] for r in read), self.labels[i]
+            slots.append(Slot(self.nodes[name], nodes, label.codec, first, label.depth))
         return slots
 
     def _owners(self) -> dict[fx.Node, int]:
@@ -100,10 +103,8 @@ class _Rewriter:
         for i in range(len(self.sites)):
             env["reuse", i] = _input(graph, f"reuse_{self.slugs[i]}")
             self.slugs[i] = env["reuse", i].name.removeprefix("reuse_")  # two sites' names may differ in a dot alone
-        for i, slots in enumerate(self.slots):
-            for k, example in enumerate(tensor for slot in slots for tensor in slot.examples):
-                env["cached", i, k] = _input(graph, f"cached_{self.slugs[i]}")
-                env["cached", i, k].meta = {"val": example}
+        for i in range(len(self.sites)):
+            self._add_slot(graph, i, env)
         attributes = self._emit(graph, None, env)
         captured: Any = self.gm.graph.output_node().args[0]
         outputs = tuple(fx.map_arg(captured, lambda n: env[n]))
@@ -111,7 +112,23 @@ class _Rewriter:
         graph.output((*outputs, *held))
         gm = fx.GraphModule(attributes, graph)
         parents = tuple(map(self._covering, range(len(self.sites))))
-        return GuardedGraph(gm, self.sites, parents, self.held, len(inputs), len(outputs))
+        return GuardedGraph(gm, self.sites, parents, self.held, self.depths, len(inputs), len(outputs))
+
+    def _add_slot(self, graph: fx.Graph, i: int, env: dict[Any, fx.Node]) -> None:
+        """The inputs that are the slot of a site: what it holds of each computed value, and their weights."""
+        examples = [tensor for slot in self.slots[i] for tensor in slot.examples]
+        older = [torch.empty_like(example) for _ in range(1, self.depths[i]) for example in examples]
+        for k, example in enumerate((*examples, *older)):  # tracing tells inputs apart by their examples
+            env["cached", i, k] = _input(graph, f"cached_{self.slugs[i]}")
+            env["cached", i, k].meta = {"val": example}
+        if self.depths[i] > 1:
+            env["weights", i] = _input(graph, f"weights_{self.slugs[i]}")
+            env["weights", i].meta = {"val": examples[0].new_empty(self.depths[i], dtype=torch.float32)}
+
+    def _slot_keys(self, i: int) -> list[Any]:
+        """The inputs that are the slot of a site, in their order."""
+        held = [("cached", i, k) for k in range(self.held[i] * self.depths[i])]
+        return [*held, ("weights", i)] if self.depths[i] > 1 else held
 
     def _covering(self, i: int) -> int | None:
         """The nearest site around this one whose reuse leaves nothing of it, which half of a batch does not."""
@@ -171,7 +188,7 @@ class _Rewriter:
         inner = self.inside[site][1:]
         keys: list[Any] = [*self._live_ins(site)]
         for i in inner:
-            keys += [("reuse", i), *(("cached", i, k) for k in range(self.held[i]))]
+            keys += [("reuse", i), *self._slot_keys(i)]
         held = [("held", i, k) for i in self._stored(site) for k in range(self.held[i])]
         body = attributes[f"compute_{self.slugs[site]}"] = self._body(site, keys, held, env)
         instead = self._instead(site, keys, held, body, env)
@@ -234,7 +251,9 @@ class _Rewriter:
         """The cached values of a site, unpacked before the node that takes them."""
         values = []
         for slot in self.slots[site] if self.solid[site] else ():
-            held = [env["cached", site, slot.first + k] for k in range(slot.width)]
+            first = (slot.first + age * self.held[site] for age in range(slot.depth))
+            held = [env["cached", site, f + k] for f in first for k in range(slot.width)]
+            held += [env["weights", site]] if slot.depth > 1 else []
             values.append(slot.unpack(graph, held, env, self.position[slot.value]))
         return values
 

@@ -30,6 +30,7 @@ class Guarded:
     """A site of the graph with the guard and strategy that its node shows; `site` is an index into the sites found.
 
     `codec` says what its slot holds in the place of its values, `guidance` how a GUIDANCE site is done otherwise.
+    `depth` is how many computed values are held; above 1 a reusing step takes their weighted sum.
     """
 
     site: int
@@ -37,6 +38,7 @@ class Guarded:
     strategy: str
     codec: Codec = Store()
     guidance: Guidance | None = None
+    depth: int = 1
 
 
 @dataclass(frozen=True)
@@ -46,8 +48,10 @@ class GuardedGraph:
     Its inputs are those of the captured graph, then for each guarded site a decision (True: reuse), then what each of
     its slots holds; its outputs those of the captured graph, then what each slot holds now, if its site was computed
     (inside half of a batch a reused one gives that half twice: its slot is to be left as it is). ``sites`` are the
-    guarded ones in the order of these inputs, ``held`` the number of tensors in each one's slot; ``parents`` index into
-    them: the nearest site whose reuse takes this one's decision away.
+    guarded ones in the order of these inputs, ``held`` the number of tensors that each one's slot gets when it
+    computes; ``depths`` how many computed values it has: if more than one, its inputs are those of the newest, then
+    older ones, then an fp32 vector of their weights. ``parents`` index into the sites: the nearest one whose reuse
+    takes this one's decision away.
     Every node that the captured graph has too knows its ``position`` there, in its meta; those that pack and unpack
     slots stand in between.
     """
@@ -56,8 +60,21 @@ class GuardedGraph:
     sites: tuple[Site, ...]
     parents: tuple[int | None, ...]
     held: tuple[int, ...]
+    depths: tuple[int, ...]
     num_inputs: int
     num_outputs: int
+
+    @cached_property
+    def taken(self) -> tuple[int, ...]:
+        """For each site how many inputs its slot is: what it holds, and the weights."""
+        return tuple(n * depth + (depth > 1) for n, depth in zip(self.held, self.depths, strict=True))
+
+    @cached_property
+    def stored(self) -> tuple[tuple[fx.Node, ...], ...]:
+        """For each site the inputs that are what its slot holds, weights left out."""
+        inputs = iter(self.gm.graph.find_nodes(op="placeholder")[self.num_inputs + len(self.sites) :])
+        slots = [[next(inputs) for _ in range(count)] for count in self.taken]
+        return tuple(tuple(slot[: n * depth]) for slot, n, depth in zip(slots, self.held, self.depths, strict=True))
 
     @cached_property
     def acting(self) -> frozenset[fx.Node]:

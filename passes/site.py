@@ -32,7 +32,7 @@ class Part(str, Enum):
     """What of a place a strategy replaces, inner parts first.
 
     HELD is what is held for an attention CORE, KV its keys and values; GUIDANCE is a branch for both halves of a
-    guided batch, BRANCH its output, SPAN the change of the stream across blocks.
+    guided batch, BRANCH its output, SPAN the change of the stream across blocks, OUTPUT what the graph returns.
     """
 
     HELD = "held"
@@ -41,6 +41,7 @@ class Part(str, Enum):
     GUIDANCE = "guidance"
     BRANCH = "branch"
     SPAN = "span"
+    OUTPUT = "output"
 
     def __str__(self) -> str:
         return self.value

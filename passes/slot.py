@@ -1,4 +1,5 @@
-"""How one value is held by a slot, and what packs and unpacks it in a guarded graph."""
+"""How one value is held by a slot, with how many computed values before it, and what packs and unpacks it in a guarded
+graph."""
 
 from __future__ import annotations
 
@@ -9,18 +10,20 @@ from typing import Any
 
 from torch import Tensor, fx
 
-from dit_rewrite.passes.store import Codec, inline
+from dit_rewrite.passes.store import Codec, combine, inline
 
 
 @dataclass(frozen=True)
 class Slot:
     """One value as it is held: `read` are the nodes that packing and unpacking read beside it, `first` is where its
-    tensors begin among the site's."""
+    tensors begin among the site's. With a `depth` above 1 that many computed values are held, and unpacking takes their
+    weighted sum."""
 
     value: fx.Node
     read: tuple[fx.Node, ...]
     codec: Codec
     first: int
+    depth: int = 1
 
     @cached_property
     def is_plain(self) -> bool:
@@ -35,7 +38,7 @@ class Slot:
 
     @property
     def width(self) -> int:
-        """How many tensors are held."""
+        """How many tensors are held of one computed value."""
         return len(self.examples)
 
     @property
@@ -50,12 +53,20 @@ class Slot:
         return inline(graph, lambda v, *read: self.codec.encode(v, read), arguments, position, home=position)
 
     def unpack(self, graph: fx.Graph, held: Sequence[fx.Node], env: Mapping[Any, fx.Node], position: int) -> fx.Node:
-        """Write what makes the value of the held tensors, right before its place."""
-        if self.is_plain:
+        """Write what makes the value of the held tensors, right before its place.
+
+        `held` has `width` tensors for each of the `depth` computed values, newest first, and above depth 1 the weights.
+        """
+        if self.is_plain and self.depth == 1:
             return held[0]
-        count, dtype = self.width, self.value.meta["val"].dtype
         arguments = [*held, *(env[node] for node in self.read)]
-        (value,) = inline(
-            graph, lambda *a: (self.codec.decode(a[:count], a[count:], dtype),), arguments, position - 1, home=position
-        )
+        (value,) = inline(graph, lambda *a: (self._value(a),), arguments, position - 1, home=position)
         return value
+
+    def _value(self, tensors: Sequence[Tensor]) -> Tensor:
+        count, dtype = self.width, self.value.meta["val"].dtype
+        if self.depth == 1:
+            return self.codec.decode(tensors[:count], tensors[count:], dtype)
+        end = count * self.depth
+        history = [tensors[k : k + count] for k in range(0, end, count)]
+        return combine(self.codec, history, tensors[end], tensors[end + 1 :], dtype)

@@ -209,7 +209,7 @@ class _Piece:
     def _slot(self, node: fx.Node) -> tuple[int, int]:
         """The site and index of a slot's placeholder."""
         index = self.number[node] - self.guarded.num_inputs - len(self.guarded.sites)
-        for i, count in enumerate(self.guarded.held):
+        for i, count in enumerate(self.guarded.taken):
             if index < count:
                 return i, index
             index -= count

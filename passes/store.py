@@ -74,6 +74,22 @@ class Store:
         return read[0] + value if read else value
 
 
+def combine(
+    codec: Codec, history: Sequence[Sequence[Tensor]], weights: Tensor, read: Sequence[Tensor], dtype: torch.dtype
+) -> Tensor:
+    """The sum of held values, newest first, by `weights` ``(len(history),)``; plus the base that is read, if one is.
+
+    The sum is taken in fp32 (of float64 values in float64) and then rounded to `dtype`: weights (1, 0, …) give the
+    newest value bit for bit. Numbers that are no fractions are taken from the newest.
+    """
+    if not dtype.is_floating_point:
+        return codec.decode(history[0], read, dtype)
+    wide = torch.float64 if dtype is torch.float64 else torch.float32
+    terms = [weights[k].to(wide) * codec.decode(held, (), dtype).to(wide) for k, held in enumerate(history)]
+    total = sum(terms[1:], terms[0]).to(dtype)
+    return read[0] + total if read else total
+
+
 def is_packed(value: Tensor, store: str | None) -> bool:
     """Whether `store` changes what is held of a value: of tokens, and not of a mere number."""
     return store is not None and value.is_floating_point() and value.ndim >= 2

@@ -6,11 +6,14 @@ import operator
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from dit_rewrite.errors import Reason
+from dit_rewrite.runtime.decide import NEVER, Computed, Past, Weights, pushed
 from dit_rewrite.runtime.measure import Tracked
 from dit_rewrite.runtime.tensors import version
 
@@ -46,6 +49,13 @@ class Hoisted:
         )
 
 
+@lru_cache(maxsize=1024)
+def vector(weights: Weights, device: torch.device) -> Tensor:
+    """Weights as an fp32 tensor. Steps that are weighted alike share it: on a GPU it is copied there once."""
+    with torch.inference_mode(False):
+        return torch.tensor(weights, dtype=torch.float32, device=device)
+
+
 def _is_same_number(a: Tensor, b: Tensor) -> bool:
     """Whether two tensors are one number on the CPU: Dynamo hands float attributes on as a new tensor in each call."""
     return a is not b and not (a.ndim or b.ndim or a.is_cuda or b.is_cuda) and a.dtype == b.dtype and bool(a == b)
@@ -54,13 +64,14 @@ def _is_same_number(a: Tensor, b: Tensor) -> bool:
 class Bank:
     """The slots of one occurrence of a graph: for each site its values, when they were computed, and how often reused.
 
-    ``computed_at`` is the step of the last computation, ``streak`` the number of reuses since, ``tracked`` what its
-    guards measure. A bank whose stamp does not fit a call is emptied: what it held is never used nor added to anything.
+    A slot's ``values`` are the tensors of the newest computed value, then of older ones; ``past`` is when each was
+    computed, ``streak`` the number of reuses since the last, ``tracked`` what its guards measure. A bank whose stamp
+    does not fit a call is emptied: what it held is never used nor added to anything.
     """
 
     def __init__(self, num_sites: int) -> None:
         self.values: list[tuple[Tensor, ...] | None] = [None] * num_sites
-        self.computed_at = [0] * num_sites
+        self.past: list[Past] = [NEVER] * num_sites
         self.streak = [0] * num_sites
         self.tracked = Tracked()
         self.hoisted: Hoisted | None = None
@@ -99,6 +110,7 @@ class Bank:
         self.hoisted = None
         self.tracked = Tracked()
         self.values = [None] * len(self.values)
+        self.past = [NEVER] * len(self.past)
 
     def keep_for(self, conditioning: Sequence[Tensor], told: bool, sites: Sequence[int]) -> Reason | None:
         """Empty the slots of `sites` unless the conditioning is the one that they were filled under; why, if so."""
@@ -107,20 +119,46 @@ class Bank:
             return None
         self.conditioning = Hoisted.of(conditioning, ())
         for site in sites:
-            self.values[site] = None
+            self.values[site], self.past[site] = None, NEVER
         return None if before is None else Reason.CHANGED_CONDITIONING
 
-    def store(self, site: int, values: tuple[Tensor, ...] | None, step: int) -> None:
-        """Put what a computing site made into its slot; None where it has none."""
-        self.values[site] = values
-        self.computed_at[site] = step
+    def release(self, site: int, width: int, depth: int) -> None:
+        """Let go the oldest of `depth` values of a slot that is about to get one more, or the one that it holds."""
+        held = self.values[site]
+        if held is not None:
+            self.values[site] = held[: width * (depth - 1)] or None
+
+    def store(self, site: int, values: tuple[Tensor, ...] | None, now: Computed, depth: int = 1) -> None:
+        """Put what a computing site made into its slot, before the older ones of `depth`; None where it has none."""
+        if values is None:
+            self.values[site], self.past[site] = None, pushed(NEVER, now, 1)
+        else:
+            older = self.values[site] or ()
+            past = self.past[site] if older else NEVER
+            self.values[site] = (*values, *older[: len(values) * (depth - 1)])
+            self.past[site] = pushed(past, now, depth)
         self.streak[site] = 0
+
+    def weighted(self, site: int, weights: Weights, width: int) -> tuple[Tensor, ...]:
+        """What a step reads that takes the weighted sum of a slot's values: as many values as weights, then these.
+
+        In the place of a value of weight 0, which may not be there or not be finite, stands the newest.
+        """
+        held = self.values[site]
+        assert held is not None
+        values = (held[width * k * (w != 0) : width * (k * (w != 0) + 1)] for k, w in enumerate(weights))
+        return (*(tensor for value in values for tensor in value), vector(weights, held[0].device))
 
     def borrow(self, site: int, lender: Bank | None, step: int) -> None:
         """Let a slot be that of another bank, if that was filled in this very step for inputs of the same kind."""
-        fits = lender is not None and lender.stamp == self.stamp and lender.computed_at[site] == step
+        fits = lender is not None and lender.stamp == self.stamp and lender.past[site].age(step) == 0
         self.values[site] = lender.values[site] if fits and lender is not None else None
-        self.computed_at[site] = step
+        self.past[site] = lender.past[site] if fits and lender is not None else NEVER
+
+    @property
+    def slots(self) -> list[tuple[Tensor, ...] | None]:
+        """The values of every slot, and then what is hoisted, if anything is."""
+        return self.values if self.hoisted is None else [*self.values, self.hoisted.values]
 
     @property
     def all(self) -> list[tuple[Tensor, ...]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import NamedTuple, Protocol
 
 from dit_rewrite.errors import Reason
@@ -13,6 +14,7 @@ NO_SLOT = -1
 HORIZON = 32  # steps to look ahead where nobody told how many there are
 
 Read = Callable[[str], float | None]  # the value of a measured symbol, None where there is none
+Weights = tuple[float, ...]  # of the computed values that a slot holds, newest first
 
 
 class Moment(NamedTuple):
@@ -27,10 +29,64 @@ class Moment(NamedTuple):
     stream: Hashable = None
 
 
-class Choose(Protocol):
-    """The rules of a policy for one site: whether its strategy applies, and why. `read` is asked where it matters."""
+class Computed(NamedTuple):
+    """When a value was computed. Sigma and SNR are None where nobody knows them."""
 
-    def __call__(self, moment: Moment, layer: int, age: int | None, streak: int, read: Read) -> tuple[bool, Reason]: ...
+    step: int
+    sigma: float | None = None
+    snr: float | None = None
+
+
+class Past:
+    """When the values that a slot holds were computed, newest first. Hashed once: it is part of what decisions follow
+    from."""
+
+    __slots__ = ("_hash", "computed")
+
+    def __init__(self, computed: tuple[Computed, ...] = ()) -> None:
+        self.computed, self._hash = computed, hash(computed)
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    def __eq__(self, other: object) -> bool:
+        return self is other or (isinstance(other, Past) and self.computed == other.computed)
+
+    def __repr__(self) -> str:
+        return f"Past({self.computed})"
+
+    def age(self, step: int) -> int | None:
+        """Steps since the newest value was computed; None where there is none."""
+        return step - self.computed[0].step if self.computed else None
+
+
+NEVER = Past()
+
+
+@lru_cache(maxsize=4096)
+def pushed(past: Past, now: Computed, depth: int) -> Past:
+    """The past of a slot that holds at most `depth` values and gets one more. The same object for every site."""
+    return Past((now, *past.computed)[:depth])
+
+
+class Weigh(Protocol):
+    """A strategy that takes a weighted sum of the values that a slot holds: the weights at a moment, or why not."""
+
+    def __call__(self, past: Past, moment: Moment) -> Weights | Reason: ...
+
+
+class Choice(NamedTuple):
+    """Whether a site's strategy applies, and why; `weigh` where it takes more than the newest value."""
+
+    reuse: bool
+    reason: Reason
+    weigh: Weigh | None = None
+
+
+class Choose(Protocol):
+    """The rules of a policy for one site. `read` is asked where it matters."""
+
+    def __call__(self, moment: Moment, layer: int, age: int | None, streak: int, read: Read) -> Choice: ...
 
 
 @dataclass(frozen=True)
@@ -41,7 +97,8 @@ class SiteSpec:
     holds its attention's entropy. ``reads`` is the site whose slot its strategy reads: by default its own, -1: none.
     ``serves``: it only fills a slot for that site, where this will read it. ``foreseen``: what `choose` says of a step
     to come depends on nothing but the step. ``borrows``: its slot is that of this stream, filled in the same step.
-    ``conditioned``: what its slot holds is good for the same conditioning alone.
+    ``conditioned``: what its slot holds is good for the same conditioning alone. ``width`` is the number of tensors
+    that its slot gets when it computes, ``depth`` the number of computed values that the slot keeps.
     """
 
     name: str
@@ -56,15 +113,25 @@ class SiteSpec:
     foreseen: bool = False
     borrows: str | None = None
     conditioned: bool = False
+    width: int = 1
+    depth: int = 1
 
 
 @dataclass(frozen=True)
 class Decisions:
-    """A row (True: reuse), the reason of each entry, and the rules that would have reused but for a missing value."""
+    """A row (True: reuse), the reason of each entry, and the rules that would have reused but for a missing value.
+
+    ``weights`` has those of each site that takes a weighted sum, None for the others; nothing where none does.
+    """
 
     row: tuple[bool, ...]
     reasons: tuple[Reason, ...]
     misses: tuple[Reason, ...]
+    weights: tuple[Weights | None, ...] = ()
+
+    def weigh(self, i: int) -> Weights | None:
+        """The weights of what the slot of a site holds; None where it takes the newest."""
+        return self.weights[i] if self.weights else None
 
 
 def _unknown(site: int, symbol: str) -> float | None:
@@ -74,26 +141,28 @@ def _unknown(site: int, symbol: str) -> float | None:
 class Decider:
     """The decisions of one call, settled one by one: a guard may need what the call has yet to compute.
 
-    `holds` says which slots hold values that fit; `unfit` why the others do not. Only proof permits reuse: without a
-    fitting value, beyond the told end, or inside a reused site nothing else is looked at.
+    `past` says when what each slot holds was computed, `holds` which slots hold values that fit; `unfit` why the others
+    do not. Only proof permits reuse: without a fitting value, beyond the told end, or inside a reused site nothing else
+    is looked at.
     """
 
     def __init__(
         self,
         sites: Sequence[SiteSpec],
         moment: Moment,
-        computed_at: Sequence[int],
+        past: Sequence[Past],
         streak: Sequence[int],
         holds: Sequence[bool],
         unfit: Reason | None = None,
         measure: Callable[[int, str], float | None] = _unknown,
     ) -> None:
         self._sites, self._moment, self._unfit, self._measure = sites, moment, unfit, measure
-        self._computed_at, self._streak, self._holds = computed_at, streak, holds
+        self._past, self._streak, self._holds = past, streak, holds
         self._beyond = moment.num_steps is not None and moment.step >= moment.num_steps
         self.row: list[bool | None] = [None] * len(sites)
         self._reasons: list[Reason] = [Reason.NO_RULE] * len(sites)
         self._misses: list[Reason] = []
+        self._weights: list[Weights | None] = [None] * len(sites)
 
     def settle(self, i: int) -> bool:
         """Whether site `i` is reused. The sites around it are asked first."""
@@ -116,14 +185,24 @@ class Decider:
         if site.borrows is not None and site.borrows == moment.stream:
             return False, Reason.NO_RULE  # the stream that lends
         holds = site.reads == NO_SLOT or self._holds[i if site.reads is None else site.reads]
-        age = moment.step - self._computed_at[i] if holds else None
+        age = self._past[i].age(moment.step) if holds else None
         layer = moment.layer_offset + site.layer
-        wanted, reason = site.choose(moment, layer, age, self._streak[i], lambda name: self._measure(i, name))
+        choice = site.choose(moment, layer, age, self._streak[i], lambda name: self._measure(i, name))
         lacking = Reason.BEYOND_END if self._beyond else (None if holds else self._unfit or Reason.EMPTY)
-        if wanted and lacking is not None:
+        if choice.reuse and lacking is None and choice.weigh is not None:
+            weights = choice.weigh(self._past[i], moment)
+            if isinstance(weights, Reason):
+                lacking = weights
+            else:
+                self._weights[i] = weights
+        if choice.reuse and lacking is not None:
             self._misses.append(lacking)
             return False, lacking
-        return wanted, reason
+        return choice.reuse, choice.reason
+
+    def weigh(self, i: int) -> Weights | None:
+        """The weights of what the slot of a settled site holds; None where it takes the newest."""
+        return self._weights[i]
 
     def _will_be_read(self, i: int) -> bool:
         """Whether site `i`, which computes now, may read its slot before it computes again."""
@@ -136,7 +215,7 @@ class Decider:
         end = self._moment.num_steps
         for step in range(self._moment.step + 1, self._moment.step + HORIZON if end is None else end):
             moment = self._moment._replace(step=step, sigma=None, snr=None)
-            reused = [s.choose(moment, moment.layer_offset + s.layer, 1, 0, lambda _: None)[0] for s in sites]
+            reused = [s.choose(moment, moment.layer_offset + s.layer, 1, 0, lambda _: None).reuse for s in sites]
             if not any(reused[1:]):
                 return reused[0]
         return end is None
@@ -144,4 +223,5 @@ class Decider:
     def decisions(self) -> Decisions:
         """All decisions; what is not settled yet is settled now."""
         row = tuple(self.settle(i) for i in range(len(self._sites)))
-        return Decisions(row, tuple(self._reasons), tuple(self._misses))
+        weights = tuple(self._weights) if any(self._weights) else ()
+        return Decisions(row, tuple(self._reasons), tuple(self._misses), weights)

@@ -12,14 +12,16 @@ from torch import Tensor
 
 from dit_rewrite.errors import Reason
 from dit_rewrite.runtime.cache import Bank, Hoisted, stamp_of
-from dit_rewrite.runtime.decide import Decider, Decisions, Moment, SiteSpec
+from dit_rewrite.runtime.decide import Computed, Decider, Decisions, Moment, Past, SiteSpec, Weights
 from dit_rewrite.runtime.measure import Distance, Meter
 from dit_rewrite.runtime.session import Call, Observation, Session
 from dit_rewrite.runtime.stats import Record
 
 Row = tuple[bool, ...]
 # what decisions follow from where nothing is measured: the arguments of a Decider behind its sites
-State = tuple[Moment, tuple[int, ...], tuple[int, ...], tuple[bool, ...], Reason | None]
+State = tuple[Moment, tuple[Past, ...], tuple[int, ...], tuple[bool, ...], Reason | None]
+Decide = Callable[[int], bool]  # whether a site is reused
+Weigh = Callable[[int], Weights | None]  # how the values are weighted that its slot holds; None: it takes the newest
 PLANS = 4096  # decisions of a graph that are kept: of steps, streams and numbers of steps
 
 
@@ -66,6 +68,10 @@ class Wiring:
     ambient: frozenset[int] = frozenset()
 
 
+def newest(site: int) -> None:
+    """The weights of a site that takes the newest value of its slot."""
+
+
 class Unadmitted(Exception):
     """A piece was compiled for other sizes."""
 
@@ -104,6 +110,8 @@ class Graph:
         self._steady = tuple(sorted(wiring.steady))
         self._ambient = tuple(sorted(wiring.ambient))
         self._data = tuple(i for i in range(wiring.num_inputs) if i not in wiring.static)
+        forecasting = {i for i, site in enumerate(self.sites) if site.depth > 1}
+        self._forecasting = tuple(tuple(i for i in piece.sites if i in forecasting) for piece in self.pieces)
         self._compiling = threading.RLock()
         self._room = [None] * (wiring.num_wires - wiring.num_inputs)
         self._shared: dict[Row, tuple[int, ...]] = {}  # the outputs that share memory with a slot
@@ -145,13 +153,13 @@ class Graph:
         """Decide and run piece by piece; nothing is stored before all of them have run."""
         wires, moment = self.start(args), call.moment
         holds = tuple([unfit is None and values is not None for values in bank.values])
-        state: State = (moment, tuple(bank.computed_at), tuple(bank.streak), holds, unfit)
+        state: State = (moment, tuple(bank.past), tuple(bank.streak), holds, unfit)
         if self._measures:
             decided, fresh = self._measuring(args, wires, bank, state)
         else:
             decided = self._decided(*state)
-            fresh = self._pieces(args, wires, bank, decided.row.__getitem__)
-        self.store(fresh, bank, moment.step, decided)
+            fresh = self._pieces(args, wires, bank, decided.row.__getitem__, decided.weigh)
+        self.store(fresh, bank, moment, decided)
         return decided, self.results(wires)
 
     def _measuring(
@@ -168,7 +176,7 @@ class Graph:
             return None if held is None else float(held[index].item())
 
         decider = Decider(self.sites, *state, measure=measure)
-        fresh = self._pieces(args, wires, bank, decider.settle)
+        fresh = self._pieces(args, wires, bank, decider.settle, decider.weigh)
         decided = decider.decisions()
         meter.close(decided.row)
         return decided, fresh
@@ -185,19 +193,19 @@ class Graph:
         return found
 
     def _pieces(
-        self, args: list[Any], wires: list[Any], bank: Bank, decide: Callable[[int], bool]
+        self, args: list[Any], wires: list[Any], bank: Bank, decide: Decide, weigh: Weigh
     ) -> list[tuple[tuple[int, int], Tensor]]:
         """Run the pieces one after the other; what they made for the slots.
 
-        What a site held that now computes is let go first: nothing reads it any more, and the memory of old and new
-        values together would be twice the cache's. Should the call fail, the slot is empty: a miss.
+        The oldest value of a site that now computes is let go first: nothing reads it any more, and it would take
+        memory beside the new one. Should the call fail, the stream's slots are emptied.
         """
         fresh: list[tuple[tuple[int, int], Tensor]] = []
         for number, piece in enumerate(self.pieces):
             for site in piece.sites:
                 if not decide(site):
-                    bank.values[site] = None
-            fresh += self.run_piece(number, decide, args, wires, bank)
+                    bank.release(site, self.sites[site].width, self.sites[site].depth)
+            fresh += self.run_piece(number, decide, args, wires, bank, weigh)
         return fresh
 
     def start(self, args: list[Any]) -> list[Any]:
@@ -205,7 +213,7 @@ class Graph:
         return [*args, *self._room]
 
     def run_piece(
-        self, number: int, decide: Callable[[int], bool], args: list[Any], wires: list[Any], bank: Bank
+        self, number: int, decide: Decide, args: list[Any], wires: list[Any], bank: Bank, weigh: Weigh = newest
     ) -> list[tuple[tuple[int, int], Tensor]]:
         """Run one piece, put what it returns on the wires and take what is spent off them; what it made for slots."""
         piece = self.pieces[number]
@@ -215,10 +223,21 @@ class Graph:
         if executable is not None:
             if executable.admits is not None and not executable.admits(args):
                 raise Unadmitted
-            fresh = _execute(executable, wires, bank)
+            slots = self._weighted(number, decide, weigh, bank) if self._forecasting[number] else bank.slots
+            fresh = _execute(executable, wires, slots)
         for wire in piece.spent:
             wires[wire] = None
         return fresh
+
+    def _weighted(self, number: int, decide: Decide, weigh: Weigh, bank: Bank) -> list[tuple[Tensor, ...] | None]:
+        """The slots, those from which a piece takes a weighted sum as it reads them."""
+        slots = list(bank.slots)
+        for i in self._forecasting[number]:
+            if slots[i] is not None and decide(i):
+                site = self.sites[i]
+                weights = weigh(i) or (1.0,) + (0.0,) * (site.depth - 1)
+                slots[i] = bank.weighted(i, weights, site.width)
+        return slots
 
     def results(self, wires: list[Any]) -> list[Any]:
         """What the graph returns, once all pieces have run."""
@@ -257,22 +276,26 @@ class Graph:
         inputs = [args[i] for i in prologue.inputs if isinstance(args[i], Tensor)]  # weights may be changed too
         if bank.hoisted is not None and bank.hoisted.holds_for(inputs, explicit):
             return
-        values = [value for _, value in _execute(prologue, args, bank)]
+        values = [value for _, value in _execute(prologue, args, bank.slots)]
         bank.hoisted = Hoisted.of(inputs, values)
         self.session.stats.add("hoists")
         self.session.note_bytes()
 
-    def store(self, fresh: Sequence[tuple[tuple[int, int], Tensor]], bank: Bank, step: int, decided: Decisions) -> None:
+    def store(
+        self, fresh: Sequence[tuple[tuple[int, int], Tensor]], bank: Bank, moment: Moment, decided: Decisions
+    ) -> None:
         """Put what the pieces made into the slots, once all of them have run."""
+        now = Computed(moment.step, moment.sigma, moment.snr)
         values: dict[int, dict[int, Tensor]] = {}
         for (site, index), value in fresh:
             values.setdefault(site, {})[index] = value
         for site, reason in enumerate(decided.reasons):
             if not decided.row[site]:
                 tensors = values.get(site, {})
-                bank.store(site, tuple(tensors[k] for k in range(len(tensors))) or None, step)
+                made = tuple(tensors[k] for k in range(len(tensors))) or None
+                bank.store(site, made, now, self.sites[site].depth)
             elif reason is Reason.UNREAD:
-                bank.store(site, None, step)  # what it held is of an earlier computation
+                bank.store(site, None, now)  # what it held is of an earlier computation
             elif reason is not Reason.COVERED:
                 bank.streak[site] += 1
         if fresh:
@@ -298,13 +321,14 @@ class Graph:
         for piece in self.pieces:
             executable = piece.variants[(False,) * len(piece.sites)]
             if executable is not None:
-                _execute(executable, wires, bank)
+                _execute(executable, wires, bank.slots)
         return self.results(wires)
 
 
-def _execute(executable: Executable, wires: list[Any], bank: Bank) -> list[tuple[tuple[int, int], Tensor]]:
+def _execute(
+    executable: Executable, wires: list[Any], slots: Sequence[tuple[Tensor, ...] | None]
+) -> list[tuple[tuple[int, int], Tensor]]:
     """Run a variant on the wires, and put its outputs on them; what it made for the slots."""
-    slots = bank.values if bank.hoisted is None else [*bank.values, bank.hoisted.values]
     cached = [slots[site][k] for site, k in executable.cached]  # type: ignore[index]
     results = executable.run(*[wires[i] for i in executable.inputs], *cached)
     for wire, value in zip(executable.outputs, results, strict=False):

@@ -23,7 +23,7 @@ from dit_rewrite.passes import guards
 from dit_rewrite.passes.site import Kind, Part, Site
 from dit_rewrite.policies import DQAR, FirstBlockCache
 from dit_rewrite.policy import Policy, Rule
-from dit_rewrite.runtime.decide import Decider, Decisions, Moment, SiteSpec
+from dit_rewrite.runtime.decide import Choice, Computed, Decider, Decisions, Moment, Past, SiteSpec
 from dit_rewrite.strategy import BlockwiseReuse, Compute, Reuse, ReuseKV, ShareGuidance, Strategy, WindowResidual
 from dit_rewrite.where import Where
 
@@ -331,9 +331,9 @@ def test_a_measurement_is_asked_for_where_it_matters_alone() -> None:
 
     policy = Policy((Rule((step > 2) & (similarity("self") < 1)), Rule(step > 5), Rule(drift("self") < 0.1)))
     choose = policy.for_site(site(), {}).chooser()
-    assert choose(Moment(1, 9), 0, 1, 0, read) == (False, Reason.NO_RULE)
+    assert choose(Moment(1, 9), 0, 1, 0, read) == Choice(False, Reason.NO_RULE)
     assert asked == ["drift(self)"]
-    assert choose(Moment(3, 9), 0, 1, 0, read) == (True, Reason.RULE)
+    assert choose(Moment(3, 9), 0, 1, 0, read) == Choice(True, Reason.RULE)
     assert asked[1:] == ["similarity(self)"]
 
 
@@ -531,7 +531,8 @@ def test_any_policy_under_any_measurement(machine: Machine, data: st.DataObject)
         def read(i: int, name: str, numbers: dict[Any, Any] = numbers) -> float | None:
             return numbers.get((i, name))
 
-        given = (specs, moment, computed_at, run, holds, Reason.CHANGED_INPUT if lost else None, read)
+        past = [Past((Computed(step),)) for step in computed_at]
+        given = (specs, moment, past, run, holds, Reason.CHANGED_INPUT if lost else None, read)
         found, shuffled = Decider(*given).decisions(), Decider(*given)
         for i in random.Random(now).sample(range(count), count):
             shuffled.settle(i)
@@ -575,7 +576,7 @@ def test_without_a_measurement_that_is_one_nothing_is_proven(law: Law, value: fl
     measured = guards.mentions(law.rule.when) & guards.MEASURED
     policy = Policy((replace(law.rule, do=Reuse(), where=Where()),))
     choose = policy.for_site(site(), {"layer": 0, "num_layers": 4}).chooser()
-    reuse, _ = choose(Moment(3, 9, sigma=0.5, snr=0.5), 0, 1, 0, lambda name: value)
+    reuse = choose(Moment(3, 9, sigma=0.5, snr=0.5), 0, 1, 0, lambda name: value).reuse
     assert not (reuse and measured)
 
 

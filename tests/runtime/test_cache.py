@@ -7,6 +7,7 @@ import torch
 
 from dit_rewrite.errors import Reason
 from dit_rewrite.runtime.cache import Bank, stamp_of
+from dit_rewrite.runtime.decide import Computed
 
 WEIGHTS = (torch.ones(1), torch.ones(1))
 
@@ -15,8 +16,8 @@ def filled(*inputs: object) -> Bank:
     """A bank of two sites that a call with these inputs filled."""
     bank = Bank(2)
     bank.fit(stamp_of(inputs), WEIGHTS)
-    bank.store(0, (torch.ones(3),), step=4)
-    bank.store(1, (torch.ones(3), torch.ones(2)), step=4)
+    bank.store(0, (torch.ones(3),), Computed(4))
+    bank.store(1, (torch.ones(3), torch.ones(2)), Computed(4))
     bank.streak[1] = 2
     return bank
 
@@ -64,18 +65,18 @@ def test_other_weights_empty_it() -> None:
 def test_store_begins_a_new_age_and_streak() -> None:
     bank = filled(1)
     value = torch.zeros(2)
-    bank.store(1, (value,), step=9)
+    bank.store(1, (value,), Computed(9))
     assert bank.values[1] is not None and bank.values[1][0] is value
-    assert (bank.computed_at, bank.streak) == ([4, 9], [0, 0])
+    assert ([past.age(9) for past in bank.past], bank.streak) == ([5, 0], [0, 0])
 
 
 def test_bytes_count_shared_storage_once_and_whole() -> None:
     bank = Bank(3)
     assert bank.bytes == 0
     whole = torch.ones(10, dtype=torch.float32)
-    bank.store(0, (whole[:2], whole[5:]), step=0)
+    bank.store(0, (whole[:2], whole[5:]), Computed(0))
     assert bank.bytes == 40, "views keep all of their storage alive"
-    bank.store(1, (torch.ones(3, dtype=torch.float16),), step=0)
+    bank.store(1, (torch.ones(3, dtype=torch.float16),), Computed(0))
     assert bank.bytes == 46
     bank.clear()
     assert bank.bytes == 0

@@ -9,17 +9,25 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dit_rewrite.errors import Reason
-from dit_rewrite.runtime.decide import HORIZON, NO_SLOT, Decider, Decisions, Moment, SiteSpec
+from dit_rewrite.runtime.decide import HORIZON, NO_SLOT, Choice, Computed, Decider, Decisions, Moment, Past, SiteSpec
 
 YES, NO = Reason.RULE, Reason.NO_RULE
 
 
-def always(*_: object) -> tuple[bool, Reason]:
-    return True, YES
+def since(step: int) -> Past:
+    """The past of a slot that was filled at a step."""
+    return Past((Computed(step),))
 
 
-def never(*_: object) -> tuple[bool, Reason]:
-    return False, NO
+SINCE_0 = since(0)
+
+
+def always(*_: object) -> Choice:
+    return Choice(True, YES)
+
+
+def never(*_: object) -> Choice:
+    return Choice(False, NO)
 
 
 def site(choose: Any = always, parent: int | None = None, layer: int = 0) -> SiteSpec:
@@ -31,7 +39,7 @@ def at(step: int, of: int | None = None, **more: Any) -> Moment:
 
 
 def decided(sites: list[SiteSpec], moment: Moment, holds: list[bool], unfit: Reason | None = None) -> Decisions:
-    return Decider(sites, moment, [0] * len(sites), [0] * len(sites), holds, unfit).decisions()
+    return Decider(sites, moment, [SINCE_0] * len(sites), [0] * len(sites), holds, unfit).decisions()
 
 
 def test_a_rule_reuses_what_is_held() -> None:
@@ -70,16 +78,18 @@ def test_within_a_computing_parent_each_site_decides() -> None:
 def test_what_a_rule_is_asked() -> None:
     asked: list[tuple[object, ...]] = []
 
-    def ask(*args: Any) -> tuple[bool, Reason]:
+    def ask(*args: Any) -> Choice:
         asked.append(args[:-1])
         read.append(args[-1]("entropy"))
-        return False, NO
+        return Choice(False, NO)
 
     read: list[float | None] = []
     sites = [site(ask, layer=0), site(ask, layer=1)]
     moment = Moment(7, 20, 3, 5, sigma=0.5, snr=4.0, stream="cond")
     measured = {(0, "entropy"): 0.25}
-    Decider(sites, moment, [4, 0], [2, 1], [True, False], measure=lambda *key: measured.get(key)).decisions()
+    Decider(
+        sites, moment, [since(4), SINCE_0], [2, 1], [True, False], measure=lambda *key: measured.get(key)
+    ).decisions()
     # the moment, the layer in the model, age (unknown without a value), streak
     assert asked == [(moment, 3, 3, 2), (moment, 4, None, 1)]
     assert read == [0.25, None], "each site reads its own measurements"
@@ -129,17 +139,17 @@ def test_only_proof_permits_reuse(
 def test_age_and_streak_over_a_trajectory(limit: int, longest: int, steps: int) -> None:
     """Reuse while age <= limit and streak < longest: a computation every 1 + min(limit, longest) steps."""
 
-    def choose(moment: Moment, layer: int, age: int | None, streak: int, *_: Any) -> tuple[bool, Reason]:
-        return (age is not None and age <= limit and streak < longest), YES
+    def choose(moment: Moment, layer: int, age: int | None, streak: int, *_: Any) -> Choice:
+        return Choice(age is not None and age <= limit and streak < longest, YES)
 
     sites = [site(choose), site(never)]
-    computed_at, streak, rows = [0, 0], [0, 0], []
+    past, streak, rows = [SINCE_0] * 2, [0, 0], []
     for step in range(steps):
-        row = Decider(sites, at(step), computed_at, streak, [step > 0] * 2).decisions().row
+        row = Decider(sites, at(step), past, streak, [step > 0] * 2).decisions().row
         rows.append(row)
         for i, reused in enumerate(row):
             streak[i] = streak[i] + 1 if reused else 0
-            computed_at[i] = computed_at[i] if reused else step
+            past[i] = past[i] if reused else since(step)
     period = 1 + min(limit, longest)
     assert rows == [(step % period != 0, False) for step in range(steps)]
 
@@ -151,13 +161,13 @@ def test_a_site_that_reads_the_slot_of_another() -> None:
     """What site 0 needs is in the slot of site 1, and its own says nothing; its age is still its own."""
     asked: list[int | None] = []
 
-    def ask(moment: Moment, layer: int, age: int | None, streak: int, read: Any) -> tuple[bool, Reason]:
+    def ask(moment: Moment, layer: int, age: int | None, streak: int, read: Any) -> Choice:
         asked.append(age)
-        return True, YES
+        return Choice(True, YES)
 
     sites = [replace(site(ask), reads=1), site(never)]
     for own, others in ((False, True), (True, False)):
-        found = Decider(sites, at(5), [2, 4], [0, 0], [own, others]).decisions()
+        found = Decider(sites, at(5), [since(2), since(4)], [0, 0], [own, others]).decisions()
         reason = YES if others else Reason.EMPTY
         assert found == Decisions((others, False), (reason, NO), () if others else (Reason.EMPTY,))
     assert asked == [3, None]
@@ -180,8 +190,8 @@ BRANCH, CORE, HELD = range(3)
 def follows(schedule: str, letter: str) -> Any:
     """Reuse at the steps that have that letter; a schedule goes round."""
 
-    def choose(moment: Moment, *_: Any) -> tuple[bool, Reason]:
-        return (schedule[moment.step % len(schedule)] == letter), YES
+    def choose(moment: Moment, *_: Any) -> Choice:
+        return Choice(schedule[moment.step % len(schedule)] == letter, YES)
 
     return choose
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from dit_rewrite.errors import Reason
-from dit_rewrite.runtime.decide import Choose, Moment, SiteSpec
+from dit_rewrite.runtime.decide import Choice, Choose, Moment, SiteSpec
 from dit_rewrite.runtime.dispatch import Executable, Graph, Piece, Row, Wiring
 from dit_rewrite.runtime.inputs import Inputs
 from dit_rewrite.runtime.session import Observation, Session
@@ -21,8 +21,8 @@ from dit_rewrite.runtime.trajectory import Clock
 W = torch.tensor([3.0])
 
 
-def after_first(moment: Moment, *_: object) -> tuple[bool, Reason]:
-    return moment.step > 0, Reason.RULE if moment.step > 0 else Reason.NO_RULE
+def after_first(moment: Moment, *_: object) -> Choice:
+    return Choice(moment.step > 0, Reason.RULE if moment.step > 0 else Reason.NO_RULE)
 
 
 def unmeasured(now: Tensor, before: Tensor) -> Tensor:
@@ -90,7 +90,7 @@ def test_a_state_is_decided_once() -> None:
     """The second trajectory asks no rule again, except where it finds another state: a slot that does not fit."""
     asked: list[int] = []
 
-    def choose(moment: Moment, *_: object) -> tuple[bool, Reason]:
+    def choose(moment: Moment, *_: object) -> Choice:
         asked.append(moment.step)
         return after_first(moment)
 
@@ -199,7 +199,7 @@ class InPieces:
 
     @staticmethod
     def choose(site: int, reuse: Callable[[int, int], bool]) -> Any:
-        return lambda moment, *_: (reuse(site, moment.step), Reason.RULE)
+        return lambda moment, *_: Choice(reuse(site, moment.step), Reason.RULE)
 
     def compile(self, piece: int, row: Row) -> Executable | None:
         admits = self.admits if True in row else None
@@ -281,7 +281,7 @@ class Watching(Doubling):
     """Sees at each computation whether the value that the slot held is still alive, and fails where it is told to."""
 
     def __init__(self) -> None:
-        super().__init__(choose=lambda moment, *_: (moment.step % 2 == 1, Reason.RULE))
+        super().__init__(choose=lambda moment, *_: Choice(moment.step % 2 == 1, Reason.RULE))
         self.old: weakref.ref[Tensor] | None = None
         self.alive: list[bool] = []
         self.fails = False

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from dit_rewrite.errors import BadTrajectory, Reason
-from dit_rewrite.runtime.decide import Moment
+from dit_rewrite.runtime.decide import Computed, Moment
 from dit_rewrite.runtime.inputs import Inputs
 from dit_rewrite.runtime.session import Call, Session
 from dit_rewrite.runtime.stats import Record, Stats
@@ -66,7 +66,7 @@ def test_a_changed_place_is_emptied() -> None:
     under_way = session.begin(given(0.0, 0.0))
     _, bank, _ = under_way.enter(0, 1)
     bank.fit((), ())
-    bank.store(0, (C,), step=0)
+    bank.store(0, (C,), Computed(0))
     session.end(under_way)
     ran(session, 1)
     under_way = session.begin(given(0.0, ran.time - 1))  # type: ignore[attr-defined]
@@ -130,7 +130,7 @@ def test_forgetting(telling: str) -> None:
     for x in (0.0, 0.1):
         under_way = session.begin(given(x, 9.0 - x))
         _, bank, _ = under_way.enter(0, 1)
-        bank.store(0, (torch.zeros(5),), step=0)
+        bank.store(0, (torch.zeros(5),), Computed(0))
         session.end(under_way)
     assert (under_way.trajectory.step, session.cache_bytes()) == (1, 20)
     session.forget()
@@ -145,7 +145,7 @@ def test_bytes_are_those_of_all_streams() -> None:
     for name in ("cond", "uncond"):
         session.named = Named(name)
         under_way = session.begin(given(0.0, 0.0))
-        under_way.enter(0, 1)[1].store(0, (torch.zeros(5),), step=0)
+        under_way.enter(0, 1)[1].store(0, (torch.zeros(5),), Computed(0))
         session.end(under_way)
     assert session.cache_bytes() == 40
 
