@@ -87,7 +87,15 @@ class _Step:
         """The nodes whose tensors are needed."""
         return {*self.read, *(name for key, _, read in self.computed for name in (key[-1], *read))}
 
-    def add(self, site: Site, form: Form, reuse: bool, where: tuple[str, int], kept: Held) -> None:
+    def add(
+        self,
+        site: Site,
+        form: Form,
+        reuse: bool,
+        where: tuple[str, int],
+        kept: Held,
+        weights: tuple[float, ...] | None,
+    ) -> None:
         """A site that was decided on by itself."""
         codec, guidance = form
         if guidance is not None:
@@ -107,24 +115,41 @@ class _Step:
             elif key not in kept:
                 self.lacking = value
             else:
-                self.instead[value] = _from_kept(kept[key], codec, read)
+                self.instead[value] = _from_kept(kept[key], codec, read, weights)
 
 
-def _from_kept(kept: tuple[Tensor, ...], codec: Codec, read: tuple[str, ...]) -> Instead:
+def _from_kept(
+    kept: tuple[Tensor, ...], codec: Codec, read: tuple[str, ...], weights: tuple[float, ...] | None
+) -> Instead:
     def make(seen: Read, guidance: Guidance | None) -> Tensor:
         tensors = kept if guidance is None else [twice(tensor, guidance) for tensor in kept]
         now = seen(read)
         if isinstance(codec, Store):
-            return now[0] + tensors[0] if now else tensors[0]
+            value = tensors[0] if weights is None else weighted(tensors, weights)
+            return now[0] + value if now else value
         return codec.decode(tensors, now, now[0].dtype)
 
     return make
 
 
-def _keep(value: Tensor, codec: Codec, read: Sequence[Tensor]) -> tuple[Tensor, ...]:
+def weighted(values: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
+    """The sum of kept values, newest first, by weights that fp32 holds; those of weight 0 are not looked at."""
+    if not values[0].is_floating_point():
+        return values[0]
+    total, wide = None, torch.float64 if values[0].dtype is torch.float64 else torch.float32
+    for k, weight in enumerate(torch.tensor(weights, dtype=torch.float32).tolist()):
+        term = (values[k] if weight else values[0]).to(wide) * weight
+        total = term if total is None else total + term
+    assert total is not None
+    return total.to(values[0].dtype)
+
+
+def _keep(
+    value: Tensor, codec: Codec, read: Sequence[Tensor], older: Sequence[Tensor], depth: int
+) -> tuple[Tensor, ...]:
     """What is kept of a value: by the definition of each store, or as a strategy inside attention has it."""
     if isinstance(codec, Store):
-        return (rounded(value - read[0] if read else value, codec.name),)
+        return (rounded(value - read[0] if read else value, codec.name), *older)[:depth]
     return tuple(codec.encode(value, read))
 
 
@@ -133,12 +158,15 @@ def _replay(
 ) -> dict[str, Tensor] | None:
     """Run one observation again; outputs as ``output i`` and what sites hold, by name. None: it cannot be run."""
     record, step = observation.record, _Step()
-    for i, reuse, reason in zip(graph.reached, record.row, record.reasons, strict=True):
+    depths: dict[str, int] = {}
+    weights = record.weights or (None,) * len(record.row)
+    for i, reuse, reason, each in zip(graph.reached, record.row, record.reasons, weights, strict=True):
+        depths.update(dict.fromkeys(graph.found.sites[i].values, graph.rules[i].depth))
         if reason is not Reason.COVERED:
             shared = graph.rules[i].form
             lender = shared.stream if isinstance(shared, ShareGuidance) and reuse else None
             where = (lender or stream, observation.position)
-            step.add(graph.found.sites[i], graph.placed.forms[i], reuse, where, kept)
+            step.add(graph.found.sites[i], graph.placed.forms[i], reuse, where, kept, each)
     if step.lacking is not None:
         check.fail(Difference(step.lacking, record.step, "replay: reused, and never computed in this trajectory"))
         return None
@@ -146,7 +174,8 @@ def _replay(
     with torch_private.no_autocast():  # the captured graph has its casts already
         outputs = run.run(*observation.args)
     for key, codec, read in step.computed:
-        kept[key] = _keep(run.values[key[-1]], codec, run.seen(read, key[-1]))
+        older = kept.get(key, ())
+        kept[key] = _keep(run.values[key[-1]], codec, run.seen(read, key[-1]), older, depths[key[-1]])
     values = {_name(key): kept[key][0] for key in step.held}
     return {**values, **{f"output {i}": out for i, out in enumerate(outputs) if isinstance(out, Tensor)}}
 

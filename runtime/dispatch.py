@@ -255,7 +255,15 @@ class Graph:
         """Count the decisions of a call, and show it to the observer if there is one."""
         trajectory, stream = call.trajectory.number, call.stream.name
         record = Record(
-            trajectory, call.trajectory.step, stream, self.index, occurrence, self.names, decided.row, decided.reasons
+            trajectory,
+            call.trajectory.step,
+            stream,
+            self.index,
+            occurrence,
+            self.names,
+            decided.row,
+            decided.reasons,
+            decided.weights,
         )
         self.session.stats.count(record, decided.misses)
         if self.session.observer is not None:

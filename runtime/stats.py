@@ -15,8 +15,8 @@ from dit_rewrite.errors import Reason
 class Decision:
     """One call of one graph: a row of `Stats.decisions`.
 
-    ``strategies`` maps each guarded site to "compute" or "reuse" (what only holds something for another: "fill" or
-    "leave" its slot), ``reasons`` to why.
+    ``strategies`` maps each guarded site to "compute", "reuse" or "forecast" (what only holds something for another:
+    "fill" or "leave" its slot), ``reasons`` to why.
     """
 
     trajectory: int
@@ -42,10 +42,14 @@ class Record:
     names: tuple[str, ...]
     row: tuple[bool, ...]
     reasons: tuple[Reason, ...]
+    weights: tuple[tuple[float, ...] | None, ...] = ()
 
     def decision(self) -> Decision:
-        done = zip(self.names, self.row, self.reasons, strict=True)
-        strategies = {name: _SLOTS.get(reason, "reuse" if reused else "compute") for name, reused, reason in done}
+        did = ["reuse" if reused else "compute" for reused in self.row]
+        for i, weights in enumerate(self.weights):
+            did[i] = did[i] if weights is None else "forecast"
+        done = zip(self.names, did, self.reasons, strict=True)
+        strategies = {name: _SLOTS.get(reason, what) for name, what, reason in done}
         return Decision(
             self.trajectory,
             self.step,
