@@ -34,7 +34,7 @@ from benchmarks.fidelity_claims import Claim
 from benchmarks.record import Record, digest, prepare, print_claims
 from benchmarks.timing import RESULTS, machine
 from dit_rewrite.backend import Backend
-from dit_rewrite.demo_report import console, open_progress, versions
+from dit_rewrite.demo_report import console, open_progress, print_table, versions
 from dit_rewrite.kernels.blockwise_attention.state import State
 from dit_rewrite.metrics import relative_l2, ssim
 from dit_rewrite.module import twin
@@ -265,7 +265,7 @@ def main(argv: list[str] | None = None) -> None:
         rows = measure_rows(Bench(arguments), record, bar)
     claims = judge(rows)
     record.write(claims)
-    console.print(build_table(rows))
+    print_table(build_table(rows))
     print_claims(claims)
     console.print(f"wrote {arguments.out}", highlight=False)
 

@@ -7,6 +7,7 @@ import json
 import math
 import os
 import platform
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -29,6 +30,15 @@ except ImportError as error:
     raise MissingExtra("rich", "the demo", "demo") from error
 
 console = Console()
+
+
+def print_table(table: Table) -> None:
+    """Print a table. Where no terminal sets a width, wide figures make the table wider: nothing is cut."""
+    if console.is_terminal:
+        console.print(table)
+    else:
+        needed = console.measure(table, options=console.options.update(width=sys.maxsize)).maximum
+        Console(width=max(console.width, needed)).print(table)
 
 
 @dataclass(frozen=True)
@@ -198,7 +208,7 @@ def write_all(
     (out / "graph.diff").write_text(report.graph_diff())
     (out / "explain.txt").write_text(f"{report}\n")
     write_results(out / "results.json", arguments, results, verdicts)
-    console.print(build_table(results))
+    print_table(build_table(results))
     for line in (compile_line(results), *verdicts):
         console.print(line, highlight=False)
     console.print(

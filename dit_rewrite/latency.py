@@ -237,7 +237,7 @@ def write(found: Sequence[Breakdown], title: str, settings: Mapping[str, object]
     """Print the table, and write ``latency.json`` and ``latency.png`` into the folder."""
     from rich.table import Table
 
-    from dit_rewrite.demo_report import console
+    from dit_rewrite.demo_report import console, print_table
 
     table = Table(title=f"{title}: ms a block", caption=HOW)
     for column in ("length", *found[0].median, BLOCK):
@@ -247,7 +247,7 @@ def write(found: Sequence[Breakdown], title: str, settings: Mapping[str, object]
     out.mkdir(parents=True, exist_ok=True)
     (out / "latency.json").write_text(json.dumps(as_json(found, settings), indent=2) + "\n")
     draw(found, title, out / "latency.png")
-    console.print(table)
+    print_table(table)
     console.print(f"{out}/latency.png shows it, {out}/latency.json has every round.", highlight=False)
 
 

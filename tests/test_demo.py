@@ -75,6 +75,22 @@ def test_each_control_is_paired_with_its_own_method():
     ]
 
 
+def test_wide_figures_cut_no_heading_and_no_cell(capsys):
+    """A slow machine: the table is wider than the 80 columns that a log is taken to have."""
+    slow = make_result("FORA(1000000)", seconds=123456789.125, speed_up=123456.75, relative_l2=98765.4321)
+    demo_report.print_table(demo_report.build_table([slow]))
+    said = capsys.readouterr().out
+    assert max(map(len, said.splitlines())) > 80
+    assert all(text in said for text in ("speed-up", "Recomp%", "PSNR dB", "class", *demo_report.figures(slow)))
+    assert "123456789.12" in said and "98765.4321" in said and "…" not in said
+
+
+def test_a_terminal_keeps_its_width(capsys, monkeypatch):
+    monkeypatch.setattr(demo_report, "console", demo_report.Console(force_terminal=True, color_system=None, width=40))
+    demo_report.print_table(demo_report.build_table([make_result("FORA(2)")]))
+    assert max(map(len, capsys.readouterr().out.splitlines())) == 40
+
+
 def test_pixels_are_enlarged_without_smoothing(tmp_path):
     images = torch.full((2, 3, SIZE, SIZE), -1.0)
     images[0, :, 0, 0] = 1.0

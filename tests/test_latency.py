@@ -214,6 +214,17 @@ def test_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         assert len(picture.convert("RGB").getcolors(1 << 20) or []) > len(PARTS), "bars of as many colours as parts"
 
 
+def test_wide_figures_cut_no_heading_and_no_cell(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A slow machine: the table is wider than the 80 columns that a log is taken to have."""
+    times = {"self-attention": 1.5e7, "cross-attention": 3.25e8, "MLP": 2.125e9, "other": 4.25e10}
+    found = [Breakdown.of(1 << 40, [times])]
+    latency.write(found, "PixArt", {}, tmp_path)
+    said = capsys.readouterr().out
+    assert max(map(len, said.splitlines())) > 80
+    assert all(text in said for text in ("length", *PARTS, "block", *latency.cells(found[0])))
+    assert "1,099,511,627,776" in said and "4.250e+10  95%" in said and "…" not in said
+
+
 @pytest.mark.parametrize("package", ["diffusers", "matplotlib", "rich"])
 def test_a_missing_package_is_named_before_anything_runs(
     package: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
