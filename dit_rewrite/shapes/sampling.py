@@ -1,4 +1,4 @@
-"""Sampling the bundled denoiser: DDIM with classifier-free guidance, both halves in one call of the network."""
+"""Sampling the bundled denoisers with classifier-free guidance, both halves in one call; DDIM by default."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ def _told(denoiser: nn.Module, steps: int, scheduler: Any) -> AbstractContextMan
     return nullcontext() if trajectory is None else trajectory(num_steps=steps, scheduler=scheduler)
 
 
-def _noise(n: int, seed: int, device: torch.device) -> Tensor:
+def _noise(n: int, size: int, seed: int, device: torch.device) -> Tensor:
     """The start of ``n`` trajectories, drawn on the CPU so that it is the same on every device."""
-    return torch.randn(n, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(seed)).to(device)
+    return torch.randn(n, 3, size, size, generator=torch.Generator().manual_seed(seed)).to(device)
 
 
-Predict = Callable[[Tensor, Tensor], Tensor]  # (latents, timesteps) of both halves of the guidance -> their v
+Predict = Callable[[Tensor, Tensor], Tensor]  # (latents, timesteps) of both halves of the guidance -> predictions
 
 
 @torch.no_grad()
@@ -39,15 +39,20 @@ def sample(
     steps: int,
     guidance: float,
     seed: int,
+    scheduler: Any = None,
+    size: int = SIZE,
     progress: Callable[[], object] | None = None,
 ) -> Tensor:
-    """``n`` images by DDIM; ``predict`` calls ``denoiser`` once a step, the conditional half first.
+    """``n`` images ``(n, 3, size, size)`` by ``scheduler``; ``predict`` calls ``denoiser``, the conditional half first.
 
-    The v that is stepped with is Ho and Salimans 2022, equation 6, with the weight w + 1 = ``guidance``.
+    The prediction that is stepped with is Ho and Salimans 2022, equation 6, with the weight w + 1 = ``guidance``.
+    ``scheduler`` is DDIM, or a diffusers scheduler of the process that the denoiser was trained on which starts from
+    noise of variance 1 and gives the latents to the denoiser as they are, such as DPM-Solver++ or UniPC. There is one
+    call a timestep: of a second-order one, such as Heun's, two a step.
     """
-    scheduler = build_scheduler()
+    scheduler = build_scheduler() if scheduler is None else scheduler
     scheduler.set_timesteps(steps)
-    latents = _noise(n, seed, device)
+    latents = _noise(n, size, seed, device)
     with _told(denoiser, steps, scheduler):
         for timestep in scheduler.timesteps:
             both = predict(torch.cat([latents, latents]), timestep.to(device).expand(2 * n))
@@ -66,11 +71,12 @@ def sample_images(
     steps: int,
     guidance: float,
     seed: int,
+    scheduler: Any = None,
     progress: Callable[[], object] | None = None,
 ) -> Tensor:
     """Images ``(n, 3, SIZE, SIZE)`` in [-1, 1] of the classes ``labels`` ``(n,)``, on the device of the labels.
 
-    ``guidance`` 1 is none. ``progress`` is called after each step.
+    ``guidance`` 1 is none. ``scheduler`` is as in `sample`. ``progress`` is called after each call of the denoiser.
     """
     conditioning = torch.cat([labels, torch.full_like(labels, NULL_CLASS)])  # one object for all steps
 
@@ -86,5 +92,6 @@ def sample_images(
         steps=steps,
         guidance=guidance,
         seed=seed,
+        scheduler=scheduler,
         progress=progress,
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,13 +23,14 @@ def sample_captions(
     steps: int,
     guidance: float = TEXT_GUIDANCE,
     seed: int,
+    scheduler: Any = None,
     progress: Callable[[], object] | None = None,
 ) -> Tensor:
     """Images ``(n, 3, SIZE, SIZE)`` in [-1, 1] of ``n`` captions, on the encoder's device.
 
-    The denoiser is `text_model.TextModel`'s or what a compiler made of it, and is called once a step with both halves
-    of the guidance. ``guidance`` 1 is none. ``progress`` is called after each step. Raises BadParameter for captions
-    that `captions.tokenise` refuses.
+    The denoiser is `text_model.TextModel`'s or what a compiler made of it, and is called with both halves of the
+    guidance. ``guidance`` 1 is none. ``scheduler`` is as in `sampling.sample`. ``progress`` is called after each call
+    of the denoiser. Raises BadParameter for captions that `captions.tokenise` refuses.
     """
     with torch.no_grad():
         states, mask = encode(encoder, [*captions, *[NULL_CAPTION] * len(captions)])  # one object for all steps
@@ -45,5 +47,6 @@ def sample_captions(
         steps=steps,
         guidance=guidance,
         seed=seed,
+        scheduler=scheduler,
         progress=progress,
     )
