@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from dit_rewrite.errors import MissingExtra
 from dit_rewrite.shapes.data import NUM_CLASSES
 from dit_rewrite.shapes.model import WEIGHTS, load
-from dit_rewrite.shapes.relations import MAX_TOKENS, SIZE, WORDS, Pairs, tokenise
+from dit_rewrite.shapes.relations import MAX_TOKENS, SIZE, WORDS, Objects, tokenise
 
 if TYPE_CHECKING:
     from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel
@@ -98,7 +98,10 @@ def load_flow_model(path: Path = WEIGHTS / "flow_denoiser.safetensors") -> FlowM
 
 
 class PairReader(nn.Module):
-    """A small convolutional network that reads a picture of two objects: which they are, and how they lie."""
+    """A small convolutional network that reads a picture of two objects: which they are, and where they lie.
+
+    Not which relation was asked for: of objects at the top left and the bottom right two are true.
+    """
 
     def __init__(self, width: int = 32) -> None:
         super().__init__()
@@ -108,12 +111,13 @@ class PairReader(nn.Module):
             nn.Conv2d(2 * width, 2 * width, 3, stride=2, padding=1), nn.GELU(),
             nn.Flatten(), nn.Linear(2 * width * (SIZE // 8) ** 2, 128), nn.GELU(),
         )  # fmt: skip
-        self.head = nn.Linear(128, 2 * NUM_CLASSES + 2)
+        self.head = nn.Linear(128, 3 * NUM_CLASSES)
 
-    def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Logits of the fields of `relations.Pairs`, of images ``(n, 3, SIZE, SIZE)`` in [-1, 1]."""
-        first, second, vertical = self.head(self.features(images)).split([NUM_CLASSES, NUM_CLASSES, 2], dim=1)
-        return first, second, vertical
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Of images ``(n, 3, SIZE, SIZE)`` in [-1, 1]: logits ``(n, NUM_CLASSES)`` of which classes they show, and
+        where an object of each class would be, x and y in pixels, ``(n, NUM_CLASSES, 2)``."""
+        logits, places = self.head(self.features(images)).split([NUM_CLASSES, 2 * NUM_CLASSES], dim=1)
+        return logits, SIZE * (0.5 + places.unflatten(1, (NUM_CLASSES, 2)))
 
 
 def load_pair_reader(path: Path = WEIGHTS / "pair_reader.safetensors") -> PairReader:
@@ -122,6 +126,8 @@ def load_pair_reader(path: Path = WEIGHTS / "pair_reader.safetensors") -> PairRe
 
 
 @torch.no_grad()
-def read_pairs(reader: nn.Module, images: Tensor) -> Pairs:
-    """What images ``(n, 3, SIZE, SIZE)`` in [-1, 1] show."""
-    return Pairs(*(logits.argmax(1) for logits in reader(images)))
+def read_objects(reader: nn.Module, images: Tensor) -> Objects:
+    """The two objects that images ``(n, 3, SIZE, SIZE)`` in [-1, 1] show, the likeliest two classes."""
+    logits, places = reader(images)
+    classes = logits.topk(2).indices
+    return Objects(classes, places.gather(1, classes[:, :, None].expand(-1, -1, 2)))

@@ -10,8 +10,8 @@ the images are those of the captions, which have small shapes too, and the file 
 from __future__ import annotations
 
 import argparse
-import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -21,6 +21,7 @@ from torch import Tensor
 from dit_rewrite.shapes.captions import sample_captioned
 from dit_rewrite.shapes.data import sample
 from dit_rewrite.shapes.model import Classifier, accuracy, load_classifier, save
+from dit_rewrite.shapes.training import fit, roughen
 
 HELD_OUT = 5000
 HELD_OUT_SEED = 1 << 40  # beyond every training step's seed
@@ -35,29 +36,10 @@ def sample_of_captions(n: int, generator: torch.Generator) -> tuple[Tensor, Tens
     return images, scenes.labels
 
 
-def batch_of(draw: Sample, step: int, size: int) -> tuple[Tensor, Tensor]:
-    """One step's images and labels, the first half with noise of up to 0.15 in the range [-1, 1]."""
-    generator = torch.Generator().manual_seed(step)
-    images, labels = draw(size, generator)
-    strength = 0.15 * torch.rand(size, 1, 1, 1, generator=generator)
-    strength[size // 2 :] = 0
-    return images + strength * torch.randn(images.shape, generator=generator), labels
-
-
-def train(classifier: Classifier, draw: Sample, steps: int, batch: int, rate: float) -> None:
-    """Adam with a rate that falls to zero along a half cosine."""
-    optimiser = torch.optim.Adam(classifier.parameters(), lr=rate)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, steps)
-    began = time.perf_counter()
-    for step in range(steps):
-        images, labels = batch_of(draw, step, batch)
-        loss = F.cross_entropy(classifier(images), labels)
-        optimiser.zero_grad()
-        loss.backward()
-        optimiser.step()
-        schedule.step()
-        if (step + 1) % 250 == 0:
-            print(f"step {step + 1}  loss {loss.item():.5f}  {time.perf_counter() - began:.0f} s", flush=True)
+def loss_of(classifier: Classifier, draw: Sample, batch: int, generator: torch.Generator) -> Tensor:
+    """The cross-entropy of the classes of a batch."""
+    images, labels = draw(batch, generator)
+    return F.cross_entropy(classifier(roughen(images, generator)), labels)
 
 
 def main() -> None:
@@ -73,7 +55,7 @@ def main() -> None:
     torch.manual_seed(0)
     classifier = Classifier()
     draw = sample_of_captions if arguments.captioned else sample
-    train(classifier, draw, arguments.steps, arguments.batch, arguments.rate)
+    fit(classifier, partial(loss_of, classifier, draw, arguments.batch), arguments.steps, arguments.rate)
     path = arguments.out / ("text_classifier.safetensors" if arguments.captioned else "classifier.safetensors")
     save(classifier, path)
     images, labels = draw(HELD_OUT, torch.Generator().manual_seed(HELD_OUT_SEED))
