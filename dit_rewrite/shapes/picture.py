@@ -9,8 +9,6 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from dit_rewrite.shapes.data import SIZE
-
 if TYPE_CHECKING:
     from PIL import Image, ImageDraw
 
@@ -21,7 +19,7 @@ INK = (20, 20, 20)
 
 
 def to_bytes(images: Tensor, scale: int) -> Tensor:
-    """uint8 ``(n, SIZE * scale, SIZE * scale, 3)`` of images ``(n, 3, SIZE, SIZE)`` in [-1, 1], nearest neighbour."""
+    """uint8 ``(n, size * scale, size * scale, 3)`` of images ``(n, 3, size, size)`` in [-1, 1], nearest neighbour."""
     values = ((images.float().cpu() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
     return values.repeat_interleave(scale, 2).repeat_interleave(scale, 3).permute(0, 2, 3, 1)
 
@@ -36,14 +34,14 @@ def _paste_row(page: Image.Image, images: Tensor, top: int, scale: int) -> None:
     from PIL import Image
 
     for column, pixels in enumerate(to_bytes(images, scale).numpy()):
-        page.paste(Image.fromarray(pixels), (MARGIN + column * (SIZE * scale + GAP), top))
+        page.paste(Image.fromarray(pixels), (MARGIN + column * (len(pixels) + GAP), top))
 
 
 def save_rows(path: Path, rows: Sequence[tuple[str, Tensor]], columns: Sequence[str], scale: int = 8) -> None:
-    """Write a PNG with a row of images for each (label, images ``(n, 3, SIZE, SIZE)``), under ``columns``' labels."""
+    """Write a PNG with a row of images for each (label, images ``(n, 3, size, size)``), under ``columns``' labels."""
     from PIL import Image, ImageDraw
 
-    cell = SIZE * scale + GAP
+    cell = rows[0][1].shape[-1] * scale + GAP
     page = Image.new("RGB", (MARGIN + len(columns) * cell, HEADER + len(rows) * cell), "white")
     canvas = ImageDraw.Draw(page)
     for column, name in enumerate(columns):
