@@ -11,7 +11,7 @@ from dit_rewrite.shapes.flow_model import build_flow_scheduler, encode_relations
 from dit_rewrite.shapes.relations import NULL_CAPTION, SIZE
 from dit_rewrite.shapes.sampling import sample
 
-FLOW_GUIDANCE = 2.0  # chosen by measuring: examples/shapes/evaluate_flow.py
+FLOW_GUIDANCE = 3.0  # chosen by measuring: examples/shapes/evaluate_flow.py
 
 
 def sample_relations(
