@@ -23,7 +23,7 @@ from dit_rewrite.passes import cost, torch_private
 from dit_rewrite.passes.capture import Captured, capture
 from dit_rewrite.passes.guard import guard
 from dit_rewrite.passes.guarded import Guarded, GuardedGraph
-from dit_rewrite.passes.guards import MEASURED
+from dit_rewrite.passes.guards import measured
 from dit_rewrite.passes.segments import whole
 from dit_rewrite.passes.site import Found, Part
 from dit_rewrite.passes.sites import find_sites
@@ -151,7 +151,7 @@ class Backend:
         guarded = guard(placed.gm, placed.found.all, [*labels, *moved])
         trajectory = self.session.call.trajectory if self.session.call is not None else Trajectory(None)
         specs = [self._spec(guarded, k, placed.rules[label.site]) for k, label in enumerate(labels)]
-        measures = bool(self.policy.mentions & MEASURED)
+        measures = bool(measured(self.policy.mentions))
         rows = simulate(specs, trajectory.num_steps, trajectory.noise, self.policy.streams, measures)
         layout = Layout.of(placed, guarded, rows, self.lowering, self.policy)
         rewritten = self._dispatched(captured, placed, guarded, layout, layout.wired(specs))

@@ -96,7 +96,7 @@ class PolicyError(DitRewriteError, ValueError):
 
 
 class UnknownSymbol(PolicyError):
-    def __init__(self, names: list[str], guard: object, known: list[str]) -> None:
+    def __init__(self, names: list[str], guard: object, known: Iterable[str]) -> None:
         super().__init__(
             f"The guard `{guard}` uses {', '.join(names)}, which no guard can know. "
             f"Use the symbols of dit_rewrite.guards: {', '.join(known)}."

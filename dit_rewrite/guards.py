@@ -7,7 +7,8 @@ its scheduler.
 layer, num_layers: the block that the site lies in, from 0, in the order of the graph.
 age: steps since the site was last computed. streak: consecutive reuses.
 similarity(probe), drift(probe): how much a probe has changed since the site was last computed, as one relative L1
-difference or as the sum of those from call to call. Probes: "first_block", "modulated_input", "self".
+difference or as the sum of those from call to call. Probes: "first_block", "modulated_input", "self". By rescale=(…)
+each change is first put through the polynomial of these coefficients, highest power first.
 entropy: mean row entropy (nats) of the site's attention when it was last computed.
 """
 

@@ -12,7 +12,7 @@ from dit_rewrite.errors import NeedsSegments, Reason
 from dit_rewrite.lowering import Lowering
 from dit_rewrite.passes.capture import Captured
 from dit_rewrite.passes.guarded import GuardedGraph
-from dit_rewrite.passes.guards import PROBED
+from dit_rewrite.passes.measurements import measurement
 from dit_rewrite.passes.segments import Segments, cut, relevant, whole
 from dit_rewrite.passes.site import Kind, Site
 from dit_rewrite.passes.specialise import Row
@@ -89,12 +89,16 @@ class Layout:
             replace(
                 spec,
                 conditioned=site.conditioned,
-                measured=tuple(
-                    Measured(name, PROBED[name][0], self._wires[self._position[node]]) for name, node in site.probes
-                ),
+                measured=tuple(self._measured(name, node) for name, node in site.probes),
             )
             for spec, site in zip(specs, self.sites, strict=True)
         ]
+
+    def _measured(self, name: str, node: str) -> Measured:
+        """What dispatch measures for a symbol, at a node."""
+        asked = measurement(name)
+        assert asked is not None, name
+        return Measured(name, asked.statistic, self._wires[self._position[node]], asked.rescale)
 
     def pieces(self) -> list[Piece]:
         """The pieces that dispatch runs, without their code."""

@@ -15,7 +15,8 @@ from dit_rewrite.passes.branches import Refusal
 from dit_rewrite.passes.capture import Captured
 from dit_rewrite.passes.cores import find_cores, find_shared
 from dit_rewrite.passes.guarded import Guarded
-from dit_rewrite.passes.guards import ENTROPY, MEASURED, PROBED, Value
+from dit_rewrite.passes.guards import ENTROPY, Value, measured
+from dit_rewrite.passes.measurements import measurement
 from dit_rewrite.passes.outputs import find_output
 from dit_rewrite.passes.parts import Probes, add_entropy, copied, find_keys
 from dit_rewrite.passes.site import Found, Part, Site, close
@@ -59,7 +60,7 @@ def place(captured: Captured, found: Found, policy: Policy, whole: bool, hoist: 
     stacks = Stacks(Stream(captured.gm.graph, found))
     spans = policy.spans(found.num_layers, lambda name: stacks.find(name).layers, whole) if found.sites else {}
     asked = frozenset[Part]().union(*(rule.parts for rule in policy.rules))
-    adds = asked - {Part.BRANCH, Part.SPAN} or any(spans.values()) or policy.mentions & MEASURED
+    adds = asked - {Part.BRANCH, Part.SPAN} or any(spans.values()) or measured(policy.mentions)
     gm = copied(captured.gm) if adds else captured.gm
     steady = captured.static | captured.steady if hoist else captured.static
     wheres = [rule.where for rule in policy.rules if rule.where.part is Part.OUTPUT]
@@ -189,7 +190,8 @@ class _Measuring:
 
     def _measure(self, site: Site, rules: SiteRules) -> tuple[Site, list[Reason]]:
         """The site with the nodes that its guards measure, under the names of their symbols."""
-        found = {name: self.probes.of(PROBED[name][1], site) for name in sorted(rules.needs & PROBED.keys())}
+        asked = {name: m for name in sorted(rules.needs) if (m := measurement(name)) is not None}
+        found = {name: self.probes.of(m.probe, site) for name, m in asked.items()}
         site = replace(site, probes=tuple((name, node) for name, node in found.items() if node is not None))
         reasons = [Reason.NO_PROBE] if None in found.values() else []
         if ENTROPY in rules.needs:

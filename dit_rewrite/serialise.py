@@ -22,6 +22,7 @@ from sympy.printing.str import StrPrinter
 
 from dit_rewrite.errors import BadGuardText, BadPolicyText, ForeignName, UnknownVersion, UnwritableGuard
 from dit_rewrite.passes import guards
+from dit_rewrite.passes.measurements import parse
 from dit_rewrite.policy import MadeFor, Policy, Rule
 from dit_rewrite.strategy import BlockwiseReuse, Compute, Reuse, ReuseKV, ShareGuidance, Strategy, WindowResidual
 from dit_rewrite.where import Where
@@ -199,10 +200,10 @@ class _Reader:
         self.depth = 0
 
     def refuse(self, problem: str) -> typing.NoReturn:
-        raise BadGuardText(self.text, problem, guards.SYMBOLS, [*FUNCTIONS, *CONNECTIVES])
+        raise BadGuardText(self.text, problem, guards.KNOWN, [*FUNCTIONS, *CONNECTIVES])
 
     def foreign(self, name: str, kind: str) -> typing.NoReturn:
-        raise ForeignName(self.text, name, kind, guards.SYMBOLS, [*FUNCTIONS, *CONNECTIVES])
+        raise ForeignName(self.text, name, kind, guards.KNOWN, [*FUNCTIONS, *CONNECTIVES])
 
     def condition(self, node: ast.expr) -> Boolean:
         """What is true or false."""
@@ -260,9 +261,10 @@ class _Reader:
 
     def call(self, node: ast.Call) -> Any:
         written = ast.unparse(node)
-        if written in guards.SYMBOLS:  # a symbol whose name looks like a call
-            self.mentioned.add(written)
-            return guards.SYMBOLS[written]
+        measured = parse(written)
+        if measured is not None:  # a symbol whose name looks like a call
+            self.mentioned.add(measured.name)
+            return measured.symbol
         if not isinstance(node.func, ast.Name):
             self.refuse(f"`{ast.unparse(node.func)}` is not allowed")
         function = FUNCTIONS.get(node.func.id) or CONNECTIVES.get(node.func.id)

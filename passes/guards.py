@@ -7,7 +7,7 @@ A guard says when a site may do its strategy. Only proof permits: an unknown or 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import Any
@@ -17,7 +17,8 @@ from sympy.core.function import AppliedUndef
 from sympy.logic.boolalg import Boolean, BooleanFunction
 from sympy.printing.pycode import PythonCodePrinter
 
-from dit_rewrite.errors import BadParameter, NotBoolean, UnknownSymbol
+from dit_rewrite.errors import NotBoolean, UnknownSymbol
+from dit_rewrite.passes.measurements import PROBES, STATISTICS, Measurement, measurement
 
 step, num_steps, layer, num_layers, age, streak = sympy.symbols(
     "step num_steps layer num_layers age streak", integer=True, nonnegative=True
@@ -26,51 +27,54 @@ progress = sympy.Symbol("progress", real=True)
 sigma, snr = sympy.symbols("sigma snr", nonnegative=True)
 entropy = sympy.Symbol("entropy", nonnegative=True)
 
-PROBES = ("first_block", "modulated_input", "self")
-STATISTICS = ("similarity", "drift")
-_measured = {
-    (statistic, probe): sympy.Symbol(f"{statistic}({probe})", nonnegative=True)
-    for statistic in STATISTICS
-    for probe in PROBES
-}
-SYMBOLS = {
-    s.name: s
-    for s in (step, num_steps, progress, sigma, snr, layer, num_layers, age, streak, *_measured.values(), entropy)
-}
+SYMBOLS = {s.name: s for s in (step, num_steps, progress, sigma, snr, layer, num_layers, age, streak, entropy)}
 TOTALS = frozenset({"num_steps", "progress"})
 NOISE = frozenset({"sigma", "snr"})
 FORESEEN = frozenset({"step", "num_steps", "progress", "layer"})  # known of a step before it comes
 ENTROPY = "entropy"
-PROBED = {symbol.name: key for key, symbol in _measured.items()}  # name -> (statistic, probe)
-MEASURED = frozenset({*PROBED, ENTROPY})
+KNOWN = (*SYMBOLS, *(f"{statistic}({probe})" for statistic in STATISTICS for probe in PROBES))  # for messages
 
 Value = int | float | Fraction | None
 
 
-def similarity(probe: str) -> sympy.Symbol:
+def similarity(probe: str, *, rescale: Sequence[float] | None = None) -> sympy.Symbol:
     """The symbol of a probe's relative L1 change since the site was last computed; 0 is no change at all.
 
     Probes: "first_block", what the first block adds to the stream; "modulated_input", what its attention is computed
-    from; "self", the stream that the site itself reads. Raises BadParameter for another.
+    from; "self", the stream that the site itself reads. `rescale`: the coefficients, highest power first, of a
+    polynomial that the change is put through (what that makes of it may be negative). Raises BadParameter for another.
     """
-    return _statistic("similarity", probe)
+    return Measurement.of("similarity", probe, rescale).symbol
 
 
-def drift(probe: str) -> sympy.Symbol:
-    """The symbol of a probe's relative L1 changes from call to call, added up since the site was last computed."""
-    return _statistic("drift", probe)
+def drift(probe: str, *, rescale: Sequence[float] | None = None) -> sympy.Symbol:
+    """The symbol of a probe's relative L1 changes from call to call, each rescaled as in `similarity`, added up since
+    the site was last computed."""
+    return Measurement.of("drift", probe, rescale).symbol
 
 
-def _statistic(name: str, probe: str) -> sympy.Symbol:
-    if (name, probe) not in _measured:
-        raise BadParameter(name, "probe", probe, f"one of {', '.join(PROBES)}")
-    return _measured[name, probe]
+def symbol(name: str) -> sympy.Symbol | None:
+    """The symbol of that name; None where guards have none."""
+    if name in SYMBOLS:
+        return SYMBOLS[name]
+    found = measurement(name)
+    return None if found is None else found.symbol
+
+
+def is_measured(name: str) -> bool:
+    """Whether a symbol's value is measured while the model runs."""
+    return name == ENTROPY or measurement(name) is not None
+
+
+def measured(names: Iterable[str]) -> frozenset[str]:
+    """Those of the symbols that are measured."""
+    return frozenset(filter(is_measured, names))
 
 
 def check(guard: object) -> Boolean:
-    """`guard` as a Boolean over SYMBOLS; raises NotBoolean or UnknownSymbol. Python's True and False are welcome.
+    """`guard` as a Boolean over the symbols of guards; raises NotBoolean or UnknownSymbol.
 
-    Text is refused: sympy would evaluate it, and its symbols would not be ours.
+    Python's True and False are welcome. Text is refused: sympy would evaluate it, and its symbols would not be ours.
     """
     try:
         expression = sympy.sympify(guard, strict=True)
@@ -78,10 +82,10 @@ def check(guard: object) -> Boolean:
         raise NotBoolean(guard) from None
     if not _is_proposition(expression):
         raise NotBoolean(guard)
-    foreign = [s.name for s in expression.free_symbols if SYMBOLS.get(s.name) != s]
+    foreign = [s.name for s in expression.free_symbols if symbol(s.name) != s]
     foreign += [str(call.func) for call in expression.atoms(AppliedUndef)]
     if foreign:
-        raise UnknownSymbol(sorted(foreign), guard, list(SYMBOLS))
+        raise UnknownSymbol(sorted(foreign), guard, KNOWN)
     return expression
 
 
@@ -99,7 +103,7 @@ def mentions(guard: Boolean) -> frozenset[str]:
 
 def partially_evaluate(guard: Boolean, known: Mapping[str, Value]) -> Boolean:
     """`guard` with what is known put in, and simplified by sympy's own rules of evaluation."""
-    return guard.subs({SYMBOLS[name]: value for name, value in known.items() if value is not None})
+    return guard.subs({symbol(name): value for name, value in known.items() if value is not None})
 
 
 def unreachable(guard: Boolean) -> bool:
@@ -121,7 +125,7 @@ class _ExactPrinter(PythonCodePrinter):
 def _compiled(names: tuple[str, ...], guard: Boolean) -> Callable[..., object]:
     settings = {"fully_qualified_modules": False, "inline": True}
     function: Callable[..., object] = sympy.lambdify(
-        [SYMBOLS[name] for name in names],
+        [symbol(name) for name in names],
         guard,
         modules=[{"Fraction": Fraction}, "math"],
         printer=_ExactPrinter(settings),
@@ -130,8 +134,13 @@ def _compiled(names: tuple[str, ...], guard: Boolean) -> Callable[..., object]:
 
 
 def is_known(name: str, value: Any) -> bool:
-    """Whether a symbol's value can prove anything: there is one, it is finite, and no measurement is negative."""
-    return value is not None and math.isfinite(value) and not (value < 0 and name in MEASURED)
+    """Whether a symbol's value can prove anything: there is one, it is finite, and no change is negative."""
+    return value is not None and math.isfinite(value) and not (value < 0 and _is_never_negative(name))
+
+
+def _is_never_negative(name: str) -> bool:
+    found = measurement(name)
+    return name == ENTROPY if found is None else not found.may_be_negative
 
 
 @dataclass(frozen=True)
@@ -152,18 +161,18 @@ class Predicate:
         known = {name: value for name, value in (known or {}).items() if value is not None}
         guard = partially_evaluate(written, known)
         needs = tuple(sorted(mentions(written) - known.keys()))
-        cheap = [part for part in sympy.And.make_args(guard) if not mentions(part) & MEASURED]
-        before = cls.of(sympy.And(*cheap)) if MEASURED.intersection(needs) else None
+        cheap = [part for part in sympy.And.make_args(guard) if not measured(mentions(part))]
+        before = cls.of(sympy.And(*cheap)) if measured(needs) else None
         return cls(guard, needs, _compiled(needs, guard), before)
 
     @property
     def measured(self) -> tuple[str, ...]:
         """The symbols it needs that must be measured."""
-        return tuple(name for name in self.needs if name in MEASURED)
+        return tuple(filter(is_measured, self.needs))
 
     def lacks(self, symbols: Mapping[str, Value]) -> bool:
         """Whether it needs something, other than a measurement, that is not known."""
-        return any(not is_known(name, symbols.get(name)) for name in self.needs if name not in MEASURED)
+        return any(not is_known(name, symbols.get(name)) for name in self.needs if not is_measured(name))
 
     def may_hold(self, symbols: Mapping[str, Value]) -> bool:
         """Whether measuring could still prove the guard: no part of it that needs no measurement is unproven."""
@@ -172,7 +181,7 @@ class Predicate:
     def holds(self, symbols: Mapping[str, Any]) -> bool:
         """Whether the guard is proven by `symbols`; a missing, None or non-finite one that it needs is no proof.
 
-        Nor is a negative measurement: none of them can be.
+        Nor is a negative change: none can be.
         """
         values = [symbols.get(name) for name in self.needs]
         if not all(map(is_known, self.needs, values)):

@@ -38,8 +38,7 @@ Row = tuple[Linear, bool]  # (form, strict): form <= 0, or < 0
 Rows = dict[frozenset[tuple[Expr, int]], tuple[Fraction, bool]]  # terms -> (c, strict): their sum + c <= 0, or < 0
 
 _ONE = sympy.S.One
-_FLOATS = frozenset(guards.SYMBOLS[name] for name in guards.NOISE | guards.MEASURED)
-_EXACT = frozenset(guards.SYMBOLS.values()) - _FLOATS
+_EXACT = frozenset({step, num_steps, progress, layer, num_layers, age, streak})
 _LEAST: dict[Expr, int] = {step: 1, num_steps: 2, num_layers: 1, age: 1}  # of the others 0
 _SCHEDULE = (step >= 1, step < num_steps, progress > 0, progress <= 1, Eq(num_steps * progress - progress, step))
 _TIME = (*_SCHEDULE, age >= 1, age <= step, streak < age)
@@ -61,12 +60,12 @@ class _Undecided(Exception):
 
 
 def verdict(guard: Boolean, known: Mapping[str, guards.Value] = MappingProxyType({})) -> Verdict | None:
-    """What is certain of `guard` (a Boolean over `guards.SYMBOLS`) with what is `known` put in; None: nothing.
+    """What is certain of `guard` (that `guards.check` passes) with what is `known` put in; None: nothing.
 
     It speaks of `Predicate.of(guard, known)` where a slot holds a value, and where all symbols that the guard mentions
     are known and finite. These hold there: 1 <= step < num_steps; progress = step / (num_steps - 1); 0 <= layer <
     num_layers; 1 <= age <= step, since each step asks once; 0 <= streak < age, since each step after the computation
-    reuses at most once, and a covered one does not count; sigma, snr and measurements are >= 0. A guard that could hold
+    reuses at most once, and a covered one does not count; sigma, snr and changes are >= 0. A guard that could hold
     at step 0 alone is NEVER: no slot holds a value there. `known` must agree with all of this. Who tells one step_index
     twice asks a step twice, at age 0: for that this is no proof, so that NEVER may make a site compute, which is always
     right, and ALWAYS is for reports.
@@ -158,7 +157,7 @@ def _comparison(formula: Boolean, holds: bool) -> list[list[Row]]:
 def _side(side: Expr) -> Linear:
     """One side of a comparison. Python compares a float with an int, a Fraction or a float exactly, but rounds what it
     computes of floats: they are understood only where they stand alone."""
-    if side in _FLOATS:
+    if isinstance(side, Symbol) and side not in _EXACT:
         return {side: Fraction(1)}
     if isinstance(side, sympy.Float):
         return {_ONE: Fraction(float(side))}

@@ -17,11 +17,24 @@ Distance = Callable[[Tensor, Tensor], Tensor]  # (now, before) -> relative L1, a
 
 
 class Measured(NamedTuple):
-    """A symbol that a site's guard reads: "similarity" or "drift" of what a wire carries."""
+    """A symbol that a site's guard reads: "similarity" or "drift" of what a wire carries.
+
+    ``rescale`` are the coefficients, highest power first, of a polynomial that each change is put through.
+    """
 
     symbol: str
     statistic: str
     wire: int
+    rescale: tuple[float, ...] | None = None
+
+
+def polynomial(coefficients: Sequence[float], x: Tensor) -> Tensor:
+    """The value of a polynomial, highest power first, in float64; what is not finite stays so."""
+    x = x.double()
+    value = x * 0
+    for coefficient in coefficients:
+        value = value * x + coefficient
+    return value
 
 
 class Number:
@@ -101,6 +114,8 @@ class Meter:
         """What is measured up to this call."""
         now, similar = self._wires[measured.wire], measured.statistic == "similarity"
         change = self._measure(now, track.reference if similar else self._tracked.last.get(measured.wire))
+        if change is not None and measured.rescale is not None:
+            change = polynomial(measured.rescale, change)
         if change is not None and not similar and track.value is not None:
             change = track.value.tensor + change
         return None if change is None else Number(change, ahead=bool(self._lag))

@@ -350,7 +350,10 @@ def test_what_nothing_can_prove_is_taken_away() -> None:
 # --- the decision machine ---------------------------------------------------------------------------------------------
 
 WHOLE = ["step", "num_steps", "layer", "num_layers", "age", "streak"]
-REAL = ["progress", "sigma", "snr", *sorted(guards.MEASURED)]
+MEASURED = frozenset(
+    {"entropy", *(s(probe).name for s in (similarity, drift) for probe in ("first_block", "modulated_input", "self"))}
+)
+REAL = ["progress", "sigma", "snr", *sorted(MEASURED)]
 RELATIONS: dict[str, tuple[Any, Callable[[Any, Any], bool]]] = {
     "<": (sympy.Lt, operator.lt),
     "<=": (sympy.Le, operator.le),
@@ -377,7 +380,7 @@ class Written:
 def atoms(draw: st.DrawFn) -> Written:
     name = draw(st.sampled_from(WHOLE + REAL))
     relation, python = RELATIONS[draw(st.sampled_from(sorted(RELATIONS)))]
-    symbol = guards.SYMBOLS[name]
+    symbol = guards.symbol(name)
     if name in WHOLE and draw(st.booleans()):
         by, rest = draw(st.integers(2, 4)), draw(st.integers(0, 3))
         return Written(relation(Mod(symbol, by), rest), lambda p: python(p[name] % by, rest))
@@ -479,9 +482,9 @@ def expected(
         "snr": moment.snr,
         "age": moment.step - computed_at if holds else None,
         "streak": run,
-        **{name: read(name) for name in guards.MEASURED},
+        **{name: read(name) for name in MEASURED},
     }
-    proof = {n: v is not None and math.isfinite(v) and not (n in guards.MEASURED and v < 0) for n, v in point.items()}
+    proof = {n: v is not None and math.isfinite(v) and not (n in MEASURED and v < 0) for n, v in point.items()}
     usable = {name: value if proof[name] else Fraction(1) for name, value in point.items()}
     for law in machine.laws:
         where, needed = law.rule.where, guards.mentions(law.rule.when)
@@ -494,8 +497,8 @@ def expected(
         mine = each.part in law.rule.parts
         if meant and not mine and not all(proof[name] for name in needed):
             conditions = sympy.And.make_args(law.rule.when)
-            plain = [c for c in conditions if not guards.mentions(c) & guards.MEASURED]
-            unknown = any(not proof[name] for name in needed - guards.MEASURED)
+            plain = [c for c in conditions if not guards.mentions(c) & MEASURED]
+            unknown = any(not proof[name] for name in needed - MEASURED)
             if unknown or all(guards.Predicate.of(c).holds(point) for c in plain):
                 return False  # it may well apply, and would have the site compute
         elif meant and all(proof[name] for name in needed) and within and law.written.holds(usable):
@@ -561,7 +564,7 @@ def test_any_policy_under_any_measurement(machine: Machine, data: st.DataObject)
 
 def needed_by(machine: Machine) -> list[str]:
     mentioned = frozenset[str]().union(*(guards.mentions(law.rule.when) for law in machine.laws))
-    return sorted(mentioned & guards.MEASURED)
+    return sorted(mentioned & MEASURED)
 
 
 def same_decisions(a: Decisions, b: Decisions) -> bool:
@@ -573,7 +576,7 @@ def same_decisions(a: Decisions, b: Decisions) -> bool:
 @given(laws(), st.sampled_from([None, math.nan, math.inf, -1.0]))
 def test_without_a_measurement_that_is_one_nothing_is_proven(law: Law, value: float | None) -> None:
     """Whatever else a guard says: where it mentions a measurement that is none, its rule does not apply."""
-    measured = guards.mentions(law.rule.when) & guards.MEASURED
+    measured = guards.mentions(law.rule.when) & MEASURED
     policy = Policy((replace(law.rule, do=Reuse(), where=Where()),))
     choose = policy.for_site(site(), {"layer": 0, "num_layers": 4}).chooser()
     reuse = choose(Moment(3, 9, sigma=0.5, snr=0.5), 0, 1, 0, lambda name: value).reuse

@@ -132,20 +132,36 @@ def test_nothing_runs(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_measured_symbols() -> None:
     """A measured symbol's name looks like a call, and is read as the symbol; of another probe there is none."""
-    for symbol in (guards.similarity("first_block"), guards.drift("self"), guards.entropy):
+    rescaled = guards.drift("self", rescale=(498.6, -3.8, 0.26)), guards.similarity("self", rescale=(2,))
+    for symbol in (guards.similarity("first_block"), guards.drift("self"), *rescaled, guards.entropy):
         assert parse_guard(f"{symbol} < 0.1") == (symbol < 0.1)
         assert guard_text(symbol < 0.1) == f"{symbol} < 0.1"
         assert parse_guard(f"(step > 2) & ({symbol} < 0.1)") == (step > 2) & (symbol < 0.1)
     for text in ("similarity(first) < 0.1", "similarity < 0.1", "drift() < 1", "entropy(self) < 1"):
         with pytest.raises(ForeignName):
             parse_guard(text)
+    for options in (
+        "rescale=2.0",
+        "rescale=()",
+        "rescale=(x,)",
+        "rescale=(2.0, 1j)",
+        "rescale=(1e999,)",
+        "scale=(2.0,)",
+    ):
+        with pytest.raises(ForeignName, match="'drift' is no function"):
+            parse_guard(f"drift(self, {options}) < 1")
+
+
+def test_another_spelling_of_a_measured_symbol() -> None:
+    """Text may write a measurement in another way than its name is written; the symbol is the same."""
+    assert parse_guard("drift(self,rescale=[2,-0.0]) < 1") == (guards.drift("self", rescale=(2.0, 0.0)) < 1)
 
 
 def test_later_symbols(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A symbol that joins the language is read without further ado, also one whose name looks like a call."""
-    probe = sympy.Symbol("similarity(last_block)", real=True)
-    monkeypatch.setitem(guards.SYMBOLS, probe.name, probe)
-    guard = (probe < 0.1) & (step > 2)
+    """A symbol that joins the language is read without further ado."""
+    later = sympy.Symbol("temperature", real=True)
+    monkeypatch.setitem(guards.SYMBOLS, later.name, later)
+    guard = (later < 0.1) & (step > 2)
     assert parse_guard(guard_text(guard)) == guard
     with pytest.raises(ForeignName, match="'similarity' is no function"):
         parse_guard("similarity(other) < 0.1")

@@ -117,6 +117,27 @@ def test_five_calls(measured: Measured, lag: int, expected: list[float | None]) 
         assert agree(by_hand, expected[k]), k
 
 
+def test_each_change_is_rescaled_before_it_is_added() -> None:
+    """By a polynomial, highest power first, whose values may be negative."""
+    changes = [0.2 / 2, 0.2 / 2.2, 1.6 / 2.4]
+    scaled = [3 * x * x - 2 * x + 0.1 for x in changes]
+    drift = Measured("drift", "drift", 1, (3.0, -2.0, 0.1))
+    found = [a for a, _ in follow(drift, 0, PROBES, COMPUTED)]
+    assert found[1:4] == [pytest.approx(sum(scaled[: k + 1])) for k in range(3)]
+    assert found[2] is not None and found[2] < 0
+    similarity = Measured("similarity", "similarity", 1, (1.0, -0.5))
+    assert [a for a, _ in follow(similarity, 0, PROBES, COMPUTED)][3] == pytest.approx(2 / 2 - 0.5)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_constant_proves_nothing_of_what_is_not_finite(bad: float) -> None:
+    """A polynomial without its variable must not hide that the probe is no number."""
+    found = [a for a, _ in follow(Measured("x", "drift", 1, (0.3,)), 0, [[1.0, 1.0], [bad, 1.0]], (False, True))]
+    assert found[1] is not None and math.isnan(found[1])
+    fine = [a for a, _ in follow(Measured("x", "drift", 1, (0.3,)), 0, [[1.0, 1.0], [2.0, 1.0]], (False, True))]
+    assert fine[1] == pytest.approx(0.3)
+
+
 @pytest.mark.parametrize("lag", [0, 1])
 @pytest.mark.parametrize("measured", [SIMILARITY, DRIFT], ids=["similarity", "drift"])
 @settings(max_examples=150, deadline=None)

@@ -1,0 +1,106 @@
+"""Measurements that guards may ask for, and the symbols that stand for them.
+
+A symbol's name is its measurement's text, such as ``drift(modulated_input, rescale=(1.5, 0.0))``: from either the other
+follows, so that no table of symbols is kept.
+"""
+
+from __future__ import annotations
+
+import ast
+import math
+from dataclasses import dataclass
+from functools import lru_cache
+
+import sympy
+
+from dit_rewrite.errors import BadParameter
+
+PROBES = ("first_block", "modulated_input", "self")
+STATISTICS = ("similarity", "drift")
+MAX_COEFFICIENTS = 16  # of a polynomial
+
+Rescale = tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """What is measured: a ``statistic`` of a ``probe``.
+
+    ``rescale`` are the coefficients, highest power first, of a polynomial that each change is put through.
+    """
+
+    statistic: str
+    probe: str
+    rescale: Rescale | None = None
+
+    @classmethod
+    def of(cls, statistic: str, probe: object, rescale: object = None) -> Measurement:
+        """Checked: raises BadParameter for what there is none of."""
+        if not isinstance(probe, str) or probe not in PROBES:
+            raise BadParameter(statistic, "probe", probe, f"one of {', '.join(PROBES)}")
+        return cls(statistic, probe, _rescale(statistic, rescale))
+
+    @property
+    def name(self) -> str:
+        """Its text, which `parse` reads; equal measurements have equal names, and no others."""
+        options = [] if self.rescale is None else [f"rescale={self.rescale!r}"]
+        return f"{self.statistic}({', '.join([self.probe, *options])})"
+
+    @property
+    def symbol(self) -> sympy.Symbol:
+        assumptions = {"real": True} if self.may_be_negative else {"nonnegative": True}
+        return sympy.Symbol(self.name, **assumptions)
+
+    @property
+    def may_be_negative(self) -> bool:
+        """A change is never negative; what a polynomial makes of it may be."""
+        return isinstance(self.rescale, tuple)
+
+
+def _rescale(statistic: str, value: object) -> Rescale | None:
+    if value is None:
+        return None
+    numbers = value if isinstance(value, tuple | list) and 0 < len(value) <= MAX_COEFFICIENTS else (None,)
+    if not all(_is_finite(number) for number in numbers):
+        allowed = f"up to {MAX_COEFFICIENTS} coefficients of a polynomial, highest power first, or None"
+        raise BadParameter(statistic, "rescale", value, allowed)
+    return tuple(float(number) + 0.0 for number in numbers)  # -0.0 is 0.0, and is written like it
+
+
+def _is_finite(value: object) -> bool:
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        return False
+    try:
+        return math.isfinite(float(value))
+    except OverflowError:
+        return False
+
+
+@lru_cache(maxsize=4096)
+def parse(text: str) -> Measurement | None:
+    """The measurement that a text names, in whichever spelling; None where it names none."""
+    try:
+        node = ast.parse(text, mode="eval").body
+        return _read(node) if isinstance(node, ast.Call) else None
+    except (SyntaxError, ValueError, TypeError, RecursionError, MemoryError):
+        return None
+
+
+def _read(node: ast.Call) -> Measurement | None:
+    """A call such as ``similarity(self, rescale=(2.0, 0.0))``; raises ValueError where it names no measurement."""
+    if not isinstance(node.func, ast.Name) or node.func.id not in STATISTICS or len(node.args) != 1:
+        return None
+    options = {keyword.arg: _option(keyword.value) for keyword in node.keywords}
+    return Measurement.of(node.func.id, _option(node.args[0]), **options)  # type: ignore[arg-type]
+
+
+def _option(node: ast.expr) -> object:
+    """A word, or a tuple of numbers."""
+    return node.id if isinstance(node, ast.Name) else ast.literal_eval(node)
+
+
+@lru_cache(maxsize=4096)
+def measurement(name: str) -> Measurement | None:
+    """The measurement whose symbol has exactly this name; None where there is none."""
+    found = parse(name)
+    return found if found is not None and found.name == name else None

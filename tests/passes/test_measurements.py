@@ -1,0 +1,67 @@
+"""Measurements and the names of their symbols: from either the other follows."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import sympy
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dit_rewrite.errors import BadParameter, UnknownSymbol
+from dit_rewrite.passes import guards
+from dit_rewrite.passes.guards import Predicate, drift, step
+from dit_rewrite.passes.measurements import PROBES, Measurement, measurement
+from dit_rewrite.passes.verdict import verdict
+from dit_rewrite.serialise import guard_text, parse_guard
+
+COEFFICIENTS = st.lists(st.floats(allow_nan=False, allow_infinity=False) | st.integers(-5, 5), min_size=1, max_size=6)
+MEASUREMENTS = st.builds(
+    Measurement.of, st.sampled_from(["similarity", "drift"]), st.sampled_from(PROBES), st.none() | COEFFICIENTS
+)
+
+
+@settings(max_examples=200, deadline=None)
+@given(MEASUREMENTS, MEASUREMENTS)
+def test_names_and_measurements(one: Measurement, other: Measurement) -> None:
+    """A name says all of its measurement, and two measurements have two names."""
+    assert measurement(one.name) == one
+    assert (one.name == other.name) == (one == other) == (one.symbol == other.symbol)
+    guard = (one.symbol < 0.5) & (step > 1)
+    assert guards.check(guard) == guard
+    assert parse_guard(guard_text(guard)) == guard
+    assert guards.measured(guards.mentions(guard)) == {one.name}
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["drift(self,rescale=(1.0,))", "drift(self, rescale=(1,))", "drift(self, rescale=None)", "drift( self)", "drift"],
+)
+def test_another_spelling_is_no_name(name: str) -> None:
+    """The name of a symbol is written in one way: one that is written otherwise is not ours."""
+    assert measurement(name) is None
+    with pytest.raises(UnknownSymbol):
+        guards.check(sympy.Symbol(name, real=True) < 1)
+
+
+@pytest.mark.parametrize("value", [(), 2.0, "rat", (math.nan,), (math.inf,), (True,), ("2",), (1.0,) * 17, (10**400,)])
+def test_what_cannot_rescale(value: Any) -> None:
+    with pytest.raises(BadParameter, match="rescale"):
+        drift("self", rescale=value)
+
+
+def test_a_polynomial_may_be_negative() -> None:
+    """No change is negative, and one that is proves nothing; what a polynomial makes of a change may be anything
+    finite."""
+    plain, rescaled = drift("self"), drift("self", rescale=(2.0, -1.0))
+    for symbol, expected in ((plain, False), (rescaled, True)):
+        predicate = Predicate.of(symbol < 0.5)
+        assert predicate.holds({symbol.name: -0.5}) is expected
+        assert not predicate.holds({symbol.name: math.nan})
+        assert not predicate.holds({symbol.name: -math.inf})
+        assert not predicate.holds({})
+        assert predicate.measured == (symbol.name,)
+    assert (plain < 0) == sympy.false
+    assert verdict(rescaled < 0) is None
