@@ -9,10 +9,13 @@ age: steps since the site was last computed. streak: consecutive reuses.
 similarity(probe), drift(probe): how much a probe has changed since the site was last computed, as one relative L1
 difference or as the sum of those from call to call. Probes: "first_block", "modulated_input", "self". By rescale=(…)
 each change is first put through the polynomial of these coefficients, highest power first.
+table(values, step): a number by its place; table(rows, step, age - 1): in rows. Outside of them nothing is proven.
+accumulated_error(ratios, reach): MagCache's error estimate, of calibrated ratios; known `reach` steps after computing.
 entropy: mean row entropy (nats) of the site's attention when it was last computed.
 """
 
 from dit_rewrite.passes.guards import (
+    accumulated_error,
     age,
     drift,
     entropy,
@@ -26,8 +29,10 @@ from dit_rewrite.passes.guards import (
     step,
     streak,
 )
+from dit_rewrite.passes.tables import table
 
 __all__ = [
+    "accumulated_error",
     "age",
     "drift",
     "entropy",
@@ -40,4 +45,5 @@ __all__ = [
     "snr",
     "step",
     "streak",
+    "table",
 ]

@@ -1,8 +1,8 @@
 """Policies as JSON, and guards as sympy's text, such as ``(step > 0) & Ne(Mod(step, 3), 0)``; both come back equal.
 
 Text is parsed by a whitelist over Python's syntax tree and never evaluated: names are the symbols of guards, functions
-those of `FUNCTIONS` and `CONNECTIVES`, operators ``+ - * / ** %``, comparisons (chains too) and ``& | ^ ~`` (or
-``and or not``). What is not in it, or would grow too large, is refused with its name.
+`table` and those of `FUNCTIONS` and `CONNECTIVES`, operators ``+ - * / ** %``, comparisons (chains too) and ``& | ^ ~``
+(or ``and or not``). What is not in it, or would grow too large, is refused with its name.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import ast
 import json
 import math
+import re
 import types
 import typing
 from collections.abc import Callable, Iterator
@@ -23,6 +24,7 @@ from sympy.printing.str import StrPrinter
 from dit_rewrite.errors import BadGuardText, BadPolicyText, ForeignName, UnknownVersion, UnwritableGuard
 from dit_rewrite.passes import guards
 from dit_rewrite.passes.measurements import parse
+from dit_rewrite.passes.tables import table
 from dit_rewrite.policy import MadeFor, Policy, Rule
 from dit_rewrite.strategy import BlockwiseReuse, Compute, Reuse, ReuseKV, ShareGuidance, Strategy, WindowResidual
 from dit_rewrite.where import Where
@@ -32,7 +34,8 @@ STRATEGIES: dict[str, type[Strategy]] = {
     "compute": Compute, "reuse": Reuse, "reuse_kv": ReuseKV, "window_residual": WindowResidual,
     "share_guidance": ShareGuidance, "blockwise_reuse": BlockwiseReuse,
 }  # fmt: skip
-MAX_TEXT = 20_000  # characters of a guard
+MAX_TEXT = 20_000  # characters of a guard, less those of the values of its tables
+MAX_TABLES = 200_000  # characters of these
 MAX_DEPTH = 48  # of operators and functions inside one another
 MAX_ARGUMENTS = 16  # of a function; sympy compares those of Min and Max in pairs
 MAX_DEGREE = 64  # of a power: its value has at most three times as many digits
@@ -54,6 +57,7 @@ JOINED: dict[type[ast.AST], Callable[..., Any]] = {
 }  # fmt: skip
 
 
+_TABLE_VALUES = re.compile(r"\btable\([-+.,e\d\s()\[\]]+")
 _JSON: dict[Any, type] = {tuple: list, typing.Literal: str}
 Record = typing.TypeVar("Record")
 
@@ -177,8 +181,9 @@ def parse_guard(text: str) -> Boolean:
     known, and the guard that is left would no longer mention it.
     """
     reader = _Reader(text)
-    if len(text) > MAX_TEXT:
-        reader.refuse(f"it has {len(text)} characters, and {MAX_TEXT} are allowed")
+    length = len(_TABLE_VALUES.sub("table(", text))
+    if length > MAX_TEXT or len(text) > MAX_TEXT + MAX_TABLES:
+        reader.refuse(f"it has {length} characters, and {MAX_TEXT} are allowed")
     try:
         guard = reader.condition(ast.parse(text.strip(), mode="eval").body)
     except BadGuardText:
@@ -200,10 +205,10 @@ class _Reader:
         self.depth = 0
 
     def refuse(self, problem: str) -> typing.NoReturn:
-        raise BadGuardText(self.text, problem, guards.KNOWN, [*FUNCTIONS, *CONNECTIVES])
+        raise BadGuardText(self.text, problem, guards.KNOWN, [*FUNCTIONS, "table", *CONNECTIVES])
 
     def foreign(self, name: str, kind: str) -> typing.NoReturn:
-        raise ForeignName(self.text, name, kind, guards.KNOWN, [*FUNCTIONS, *CONNECTIVES])
+        raise ForeignName(self.text, name, kind, guards.KNOWN, [*FUNCTIONS, "table", *CONNECTIVES])
 
     def condition(self, node: ast.expr) -> Boolean:
         """What is true or false."""
@@ -265,6 +270,8 @@ class _Reader:
         if measured is not None:  # a symbol whose name looks like a call
             self.mentioned.add(measured.name)
             return measured.symbol
+        if isinstance(node.func, ast.Name) and node.func.id == "table" and node.args and not node.keywords:
+            return table(ast.literal_eval(node.args[0]), *map(self.number, node.args[1 : MAX_ARGUMENTS + 1]))
         if not isinstance(node.func, ast.Name):
             self.refuse(f"`{ast.unparse(node.func)}` is not allowed")
         function = FUNCTIONS.get(node.func.id) or CONNECTIVES.get(node.func.id)

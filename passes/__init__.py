@@ -15,7 +15,7 @@ batch.py           which values belong to which sample, by the rules of batch_ru
 halve.py           a graph for half of the batch
 naming.py          names and layers of sites, from module paths
 guards.py          the language of guards; notation.py and verdict.py show it, and say what decides nothing
-measurements.py    what guards may measure, and the names of its symbols
+measurements.py    what guards may measure, and the names of its symbols; tables.py: tables of numbers in guards
 store.py, slot.py  what is held in the place of a value
 guard.py           sites -> `cache_or_compute` nodes; guarded.py says what these are
 segments.py        where a graph is cut

@@ -19,6 +19,7 @@ from sympy.printing.pycode import PythonCodePrinter
 
 from dit_rewrite.errors import NotBoolean, UnknownSymbol
 from dit_rewrite.passes.measurements import PROBES, STATISTICS, Measurement, measurement
+from dit_rewrite.passes.tables import errors_since, look_up, table
 
 step, num_steps, layer, num_layers, age, streak = sympy.symbols(
     "step num_steps layer num_layers age streak", integer=True, nonnegative=True
@@ -51,6 +52,16 @@ def drift(probe: str, *, rescale: Sequence[float] | None = None) -> sympy.Symbol
     """The symbol of a probe's relative L1 changes from call to call, each rescaled as in `similarity`, added up since
     the site was last computed."""
     return Measurement.of("drift", probe, rescale).symbol
+
+
+def accumulated_error(ratios: Sequence[float], reach: int) -> sympy.Expr:
+    """The sum, over the steps since the site was last computed, of |1 - the product of the ratios from there on|.
+
+    MagCache's estimate of the error: `ratios[i]` is by how much the magnitude of what is reused changes from step i - 1
+    to step i, as it was calibrated. It is a table of step and age; more than `reach` steps after the last computed one
+    it has no value, and proves nothing. Raises BadParameter for what is out of range.
+    """
+    return table(errors_since(ratios, reach), step, age - 1)
 
 
 def symbol(name: str) -> sympy.Symbol | None:
@@ -121,13 +132,17 @@ class _ExactPrinter(PythonCodePrinter):
     def _print_Rational(self, expr: sympy.Rational) -> str:
         return f"Fraction({expr.p}, {expr.q})"
 
+    def _print_table(self, expr: table) -> str:
+        values, *indices = expr.args
+        return f"look_up({', '.join([repr(values.rows), *map(self._print, indices)])})"
 
-def _compiled(names: tuple[str, ...], guard: Boolean) -> Callable[..., object]:
+
+def _compiled(names: tuple[str, ...], parts: Sequence[sympy.Basic]) -> Callable[..., Sequence[object]]:
     settings = {"fully_qualified_modules": False, "inline": True}
-    function: Callable[..., object] = sympy.lambdify(
+    function: Callable[..., Sequence[object]] = sympy.lambdify(
         [symbol(name) for name in names],
-        guard,
-        modules=[{"Fraction": Fraction}, "math"],
+        list(parts),
+        modules=[{"Fraction": Fraction, "look_up": look_up}, "math"],
         printer=_ExactPrinter(settings),
     )
     return function
@@ -147,12 +162,14 @@ def _is_never_negative(name: str) -> bool:
 class Predicate:
     """A guard compiled to plain Python.
 
-    ``needs`` are the symbols of the guard as written; each of them must be known and finite for it to hold.
+    ``needs`` are the symbols of the guard as written; each of them must be known and finite for it to hold. So must all
+    tables of the guard as written have a value: they are looked up first, whatever simplification or Python's `or`
+    would have left out.
     """
 
     guard: Boolean
     needs: tuple[str, ...]
-    _function: Callable[..., object] = field(repr=False, compare=False)
+    _function: Callable[..., Sequence[object]] = field(repr=False, compare=False)
     _before: Predicate | None = field(repr=False, compare=False, default=None)
 
     @classmethod
@@ -163,7 +180,9 @@ class Predicate:
         needs = tuple(sorted(mentions(written) - known.keys()))
         cheap = [part for part in sympy.And.make_args(guard) if not measured(mentions(part))]
         before = cls.of(sympy.And(*cheap)) if measured(needs) else None
-        return cls(guard, needs, _compiled(needs, guard), before)
+        tables = {partially_evaluate(each, known) for each in written.atoms(table)}
+        looked_up = sorted((each for each in tables if isinstance(each, table)), key=sympy.default_sort_key)
+        return cls(guard, needs, _compiled(needs, [*looked_up, guard]), before)
 
     @property
     def measured(self) -> tuple[str, ...]:
@@ -187,6 +206,6 @@ class Predicate:
         if not all(map(is_known, self.needs, values)):
             return False
         try:
-            return bool(self._function(*values))
+            return bool(self._function(*values)[-1])
         except (ArithmeticError, ValueError, TypeError):  # 1/0, log(0), a complex root: no value proves nothing
             return False

@@ -7,6 +7,9 @@ from sympy.logic.boolalg import Boolean
 from sympy.printing.precedence import PRECEDENCE
 from sympy.printing.str import StrPrinter
 
+from dit_rewrite.passes.tables import numbers, table
+
+SHOWN = 6  # the most values of a table that are written out
 _RELATIONS = {"==": "=", "!=": "≠", "<": "<", "<=": "≤", ">": ">", ">=": "≥"}
 
 
@@ -50,6 +53,12 @@ class _Notation(StrPrinter):
 
     def _print_Abs(self, expr: sympy.Abs) -> str:
         return f"|{self._print(expr.args[0])}|"
+
+    def _print_table(self, expr: table) -> str:
+        values, *indices = expr.args
+        count = sum(1 for _ in numbers(values.rows))
+        shown = repr(values.rows) if count <= SHOWN else f"(… {count} values)"
+        return f"table{shown}[{', '.join(map(self._print, indices))}]"
 
     def _print_Float(self, expr: sympy.Float) -> str:
         return repr(float(expr))
