@@ -15,7 +15,7 @@ from dit_rewrite.passes.capture import Captured
 from dit_rewrite.passes.guarded import Guidance
 from dit_rewrite.passes.halve import Batch, batch_labels
 from dit_rewrite.passes.hoist import steady_nodes
-from dit_rewrite.passes.outputs import latent
+from dit_rewrite.passes.outputs import find_latent
 from dit_rewrite.passes.parts import Probes
 from dit_rewrite.passes.site import Site
 from dit_rewrite.passes.store import Codec, Store
@@ -74,8 +74,8 @@ class Forms:
     @cached_property
     def _batch(self) -> int:
         """The size of the batch: that of the largest input that changes from step to step, the latent."""
-        node = latent(self.graph, self.captured.static | self.captured.steady)
-        size = 0 if node is None else node.meta["val"].shape[0]
+        latent = find_latent(self.graph, self.steady)
+        size = None if latent is None else latent.meta["val"].shape[0]
         return size if isinstance(size, int) else 0
 
     @cached_property

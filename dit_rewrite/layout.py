@@ -14,7 +14,7 @@ from dit_rewrite.passes.capture import Captured
 from dit_rewrite.passes.guarded import GuardedGraph
 from dit_rewrite.passes.measurements import measurement
 from dit_rewrite.passes.segments import Segments, cut, relevant, whole
-from dit_rewrite.passes.site import Kind, Site
+from dit_rewrite.passes.site import Kind, Probe, Site
 from dit_rewrite.passes.specialise import Row
 from dit_rewrite.placing import Placed
 from dit_rewrite.policy import Policy
@@ -42,7 +42,7 @@ class Layout:
         """Lay out as `lowering` asks; on "auto" in segments where the rows are too many, or a guard measures the call
         that it is asked in. Raises NeedsSegments where it does, and variants are asked for."""
         sites = tuple(site for site in guarded.sites if site.kind is not Kind.HOISTED)
-        now = policy.lag == 0 and any(site.probes for site in sites)
+        now = policy.lag == 0 and any(site.awaited for site in sites)
         if now and lowering.form == "variants":
             raise NeedsSegments(policy)
         why = Reason.MANY_ROWS if len(set(rows)) > lowering.max_variants else Reason.FEW_ROWS
@@ -89,16 +89,18 @@ class Layout:
             replace(
                 spec,
                 conditioned=site.conditioned,
-                measured=tuple(self._measured(name, node) for name, node in site.probes),
+                measured=tuple(map(self._measured, site.probes)),
             )
             for spec, site in zip(specs, self.sites, strict=True)
         ]
 
-    def _measured(self, name: str, node: str) -> Measured:
-        """What dispatch measures for a symbol, at a node."""
-        asked = measurement(name)
-        assert asked is not None, name
-        return Measured(name, asked.statistic, self._wires[self._position[node]], asked.rescale)
+    def _measured(self, probe: Probe) -> Measured:
+        """What dispatch measures for a guard."""
+        asked = measurement(probe.symbol)
+        assert asked is not None, probe.symbol
+        wire, output = (None if n is None else self._wires[self._position[n]] for n in (probe.node, probe.output))
+        assert wire is not None
+        return Measured(probe.symbol, asked.statistic, wire, asked.rescale, output)
 
     def pieces(self) -> list[Piece]:
         """The pieces that dispatch runs, without their code."""
@@ -111,7 +113,7 @@ class Layout:
     @cached_property
     def _last_read(self) -> dict[int, int]:
         """The last segment that reads each wire which the call neither returns nor measures."""
-        of, kept = self.segments.of, {self._position[node] for site in self.sites for _, node in site.probes}
+        of, kept = self.segments.of, {self._position[node] for site in self.sites for node in site.measured}
         kept |= {self._position[node.name] for node in self._nodes[-1].all_input_nodes}
         readers = {p: {of[self._position[user.name]] for user in self._nodes[p].users} for p in self._wires}
         for site in self.sites:

@@ -19,7 +19,7 @@ from dit_rewrite.passes.guards import ENTROPY, Value, measured
 from dit_rewrite.passes.measurements import measurement
 from dit_rewrite.passes.outputs import find_output
 from dit_rewrite.passes.parts import Probes, add_entropy, copied, find_keys
-from dit_rewrite.passes.site import Found, Part, Site, close
+from dit_rewrite.passes.site import Found, Part, Probe, Site, close
 from dit_rewrite.passes.spans import Stream, find_spans
 from dit_rewrite.passes.stacks import Stacks
 from dit_rewrite.policy import Policy, SiteRules, Spans
@@ -66,7 +66,7 @@ def place(captured: Captured, found: Found, policy: Policy, whole: bool, hoist: 
     wheres = [rule.where for rule in policy.rules if rule.where.part is Part.OUTPUT]
     sites, refused = _asked(gm, found, asked, spans, steady, {where.minus for where in wheres})
     rules = [policy.for_site(site, known(found, site.layer, whole), spans) for site in sites]
-    measuring = _Measuring(gm, found, captured.static, policy.lag)
+    measuring = _Measuring(gm, found, captured, whole, policy.lag)
     sites, rules, unmeasured = measuring.add(sites, rules)
     if gm is not captured.gm:
         sites, found = _closed(gm, sites, found)
@@ -168,9 +168,9 @@ def known(found: Found, layer: int, whole: bool) -> dict[str, Value]:
 class _Measuring:
     """Puts what guards measure into the graph, and takes away the rules that nothing could prove."""
 
-    def __init__(self, gm: fx.GraphModule, found: Found, static: frozenset[int], lag: int) -> None:
+    def __init__(self, gm: fx.GraphModule, found: Found, captured: Captured, whole: bool, lag: int) -> None:
         self.gm, self.lag = gm, lag
-        self.probes = Probes(gm, found, static)
+        self.probes = Probes(gm, found, captured.static, captured.steady, whole)
 
     def add(
         self, sites: Sequence[Site], rules: Sequence[SiteRules]
@@ -185,15 +185,15 @@ class _Measuring:
         if not self.lag:
             position = {node.name: i for i, node in enumerate(self.gm.graph.nodes)}
             measuring = [_before(site, position, refused) for site in measuring]
-        had = [{name for name, _ in site.probes} | ({ENTROPY} if site.entropy else set()) for site in measuring]
+        had = [{probe.symbol for probe in site.probes} | ({ENTROPY} if site.entropy else set()) for site in measuring]
         return measuring, [r.measuring(h) for r, h in zip(rules, had, strict=True)], refused
 
     def _measure(self, site: Site, rules: SiteRules) -> tuple[Site, list[Reason]]:
-        """The site with the nodes that its guards measure, under the names of their symbols."""
-        asked = {name: m for name in sorted(rules.needs) if (m := measurement(name)) is not None}
-        found = {name: self.probes.of(m.probe, site) for name, m in asked.items()}
-        site = replace(site, probes=tuple((name, node) for name, node in found.items() if node is not None))
-        reasons = [Reason.NO_PROBE] if None in found.values() else []
+        """The site with what its guards measure, and why that lacks something."""
+        asked = [found for name in sorted(rules.needs) if (found := measurement(name)) is not None]
+        probes = [self.probes.measured(each, site) for each in asked]
+        site = replace(site, probes=tuple(probe for probe in probes if isinstance(probe, Probe)))
+        reasons = list(dict.fromkeys(probe for probe in probes if isinstance(probe, Reason)))
         if ENTROPY in rules.needs:
             site = add_entropy(self.gm, site, torch.ops.dit_rewrite.attention_entropy.default)
             reasons += [Reason.NO_KEYS] if site.entropy is None else []
@@ -203,7 +203,7 @@ class _Measuring:
 def _before(site: Site, position: Mapping[str, int], refused: list[Refusal]) -> Site:
     """The site with those of its probes that the graph computes before it."""
     begin = min(position[value] for value in site.values)
-    probes = tuple((name, probe) for name, probe in site.probes if position[probe] < begin)
+    probes = tuple(probe for probe in site.probes if not probe.waits or position[probe.node] < begin)
     if probes != site.probes:
         refused.append(Refusal(site.values[0], site.name, Reason.PROBE_WITHIN))
     return replace(site, probes=probes)
@@ -217,7 +217,7 @@ def _early(sites: Sequence[Site], gm: fx.GraphModule) -> set[int]:
         begin = min(position[value] for value in site.values)
         around = site.parent
         while around is not None:
-            if any(position[probe] > begin for _, probe in sites[around].probes):
+            if any(position[probe] > begin for probe in sites[around].awaited):
                 early.add(i)
             around = sites[around].parent
     return early

@@ -160,7 +160,7 @@ def _working_bytes(rewritten: Rewritten) -> int:
 
 def _probes(rewritten: Rewritten) -> set[str]:
     """The nodes that guards measure."""
-    return {node for site in rewritten.layout.sites for _, node in site.probes}
+    return {node for site in rewritten.layout.sites for node in site.measured}
 
 
 def _places(graph: int, occurrence: int, rewritten: Rewritten) -> Iterator[Place]:

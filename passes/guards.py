@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
-from typing import Any
+from typing import Any, Literal
 
 import sympy
 from sympy.core.function import AppliedUndef
@@ -33,22 +33,26 @@ TOTALS = frozenset({"num_steps", "progress"})
 NOISE = frozenset({"sigma", "snr"})
 FORESEEN = frozenset({"step", "num_steps", "progress", "layer"})  # known of a step before it comes
 ENTROPY = "entropy"
-KNOWN = (*SYMBOLS, *(f"{statistic}({probe})" for statistic in STATISTICS for probe in PROBES))  # for messages
+KNOWN = (*SYMBOLS, *(f"{statistic}({', '.join(PROBES)})" for statistic in STATISTICS))  # for messages
 
 Value = int | float | Fraction | None
 
 
-def similarity(probe: str, *, rescale: Sequence[float] | None = None) -> sympy.Symbol:
+def similarity(probe: str, *, rescale: Sequence[float] | Literal["rate"] | None = None) -> sympy.Symbol:
     """The symbol of a probe's relative L1 change since the site was last computed; 0 is no change at all.
 
     Probes: "first_block", what the first block adds to the stream; "modulated_input", what its attention is computed
-    from; "self", the stream that the site itself reads. `rescale`: the coefficients, highest power first, of a
-    polynomial that the change is put through (what that makes of it may be negative). Raises BadParameter for another.
+    from; "self", the stream that the site itself reads; "latent", the model's input, known before anything runs;
+    "output", what the model returns: the change between the last two steps that computed the site. `rescale`: the
+    coefficients, highest power first, of a polynomial that the change is put through (what that makes of it may be
+    negative); or "rate", as EasyCache has it: mean |change of the probe|, times (mean |change of the output| / mean
+    |change of the probe|) of the last two computed steps, over mean |output of the last one|. Raises BadParameter for
+    another.
     """
     return Measurement.of("similarity", probe, rescale).symbol
 
 
-def drift(probe: str, *, rescale: Sequence[float] | None = None) -> sympy.Symbol:
+def drift(probe: str, *, rescale: Sequence[float] | Literal["rate"] | None = None) -> sympy.Symbol:
     """The symbol of a probe's relative L1 changes from call to call, each rescaled as in `similarity`, added up since
     the site was last computed."""
     return Measurement.of("drift", probe, rescale).symbol

@@ -10,23 +10,27 @@ import ast
 import math
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Literal
 
 import sympy
 
 from dit_rewrite.errors import BadParameter
 
-PROBES = ("first_block", "modulated_input", "self")
+PROBES = ("first_block", "modulated_input", "self", "latent", "output")
 STATISTICS = ("similarity", "drift")
 MAX_COEFFICIENTS = 16  # of a polynomial
 
-Rescale = tuple[float, ...]
+RATE = "rate"
+
+Rescale = tuple[float, ...] | Literal["rate"]
 
 
 @dataclass(frozen=True)
 class Measurement:
     """What is measured: a ``statistic`` of a ``probe``.
 
-    ``rescale`` are the coefficients, highest power first, of a polynomial that each change is put through.
+    ``rescale`` are the coefficients, highest power first, of a polynomial that each change is put through, or "rate":
+    each change as the output's, at the rate at which it changed between the last two computed steps.
     """
 
     statistic: str
@@ -38,18 +42,28 @@ class Measurement:
         """Checked: raises BadParameter for what there is none of."""
         if not isinstance(probe, str) or probe not in PROBES:
             raise BadParameter(statistic, "probe", probe, f"one of {', '.join(PROBES)}")
+        if statistic == "drift" and probe == "output":
+            raise BadParameter(statistic, "probe", probe, "another: between two computed steps there is no output")
+        if rescale == RATE and probe == "output":
+            raise BadParameter(statistic, "rescale", rescale, "a polynomial, or None: it is the output itself")
         return cls(statistic, probe, _rescale(statistic, rescale))
 
     @property
     def name(self) -> str:
         """Its text, which `parse` reads; equal measurements have equal names, and no others."""
-        options = [] if self.rescale is None else [f"rescale={self.rescale!r}"]
+        rescale = self.rescale if self.rescale == RATE else repr(self.rescale)
+        options = [] if self.rescale is None else [f"rescale={rescale}"]
         return f"{self.statistic}({', '.join([self.probe, *options])})"
 
     @property
     def symbol(self) -> sympy.Symbol:
         assumptions = {"real": True} if self.may_be_negative else {"nonnegative": True}
         return sympy.Symbol(self.name, **assumptions)
+
+    @property
+    def reads_output(self) -> bool:
+        """Whether it is of what the model returned at steps before."""
+        return self.probe == "output" or self.rescale == RATE
 
     @property
     def may_be_negative(self) -> bool:
@@ -60,9 +74,11 @@ class Measurement:
 def _rescale(statistic: str, value: object) -> Rescale | None:
     if value is None:
         return None
+    if isinstance(value, str) and value == RATE:
+        return RATE
     numbers = value if isinstance(value, tuple | list) and 0 < len(value) <= MAX_COEFFICIENTS else (None,)
     if not all(_is_finite(number) for number in numbers):
-        allowed = f"up to {MAX_COEFFICIENTS} coefficients of a polynomial, highest power first, or None"
+        allowed = f'up to {MAX_COEFFICIENTS} coefficients of a polynomial, highest power first, or "rate", or None'
         raise BadParameter(statistic, "rescale", value, allowed)
     return tuple(float(number) + 0.0 for number in numbers)  # -0.0 is 0.0, and is written like it
 

@@ -13,7 +13,7 @@ from dit_rewrite.passes.branches import Refusal
 from dit_rewrite.passes.site import Kind, Part, Site
 
 
-def latent(graph: fx.Graph, known: Collection[int]) -> fx.Node | None:
+def find_latent(graph: fx.Graph, known: Collection[int]) -> fx.Node | None:
     """The largest floating-point input that changes from step to step; `known` are the positions of those that do not.
 
     None where there is none.
@@ -33,7 +33,7 @@ def find_output(gm: fx.GraphModule, known: Collection[int], less_latent: bool) -
     values = [node for node in results if node.op == "call_function" and isinstance(node.meta.get("val"), Tensor)]
     if not values:
         return [], []
-    base = latent(gm.graph, known) if less_latent else None
+    base = find_latent(gm.graph, known) if less_latent else None
     if less_latent and (base is None or not all(_alike(value, base) for value in values)):
         return [], [Refusal(values[0].name, name, Reason.NO_LATENT)]
     bases = (base.name,) * len(values) if base is not None else ()

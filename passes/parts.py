@@ -7,6 +7,7 @@ in it changes.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import cached_property
@@ -20,7 +21,9 @@ from dit_rewrite.passes.branches import Refusal
 from dit_rewrite.passes.cores import arguments, cores
 from dit_rewrite.passes.graph import Dependence, aten, is_contraction, is_copy, is_view, operands
 from dit_rewrite.passes.hoist import steady_nodes
-from dit_rewrite.passes.site import Found, Kind, Part, Site
+from dit_rewrite.passes.measurements import Measurement
+from dit_rewrite.passes.outputs import find_latent
+from dit_rewrite.passes.site import Found, Kind, Part, Probe, Site
 from dit_rewrite.passes.spans import Stream
 from dit_rewrite.passes.stacks import Stacks
 
@@ -89,10 +92,28 @@ def _after(graph: fx.Graph, place: fx.Node, target: Any, *arguments: Any) -> fx.
 class Probes:
     """The nodes that guards measure, put into `gm` where the model does not have them."""
 
-    def __init__(self, gm: fx.GraphModule, found: Found, static: frozenset[int]) -> None:
-        self.gm, self.found, self.static = gm, found, static
+    def __init__(
+        self,
+        gm: fx.GraphModule,
+        found: Found,
+        static: frozenset[int],
+        steady: frozenset[int] = frozenset(),
+        whole: bool = True,
+    ) -> None:
+        """`static` and `steady` are the inputs that are weights, and conditioning; `whole`: it is all of the model."""
+        self.gm, self.found, self.static, self.steady, self.whole = gm, found, static, steady, whole
         self.stream = Stream(gm.graph, found)
         self._known: dict[str, str | None] = {}
+
+    def measured(self, asked: Measurement, site: Site) -> Probe | Reason:
+        """What is measured for a site, or why it cannot be."""
+        if not self.whole and (asked.reads_output or asked.probe == "latent"):
+            return Reason.PROBE_IN_PART
+        found, output = self.of(asked.probe, site), self.of("output", site) if asked.reads_output else None
+        if found is None or (asked.reads_output and output is None):
+            return Reason.NO_PROBE
+        inputs = {node.name for node in self.gm.graph.find_nodes(op="placeholder")}
+        return Probe(asked.name, found, found != output and found not in inputs, output)
 
     def of(self, probe: str, site: Site) -> str | None:
         """The node that a probe of that name measures for a site; None where there is none."""
@@ -103,7 +124,14 @@ class Probes:
     def _shared(self, probe: str) -> str | None:
         """The node of a probe that is the same for every site; found, or put into the graph, once."""
         if probe not in self._known:
-            self._known[probe] = self._first_block() if probe == "first_block" else self._modulated_input()
+            find = {
+                "first_block": self._first_block,
+                "modulated_input": self._modulated_input,
+                "latent": lambda: find_latent(self.gm.graph, self.static | self.steady),
+                "output": lambda: _largest(self.gm.graph.output_node().all_input_nodes),
+            }[probe]
+            node = find()
+            self._known[probe] = None if node is None else node.name
         return self._known[probe]
 
     def _own(self, site: Site) -> str | None:
@@ -127,11 +155,11 @@ class Probes:
         ways = (self.stream.walk(node, bases.__contains__) for node in self.stream.behind(stack))
         return next((bases[way[-1]] for way in ways if way is not None), pairs[0])
 
-    def _first_block(self) -> str | None:
+    def _first_block(self) -> fx.Node | None:
         pair = self._main
-        return None if pair is None else _after(self.gm.graph, pair[0], aten.sub.Tensor, *pair).name
+        return None if pair is None else _after(self.gm.graph, pair[0], aten.sub.Tensor, *pair)
 
-    def _modulated_input(self) -> str | None:
+    def _modulated_input(self) -> fx.Node | None:
         """What the first contraction of the first attention branch reads, below views and casts."""
         dependence = Dependence(self.gm.graph, self.static)
         attention = (s for s in self.found.sites if s.kind in (Kind.SELF, Kind.JOINT, Kind.PARALLEL))
@@ -144,8 +172,14 @@ class Probes:
         for node in self.gm.graph.nodes:
             if node is not stream and is_contraction(node) and dependence.depends(node, stream):
                 read = next((o for o in operands(node) if dependence.depends(o, stream)), None)
-                return None if read is None else _base(read).name
+                return None if read is None else _base(read)
         return None
+
+
+def _largest(nodes: Sequence[fx.Node]) -> fx.Node | None:
+    """The largest tensor of real numbers, of more than one."""
+    tensors = [node for node in nodes if measurable(node.meta.get("val")) and node.meta["val"].ndim]
+    return max(tensors, key=lambda node: math.prod(cost.shape(node.meta["val"])), default=None)
 
 
 def _base(node: fx.Node) -> fx.Node:

@@ -48,7 +48,7 @@ def cut(gm: fx.GraphModule, found: Found, sites: Sequence[Site], measured: bool)
     stream = Stream(gm.graph, found)
     cuts = {boundary.position for boundary in stream.boundaries[1:]}  # block 0 stays with the embedding of the latent
     for site in sites if measured else ():
-        for _, name in site.probes:
+        for name in site.awaited:
             probe = stream.position[stream.nodes[name]]
             cuts -= {probe - 1}  # no piece for the probe alone
             cuts.add(probe)
@@ -107,8 +107,8 @@ def _segments(gm: fx.GraphModule, sites: Sequence[Site], of: Sequence[int | None
     for site in sites:
         for value, base in zip(site.values, site.bases, strict=False):
             export(named[base], of[named[value]])
-        for _, probe in site.probes:
-            export(named[probe], -1)
+        for probe in site.probes:
+            export(named[probe.node], -1)
     return Segments(tuple(of), tuple(map(tuple, exports)))
 
 
@@ -119,7 +119,7 @@ def relevant(gm: fx.GraphModule, segments: Segments, sites: Sequence[Site], meas
     call, behind the segments of these; so are the sites inside it, which must know whether it is reused.
     """
     named = {node.name: i for i, node in enumerate(gm.graph.nodes)}
-    measuring = [segments.holding(named[node] for _, node in site.probes) if measured else () for site in sites]
+    measuring = [segments.holding(named[node] for node in site.awaited) if measured else () for site in sites]
     decided = [
         max((s + 1 for j, probes in enumerate(measuring) if _is_within(site, sites[j]) for s in probes), default=0)
         for site in sites

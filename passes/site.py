@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from enum import Enum
+from typing import NamedTuple
 
 from torch import fx
 
@@ -47,6 +48,19 @@ class Part(str, Enum):
         return self.value
 
 
+class Probe(NamedTuple):
+    """A node that a guard measures, and the symbol that it is measured for.
+
+    ``waits``: a decision of the same call waits for it, as it is neither an input nor what the call returns.
+    ``output`` is the node of what the model returns, where the measurement reads it.
+    """
+
+    symbol: str
+    node: str
+    waits: bool = True
+    output: str | None = None
+
+
 @dataclass(frozen=True)
 class Site:
     """A place whose values may be reused together.
@@ -55,8 +69,8 @@ class Site:
     ``closure`` are the nodes that vanish with them, ``flops`` their cost, ``bytes`` what holding the values takes.
     ``parent`` is the index of the innermost site that contains this one; ``layer`` counts blocks in graph order.
     ``sums`` are the residual sums that the values go into, over ``streams``. A span has the blocks ``span``, from the
-    first up to the second, and ``bases``: the stream before it, for each of its values. ``probes`` are pairs of a
-    symbol and the node that is measured for it, ``entropy`` is the index of the value that holds the attention's
+    first up to the second, and ``bases``: the stream before it, for each of its values. ``probes`` are what
+    its guard measures, ``entropy`` is the index of the value that holds the attention's
     entropy. ``inputs`` are what a core reads: query, key, value and perhaps a mask. ``conditioned``: what its slot
     holds is good for the same conditioning alone.
     """
@@ -71,7 +85,7 @@ class Site:
     part: Part = Part.BRANCH
     span: tuple[int, int] | None = None
     bases: tuple[str, ...] = ()
-    probes: tuple[tuple[str, str], ...] = ()
+    probes: tuple[Probe, ...] = ()
     entropy: int | None = None
     inputs: tuple[str, ...] = ()
     conditioned: bool = False
@@ -83,7 +97,17 @@ class Site:
     @property
     def operands(self) -> tuple[str, ...]:
         """What is read even when the values are taken from the cache."""
-        return (*self.bases, *self.inputs, *(node for _, node in self.probes))
+        return (*self.bases, *self.inputs, *(probe.node for probe in self.probes if probe.node != probe.output))
+
+    @property
+    def measured(self) -> tuple[str, ...]:
+        """The nodes that its measurements read."""
+        return tuple(node for probe in self.probes for node in (probe.node, probe.output) if node is not None)
+
+    @property
+    def awaited(self) -> tuple[str, ...]:
+        """The nodes that must be computed before it is decided by what changed up to this call."""
+        return tuple(probe.node for probe in self.probes if probe.waits)
 
     @property
     def place(self) -> str:

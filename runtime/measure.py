@@ -7,8 +7,8 @@ without waiting.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import NamedTuple
+from dataclasses import dataclass, field, replace
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,13 +19,21 @@ Distance = Callable[[Tensor, Tensor], Tensor]  # (now, before) -> relative L1, a
 class Measured(NamedTuple):
     """A symbol that a site's guard reads: "similarity" or "drift" of what a wire carries.
 
-    ``rescale`` are the coefficients, highest power first, of a polynomial that each change is put through.
+    ``rescale`` are the coefficients, highest power first, of a polynomial that each change is put through, or "rate":
+    each is multiplied by how much of its output a computed call changed per change of the probe, at last. ``output`` is
+    the wire of what the model returns, where that is read.
     """
 
     symbol: str
     statistic: str
     wire: int
-    rescale: tuple[float, ...] | None = None
+    rescale: tuple[float, ...] | Literal["rate"] | None = None
+    output: int | None = None
+
+    @property
+    def late(self) -> bool:
+        """Whether it is of what the call returns: known once the call is over, and told to the next ones."""
+        return self.wire == self.output
 
 
 def polynomial(coefficients: Sequence[float], x: Tensor) -> Tensor:
@@ -35,6 +43,12 @@ def polynomial(coefficients: Sequence[float], x: Tensor) -> Tensor:
     for coefficient in coefficients:
         value = value * x + coefficient
     return value
+
+
+def mean_change(now: Tensor, before: Tensor) -> Tensor:
+    """The mean of the absolute change, in float32 (float64 for float64)."""
+    dtype = torch.promote_types(now.dtype, torch.float32)
+    return (now.to(dtype) - before.to(dtype)).abs().mean()
 
 
 class Number:
@@ -61,11 +75,18 @@ class Number:
 class Track:
     """A probe's value when the site was last computed, and what was measured since, up to the last call.
 
-    Of "drift" that is the sum of the changes from call to call; of "similarity" it is kept for a lag alone.
+    Of "drift" that is the sum of the changes from call to call; of "similarity" it is kept for a lag alone, or
+    where the probe is what the calls return: then it is the change from the one computed call to the last.
     """
 
     reference: Tensor
     value: Number | None = None
+    output: Tensor | None = None  # what the last computed call returned, where a rate is made of it
+    rate: Tensor | None = None  # its relative change since the one before, over the probe's change
+
+    @property
+    def held(self) -> tuple[Tensor, ...]:
+        return (self.reference,) if self.output is None else (self.reference, self.output)
 
 
 @dataclass
@@ -78,7 +99,7 @@ class Tracked:
     @property
     def tensors(self) -> tuple[Tensor, ...]:
         """What is held for comparison."""
-        return (*(track.reference for track in self.tracks.values()), *self.last.values())
+        return (*(t for track in self.tracks.values() for t in track.held), *self.last.values())
 
 
 class Meter:
@@ -99,7 +120,7 @@ class Meter:
     ) -> None:
         self._tracked, self._sites, self._wires, self._num_inputs = tracked, sites, wires, num_inputs
         self._lag, self._distance = lag, distance
-        self._known: dict[tuple[int, int], Tensor] = {}
+        self._known: dict[tuple[Distance, int, int], tuple[Tensor, ...]] = {}  # with the tensors: their ids are in use
 
     def read(self, site: int, symbol: str) -> float | None:
         """The number that a guard asks for; None where nothing was measured."""
@@ -107,27 +128,35 @@ class Meter:
         if track is None:
             return None
         measured = next(m for m in self._sites[site] if m.symbol == symbol)
-        value = track.value if self._lag else self._now(track, measured)
+        value = track.value if self._lag or measured.late else self._now(track, measured)
         return None if value is None else value.read()
 
     def _now(self, track: Track, measured: Measured) -> Number | None:
         """What is measured up to this call."""
         now, similar = self._wires[measured.wire], measured.statistic == "similarity"
-        change = self._measure(now, track.reference if similar else self._tracked.last.get(measured.wire))
-        if change is not None and measured.rescale is not None:
-            change = polynomial(measured.rescale, change)
+        before = track.reference if similar else self._tracked.last.get(measured.wire)
+        change = self._change(now, before, measured, track.rate)
         if change is not None and not similar and track.value is not None:
             change = track.value.tensor + change
         return None if change is None else Number(change, ahead=bool(self._lag))
 
-    def _measure(self, now: Tensor | None, before: Tensor | None) -> Tensor | None:
-        """The change from one tensor to another; measured once, whoever asks."""
+    def _change(
+        self, now: Tensor | None, before: Tensor | None, measured: Measured, rate: Tensor | None
+    ) -> Tensor | None:
+        """The change from one tensor to another, rescaled."""
         if now is None or before is None:
             return None
-        key = (id(now), id(before))
+        if measured.rescale == "rate":
+            return None if rate is None else self._once(mean_change, now, before) * rate
+        change = self._once(self._distance, now, before)
+        return change if measured.rescale is None else polynomial(measured.rescale, change)
+
+    def _once(self, distance: Distance, now: Tensor, before: Tensor) -> Tensor:
+        """A distance of two tensors; taken once, whoever asks."""
+        key = (distance, id(now), id(before))
         if key not in self._known:
-            self._known[key] = self._distance(now, before)
-        return self._known[key]
+            self._known[key] = (distance(now, before), now, before)
+        return self._known[key][0]
 
     def close(self, row: Sequence[bool]) -> None:
         """The call is over: note what was measured, and what the sites that computed are to be compared with."""
@@ -135,7 +164,7 @@ class Meter:
         for site, reused in enumerate(row):
             for measured in self._sites[site]:
                 now = self._wires[measured.wire]
-                if now is None:  # inside a reused span nothing is measured
+                if now is None or (reused and measured.late):  # inside a reused span nothing is measured
                     continue
                 if measured.wire not in kept:  # an input is the caller's, who may change it in place
                     kept[measured.wire] = now.clone() if measured.wire < self._num_inputs else now
@@ -144,11 +173,24 @@ class Meter:
         self._tracked.last.update(kept)
 
     def _next(self, track: Track | None, measured: Measured, now: Tensor, reused: bool) -> Track:
-        if track is None:
-            return Track(now)
-        reference = track.reference if reused else now
+        if track is None or measured.late:
+            change = None if track is None else self._change(now, track.reference, measured, None)
+            return Track(now, None if change is None else Number(change, ahead=True), self._output(measured, reused))
+        following = track if reused else self._computed(track, measured, now)
         if measured.statistic == "similarity":
-            return Track(reference, self._now(track, measured) if self._lag else None)
+            return replace(following, value=self._now(track, measured) if self._lag else None)
         if reused:
-            return Track(reference, self._now(track, measured))
-        return Track(reference, self._now(Track(now), measured) if self._lag else None)
+            return replace(following, value=self._now(track, measured))
+        return replace(following, value=self._now(replace(track, value=None), measured) if self._lag else None)
+
+    def _computed(self, track: Track, measured: Measured, now: Tensor) -> Track:
+        """The track of a site that this call computed."""
+        output, rate = self._output(measured, False), None
+        if output is not None and track.output is not None:
+            rate = self._once(self._distance, track.output, output) / self._once(mean_change, now, track.reference)
+        return Track(now, output=output, rate=rate)
+
+    def _output(self, measured: Measured, reused: bool) -> Tensor | None:
+        """What this call returned, where a rate is made of it, and it computed."""
+        is_read = measured.rescale == "rate" and measured.output is not None and not reused
+        return self._wires[measured.output] if is_read else None  # type: ignore[index]

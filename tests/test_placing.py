@@ -192,6 +192,8 @@ POLICIES = {
     "own stream": Policy((Rule(similarity("self") < 0.03),)),
     "drift": Policy((Rule(drift("modulated_input") < 0.05, where=Where(span="stack")),)),
     "late": Policy((Rule(drift("modulated_input") < 0.05, where=Where(span="stack")),), lag=1),
+    "latent": Policy((Rule(drift("latent") < 0.2, where=Where(span="stack")),)),
+    "output": Policy((Rule((similarity("output") < 0.2) & (Mod(step, 2) > 0)),)),
     "first block": Policy((Rule(similarity("first_block") < 0.03, where=Where(span="block")),)),
     "stack, else branches": Policy(
         (Rule(Eq(Mod(step, 4), 3), where=Where(span="stack")), Rule(Mod(step, 2) > 0, where=Where(("mlp",))))
@@ -201,7 +203,10 @@ POLICIES = {
 
 
 # what measures this very call is cut anyway, and what measures nothing is not
-CASES = [(name, "segments" if name in ("blocks, int8", "keys, else branches", "late") else "auto") for name in POLICIES]
+CASES = [
+    (name, "segments" if name in ("blocks, int8", "keys, else branches", "late", "output") else "auto")
+    for name in POLICIES
+]
 
 
 @pytest.mark.parametrize(("name", "lowering"), CASES)
@@ -211,6 +216,33 @@ def test_verified(name: str, lowering: str) -> None:
     found = verify(model, steps("single", 6), policy=POLICIES[name], backend="aot_eager", lowering=lowering)
     assert found.exact
     assert 0 < found.reused < found.decisions
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("guard", [drift("latent") < 0.2, similarity("latent") < 0.2, similarity("output") < 0.5])
+@pytest.mark.parametrize("lag", [0, 1])
+def test_what_is_known_before_the_call_needs_no_segments(guard: Any, lag: int) -> None:
+    """The latent, and what earlier calls returned: one straight piece for each row, which is right."""
+    model = Denoiser(single(2), 2).eval().requires_grad_(False)
+    policy = Policy((Rule(guard, where=Where(span="stack")),), lag=lag)
+    found = verify(model, steps("single", 6), policy=policy, backend="aot_eager", lowering="variants")
+    assert found.exact
+    assert 0 < found.reused < found.decisions
+
+
+@torch.no_grad()
+def test_a_latent_that_stands_still() -> None:
+    """Measured by hand: the latent's change from call to call, added up until a call computes."""
+    compiled = rewritten(tiny.build(), Policy((Rule(drift("latent") < 0.5),)), lowering="variants")
+    inputs = [{**calls(1)[0], "timestep": call["timestep"]} for call in calls(6)]
+    latent = inputs[0]["hidden_states"]
+    for k, call in enumerate(inputs):
+        call["hidden_states"] = latent * (1 + 0.2 * k)
+    with compiled.trajectory(6):
+        outputs(compiled, inputs)
+    changes = [0.2 / (1 + 0.2 * k) for k in range(5)]  # 0.2, 0.167, 0.143, 0.125, 0.111
+    assert changes[0] + changes[1] < 0.5 < sum(changes[:3])
+    assert row(compiled, 6) == "CRRCRR"
 
 
 @pytest.mark.parametrize("probe", ["first_block", "modulated_input"])

@@ -135,12 +135,12 @@ def test_short_forms_are_not_applied_twice() -> None:
 @pytest.mark.parametrize("statistic", [similarity, drift])
 def test_probes(statistic: Any) -> None:
     """A statistic of a probe is one symbol; of another probe there is none."""
-    for probe in ("first_block", "modulated_input", "self"):
+    for probe in ("first_block", "modulated_input", "self", "latent"):
         assert statistic(probe) is statistic(probe)
         assert statistic(probe).name == f"{statistic.__name__}({probe})"
         assert Rule(statistic(probe) < 0.1).when.free_symbols == {statistic(probe)}
     for probe in ("first", "", None, 3):
-        with pytest.raises(BadParameter, match="one of first_block, modulated_input, self"):
+        with pytest.raises(BadParameter, match="one of first_block, modulated_input, self, latent, output"):
             statistic(probe)
     with pytest.raises(UnknownSymbol):
         Rule(sympy.Symbol("similarity(first_block)") < 0.1)

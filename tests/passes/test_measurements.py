@@ -12,14 +12,19 @@ from hypothesis import strategies as st
 
 from dit_rewrite.errors import BadParameter, UnknownSymbol
 from dit_rewrite.passes import guards
-from dit_rewrite.passes.guards import Predicate, drift, step
+from dit_rewrite.passes.guards import Predicate, drift, similarity, step
 from dit_rewrite.passes.measurements import PROBES, Measurement, measurement
 from dit_rewrite.passes.verdict import verdict
 from dit_rewrite.serialise import guard_text, parse_guard
 
 COEFFICIENTS = st.lists(st.floats(allow_nan=False, allow_infinity=False) | st.integers(-5, 5), min_size=1, max_size=6)
-MEASUREMENTS = st.builds(
-    Measurement.of, st.sampled_from(["similarity", "drift"]), st.sampled_from(PROBES), st.none() | COEFFICIENTS
+KINDS = [(statistic, probe) for statistic in ("similarity", "drift") for probe in PROBES]
+KINDS.remove(("drift", "output"))
+RESCALES = st.none() | st.just("rate") | COEFFICIENTS
+MEASUREMENTS = (
+    st.tuples(st.sampled_from(KINDS), RESCALES)
+    .filter(lambda asked: asked != (("similarity", "output"), "rate"))
+    .map(lambda asked: Measurement.of(*asked[0], asked[1]))
 )
 
 
@@ -50,6 +55,16 @@ def test_another_spelling_is_no_name(name: str) -> None:
 def test_what_cannot_rescale(value: Any) -> None:
     with pytest.raises(BadParameter, match="rescale"):
         drift("self", rescale=value)
+
+
+def test_the_output_has_no_drift() -> None:
+    """Between two computed steps the model returns nothing new."""
+    assert similarity("output").name == "similarity(output)"
+    with pytest.raises(BadParameter, match="there is no output"):
+        drift("output")
+    with pytest.raises(BadParameter, match="it is the output itself"):
+        similarity("output", rescale="rate")
+    assert measurement("drift(output)") is None
 
 
 def test_a_polynomial_may_be_negative() -> None:

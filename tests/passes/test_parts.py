@@ -13,9 +13,11 @@ from torch import Tensor, fx, nn
 import dit_rewrite.kernels.attention_entropy  # noqa: F401  # registers the op
 from dit_rewrite.errors import Reason
 from dit_rewrite.passes.graph import aten
+from dit_rewrite.passes.measurements import Measurement
+from dit_rewrite.passes.outputs import find_latent
 from dit_rewrite.passes.parts import Probes, add_entropy, copied, find_keys, measurable
 from dit_rewrite.passes.printing import op_counts
-from dit_rewrite.passes.site import Part, Site, close
+from dit_rewrite.passes.site import Part, Probe, Site, close
 from tests.passes.dictionary import Dictionary
 from tests.passes.oracle import Rewritten, same
 from tests.passes.streams import SHAPES, Plain, traced
@@ -337,6 +339,39 @@ def test_probes_that_are_not_there() -> None:
     of = trace(Toy(lambda m, x: x + m.two(x + m.one(x)), one=mlp(), two=mlp()), (tokens(),))
     assert probe(of, "modulated_input") is None
     assert probe(of, "self") is not None
+
+
+def test_latent_and_output() -> None:
+    """The largest input that is neither weight nor conditioning, known before anything runs, and the largest of what
+    the model returns, of which no site waits for this call's; of a part of a model neither is the model's."""
+    for name in SHAPES:
+        of = traced(name)
+        gm = copied(of.gm)
+        site, ins = of.sites().sites[0], of.gm.graph.find_nodes(op="placeholder")
+        probes = Probes(gm, of.sites(), of.captured.static)
+        latent, output = (probes.measured(Measurement("similarity", p), site) for p in ("latent", "output"))
+        assert isinstance(latent, Probe) and isinstance(output, Probe)
+        moving = {n.name: n.meta["val"].numel() for i, n in enumerate(ins) if i not in of.captured.static}
+        assert moving[latent.node] == max(moving.values())
+        assert (latent.waits, latent.output) == (False, None)
+        assert (output.waits, output.output) == (False, output.node)
+        returned = {n.name: n.meta["val"].numel() for n in of.gm.graph.output_node().all_input_nodes}
+        assert returned[output.node] == max(returned.values())
+        part = Probes(gm, of.sites(), of.captured.static, whole=False)
+        for statistic in (Measurement("drift", "latent"), Measurement("similarity", "output")):
+            assert part.measured(statistic, site) is Reason.PROBE_IN_PART
+        assert isinstance(part.measured(Measurement("drift", "first_block"), site), Probe)
+
+
+def test_conditioning_is_no_latent() -> None:
+    """A caption may be larger than the latent: it stays the same from step to step."""
+    of = traced("flux")
+    ins = of.gm.graph.find_nodes(op="placeholder")
+    first = find_latent(of.gm.graph, of.captured.static)
+    assert first is not None
+    second = find_latent(of.gm.graph, of.captured.static | {ins.index(first)})
+    assert second is not first
+    assert find_latent(of.gm.graph, frozenset(range(len(ins)))) is None
 
 
 def test_what_is_put_in_changes_nothing() -> None:

@@ -13,6 +13,7 @@ from torch import Tensor, fx, nn
 from dit_rewrite.passes.parts import Probes, copied
 from dit_rewrite.passes.printing import op_counts
 from dit_rewrite.passes.segments import Segments, crossing_bytes, cut, relevant, whole
+from dit_rewrite.passes.site import Probe
 from dit_rewrite.passes.specialise import Variant, specialise
 from dit_rewrite.passes.structure import structure
 from tests.passes.oracle import Rewritten, same
@@ -245,7 +246,9 @@ def measured(name: str, spans: list[tuple[int, int]], probe: str) -> Rewritten:
     gm, found = copied(of.gm), of.sites()
     rewritten = with_spans(of, spans)
     probes = Probes(gm, found, of.captured.static)
-    parts = [replace(s, probes=() if s.span is None else ((probe, probes.of(probe, s)),)) for s in rewritten.sites]  # type: ignore[arg-type]
+    nodes = [None if site.span is None else probes.of(probe, site) for site in rewritten.sites]
+    sites = zip(rewritten.sites, nodes, strict=True)
+    parts = [replace(site, probes=() if node is None else (Probe(probe, node),)) for site, node in sites]
     return Rewritten.with_parts(of, gm, parts, {i: None for i in range(len(parts))})
 
 
@@ -256,7 +259,7 @@ def test_a_measured_span_is_decided_behind_its_probe(name: str, first: int) -> N
     rewritten = measured(name, [(first, end)], "first_block")
     segments = rewritten.cut(measured=True)
     (span,) = [i for i, site in enumerate(rewritten.sites) if site.span is not None]
-    ((_, probe),) = rewritten.sites[span].probes
+    (probe,) = rewritten.sites[span].awaited
     position = [node.name for node in rewritten.gm.graph.nodes].index(probe)
     assert position in segments.exports[0]
     depends = relevant(rewritten.gm, segments, rewritten.sites, True)

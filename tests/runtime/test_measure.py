@@ -139,6 +139,103 @@ def test_a_constant_proves_nothing_of_what_is_not_finite(bad: float) -> None:
 
 
 @pytest.mark.parametrize("lag", [0, 1])
+def test_what_a_call_returns_is_told_to_the_next(lag: int) -> None:
+    """The change between the last two computed calls, whenever they were; a reused call returns nothing new."""
+    tracked, output, found = Tracked(), Measured("x", "similarity", 1, output=1), []
+    for value, reused in zip([[2.0], [3.0], [9.0], [9.0], [6.0], [7.0]], [0, 0, 1, 1, 0, 0], strict=True):
+        wires: list[Tensor | None] = [torch.zeros(1), None]
+        meter = Meter(tracked, [(output,)], wires, NUM_INPUTS, lag, distance)
+        found.append(meter.read(0, "x"))
+        wires[1] = torch.tensor(value)
+        meter.close([bool(reused)])
+    assert found == [None, None, 0.5, 0.5, 0.5, 1.0]
+
+
+def easycache(
+    latents: Sequence[Sequence[float]], outputs: Sequence[Sequence[float]], rows: Sequence[bool]
+) -> list[Any]:
+    """What EasyCache compares with its threshold at each step, or None before it knows a rate: read off its loop."""
+
+    def mean(a: Sequence[float], b: Sequence[float] | None = None) -> float:
+        return sum(abs(x - y) for x, y in zip(a, b or [0.0] * len(a), strict=True)) / len(a)
+
+    found: list[Any] = []
+    rate = before = computed = None
+    total = 0.0
+    for latent, output, reused in zip(latents, outputs, rows, strict=True):
+        if rate is not None and before is not None and computed is not None:
+            total += rate * mean(latent, before) / mean(computed[1])
+            found.append(total)
+        else:
+            found.append(None)
+        if not reused:
+            total = 0.0
+            if computed is not None:
+                rate = mean(output, computed[1]) / mean(latent, computed[0])
+            computed = latent, output
+        before = latent
+    return found
+
+
+def follow_rate(
+    statistic: str,
+    lag: int,
+    latents: Sequence[Sequence[float]],
+    outputs: Sequence[Sequence[float]],
+    rows: Sequence[bool],
+) -> list[float | None]:
+    tracked, measured, found = Tracked(), Measured("x", statistic, 0, "rate", 1), []
+    for latent, output, reused in zip(latents, outputs, rows, strict=True):
+        wires: list[Tensor | None] = [torch.tensor(latent, dtype=torch.float64), None]
+        meter = Meter(tracked, [(measured,)], wires, NUM_INPUTS, lag, distance)
+        found.append(meter.read(0, "x"))
+        wires[1] = torch.tensor(output, dtype=torch.float64)
+        meter.close([reused])
+    return found
+
+
+LATENTS = [[4.0, 4.0], [3.0, 3.0], [2.5, 2.0], [1.5, 2.0], [1.0, 1.0], [0.5, 1.0]]
+OUTPUTS = [[2.0, 2.0], [1.0, 2.0], [9.0, 9.0], [9.0, 9.0], [2.0, 3.0], [9.0, 9.0]]
+
+
+def test_rate_by_hand() -> None:
+    """From calls 0 and 1: the output changed by 0.5, the latent by 1, and the output is 1.5 in the mean; from calls 1
+    and 4: 1, 2 and 2.5."""
+    rows = [False, False, True, True, False, True]
+    found = follow_rate("drift", 0, LATENTS, OUTPUTS, rows)
+    expected = [0.75 * 0.5 / 1.5, 1.25 * 0.5 / 1.5, 2.0 * 0.5 / 1.5, 0.25 * (1 / 2) / 2.5]
+    assert found[:2] == [None, None]
+    assert found[2:] == pytest.approx(expected)
+    assert found == [None if x is None else pytest.approx(x) for x in easycache(LATENTS, OUTPUTS, rows)]
+    late = follow_rate("drift", 1, LATENTS, OUTPUTS, rows)
+    assert late == [None, None, None, *found[2:4], pytest.approx(0.75 * 0.5 / 1.5)]
+    similar = follow_rate("similarity", 0, LATENTS, OUTPUTS, rows)
+    assert similar[2:5] == pytest.approx([0.75 * 0.5 / 1.5, 1.25 * 0.5 / 1.5, 2.0 * 0.5 / 1.5])
+
+
+@settings(max_examples=100, deadline=None)
+@given(data=st.data())
+def test_rate_of_any_trajectory(data: st.DataObject) -> None:
+    """As the method's own loop has it."""
+    pair = st.lists(st.floats(0.5, 4, width=16), min_size=2, max_size=2)
+    steps = data.draw(st.lists(st.tuples(pair, pair, st.booleans()), min_size=2, max_size=8))
+    for i in range(1, len(steps)):  # EasyCache divides by the change of its latent, which is never 0
+        if any(steps[i][0] == before[0] for before in steps[:i]):
+            return
+    latents, outputs, rows = (list(column) for column in zip(*steps, strict=True))
+    rows[:2] = [False, False]
+    found = follow_rate("drift", 0, latents, outputs, rows)
+    assert all(agree(a, b) for a, b in zip(found, easycache(latents, outputs, rows), strict=True))
+
+
+def test_without_a_rate_nothing_is_proven() -> None:
+    """No rate before two computed calls; none that is a number where neither latent nor output moved."""
+    assert follow_rate("drift", 0, LATENTS[:3], OUTPUTS[:3], [False, True, True]) == [None, None, None]
+    still = follow_rate("drift", 0, [[1.0]] * 3, [[1.0]] * 3, [False, False, True])
+    assert still[2] is not None and math.isnan(still[2])
+
+
+@pytest.mark.parametrize("lag", [0, 1])
 @pytest.mark.parametrize("measured", [SIMILARITY, DRIFT], ids=["similarity", "drift"])
 @settings(max_examples=150, deadline=None)
 @given(data=st.data())
