@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import NamedTuple, Protocol
 
@@ -122,12 +122,14 @@ class Decisions:
     """A row (True: reuse), the reason of each entry, and the rules that would have reused but for a missing value.
 
     ``weights`` has those of each site that takes a weighted sum, None for the others; nothing where none does.
+    ``measured`` are the numbers that were read for it, by site and symbol.
     """
 
     row: tuple[bool, ...]
     reasons: tuple[Reason, ...]
     misses: tuple[Reason, ...]
     weights: tuple[Weights | None, ...] = ()
+    measured: Mapping[int, Mapping[str, float]] = field(default_factory=dict)
 
     def weigh(self, i: int) -> Weights | None:
         """The weights of what the slot of a site holds; None where it takes the newest."""
@@ -163,6 +165,7 @@ class Decider:
         self._reasons: list[Reason] = [Reason.NO_RULE] * len(sites)
         self._misses: list[Reason] = []
         self._weights: list[Weights | None] = [None] * len(sites)
+        self._read: dict[int, dict[str, float]] = {}
 
     def settle(self, i: int) -> bool:
         """Whether site `i` is reused. The sites around it are asked first."""
@@ -187,7 +190,7 @@ class Decider:
         holds = site.reads == NO_SLOT or self._holds[i if site.reads is None else site.reads]
         age = self._past[i].age(moment.step) if holds else None
         layer = moment.layer_offset + site.layer
-        choice = site.choose(moment, layer, age, self._streak[i], lambda name: self._measure(i, name))
+        choice = site.choose(moment, layer, age, self._streak[i], lambda name: self._noted(i, name))
         lacking = Reason.BEYOND_END if self._beyond else (None if holds else self._unfit or Reason.EMPTY)
         if choice.reuse and lacking is None and choice.weigh is not None:
             weights = choice.weigh(self._past[i], moment)
@@ -203,6 +206,15 @@ class Decider:
     def weigh(self, i: int) -> Weights | None:
         """The weights of what the slot of a settled site holds; None where it takes the newest."""
         return self._weights[i]
+
+    def _noted(self, i: int, name: str) -> float | None:
+        """A measurement of a site; a number is read once in a call, and noted."""
+        if name in self._read.get(i, {}):
+            return self._read[i][name]
+        value = self._measure(i, name)
+        if value is not None:
+            self._read.setdefault(i, {})[name] = value
+        return value
 
     def _will_be_read(self, i: int) -> bool:
         """Whether site `i`, which computes now, may read its slot before it computes again."""
@@ -224,4 +236,4 @@ class Decider:
         """All decisions; what is not settled yet is settled now."""
         row = tuple(self.settle(i) for i in range(len(self._sites)))
         weights = tuple(self._weights) if any(self._weights) else ()
-        return Decisions(row, tuple(self._reasons), tuple(self._misses), weights)
+        return Decisions(row, tuple(self._reasons), tuple(self._misses), weights, self._read)

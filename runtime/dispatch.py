@@ -264,6 +264,7 @@ class Graph:
             decided.row,
             decided.reasons,
             decided.weights,
+            decided.measured,
         )
         self.session.stats.count(record, decided.misses)
         if self.session.observer is not None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import Counter, deque
-from collections.abc import Hashable
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -16,7 +16,8 @@ class Decision:
     """One call of one graph: a row of `Stats.decisions`.
 
     ``strategies`` maps each guarded site to "compute", "reuse" or "forecast" (what only holds something for another:
-    "fill" or "leave" its slot), ``reasons`` to why.
+    "fill" or "leave" its slot), ``reasons`` to why; ``measured`` each site whose guard read measurements to these, by
+    symbol.
     """
 
     trajectory: int
@@ -25,6 +26,7 @@ class Decision:
     occurrence: int
     strategies: dict[str, str]
     reasons: dict[str, Reason]
+    measured: dict[str, dict[str, float]]
 
 
 _SLOTS = {Reason.WILL_BE_READ: "fill", Reason.UNREAD: "leave"}  # of what only holds something for another site
@@ -43,6 +45,7 @@ class Record:
     row: tuple[bool, ...]
     reasons: tuple[Reason, ...]
     weights: tuple[tuple[float, ...] | None, ...] = ()
+    measured: Mapping[int, Mapping[str, float]] = field(default_factory=dict)
 
     def decision(self) -> Decision:
         did = ["reuse" if reused else "compute" for reused in self.row]
@@ -57,6 +60,7 @@ class Record:
             self.occurrence,
             strategies,
             dict(zip(self.names, self.reasons, strict=True)),
+            {self.names[site]: dict(numbers) for site, numbers in self.measured.items()},
         )
 
 

@@ -243,6 +243,12 @@ def test_a_latent_that_stands_still() -> None:
     changes = [0.2 / (1 + 0.2 * k) for k in range(5)]  # 0.2, 0.167, 0.143, 0.125, 0.111
     assert changes[0] + changes[1] < 0.5 < sum(changes[:3])
     assert row(compiled, 6) == "CRRCRR"
+    read = [decision.measured for decision in compiled.stats().decisions[-6:]]
+    expected = [changes[0], sum(changes[:2]), sum(changes[:3]), changes[3], sum(changes[3:5])]
+    assert read[0] == {}, "nothing is known at the first step"
+    for numbers, value in zip(read[1:], expected, strict=True):
+        assert set(numbers) == set(compiled.stats().decisions[-1].strategies)
+        assert all(found == {"drift(latent)": pytest.approx(value, rel=1e-4)} for found in numbers.values())
 
 
 @pytest.mark.parametrize("probe", ["first_block", "modulated_input"])

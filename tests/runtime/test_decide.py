@@ -262,3 +262,21 @@ def test_filled_where_a_plain_reading_of_the_schedule_reads_it(schedule: str, of
 def test_specs_are_values() -> None:
     assert replace(site(), layer=3) == site(layer=3)
     assert site() != site(never)
+
+
+def test_what_was_read_is_noted_and_read_once() -> None:
+    """Each number that a rule asked for stands beside the decisions; nothing else is read, and none of them twice."""
+    asked: list[tuple[int, str]] = []
+
+    def measure(i: int, name: str) -> float | None:
+        asked.append((i, name))
+        return None if name == "none" else i + 0.5
+
+    def twice(_: Any, __: int, ___: Any, ____: int, read: Any) -> tuple[bool, Reason]:
+        return read("drift(self)") == read("drift(self)") == read("none") or True, YES
+
+    sites = [site(never), site(twice), site(twice, parent=1)]
+    found = Decider(sites, at(1), [0] * 3, [0] * 3, [True] * 3, measure=measure).decisions()
+    assert found.measured == {1: {"drift(self)": 1.5}}
+    assert asked == [(1, "drift(self)"), (1, "none")]
+    assert decided([site()], at(1), [True]).measured == {}
