@@ -38,6 +38,7 @@ class Reason(str, Enum):
     MOVING_SIZE = "its size is decided by data that change from step to step"
     NO_PROBE = "the graph has no such probe"
     PROBE_WITHIN = "its probe is computed after its own value: give the policy lag=1"
+    NO_GRID = "its probe is filtered, and where on a grid the tokens are cannot be told"
     PROBE_IN_PART = "the graph is a part of the model, so that its inputs and outputs are not the model's"
     # a site that costs nothing at run time
     UNREACHED = "no rule can ever apply"

@@ -10,7 +10,7 @@ import sympy
 
 from dit_rewrite.backend import Rewritten
 from dit_rewrite.errors import Reason
-from dit_rewrite.passes.guards import NOISE, TOTALS, Predicate, Value, mentions
+from dit_rewrite.passes.guards import NOISE, TOTALS, Predicate, Value, mentions, reads_noise
 from dit_rewrite.passes.site import Kind, Part, Site
 from dit_rewrite.passes.verdict import Verdict, verdict
 from dit_rewrite.policy import SiteRule, SiteRules
@@ -35,7 +35,7 @@ def idle_reason(rewritten: Sequence[Rewritten], num_steps: int | None, noise: No
     needs = frozenset[str]().union(*(rules.needs for _, rules in reached))
     if num_steps is None and needs & TOTALS:
         return f"{Reason.TOTAL_UNKNOWN}: use `with model.trajectory(num_steps=…)`"
-    if noise is not None and needs & NOISE and noise(0) == (None, None):
+    if noise is not None and reads_noise(needs) and noise(0) == (None, None):
         return f"{Reason.NOISE_UNKNOWN}: use `with model.trajectory(scheduler=…)`"
     return _never(rewritten, [site for site, _ in reached], num_steps)
 
@@ -90,7 +90,8 @@ class _Tried:
     def of(cls, rule: SiteRule, knowable: frozenset[str]) -> _Tried:
         parts = [part for part in sympy.And.make_args(rule.predicate.guard) if mentions(part) <= knowable]
         needs = frozenset(rule.predicate.needs)
-        return cls(rule.mine, needs <= knowable, needs & knowable, tuple(map(Predicate.of, parts)))
+        noise = {"snr"} if reads_noise(needs) else frozenset[str]()
+        return cls(rule.mine, needs <= knowable, (needs | noise) & knowable, tuple(map(Predicate.of, parts)))
 
     def may_hold(self, symbols: dict[str, Value]) -> bool:
         known = all(symbols.get(name) is not None for name in self.needs)

@@ -21,6 +21,7 @@ from dit_rewrite.policy import Policy
 from dit_rewrite.runtime.decide import SiteSpec
 from dit_rewrite.runtime.dispatch import Piece, Wiring
 from dit_rewrite.runtime.measure import Measured
+from dit_rewrite.runtime.spectral import Grid
 
 
 @dataclass(frozen=True)
@@ -100,7 +101,8 @@ class Layout:
         assert asked is not None, probe.symbol
         wire, output = (None if n is None else self._wires[self._position[n]] for n in (probe.node, probe.output))
         assert wire is not None
-        return Measured(probe.symbol, asked.statistic, wire, asked.rescale, output)
+        grid = None if probe.latent is None else Grid(self._wires[self._position[probe.latent]], probe.patch)
+        return Measured(probe.symbol, asked.statistic, wire, asked.rescale, output, grid)
 
     def pieces(self) -> list[Piece]:
         """The pieces that dispatch runs, without their code."""

@@ -37,7 +37,7 @@ from dit_rewrite.idle import idle_reason, left_out
 from dit_rewrite.lowering import isolated
 from dit_rewrite.no_sites import why_no_sites
 from dit_rewrite.passes.capture import one_graph
-from dit_rewrite.passes.guards import NOISE
+from dit_rewrite.passes.guards import reads_noise
 from dit_rewrite.report import Report
 from dit_rewrite.runtime.clock import Clock, Named
 from dit_rewrite.runtime.inputs import Reader
@@ -185,7 +185,7 @@ def _warn_of_idleness(name: str, backend: Backend, present: Sequence[Rewritten],
 
 def needs_noise(model: nn.Module) -> bool:
     """Whether the policy of a rewritten module reads noise levels."""
-    return bool(backend_of(model).policy.reads & NOISE)
+    return reads_noise(backend_of(model).policy.reads)
 
 
 @contextlib.contextmanager

@@ -285,13 +285,14 @@ def _chooser(site: SiteRules) -> Choose:
             if not rule.mine and not all(is_known(name, symbols.get(name)) for name in rule.predicate.needs):
                 break
             i = first(moment, layer, age, streak, i + 1)
-        return Choice(False, Reason.NOT_MEASURED if unproven else _lacking(moment))
+        blind = unproven and (moment.sigma, moment.snr) == (None, None) and guards.reads_noise(site.needs)
+        return Choice(False, Reason.NOT_MEASURED if unproven and not blind else _lacking(moment))
 
     @lru_cache(maxsize=1024)
     def _lacking(moment: Moment) -> Reason:
         if moment.num_steps is None and site.needs & guards.TOTALS:
             return Reason.TOTAL_UNKNOWN
-        return Reason.NOISE_UNKNOWN if moment.snr is None and site.needs & guards.NOISE else Reason.NO_RULE
+        return Reason.NOISE_UNKNOWN if moment.snr is None and guards.reads_noise(site.needs) else Reason.NO_RULE
 
     return choose
 

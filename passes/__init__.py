@@ -12,6 +12,7 @@ spans.py           runs of blocks as sites; crops.py says which part of a cat a 
 stacks.py          chains of blocks over one stream, and which of them is the main one
 parts.py, cores.py keys and values, attention cores, probes and entropy: what policies ask for beyond branches
 batch.py           which values belong to which sample, by the rules of batch_rules.py
+grid.py            where on the latent's grid the tokens of a signal are
 halve.py           a graph for half of the batch
 naming.py          names and layers of sites, from module paths
 guards.py          the language of guards; notation.py and verdict.py show it, and say what decides nothing

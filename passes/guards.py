@@ -7,7 +7,7 @@ A guard says when a site may do its strategy. Only proof permits: an unknown or 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import Any, Literal
@@ -18,7 +18,7 @@ from sympy.logic.boolalg import Boolean, BooleanFunction
 from sympy.printing.pycode import PythonCodePrinter
 
 from dit_rewrite.errors import NotBoolean, UnknownSymbol
-from dit_rewrite.passes.measurements import PROBES, STATISTICS, Measurement, measurement
+from dit_rewrite.passes.measurements import PROBES, STATISTICS, Filter, Measurement, measurement
 from dit_rewrite.passes.tables import errors_since, look_up, table
 
 step, num_steps, layer, num_layers, age, streak = sympy.symbols(
@@ -38,7 +38,9 @@ KNOWN = (*SYMBOLS, *(f"{statistic}({', '.join(PROBES)})" for statistic in STATIS
 Value = int | float | Fraction | None
 
 
-def similarity(probe: str, *, rescale: Sequence[float] | Literal["rate"] | None = None) -> sympy.Symbol:
+def similarity(
+    probe: str, *, filter: Filter | None = None, rescale: Sequence[float] | Literal["rate"] | None = None
+) -> sympy.Symbol:
     """The symbol of a probe's relative L1 change since the site was last computed; 0 is no change at all.
 
     Probes: "first_block", what the first block adds to the stream; "modulated_input", what its attention is computed
@@ -46,16 +48,19 @@ def similarity(probe: str, *, rescale: Sequence[float] | Literal["rate"] | None 
     "output", what the model returns: the change between the last two steps that computed the site. `rescale`: the
     coefficients, highest power first, of a polynomial that the change is put through (what that makes of it may be
     negative); or "rate", as EasyCache has it: mean |change of the probe|, times (mean |change of the output| / mean
-    |change of the probe|) of the last two computed steps, over mean |output of the last one|. Raises BadParameter for
+    |change of the probe|) of the last two computed steps, over mean |output of the last one|. `filter`="sea": the
+    probe is put through SeaCache's filter of its step's noise before, which must be known. Raises BadParameter for
     another.
     """
-    return Measurement.of("similarity", probe, rescale).symbol
+    return Measurement.of("similarity", probe, rescale, filter).symbol
 
 
-def drift(probe: str, *, rescale: Sequence[float] | Literal["rate"] | None = None) -> sympy.Symbol:
-    """The symbol of a probe's relative L1 changes from call to call, each rescaled as in `similarity`, added up since
-    the site was last computed."""
-    return Measurement.of("drift", probe, rescale).symbol
+def drift(
+    probe: str, *, filter: Filter | None = None, rescale: Sequence[float] | Literal["rate"] | None = None
+) -> sympy.Symbol:
+    """The symbol of a probe's relative L1 changes from call to call, each filtered and rescaled as in `similarity`,
+    added up since the site was last computed."""
+    return Measurement.of("drift", probe, rescale, filter).symbol
 
 
 def accumulated_error(ratios: Sequence[float], reach: int) -> sympy.Expr:
@@ -155,6 +160,12 @@ def _compiled(names: tuple[str, ...], parts: Sequence[sympy.Basic]) -> Callable[
 def is_known(name: str, value: Any) -> bool:
     """Whether a symbol's value can prove anything: there is one, it is finite, and no change is negative."""
     return value is not None and math.isfinite(value) and not (value < 0 and _is_never_negative(name))
+
+
+def reads_noise(names: Collection[str]) -> bool:
+    """Whether the noise level must be known for one of these symbols to be."""
+    found = map(measurement, names)
+    return not NOISE.isdisjoint(names) or any(each is not None and each.filter is not None for each in found)
 
 
 def _is_never_negative(name: str) -> bool:

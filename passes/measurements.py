@@ -21,6 +21,7 @@ STATISTICS = ("similarity", "drift")
 MAX_COEFFICIENTS = 16  # of a polynomial
 
 RATE = "rate"
+Filter = Literal["sea"]
 
 Rescale = tuple[float, ...] | Literal["rate"]
 
@@ -31,14 +32,16 @@ class Measurement:
 
     ``rescale`` are the coefficients, highest power first, of a polynomial that each change is put through, or "rate":
     each change as the output's, at the rate at which it changed between the last two computed steps.
+    ``filter`` is what the probe is put through before.
     """
 
     statistic: str
     probe: str
     rescale: Rescale | None = None
+    filter: Filter | None = None
 
     @classmethod
-    def of(cls, statistic: str, probe: object, rescale: object = None) -> Measurement:
+    def of(cls, statistic: str, probe: object, rescale: object = None, filter: object = None) -> Measurement:
         """Checked: raises BadParameter for what there is none of."""
         if not isinstance(probe, str) or probe not in PROBES:
             raise BadParameter(statistic, "probe", probe, f"one of {', '.join(PROBES)}")
@@ -46,13 +49,16 @@ class Measurement:
             raise BadParameter(statistic, "probe", probe, "another: between two computed steps there is no output")
         if rescale == RATE and probe == "output":
             raise BadParameter(statistic, "rescale", rescale, "a polynomial, or None: it is the output itself")
-        return cls(statistic, probe, _rescale(statistic, rescale))
+        if filter not in (None, "sea"):
+            raise BadParameter(statistic, "filter", filter, '"sea", or None')
+        return cls(statistic, probe, _rescale(statistic, rescale), filter)  # type: ignore[arg-type]
 
     @property
     def name(self) -> str:
         """Its text, which `parse` reads; equal measurements have equal names, and no others."""
         rescale = self.rescale if self.rescale == RATE else repr(self.rescale)
-        options = [] if self.rescale is None else [f"rescale={rescale}"]
+        options = [] if self.filter is None else [f"filter={self.filter}"]
+        options += [] if self.rescale is None else [f"rescale={rescale}"]
         return f"{self.statistic}({', '.join([self.probe, *options])})"
 
     @property

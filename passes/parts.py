@@ -20,6 +20,7 @@ from dit_rewrite.passes import cost
 from dit_rewrite.passes.branches import Refusal
 from dit_rewrite.passes.cores import arguments, cores
 from dit_rewrite.passes.graph import Dependence, aten, is_contraction, is_copy, is_view, operands
+from dit_rewrite.passes.grid import find_patch
 from dit_rewrite.passes.hoist import steady_nodes
 from dit_rewrite.passes.measurements import Measurement
 from dit_rewrite.passes.outputs import find_latent
@@ -107,13 +108,23 @@ class Probes:
 
     def measured(self, asked: Measurement, site: Site) -> Probe | Reason:
         """What is measured for a site, or why it cannot be."""
-        if not self.whole and (asked.reads_output or asked.probe == "latent"):
+        if not self.whole and (asked.reads_output or asked.probe == "latent" or asked.filter is not None):
             return Reason.PROBE_IN_PART
         found, output = self.of(asked.probe, site), self.of("output", site) if asked.reads_output else None
         if found is None or (asked.reads_output and output is None):
             return Reason.NO_PROBE
         inputs = {node.name for node in self.gm.graph.find_nodes(op="placeholder")}
-        return Probe(asked.name, found, found != output and found not in inputs, output)
+        probe = Probe(asked.name, found, found != output and found not in inputs, output)
+        return probe if asked.filter is None else self._on_grid(probe)
+
+    def _on_grid(self, probe: Probe) -> Probe | Reason:
+        """A probe with the patch of the latent that each of its tokens covers."""
+        nodes = {node.name: node for node in self.gm.graph.nodes}
+        latent = find_latent(self.gm.graph, self.static | self.steady)
+        patch = None if latent is None else find_patch(self.gm.graph, latent, nodes[probe.node])
+        if latent is None or patch is None:
+            return Reason.NO_GRID
+        return probe._replace(latent=latent.name, patch=patch)
 
     def of(self, probe: str, site: Site) -> str | None:
         """The node that a probe of that name measures for a site; None where there is none."""

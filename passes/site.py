@@ -52,13 +52,16 @@ class Probe(NamedTuple):
     """A node that a guard measures, and the symbol that it is measured for.
 
     ``waits``: a decision of the same call waits for it, as it is neither an input nor what the call returns.
-    ``output`` is the node of what the model returns, where the measurement reads it.
+    ``output`` is the node of what the model returns, where the measurement reads it. ``latent`` is that of the latent
+    where the probe is filtered on its grid, and ``patch`` what of it a token covers; none: it is the latent.
     """
 
     symbol: str
     node: str
     waits: bool = True
     output: str | None = None
+    latent: str | None = None
+    patch: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)

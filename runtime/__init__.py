@@ -8,7 +8,7 @@ conditioning.py  the conditioning of a stream, and which of its tensors are data
 inputs.py      which inputs of a denoiser are latent, timestep and conditioning
 tensors.py     identity, version and one read of the device
 cache.py       slots of one graph's occurrence, with stamps
-measure.py     how much what guards read has changed
+measure.py     how much what guards read has changed; spectral.py: SeaCache's filter of it
 decide.py      the decision machine: a pure function
 session.py     the state of one thread: its trajectory and its call
 dispatch.py    decisions -> pieces -> call

@@ -15,6 +15,7 @@ from dit_rewrite.runtime.cache import Bank, Hoisted, stamp_of
 from dit_rewrite.runtime.decide import Computed, Decider, Decisions, Moment, Past, SiteSpec, Weights
 from dit_rewrite.runtime.measure import Distance, Meter
 from dit_rewrite.runtime.session import Call, Observation, Session
+from dit_rewrite.runtime.spectral import noise_share
 from dit_rewrite.runtime.stats import Record
 
 Row = tuple[bool, ...]
@@ -166,7 +167,9 @@ class Graph:
         self, args: list[Any], wires: list[Any], bank: Bank, state: State
     ) -> tuple[Decisions, list[tuple[tuple[int, int], Tensor]]]:
         """Run the pieces where decisions wait for what earlier ones, or earlier calls, computed."""
-        meter = Meter(bank.tracked, self._measured, wires, self.wiring.num_inputs, self._lag, self._distance)
+        noise = noise_share(state[0].sigma, state[0].snr)
+        inputs = self.wiring.num_inputs
+        meter = Meter(bank.tracked, self._measured, wires, inputs, self._lag, self._distance, noise)
 
         def measure(site: int, symbol: str) -> float | None:
             index = self.sites[site].entropy

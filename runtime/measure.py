@@ -13,6 +13,8 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from dit_rewrite.runtime.spectral import Grid, on_grid, sea_filter
+
 Distance = Callable[[Tensor, Tensor], Tensor]  # (now, before) -> relative L1, a tensor of no dimensions
 
 
@@ -21,7 +23,7 @@ class Measured(NamedTuple):
 
     ``rescale`` are the coefficients, highest power first, of a polynomial that each change is put through, or "rate":
     each is multiplied by how much of its output a computed call changed per change of the probe, at last. ``output`` is
-    the wire of what the model returns, where that is read.
+    the wire of what the model returns, where that is read. On a ``grid`` the probe is filtered by its step's noise.
     """
 
     symbol: str
@@ -29,11 +31,17 @@ class Measured(NamedTuple):
     wire: int
     rescale: tuple[float, ...] | Literal["rate"] | None = None
     output: int | None = None
+    grid: Grid | None = None
 
     @property
     def late(self) -> bool:
         """Whether it is of what the call returns: known once the call is over, and told to the next ones."""
         return self.wire == self.output
+
+    @property
+    def place(self) -> tuple[int, Grid | None]:
+        """What is measured there, under whichever symbol."""
+        return self.wire, self.grid
 
 
 def polynomial(coefficients: Sequence[float], x: Tensor) -> Tensor:
@@ -91,10 +99,10 @@ class Track:
 
 @dataclass
 class Tracked:
-    """The tracks of a bank by site and symbol, and the last value of each wire that is a probe."""
+    """The tracks of a bank by site and symbol, and the last value of each probe."""
 
     tracks: dict[tuple[int, str], Track] = field(default_factory=dict)
-    last: dict[int, Tensor] = field(default_factory=dict)
+    last: dict[tuple[int, Grid | None], Tensor] = field(default_factory=dict)
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
@@ -117,9 +125,13 @@ class Meter:
         num_inputs: int,
         lag: int,
         distance: Distance,
+        noise: float | None = None,
     ) -> None:
+        """`noise` is the share of noise at the call's step, None where nobody knows it."""
         self._tracked, self._sites, self._wires, self._num_inputs = tracked, sites, wires, num_inputs
         self._lag, self._distance = lag, distance
+        self._noise = noise
+        self._filtered: dict[tuple[int, Grid | None], Tensor | None] = {}
         self._known: dict[tuple[Distance, int, int], tuple[Tensor, ...]] = {}  # with the tensors: their ids are in use
 
     def read(self, site: int, symbol: str) -> float | None:
@@ -133,12 +145,26 @@ class Meter:
 
     def _now(self, track: Track, measured: Measured) -> Number | None:
         """What is measured up to this call."""
-        now, similar = self._wires[measured.wire], measured.statistic == "similarity"
-        before = track.reference if similar else self._tracked.last.get(measured.wire)
+        now, similar = self._value(measured), measured.statistic == "similarity"
+        before = track.reference if similar else self._tracked.last.get(measured.place)
         change = self._change(now, before, measured, track.rate)
         if change is not None and not similar and track.value is not None:
             change = track.value.tensor + change
         return None if change is None else Number(change, ahead=bool(self._lag))
+
+    def _value(self, measured: Measured) -> Tensor | None:
+        """What a probe is in this call, so far as it is known."""
+        value = self._wires[measured.wire]
+        if value is None or measured.grid is None:
+            return value
+        if measured.place not in self._filtered:
+            self._filtered[measured.place] = self._filter(value, measured.grid)
+        return self._filtered[measured.place]
+
+    def _filter(self, value: Tensor, grid: Grid) -> Tensor | None:
+        latent = self._wires[grid.latent]
+        placed = None if latent is None or self._noise is None else on_grid(value, grid, latent)
+        return None if placed is None or self._noise is None else sea_filter(*placed, self._noise)
 
     def _change(
         self, now: Tensor | None, before: Tensor | None, measured: Measured, rate: Tensor | None
@@ -160,16 +186,17 @@ class Meter:
 
     def close(self, row: Sequence[bool]) -> None:
         """The call is over: note what was measured, and what the sites that computed are to be compared with."""
-        tracks, kept = self._tracked.tracks, dict[int, Tensor]()
+        tracks, kept = self._tracked.tracks, dict[tuple[int, Grid | None], Tensor]()
         for site, reused in enumerate(row):
             for measured in self._sites[site]:
-                now = self._wires[measured.wire]
+                now = self._value(measured)
                 if now is None or (reused and measured.late):  # inside a reused span nothing is measured
                     continue
-                if measured.wire not in kept:  # an input is the caller's, who may change it in place
-                    kept[measured.wire] = now.clone() if measured.wire < self._num_inputs else now
+                if measured.place not in kept:  # an input is the caller's, who may change it in place
+                    own = measured.wire >= self._num_inputs or measured.grid is not None
+                    kept[measured.place] = now if own else now.clone()
                 track = tracks.get((site, measured.symbol))
-                tracks[site, measured.symbol] = self._next(track, measured, kept[measured.wire], reused)
+                tracks[site, measured.symbol] = self._next(track, measured, kept[measured.place], reused)
         self._tracked.last.update(kept)
 
     def _next(self, track: Track | None, measured: Measured, now: Tensor, reused: bool) -> Track:

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 from types import SimpleNamespace
+from typing import Literal
 
 import pytest
 import torch
 from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
+from diffusers.hooks.sea_cache import _apply_sea_filter
+from torch import Tensor, nn
 
 from dit_rewrite.errors import NoiseUnknown, Reason
-from dit_rewrite.guards import sigma, snr
+from dit_rewrite.guards import drift, sigma, snr
 from dit_rewrite.policy import Policy, Rule
+from dit_rewrite.where import Where
 from tests import tiny
+from tests.models import latents
 
 STEPS = 8
 
@@ -63,3 +68,54 @@ def test_a_scheduler_that_does_not_say_it_proves_nothing() -> None:
 def test_without_a_scheduler_nothing_is_proven() -> None:
     """A told number of steps says nothing of sigma (a cache_context could): computed, with the reason."""
     assert decisions(Policy((Rule(sigma > 0.0),)), num_steps=STEPS) == [(False, Reason.NOISE_UNKNOWN)] * STEPS
+
+
+class Patched(nn.Module):
+    """The tiny denoiser of an image that it cuts into patches itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.patches, self.body = nn.Conv2d(3, tiny.CHANNELS, 2, 2), tiny.TinyDiT()
+
+    def forward(self, latent: Tensor, timestep: Tensor, condition: Tensor) -> Tensor:
+        return self.body(self.patches(latent).flatten(2).transpose(1, 2), timestep, condition)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("probe", ["latent", "self"])
+def test_filtered_by_the_noise_of_its_step(probe: Literal["latent", "self"]) -> None:
+    """Beside diffusers' filter of what the model is given, or of the stream that its first branch reads."""
+    model = Patched().eval().requires_grad_(False)
+    symbol = drift(probe, filter="sea", rescale=(1.0, 0.0))  # which may be negative, so that it is read
+    compiled = tiny.rewritten(model, Policy((Rule(symbol < 0, where=Where(layers=(0, 1), kinds=("self",))),)))
+    scheduler = FlowMatchEulerDiscreteScheduler()
+    scheduler.set_timesteps(4)
+    path = latents((3, 8, 12), 4, torch.float32, torch.Generator().manual_seed(0))
+    with compiled.trajectory(scheduler=scheduler):
+        for latent, time in zip(path, scheduler.timesteps, strict=True):
+            compiled(latent, time.expand(len(latent)), tiny.condition())
+    found = [list(d.measured.values()) for d in compiled.stats().decisions]
+    grids = [x if probe == "latent" else model.body.embed(model.patches(x).movedim(1, -1)).movedim(-1, 1) for x in path]
+    filtered = [
+        torch.stack([_apply_sea_filter(x.movedim(0, -1)[None], float(s), 2.0) for x in grid])
+        for grid, s in zip(grids, scheduler.sigmas, strict=False)
+    ]
+    pairs = zip(filtered, filtered[1:], strict=False)
+    expected = [float((now - before).abs().sum() / before.abs().sum()) for before, now in pairs]
+    assert found == [[], *([{symbol.name: pytest.approx(x, rel=1e-4)}] for x in expected)]
+
+
+def test_a_filter_without_noise_or_grid_proves_nothing() -> None:
+    """Unknown noise is the reason of each decision; tokens without a grid are refused before."""
+    filtered = Policy((Rule(drift("latent", filter="sea") < 9),))
+    assert filtered.mentions == {"drift(latent, filter=sea)"}
+    model = tiny.rewritten(Patched().eval(), filtered)
+    with torch.no_grad(), model.trajectory(3):
+        for k in range(3):
+            model(torch.ones(2, 3, 8, 8) + k, torch.full((2,), 3 - k), tiny.condition())
+    for decision in model.stats().decisions:
+        assert set(decision.reasons.values()) == {Reason.NOISE_UNKNOWN}
+        assert decision.measured == {}
+    packed = tiny.rewritten(tiny.build(), filtered)
+    tiny.outputs(packed, tiny.calls(2))
+    assert {refusal.reason for refusal in packed.explain().refused} >= {Reason.NO_GRID}

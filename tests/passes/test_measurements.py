@@ -22,9 +22,9 @@ KINDS = [(statistic, probe) for statistic in ("similarity", "drift") for probe i
 KINDS.remove(("drift", "output"))
 RESCALES = st.none() | st.just("rate") | COEFFICIENTS
 MEASUREMENTS = (
-    st.tuples(st.sampled_from(KINDS), RESCALES)
-    .filter(lambda asked: asked != (("similarity", "output"), "rate"))
-    .map(lambda asked: Measurement.of(*asked[0], asked[1]))
+    st.tuples(st.sampled_from(KINDS), RESCALES, st.sampled_from([None, "sea"]))
+    .filter(lambda asked: asked[:2] != (("similarity", "output"), "rate"))
+    .map(lambda asked: Measurement.of(*asked[0], *asked[1:]))
 )
 
 

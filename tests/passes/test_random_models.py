@@ -18,7 +18,7 @@ from dit_rewrite.passes.batch import batch_labels
 from dit_rewrite.passes.cores import find_cores, find_shared
 from dit_rewrite.passes.guarded import Guidance
 from dit_rewrite.passes.parts import Probes, add_entropy, copied, find_keys
-from dit_rewrite.passes.site import Part, Site
+from dit_rewrite.passes.site import Part, Probe, Site
 from dit_rewrite.passes.spans import Stream, find_spans
 from tests.passes.oracle import Form, Rewritten
 from tests.passes.streams import Joint, Plain, Single
@@ -145,7 +145,7 @@ class Drawn:
         probe = Probes(self.gm, self.found, self.static).of("first_block", self.parts[0])
         behind = [s.part is Part.SPAN and s.layer > 0 and probe is not None for s in self.parts]
         self.parts = [
-            replace(s, probes=(("p", str(probe)),)) if b else s for s, b in zip(self.parts, behind, strict=True)
+            replace(s, probes=(Probe("p", str(probe)),)) if b else s for s, b in zip(self.parts, behind, strict=True)
         ]
 
     def add_entropy(self) -> None:
