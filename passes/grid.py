@@ -36,8 +36,9 @@ def find_patch(graph: fx.Graph, latent: fx.Node, signal: fx.Node) -> tuple[int, 
 def _places(node: fx.Node) -> tuple[int, ...]:
     """The places of a convolution's result along its axes; none of another node."""
     value = node.meta.get("val")
-    is_one = node.target is aten.convolution.default and isinstance(value, Tensor)
-    return cost.shape(value)[2:] if is_one else ()
+    if node.target is not aten.convolution.default or not isinstance(value, Tensor):
+        return ()
+    return cost.shape(value)[2:]
 
 
 def _patches(sizes: tuple[int, ...]) -> list[tuple[int, ...]]:

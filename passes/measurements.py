@@ -10,7 +10,7 @@ import ast
 import math
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Literal
+from typing import Final, Literal
 
 import sympy
 
@@ -20,7 +20,7 @@ PROBES = ("first_block", "modulated_input", "self", "latent", "output")
 STATISTICS = ("similarity", "drift")
 MAX_COEFFICIENTS = 16  # of a polynomial
 
-RATE = "rate"
+RATE: Final = "rate"
 Filter = Literal["sea"]
 
 Rescale = tuple[float, ...] | Literal["rate"]
