@@ -272,11 +272,11 @@ def test_what_was_read_is_noted_and_read_once() -> None:
         asked.append((i, name))
         return None if name == "none" else i + 0.5
 
-    def twice(_: Any, __: int, ___: Any, ____: int, read: Any) -> tuple[bool, Reason]:
-        return read("drift(self)") == read("drift(self)") == read("none") or True, YES
+    def twice(_: Any, __: int, ___: Any, ____: int, read: Any) -> Choice:
+        return Choice(read("drift(self)") == read("drift(self)") == read("none") or True, YES)
 
     sites = [site(never), site(twice), site(twice, parent=1)]
-    found = Decider(sites, at(1), [0] * 3, [0] * 3, [True] * 3, measure=measure).decisions()
+    found = Decider(sites, at(1), [SINCE_0] * 3, [0] * 3, [True] * 3, measure=measure).decisions()
     assert found.measured == {1: {"drift(self)": 1.5}}
     assert asked == [(1, "drift(self)"), (1, "none")]
     assert decided([site()], at(1), [True]).measured == {}
