@@ -37,7 +37,7 @@ from dit_rewrite.runtime.session import Session
 from dit_rewrite.runtime.stats import Stats
 from dit_rewrite.runtime.trajectory import Trajectory
 from dit_rewrite.simulate import simulate
-from dit_rewrite.strategy import ShareGuidance
+from dit_rewrite.strategy import GuidanceDelta, ShareGuidance
 
 
 @dataclass
@@ -213,7 +213,7 @@ class Backend:
             choose = rules.chooser()
         entropy = None if site.entropy is None else guarded.held[index] - 1
         parent, reads, serves = guarded.parents[index], None, None
-        borrows = rules.form.stream if isinstance(rules.form, ShareGuidance) else None
+        borrows = rules.form.stream if isinstance(rules.form, ShareGuidance | GuidanceDelta) else None
         if site.part is Part.CORE:
             reads = guarded.parents.index(index)
         elif site.part is Part.GUIDANCE and borrows is None:
@@ -234,6 +234,7 @@ class Backend:
             borrows,
             width=guarded.held[index],
             depth=guarded.depths[index],
+            differs=isinstance(rules.form, GuidanceDelta) and borrows is not None,
         )
 
     def _compile_prologue(self, rewritten: Rewritten) -> Executable:

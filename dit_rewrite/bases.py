@@ -232,6 +232,7 @@ BASES: dict[str, Callable[[], Basis]] = {
     "chebyshev": Chebyshev,
     "bdf": BDF,
 }
+KINDS: dict[str, type] = {**BASES, "magnitude": Magnitude}  # type: ignore[dict-item]  # those that can be saved
 
 
 def lagrange(places: Sequence[float], place: float) -> list[float]:

@@ -288,6 +288,14 @@ class UnwritableGuard(PolicyError):
         )
 
 
+class UnwritableBasis(PolicyError):
+    def __init__(self, basis: object) -> None:
+        super().__init__(
+            f"A forecast over the basis {basis!r:.100} cannot be saved: a function is no text. "
+            f"Give it one of dit_rewrite.bases."
+        )
+
+
 class BadPolicyText(PolicyError):
     def __init__(self, where: str, problem: str) -> None:
         super().__init__(

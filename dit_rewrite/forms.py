@@ -18,10 +18,10 @@ from dit_rewrite.passes.hoist import steady_nodes
 from dit_rewrite.passes.outputs import find_latent
 from dit_rewrite.passes.parts import Probes
 from dit_rewrite.passes.site import Site
-from dit_rewrite.passes.store import Codec, Store
+from dit_rewrite.passes.store import Codec, Delta, Store
 from dit_rewrite.passes.unbacked import moving_sizes
 from dit_rewrite.policy import SiteRules
-from dit_rewrite.strategy import ShareGuidance
+from dit_rewrite.strategy import GuidanceDelta, ShareGuidance
 
 Form = tuple[Codec, Guidance | None]
 
@@ -40,7 +40,7 @@ class Forms:
         form = rules.form
         if any(self._moves(self.nodes[name]) for name in (*site.values, *site.inputs)):
             return Reason.MOVING_SIZE
-        if isinstance(form, ShareGuidance):
+        if isinstance(form, ShareGuidance | GuidanceDelta):
             return self._shared(site, form)
         if form is None or isinstance(form, str):
             return Store(form), None
@@ -83,13 +83,15 @@ class Forms:
         labels = batch_labels(self.graph, self._batch, self.captured.static)
         return {node.name: label for node, label in labels.items()}
 
-    def _shared(self, site: Site, form: ShareGuidance) -> Form | Reason:
+    def _shared(self, site: Site, form: ShareGuidance | GuidanceDelta) -> Form | Reason:
+        store = form.do.store if isinstance(form, GuidanceDelta) else None
         if form.half is None:
-            return Store(), None
+            return Store(store), None
         if self._batch == 0 or self._batch % 2:
             return Reason.ODD_BATCH
         inside = (self._labels[name] for name in site.closure)
         together = all(self._labels[name] is Batch.LEADING for name in site.values)
         if Batch.MIXED in inside or not together:
             return Reason.MIXES_SAMPLES
-        return Store(), Guidance(self._labels, self._batch, form.half)
+        codec = Delta(store, form.half) if isinstance(form, GuidanceDelta) else Store()
+        return codec, Guidance(self._labels, self._batch, form.half)

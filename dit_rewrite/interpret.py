@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -22,13 +23,20 @@ class Replay(fx.Interpreter):
     """Runs a captured graph: nodes named in `instead` give what that makes, everything else is computed.
 
     It is asked with the tensors of the nodes named in `keep`, which are in ``values`` after `run` too. Nodes named in
-    `shared` see one half of what comes from outside of them, twice: their guidance says which.
+    `shared` see one half of what comes from outside of them, twice: their guidance says which. What nodes named in
+    `after` give goes through that.
     """
 
     def __init__(
-        self, gm: fx.GraphModule, instead: Mapping[str, Instead], keep: Collection[str], shared: Mapping[str, Guidance]
+        self,
+        gm: fx.GraphModule,
+        instead: Mapping[str, Instead],
+        keep: Collection[str],
+        shared: Mapping[str, Guidance],
+        after: Mapping[str, Callable[[Tensor], Tensor]] = MappingProxyType({}),
     ) -> None:
         super().__init__(gm)
+        self.after = after
         self.instead, self.keep, self.shared = instead, keep, shared
         self.values: dict[str, Tensor] = {}
 
@@ -38,6 +46,7 @@ class Replay(fx.Interpreter):
             result = super().run_node(n)
         else:
             result = make(lambda names: self.seen(names, n.name), self.shared.get(n.name))
+        result = self.after[n.name](result) if n.name in self.after else result
         if n.name in self.keep:
             self.values[n.name] = result
         return result

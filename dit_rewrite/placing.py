@@ -17,7 +17,7 @@ from dit_rewrite.passes.cores import find_cores, find_shared
 from dit_rewrite.passes.guarded import Guarded
 from dit_rewrite.passes.guards import ENTROPY, Value, measured
 from dit_rewrite.passes.measurements import measurement
-from dit_rewrite.passes.outputs import find_output
+from dit_rewrite.passes.outputs import find_delta, find_output
 from dit_rewrite.passes.parts import Probes, add_entropy, copied, find_keys
 from dit_rewrite.passes.site import Found, Part, Probe, Site, close
 from dit_rewrite.passes.spans import Stream, find_spans
@@ -63,7 +63,7 @@ def place(captured: Captured, found: Found, policy: Policy, whole: bool, hoist: 
     adds = asked - {Part.BRANCH, Part.SPAN} or any(spans.values()) or measured(policy.mentions)
     gm = copied(captured.gm) if adds else captured.gm
     steady = captured.static | captured.steady if hoist else captured.static
-    wheres = [rule.where for rule in policy.rules if rule.where.part is Part.OUTPUT]
+    wheres = [rule.where for rule in policy.rules if Part.OUTPUT in rule.parts]
     sites, refused = _asked(gm, found, asked, spans, steady, {where.minus for where in wheres})
     rules = [policy.for_site(site, known(found, site.layer, whole), spans) for site in sites]
     measuring = _Measuring(gm, found, captured, whole, policy.lag)
@@ -97,6 +97,7 @@ def _asked(
         (Part.CORE in asked, lambda: find_cores(gm, found.sites)),
         (Part.GUIDANCE in asked, lambda: (find_shared(found.sites), [])),
         (bool(wanted), lambda: find_spans(Stream(gm.graph, found), wanted)),
+        (Part.DELTA in asked, lambda: find_delta(gm)),
         (None in outputs, lambda: find_output(gm, steady, less_latent=False)),
         ("latent" in outputs, lambda: find_output(gm, steady, less_latent=True)),
     )

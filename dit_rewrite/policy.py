@@ -23,9 +23,10 @@ from dit_rewrite.passes.sites import Part, Site
 from dit_rewrite.passes.spans import Span
 from dit_rewrite.passes.verdict import Verdict, verdict
 from dit_rewrite.runtime.decide import Choice, Choose, Moment, Read
-from dit_rewrite.strategy import PLACES, Compute, Core, Forecast, Reuse, ShareGuidance, Strategy, parts
+from dit_rewrite.strategy import PLACES, Compute, Core, Forecast, GuidanceDelta, Reuse, ShareGuidance, Strategy, parts
 from dit_rewrite.where import Where
 
+WEIGHING = (Forecast, GuidanceDelta)  # the strategies that take a weighted sum of what a slot holds
 Spans = Mapping[Span, frozenset[int]]  # and the blocks of each
 
 
@@ -53,10 +54,12 @@ class Rule:
         known = all(isinstance(do, Strategy) for do in self.strategies)
         if not known or sum(len(parts(do)) for do in self.strategies) != len(self.parts):
             raise BadParameter("Rule", "do", self.do, "a strategy of dit_rewrite.strategy, or two for different parts")
-        fits = self.where.span is None or all(isinstance(do, Compute | Reuse | Forecast) for do in self.strategies)
-        if not fits:
+        spanning = (Compute, Reuse, Forecast, *((GuidanceDelta,) if self.where.is_all else ()))
+        if self.where.span is not None and not all(isinstance(do, spanning) for do in self.strategies):
             allowed = "Reuse() or Forecast() where the place is a span: it is no attention"
             raise BadParameter("Rule", "do", self.do, allowed)
+        if not self.where.is_all and any(isinstance(do, GuidanceDelta) for do in self.strategies):
+            raise BadParameter("Rule", "where", self.where, 'Where(span="output") for GuidanceDelta')
         object.__setattr__(self, "when", when)
 
     @property
@@ -124,13 +127,14 @@ class Policy:
     @property
     def reads(self) -> frozenset[str]:
         """The symbols that must be known: of its guards, and of the places that its forecasts ask for."""
-        over = {do.over for rule in self.rules for do in rule.strategies if isinstance(do, Forecast)}
-        return self.mentions | {PLACES[name] for name in over}
+        done = (getattr(do, "do", do) for rule in self.rules for do in rule.strategies)
+        return self.mentions | {PLACES[do.over] for do in done if isinstance(do, Forecast)}
 
     @property
     def streams(self) -> frozenset[str]:
         """The streams that its rules name."""
-        shared = {do.stream for r in self.rules for do in r.strategies if isinstance(do, ShareGuidance) and do.stream}
+        guided = (do for r in self.rules for do in r.strategies if isinstance(do, ShareGuidance | GuidanceDelta))
+        shared = {do.stream for do in guided if do.stream}
         return frozenset(name for rule in self.rules for name in rule.where.streams or ()) | shared
 
     def spans(self, count: int, stack: Callable[[str | None], Sequence[int]], whole: bool) -> dict[Where, Spans]:
@@ -168,7 +172,7 @@ class Policy:
         for rule in self.rules:
             if not rule.where.selects(site, spans.get(rule.where, ())):
                 continue
-            made_for_it = site.part in (Part.SPAN, Part.OUTPUT)  # a span was made for its layers
+            made_for_it = site.part in (Part.SPAN, Part.DELTA, Part.OUTPUT)  # a span was made for its layers
             placed = sympy.true if made_for_it else rule.where.guard
             predicate = Predicate.of(rule.when & placed, known)
             do = rule.strategy(site.part)
@@ -186,7 +190,7 @@ class Policy:
 
 def _reads_earlier(do: Strategy) -> bool:
     """Whether a strategy needs what an earlier step computed, which is what verdicts speak of."""
-    return not isinstance(do, (Compute, ShareGuidance))
+    return not isinstance(do, (Compute, ShareGuidance))  # a difference is one of earlier steps
 
 
 @dataclass(frozen=True)
@@ -216,18 +220,18 @@ class SiteRules:
         return SiteRules(tuple(provable))
 
     @property
-    def forms(self) -> frozenset[str | None | ShareGuidance | Core]:
+    def forms(self) -> frozenset[str | None | ShareGuidance | GuidanceDelta | Core]:
         """What its slot is asked to hold, or how else it is done: a store's name, or a strategy."""
         return frozenset(_form(rule.do) for rule in self.rules if rule.mine)
 
     @property
-    def form(self) -> str | None | ShareGuidance | Core:
+    def form(self) -> str | None | ShareGuidance | GuidanceDelta | Core:
         return next(iter(self.forms), None)
 
     @property
     def depth(self) -> int:
         """How many computed values its slot keeps."""
-        return max((rule.do.depth for rule in self.rules if rule.mine and isinstance(rule.do, Forecast)), default=1)
+        return max((rule.do.depth for rule in self.rules if rule.mine and isinstance(rule.do, WEIGHING)), default=1)
 
     @property
     def foreseen(self) -> bool:
@@ -279,7 +283,7 @@ def _chooser(site: SiteRules) -> Choose:
             measured = {name: read(name) for name in rule.predicate.measured}
             symbols = {**_symbols(moment, layer, age, streak), **measured}
             if rule.predicate.holds(symbols):
-                weigh = rule.do.weights if isinstance(rule.do, Forecast) and rule.mine else None
+                weigh = rule.do.weights if isinstance(rule.do, WEIGHING) and rule.mine else None
                 return Choice(rule.mine, Reason.RULE, weigh)
             unproven |= None in measured.values()
             if not rule.mine and not all(is_known(name, symbols.get(name)) for name in rule.predicate.needs):
@@ -312,8 +316,8 @@ def _symbols(moment: Moment, layer: int, age: int | None, streak: int) -> dict[s
     }
 
 
-def _form(do: Strategy) -> str | None | ShareGuidance | Core:
-    return do if isinstance(do, ShareGuidance | Core) else getattr(do, "store", None)
+def _form(do: Strategy) -> str | None | ShareGuidance | GuidanceDelta | Core:
+    return do if isinstance(do, ShareGuidance | GuidanceDelta | Core) else getattr(do, "store", None)
 
 
 def forced(*_: object, **__: object) -> Choice:

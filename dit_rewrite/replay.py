@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -24,9 +24,9 @@ from dit_rewrite.interpret import Instead, Read, Replay, Replay64, twice
 from dit_rewrite.passes import torch_private
 from dit_rewrite.passes.guarded import Guidance
 from dit_rewrite.passes.site import Part, Site
-from dit_rewrite.passes.store import Codec, Store
+from dit_rewrite.passes.store import Codec, Delta, Store
 from dit_rewrite.runtime.session import Observation
-from dit_rewrite.strategy import ShareGuidance
+from dit_rewrite.strategy import GuidanceDelta, ShareGuidance
 
 SLACK = 2.0  # lowered code may be this much further from float64 than the interpreter's own rounding
 
@@ -45,7 +45,8 @@ def check_replay(
 
     `streams` names the stream of each observation. Where `exact` is not asked for, a tensor that differs may be at most
     SLACK times as far from the float64 replay as the interpreter's own, or as the interpreter's usually are in the same
-    call of the graph, relative to their sizes.
+    call of the graph, relative to their sizes. So it is where half of a batch is computed: a matrix product of half the
+    rows may be rounded otherwise.
     """
     kept: Held = {}
     kept64: Held = {}
@@ -54,7 +55,8 @@ def check_replay(
         replay = _replay(Replay, check, graph, observation, stream, kept)
         if replay is None:
             return
-        wide = None if exact else _replay(Replay64, Check(), graph, observation, stream, kept64)
+        halved = any(guidance is not None for _, guidance in graph.placed.forms.values())
+        wide = None if exact and not halved else _replay(Replay64, Check(), graph, observation, stream, kept64)
         _compare(check, graph, observation, replay, wide)
 
 
@@ -77,6 +79,8 @@ class _Step:
 
     instead: dict[str, Instead] = field(default_factory=dict)
     shared: dict[str, Guidance] = field(default_factory=dict)
+    after: dict[str, Callable[[Tensor], Tensor]] = field(default_factory=dict)
+    lent: dict[Key, Key] = field(default_factory=dict)  # to what of the other stream a value is the difference
     computed: list[tuple[Key, Codec, tuple[str, ...]]] = field(default_factory=list)
     held: list[Key] = field(default_factory=list)
     lacking: str | None = None
@@ -95,11 +99,16 @@ class _Step:
         where: tuple[str, int],
         kept: Held,
         weights: tuple[float, ...] | None,
+        differs: str | None = None,
     ) -> None:
-        """A site that was decided on by itself."""
+        """A site that was decided on by itself; what it keeps is the difference from the stream that it `differs` from."""
         codec, guidance = form
         if guidance is not None:
             self.shared.update(dict.fromkeys(site.closure, guidance) if reuse else {})
+        if isinstance(codec, Delta):
+            self._add_delta(site, codec, reuse, where, kept, weights)
+            return
+        if guidance is not None:
             return
         if site.part is Part.HELD and reuse or site.part is Part.CORE and not reuse:
             return  # the one keeps what it has, the other is computed
@@ -110,12 +119,45 @@ class _Step:
             self.read.update(read)
             if isinstance(codec, Store):
                 self.held.append(key)
+            lender = None if differs is None else (differs, *key[1:])
+            if lender is not None:
+                self.lent[key] = lender
             if not reuse:
                 self.computed.append((key, codec, read))
+            elif key not in kept or (lender is not None and lender not in kept):
+                self.lacking = value
+            else:
+                lent = () if lender is None else kept[lender][:1]
+                self.instead[value] = _from_kept((*lent, *kept[key]), codec, read, weights)
+
+    def _add_delta(
+        self,
+        site: Site,
+        codec: Delta,
+        reuse: bool,
+        where: tuple[str, int],
+        kept: Held,
+        weights: tuple[float, ...] | None,
+    ) -> None:
+        """A site of which one half of the batch is computed, and the other is that and what is kept."""
+        for value in site.values:
+            key = (*where, site.name, value)
+            self.held.append(key)
+            if not reuse:
+                self.computed.append((key, codec, ()))
             elif key not in kept:
                 self.lacking = value
             else:
-                self.instead[value] = _from_kept(kept[key], codec, read, weights)
+                self.after[value] = _other_half(codec.half, kept[key], weights)
+
+
+def _other_half(half: int, kept: tuple[Tensor, ...], weights: tuple[float, ...] | None) -> Callable[[Tensor], Tensor]:
+    def add(both: Tensor) -> Tensor:
+        halves = list(both.chunk(2))
+        halves[1 - half] = halves[half] + (kept[0] if weights is None else weighted(kept, weights))
+        return torch.cat(halves)
+
+    return add
 
 
 def _from_kept(
@@ -148,6 +190,9 @@ def _keep(
     value: Tensor, codec: Codec, read: Sequence[Tensor], older: Sequence[Tensor], depth: int
 ) -> tuple[Tensor, ...]:
     """What is kept of a value: by the definition of each store, or as a strategy inside attention has it."""
+    if isinstance(codec, Delta):
+        halves = value.chunk(2)
+        return (rounded(halves[1 - codec.half] - halves[codec.half], codec.name), *older)[:depth]
     if isinstance(codec, Store):
         return (rounded(value - read[0] if read else value, codec.name), *older)[:depth]
     return tuple(codec.encode(value, read))
@@ -166,17 +211,23 @@ def _replay(
             shared = graph.rules[i].form
             lender = shared.stream if isinstance(shared, ShareGuidance) and reuse else None
             where = (lender or stream, observation.position)
-            step.add(graph.found.sites[i], graph.placed.forms[i], reuse, where, kept, each)
+            other = shared.stream if isinstance(shared, GuidanceDelta) and shared.stream != stream else None
+            step.add(graph.found.sites[i], graph.placed.forms[i], reuse, where, kept, each, other)
     if step.lacking is not None:
         check.fail(Difference(step.lacking, record.step, "replay: reused, and never computed in this trajectory"))
         return None
-    run = kind(graph.placed.gm, step.instead, step.keep, step.shared)
+    run = kind(graph.placed.gm, step.instead, step.keep, step.shared, step.after)
     with torch_private.no_autocast():  # the captured graph has its casts already
         outputs = run.run(*observation.args)
     for key, codec, read in step.computed:
         older = kept.get(key, ())
-        kept[key] = _keep(run.values[key[-1]], codec, run.seen(read, key[-1]), older, depths[key[-1]])
-    values = {_name(key): kept[key][0] for key in step.held}
+        value = run.values[key[-1]]
+        if key in step.lent:
+            if step.lent[key] not in kept:
+                continue  # nothing to differ from yet
+            value = value - kept[step.lent[key]][0]
+        kept[key] = _keep(value, codec, run.seen(read, key[-1]), older, depths[key[-1]])
+    values = {_name(key): kept[key][0] for key in step.held if key in kept}
     return {**values, **{f"output {i}": out for i, out in enumerate(outputs) if isinstance(out, Tensor)}}
 
 

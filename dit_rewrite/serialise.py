@@ -8,30 +8,48 @@ Text is parsed by a whitelist over Python's syntax tree and never evaluated: nam
 from __future__ import annotations
 
 import ast
+import dataclasses
 import json
 import math
 import re
 import types
 import typing
 from collections.abc import Callable, Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import sympy
 from sympy.logic.boolalg import Boolean
 from sympy.printing.str import StrPrinter
 
-from dit_rewrite.errors import BadGuardText, BadPolicyText, ForeignName, UnknownVersion, UnwritableGuard
+from dit_rewrite.bases import KINDS
+from dit_rewrite.errors import (
+    BadGuardText,
+    BadPolicyText,
+    ForeignName,
+    UnknownVersion,
+    UnwritableBasis,
+    UnwritableGuard,
+)
 from dit_rewrite.passes import guards
 from dit_rewrite.passes.measurements import parse
 from dit_rewrite.passes.tables import table
 from dit_rewrite.policy import MadeFor, Policy, Rule
-from dit_rewrite.strategy import BlockwiseReuse, Compute, Reuse, ReuseKV, ShareGuidance, Strategy, WindowResidual
+from dit_rewrite.strategy import (
+    BlockwiseReuse,
+    Compute,
+    Forecast,
+    Reuse,
+    ReuseKV,
+    ShareGuidance,
+    Strategy,
+    WindowResidual,
+)
 from dit_rewrite.where import Where
 
 VERSION = 1
 STRATEGIES: dict[str, type[Strategy]] = {
-    "compute": Compute, "reuse": Reuse, "reuse_kv": ReuseKV, "window_residual": WindowResidual,
+    "compute": Compute, "reuse": Reuse, "forecast": Forecast, "reuse_kv": ReuseKV, "window_residual": WindowResidual,
     "share_guidance": ShareGuidance, "blockwise_reuse": BlockwiseReuse,
 }  # fmt: skip
 MAX_TEXT = 20_000  # characters of a guard, less those of the values of its tables
@@ -74,7 +92,22 @@ def _do(strategy: Strategy | tuple[Strategy, ...]) -> Any:
     if isinstance(strategy, tuple):
         return [_do(each) for each in strategy]
     name = next(name for name, kind in STRATEGIES.items() if type(strategy) is kind)
-    return {"strategy": name, **asdict(strategy)}
+    basis = {"basis": _basis(strategy.basis)} if isinstance(strategy, Forecast) else {}
+    return {
+        "strategy": name,
+        **{field.name: getattr(strategy, field.name) for field in dataclasses.fields(strategy)},
+        **basis,
+    }
+
+
+def _basis(basis: object) -> object:
+    """A basis by its name, or with its parameters."""
+    if isinstance(basis, str):
+        return basis
+    name = next((name for name, kind in KINDS.items() if type(basis) is kind), None)
+    if name is None:
+        raise UnwritableBasis(basis)
+    return {"basis": name, **asdict(basis)}  # type: ignore[call-overload]
 
 
 def from_json(text: str) -> Policy:
@@ -114,7 +147,19 @@ def _one_strategy(value: object, where: str) -> Strategy:
     name = fields.pop("strategy", None)
     if not isinstance(name, str) or name not in STRATEGIES:
         raise BadPolicyText(where, f"has the strategy {name!r:.100}, and not one of {', '.join(STRATEGIES)}")
+    if isinstance(fields.get("basis"), dict):
+        return _forecast(fields, f"{where}.basis")
     return _record(fields, STRATEGIES[name], where)
+
+
+def _forecast(fields: dict[str, Any], where: str) -> Strategy:
+    """A forecast whose basis has parameters."""
+    given = dict(fields.pop("basis"))
+    name = given.pop("basis", None)
+    if not isinstance(name, str) or name not in KINDS:
+        raise BadPolicyText(where, f"has the basis {name!r:.100}, and not one of {', '.join(KINDS)}")
+    read = _record(fields, Forecast, where)
+    return replace(read, basis=_record(given, KINDS[name], where))
 
 
 def _record(value: object, kind: type[Record], where: str) -> Record:

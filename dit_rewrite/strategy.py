@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from numbers import Real
 from typing import Any, Literal, get_args
 
@@ -207,6 +207,49 @@ class ShareGuidance:
 
 
 @dataclass(frozen=True)
+class GuidanceDelta:
+    """Compute the model for the condition alone, and add to its output how the unconditional one differed before.
+
+    `conditional` is as in `ShareGuidance`: in one batch of both halves only that half is computed; where guidance takes
+    two calls, the other call runs nothing of the model. `do` says how the difference is had: the last one again, or a
+    forecast of it. (FastVideo's CFG gate keeps the last one.) Its place is ``Where(span="output")``. Raises
+    BadParameter.
+    """
+
+    conditional: str
+    do: Reuse | Forecast = field(default_factory=Reuse)
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.conditional, str) or not self.conditional:
+            raise BadParameter("GuidanceDelta", "conditional", self.conditional, '"first", "second", or a stream')
+        if not isinstance(self.do, Reuse | Forecast):
+            raise BadParameter("GuidanceDelta", "do", self.do, "Reuse() or Forecast()")
+        if self.half is None and self.do.store is not None:
+            allowed = "one with store=None, where guidance takes two calls"
+            raise BadParameter("GuidanceDelta", "do", self.do, allowed)
+
+    @property
+    def half(self) -> Literal[0, 1] | None:
+        """The half of the batch; None where it is a stream."""
+        return ShareGuidance(self.conditional).half
+
+    @property
+    def stream(self) -> str | None:
+        """The stream that is always computed; None where it is a half of the batch."""
+        return ShareGuidance(self.conditional).stream
+
+    @property
+    def depth(self) -> int:
+        """How many values its reader takes: the differences and, of two calls, the conditional output."""
+        return (self.do.depth if isinstance(self.do, Forecast) else 1) + (self.half is None)
+
+    def weights(self, past: Past, moment: Moment) -> Weights | Reason:
+        """The weights of these values."""
+        found = self.do.weights(past, moment) if isinstance(self.do, Forecast) else (1.0,)
+        return found if isinstance(found, Reason) or self.half is not None else (1.0, *found)
+
+
+@dataclass(frozen=True)
 class BlockwiseReuse:
     """Recompute the blocks of keys whose scores may have changed by more than `threshold`, keep the others' partial
     results (CachedAttention, algorithms 1 and 2; kernels/blockwise_attention).
@@ -229,10 +272,11 @@ class BlockwiseReuse:
 
 
 Core = WindowResidual | BlockwiseReuse  # what is done in the place of an attention op
-Strategy = Compute | Reuse | Forecast | ReuseKV | ShareGuidance | Core
+Strategy = Compute | Reuse | Forecast | ReuseKV | ShareGuidance | GuidanceDelta | Core
 _PARTS = {
     ReuseKV: frozenset({Part.KV}),
     ShareGuidance: frozenset({Part.GUIDANCE}),
+    GuidanceDelta: frozenset({Part.DELTA}),
     WindowResidual: frozenset({Part.CORE, Part.HELD}),
     BlockwiseReuse: frozenset({Part.CORE, Part.HELD}),
 }

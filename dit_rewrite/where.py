@@ -84,6 +84,11 @@ class Where:
         return Part.BRANCH if self.span is None else Part.OUTPUT if self.span == "output" else Part.SPAN
 
     @property
+    def is_all(self) -> bool:
+        """Whether it is what the model returns, as it is."""
+        return self.part is Part.OUTPUT and self.minus is None
+
+    @property
     def guard(self) -> Boolean:
         """The layers that are selected, in the language of guards."""
         guard = sympy.true
@@ -100,8 +105,9 @@ class Where:
         """Whether a rule of this place speaks of the site, its layer left aside; `spans` are the blocks it means."""
         if self.names is not None and not fnmatchcase(site.place, self.names):
             return False
-        if self.span == "output" or site.part is Part.OUTPUT:
-            return self.part is site.part and bool(site.bases) == (self.minus is not None)
+        if self.part is Part.OUTPUT or site.part in (Part.DELTA, Part.OUTPUT):
+            here = site.part in (Part.DELTA, Part.OUTPUT) and self.part is Part.OUTPUT
+            return here and bool(site.bases) == (self.minus is not None)
         if self.span is not None or site.part is Part.SPAN:
             return self.span is not None and site.span in spans
         kinds = frozenset[Kind]().union(*(FAMILIES[kind] for kind in self.kinds))

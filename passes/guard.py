@@ -73,8 +73,8 @@ class _Rewriter:
     def _slots(self, i: int) -> list[Slot]:
         """How the values of a site are held; a core's by the site inside it, those of half a batch not at all."""
         site, slots = self.sites[i], list[Slot]()
-        plain = site.part is not Part.CORE and self.labels[i].guidance is None
-        for k, name in enumerate(site.values if plain else ()):
+        holds = site.part is Part.DELTA or (site.part is not Part.CORE and self.labels[i].guidance is None)
+        for k, name in enumerate(site.values if holds else ()):
             read = (*site.bases[k : k + 1], *site.inputs)
             first = slots[-1].first + slots[-1].width if slots else 0
             nodes, label = tuple(self.nodes[r] for r in read), self.labels[i]
@@ -189,6 +189,7 @@ class _Rewriter:
         keys: list[Any] = [*self._live_ins(site)]
         for i in inner:
             keys += [("reuse", i), *self._slot_keys(i)]
+        keys += self._slot_keys(site) if self._is_added(site) else []
         held = [("held", i, k) for i in self._stored(site) for k in range(self.held[i])]
         body = attributes[f"compute_{self.slugs[site]}"] = self._body(site, keys, held, env)
         instead = self._instead(site, keys, held, body, env)
@@ -224,10 +225,39 @@ class _Rewriter:
         guidance = self.labels[site].guidance
         if guidance is None:
             return None
-        labels = [guidance.labels[k.name] if isinstance(k, fx.Node) else _KEYS[k[0]] for k in keys]
+        own = set(self._slot_keys(site))
+        labels = [
+            guidance.labels[k.name] if isinstance(k, fx.Node) else Batch.SAME if k in own else _KEYS[k[0]] for k in keys
+        ]
+        if own:
+            body = self._body(site, keys, [key for key in held if key[1] != site], outer, pack=False)
         halved = halve(body, labels, guidance.batch, guidance.half)
         assert halved is not None, f"{self.sites[site].name} mixes samples, and was to be refused"
-        return halved
+        return self._added(site, keys, halved) if own else halved
+
+    def _is_added(self, site: int) -> bool:
+        """What the site's slot holds is added to the computed half of a batch."""
+        return self.labels[site].guidance is not None and bool(self.slots[site])
+
+    def _added(self, site: int, keys: list[Any], gm: fx.GraphModule) -> fx.GraphModule:
+        """The subgraph for half of a batch, with what the slot holds added to its results for the other half."""
+        graph, output = gm.graph, gm.graph.output_node()
+        env: dict[Any, fx.Node] = dict(zip(keys, graph.find_nodes(op="placeholder"), strict=True))
+        results: Any = list(output.args[0])  # type: ignore[arg-type]
+        with graph.inserting_before(output):
+            for k, slot in enumerate(self.slots[site]):
+                held, place = self._held_nodes(site, slot, env), self.position[slot.value]
+                results[k] = slot.unpack(graph, held, env, place, base=results[k])
+        own = [env["cached", site, k] for k in range(self.held[site])]
+        count = len(self.values[site])
+        output.args = ((*results[:count], *own, *results[count:]),)
+        return fx.GraphModule(gm, graph)
+
+    def _held_nodes(self, site: int, slot: Slot, env: dict[Any, fx.Node]) -> list[fx.Node]:
+        """What is held of one value: all computed ones, and their weights."""
+        first = (slot.first + age * self.held[site] for age in range(slot.depth))
+        held = [env["cached", site, f + k] for f in first for k in range(slot.width)]
+        return [*held, env["weights", site]] if slot.depth > 1 else held
 
     @staticmethod
     def _inputs(keys: list[Any], outer: dict[Any, fx.Node]) -> tuple[fx.Graph, dict[Any, fx.Node]]:
@@ -250,11 +280,8 @@ class _Rewriter:
     def _unpacked(self, graph: fx.Graph, site: int, env: dict[Any, fx.Node]) -> list[fx.Node]:
         """The cached values of a site, unpacked before the node that takes them."""
         values = []
-        for slot in self.slots[site] if self.solid[site] else ():
-            first = (slot.first + age * self.held[site] for age in range(slot.depth))
-            held = [env["cached", site, f + k] for f in first for k in range(slot.width)]
-            held += [env["weights", site]] if slot.depth > 1 else []
-            values.append(slot.unpack(graph, held, env, self.position[slot.value]))
+        for slot in self.slots[site] if self.solid[site] and not self._is_added(site) else ():
+            values.append(slot.unpack(graph, self._held_nodes(site, slot, env), env, self.position[slot.value]))
         return values
 
     def _replaced(self, site: int, keys: list[Any], held: list[Any], outer: dict[Any, fx.Node]) -> fx.GraphModule:
@@ -267,11 +294,13 @@ class _Rewriter:
         graph.output((value, *(env["cached", i, k] for _, i, k in held)))
         return fx.GraphModule({}, graph)
 
-    def _body(self, site: int, keys: list[Any], held: list[Any], outer: dict[Any, fx.Node]) -> fx.GraphModule:
-        """The subgraph that computes a site: its results are the site's values, then what is held."""
+    def _body(
+        self, site: int, keys: list[Any], held: list[Any], outer: dict[Any, fx.Node], pack: bool = True
+    ) -> fx.GraphModule:
+        """The subgraph that computes a site: its results are the values, then what is held; its own if `pack`."""
         graph, env = self._inputs(keys, outer)
         attributes = self._emit(graph, site, env)
-        for slot in self.slots[site]:
+        for slot in self.slots[site] if pack else ():
             packed = slot.pack(graph, env, self.position[slot.value])
             env.update({("held", site, slot.first + k): node for k, node in enumerate(packed)})
         graph.output((*(env[value] for value in self.values[site]), *(env[key] for key in held)))

@@ -1,9 +1,13 @@
-"""The output site: all that a graph returns and computes. Reusing it runs nothing of the model."""
+"""The output site, all that a graph returns and computes: reusing it runs nothing of the model.
+
+Its sibling holds how the two sides of the guidance differ: reusing that runs one of them.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Collection
+from dataclasses import replace
 
 from torch import Tensor, fx
 
@@ -39,6 +43,12 @@ def find_output(gm: fx.GraphModule, known: Collection[int], less_latent: bool) -
     bases = (base.name,) * len(values) if base is not None else ()
     names = tuple(node.name for node in values)
     return [Site(name, Kind.SPAN, names, (), "", 0, part=Part.OUTPUT, bases=bases)], []
+
+
+def find_delta(gm: fx.GraphModule) -> tuple[list[Site], list[Refusal]]:
+    """The site of what a graph returns as the difference between the two sides of the guidance."""
+    sites, refused = find_output(gm, (), less_latent=False)
+    return [replace(site, name="output.delta", part=Part.DELTA) for site in sites], refused
 
 
 def _is_floating(node: fx.Node) -> bool:

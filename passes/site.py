@@ -33,7 +33,8 @@ class Part(str, Enum):
     """What of a place a strategy replaces, inner parts first.
 
     HELD is what is held for an attention CORE, KV its keys and values; GUIDANCE is a branch for both halves of a
-    guided batch, BRANCH its output, SPAN the change of the stream across blocks, OUTPUT what the graph returns.
+    guided batch, BRANCH its output, SPAN the change of the stream across blocks, OUTPUT
+    what the graph returns, DELTA how that differs between the two sides of the guidance.
     """
 
     HELD = "held"
@@ -42,6 +43,7 @@ class Part(str, Enum):
     GUIDANCE = "guidance"
     BRANCH = "branch"
     SPAN = "span"
+    DELTA = "delta"
     OUTPUT = "output"
 
     def __str__(self) -> str:

@@ -10,7 +10,9 @@ from typing import Any
 
 from torch import Tensor, fx
 
-from dit_rewrite.passes.store import Codec, combine, inline
+from dit_rewrite.passes.store import Codec, Store, combine, inline
+
+BEHIND = 2.0**-7  # behind both halves of a value (halve.py)
 
 
 @dataclass(frozen=True)
@@ -52,21 +54,31 @@ class Slot:
         arguments = [env[self.value], *(env[node] for node in self.read)]
         return inline(graph, lambda v, *read: self.codec.encode(v, read), arguments, position, home=position)
 
-    def unpack(self, graph: fx.Graph, held: Sequence[fx.Node], env: Mapping[Any, fx.Node], position: int) -> fx.Node:
-        """Write what makes the value of the held tensors, right before its place.
+    def unpack(
+        self,
+        graph: fx.Graph,
+        held: Sequence[fx.Node],
+        env: Mapping[Any, fx.Node],
+        position: int,
+        base: fx.Node | None = None,
+    ) -> fx.Node:
+        """Write what makes the value of the held tensors, right before its place; with a `base` that stands there and
+        that they are added to, right behind.
 
         `held` has `width` tensors for each of the `depth` computed values, newest first, and above depth 1 the weights.
         """
         if self.is_plain and self.depth == 1:
             return held[0]
-        arguments = [*held, *(env[node] for node in self.read)]
-        (value,) = inline(graph, lambda *a: (self._value(a),), arguments, position - 1, home=position)
+        arguments = [*held, *((env[node] for node in self.read) if base is None else (base,))]
+        place = position - 1 if base is None else position + BEHIND
+        (value,) = inline(graph, lambda *a: (self._value(a),), arguments, place, home=position)
         return value
 
     def _value(self, tensors: Sequence[Tensor]) -> Tensor:
         count, dtype = self.width, self.value.meta["val"].dtype
         if self.depth == 1:
             return self.codec.decode(tensors[:count], tensors[count:], dtype)
+        assert isinstance(self.codec, Store), "what stands in the place of attention holds one state"
         end = count * self.depth
         history = [tensors[k : k + count] for k in range(0, end, count)]
         return combine(self.codec, history, tensors[end], tensors[end + 1 :], dtype)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, fx
@@ -71,11 +71,38 @@ class Store:
         if len(held) == 2:
             value = value.float() * held[1]
         value = value.to(dtype) if self.name is not None else value
+        return self.join(value, read)
+
+    def join(self, value: Tensor, read: Sequence[Tensor]) -> Tensor:
+        """What is held with what it is added to, if anything is read."""
         return read[0] + value if read else value
 
 
+@dataclass(frozen=True)
+class Delta(Store):
+    """The codec of a guided batch: the half that is not computed, less the one that is, number `half`.
+
+    What is read when it is had again is the computed half, twice.
+    """
+
+    half: Literal[0, 1] = 0
+
+    def is_plain(self, value: Tensor, read: Sequence[Tensor]) -> bool:
+        return False
+
+    def encode(self, value: Tensor, read: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        halves = value.chunk(2)
+        return super().encode(halves[1 - self.half] - halves[self.half], read)
+
+    def join(self, value: Tensor, read: Sequence[Tensor]) -> Tensor:
+        if not read:
+            return value
+        computed, same = read[0].chunk(2)
+        return torch.cat([computed, same + value] if self.half == 0 else [computed + value, same])
+
+
 def combine(
-    codec: Codec, history: Sequence[Sequence[Tensor]], weights: Tensor, read: Sequence[Tensor], dtype: torch.dtype
+    codec: Store, history: Sequence[Sequence[Tensor]], weights: Tensor, read: Sequence[Tensor], dtype: torch.dtype
 ) -> Tensor:
     """The sum of held values, newest first, by `weights` ``(len(history),)``; plus the base that is read, if one is.
 
@@ -86,8 +113,7 @@ def combine(
         return codec.decode(history[0], read, dtype)
     wide = torch.float64 if dtype is torch.float64 else torch.float32
     terms = [weights[k].to(wide) * codec.decode(held, (), dtype).to(wide) for k, held in enumerate(history)]
-    total = sum(terms[1:], terms[0]).to(dtype)
-    return read[0] + total if read else total
+    return codec.join(sum(terms[1:], terms[0]).to(dtype), read)
 
 
 def is_packed(value: Tensor, store: str | None) -> bool:

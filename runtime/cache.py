@@ -74,6 +74,7 @@ class Bank:
         self.past: list[Past] = [NEVER] * num_sites
         self.streak = [0] * num_sites
         self.tracked = Tracked()
+        self.lent: dict[int, tuple[Tensor, ...]] = {}  # what another stream computed for a site in this very step
         self.hoisted: Hoisted | None = None
         self.conditioning: Hoisted | None = None  # holds no values: what the slots hold that are good for it alone
         self.stamp: Stamp | None = None
@@ -142,18 +143,27 @@ class Bank:
     def weighted(self, site: int, weights: Weights, width: int) -> tuple[Tensor, ...]:
         """What a step reads that takes the weighted sum of a slot's values: as many values as weights, then these.
 
-        In the place of a value of weight 0, which may not be there or not be finite, stands the newest.
+        In the place of a value of weight 0, which may not be there or not be finite, stands the newest. What another
+        stream lent stands before the slot's own values.
         """
-        held = self.values[site]
-        assert held is not None
+        held = (*self.lent.get(site, ()), *(self.values[site] or ()))
         values = (held[width * k * (w != 0) : width * (k * (w != 0) + 1)] for k, w in enumerate(weights))
         return (*(tensor for value in values for tensor in value), vector(weights, held[0].device))
 
     def borrow(self, site: int, lender: Bank | None, step: int) -> None:
         """Let a slot be that of another bank, if that was filled in this very step for inputs of the same kind."""
+        self.lend(site, lender, step)
+        self.values[site] = self.lent.pop(site, None)
+        self.past[site] = NEVER if self.values[site] is None or lender is None else lender.past[site]
+
+    def lend(self, site: int, lender: Bank | None, step: int) -> None:
+        """Note what another bank's slot holds, under the same condition, beside one's own."""
         fits = lender is not None and lender.stamp == self.stamp and lender.past[site].age(step) == 0
-        self.values[site] = lender.values[site] if fits and lender is not None else None
-        self.past[site] = lender.past[site] if fits and lender is not None else NEVER
+        values = lender.values[site] if fits and lender is not None else None
+        if values is not None:
+            self.lent[site] = values
+        else:
+            self.lent.pop(site, None)
 
     @property
     def slots(self) -> list[tuple[Tensor, ...] | None]:

@@ -98,7 +98,8 @@ class SiteSpec:
     ``serves``: it only fills a slot for that site, where this will read it. ``foreseen``: what `choose` says of a step
     to come depends on nothing but the step. ``borrows``: its slot is that of this stream, filled in the same step.
     ``conditioned``: what its slot holds is good for the same conditioning alone. ``width`` is the number of tensors
-    that its slot gets when it computes, ``depth`` the number of computed values that the slot keeps.
+    that its slot gets when it computes, ``depth`` the number of values that a reusing step takes. ``differs``: its slot
+    holds the differences from the output of the stream that it borrows from, and a reusing step takes that first.
     """
 
     name: str
@@ -115,6 +116,11 @@ class SiteSpec:
     conditioned: bool = False
     width: int = 1
     depth: int = 1
+    differs: bool = False
+
+    def kept(self, stream: Hashable) -> int:
+        """How many computed values its slot keeps in a stream."""
+        return self.depth if not self.differs else 1 if stream == self.borrows else self.depth - 1
 
 
 @dataclass(frozen=True)

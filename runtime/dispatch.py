@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
@@ -133,9 +133,10 @@ class Graph:
             unfit = bank.keep_for(steady, call.explicit, self._conditioned) or unfit
         if self.prologue is not None:
             self._hoist(self.prologue, args, bank, call.explicit)
-        for site, lender in self._borrowing if unfit is None else ():
-            if lender != call.stream.name:
-                bank.borrow(site, call.lent(lender, self.index, occurrence), call.trajectory.step)
+        for site, lender in self._borrowing:
+            if lender != call.stream.name and (unfit is None or self.sites[site].differs):
+                take = bank.lend if self.sites[site].differs else bank.borrow
+                take(site, call.lent(lender, self.index, occurrence), call.trajectory.step)
         run = self._run if self.session.director is None else self._directed
         try:
             decided, outputs = run(args, call, bank, changed or unfit)
@@ -144,8 +145,9 @@ class Graph:
         outputs = self._owned(decided.row, outputs, bank)
         self._note(call, occurrence, decided, args, outputs, bank)
         for site, lender in self._borrowing:
-            if lender != call.stream.name:
-                bank.values[site] = None  # or the lender's old values would live while it makes new ones
+            bank.lent.pop(site, None)  # or the lender's old values would live while it makes new ones
+            if lender != call.stream.name and not self.sites[site].differs:
+                bank.values[site] = None
         call.layers += self.num_layers
         args.clear()
         return outputs
@@ -154,12 +156,14 @@ class Graph:
         """Decide and run piece by piece; nothing is stored before all of them have run."""
         wires, moment = self.start(args), call.moment
         holds = tuple([unfit is None and values is not None for values in bank.values])
+        if self._borrowing:
+            holds = self._with_lent(holds, moment, bank)
         state: State = (moment, tuple(bank.past), tuple(bank.streak), holds, unfit)
         if self._measures:
             decided, fresh = self._measuring(args, wires, bank, state)
         else:
             decided = self._decided(*state)
-            fresh = self._pieces(args, wires, bank, decided.row.__getitem__, decided.weigh)
+            fresh = self._pieces(args, wires, bank, decided.row.__getitem__, decided.weigh, moment.stream)
         self.store(fresh, bank, moment, decided)
         return decided, self.results(wires)
 
@@ -179,10 +183,15 @@ class Graph:
             return None if held is None else float(held[index].item())
 
         decider = Decider(self.sites, *state, measure=measure)
-        fresh = self._pieces(args, wires, bank, decider.settle, decider.weigh)
+        fresh = self._pieces(args, wires, bank, decider.settle, decider.weigh, state[0].stream)
         decided = decider.decisions()
         meter.close(decided.row)
         return decided, fresh
+
+    def _with_lent(self, holds: tuple[bool, ...], moment: Moment, bank: Bank) -> tuple[bool, ...]:
+        """Which slots hold what can be used: a difference needs what the other stream computed in this step."""
+        lacks = {i for i, by in self._borrowing if self.sites[i].differs and by != moment.stream and i not in bank.lent}
+        return tuple(held and i not in lacks for i, held in enumerate(holds))
 
     def _decide(self, *state: Any) -> Decisions:
         """The decisions where nothing is measured: a function of the state alone, whose results are kept."""
@@ -196,7 +205,7 @@ class Graph:
         return found
 
     def _pieces(
-        self, args: list[Any], wires: list[Any], bank: Bank, decide: Decide, weigh: Weigh
+        self, args: list[Any], wires: list[Any], bank: Bank, decide: Decide, weigh: Weigh, stream: Hashable
     ) -> list[tuple[tuple[int, int], Tensor]]:
         """Run the pieces one after the other; what they made for the slots.
 
@@ -207,7 +216,7 @@ class Graph:
         for number, piece in enumerate(self.pieces):
             for site in piece.sites:
                 if not decide(site):
-                    bank.release(site, self.sites[site].width, self.sites[site].depth)
+                    bank.release(site, self.sites[site].width, self.sites[site].kept(stream))
             fresh += self.run_piece(number, decide, args, wires, bank, weigh)
         return fresh
 
@@ -305,13 +314,24 @@ class Graph:
             if not decided.row[site]:
                 tensors = values.get(site, {})
                 made = tuple(tensors[k] for k in range(len(tensors))) or None
-                bank.store(site, made, now, self.sites[site].depth)
+                made = self._difference(site, made, bank, moment)
+                bank.store(site, made, now, self.sites[site].kept(moment.stream))
             elif reason is Reason.UNREAD:
                 bank.store(site, None, now)  # what it held is of an earlier computation
             elif reason is not Reason.COVERED:
                 bank.streak[site] += 1
         if fresh:
             self.session.note_bytes()
+
+    def _difference(
+        self, site: int, made: tuple[Tensor, ...] | None, bank: Bank, moment: Moment
+    ) -> tuple[Tensor, ...] | None:
+        """What a slot holds of what was made: the difference from what another stream made, where it asks for that."""
+        spec = self.sites[site]
+        if not spec.differs or spec.borrows == moment.stream or made is None:
+            return made
+        lent = bank.lent.get(site)
+        return None if lent is None else tuple(a - b for a, b in zip(made, lent, strict=True))
 
     def _owned(self, row: Row, outputs: Sequence[Any], bank: Bank) -> Sequence[Any]:
         """The outputs; one that shares memory with a slot is copied, since its taker may change it in place."""
