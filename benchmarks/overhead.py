@@ -18,15 +18,22 @@ from benchmarks import segments
 from benchmarks.timing import Row, Spread, alternate, ratio, report, seconds
 from benchmarks.workload import ALWAYS, STEPS, Stepper, alternate_steps, build, calls, cold, instant
 from dit_rewrite.backend import Backend
+from dit_rewrite.guards import step
 from dit_rewrite.lowering import Lowering, isolated
 from dit_rewrite.module import attach, twin
 from dit_rewrite.policies import FORA
+from dit_rewrite.policy import Policy, Rule
+from dit_rewrite.strategy import Forecast
 
 INTERVAL = 3
+FORECASTS = {
+    f"step of a forecast, order {order}": Policy((Rule(step > order, Forecast(order)),), f"order {order}")
+    for order in (1, 2)
+}
 
 
 def measure_steps(device: str, rounds: int) -> list[Row]:
-    """Reuse 0 and a reusing step, against plain torch.compile."""
+    """Reuse 0 and a reusing step, against plain torch.compile; and steps that forecast every branch."""
     model, inputs, lower = build(device), calls(device), Lowering()
     plain = isolated(model, "inductor")
     computing = attach(twin(model), Backend(model, ALWAYS, lower, force=True))
@@ -36,14 +43,20 @@ def measure_steps(device: str, rounds: int) -> list[Row]:
         "plain again": Stepper(plain, inputs),
         "reuse 0": Stepper(computing, inputs),
         "reusing": Stepper(reusing, inputs),
+        **{name: Stepper(dit_rewrite.compile(twin(model), policy), inputs) for name, policy in FORECASTS.items()},
     }
     samples = alternate_steps(runs, rounds)
+    forecast = [ratio(samples, name, "reusing") for name in FORECASTS]
     again, computed, reused = (ratio(samples, *pair) for pair in _PAIRS)
     return [
         Row("plain torch.compile, a step", Spread.of(samples["plain"]), "s", "", True),
         Row("A/A: plain / plain", again, "", "noise floor", True),
         Row("reuse 0 / plain", computed, "", "<= 1.02", computed.median <= 1.02),
         Row("reusing step / computing step", reused, "", "<= 0.02", reused.median <= 0.02),
+        *(
+            Row(f"{name} / reusing step", each, "", "<= 1.1", each.median <= 1.1)
+            for name, each in zip(FORECASTS, forecast, strict=True)
+        ),
     ]
 
 
