@@ -44,7 +44,7 @@ def _add_demo(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, default=Path("demo"), help="folder of the pictures, graphs and figures")
     parser.add_argument("--images", type=positive, default=16, help="how many images a method samples")
     parser.add_argument("--steps", type=positive, default=50, help="DDIM steps of the uncached reference")
-    parser.add_argument("--intervals", type=positive, nargs="+", default=[2, 3, 5], help="FORA's intervals")
+    parser.add_argument("--intervals", type=positive, nargs="+", default=[2, 3, 4, 6], help="of the policies")
     parser.add_argument("--rounds", type=positive, default=3, help="timed runs of each method; the median counts")
     parser.add_argument("--seed", type=seed, default=0, help="of the noise that all methods start from")
     parser.add_argument("--backend", default="inductor", help="what lowers the graphs: inductor or aot_eager")

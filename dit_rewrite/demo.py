@@ -1,8 +1,8 @@
-"""The demo: the bundled denoiser samples the same images uncached, with FORA, and with fewer steps at the same time.
+"""The demo: the bundled denoiser samples the same images uncached, by reuse, by forecasts, and with fewer steps.
 
 Every method starts from the same noise with the same weights. All are compiled and run once before anything is
-timed; then they are timed in alternation, in this one process. The control of each FORA is uncached and has as
-many steps as fit into FORA's time, as measured in this run.
+timed; then they are timed in alternation, in this one process. The control of each policy is uncached, by DPM-Solver++
+2M, which needs the fewest steps, and has as many of them as fit into the policy's time, as measured in this run.
 """
 
 from __future__ import annotations
@@ -16,14 +16,16 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from diffusers import DPMSolverMultistepScheduler
 from torch import Tensor, nn
 
 import dit_rewrite
-from dit_rewrite.demo_report import Result, announce, open_progress, write_all
+from dit_rewrite.demo_report import FORECAST, Result, announce, open_progress, write_all
 from dit_rewrite.metrics import psnr, relative_l2
 from dit_rewrite.module import twin
+from dit_rewrite.policies import FORA, TaylorSeer
 from dit_rewrite.shapes.data import CLASSES, COLOURS, SHAPES
-from dit_rewrite.shapes.model import accuracy, load_classifier, load_denoiser
+from dit_rewrite.shapes.model import SCHEDULE, accuracy, load_classifier, load_denoiser
 from dit_rewrite.shapes.sampling import GUIDANCE, sample_images
 
 PILOT_ROUNDS = 2
@@ -37,6 +39,7 @@ class Method:
     denoiser: Any  # a module, compiled or rewritten
     steps: int
     control_of: str | None = None
+    scheduler: Any = None  # None: the model's own DDIM
     first_seconds: float | None = None  # of the run that compiled it
     seconds: list[float] = field(default_factory=list)
     images: Tensor | None = None
@@ -59,7 +62,13 @@ class Task:
         _synchronise(self.labels.device)
         began = time.perf_counter()
         method.images = sample_images(
-            method.denoiser, self.labels, steps=method.steps, guidance=GUIDANCE, seed=self.seed, progress=tick
+            method.denoiser,
+            self.labels,
+            steps=method.steps,
+            guidance=GUIDANCE,
+            seed=self.seed,
+            scheduler=method.scheduler,
+            progress=tick,
         )
         _synchronise(self.labels.device)
         return time.perf_counter() - began
@@ -82,14 +91,19 @@ def control_steps(steps: int, cached_seconds: float, uncached_seconds: float) ->
 
 
 def build_methods(denoiser: nn.Module, arguments: argparse.Namespace) -> list[Method]:
-    """Uncached first, then FORA at each interval; nothing is compiled before its first call."""
+    """Uncached first, then reuse at the first interval and forecasts at each; nothing is compiled before it is called.
+
+    Reuse is FORA, of every branch; the forecast is TaylorSeer's, of the model's output alone.
+    """
     plain = torch.compile(denoiser, backend=arguments.backend)
-    methods = [Method("uncached", plain, arguments.steps)]
-    for interval in arguments.intervals:
-        policy = dit_rewrite.policies.FORA(interval=interval)
-        cached = dit_rewrite.compile(twin(denoiser), policy, backend=arguments.backend)
-        methods.append(Method(f"FORA({interval})", cached, arguments.steps))
-    return methods
+    first, *_ = arguments.intervals
+    policies = {f"FORA({first})": FORA(interval=first)}
+    policies |= {f"{FORECAST}({i})": TaylorSeer(i, order=2, span="output") for i in arguments.intervals}
+    cached = (
+        Method(name, dit_rewrite.compile(twin(denoiser), policy, backend=arguments.backend), arguments.steps)
+        for name, policy in policies.items()
+    )
+    return [Method("uncached", plain, arguments.steps), *cached]
 
 
 def build_controls(uncached: Method, cached: Sequence[Method]) -> list[Method]:
@@ -97,7 +111,8 @@ def build_controls(uncached: Method, cached: Sequence[Method]) -> list[Method]:
     controls = []
     for method in cached:
         steps = control_steps(uncached.steps, method.median, uncached.median)
-        controls.append(Method(f"{steps} steps", uncached.denoiser, steps, control_of=method.name))
+        solver = DPMSolverMultistepScheduler(**SCHEDULE, timestep_spacing="trailing")
+        controls.append(Method(f"{steps} steps", uncached.denoiser, steps, control_of=method.name, scheduler=solver))
     return controls
 
 

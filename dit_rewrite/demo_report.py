@@ -30,6 +30,7 @@ except ImportError as error:
     raise MissingExtra("rich", "the demo", "demo") from error
 
 console = Console()
+FORECAST = "forecast"  # the name of a policy that forecasts, before its interval
 
 
 def print_table(table: Table) -> None:
@@ -114,6 +115,20 @@ def verdict(cached: Result, control: Result) -> str:
     return f"Better of {times}: {', '.join(found)}."
 
 
+def summary(results: Sequence[Result]) -> str:
+    """Up to which saving the forecasts are closer to the uncached images than fewer steps at the same time."""
+    tried = [(cached, control) for cached, control in pairs(results) if cached.name.startswith(FORECAST)]
+    wins = [cached for cached, control in tried if cached.relative_l2 < control.relative_l2]
+    losses = [cached for cached, control in tried if cached.relative_l2 >= control.relative_l2]
+    found = [f"closer than fewer steps: {_named(wins)}"] if wins else []
+    found += [f"fewer steps are as close or closer: {_named(losses)}"] if losses else []
+    return f"By relative L2, {'; '.join(found)}."
+
+
+def _named(results: Sequence[Result]) -> str:
+    return ", ".join(f"{r.name} at {r.speed_up:.2f}x" for r in results)
+
+
 def metrics_won(winners: dict[str, str], name: str) -> list[str]:
     return [metric for metric, best in winners.items() if best == name]
 
@@ -137,7 +152,7 @@ def figures(result: Result) -> tuple[str, ...]:
 def build_table(results: Sequence[Result]) -> Table:
     table = Table(
         title="Distances are to the uncached images",
-        caption="Below each FORA: uncached, with as many steps as fit into its time",
+        caption="Below each policy: uncached, with as many steps of DPM-Solver++ 2M as fit into its time",
     )
     table.add_column("method", no_wrap=True)
     for heading in ("steps", "seconds", "speed-up", "Recomp%", "rel. L2", "PSNR dB", "class"):
@@ -209,7 +224,7 @@ def write_all(
     (out / "explain.txt").write_text(f"{report}\n")
     write_results(out / "results.json", arguments, results, verdicts)
     print_table(build_table(results))
-    for line in (compile_line(results), *verdicts):
+    for line in (compile_line(results), *verdicts, summary(results)):
         console.print(line, highlight=False)
     console.print(
         f"{out}/images.png shows the images side by side, {out}/graph.diff and {out}/explain.txt what {reported} "

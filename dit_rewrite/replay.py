@@ -101,7 +101,7 @@ class _Step:
         weights: tuple[float, ...] | None,
         differs: str | None = None,
     ) -> None:
-        """A site that was decided on by itself; what it keeps is the difference from the stream that it `differs` from."""
+        """A site that was decided on by itself; what it keeps is the difference from the stream `differs`, if given."""
         codec, guidance = form
         if guidance is not None:
             self.shared.update(dict.fromkeys(site.closure, guidance) if reuse else {})

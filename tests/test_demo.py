@@ -132,13 +132,26 @@ def test_a_small_demo_leaves_its_files(tmp_path, capsys):
     line = ["demo", "--out", str(tmp_path), "--backend", "aot_eager", "--images", "2", "--steps", "6", "--rounds", "1"]
     assert main([*line, "--intervals", "2"]) == 0
     found = json.loads((tmp_path / "results.json").read_text())
-    uncached, fora, control = found["methods"]
+    uncached, fora, control, forecast, other = found["methods"]
     assert (uncached["name"], fora["name"], control["control_of"]) == ("uncached", "FORA(2)", "FORA(2)")
+    assert (forecast["name"], other["control_of"]) == ("forecast(2)", "forecast(2)")
+    assert forecast["stats"]["computed"] == 1 + 3, "order 2 computes the first two steps, then every other one"
     assert (uncached["relative_l2"], uncached["psnr"]) == (0, None)
     assert fora["recomputed"] == pytest.approx(0.5)
     assert (fora["stats"]["recompiles"], fora["stats"]["graph_breaks"], fora["stats"]["misses"]) == (0, 0, {})
     assert 0 < fora["relative_l2"] < 1
     assert {"cpu", "cores"} <= found["hardware"].keys() and {"torch", "python"} <= found["versions"].keys()
-    assert Image.open(tmp_path / "images.png").height == HEADER + 3 * (8 * SIZE + GAP)
+    assert Image.open(tmp_path / "images.png").height == HEADER + 5 * (8 * SIZE + GAP)
     assert (tmp_path / "graph.diff").stat().st_size and (tmp_path / "explain.txt").stat().st_size
-    assert "Better of FORA(2)" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "Better of FORA(2)" in said and "By relative L2, " in said
+
+
+def test_the_summary_says_where_forecasts_win_and_stop_winning():
+    results = [make_result("uncached")]
+    for name, own, controls in (("FORA(2)", 0.1, 0.2), ("forecast(2)", 0.1, 0.2), ("forecast(4)", 0.2, 0.2)):
+        results += [make_result(name, relative_l2=own), make_result("9 steps", name, relative_l2=controls)]
+    assert demo_report.summary(results) == (
+        "By relative L2, closer than fewer steps: forecast(2) at 2.00x; "
+        "fewer steps are as close or closer: forecast(4) at 2.00x."
+    )

@@ -1,13 +1,13 @@
 """Train the bundled flow-matching SD3 on two shapes in relation; resumable: run it again after an interruption.
 
-    python examples/shapes/train_flow.py --out DIR [--steps 9000] [--batch 64] [--threads 1]
+    python examples/shapes/train_flow.py --out DIR [--steps 3600] [--batch 48] [--threads 1]
 
 A checkpoint (model, EMA, optimisers, step) is written every --save-every steps, and beside it, in
 DIR/flow_denoiser.safetensors, the EMA weights in fp16. The word vectors are trained with the denoiser.
 
 The bundled weights were made by
 
-    python examples/shapes/train_flow.py --out DIR --steps 9000 --hold 3500 --batch 48 --rate 2e-3
+    python examples/shapes/train_flow.py --out DIR --steps 3600 --hold 2200 --batch 48 --rate 2e-3
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def build_optimisers(model: FlowModel) -> list[torch.optim.Optimizer]:
 
 
 def main() -> None:
-    parser = build_parser(__doc__, steps=9000, batch=64, threads=1, save_every=250)
+    parser = build_parser(__doc__, steps=3600, batch=48, threads=1, save_every=250)
     parser.add_argument("--hold", type=int, default=0, help="keep the peak rate until this step, below --steps")
     parser.add_argument("--eager", action="store_true", help="train without torch.compile")
     given = parser.parse_args()
