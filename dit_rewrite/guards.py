@@ -7,11 +7,11 @@ its scheduler.
 layer, num_layers: the block that the site lies in, from 0, in the order of the graph.
 age: steps since the site was last computed. streak: consecutive reuses.
 similarity(probe), drift(probe): how much a probe has changed since the site was last computed, as one relative L1
-difference or as the sum of those from call to call. Probes: "first_block", "modulated_input", "self", "latent",
-"output" (of the last two computed steps; it has no drift). By rescale=(…) each change is first put through the
-polynomial of these coefficients, highest power first; by rescale="rate" it is made the output's change, at the rate at
-which that followed the probe between the last two computed steps. By filter="sea" the probe is put through SeaCache's
-spectral filter before, which needs the noise level.
+difference or as the sum of those from call to call. Probes: "first_block" (or "first_8_blocks" and so on),
+"modulated_input", "self", "latent", "output" (of the last two computed steps; it has no drift). By rescale=(…) each
+change is first put through the polynomial of these coefficients, highest power first; by rescale="rate" it is made the
+output's change, at the rate at which that followed the probe between the last two computed steps. By filter="sea" the
+probe is put through SeaCache's spectral filter before, which needs the noise level.
 table(values, step): a number by its place; table(rows, step, age - 1): in rows. Outside of them nothing is proven.
 accumulated_error(ratios, reach): MagCache's error estimate, of calibrated ratios; known `reach` steps after computing.
 entropy: mean row entropy (nats) of the site's attention when it was last computed.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Hashable, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import Literal
+from typing import Any, Literal
 
 import sympy
 from sympy.logic.boolalg import Boolean
@@ -30,7 +30,7 @@ class Where:
     kinds: "self", "cross", "joint", "parallel", "mlp", or "attention" for the first three. A parallel site is attention
     and MLP at once, so it is selected where both are.
     layers: blocks from the first number up to, not including, the second (None: to the end), counted from 0; for a span
-    those of its stack.
+    those of its stack. Negative numbers count from the end, as in Python's slices: (8, -2) is up to the last two.
     fraction: the same as shares of the number of blocks: (0, 0.5) is the first half.
     names: a pattern of the site's name, as of file names: "transformer_blocks.*.attn2".
     span: "block" or "stack": instead of branches each selected block of a stack, or all of them as one; `kinds` has no
@@ -60,7 +60,7 @@ class Where:
         known = _are_texts(self.kinds) and all(kind in FAMILIES for kind in self.kinds)
         self._require("kinds", known, f"a tuple of names among {', '.join(FAMILIES)}")
         layers = self.layers is None or _is_range(self.layers)
-        self._require("layers", layers, "(first, end) with 0 <= first < end, or end None")
+        self._require("layers", layers, "(first, end) of a slice that is not empty, or end None")
         shares = self.fraction is None or _are_shares(self.fraction)
         self._require("fraction", shares, "(from, to) with 0 <= from < to <= 1")
         self._require("names", self.names is None or isinstance(self.names, str), "a pattern as text, or None")
@@ -94,8 +94,8 @@ class Where:
         guard = sympy.true
         if self.layers is not None:
             first, end = self.layers
-            guard &= (layer >= first) if first else sympy.true
-            guard &= (layer < end) if end is not None else sympy.true
+            guard &= (layer >= _counted(first, num_layers)) if first else sympy.true
+            guard &= (layer < _counted(end, num_layers)) if end is not None else sympy.true
         if self.fraction is not None:
             first, end = (sympy.Rational(str(share)) for share in self.fraction)
             guard &= (layer >= first * num_layers) & ((layer < end * num_layers) if end < 1 else sympy.true)
@@ -122,19 +122,23 @@ class Where:
         """The selected blocks of a stack, or of a model, that has `count`."""
         first, end = self.layers if self.layers is not None else (0, None)
         low, high = self.fraction if self.fraction is not None else (0.0, 1.0)
-        if end is not None and end > count:
+        first, end = _counted(first, count), count if end is None else _counted(end, count)
+        if first < 0 or end > count:
             return range(0)
-        return range(max(first, _ceil(low, count)), min(count if end is None else end, _ceil(high, count)))
+        return range(max(first, _ceil(low, count)), min(end, _ceil(high, count)))
 
     def check(self, count: int) -> None:
         """Raises LayersOutside where a model of `count` blocks has not all that are meant."""
-        if self.layers is not None and (self.layers[0] >= count or (self.layers[1] or 0) > count):
+        if self.layers is None:
+            return
+        first, end = self.layers
+        if not 0 <= _counted(first, count) < (count if end is None else _counted(end, count)) <= count:
             raise LayersOutside(self.layers, count)
 
     @property
     def is_open(self) -> bool:
         """Whether it is known which blocks are meant of a stack that may go on."""
-        return self.fraction is None and (self.layers is None or self.layers[1] is None)
+        return self.fraction is None and (self.layers is None or (self.layers[0] >= 0 and self.layers[1] is None))
 
     def spans(self, stack: Sequence[int]) -> tuple[Span, ...]:
         """The spans that are meant of a stack of these blocks: from a block up to another."""
@@ -154,11 +158,13 @@ def _is_range(value: object) -> bool:
     if not isinstance(value, tuple) or len(value) != 2:
         return False
     first, end = value
-    return _is_block(first) and (end is None or (_is_block(end) and first < end))
+    whole = all(isinstance(block, int) and not isinstance(block, bool) for block in value if block is not None)
+    return first is not None and whole and (end is None or (end != 0 and ((first < 0) != (end < 0) or first < end)))
 
 
-def _is_block(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+def _counted(block: int, count: Any) -> Any:
+    """The number of a block from 0, where a negative one counts from the end."""
+    return block + count if block < 0 else block
 
 
 def _are_shares(value: object) -> bool:

@@ -43,14 +43,14 @@ def similarity(
 ) -> sympy.Symbol:
     """The symbol of a probe's relative L1 change since the site was last computed; 0 is no change at all.
 
-    Probes: "first_block", what the first block adds to the stream; "modulated_input", what its attention is computed
-    from; "self", the stream that the site itself reads; "latent", the model's input, known before anything runs;
-    "output", what the model returns: the change between the last two steps that computed the site. `rescale`: the
-    coefficients, highest power first, of a polynomial that the change is put through (what that makes of it may be
-    negative); or "rate", as EasyCache has it: mean |change of the probe|, times (mean |change of the output| / mean
-    |change of the probe|) of the last two computed steps, over mean |output of the last one|. `filter`="sea": the
-    probe is put through SeaCache's filter of its step's noise before, which must be known. Raises BadParameter for
-    another.
+    Probes: "first_block", what the first block adds to the stream, or "first_8_blocks" and so on; "modulated_input",
+    what its attention is computed from; "self", the stream that the site itself reads; "latent", the model's input,
+    known before anything runs; "output", what the model returns: the change between the last two steps that computed
+    the site. `rescale`: the coefficients, highest power first, of a polynomial that the change is put through (what
+    that makes of it may be negative); or "rate", as EasyCache has it: mean |change of the probe|, times (mean |change
+    of the output| / mean |change of the probe|) of the last two computed steps, over mean |output of the last one|.
+    `filter`="sea": the probe is put through SeaCache's filter of its step's noise before, which must be known. Raises
+    BadParameter for another.
     """
     return Measurement.of("similarity", probe, rescale, filter).symbol
 

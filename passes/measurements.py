@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import math
+import re
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Final, Literal
@@ -18,6 +19,7 @@ from dit_rewrite.errors import BadParameter
 
 PROBES = ("first_block", "modulated_input", "self", "latent", "output")
 STATISTICS = ("similarity", "drift")
+_FIRST_BLOCKS = re.compile(r"first_([2-9]|[1-9]\d{1,3})_blocks")
 MAX_COEFFICIENTS = 16  # of a polynomial
 
 RATE: Final = "rate"
@@ -43,8 +45,8 @@ class Measurement:
     @classmethod
     def of(cls, statistic: str, probe: object, rescale: object = None, filter: object = None) -> Measurement:
         """Checked: raises BadParameter for what there is none of."""
-        if not isinstance(probe, str) or probe not in PROBES:
-            raise BadParameter(statistic, "probe", probe, f"one of {', '.join(PROBES)}")
+        if not isinstance(probe, str) or not (probe in PROBES or first_blocks(probe)):
+            raise BadParameter(statistic, "probe", probe, f"one of {', '.join(PROBES)}, or such as first_8_blocks")
         if statistic == "drift" and probe == "output":
             raise BadParameter(statistic, "probe", probe, "another: between two computed steps there is no output")
         if rescale == RATE and probe == "output":
@@ -75,6 +77,12 @@ class Measurement:
     def may_be_negative(self) -> bool:
         """A change is never negative; what a polynomial makes of it may be."""
         return isinstance(self.rescale, tuple)
+
+
+def first_blocks(probe: str) -> int | None:
+    """Of how many blocks, from the first on, a probe is what they add to the stream; None where it is another."""
+    found = _FIRST_BLOCKS.fullmatch(probe)
+    return 1 if probe == "first_block" else None if found is None else int(found[1])
 
 
 def _rescale(statistic: str, value: object) -> Rescale | None:

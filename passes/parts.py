@@ -22,7 +22,7 @@ from dit_rewrite.passes.cores import arguments, cores
 from dit_rewrite.passes.graph import Dependence, aten, is_contraction, is_copy, is_view, operands
 from dit_rewrite.passes.grid import find_patch
 from dit_rewrite.passes.hoist import steady_nodes
-from dit_rewrite.passes.measurements import Measurement
+from dit_rewrite.passes.measurements import Measurement, first_blocks
 from dit_rewrite.passes.outputs import find_latent
 from dit_rewrite.passes.site import Found, Kind, Part, Probe, Site
 from dit_rewrite.passes.spans import Stream
@@ -136,12 +136,12 @@ class Probes:
         """The node of a probe that is the same for every site; found, or put into the graph, once."""
         if probe not in self._known:
             find = {
-                "first_block": self._first_block,
                 "modulated_input": self._modulated_input,
                 "latent": lambda: find_latent(self.gm.graph, self.static | self.steady),
                 "output": lambda: _largest(self.gm.graph.output_node().all_input_nodes),
-            }[probe]
-            node = find()
+            }
+            count = first_blocks(probe)
+            node = find[probe]() if count is None else self._first_blocks(count)
             self._known[probe] = None if node is None else node.name
         return self._known[probe]
 
@@ -157,17 +157,20 @@ class Probes:
 
     @cached_property
     def _main(self) -> tuple[fx.Node, fx.Node] | None:
-        """Value and base of the main stack's first block, of the stream from which the model's output is made."""
+        return self._across(1)
+
+    def _across(self, count: int) -> tuple[fx.Node, fx.Node] | None:
+        """Value and base of the main stack's first blocks, of the stream from which the model's output is made."""
         stack = Stacks(self.stream).find().layers
-        pairs = self.stream.pairs(stack[0], stack[0] + 1) if stack else None
+        pairs = self.stream.pairs(stack[0], stack[count - 1] + 1, stack) if len(stack) >= count else None
         if not pairs:
             return None
         bases = {base: (value, base) for value, base in pairs}
         ways = (self.stream.walk(node, bases.__contains__) for node in self.stream.behind(stack))
         return next((bases[way[-1]] for way in ways if way is not None), pairs[0])
 
-    def _first_block(self) -> fx.Node | None:
-        pair = self._main
+    def _first_blocks(self, count: int) -> fx.Node | None:
+        pair = self._across(count)
         return None if pair is None else _after(self.gm.graph, pair[0], aten.sub.Tensor, *pair)
 
     def _modulated_input(self) -> fx.Node | None:

@@ -25,7 +25,7 @@ def site(name: str = "blocks.1.attn", kind: Kind = Kind.SELF, part: Part = Part.
     ("field", "value"),
     [
         *[("kinds", value) for value in (("ff",), ("span",), ("hoisted",), ("self", "Self"), ("",))],
-        *[("layers", value) for value in ((-1, 2), (2, 2), (3, 2), (-2, None), (0, 0))],
+        *[("layers", value) for value in ((2, 2), (3, 2), (0, 0), (-1, 0), (-1, -1), (None, 2))],
         *[
             ("fraction", value)
             for value in ((-0.1, 0.5), (0.5, 0.5), (0.6, 0.5), (0, 1.01), (0, math.nan), (math.nan, 1))
@@ -127,6 +127,10 @@ def test_streams(streams: Any, stream: Any, selected: bool) -> None:
         (Where(fraction=(0.1, 0.3)), 10, [1, 2]),  # in floating point 0.3 * 10 is no whole number
         (Where(fraction=(0.9, 1)), 4, []),
         (Where(layers=(1, None), fraction=(0, 0.5)), 4, [1]),
+        (Where(layers=(1, -1)), 4, [1, 2]),
+        (Where(layers=(-2, None)), 4, [2, 3]),
+        (Where(layers=(-3, -1)), 4, [1, 2]),
+        (Where(layers=(-3, 3)), 5, [2]),
     ],
 )
 def test_blocks(where: Where, count: int, blocks: list[int]) -> None:
@@ -151,7 +155,7 @@ def test_shares_of_any_model(a: int, b: int, c: int, d: int, count: int) -> None
         assert [i for i in range(count) if holds(where, i, count)] == list(where.blocks(count))
 
 
-@pytest.mark.parametrize("layers", [(4, None), (5, 6), (0, 5), (3, 9)])
+@pytest.mark.parametrize("layers", [(4, None), (5, 6), (0, 5), (3, 9), (2, -2), (-5, None), (1, -4), (-1, 3)])
 def test_layers_outside(layers: Any) -> None:
     """Blocks that the model does not have are an error that says how many there are."""
     with pytest.raises(LayersOutside, match=r"is outside the model, which has 4 blocks.*end <= 4"):
@@ -167,6 +171,8 @@ def test_layers_outside(layers: Any) -> None:
         (Where(span="stack"), ((0, 4),)),
         (Where(span="stack", layers=(1, None)), ((1, 4),)),
         (Where(span="block", layers=(1, 3)), ((1, 2), (2, 3))),
+        (Where(span="stack", layers=(1, -1)), ((1, 3),)),
+        (Where(span="block", layers=(-1, None)), ((3, 4),)),
         (Where(span="stack", fraction=(0.25, 0.75)), ((1, 3),)),
         (Where(span="stack", fraction=(0.9, 1)), ()),
         (Where(span="block", fraction=(0.9, 1)), ()),
@@ -183,6 +189,12 @@ def test_spans_of_a_stack_among_others() -> None:
     assert Where(span="stack", layers=(1, None)).spans(stack) == ((3, 8),)
     assert Where(span="stack", fraction=(0, 0.5)).spans(stack) == ((1, 4),)
     assert Where(span="stack").spans(()) == ()
+
+
+def test_what_is_open() -> None:
+    """In a part of a model nobody knows where it ends: numbers from the end, and shares, mean nothing there."""
+    known = {layers: Where(layers=layers).is_open for layers in [(1, None), (1, 3), (1, -1), (-2, None)]}
+    assert known == {(1, None): True, (1, 3): False, (1, -1): False, (-2, None): False}
 
 
 def test_the_guard_of_everything() -> None:

@@ -13,12 +13,13 @@ from hypothesis import strategies as st
 from dit_rewrite.errors import BadParameter, UnknownSymbol
 from dit_rewrite.passes import guards
 from dit_rewrite.passes.guards import Predicate, drift, similarity, step
-from dit_rewrite.passes.measurements import PROBES, Measurement, measurement
+from dit_rewrite.passes.measurements import PROBES, Measurement, first_blocks, measurement
 from dit_rewrite.passes.verdict import verdict
 from dit_rewrite.serialise import guard_text, parse_guard
 
 COEFFICIENTS = st.lists(st.floats(allow_nan=False, allow_infinity=False) | st.integers(-5, 5), min_size=1, max_size=6)
-KINDS = [(statistic, probe) for statistic in ("similarity", "drift") for probe in PROBES]
+BLOCKS = ("first_2_blocks", "first_10_blocks")
+KINDS = [(statistic, probe) for statistic in ("similarity", "drift") for probe in (*PROBES, *BLOCKS)]
 KINDS.remove(("drift", "output"))
 RESCALES = st.none() | st.just("rate") | COEFFICIENTS
 MEASUREMENTS = (
@@ -55,6 +56,14 @@ def test_another_spelling_is_no_name(name: str) -> None:
 def test_what_cannot_rescale(value: Any) -> None:
     with pytest.raises(BadParameter, match="rescale"):
         drift("self", rescale=value)
+
+
+@pytest.mark.parametrize("probe", [f"first_{n}_blocks" for n in ("0", "1", "02", "x", "99999")])
+def test_names_of_first_blocks(probe: str) -> None:
+    """One number has one name, and the first block is called the first block."""
+    assert [first_blocks(name) for name in ("first_block", *BLOCKS, "latent")] == [1, 2, 10, None]
+    with pytest.raises(BadParameter, match="or such as first_8_blocks"):
+        similarity(probe)
 
 
 def test_the_output_has_no_drift() -> None:

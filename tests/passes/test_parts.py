@@ -287,6 +287,8 @@ def test_each_probe_by_value() -> None:
         x = toy.enter(of.arguments[step][of_input(of, 0)])
         first, second = toy.blocks
         assert close_to(probe(of, "first_block", 3, step), first(x) - x)
+        assert close_to(probe(of, "first_2_blocks", 3, step), second(first(x)) - x)
+        assert probe(of, "first_3_blocks", 3, step) is None, "there are two"
         assert close_to(probe(of, "modulated_input", 3, step), first.norm(x))
         streams = [x, x + first.attn(first.norm(x)), first(x)]
         streams.append(streams[2] + second.attn(second.norm(streams[2])))
