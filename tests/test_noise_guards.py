@@ -9,7 +9,6 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
 from diffusers.hooks.sea_cache import _apply_sea_filter
-from torch import Tensor, nn
 
 from dit_rewrite.errors import NoiseUnknown, Reason
 from dit_rewrite.guards import drift, sigma, snr
@@ -70,22 +69,11 @@ def test_without_a_scheduler_nothing_is_proven() -> None:
     assert decisions(Policy((Rule(sigma > 0.0),)), num_steps=STEPS) == [(False, Reason.NOISE_UNKNOWN)] * STEPS
 
 
-class Patched(nn.Module):
-    """The tiny denoiser of an image that it cuts into patches itself."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.patches, self.body = nn.Conv2d(3, tiny.CHANNELS, 2, 2), tiny.TinyDiT()
-
-    def forward(self, latent: Tensor, timestep: Tensor, condition: Tensor) -> Tensor:
-        return self.body(self.patches(latent).flatten(2).transpose(1, 2), timestep, condition)
-
-
 @torch.no_grad()
 @pytest.mark.parametrize("probe", ["latent", "self"])
 def test_filtered_by_the_noise_of_its_step(probe: Literal["latent", "self"]) -> None:
     """Beside diffusers' filter of what the model is given, or of the stream that its first branch reads."""
-    model = Patched().eval().requires_grad_(False)
+    model = tiny.Patched().eval().requires_grad_(False)
     symbol = drift(probe, filter="sea", rescale=(1.0, 0.0))  # which may be negative, so that it is read
     compiled = tiny.rewritten(model, Policy((Rule(symbol < 0, where=Where(layers=(0, 1), kinds=("self",))),)))
     scheduler = FlowMatchEulerDiscreteScheduler()
@@ -109,7 +97,7 @@ def test_a_filter_without_noise_or_grid_proves_nothing() -> None:
     """Unknown noise is the reason of each decision; tokens without a grid are refused before."""
     filtered = Policy((Rule(drift("latent", filter="sea") < 9),))
     assert filtered.mentions == {"drift(latent, filter=sea)"}
-    model = tiny.rewritten(Patched().eval(), filtered)
+    model = tiny.rewritten(tiny.Patched().eval(), filtered)
     with torch.no_grad(), model.trajectory(3):
         for k in range(3):
             model(torch.ones(2, 3, 8, 8) + k, torch.full((2,), 3 - k), tiny.condition())

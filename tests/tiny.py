@@ -56,6 +56,17 @@ class TinyDiT(nn.Module):
         return self.head(x)
 
 
+class Patched(nn.Module):
+    """The tiny denoiser of an image that it cuts into patches itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.patches, self.body = nn.Conv2d(3, CHANNELS, 2, 2), TinyDiT()
+
+    def forward(self, latent: Tensor, timestep: Tensor, condition: Tensor) -> Tensor:
+        return self.body(self.patches(latent).flatten(2).transpose(1, 2), timestep, condition)
+
+
 def build(layers: int = 2) -> TinyDiT:
     """The model, seeded, in eval mode and without gradients."""
     model = TinyDiT(layers)

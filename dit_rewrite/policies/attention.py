@@ -1,0 +1,122 @@
+"""DQAR, CachedAttention and DiTFastAttn: policies of attention alone."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from glob import escape
+from pathlib import Path
+from typing import Literal
+
+from sympy import Eq, Or, Rational, floor
+from sympy.logic.boolalg import Boolean
+
+from dit_rewrite.errors import BadParameter, BadPlan
+from dit_rewrite.passes.guards import entropy, layer, num_layers, num_steps, progress, snr, step
+from dit_rewrite.plan import Choice, Grid, Plan, Window
+from dit_rewrite.policies.checks import one_of, real
+from dit_rewrite.policy import MadeFor, Policy, Rule
+from dit_rewrite.strategy import BlockwiseReuse, Reuse, ShareGuidance, Strategy, WindowResidual
+from dit_rewrite.where import Where
+
+
+def DQAR(
+    warmup: float = 0.4,
+    layer_fraction: float = 0.33,
+    snr_threshold: float | None = 0.5,
+    order: Literal["linear", "linear_reverse"] = "linear",
+    entropy_threshold: float | None = None,
+    kinds: tuple[str, ...] = ("attention",),
+) -> Policy:
+    """Dynamic attention reuse (DQAR, sections 3.3 and 4.8): more and more layers reuse, once the signal is strong.
+
+    Equation 2: at progress p (step / (num_steps - 1)) the first floor((p - warmup) / (1 - warmup) * layer_fraction * L)
+    of L layers reuse, none while p < warmup; "linear_reverse" takes the last ones. Equation 4: and where the
+    signal-to-noise ratio is above `snr_threshold` (None: not asked). A layer that reuses keeps its last computed
+    output. `entropy_threshold` also asks that the mean entropy of the attention's rows, in nats (equation 5 over the
+    number of rows), was below it when it was last computed. Needs to be told num_steps, and the scheduler for the SNR.
+    Raises BadParameter for what is out of range.
+    """
+    real("DQAR", "warmup", warmup, lambda w: 0 <= w < 1, "a share of the steps, 0 <= warmup < 1")
+    real("DQAR", "layer_fraction", layer_fraction, lambda f: 0 < f <= 1, "a share of the layers, 0 < … <= 1")
+    for name, threshold in (("snr_threshold", snr_threshold), ("entropy_threshold", entropy_threshold)):
+        if threshold is not None:
+            real("DQAR", name, threshold, lambda t: 0 <= t < math.inf, "a number >= 0, or None")
+    one_of("DQAR", "order", order, ("linear", "linear_reverse"))
+    where = Where(kinds)
+    w, share = Rational(str(warmup)), Rational(str(layer_fraction))
+    depth = layer if order == "linear" else num_layers - 1 - layer
+    when = (progress >= w) & (depth < floor((progress - w) / (1 - w) * share * num_layers))
+    when = when if snr_threshold is None else when & (snr > snr_threshold)
+    when = when if entropy_threshold is None else when & (entropy < entropy_threshold)
+    return Policy(
+        (Rule(when=when, where=where),),
+        f"DQAR(warmup={warmup}, layer_fraction={layer_fraction}, snr_threshold={snr_threshold}, order={order!r}, "
+        f"entropy_threshold={entropy_threshold}, kinds={where.kinds})",
+    )
+
+
+def CachedAttention(
+    threshold: float, block: int = 64, bound: Literal["paper", "sound"] = "sound", kinds: tuple[str, ...] = ("cross",)
+) -> Policy:
+    """Recompute the blocks of keys whose scores may have changed by more than `threshold` (CachedAttention,
+    algorithms 1 and 2); `block` keys each.
+
+    For cross-attention, or with kinds=("self",) for models that read condition and image in one sequence.
+    bound="paper" is equation 14 as printed, for keys that stay as they are; "sound" a true bound, in units of the
+    softmax's exponent. Raises BadParameter for what is out of range.
+    """
+    rule = Rule(step > 0, BlockwiseReuse(threshold, block, bound), Where(kinds))
+    name = f"CachedAttention(threshold={threshold}, block={block}, bound={bound!r}, kinds={rule.where.kinds})"
+    return Policy((rule,), name)
+
+
+def DiTFastAttn(plan: Plan | str | Path) -> Policy:
+    """Do at each step, with each attention, what a searched plan says (DiTFastAttn, section 3.5): see search.py.
+
+    `plan` may be a plan's file. The policy refuses another model, and a trajectory of another length. Raises BadPlan.
+    """
+    plan = plan if isinstance(plan, Plan) else _load(plan)
+    strategies = strategies_of(plan.window, plan.conditional, plan.grid)
+    rules = []
+    for i, site in enumerate(plan.sites):
+        for choice, do in strategies.items():
+            steps = [s for s, row in enumerate(plan.table) if row[i] is choice]
+            if steps:
+                when = Eq(num_steps, plan.steps) & _among(steps)
+                rules.append(Rule(when, do, Where(names=escape(site))))
+    return Policy(tuple(rules), f"DiTFastAttn(delta={plan.delta})", made_for=MadeFor(plan.model, plan.steps))
+
+
+def strategies_of(
+    window: Window | None, conditional: str | None, grid: Grid | None = None
+) -> dict[Choice, Strategy | tuple[Strategy, ...]]:
+    """What a plan's choices mean; `window` and `conditional` are None where it has none that need it."""
+    found: dict[Choice, Strategy | tuple[Strategy, ...]] = {Choice.AST: Reuse()}
+    if conditional is not None:
+        found[Choice.ASC] = ShareGuidance(conditional)
+    if window is not None:
+        found[Choice.WA_RS] = WindowResidual(window, grid)
+    if conditional is not None and window is not None:
+        found[Choice.WA_RS_ASC] = (WindowResidual(window, grid), ShareGuidance(conditional))
+    return found
+
+
+def _among(steps: Sequence[int]) -> Boolean:
+    """The step is one of these, which rise; in as few comparisons as there are runs of them."""
+    runs = [[first, first] for first in steps[:1]]
+    for s in steps[1:]:
+        if s == runs[-1][1] + 1:
+            runs[-1][1] = s
+        else:
+            runs.append([s, s])
+    return Or(*(Eq(step, a) if a == b else (step >= a) & (step <= b) for a, b in runs))
+
+
+def _load(path: str | Path) -> Plan:
+    if not isinstance(path, str | Path):
+        raise BadParameter("DiTFastAttn", "plan", path, "a Plan, or the path of its file")
+    try:
+        return Plan.load(path)
+    except OSError as error:
+        raise BadPlan(path, f"it cannot be read ({error.strerror or error})") from error

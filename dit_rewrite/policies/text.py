@@ -1,0 +1,132 @@
+"""Policies as text, and in the place of a policy."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from torch import nn
+
+from dit_rewrite.errors import BadParameter, BadPolicyText, NotAPolicy, UnknownPolicy
+from dit_rewrite.plan import Plan
+from dit_rewrite.policies.attention import DQAR, CachedAttention, DiTFastAttn
+from dit_rewrite.policies.measured import (
+    DiCache,
+    DualBlockCache,
+    EasyCache,
+    FirstBlockCache,
+    MagCache,
+    SeaCache,
+    TeaCache,
+)
+from dit_rewrite.policies.schedules import DPCache, MeanCache, Spectrum, StepMask
+from dit_rewrite.policies.static import FORA, FoCa, HiCache, Never, PyramidAttentionBroadcast, TaylorSeer, TGate
+from dit_rewrite.policy import Policy, Rule
+from dit_rewrite.serialise import from_json
+
+_COMMA = re.compile(r",(?![^(\[]*[)\]])")  # outside of parentheses
+_POLICIES: dict[str, Callable[..., Policy]] = {
+    "never": Never,
+    "fora": FORA,
+    "dqar": DQAR,
+    "first_block_cache": FirstBlockCache,
+    "cached_attention": CachedAttention,
+    "ditfastattn": DiTFastAttn,
+    "dicache": DiCache,
+    "dpcache": DPCache,
+    "dual_block_cache": DualBlockCache,
+    "easycache": EasyCache,
+    "foca": FoCa,
+    "hicache": HiCache,
+    "magcache": MagCache,
+    "meancache": MeanCache,
+    "pyramid_attention_broadcast": PyramidAttentionBroadcast,
+    "seacache": SeaCache,
+    "spectrum": Spectrum,
+    "step_mask": StepMask,
+    "taylorseer": TaylorSeer,
+    "teacache": TeaCache,
+    "tgate": TGate,
+}
+
+
+def as_policy(given: Policy | str | Path) -> Policy:
+    """A policy as it is, or the one that text or the path of a saved policy names (see `parse`).
+
+    Raises NotAPolicy, with what to give, for anything else.
+    """
+    if isinstance(given, Policy):
+        return given
+    if isinstance(given, str | Path):
+        return parse(str(given))
+    raise NotAPolicy(type(given).__name__, _remedy(given))
+
+
+def _remedy(given: object) -> str:
+    """How to make a policy of what was given in the place of one."""
+    if callable(given) and not isinstance(given, nn.Module):
+        name = getattr(given, "__name__", "FORA")
+        return f"Call it: `{name}(interval=3)`" if given is FORA else f"Call it with its parameters: `{name}(…)`"
+    if isinstance(given, nn.Module):
+        return "Give the model first, and then the policy"
+    if isinstance(given, Rule):
+        return "Put the rule into a policy: `Policy((rule,))`"
+    if isinstance(given, Sequence) and given and all(isinstance(item, Rule) for item in given):
+        return "Put the rules into a policy: `Policy(tuple(rules))`"
+    if isinstance(given, Plan):
+        return "Make a policy of the plan: `policies.DiTFastAttn(plan)`"
+    return "Give one of dit_rewrite.policies, such as `FORA(interval=3)`, or its text, such as `fora:interval=3`"
+
+
+def parse(text: str) -> Policy:
+    """A policy from text as on a command line: ``never``, ``fora:interval=3,anchor=paper``, ``dqar:snr_threshold=0.5``.
+
+    Several kinds are joined by ``+``: ``fora:interval=3,kinds=self+mlp``; numbers stand in parentheses:
+    ``dpcache:plan=(0,1,2,6)``. ``ditfastattn:plan=plan.json`` takes a plan. A path that ends in ``.json`` is a policy
+    saved with `serialise.to_json`. Raises UnknownPolicy, BadParameter, BadPlan for a plan that cannot be used, or
+    BadPolicyText for a file that is no policy.
+    """
+    name, _, rest = text.partition(":")
+    build = _POLICIES.get(name.strip().lower())
+    if build is None and text.endswith(".json"):
+        return _saved(text)
+    if build is None:
+        raise UnknownPolicy(text, sorted(_POLICIES))
+    allowed = inspect.signature(build).parameters
+    parameters: dict[str, object] = {}
+    for item in filter(None, _COMMA.split(rest)):
+        key, equals, value = (part.strip() for part in item.partition("="))
+        if not equals or key not in allowed:
+            raise BadParameter(name, key, value, f"name=value with a name among {', '.join(allowed) or 'none'}")
+        if key in parameters:
+            raise BadParameter(name, key, value, "one value: it is given twice")
+        parameters[key] = _value(key, value)
+    missing = [p.name for p in allowed.values() if p.default is p.empty and p.name not in parameters]
+    if missing:
+        raise BadParameter(name, missing[0], None, f"{name}:{missing[0]}=…")
+    return build(**parameters)
+
+
+def _saved(path: str) -> Policy:
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:  # no file, no path, or no text
+        raise BadPolicyText(path, f"cannot be read ({getattr(error, 'strerror', None) or error})") from error
+    return from_json(text)
+
+
+def _value(key: str, text: str) -> object:
+    """What the text of a parameter stands for: a number, None, or the text itself."""
+    if key == "kinds":
+        return tuple(kind.strip() for kind in text.split("+"))
+    if key in ("plan", "mask") and text[:1] not in ("(", "["):  # "1101" is no number
+        return text
+    for read in (ast.literal_eval, float):  # float also knows inf and nan
+        try:
+            return read(text)
+        except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
+            continue
+    return text
