@@ -30,8 +30,7 @@ from rich.table import Table
 from torch import Generator, Tensor, nn
 
 import dit_rewrite
-from benchmarks.fidelity_claims import Claim
-from benchmarks.record import Record, digest, prepare, print_claims
+from benchmarks.record import Claim, Record, digest, prepare, print_claims
 from benchmarks.timing import RESULTS, machine
 from dit_rewrite.backend import Backend
 from dit_rewrite.demo_report import console, open_progress, print_table, versions

@@ -35,8 +35,8 @@ from torch._inductor.utils import fresh_cache
 
 import dit_rewrite
 from benchmarks.ditfastattn_report import build_tables, judge
-from benchmarks.fidelity import Bar, Bench, evenly_spread
-from benchmarks.fidelity_rows import Recipe, Result
+from benchmarks.dqar_fidelity import Bar, Bench, evenly_spread
+from benchmarks.dqar_fidelity_rows import Recipe, Result
 from benchmarks.record import Record, digest, prepare, print_claims
 from benchmarks.timing import RESULTS, machine
 from dit_rewrite.demo_report import console, open_progress, versions

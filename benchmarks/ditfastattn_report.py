@@ -7,9 +7,8 @@ from typing import Any
 
 from rich.table import Table
 
-from benchmarks.fidelity_claims import Claim
-from benchmarks.fidelity_rows import Result
-from benchmarks.record import Record
+from benchmarks.dqar_fidelity_rows import Result
+from benchmarks.record import Claim, Record
 
 NEAR_ACCURACY, NEAR_FRECHET = 0.02, 1.1  # what "nearly matches" is taken to mean
 HEADINGS = (

@@ -1,4 +1,4 @@
-"""What benchmarks of many rows share: a file of results that grows as they come, and how a run begins and ends."""
+"""What benchmarks of many rows share: claims, a file of results that grows as they come, how a run begins and ends."""
 
 from __future__ import annotations
 
@@ -12,10 +12,25 @@ from typing import Any
 
 import torch
 
-from benchmarks.fidelity_claims import Claim
-from benchmarks.fidelity_report import VERDICTS
 from dit_rewrite.demo_report import console
 from dit_rewrite.plan import write_whole
+
+Evidence = dict[str, Any]
+VERDICTS = {True: "held", False: "NOT held", None: "open"}
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A claim, when it is said to hold, and the comparisons behind it; held is None where there are none."""
+
+    claim: str
+    bound: str
+    held: bool | None
+    evidence: list[Evidence]
+
+    @classmethod
+    def of(cls, claim: str, bound: str, evidence: list[Evidence]) -> Claim:
+        return cls(claim, bound, all(e["held"] for e in evidence) if evidence else None, evidence)
 
 
 @dataclass

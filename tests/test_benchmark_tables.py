@@ -19,10 +19,10 @@ pytest.importorskip("torchmetrics")
 from diffusers import DiTTransformer2DModel  # noqa: E402
 
 import dit_rewrite  # noqa: E402
-from benchmarks import cached_attention, ditfastattn, fidelity  # noqa: E402
+from benchmarks import cached_attention, ditfastattn, dqar_fidelity  # noqa: E402
 from benchmarks.cached_attention import Kept, bisect, reused_by_step  # noqa: E402
 from benchmarks.ditfastattn import find_plan, run_flops, shares, windowed  # noqa: E402
-from benchmarks.fidelity_rows import Result  # noqa: E402
+from benchmarks.dqar_fidelity_rows import Result  # noqa: E402
 from benchmarks.record import Record  # noqa: E402
 from benchmarks.timing import Spread  # noqa: E402
 from dit_rewrite.greedy import DELTAS  # noqa: E402
@@ -159,9 +159,9 @@ def test_what_the_paper_says_is_judged_row_by_row() -> None:
 
 def test_a_tiny_run_of_the_plans_and_a_second_that_measures_nothing(tmp_path, monkeypatch) -> None:
     denoiser = small_denoiser(1)
-    for module in (ditfastattn, fidelity):
+    for module in (ditfastattn, dqar_fidelity):
         monkeypatch.setattr(module, "load_denoiser", lambda: denoiser)
-    monkeypatch.setattr(fidelity, "REAL_IMAGES", 200)
+    monkeypatch.setattr(dqar_fidelity, "REAL_IMAGES", 200)
     monkeypatch.setattr(ditfastattn, "WINDOWS", (0.125,))
     out, plot, plans = tmp_path / "out.json", tmp_path / "plan.png", tmp_path / "plans"
     given = ["--samples", "2", "--steps", "3", "--batch", "1", "--calibration", "1", "--backend", "aot_eager"]

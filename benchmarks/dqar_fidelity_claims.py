@@ -1,4 +1,4 @@
-"""What the rows say about the claims of DQAR, about packed stores, and about policies against fewer steps.
+"""What the rows say about the claims of DQAR, and about packed stores.
 
 The error of a row is its relative L2 to the uncached images. Two rows are compared batch by batch, which share their
 noise: one is better where the mean difference is beyond twice its standard error. A claim holds if all its comparisons
@@ -10,28 +10,13 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
-from benchmarks.fidelity_rows import STEPS, Result
+from benchmarks.dqar_fidelity_rows import Result
+from benchmarks.record import Claim, Evidence
 
 NEAR_REUSE = 0.1  # two reuse ratios that are compared differ by no more than this share
 NEAR_ERROR = 0.1  # errors that differ by less than this share are the same for all purposes
-Evidence = dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Claim:
-    """A claim, when it is said to hold, and the comparisons behind it; held is None where there are none."""
-
-    claim: str
-    bound: str
-    held: bool | None
-    evidence: list[Evidence]
-
-    @classmethod
-    def of(cls, claim: str, bound: str, evidence: list[Evidence]) -> Claim:
-        return cls(claim, bound, all(e["held"] for e in evidence) if evidence else None, evidence)
 
 
 def beyond_noise(a: Result, b: Result) -> float:
@@ -198,36 +183,7 @@ def stores(rows: Sequence[Result]) -> Claim:
     return Claim.of("int8 and fp8 caches cost no fidelity", bound, evidence)
 
 
-def fewer_steps(rows: Sequence[Result]) -> Claim:
-    controls = [r for r in rows if r.family == STEPS]
-    evidence = []
-    for row in (r for r in rows if r.family != STEPS):
-        control = {name: curve(controls, name, row.ratio.median) for name in ("relative_l2", "frechet_data")}
-        won = {f"{name}_won": getattr(row, name) < value for name, value in control.items() if value is not None}
-        if len(won) == len(control):
-            figures = {"time": row.ratio.median, "relative_l2": row.relative_l2, "frechet_data": row.frechet_data}
-            against = {f"{name}_of_fewer_steps": value for name, value in control.items()}
-            evidence.append({"row": row.name, **figures, **against, **won, "held": won["relative_l2_won"]})
-    bound = "less error than the curve of fewer steps has at the row's time"
-    return Claim.of("A policy beats fewer steps at equal time", bound, evidence)
-
-
-def curve(controls: Sequence[Result], name: str, time: float) -> float | None:
-    """A figure of the controls at a time; None left of all of them, and where there is but one.
-
-    Between two controls its logarithm is interpolated, as the curves are convex, or itself where one figure is 0.
-    """
-    points = sorted((r.ratio.median, getattr(r, name)) for r in controls)
-    if len(points) < 2 or time < points[0][0]:
-        return None
-    for (t, y), (later, z) in zip(points, points[1:], strict=False):
-        if time <= later:
-            share = (time - t) / (later - t) if later > t else 0.0
-            return y ** (1 - share) * z**share if y > 0 and z > 0 else y + (z - y) * share
-    return points[-1][1]  # slower than all: the uncached model
-
-
 def judge(rows: Sequence[Result]) -> list[Claim]:
     """All claims, from whatever rows there are."""
-    claims = (snr_gate, snr_gate_alone, warmup, order, entropy, keys_values, stores, fewer_steps)
+    claims = (snr_gate, snr_gate_alone, warmup, order, entropy, keys_values, stores)
     return [claim(rows) for claim in claims]

@@ -1,4 +1,4 @@
-"""Time against fidelity, policy by policy: python -m benchmarks.fidelity [--samples 128] [--steps 20] [--rows 'FORA*']
+"""Time against fidelity of DQAR's settings: python -m benchmarks.dqar_fidelity [--samples 128] [--rows PATTERN]
 
 The bundled shapes DiT is sampled by DDIM with guidance, uncached and under every policy, from the same noise and evenly
 spread labels. A row is timed on the batches that it samples, in alternation with the uncached model; its first batch is
@@ -30,9 +30,9 @@ import torch
 from torch import Tensor, nn
 
 import dit_rewrite
-from benchmarks.fidelity_claims import Claim, judge
-from benchmarks.fidelity_report import draw, show
-from benchmarks.fidelity_rows import Recipe, Result, recipes, uncached
+from benchmarks.dqar_fidelity_claims import Claim, judge
+from benchmarks.dqar_fidelity_report import draw, show
+from benchmarks.dqar_fidelity_rows import Recipe, Result, recipes, uncached
 from benchmarks.record import prepare
 from benchmarks.timing import RESULTS, Spread, machine, synchronise
 from dit_rewrite.demo_report import console, open_progress, versions
@@ -234,8 +234,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--backend", default="inductor")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--rows", nargs="+", metavar="PATTERN", help="names as in the table, such as 'FORA*'")
-    parser.add_argument("--out", type=Path, default=RESULTS / "fidelity.json")
-    parser.add_argument("--plot", type=Path, default=Path("docs/fidelity.png"))
+    parser.add_argument("--out", type=Path, default=RESULTS / "dqar_fidelity.json")
+    parser.add_argument("--plot", type=Path, default=Path("docs/dqar_fidelity.png"))
     return parser
 
 

@@ -8,11 +8,10 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.fidelity_claims import Claim
-from benchmarks.fidelity_rows import STEPS, Result
+from benchmarks.dqar_fidelity_rows import STEPS, Result
+from benchmarks.record import Claim, print_claims
 from dit_rewrite.errors import MissingExtra
 
-VERDICTS = {True: "held", False: "NOT held", None: "open"}
 MARKERS = {
     "FORA": ("o", "tab:blue"),
     "DQAR": ("s", "tab:green"),
@@ -31,10 +30,7 @@ def show(rows: Sequence[Result], claims: Sequence[Claim], frechet_floor: float) 
     console = Console(width=140)
     console.print(build_table(rows))
     console.print(f"Fréchet distance of as many other real images: {frechet_floor:.4g}", highlight=False)
-    for claim in claims:
-        held = sum(e["held"] for e in claim.evidence)
-        count = f"{held} of {len(claim.evidence)} comparisons"
-        console.print(f"{VERDICTS[claim.held]}: {claim.claim} ({claim.bound}; {count})", highlight=False)
+    print_claims(claims)
 
 
 def build_table(rows: Sequence[Result]) -> Table:
