@@ -1,0 +1,228 @@
+"""Policies against fewer steps of the best solver, on three toys: python -m benchmarks.fidelity [--no-time]
+
+The bundled toys are sampled with 50 steps, uncached and under each policy, and uncached with fewer steps of several
+solvers, always from the same noise. Each row has two errors, both relative L2: to the uncached images of the same
+sampler and as many steps, which is what caching approximates, and to the images of a reference with many steps, which
+is what fewer steps approximate too. Errors do not depend on the lowering and are measured under "aot_eager"; how much
+is computed is counted in calls of the denoiser at which nothing is reused, and in FLOPs.
+
+Times are of fewer images, compiled by --backend, in alternation with the uncached model in one process. --no-time
+leaves them out; --timed says of which rows they are taken.
+
+Everything is written as it comes: a rerun with the same parameters and versions measures what is missing, and so does
+one with other rows, toys or more times. The claims, the pictures and the page are made of the rows in the file.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from fnmatch import fnmatchcase
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import dit_rewrite
+from benchmarks.fidelity_claims import judge
+from benchmarks.fidelity_report import draw, show, write_page
+from benchmarks.fidelity_rows import UNCACHED, Recipe, Result, Row, Timing, recipes
+from benchmarks.fidelity_toys import CAPTION_SEED, NOISE_SEED, TOYS, Toy, calls
+from benchmarks.record import Claim, Record, digest
+from benchmarks.timing import RESULTS, Spread, machine, seconds
+from dit_rewrite.demo_report import console, versions
+from dit_rewrite.lowering import isolated
+from dit_rewrite.metrics import relative_l2
+from dit_rewrite.module import RewrittenModule, backend_of, twin
+from dit_rewrite.passes import cost
+
+Entry = dict[str, Any]
+
+
+def flops_of(model: RewrittenModule) -> tuple[int, float]:
+    """The calls so far at which nothing was reused, and the FLOPs of all calls over those of computing all of them."""
+    graphs, records = backend_of(model).rewritten, list(model.stats().records)
+    rows = {(record.graph, record.row) for record in records}
+    spent = {(i, row): cost.total_flops(graphs[i].straight(row).gm.graph) for i, row in rows}
+    whole = [cost.total_flops(graph.placed.gm.graph) for graph in graphs]
+    share = sum(spent[r.graph, r.row] for r in records) / sum(whole[r.graph] for r in records)
+    return sum(not any(record.row) for record in records), share
+
+
+class Bench:
+    """A toy, its uncached model, and the images that all rows are compared with."""
+
+    def __init__(self, toy: Toy, arguments: argparse.Namespace) -> None:
+        self.toy, self.images, self.steps, self.out = toy, arguments.images, arguments.steps, arguments.out
+        self.timed_images, self.rounds, self.backend = arguments.timed_images, arguments.rounds, arguments.backend
+
+    @cached_property
+    def uncached_images(self) -> Tensor:
+        return self.toy.run(self.toy.denoiser, self.images, self.steps)
+
+    @cached_property
+    def reference(self) -> Tensor:
+        """Beside the results, as it takes longer than all else: kept for the next run, and in no repository."""
+        known = {"weights": digest(self.toy.weights), "images": self.images, "steps": self.toy.reference_steps}
+        path = self.out.with_suffix(f".{self.toy.weights.stem}.pt")
+        found = torch.load(path) if path.exists() else {}
+        if found.get("of") != known:
+            images = self.toy.run(self.toy.denoiser, self.images, self.toy.reference_steps, self.toy.reference)
+            found = {"of": known, "images": images}
+            torch.save(found, path)
+        kept: Tensor = found["images"]
+        return kept
+
+    @cached_property
+    def compiled(self) -> nn.Module:
+        """The uncached model, warm."""
+        model: nn.Module = isolated(self.toy.denoiser, self.backend)
+        self.toy.run(model, self.timed_images, 2)
+        return model
+
+    def errors(self, recipe: Recipe) -> Entry:
+        """A row's images, judged."""
+        if recipe.policy is None:
+            assert recipe.solver is not None
+            same = recipe.name == UNCACHED
+            images = self.uncached_images if same else self._run(self.toy.denoiser, recipe)
+            number = calls(recipe.solver, recipe.steps)
+            return self._result(recipe, images, number, number / calls(self.toy.sampler, self.steps))
+        model = dit_rewrite.compile(twin(self.toy.denoiser), recipe.policy, backend="aot_eager")
+        images, place = self._run(model, recipe), model.explain().sites
+        held, misses = sum(p.bytes for p in place if p.reachable), model.stats().misses
+        more = {"cache_bytes": held, "misses": {str(reason): count for reason, count in misses.items()}}
+        return self._result(recipe, images, *flops_of(model), **more)
+
+    def _run(self, model: nn.Module, recipe: Recipe) -> Tensor:
+        return self.toy.run(model, self.images, recipe.steps or self.steps, recipe.solver)
+
+    def _result(self, recipe: Recipe, images: Tensor, computed: int, flops: float, **more: Any) -> Entry:
+        found = {}
+        for name, target in (("error", self.uncached_images), ("reference_error", self.reference)):
+            found[name] = relative_l2(images, target)
+            found[f"{name}s"] = [relative_l2(a, b) for a, b in zip(images, target, strict=True)]
+        return asdict(Result(recipe.key(), computed, flops, **found, **more))
+
+    def time(self, recipe: Recipe) -> Entry:
+        """How long a row takes, and the uncached model beside it."""
+        model, compiling, before = self.compiled, 0.0, None
+        if recipe.policy is not None:
+            model = dit_rewrite.compile(twin(self.toy.denoiser), recipe.policy, backend=self.backend)
+            compiling = seconds(lambda: self._timed(model, recipe))
+            before = model.stats()
+        own, other = [], []
+        for _ in range(self.rounds):
+            other.append(seconds(lambda: self.toy.run(self.compiled, self.timed_images, self.steps)))
+            own.append(seconds(lambda: self._timed(model, recipe)))
+        late = 0 if before is None else model.stats().variants - before.variants
+        ratio = Spread.of([a / b for a, b in zip(own, other, strict=True)])
+        spent = max(0.0, compiling - min(own))
+        return asdict(Timing(Spread.of(own), ratio, spent if before is not None else 0.0, late))
+
+    def _timed(self, model: nn.Module, recipe: Recipe) -> Tensor:
+        return self.toy.run(model, self.timed_images, recipe.steps or self.steps, recipe.solver)
+
+
+def measure(bench: Bench, wanted: Sequence[Recipe], arguments: argparse.Namespace, record: Record) -> None:
+    """Measure what is missing of a toy: the errors of all rows first, then the times."""
+    errors, times = f"errors, {bench.toy.name}", f"times, {bench.toy.name}"
+    for recipe in wanted:
+        entry(record, errors, recipe, lambda: bench.errors(recipe))  # noqa: B023 (called at once)
+    for recipe in (r for r in wanted if arguments.time and matches(r, arguments.timed)):
+        entry(record, times, recipe, lambda: {"key": recipe.key(), **bench.time(recipe)})  # noqa: B023
+
+
+def entry(record: Record, section: str, recipe: Recipe, make: Callable[[], Entry]) -> None:
+    """A row of the file, made where there is none, or one of another policy under that name."""
+    entries = record.sections.get(section, {})
+    if recipe.name in entries and entries[recipe.name]["key"] == json.loads(json.dumps(recipe.key())):
+        return
+    entries.pop(recipe.name, None)
+    began = time.perf_counter()
+    record.get(section, recipe.name, make)
+    console.print(f"{section}: {recipe.name}, {time.perf_counter() - began:.0f} s", highlight=False)
+
+
+def matches(recipe: Recipe, patterns: Sequence[str] | None) -> bool:
+    """Whether a row is meant, by its name or its family."""
+    return patterns is None or any(fnmatchcase(name, p) for name in (recipe.name, recipe.family) for p in patterns)
+
+
+def read_rows(record: Record, wanted: Mapping[str, Sequence[Recipe]]) -> Iterator[Row]:
+    """The rows in the file that are still wanted, in their order."""
+    for toy, recipes_of_toy in wanted.items():
+        errors = record.sections.get(f"errors, {toy}", {})
+        times = record.sections.get(f"times, {toy}", {})
+        for recipe in recipes_of_toy:
+            if recipe.name in errors:
+                timing = {k: v for k, v in times.get(recipe.name, {}).items() if k != "key"}
+                result = Result(**errors[recipe.name])
+                yield Row(toy, result, Timing.from_json(timing) if timing else None)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a run found."""
+
+    rows: list[Row]
+    claims: list[Claim]
+
+
+def run(arguments: argparse.Namespace) -> Outcome:
+    """Measure, and write what the rows say."""
+    torch.set_num_threads(arguments.threads)
+    torch._dynamo.config.recompile_limit = 1000  # torch < 2.13 counts all rows together
+    shown = ("images", "steps", "timed_images", "rounds", "backend")
+    settings = {name: getattr(arguments, name) for name in shown}
+    settings |= {"noise_seed": NOISE_SEED, "caption_seed": CAPTION_SEED}
+    toys = [TOYS[name]() for name in TOYS]
+    settings["toys"] = {
+        t.name: {"weights": digest(t.weights), "guidance": t.guidance, "reference_steps": t.reference_steps}
+        for t in toys
+    }
+    record = Record.open(arguments.out, {"settings": settings, "machine": machine(), "versions": versions()})
+    wanted = {toy.name: recipes(toy, arguments.steps) for toy in toys}
+    for toy in (t for t in toys if t.name in arguments.toys):
+        chosen = [r for r in wanted[toy.name] if r.name == UNCACHED or matches(r, arguments.rows)]
+        measure(Bench(toy, arguments), chosen, arguments, record)
+    rows = list(read_rows(record, wanted))
+    claims = judge(rows)
+    record.write(claims)
+    return Outcome(rows, claims)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--toys", nargs="+", choices=TOYS, default=list(TOYS))
+    parser.add_argument("--images", type=int, default=24)
+    parser.add_argument("--steps", type=int, default=50)
+    parser.add_argument("--time", action=argparse.BooleanOptionalAction, default=True)
+    parser.add_argument("--timed", nargs="+", metavar="PATTERN", help="the rows that are timed, by name or family")
+    parser.add_argument("--timed-images", type=int, default=8)
+    parser.add_argument("--rounds", type=int, default=3, help="of timing, in alternation with the uncached model")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--backend", default="inductor", help="under which is timed")
+    parser.add_argument("--rows", nargs="+", metavar="PATTERN", help="by name or family, such as 'Forecast'")
+    parser.add_argument("--out", type=Path, default=RESULTS / "fidelity.json")
+    parser.add_argument("--docs", type=Path, default=Path("docs"), help="where the page and the pictures go")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> None:
+    arguments = build_parser().parse_args(argv)
+    began = time.perf_counter()
+    outcome = run(arguments)
+    show(outcome.rows, outcome.claims)
+    pictures = draw(outcome.rows, arguments.docs)
+    page = write_page(outcome.rows, outcome.claims, pictures, arguments)
+    console.print(f"wrote {arguments.out} and {page}; {time.perf_counter() - began:.0f} s", highlight=False)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,158 @@
+"""The rows of the fidelity benchmark: policies by their text or as objects, and the controls with fewer steps."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from sympy import Mod, Ne
+
+from benchmarks.fidelity_toys import Toy, calls
+from benchmarks.timing import Spread
+from dit_rewrite.guards import step
+from dit_rewrite.policies import as_policy
+from dit_rewrite.policy import Policy, Rule
+from dit_rewrite.strategy import Forecast
+from dit_rewrite.where import Where
+
+STEPS = "fewer steps"  # the family of the controls
+UNCACHED = "uncached"
+NUMBERS = (8, 10, 11, 13, 14, 17, 18, 25, 26, 34)  # of the denoiser's calls, for the controls of 50 steps
+PLACES = {"branches": Where(), "stack": Where(span="stack"), "output": Where(span="output")}
+INTERVALS = (2, 3, 4, 5)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One row: a policy, or `solver` with `steps` and no policy. What else the claims ask of it is in `settings`."""
+
+    name: str
+    family: str
+    policy: Policy | None = None
+    solver: str | None = None
+    steps: int = 0
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+    def key(self) -> dict[str, Any]:
+        """All that the row's figures follow from, beside the benchmark's settings."""
+        policy = None if self.policy is None else repr(self.policy)
+        more = {"solver": self.solver, "steps": self.steps, "settings": dict(self.settings)}
+        return {"name": self.name, "family": self.family, "policy": policy, **more}
+
+
+@dataclass(frozen=True)
+class Result:
+    """What was measured of a row, beside its time.
+
+    computed: calls of the denoiser at which no site was reused. flops: of all calls, over those of the uncached run.
+    error, reference_error: relative L2 to the uncached images of the same sampler and as many steps, and to those of
+    the reference; of each image too, so that two rows can be compared in pairs.
+    """
+
+    key: dict[str, Any]
+    computed: int
+    flops: float
+    error: float
+    errors: list[float]
+    reference_error: float
+    reference_errors: list[float]
+    cache_bytes: int = 0
+    misses: dict[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Timing:
+    """ratio: to the uncached model's time, of runs in alternation. late_variants: compiled within the timed runs."""
+
+    seconds: Spread
+    ratio: Spread
+    compile_seconds: float = 0.0
+    late_variants: int = 0
+
+    @classmethod
+    def from_json(cls, found: Mapping[str, Any]) -> Timing:
+        return cls(**{**found, "seconds": Spread(**found["seconds"]), "ratio": Spread(**found["ratio"])})
+
+
+@dataclass(frozen=True)
+class Row:
+    """A line of the table: of which toy, its errors, and its time where that was measured."""
+
+    toy: str
+    result: Result
+    timing: Timing | None = None
+
+    @property
+    def name(self) -> str:
+        return str(self.result.key["name"])
+
+    @property
+    def family(self) -> str:
+        return str(self.result.key["family"])
+
+    @property
+    def time(self) -> float | None:
+        """Over that of the uncached model."""
+        return None if self.timing is None else self.timing.ratio.median
+
+    def setting(self, name: str) -> Any:
+        return self.result.key["settings"].get(name)
+
+
+def control(solver: str, steps: int) -> Recipe:
+    """The uncached model, with another solver and fewer steps."""
+    return Recipe(f"{solver}, {steps} steps", STEPS, solver=solver, steps=steps, settings={"solver": solver})
+
+
+def controls(toy: Toy, steps: int) -> list[Recipe]:
+    """Each solver at each number of calls below that of the uncached model, as near as it comes from above."""
+    numbers = [n for n in NUMBERS if n < steps]
+    return [control(solver, n) for solver in toy.solvers for n in sorted({_steps(solver, n) for n in numbers})]
+
+
+def _steps(solver: str, number: int) -> int:
+    """The least steps of a solver that call the denoiser that often."""
+    return next(n for n in range(1, number + 1) if calls(solver, n) >= number)
+
+
+def forecast(interval: int, order: int, place: str, basis: str = "taylor") -> Recipe:
+    """Compute at every `interval`-th step, forecast in between; order 0 is reuse."""
+    do = Forecast(order, basis)
+    name = f"{'reuse' if order == 0 else f'order {order}'}, {place}, {interval}"
+    name += "" if basis == "taylor" else f", {basis}"
+    policy = Policy((Rule(Ne(Mod(step, interval), 0), do, PLACES[place]),), name)
+    settings = {"interval": interval, "order": order, "place": place, "basis": basis}
+    return Recipe(name, "Reuse" if order == 0 else "Forecast", policy, settings=settings)
+
+
+def forecasts() -> list[Recipe]:
+    """Each place at each order and interval by polynomials; from order 2 on, where they differ, by the other bases."""
+    plain = [forecast(i, order, place) for place in PLACES for order in (0, 1, 2) for i in INTERVALS]
+    others = [("taylorseer", INTERVALS), ("hermite", (3, 5)), ("chebyshev", (3, 5))]
+    places = ("branches", "output")
+    return plain + [forecast(i, 2, place, basis) for basis, intervals in others for place in places for i in intervals]
+
+
+def from_text(family: str, *texts: str) -> list[Recipe]:
+    """Rows of policies as on the command line."""
+    return [Recipe(text, family, as_policy(text)) for text in texts]
+
+
+def policies() -> list[Recipe]:
+    """The policies, whatever the toy. To add one is a line."""
+    return [
+        *forecasts(),
+        *from_text("DQAR", "dqar:snr_threshold=None", "dqar", "dqar:warmup=0.2,layer_fraction=1.0"),
+        *from_text("FirstBlockCache", *(f"first_block_cache:threshold={t}" for t in (0.02, 0.05, 0.1, 0.2))),
+    ]
+
+
+def uncached(toy: Toy, steps: int) -> Recipe:
+    """What all rows are compared with; against the reference it has an error too."""
+    return Recipe(UNCACHED, STEPS, solver=toy.sampler, steps=steps, settings={"solver": toy.sampler})
+
+
+def recipes(toy: Toy, steps: int) -> list[Recipe]:
+    """All rows of a toy: the uncached model, the controls, the policies."""
+    return [uncached(toy, steps), *controls(toy, steps), *policies()]
