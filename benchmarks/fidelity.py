@@ -79,9 +79,9 @@ class Bench:
         return kept
 
     @cached_property
-    def compiled(self) -> nn.Module:
+    def compiled(self) -> Any:
         """The uncached model, warm."""
-        model: nn.Module = isolated(self.toy.denoiser, self.backend)
+        model = isolated(self.toy.denoiser, self.backend)
         self.toy.run(model, self.timed_images, 2)
         return model
 
@@ -103,7 +103,7 @@ class Bench:
         return self.toy.run(model, self.images, recipe.steps or self.steps, recipe.solver)
 
     def _result(self, recipe: Recipe, images: Tensor, computed: int, flops: float, **more: Any) -> Entry:
-        found = {}
+        found: Entry = {}
         for name, target in (("error", self.uncached_images), ("reference_error", self.reference)):
             found[name] = relative_l2(images, target)
             found[f"{name}s"] = [relative_l2(a, b) for a, b in zip(images, target, strict=True)]
@@ -111,7 +111,8 @@ class Bench:
 
     def time(self, recipe: Recipe) -> Entry:
         """How long a row takes, and the uncached model beside it."""
-        model, compiling, before = self.compiled, 0.0, None
+        model: Any = self.compiled
+        compiling, before = 0.0, None
         if recipe.policy is not None:
             model = dit_rewrite.compile(twin(self.toy.denoiser), recipe.policy, backend=self.backend)
             compiling = seconds(lambda: self._timed(model, recipe))
