@@ -39,6 +39,7 @@ from dit_rewrite.strategy import (
     BlockwiseReuse,
     Compute,
     Forecast,
+    GuidanceDelta,
     Reuse,
     ReuseKV,
     ShareGuidance,
@@ -50,7 +51,7 @@ from dit_rewrite.where import Where
 VERSION = 1
 STRATEGIES: dict[str, type[Strategy]] = {
     "compute": Compute, "reuse": Reuse, "forecast": Forecast, "reuse_kv": ReuseKV, "window_residual": WindowResidual,
-    "share_guidance": ShareGuidance, "blockwise_reuse": BlockwiseReuse,
+    "share_guidance": ShareGuidance, "guidance_delta": GuidanceDelta, "blockwise_reuse": BlockwiseReuse,
 }  # fmt: skip
 MAX_TEXT = 20_000  # characters of a guard, less those of the values of its tables
 MAX_TABLES = 200_000  # characters of these
@@ -92,11 +93,12 @@ def _do(strategy: Strategy | tuple[Strategy, ...]) -> Any:
     if isinstance(strategy, tuple):
         return [_do(each) for each in strategy]
     name = next(name for name, kind in STRATEGIES.items() if type(strategy) is kind)
-    basis = {"basis": _basis(strategy.basis)} if isinstance(strategy, Forecast) else {}
+    own = {"basis": _basis(strategy.basis)} if isinstance(strategy, Forecast) else {}
+    own |= {"do": _do(strategy.do)} if isinstance(strategy, GuidanceDelta) else {}
     return {
         "strategy": name,
         **{field.name: getattr(strategy, field.name) for field in dataclasses.fields(strategy)},
-        **basis,
+        **own,
     }
 
 
@@ -149,6 +151,9 @@ def _one_strategy(value: object, where: str) -> Strategy:
         raise BadPolicyText(where, f"has the strategy {name!r:.100}, and not one of {', '.join(STRATEGIES)}")
     if isinstance(fields.get("basis"), dict):
         return _forecast(fields, f"{where}.basis")
+    if isinstance(fields.get("do"), dict):
+        do = _one_strategy(fields.pop("do"), f"{where}.do")
+        return replace(_record(fields, STRATEGIES[name], where), do=do)
     return _record(fields, STRATEGIES[name], where)
 
 

@@ -1,11 +1,12 @@
 """Policies of the literature, each in a few lines of the language of guards.
 
 static.py and schedules.py follow from the step alone, measured.py asks what has changed, attention.py is of attention
-ops. published.py has the tables that sources print for named models, and calibrate.py measures them on yours. text.py
-reads policies from text.
+ops, guidance.py of guidance. published.py has the tables that sources print for named models, and calibrate.py measures
+them on yours. text.py reads policies from text.
 """
 
 from dit_rewrite.policies.attention import DQAR, CachedAttention, DiTFastAttn, strategies_of
+from dit_rewrite.policies.guidance import CFGGate
 from dit_rewrite.policies.measured import (
     DiCache,
     DualBlockCache,
@@ -21,6 +22,7 @@ from dit_rewrite.policies.text import as_policy, parse
 
 __all__ = [
     "DQAR",
+    "CFGGate",
     "FORA",
     "CachedAttention",
     "DPCache",

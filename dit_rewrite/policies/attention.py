@@ -14,9 +14,9 @@ from sympy.logic.boolalg import Boolean
 from dit_rewrite.errors import BadParameter, BadPlan
 from dit_rewrite.passes.guards import entropy, layer, num_layers, num_steps, progress, snr, step
 from dit_rewrite.plan import Choice, Grid, Plan, Window
-from dit_rewrite.policies.checks import one_of, real
+from dit_rewrite.policies.checks import one_of, real, title
 from dit_rewrite.policy import MadeFor, Policy, Rule
-from dit_rewrite.strategy import BlockwiseReuse, Reuse, ShareGuidance, Strategy, WindowResidual
+from dit_rewrite.strategy import BlockwiseReuse, Reuse, ReuseKV, ShareGuidance, Store, Strategy, WindowResidual
 from dit_rewrite.where import Where
 
 
@@ -27,6 +27,9 @@ def DQAR(
     order: Literal["linear", "linear_reverse"] = "linear",
     entropy_threshold: float | None = None,
     kinds: tuple[str, ...] = ("attention",),
+    cache: Literal["output", "kv"] = "output",
+    store: Store = None,
+    rounding: Literal["equation", "paper"] = "equation",
 ) -> Policy:
     """Dynamic attention reuse (DQAR, sections 3.3 and 4.8): more and more layers reuse, once the signal is strong.
 
@@ -35,7 +38,10 @@ def DQAR(
     signal-to-noise ratio is above `snr_threshold` (None: not asked). A layer that reuses keeps its last computed
     output. `entropy_threshold` also asks that the mean entropy of the attention's rows, in nats (equation 5 over the
     number of rows), was below it when it was last computed. Needs to be told num_steps, and the scheduler for the SNR.
-    Raises BadParameter for what is out of range.
+
+    `cache` "kv" keeps keys and values in the place of the output, which section 3.1 finds to be worse (table 2);
+    `store` is what the cache holds, as in `Reuse`. rounding="paper" also rounds layer_fraction * L down, as the figures
+    of the paper's tables do (benchmarks/dqar_tables.py). Raises BadParameter for what is out of range.
     """
     real("DQAR", "warmup", warmup, lambda w: 0 <= w < 1, "a share of the steps, 0 <= warmup < 1")
     real("DQAR", "layer_fraction", layer_fraction, lambda f: 0 < f <= 1, "a share of the layers, 0 < … <= 1")
@@ -43,17 +49,28 @@ def DQAR(
         if threshold is not None:
             real("DQAR", name, threshold, lambda t: 0 <= t < math.inf, "a number >= 0, or None")
     one_of("DQAR", "order", order, ("linear", "linear_reverse"))
+    one_of("DQAR", "cache", cache, ("output", "kv"))
+    one_of("DQAR", "rounding", rounding, ("equation", "paper"))
     where = Where(kinds)
     w, share = Rational(str(warmup)), Rational(str(layer_fraction))
     depth = layer if order == "linear" else num_layers - 1 - layer
-    when = (progress >= w) & (depth < floor((progress - w) / (1 - w) * share * num_layers))
+    most = share * num_layers if rounding == "equation" else floor(share * num_layers)
+    when = (progress >= w) & (depth < floor((progress - w) / (1 - w) * most))
     when = when if snr_threshold is None else when & (snr > snr_threshold)
     when = when if entropy_threshold is None else when & (entropy < entropy_threshold)
-    return Policy(
-        (Rule(when=when, where=where),),
-        f"DQAR(warmup={warmup}, layer_fraction={layer_fraction}, snr_threshold={snr_threshold}, order={order!r}, "
-        f"entropy_threshold={entropy_threshold}, kinds={where.kinds})",
+    do = Reuse(store) if cache == "output" else ReuseKV(store)
+    name = title(
+        "DQAR",
+        warmup=warmup,
+        layer_fraction=layer_fraction,
+        snr_threshold=snr_threshold,
+        order=order,
+        entropy_threshold=entropy_threshold,
+        kinds=where.kinds,
+        **{n: v for n, v, usual in (("cache", cache, "output"), ("store", store, None)) if v != usual},
+        **({} if rounding == "equation" else {"rounding": rounding}),
     )
+    return Policy((Rule(when, do, where),), name)
 
 
 def CachedAttention(

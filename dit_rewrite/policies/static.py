@@ -25,19 +25,26 @@ def Never() -> Policy:
     return Policy((), "Never()")
 
 
-def FORA(interval: int, kinds: tuple[str, ...] = BRANCHES, anchor: Literal["start", "paper"] = "start") -> Policy:
+def FORA(
+    interval: int,
+    kinds: tuple[str, ...] = BRANCHES,
+    anchor: Literal["start", "paper"] = "start",
+    store: Store = None,
+) -> Policy:
     """Static caching (FORA, section 3.2): compute at every `interval`-th step, reuse in between.
 
     anchor="start" computes where step % interval == 0. anchor="paper" does what the paper's source does: it counts
     down, and computes at the first step and where t % interval == 0 with t = num_steps - 1 - step; it needs to be
-    told num_steps. Raises BadParameter for an interval below 1 or an unknown kind or anchor.
+    told num_steps. `store` is what the cache holds, as in `Reuse`. Raises BadParameter for an interval below 1 or an
+    unknown kind, anchor or store.
     """
     whole("FORA", "interval", interval, 1)
     one_of("FORA", "anchor", anchor, ("start", "paper"))
     where = Where(kinds)
     t = step if anchor == "start" else total - 1 - step
-    rule = Rule(when=Ne(Mod(t, interval), 0) & (step > 0), where=where)
-    return Policy((rule,), title("FORA", interval=interval, kinds=where.kinds, anchor=anchor))
+    rule = Rule(Ne(Mod(t, interval), 0) & (step > 0), Reuse(store), where)
+    named = {} if store is None else {"store": store}
+    return Policy((rule,), title("FORA", interval=interval, kinds=where.kinds, anchor=anchor, **named))
 
 
 def TaylorSeer(

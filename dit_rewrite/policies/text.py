@@ -13,6 +13,7 @@ from torch import nn
 from dit_rewrite.errors import BadParameter, BadPolicyText, NotAPolicy, UnknownPolicy
 from dit_rewrite.plan import Plan
 from dit_rewrite.policies.attention import DQAR, CachedAttention, DiTFastAttn
+from dit_rewrite.policies.guidance import CFGGate
 from dit_rewrite.policies.measured import (
     DiCache,
     DualBlockCache,
@@ -33,6 +34,7 @@ _POLICIES: dict[str, Callable[..., Policy]] = {
     "fora": FORA,
     "dqar": DQAR,
     "first_block_cache": FirstBlockCache,
+    "cfg_gate": CFGGate,
     "cached_attention": CachedAttention,
     "ditfastattn": DiTFastAttn,
     "dicache": DiCache,
