@@ -7,6 +7,7 @@ dit_rewrite.compile(model, policies.FORA(interval=3))  # a denoiser
 from dit_rewrite import errors, guards, policies
 from dit_rewrite.compile import RewrittenModule, compile, restore
 from dit_rewrite.enable import enable
+from dit_rewrite.policies.calibrate import calibrate
 from dit_rewrite.policy import Policy, Rule
 from dit_rewrite.strategy import BlockwiseReuse, Compute, Reuse, ReuseKV, ShareGuidance, WindowResidual
 from dit_rewrite.verify import Verification, verify
@@ -24,6 +25,7 @@ __all__ = [
     "Verification",
     "Where",
     "WindowResidual",
+    "calibrate",
     "compile",
     "enable",
     "errors",

@@ -350,3 +350,8 @@ class BrokenUp(NoSites):
             f"up into, so the policy can change nothing. Of {sum(breaks.values())} graph breaks {breaks[place]} are at "
             f"{place}. {remedy}",
         )
+
+
+class NotCalibrated(DitRewriteError, ValueError):
+    def __init__(self, method: str, problem: str, todo: str) -> None:
+        super().__init__(f"{method} cannot be calibrated: {problem}. {todo}")
