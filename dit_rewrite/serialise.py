@@ -152,8 +152,8 @@ def _one_strategy(value: object, where: str) -> Strategy:
     if isinstance(fields.get("basis"), dict):
         return _forecast(fields, f"{where}.basis")
     if isinstance(fields.get("do"), dict):
-        do = _one_strategy(fields.pop("do"), f"{where}.do")
-        return replace(_record(fields, STRATEGIES[name], where), do=do)
+        do: Any = _one_strategy(fields.pop("do"), f"{where}.do")  # the strategy checks what it is
+        return replace(_record(fields, GuidanceDelta, where), do=do)
     return _record(fields, STRATEGIES[name], where)
 
 

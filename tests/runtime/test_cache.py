@@ -80,3 +80,40 @@ def test_bytes_count_shared_storage_once_and_whole() -> None:
     assert bank.bytes == 46
     bank.clear()
     assert bank.bytes == 0
+
+
+def test_a_history_keeps_the_newest_values_and_when_they_were_computed() -> None:
+    bank = Bank(1)
+    values = [torch.full((2,), float(i)) for i in range(4)]
+    for step, value in enumerate(values):
+        bank.release(0, width=1, depth=3)
+        bank.store(0, (value,), Computed(10 * step), depth=3)
+    held = bank.values[0]
+    assert (
+        held is not None and [tensor is value for tensor, value in zip(held, values[:0:-1], strict=True)] == [True] * 3
+    )
+    assert [computed.step for computed in bank.past[0].computed] == [30, 20, 10]
+    assert bank.bytes == 3 * 8
+
+
+def test_a_value_of_weight_0_is_not_read() -> None:
+    """It may be missing, or poison: the newest stands in its place, and nothing times 0 is added."""
+    bank = Bank(1)
+    poison, newest = torch.full((2,), float("nan")), torch.ones(2)
+    for step, value in enumerate((poison, newest)):
+        bank.store(0, (value,), Computed(step), depth=3)
+    *values, weights = bank.weighted(0, (1.0, 0.0, 0.0), width=1)
+    assert all(value is newest for value in values)
+    assert weights.tolist() == [1, 0, 0] and weights.dtype is torch.float32
+    both = bank.weighted(0, (2.0, -1.0, 0.0), width=1)
+    assert both[1] is poison and both[2] is newest
+
+
+def test_another_shape_forgets_the_history() -> None:
+    bank = Bank(1)
+    bank.fit(stamp_of([torch.ones(2)]), WEIGHTS)
+    bank.store(0, (torch.ones(2),), Computed(0), depth=2)
+    assert bank.fit(stamp_of([torch.ones(3)]), WEIGHTS) is Reason.CHANGED_INPUT
+    bank.store(0, (torch.ones(3),), Computed(5), depth=2)
+    assert bank.values[0] is not None and len(bank.values[0]) == 1
+    assert [computed.step for computed in bank.past[0].computed] == [5]
