@@ -15,23 +15,22 @@ from sympy import ITE, And, Eq, Max, Min, Mod, Ne, Not, Or, Rational, Xor, ceili
 from sympy.logic.boolalg import Boolean
 
 from dit_rewrite import serialise
-from dit_rewrite.errors import BadParameter, PolicyError
+from dit_rewrite.errors import (
+    BadGuardText,
+    BadParameter,
+    BadPolicyText,
+    ForeignName,
+    PolicyError,
+    UnknownVersion,
+    UnwritableGuard,
+)
+from dit_rewrite.guard_text import guard_text, parse_guard
 from dit_rewrite.guards import age, layer, num_layers, num_steps, progress, step, streak
 from dit_rewrite.passes import guards
 from dit_rewrite.passes.guards import Predicate
 from dit_rewrite.policies import DQAR, FORA, FirstBlockCache, Never
 from dit_rewrite.policy import Policy, Rule
-from dit_rewrite.serialise import (
-    BadGuardText,
-    BadPolicyText,
-    ForeignName,
-    UnknownVersion,
-    UnwritableGuard,
-    from_json,
-    guard_text,
-    parse_guard,
-    to_json,
-)
+from dit_rewrite.serialise import from_json, to_json
 from dit_rewrite.strategy import Compute, Reuse, ReuseKV, Strategy
 from dit_rewrite.where import FAMILIES, Where
 
@@ -178,7 +177,10 @@ def test_unwritable() -> None:
             to_json(Policy((Rule(when=guard),)))
 
 
-EVERYWHERE = {"kinds": list(FAMILIES), **dict.fromkeys(("layers", "fraction", "names", "span", "streams", "stack"))}
+EVERYWHERE = {
+    "kinds": list(FAMILIES),
+    **dict.fromkeys(("layers", "fraction", "names", "span", "streams", "stack", "minus")),
+}
 SIMPLE = {
     "version": 1,
     "name": "three rules",
@@ -257,7 +259,11 @@ BAD: list[tuple[Any, type[PolicyError], str]] = [
     (SIMPLE | {"lag": 2}, BadParameter, "lag=2 is out of range"),
     (SIMPLE | {"lag": True}, BadPolicyText, "lag is true, and a int is needed"),
     (rule(do="reuse"), BadPolicyText, r"rules\[0\].do is \"reuse\", and a dict is needed"),
-    (rule(do={}), BadPolicyText, r"rules\[0\].do has the strategy None, and not one of compute, reuse, reuse_kv"),
+    (
+        rule(do={}),
+        BadPolicyText,
+        r"rules\[0\].do has the strategy None, and not one of compute, reuse, forecast, reuse_kv",
+    ),
     (rule(do={"strategy": "forget"}), BadPolicyText, r"rules\[0\].do has the strategy 'forget'"),
     (rule(do={"strategy": []}), BadPolicyText, r"rules\[0\].do has the strategy \[\]"),
     (rule(do={"strategy": "compute", "store": "int8"}), BadPolicyText, r"rules\[0\].do has store"),

@@ -11,11 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dit_rewrite.errors import BadParameter, UnknownSymbol
+from dit_rewrite.guard_text import guard_text, parse_guard
 from dit_rewrite.passes import guards
 from dit_rewrite.passes.guards import Predicate, drift, similarity, step
 from dit_rewrite.passes.measurements import PROBES, Measurement, first_blocks, measurement
 from dit_rewrite.passes.verdict import verdict
-from dit_rewrite.serialise import guard_text, parse_guard
 
 COEFFICIENTS = st.lists(st.floats(allow_nan=False, allow_infinity=False) | st.integers(-5, 5), min_size=1, max_size=6)
 BLOCKS = ("first_2_blocks", "first_10_blocks")

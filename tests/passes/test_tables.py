@@ -13,13 +13,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dit_rewrite.errors import BadGuardText, BadParameter
+from dit_rewrite.guard_text import guard_text, parse_guard
 from dit_rewrite.guards import accumulated_error, age, drift, layer, progress, step, streak, table
 from dit_rewrite.passes import guards
 from dit_rewrite.passes.guards import Predicate
 from dit_rewrite.passes.notation import show
 from dit_rewrite.passes.verdict import verdict
 from dit_rewrite.policy import Policy, Rule
-from dit_rewrite.serialise import from_json, guard_text, parse_guard, to_json
+from dit_rewrite.serialise import from_json, to_json
 
 FLOATS = st.floats(-1e6, 1e6) | st.integers(-3, 3)
 VALUES = st.lists(FLOATS, min_size=1, max_size=6)
