@@ -114,8 +114,9 @@ def SeaCache(
     sum since the last computed step is below `threshold`, the change across the stack is forecast to `order`, 0 being
     reuse. As diffusers has it, whose default probe is the latent; the paper's code has the modulated input, order 0,
     no `max_streak`, and thresholds of 0.2 to 0.6. The power of the signal falls with the square of the frequency in
-    images and with the cube in videos, as in the paper's code. The first `warmup` and the last `cooldown` steps
-    compute. Needs to be told num_steps, and the scheduler for the noise. Raises BadParameter for what is out of range.
+    images and with the cube in videos, as in the paper's code. A model that is given its latent as tokens, such as
+    FLUX, shows no grid to filter it on, and computes. The first `warmup` and the last `cooldown` steps compute. Needs
+    to be told num_steps, and the scheduler for the noise. Raises BadParameter for what is out of range.
     """
     threshold_of("SeaCache", threshold)
     one_of("SeaCache", "probe", probe, ("latent", "modulated_input"))

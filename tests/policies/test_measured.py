@@ -120,6 +120,22 @@ def test_dicache(plain: Records, depth: int, retention: float) -> None:
     assert did(DiCache(threshold, depth, retention)) == expected
 
 
+@pytest.mark.parametrize(
+    ("policy", "first", "last"),
+    [
+        (TeaCache(1e9, (1.0, 0.0), 2, 3), 2, 3),
+        (EasyCache(1e9, 4, 2), 4, 2),
+        (DiCache(1e9), 5, 1),
+        (DualBlockCache(1, 0, 1e9, 3), 3, 0),
+        (MagCache([1.0] * STEPS, max_streak=STEPS, retention=0.3), 6, 0),
+    ],
+    ids=str,
+)
+def test_first_and_last_steps(policy: Policy, first: int, last: int) -> None:
+    """They compute, whatever has changed."""
+    assert did(policy) == "C" * first + "R" * (STEPS - first - last) + "C" * last
+
+
 # --- changes since the last computed step -----------------------------------------------------------------------------
 
 
