@@ -10,7 +10,8 @@ Times are of fewer images, compiled by --backend, in alternation with the uncach
 leaves them out; --timed says of which rows they are taken.
 
 Everything is written as it comes: a rerun with the same parameters and versions measures what is missing, and so does
-one with other rows, toys or more times. The claims, the pictures and the page are made of the rows in the file.
+one with other rows or toys, or of a toy with other weights. The claims, the pictures and the page are made of the rows
+in the file.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from fnmatch import fnmatchcase
 from functools import cached_property
@@ -32,8 +33,8 @@ import dit_rewrite
 from benchmarks.fidelity_claims import judge
 from benchmarks.fidelity_report import draw, show, write_page
 from benchmarks.fidelity_rows import UNCACHED, Recipe, Result, Row, Timing, recipes
-from benchmarks.fidelity_toys import CAPTION_SEED, NOISE_SEED, TOYS, Toy, calls
-from benchmarks.record import Claim, Record, digest
+from benchmarks.fidelity_toys import TOYS, Toy, calls
+from benchmarks.record import Claim, Record
 from benchmarks.timing import RESULTS, Spread, machine, seconds
 from dit_rewrite.demo_report import console, versions
 from dit_rewrite.lowering import isolated
@@ -42,6 +43,7 @@ from dit_rewrite.module import RewrittenModule, backend_of, twin
 from dit_rewrite.passes import cost
 
 Entry = dict[str, Any]
+ERRORS, TIMES = "errors, {}", "times, {}"  # the sections of the file, by toy
 
 
 def flops_of(model: RewrittenModule) -> tuple[int, float]:
@@ -68,7 +70,7 @@ class Bench:
     @cached_property
     def reference(self) -> Tensor:
         """Beside the results, as it takes longer than all else: kept for the next run, and in no repository."""
-        known = {"weights": digest(self.toy.weights), "images": self.images, "steps": self.toy.reference_steps}
+        known = {**self.toy.key(), "toy": None, "images": self.images}  # what is sampled otherwise has the same one
         path = self.out.with_suffix(f".{self.toy.weights.stem}.pt")
         found = torch.load(path) if path.exists() else {}
         if found.get("of") != known:
@@ -84,6 +86,15 @@ class Bench:
         model = isolated(self.toy.denoiser, self.backend)
         self.toy.run(model, self.timed_images, 2)
         return model
+
+    def key(self, recipe: Recipe) -> Entry:
+        """What the errors of a row follow from, beside the number of images and steps."""
+        return {**recipe.key(), **self.toy.key()}
+
+    def timed_key(self, recipe: Recipe) -> Entry:
+        """And what its time does."""
+        how = {"images": self.timed_images, "rounds": self.rounds, "backend": self.backend}
+        return {**self.key(recipe), "timed": how}
 
     def errors(self, recipe: Recipe) -> Entry:
         """A row's images, judged."""
@@ -107,7 +118,7 @@ class Bench:
         for name, target in (("error", self.uncached_images), ("reference_error", self.reference)):
             found[name] = relative_l2(images, target)
             found[f"{name}s"] = [relative_l2(a, b) for a, b in zip(images, target, strict=True)]
-        return asdict(Result(recipe.key(), computed, flops, **found, **more))
+        return asdict(Result(self.key(recipe), computed, flops, **found, **more))
 
     def time(self, recipe: Recipe) -> Entry:
         """How long a row takes, and the uncached model beside it."""
@@ -132,22 +143,27 @@ class Bench:
 
 def measure(bench: Bench, wanted: Sequence[Recipe], arguments: argparse.Namespace, record: Record) -> None:
     """Measure what is missing of a toy: the errors of all rows first, then the times."""
-    errors, times = f"errors, {bench.toy.name}", f"times, {bench.toy.name}"
     for recipe in wanted:
-        entry(record, errors, recipe, lambda: bench.errors(recipe))  # noqa: B023 (called at once)
+        entry(record, ERRORS.format(bench.toy.name), bench.key(recipe), lambda: bench.errors(recipe))  # noqa: B023
     for recipe in (r for r in wanted if arguments.time and matches(r, arguments.timed)):
-        entry(record, times, recipe, lambda: {"key": recipe.key(), **bench.time(recipe)})  # noqa: B023
+        key = bench.timed_key(recipe)
+        entry(record, TIMES.format(bench.toy.name), key, lambda: {"key": key, **bench.time(recipe)})  # noqa: B023
 
 
-def entry(record: Record, section: str, recipe: Recipe, make: Callable[[], Entry]) -> None:
-    """A row of the file, made where there is none, or one of another policy under that name."""
-    entries = record.sections.get(section, {})
-    if recipe.name in entries and entries[recipe.name]["key"] == json.loads(json.dumps(recipe.key())):
-        return
-    entries.pop(recipe.name, None)
-    began = time.perf_counter()
-    record.get(section, recipe.name, make)
-    console.print(f"{section}: {recipe.name}, {time.perf_counter() - began:.0f} s", highlight=False)
+def entry(record: Record, section: str, key: Entry, make: Callable[[], Entry]) -> None:
+    """A row of the file, made where there is none, or what is there under that name follows from something else."""
+    name = key["name"]
+    if held(record, section, key) is None:
+        record.sections.get(section, {}).pop(name, None)
+        began = time.perf_counter()
+        record.get(section, name, make)
+        console.print(f"{section}: {name}, {time.perf_counter() - began:.0f} s", highlight=False)
+
+
+def held(record: Record, section: str, key: Entry) -> Entry | None:
+    """The row in the file that follows from this key."""
+    found: Entry | None = record.sections.get(section, {}).get(key["name"])
+    return found if found is not None and found["key"] == json.loads(json.dumps(key)) else None
 
 
 def matches(recipe: Recipe, patterns: Sequence[str] | None) -> bool:
@@ -155,16 +171,13 @@ def matches(recipe: Recipe, patterns: Sequence[str] | None) -> bool:
     return patterns is None or any(fnmatchcase(name, p) for name in (recipe.name, recipe.family) for p in patterns)
 
 
-def read_rows(record: Record, wanted: Mapping[str, Sequence[Recipe]]) -> Iterator[Row]:
-    """The rows in the file that are still wanted, in their order."""
-    for toy, recipes_of_toy in wanted.items():
-        errors = record.sections.get(f"errors, {toy}", {})
-        times = record.sections.get(f"times, {toy}", {})
-        for recipe in recipes_of_toy:
-            if recipe.name in errors:
-                timing = {k: v for k, v in times.get(recipe.name, {}).items() if k != "key"}
-                result = Result(**errors[recipe.name])
-                yield Row(toy, result, Timing.from_json(timing) if timing else None)
+def read_rows(bench: Bench, wanted: Sequence[Recipe], record: Record) -> Iterator[Row]:
+    """The rows of a toy that the file holds, in their order."""
+    for recipe in wanted:
+        errors = held(record, ERRORS.format(bench.toy.name), bench.key(recipe))
+        times = held(record, TIMES.format(bench.toy.name), bench.timed_key(recipe))
+        if errors is not None:
+            yield Row(bench.toy.name, Result(**errors), None if times is None else Timing.from_json(times))
 
 
 @dataclass(frozen=True)
@@ -179,20 +192,15 @@ def run(arguments: argparse.Namespace) -> Outcome:
     """Measure, and write what the rows say."""
     torch.set_num_threads(arguments.threads)
     torch._dynamo.config.recompile_limit = 1000  # torch < 2.13 counts all rows together
-    shown = ("images", "steps", "timed_images", "rounds", "backend")
-    settings = {name: getattr(arguments, name) for name in shown}
-    settings |= {"noise_seed": NOISE_SEED, "caption_seed": CAPTION_SEED}
-    toys = [TOYS[name]() for name in TOYS]
-    settings["toys"] = {
-        t.name: {"weights": digest(t.weights), "guidance": t.guidance, "reference_steps": t.reference_steps}
-        for t in toys
-    }
+    settings = {"images": arguments.images, "steps": arguments.steps}
     record = Record.open(arguments.out, {"settings": settings, "machine": machine(), "versions": versions()})
-    wanted = {toy.name: recipes(toy, arguments.steps) for toy in toys}
-    for toy in (t for t in toys if t.name in arguments.toys):
-        chosen = [r for r in wanted[toy.name] if r.name == UNCACHED or matches(r, arguments.rows)]
-        measure(Bench(toy, arguments), chosen, arguments, record)
-    rows = list(read_rows(record, wanted))
+    rows: list[Row] = []
+    for toy in (make() for make in TOYS.values()):
+        bench, wanted = Bench(toy, arguments), recipes(toy, arguments.steps)
+        if toy.name in arguments.toys:
+            chosen = [r for r in wanted if r.name == UNCACHED or matches(r, arguments.rows)]
+            measure(bench, chosen, arguments, record)
+        rows += read_rows(bench, wanted, record)
     claims = judge(rows)
     record.write(claims)
     return Outcome(rows, claims)

@@ -72,7 +72,8 @@ class Timing:
 
     @classmethod
     def from_json(cls, found: Mapping[str, Any]) -> Timing:
-        return cls(**{**found, "seconds": Spread(**found["seconds"]), "ratio": Spread(**found["ratio"])})
+        spreads = {name: Spread(**found[name]) for name in ("seconds", "ratio")}
+        return cls(**spreads, compile_seconds=found["compile_seconds"], late_variants=found["late_variants"])
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from diffusers import (
 )
 from torch import Tensor, nn
 
+from benchmarks.record import digest
 from dit_rewrite.shapes.captions import sample_captioned
 from dit_rewrite.shapes.data import NUM_CLASSES
 from dit_rewrite.shapes.flow_model import load_flow_model
@@ -28,7 +29,7 @@ from dit_rewrite.shapes.sampling import GUIDANCE, sample_images
 from dit_rewrite.shapes.text_model import load_text_model
 from dit_rewrite.shapes.text_sampling import TEXT_GUIDANCE, sample_captions
 
-CAPTION_SEED = 1 << 42  # beyond those that were trained on
+CAPTION_SEED = 7
 NOISE_SEED = 7
 
 
@@ -68,6 +69,16 @@ class Toy:
     solvers: Mapping[str, Callable[[], Any]]
     reference: str
     reference_steps: int
+
+    def key(self) -> dict[str, Any]:
+        """What its images follow from, beside the solver and the steps."""
+        known = {
+            "weights": digest(self.weights),
+            "guidance": self.guidance,
+            "noise": NOISE_SEED,
+            "captions": CAPTION_SEED,
+        }
+        return {"toy": self.name, **known, "reference": [self.reference, self.reference_steps]}
 
     @property
     def sampler(self) -> str:
