@@ -9,7 +9,16 @@ from dit_rewrite.compile import RewrittenModule, compile, restore
 from dit_rewrite.enable import enable
 from dit_rewrite.policies.calibrate import calibrate
 from dit_rewrite.policy import Policy, Rule
-from dit_rewrite.strategy import BlockwiseReuse, Compute, Forecast, GuidanceDelta, Reuse, ReuseKV, ShareGuidance, WindowResidual
+from dit_rewrite.strategy import (
+    BlockwiseReuse,
+    Compute,
+    Forecast,
+    GuidanceDelta,
+    Reuse,
+    ReuseKV,
+    ShareGuidance,
+    WindowResidual,
+)
 from dit_rewrite.verify import Verification, verify
 from dit_rewrite.where import Where
 
