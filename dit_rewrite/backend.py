@@ -30,13 +30,15 @@ from dit_rewrite.passes.sites import find_sites
 from dit_rewrite.passes.specialise import Row, Variant, prologue, specialise
 from dit_rewrite.passes.structure import structure
 from dit_rewrite.placing import Placed, place
-from dit_rewrite.policy import Policy, SiteRules, forced
+from dit_rewrite.policy import Policy
 from dit_rewrite.runtime.decide import NO_SLOT, Choose, SiteSpec
-from dit_rewrite.runtime.dispatch import Executable, Graph
+from dit_rewrite.runtime.dispatch import Graph
+from dit_rewrite.runtime.pieces import Executable
 from dit_rewrite.runtime.session import Session
 from dit_rewrite.runtime.stats import Stats
 from dit_rewrite.runtime.trajectory import Trajectory
 from dit_rewrite.simulate import simulate
+from dit_rewrite.site_rules import SiteRules, forced
 from dit_rewrite.strategy import GuidanceDelta, ShareGuidance
 
 

@@ -20,7 +20,7 @@ from dit_rewrite.passes.parts import Probes
 from dit_rewrite.passes.site import Site
 from dit_rewrite.passes.store import Codec, Delta, Store
 from dit_rewrite.passes.unbacked import moving_sizes
-from dit_rewrite.policy import SiteRules
+from dit_rewrite.site_rules import SiteRules
 from dit_rewrite.strategy import GuidanceDelta, ShareGuidance
 
 Form = tuple[Codec, Guidance | None]

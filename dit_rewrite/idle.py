@@ -13,7 +13,7 @@ from dit_rewrite.errors import Reason
 from dit_rewrite.passes.guards import NOISE, TOTALS, Predicate, Value, mentions, reads_noise
 from dit_rewrite.passes.site import Kind, Part, Site
 from dit_rewrite.passes.verdict import Verdict, verdict
-from dit_rewrite.policy import SiteRule, SiteRules
+from dit_rewrite.site_rules import SiteRule, SiteRules
 from dit_rewrite.where import FAMILIES, Where
 
 Noise = Callable[[int], tuple[float | None, float | None]]

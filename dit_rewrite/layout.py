@@ -19,8 +19,8 @@ from dit_rewrite.passes.specialise import Row
 from dit_rewrite.placing import Placed
 from dit_rewrite.policy import Policy
 from dit_rewrite.runtime.decide import SiteSpec
-from dit_rewrite.runtime.dispatch import Piece, Wiring
 from dit_rewrite.runtime.measure import Measured
+from dit_rewrite.runtime.pieces import Piece, Wiring
 from dit_rewrite.runtime.spectral import Grid
 
 

@@ -22,7 +22,8 @@ from dit_rewrite.passes.parts import Probes, add_entropy, copied, find_keys
 from dit_rewrite.passes.site import Found, Part, Probe, Site, close
 from dit_rewrite.passes.spans import Stream, find_spans
 from dit_rewrite.passes.stacks import Stacks
-from dit_rewrite.policy import Policy, SiteRules, Spans
+from dit_rewrite.policy import Policy, Spans
+from dit_rewrite.site_rules import SiteRules
 from dit_rewrite.where import Where
 
 

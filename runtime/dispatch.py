@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
 
@@ -14,11 +13,11 @@ from dit_rewrite.errors import Reason
 from dit_rewrite.runtime.cache import Bank, Hoisted, stamp_of
 from dit_rewrite.runtime.decide import Computed, Decider, Decisions, Moment, Past, SiteSpec, Weights
 from dit_rewrite.runtime.measure import Distance, Meter
+from dit_rewrite.runtime.pieces import Executable, Piece, Row, Unadmitted, Wiring, execute
 from dit_rewrite.runtime.session import Call, Observation, Session
 from dit_rewrite.runtime.spectral import noise_share
 from dit_rewrite.runtime.stats import Record
 
-Row = tuple[bool, ...]
 # what decisions follow from where nothing is measured: the arguments of a Decider behind its sites
 State = tuple[Moment, tuple[Past, ...], tuple[int, ...], tuple[bool, ...], Reason | None]
 Decide = Callable[[int], bool]  # whether a site is reused
@@ -26,55 +25,8 @@ Weigh = Callable[[int], Weights | None]  # how the values are weighted that its 
 PLANS = 4096  # decisions of a graph that are kept: of steps, streams and numbers of steps
 
 
-@dataclass(frozen=True)
-class Executable:
-    """A compiled variant: it takes the wires ``inputs`` and the slots at ``cached`` (pairs of site and index), and
-    returns the wires ``outputs``, then the contents of the slots ``fresh``.
-
-    ``admits`` is set where compiling assumed something of the sizes that Dynamo does not check.
-    """
-
-    run: Callable[..., Sequence[Any]]
-    inputs: tuple[int, ...]
-    cached: tuple[tuple[int, int], ...]
-    outputs: tuple[int, ...]
-    fresh: tuple[tuple[int, int], ...]
-    admits: Callable[[Sequence[Any]], bool] | None = None
-
-
-@dataclass
-class Piece:
-    """A segment of the graph, or all of it: its code for each row of the decisions that it depends on.
-
-    ``sites`` are those decisions' sites, ``spent`` the wires that nothing behind it reads. None among ``variants``:
-    under that row it has nothing to do.
-    """
-
-    sites: tuple[int, ...]
-    spent: tuple[int, ...] = ()
-    variants: dict[Row, Executable | None] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Wiring:
-    """How the wires of a graph run: wires below ``num_inputs`` are its inputs, ``outputs`` says what it returns: a
-    wire, or a constant in a tuple of its own. ``static``, ``steady`` and ``ambient`` are inputs: weights, the call's
-    conditioning, and tensors that the model has as attributes."""
-
-    num_wires: int
-    num_inputs: int
-    outputs: tuple[int | tuple[Any], ...]
-    static: frozenset[int] = frozenset()
-    steady: frozenset[int] = frozenset()
-    ambient: frozenset[int] = frozenset()
-
-
 def newest(site: int) -> None:
     """The weights of a site that takes the newest value of its slot."""
-
-
-class Unadmitted(Exception):
-    """A piece was compiled for other sizes."""
 
 
 class Graph:
@@ -236,7 +188,7 @@ class Graph:
             if executable.admits is not None and not executable.admits(args):
                 raise Unadmitted
             slots = self._weighted(number, decide, weigh, bank) if self._forecasting[number] else bank.slots
-            fresh = _execute(executable, wires, slots)
+            fresh = execute(executable, wires, slots)
         for wire in piece.spent:
             wires[wire] = None
         return fresh
@@ -297,7 +249,7 @@ class Graph:
         inputs = [args[i] for i in prologue.inputs if isinstance(args[i], Tensor)]  # weights may be changed too
         if bank.hoisted is not None and bank.hoisted.holds_for(inputs, explicit):
             return
-        values = [value for _, value in _execute(prologue, args, bank.slots)]
+        values = [value for _, value in execute(prologue, args, bank.slots)]
         bank.hoisted = Hoisted.of(inputs, values)
         self.session.stats.add("hoists")
         self.session.note_bytes()
@@ -353,16 +305,5 @@ class Graph:
         for piece in self.pieces:
             executable = piece.variants[(False,) * len(piece.sites)]
             if executable is not None:
-                _execute(executable, wires, bank.slots)
+                execute(executable, wires, bank.slots)
         return self.results(wires)
-
-
-def _execute(
-    executable: Executable, wires: list[Any], slots: Sequence[tuple[Tensor, ...] | None]
-) -> list[tuple[tuple[int, int], Tensor]]:
-    """Run a variant on the wires, and put its outputs on them; what it made for the slots."""
-    cached = [slots[site][k] for site, k in executable.cached]  # type: ignore[index]
-    results = executable.run(*[wires[i] for i in executable.inputs], *cached)
-    for wire, value in zip(executable.outputs, results, strict=False):
-        wires[wire] = value
-    return list(zip(executable.fresh, results[len(executable.outputs) :], strict=True))

@@ -12,8 +12,9 @@ from torch import Tensor
 
 from dit_rewrite.errors import Reason
 from dit_rewrite.runtime.decide import Choice, Choose, Moment, SiteSpec
-from dit_rewrite.runtime.dispatch import Executable, Graph, Piece, Row, Wiring
+from dit_rewrite.runtime.dispatch import Graph
 from dit_rewrite.runtime.inputs import Inputs
+from dit_rewrite.runtime.pieces import Executable, Piece, Row, Wiring
 from dit_rewrite.runtime.session import Observation, Session
 from dit_rewrite.runtime.stats import Stats
 from dit_rewrite.runtime.trajectory import Clock
