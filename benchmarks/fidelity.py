@@ -33,7 +33,7 @@ import dit_rewrite
 from benchmarks.fidelity_claims import judge
 from benchmarks.fidelity_report import draw, show, write_page
 from benchmarks.fidelity_rows import UNCACHED, Recipe, Result, Row, Timing, recipes
-from benchmarks.fidelity_toys import TOYS, Toy, calls
+from benchmarks.fidelity_toys import CALIBRATION_SEED, TOYS, Toy, calls
 from benchmarks.record import Claim, Record
 from benchmarks.timing import RESULTS, Spread, machine, seconds
 from dit_rewrite.demo_report import console, versions
@@ -41,8 +41,11 @@ from dit_rewrite.lowering import isolated
 from dit_rewrite.metrics import relative_l2
 from dit_rewrite.module import RewrittenModule, backend_of, twin
 from dit_rewrite.passes import cost
+from dit_rewrite.policies.calibrate import calibrate
+from dit_rewrite.policy import Policy
 
 Entry = dict[str, Any]
+CALIBRATION_IMAGES = 4
 ERRORS, TIMES = "errors, {}", "times, {}"  # the sections of the file, by toy
 
 
@@ -96,15 +99,26 @@ class Bench:
         how = {"images": self.timed_images, "rounds": self.rounds, "backend": self.backend}
         return {**self.key(recipe), "timed": how}
 
+    def policy(self, recipe: Recipe) -> Policy:
+        """The row's policy; one that is calibrated is on a few images of other noise."""
+        if recipe.calibrated is None:
+            assert recipe.policy is not None
+            return recipe.policy
+
+        def sample(model: nn.Module) -> Tensor:
+            return self.toy.run(model, CALIBRATION_IMAGES, self.steps, seed=CALIBRATION_SEED)
+
+        return calibrate(model=self.toy.denoiser, sample=sample, backend="aot_eager", **recipe.calibrated)
+
     def errors(self, recipe: Recipe) -> Entry:
         """A row's images, judged."""
-        if recipe.policy is None:
+        if recipe.is_control:
             assert recipe.solver is not None
             same = recipe.name == UNCACHED
             images = self.uncached_images if same else self._run(self.toy.denoiser, recipe)
             number = calls(recipe.solver, recipe.steps)
             return self._result(recipe, images, number, number / calls(self.toy.sampler, self.steps))
-        model = dit_rewrite.compile(twin(self.toy.denoiser), recipe.policy, backend="aot_eager")
+        model = dit_rewrite.compile(twin(self.toy.denoiser), self.policy(recipe), backend="aot_eager")
         images, place = self._run(model, recipe), model.explain().sites
         held, misses = sum(p.bytes for p in place if p.reachable), model.stats().misses
         more = {"cache_bytes": held, "misses": {str(reason): count for reason, count in misses.items()}}
@@ -124,8 +138,8 @@ class Bench:
         """How long a row takes, and the uncached model beside it."""
         model: Any = self.compiled
         compiling, before = 0.0, None
-        if recipe.policy is not None:
-            model = dit_rewrite.compile(twin(self.toy.denoiser), recipe.policy, backend=self.backend)
+        if not recipe.is_control:
+            model = dit_rewrite.compile(twin(self.toy.denoiser), self.policy(recipe), backend=self.backend)
             compiling = seconds(lambda: self._timed(model, recipe))
             before = model.stats()
         own, other = [], []

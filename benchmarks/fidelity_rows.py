@@ -25,7 +25,10 @@ INTERVALS = (2, 3, 4, 5)
 
 @dataclass(frozen=True)
 class Recipe:
-    """One row: a policy, or `solver` with `steps` and no policy. What else the claims ask of it is in `settings`."""
+    """One row: a policy, or `solver` with `steps` and no policy. What else the claims ask of it is in `settings`.
+
+    `calibrated` has the parameters of `policies.calibrate` where the policy is made for the toy.
+    """
 
     name: str
     family: str
@@ -33,11 +36,18 @@ class Recipe:
     solver: str | None = None
     steps: int = 0
     settings: Mapping[str, Any] = field(default_factory=dict)
+    calibrated: Mapping[str, Any] | None = None
+
+    @property
+    def is_control(self) -> bool:
+        """Whether nothing is reused."""
+        return self.policy is None and self.calibrated is None
 
     def key(self) -> dict[str, Any]:
         """All that the row's figures follow from, beside the benchmark's settings."""
         policy = None if self.policy is None else repr(self.policy)
         more = {"solver": self.solver, "steps": self.steps, "settings": dict(self.settings)}
+        more["calibrated"] = None if self.calibrated is None else dict(self.calibrated)
         return {"name": self.name, "family": self.family, "policy": policy, **more}
 
 
@@ -135,17 +145,31 @@ def forecasts() -> list[Recipe]:
     return plain + [forecast(i, 2, place, basis) for basis, intervals in others for place in places for i in intervals]
 
 
-def from_text(family: str, *texts: str) -> list[Recipe]:
+def from_text(*texts: str) -> list[Recipe]:
     """Rows of policies as on the command line."""
-    return [Recipe(text, family, as_policy(text)) for text in texts]
+    return [Recipe(text, text.partition(":")[0], as_policy(text)) for text in texts]
+
+
+def calibrated(method: str, **parameters: Any) -> Recipe:
+    """A row of a policy whose table is measured on the toy."""
+    name = ",".join(f"{key}={value}" for key, value in parameters.items())
+    return Recipe(f"{method}:{name}", method, calibrated={"method": method, **parameters})
 
 
 def policies() -> list[Recipe]:
-    """The policies, whatever the toy. To add one is a line."""
+    """The policies, whatever the toy. To add one is a line; `settings` are what the claims ask of forecasts."""
     return [
         *forecasts(),
-        *from_text("DQAR", "dqar:snr_threshold=None", "dqar", "dqar:warmup=0.2,layer_fraction=1.0"),
-        *from_text("FirstBlockCache", *(f"first_block_cache:threshold={t}" for t in (0.02, 0.05, 0.1, 0.2))),
+        *from_text("dqar:snr_threshold=None", "dqar", "dqar:warmup=0.2,layer_fraction=1.0"),
+        *from_text(*(f"first_block_cache:threshold={t}" for t in (0.02, 0.05, 0.1, 0.2))),
+        *from_text(*(f"dual_block_cache:front=1,warmup=4,threshold={t},forecast=taylorseer" for t in (0.05, 0.1, 0.2))),
+        *from_text("taylorseer:interval=3,order=2,warmup=3", "taylorseer:interval=5,order=2,warmup=3"),
+        *from_text("hicache:interval=3", "hicache:interval=5", "foca:interval=3", "foca:interval=5"),
+        *from_text("spectrum", "spectrum:span=output", "pyramid_attention_broadcast", "dicache"),
+        *from_text(*(f"seacache:threshold={t},max_streak=None" for t in (0.05, 0.1, 0.25))),
+        *from_text(*(f"easycache:threshold={t}" for t in (0.025, 0.05, 0.1))),
+        *(calibrated("magcache", threshold=t) for t in (0.06, 0.12, 0.24)),
+        *(calibrated("teacache", threshold=t, min_r2=0.0) for t in (0.1, 0.2, 0.4)),
     ]
 
 

@@ -29,8 +29,8 @@ from dit_rewrite.shapes.sampling import GUIDANCE, sample_images
 from dit_rewrite.shapes.text_model import load_text_model
 from dit_rewrite.shapes.text_sampling import TEXT_GUIDANCE, sample_captions
 
-CAPTION_SEED = 7
-NOISE_SEED = 7
+CAPTION_SEED = NOISE_SEED = 7
+CALIBRATION_SEED = 8  # of noise, for policies that are calibrated
 
 
 class EvenEuler(FlowMatchEulerDiscreteScheduler):
@@ -49,14 +49,14 @@ class EvenHeun(FlowMatchHeunDiscreteScheduler):
         super().set_timesteps(num_inference_steps, *args, **kwargs)
 
 
-Sample = Callable[[nn.Module, int, int, Any], Tensor]
+Sample = Callable[[nn.Module, int, int, int, Any], Tensor]
 
 
 @dataclass(frozen=True)
 class Toy:
     """A denoiser, and how images are sampled with it.
 
-    ``sample(denoiser, count, steps, scheduler)`` gives the first `count` images, always from the same noise as far as
+    ``sample(denoiser, count, steps, seed, scheduler)`` gives the first `count` images, from the same noise as far as
     `count` is the same. The first of `solvers` samples the uncached model and the policies. The reference, which is
     near to the solution that all solvers approximate, is that of `reference` with `reference_steps`.
     """
@@ -86,9 +86,11 @@ class Toy:
         return next(iter(self.solvers))
 
     @torch.no_grad()
-    def run(self, denoiser: nn.Module, count: int, steps: int, solver: str | None = None) -> Tensor:
+    def run(
+        self, denoiser: nn.Module, count: int, steps: int, solver: str | None = None, seed: int = NOISE_SEED
+    ) -> Tensor:
         """Images of the denoiser, or of what was made of it."""
-        return self.sample(denoiser, count, steps, self.solvers[solver or self.sampler]())
+        return self.sample(denoiser, count, steps, seed, self.solvers[solver or self.sampler]())
 
 
 def calls(solver: str, steps: int) -> int:
@@ -129,9 +131,9 @@ FLOW_SOLVERS: Mapping[str, Callable[[], Any]] = {
 def class_toy(sampler: str) -> Toy:
     """Shapes of classes: DiT."""
 
-    def sample(denoiser: nn.Module, count: int, steps: int, scheduler: Any) -> Tensor:
+    def sample(denoiser: nn.Module, count: int, steps: int, seed: int, scheduler: Any) -> Tensor:
         labels = torch.arange(count) % NUM_CLASSES
-        return sample_images(denoiser, labels, steps=steps, guidance=GUIDANCE, seed=NOISE_SEED, scheduler=scheduler)
+        return sample_images(denoiser, labels, steps=steps, guidance=GUIDANCE, seed=seed, scheduler=scheduler)
 
     return _diffusion("class", sampler, WEIGHTS / "denoiser.safetensors", GUIDANCE, load_denoiser(), sample)
 
@@ -140,9 +142,9 @@ def text_toy(sampler: str) -> Toy:
     """Shapes of captions: PixArt."""
     model = load_text_model()
 
-    def sample(denoiser: nn.Module, count: int, steps: int, scheduler: Any) -> Tensor:
+    def sample(denoiser: nn.Module, count: int, steps: int, seed: int, scheduler: Any) -> Tensor:
         _, captions, _ = sample_captioned(count, torch.Generator().manual_seed(CAPTION_SEED))
-        return sample_captions(denoiser, model.encoder, captions, steps=steps, seed=NOISE_SEED, scheduler=scheduler)
+        return sample_captions(denoiser, model.encoder, captions, steps=steps, seed=seed, scheduler=scheduler)
 
     return _diffusion("text", sampler, WEIGHTS / "text_denoiser.safetensors", TEXT_GUIDANCE, model.denoiser, sample)
 
@@ -159,9 +161,9 @@ def flow_toy() -> Toy:
     """Two shapes in relation, by flow matching: SD3."""
     model = load_flow_model()
 
-    def sample(denoiser: nn.Module, count: int, steps: int, scheduler: Any) -> Tensor:
+    def sample(denoiser: nn.Module, count: int, steps: int, seed: int, scheduler: Any) -> Tensor:
         _, captions, _ = sample_related(count, torch.Generator().manual_seed(CAPTION_SEED))
-        return sample_relations(denoiser, model.encoder, captions, steps=steps, seed=NOISE_SEED, scheduler=scheduler)
+        return sample_relations(denoiser, model.encoder, captions, steps=steps, seed=seed, scheduler=scheduler)
 
     weights = WEIGHTS / "flow_denoiser.safetensors"
     return Toy("flow", weights, FLOW_GUIDANCE, model.denoiser, sample, FLOW_SOLVERS, "Euler", FLOW_REFERENCE)

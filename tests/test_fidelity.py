@@ -257,5 +257,5 @@ def test_a_row_of_another_policy_under_its_name_is_measured_again(tmp_path: Path
 
 
 def test_controls_have_no_policy_and_policies_no_solver(toys: dict[str, Toy]) -> None:
-    assert control("UniPC", 8).policy is None and control("UniPC", 8).steps == 8
-    assert all(r.policy is not None and r.solver is None for r in policies())
+    assert control("UniPC", 8).is_control and control("UniPC", 8).steps == 8
+    assert all((r.policy is None) != (r.calibrated is None) and r.solver is None for r in policies())
