@@ -21,6 +21,11 @@ UNCACHED = "uncached"
 NUMBERS = (8, 10, 11, 13, 14, 17, 18, 25, 26, 34)  # of the denoiser's calls, for the controls of 50 steps
 PLACES = {"branches": Where(), "stack": Where(span="stack"), "output": Where(span="output")}
 INTERVALS = (2, 3, 4, 5)
+PLANS = (  # found on the clipped class toy from other noise: single steps of an even plan were moved while that helped
+    (0, 2, 8, 10, 14, 19, 21, 24, 28, 31, 35, 39, 42, 43, 45, 48, 49),
+    (0, 1, 7, 13, 17, 22, 27, 31, 33, 39, 43, 48, 49),
+    (0, 1, 11, 14, 22, 27, 32, 37, 43, 48),
+)
 
 
 @dataclass(frozen=True)
@@ -156,6 +161,21 @@ def calibrated(method: str, **parameters: Any) -> Recipe:
     return Recipe(f"{method}:{name}", method, calibrated={"method": method, **parameters})
 
 
+def even_plan(count: int, steps: int = 50) -> str:
+    """So many computed steps, evenly from the first to the last; forecasts of the output between them."""
+    return _plan(tuple(round(i * (steps - 1) / (count - 1)) for i in range(count)), steps)
+
+
+def found_plan(computed: tuple[int, ...]) -> str:
+    """A plan of `PLANS`."""
+    return _plan(computed, 50)
+
+
+def _plan(computed: tuple[int, ...], steps: int) -> str:
+    listed = ",".join(map(str, computed))
+    return f"step_mask:computed=({listed}),num_steps={steps},order=2,basis=taylorseer"
+
+
 def policies() -> list[Recipe]:
     """The policies, whatever the toy. To add one is a line; `settings` are what the claims ask of forecasts."""
     return [
@@ -164,6 +184,7 @@ def policies() -> list[Recipe]:
         *from_text(*(f"first_block_cache:threshold={t}" for t in (0.02, 0.05, 0.1, 0.2))),
         *from_text(*(f"dual_block_cache:front=1,warmup=4,threshold={t},forecast=taylorseer" for t in (0.05, 0.1, 0.2))),
         *from_text("taylorseer:interval=3,order=2,warmup=3", "taylorseer:interval=5,order=2,warmup=3"),
+        *from_text(*map(even_plan, (10, 13, 17, 25)), *map(found_plan, PLANS)),
         *from_text("hicache:interval=3", "hicache:interval=5", "foca:interval=3", "foca:interval=5"),
         *from_text("spectrum", "spectrum:span=output", "pyramid_attention_broadcast", "dicache"),
         *from_text(*(f"seacache:threshold={t},max_streak=None" for t in (0.05, 0.1, 0.25))),
