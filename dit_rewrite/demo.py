@@ -16,7 +16,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from diffusers import DPMSolverMultistepScheduler
 from torch import Tensor, nn
 
 import dit_rewrite
@@ -108,6 +107,8 @@ def build_methods(denoiser: nn.Module, arguments: argparse.Namespace) -> list[Me
 
 def build_controls(uncached: Method, cached: Sequence[Method]) -> list[Method]:
     """For each cached method the same compiled, uncached network with fewer steps, at the time of the pilot runs."""
+    from diffusers import DPMSolverMultistepScheduler
+
     controls = []
     for method in cached:
         steps = control_steps(uncached.steps, method.median, uncached.median)

@@ -111,7 +111,7 @@ def test_a_strategy_that_is_none() -> None:
 @pytest.mark.parametrize(
     ("text", "error", "says"),
     [
-        ("", UnknownPolicy, "Known: cached_attention, dicache, ditfastattn, .*, fora, .*, never, .*, tgate"),
+        ("", UnknownPolicy, "Known: cached_attention, cfg_gate, dicache, ditfastattn, .*, fora, .*, never, .*, tgate"),
         ("fortran:interval=3", UnknownPolicy, "No policy is called 'fortran:interval=3'"),
         ("fora", BadParameter, "fora:interval=…"),
         ("fora:interval", BadParameter, "name=value"),
