@@ -29,13 +29,14 @@ VALUES = {
     "wan": 6,
     "stdit": 8,
 }
-QUICK = {"dit", "sd3", "flux"}  # in float32 the steps that compute are compared for every model in test_models_fora too
+# the steps that compute are compared for every model in test_models_fora too
+QUICK = {"fp32": {"dit", "sd3", "flux"}, "bf16": {"dit", "pixart_alpha", "sd3", "omnigen", "wan", "stdit"}}
 PRECISIONS = [
     pytest.param(
         case,
         precision,
         id=f"{case.name}-{precision}",
-        marks=[pytest.mark.slow] if precision == "fp32" and case.name not in QUICK else [],
+        marks=[pytest.mark.slow] if case.name not in QUICK.get(precision, MODELS) else [],
     )
     for case in MODELS.values()
     for precision in ("fp32", "bf16", "autocast")

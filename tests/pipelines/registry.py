@@ -15,7 +15,7 @@ SETTINGS = [(name, guidance) for name, case in PIPELINES.items() for guidance in
 WITHOUT_GUIDANCE = ("flux", "z_image")
 SAME_DENOISER = ("pixart_sigma", "flux_img2img", "flux_inpaint", "flux2_image", "cogvideox_video", "wan_image")
 """Both save time: what is compiled without guidance in every run of the tests (two names, lists), and the pipelines
-whose denoiser another one has, so that its exactness is proven in every run anyhow. The rest is slow."""
+whose denoiser another one has, which is proven in every run anyhow. The rest is slow."""
 
 
 def marked(name: str, guidance: bool, slow: bool) -> Any:
@@ -25,4 +25,4 @@ def marked(name: str, guidance: bool, slow: bool) -> Any:
 
 
 EXACT = [marked(*setting, slow=setting[0] in SAME_DENOISER) for setting in SETTINGS]
-REUSING = [marked(*setting, slow=False) for setting in SETTINGS]
+REUSING = [marked(*setting, slow=setting[0] in SAME_DENOISER) for setting in SETTINGS]
