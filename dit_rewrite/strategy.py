@@ -68,7 +68,6 @@ class Forecast:
     basis: str | Basis | Callable[[Sequence[float], float, int], Sequence[float]] = "taylor"
     history: int | None = None
     over: Over = "step"
-
     store: Store = None
 
     def __post_init__(self) -> None:

@@ -114,12 +114,22 @@ def tokenise(captions: Sequence[str]) -> tuple[Tensor, Tensor]:
 
     Each row is a start, the words, and padding. Raises BadParameter for a word outside WORDS or too many words.
     """
-    number = {word: i for i, word in enumerate(WORDS)}
-    tokens = torch.full((len(captions), MAX_TOKENS), number[PAD])
+    tokens = number_words(captions, WORDS, PAD, MAX_TOKENS)
+    return tokens, tokens != WORDS.index(PAD)
+
+
+def number_words(captions: Sequence[str], vocabulary: Sequence[str], padding: str, length: int) -> Tensor:
+    """Tokens ``(n, length)`` int64 of the captions: a start, the words, and padding.
+
+    The vocabulary begins with the start and the padding, in either order, which no caption may use. Raises BadParameter
+    for a word outside of it or too many words.
+    """
+    number = {word: i for i, word in enumerate(vocabulary)}
+    tokens = torch.full((len(captions), length), number[padding])
     for row, caption in zip(tokens, captions, strict=True):
         words = caption.lower().split()
-        if len(words) >= MAX_TOKENS or not set(words) <= set(WORDS[2:]):
-            allowed = f"at most {MAX_TOKENS - 1} of the words {', '.join(WORDS[2:])}"
+        if len(words) >= length or not set(words) <= set(vocabulary[2:]):
+            allowed = f"at most {length - 1} of the words {', '.join(vocabulary[2:])}"
             raise BadParameter("tokenise", "caption", caption, allowed)
         row[: len(words) + 1] = torch.tensor([number[word] for word in (START, *words)])
-    return tokens, tokens != number[PAD]
+    return tokens

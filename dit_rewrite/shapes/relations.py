@@ -12,14 +12,14 @@ from typing import NamedTuple
 import torch
 from torch import Generator, Tensor
 
-from dit_rewrite.errors import BadParameter
+from dit_rewrite.shapes.captions import START, number_words
 from dit_rewrite.shapes.data import COLOURS, NUM_CLASSES, SHAPES, _distances
 
 SIZE = 32
 RADII = (4.6, 6.4)  # in pixels
 APART = 8.0  # pixels between centres from which on a relation holds; in drawn pictures they are twice RADII[0] or more
 RELATIONS = ("left of", "right of", "above", "below")
-START, NULL = "<start>", "<null>"
+NULL = "<null>"
 WORDS = (START, NULL, "a", "left", "right", "of", "above", "below", *COLOURS, *SHAPES)
 MAX_TOKENS = 9
 NULL_CAPTION = ""  # for classifier-free guidance
@@ -132,12 +132,4 @@ def tokenise(captions: Sequence[str]) -> Tensor:
 
     Raises BadParameter for a word outside WORDS or too many words.
     """
-    number = {word: i for i, word in enumerate(WORDS)}
-    tokens = torch.full((len(captions), MAX_TOKENS), number[NULL])
-    for row, caption in zip(tokens, captions, strict=True):
-        words = caption.lower().split()
-        if len(words) >= MAX_TOKENS or not set(words) <= set(WORDS[2:]):
-            allowed = f"at most {MAX_TOKENS - 1} of the words {', '.join(WORDS[2:])}"
-            raise BadParameter("tokenise", "caption", caption, allowed)
-        row[: len(words) + 1] = torch.tensor([number[word] for word in (START, *words)])
-    return tokens
+    return number_words(captions, WORDS, NULL, MAX_TOKENS)
