@@ -43,7 +43,8 @@ test-full: $(INSTALLED)
 # that is there, without dependencies, and editable, as the tests and the benchmark run from this folder. A failing test
 # does not keep the benchmark from running, which checks results too. With pytest-xdist, PYTEST_FLAGS="-n 8" compiles the
 # tests' kernels on more cores. Those of whole models need diffusers, and are skipped without.
-GPU_TESTS := tests/kernels tests/test_latency.py tests/test_refresh.py tests/test_strategies_cuda.py
+GPU_TESTS := tests/kernels tests/cli/test_latency.py tests/compiler/test_fuse_window_refresh.py \
+	tests/end_to_end/test_strategies_cuda.py
 PIP_INSTALL := $(PYTHON) -m pip install --quiet --disable-pip-version-check --no-deps
 gpu:
 	$(PIP_INSTALL) --no-build-isolation -e . || $(PIP_INSTALL) -e .

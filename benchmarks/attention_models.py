@@ -22,7 +22,7 @@ from benchmarks.attention_clock import TOLERANCE, Bench, Samples, distance
 from benchmarks.timing import Spread, seconds
 from dit_rewrite import BlockwiseReuse, Policy, Reuse, Rule, ShareGuidance, Where, WindowResidual
 from dit_rewrite.guards import step
-from dit_rewrite.strategy import Strategy
+from dit_rewrite.policy.strategies import Strategy
 
 BATCH = 2  # both halves of the guidance
 BLOCK = 100  # keys of a block of CachedAttention: three of them in PixArt's captions

@@ -32,20 +32,20 @@ from torch import Generator, Tensor, nn
 import dit_rewrite
 from benchmarks.record import Claim, Record, digest, prepare, print_claims
 from benchmarks.timing import RESULTS, machine
-from dit_rewrite.backend import Backend
-from dit_rewrite.demo_report import console, open_progress, print_table, versions
+from dit_rewrite.compiler.backend import Backend
+from dit_rewrite.demo.report import console, open_progress, print_table, versions
+from dit_rewrite.demo.shapes.captions import MAX_TOKENS, sample_captioned
+from dit_rewrite.demo.shapes.model import WEIGHTS, accuracy, load_classifier
+from dit_rewrite.demo.shapes.text_model import load_text_model
+from dit_rewrite.demo.shapes.text_sampling import TEXT_GUIDANCE, sample_captions
 from dit_rewrite.kernels.blockwise_attention.state import State
-from dit_rewrite.metrics import relative_l2, ssim
 from dit_rewrite.module import twin
-from dit_rewrite.passes.site import Part
+from dit_rewrite.passes.analysis.site import Part
 from dit_rewrite.policies import FORA, CachedAttention
-from dit_rewrite.policy import Policy
+from dit_rewrite.policy.rules import Policy
+from dit_rewrite.proof.image_metrics import relative_l2, ssim
 from dit_rewrite.runtime.session import Observation
 from dit_rewrite.runtime.stats import Stats
-from dit_rewrite.shapes.captions import MAX_TOKENS, sample_captioned
-from dit_rewrite.shapes.model import WEIGHTS, accuracy, load_classifier
-from dit_rewrite.shapes.text_model import load_text_model
-from dit_rewrite.shapes.text_sampling import TEXT_GUIDANCE, sample_captions
 
 INTERVALS = (4, 2)  # aggressive, conservative
 Bound = Literal["sound", "paper"]

@@ -39,23 +39,23 @@ from benchmarks.dqar_fidelity import Bar, Bench, evenly_spread
 from benchmarks.dqar_fidelity_rows import Recipe, Result
 from benchmarks.record import Record, digest, prepare, print_claims
 from benchmarks.timing import RESULTS, machine
-from dit_rewrite.demo_report import console, open_progress, versions
-from dit_rewrite.greedy import DELTAS
+from dit_rewrite.demo.report import console, open_progress, versions
+from dit_rewrite.demo.shapes.model import WEIGHTS, build_scheduler, load_denoiser
+from dit_rewrite.demo.shapes.sampling import GUIDANCE, sample_images
 from dit_rewrite.guards import step
 from dit_rewrite.kernels.window_attention import window_flops
-from dit_rewrite.metrics import relative_l2
 from dit_rewrite.module import RewrittenModule, twin
-from dit_rewrite.passes import cost
-from dit_rewrite.passes.site import Kind, Part
-from dit_rewrite.plan import SHARED, WINDOWED, Choice, Plan, describe_scheduler, fingerprint
-from dit_rewrite.plan_picture import save_picture
+from dit_rewrite.passes.analysis import cost
+from dit_rewrite.passes.analysis.site import Kind, Part
 from dit_rewrite.policies import DiTFastAttn, Never
-from dit_rewrite.policy import Policy, Rule
-from dit_rewrite.search import greedy_plan
-from dit_rewrite.shapes.model import WEIGHTS, build_scheduler, load_denoiser
-from dit_rewrite.shapes.sampling import GUIDANCE, sample_images
-from dit_rewrite.strategy import WindowResidual
-from dit_rewrite.where import Where
+from dit_rewrite.policy.plan import SHARED, WINDOWED, Choice, Plan, describe_scheduler, fingerprint
+from dit_rewrite.policy.rules import Policy, Rule
+from dit_rewrite.policy.strategies import WindowResidual
+from dit_rewrite.policy.where import Where
+from dit_rewrite.proof.image_metrics import relative_l2
+from dit_rewrite.report.plan_picture import save_picture
+from dit_rewrite.search.greedy import DELTAS
+from dit_rewrite.search.segment_runner import greedy_plan
 
 WINDOW = 0.125  # section 4.1
 INTERVALS, WINDOWS = (2, 3, 5), (0.125, 0.25)  # of table two

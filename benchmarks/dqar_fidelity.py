@@ -35,14 +35,14 @@ from benchmarks.dqar_fidelity_report import draw, show
 from benchmarks.dqar_fidelity_rows import Recipe, Result, recipes, uncached
 from benchmarks.record import prepare
 from benchmarks.timing import RESULTS, Spread, machine, synchronise
-from dit_rewrite.demo_report import console, open_progress, versions
-from dit_rewrite.lowering import isolated
-from dit_rewrite.metrics import frechet_distance, relative_l2, ssim
+from dit_rewrite.compiler.lowering import isolated
+from dit_rewrite.demo.report import console, open_progress, versions
+from dit_rewrite.demo.shapes.data import NUM_CLASSES, sample
+from dit_rewrite.demo.shapes.model import Classifier, accuracy, load_classifier, load_denoiser
+from dit_rewrite.demo.shapes.sampling import GUIDANCE, sample_images
 from dit_rewrite.module import twin
-from dit_rewrite.plan import write_whole
-from dit_rewrite.shapes.data import NUM_CLASSES, sample
-from dit_rewrite.shapes.model import Classifier, accuracy, load_classifier, load_denoiser
-from dit_rewrite.shapes.sampling import GUIDANCE, sample_images
+from dit_rewrite.policy.plan import write_whole
+from dit_rewrite.proof.image_metrics import frechet_distance, relative_l2, ssim
 
 REAL_IMAGES, REAL_SEED, CHUNK = 20_000, 1, 500
 Bar = Callable[..., Any]

@@ -8,9 +8,9 @@ from typing import Any
 
 from benchmarks.timing import Spread
 from dit_rewrite.policies import DQAR, FORA, FirstBlockCache
-from dit_rewrite.policy import Policy
-from dit_rewrite.serialise import to_json
-from dit_rewrite.strategy import Reuse, ReuseKV, Store
+from dit_rewrite.policy.rules import Policy
+from dit_rewrite.policy.serialise import to_json
+from dit_rewrite.policy.strategies import Reuse, ReuseKV, Store
 
 FAMILIES: dict[str, Callable[..., Policy]] = {"FORA": FORA, "DQAR": DQAR, "FirstBlockCache": FirstBlockCache}
 STEPS = "steps"  # the family of the controls: uncached, with fewer steps

@@ -26,12 +26,12 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.timing import RESULTS
-from dit_rewrite.passes.site import Kind, Site
+from dit_rewrite.compiler.simulate import simulate
+from dit_rewrite.passes.analysis.site import Kind, Site
 from dit_rewrite.policies import DQAR
-from dit_rewrite.policy import Policy
+from dit_rewrite.policy.rules import Policy
 from dit_rewrite.runtime.decide import SiteSpec
 from dit_rewrite.runtime.noise import NoiseLevels, noise_levels
-from dit_rewrite.simulate import simulate
 
 LAYERS, STEPS = 28, 50
 

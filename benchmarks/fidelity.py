@@ -36,13 +36,13 @@ from benchmarks.fidelity_rows import UNCACHED, Recipe, Result, Row, Timing, reci
 from benchmarks.fidelity_toys import CALIBRATION_SEED, TOYS, Toy, calls
 from benchmarks.record import Claim, Record
 from benchmarks.timing import RESULTS, Spread, machine, seconds
-from dit_rewrite.demo_report import console, versions
-from dit_rewrite.lowering import isolated
-from dit_rewrite.metrics import relative_l2
+from dit_rewrite.compiler.lowering import isolated
+from dit_rewrite.demo.report import console, versions
 from dit_rewrite.module import RewrittenModule, backend_of, twin
-from dit_rewrite.passes import cost
-from dit_rewrite.policies.calibrate import calibrate
-from dit_rewrite.policy import Policy
+from dit_rewrite.passes.analysis import cost
+from dit_rewrite.policy.rules import Policy
+from dit_rewrite.proof.image_metrics import relative_l2
+from dit_rewrite.search.calibrate import calibrate
 
 Entry = dict[str, Any]
 CALIBRATION_IMAGES = 4

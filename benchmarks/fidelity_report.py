@@ -12,9 +12,9 @@ from rich.table import Table
 from benchmarks.fidelity_claims import Cost, by_flops, by_time
 from benchmarks.fidelity_rows import STEPS, Row
 from benchmarks.record import VERDICTS, Claim, print_claims
-from dit_rewrite.demo_report import print_table
+from dit_rewrite.demo.report import print_table
 from dit_rewrite.errors import MissingExtra
-from dit_rewrite.plan import write_whole
+from dit_rewrite.policy.plan import write_whole
 
 HEADINGS = ("computed", "FLOPs", "time", "quartiles", "to uncached", "to reference", "KiB held")
 ERRORS = {"error": "relative L2 to the uncached images", "reference_error": "relative L2 to the reference"}

@@ -12,9 +12,9 @@ from benchmarks.fidelity_toys import Toy, calls
 from benchmarks.timing import Spread
 from dit_rewrite.guards import step
 from dit_rewrite.policies import as_policy
-from dit_rewrite.policy import Policy, Rule
-from dit_rewrite.strategy import Forecast
-from dit_rewrite.where import Where
+from dit_rewrite.policy.rules import Policy, Rule
+from dit_rewrite.policy.strategies import Forecast
+from dit_rewrite.policy.where import Where
 
 STEPS = "fewer steps"  # the family of the controls
 UNCACHED = "uncached"

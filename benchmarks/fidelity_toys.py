@@ -19,15 +19,15 @@ from diffusers import (
 from torch import Tensor, nn
 
 from benchmarks.record import digest
-from dit_rewrite.shapes.captions import sample_captioned
-from dit_rewrite.shapes.data import NUM_CLASSES
-from dit_rewrite.shapes.flow_model import load_flow_model
-from dit_rewrite.shapes.flow_sampling import FLOW_GUIDANCE, sample_relations
-from dit_rewrite.shapes.model import SCHEDULE, WEIGHTS, build_scheduler, load_denoiser
-from dit_rewrite.shapes.relations import sample_related
-from dit_rewrite.shapes.sampling import GUIDANCE, sample_images
-from dit_rewrite.shapes.text_model import load_text_model
-from dit_rewrite.shapes.text_sampling import TEXT_GUIDANCE, sample_captions
+from dit_rewrite.demo.shapes.captions import sample_captioned
+from dit_rewrite.demo.shapes.data import NUM_CLASSES
+from dit_rewrite.demo.shapes.flow_model import load_flow_model
+from dit_rewrite.demo.shapes.flow_sampling import FLOW_GUIDANCE, sample_relations
+from dit_rewrite.demo.shapes.model import SCHEDULE, WEIGHTS, build_scheduler, load_denoiser
+from dit_rewrite.demo.shapes.relations import sample_related
+from dit_rewrite.demo.shapes.sampling import GUIDANCE, sample_images
+from dit_rewrite.demo.shapes.text_model import load_text_model
+from dit_rewrite.demo.shapes.text_sampling import TEXT_GUIDANCE, sample_captions
 
 CAPTION_SEED = NOISE_SEED = 7
 CALIBRATION_SEED = 8  # of noise, for policies that are calibrated

@@ -17,7 +17,7 @@ import dit_rewrite
 from benchmarks.timing import Row, Spread, alternate, ratio, report
 from benchmarks.workload import Stepper
 from dit_rewrite.module import twin
-from dit_rewrite.passes import cost
+from dit_rewrite.passes.analysis import cost
 from dit_rewrite.policies import Never
 from examples.stdit import STDiT, STDiTConfig
 

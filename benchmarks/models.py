@@ -16,8 +16,9 @@ from rich.table import Table
 
 import dit_rewrite
 from benchmarks.timing import RESULTS, machine
-from dit_rewrite.passes import cost, printing
-from tests.models import MODELS, Case
+from dit_rewrite.passes.analysis import cost
+from dit_rewrite.passes.rewrite import printing
+from tests.helpers.models import MODELS, Case
 
 KINDS = ("self", "cross", "joint", "parallel", "mlp")
 

@@ -17,13 +17,13 @@ import dit_rewrite
 from benchmarks import segments
 from benchmarks.timing import Row, Spread, alternate, ratio, report, seconds
 from benchmarks.workload import ALWAYS, STEPS, Stepper, alternate_steps, build, calls, cold, instant
-from dit_rewrite.backend import Backend
+from dit_rewrite.compiler.backend import Backend
+from dit_rewrite.compiler.lowering import Lowering, isolated
 from dit_rewrite.guards import step
-from dit_rewrite.lowering import Lowering, isolated
 from dit_rewrite.module import attach, twin
 from dit_rewrite.policies import FORA
-from dit_rewrite.policy import Policy, Rule
-from dit_rewrite.strategy import Forecast
+from dit_rewrite.policy.rules import Policy, Rule
+from dit_rewrite.policy.strategies import Forecast
 
 INTERVAL = 3
 FORECASTS = {

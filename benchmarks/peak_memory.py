@@ -19,7 +19,7 @@ from torch.profiler import ProfilerActivity, profile
 import dit_rewrite
 from benchmarks.timing import Row, Spread, report
 from dit_rewrite.policies import DQAR, FORA, FirstBlockCache, Never
-from dit_rewrite.policy import Policy
+from dit_rewrite.policy.rules import Policy
 
 STEPS, BATCH, SIZE, CLASSES = 4, 2, 16, 10
 TOLERANCE = 0.05

@@ -11,14 +11,14 @@ import torch
 import dit_rewrite
 from benchmarks.timing import Row, Spread, alternate, ratio, seconds
 from benchmarks.workload import ALWAYS, STEPS, Stepper, alternate_steps, build, calls, cold, instant
-from dit_rewrite.backend import Backend
+from dit_rewrite.compiler.backend import Backend
+from dit_rewrite.compiler.lowering import Lowering, isolated
 from dit_rewrite.guards import step
-from dit_rewrite.lowering import Lowering, isolated
 from dit_rewrite.module import RewrittenModule, attach, twin
 from dit_rewrite.policies import FORA, FirstBlockCache
-from dit_rewrite.policy import Policy, Rule
-from dit_rewrite.strategy import Reuse
-from dit_rewrite.where import Where
+from dit_rewrite.policy.rules import Policy, Rule
+from dit_rewrite.policy.strategies import Reuse
+from dit_rewrite.policy.where import Where
 
 DEEP = 28
 THRESHOLD = 0.15  # of the first block's change, at which about half of the steps reuse

@@ -14,7 +14,7 @@ from torch._inductor.utils import fresh_cache
 
 from benchmarks.timing import alternate
 from dit_rewrite.module import RewrittenModule
-from dit_rewrite.policy import Policy, Rule
+from dit_rewrite.policy.rules import Policy, Rule
 
 STEPS = 50
 ALWAYS = Policy((Rule(sympy.true),), "reuse always")

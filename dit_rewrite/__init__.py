@@ -4,12 +4,12 @@ dit_rewrite.enable(pipe, "taylorseer:interval=3")      # a diffusers pipeline
 dit_rewrite.compile(model, policies.FORA(interval=3))  # a denoiser
 """
 
-from dit_rewrite import bases, errors, guards, policies
+from dit_rewrite import errors, guards, policies
 from dit_rewrite.compile import RewrittenModule, compile, restore
 from dit_rewrite.enable import enable
-from dit_rewrite.policies.calibrate import calibrate
-from dit_rewrite.policy import Policy, Rule
-from dit_rewrite.strategy import (
+from dit_rewrite.policy import bases
+from dit_rewrite.policy.rules import Policy, Rule
+from dit_rewrite.policy.strategies import (
     BlockwiseReuse,
     Compute,
     Forecast,
@@ -19,8 +19,9 @@ from dit_rewrite.strategy import (
     ShareGuidance,
     WindowResidual,
 )
-from dit_rewrite.verify import Verification, verify
-from dit_rewrite.where import Where
+from dit_rewrite.policy.where import Where
+from dit_rewrite.proof.verify import Verification, verify
+from dit_rewrite.search.calibrate import calibrate
 
 __all__ = [
     "BlockwiseReuse",

@@ -8,15 +8,15 @@ from typing import Any
 
 import torch
 
-from dit_rewrite.backend import Backend
+from dit_rewrite.compiler.backend import Backend
+from dit_rewrite.compiler.lowering import Backend as LoweringBackend
+from dit_rewrite.compiler.lowering import Lowering
 from dit_rewrite.errors import NotAModule, PlanMismatch
-from dit_rewrite.lowering import Backend as LoweringBackend
-from dit_rewrite.lowering import Lowering
 from dit_rewrite.module import RewrittenModule, attach, detach, unwrapped
-from dit_rewrite.plan import fingerprint
 from dit_rewrite.policies import as_policy
-from dit_rewrite.policy import Policy
-from dit_rewrite.report import Dump
+from dit_rewrite.policy.plan import fingerprint
+from dit_rewrite.policy.rules import Policy
+from dit_rewrite.report.explain import Dump
 
 __all__ = ["RewrittenModule", "compile", "restore"]
 

@@ -21,7 +21,7 @@ from dit_rewrite.compile import compile
 from dit_rewrite.errors import NoTransformer, NotRewritten, Reason
 from dit_rewrite.module import RewrittenModule, backend_of, detach, inside, needs_noise, unwrapped
 from dit_rewrite.policies import as_policy
-from dit_rewrite.policy import Policy
+from dit_rewrite.policy.rules import Policy
 from dit_rewrite.runtime.clock import Clock
 from dit_rewrite.runtime.stats import Stats
 

@@ -17,7 +17,7 @@ accumulated_error(ratios, reach): MagCache's error estimate, of calibrated ratio
 entropy: mean row entropy (nats) of the site's attention when it was last computed.
 """
 
-from dit_rewrite.passes.guards import (
+from dit_rewrite.passes.guards.symbols import (
     accumulated_error,
     age,
     drift,
@@ -32,7 +32,7 @@ from dit_rewrite.passes.guards import (
     step,
     streak,
 )
-from dit_rewrite.passes.tables import table
+from dit_rewrite.passes.guards.tables import table
 
 __all__ = [
     "accumulated_error",

@@ -23,7 +23,8 @@ from torch._dynamo.eval_frame import OptimizedModule
 from torch._dynamo.exc import BackendCompilerFailed
 from torch.utils._pytree import tree_leaves
 
-from dit_rewrite.backend import Backend, Rewritten
+from dit_rewrite.compiler.backend import Backend, Rewritten
+from dit_rewrite.compiler.lowering import isolated
 from dit_rewrite.errors import (
     DitRewriteError,
     GradientsNeeded,
@@ -33,12 +34,11 @@ from dit_rewrite.errors import (
     PlanMismatch,
     Reason,
 )
-from dit_rewrite.idle import idle_reason, left_out
-from dit_rewrite.lowering import isolated
-from dit_rewrite.no_sites import why_no_sites
-from dit_rewrite.passes.capture import one_graph
-from dit_rewrite.passes.guards import reads_noise
-from dit_rewrite.report import Report
+from dit_rewrite.passes.capture.capture import one_graph
+from dit_rewrite.passes.guards.symbols import reads_noise
+from dit_rewrite.report.explain import Report
+from dit_rewrite.report.idle import idle_reason, left_out
+from dit_rewrite.report.no_sites import why_no_sites
 from dit_rewrite.runtime.clock import Clock, Named
 from dit_rewrite.runtime.inputs import Reader
 from dit_rewrite.runtime.stats import Stats

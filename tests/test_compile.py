@@ -15,10 +15,10 @@ from torch._subclasses.fake_tensor import FakeTensor
 import dit_rewrite
 from dit_rewrite.module import twin
 from dit_rewrite.policies import FORA, Never
-from tests import tiny
-from tests.broken import broken_blocks
-from tests.test_generate import build_dit_pipeline
-from tests.tiny import calls, fora, outputs, rewritten, row, same
+from tests.cli.test_generate import build_dit_pipeline
+from tests.helpers import tiny
+from tests.helpers.broken import broken_blocks
+from tests.helpers.tiny import calls, fora, outputs, rewritten, row, same
 
 
 def test_pipelines_accept_it(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from dit_rewrite import Rule, Where, compile
+from dit_rewrite.demo.shapes.model import load, save
 from dit_rewrite.errors import (
     BadParameter,
     BadTrajectory,
@@ -30,9 +31,8 @@ from dit_rewrite.errors import (
 from dit_rewrite.guards import step
 from dit_rewrite.module import twin
 from dit_rewrite.policies import FORA, Never, parse
-from dit_rewrite.shapes.model import load, save
-from tests import tiny
-from tests.tiny import calls, fora, outputs, rewritten, same
+from tests.helpers import tiny
+from tests.helpers.tiny import calls, fora, outputs, rewritten, same
 
 # --- gradients --------------------------------------------------------------------------------------------------------
 

@@ -10,9 +10,9 @@ import pytest
 import torch
 
 import dit_rewrite
-from dit_rewrite import shapes
+from dit_rewrite.demo import shapes
 from examples.stdit import STDiT, STDiTConfig
-from tests.models import MODELS
+from tests.helpers.models import MODELS
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 

@@ -1,19 +1,50 @@
-"""Who may import whom, read from the source."""
+"""Who may import whom, read from the source: the rooms, the files, and what each layer may not know."""
 
 from __future__ import annotations
 
 import ast
 from pathlib import Path
 
+import networkx as nx
 import pytest
 
 ROOT = Path(__file__).parents[1]
-LAYERS = ("dit_rewrite", "passes", "kernels", "runtime")
-ERRORS = "dit_rewrite.errors"  # the leaf that every layer may import
+FOLDERS = ("dit_rewrite", "passes", "kernels", "runtime")  # each is installed inside dit_rewrite
+PASSES = ("passes.guards", "passes.capture", "passes.analysis", "passes.rewrite")
+PUBLIC = ("compile", "enable", "guards", "module")  # single files of dit_rewrite that users import from
+LEAVES = ("errors", "torch_compat")
+LANGUAGE = (*LEAVES, "passes.guards", "passes.analysis", "passes.rewrite", "runtime", "policy")
+COMPILER = (*LANGUAGE, "passes.capture", "kernels", "policies", "compiler")
+# what each room may import, itself aside
+MAY_IMPORT = {
+    "errors": (),
+    "torch_compat": ("errors",),
+    "passes.guards": LEAVES,
+    "passes.capture": LEAVES,
+    "passes.analysis": (*LEAVES, *PASSES[:2]),
+    "passes.rewrite": (*LEAVES, *PASSES[:3]),
+    "kernels": LEAVES,
+    "runtime": LEAVES,
+    "policy": LANGUAGE[:-1],
+    "policies": (*LEAVES, "passes.guards", "policy"),
+    "compiler": COMPILER[:-2],
+    "report": COMPILER[:-2] + ("compiler",),
+    "public": (*COMPILER, "report"),
+    "proof": (*COMPILER, "report", "public"),
+    "search": (*COMPILER, "report", "public"),
+    "demo": (*COMPILER, "report", "public", "proof", "search"),
+    "cli": (*COMPILER, "report", "public", "proof", "search", "demo"),
+}
 
 
-def sources(layer: str) -> list[Path]:
-    return sorted((ROOT / layer).rglob("*.py"))
+def module_of(path: Path) -> str:
+    """The dotted name of a file within the installed package, less its first word."""
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    parts = parts[1:] if parts[0] == "dit_rewrite" else parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+FILES = {module_of(path): path for folder in FOLDERS for path in sorted((ROOT / folder).rglob("*.py"))}
 
 
 def imports(path: Path) -> set[str]:
@@ -28,67 +59,95 @@ def imports(path: Path) -> set[str]:
     return found
 
 
-def layer_of(module: str) -> str | None:
-    """The layer that a module of this package belongs to; None for other packages, and for the catalogue of errors."""
-    parts = module.split(".")
-    if parts[0] != "dit_rewrite" or module.startswith(ERRORS) or parts == ["dit_rewrite"]:
-        return None
-    return parts[1] if len(parts) > 1 and parts[1] in LAYERS else "dit_rewrite"
+def read_files(path: Path) -> set[str]:
+    """The files of this package that a file imports; a package that is named only on the way is none of them."""
+    named = {name.removeprefix("dit_rewrite.") for name in imports(path) if name.startswith("dit_rewrite.")}
+    found = {name if name in FILES else name.rpartition(".")[0] for name in named} & set(FILES)
+    return {name for name in found if not any(other.startswith(f"{name}.") for other in found)}
 
 
-def test_layers_are_there() -> None:
-    """The check reads real files."""
-    assert sources("passes")
-    assert sources("runtime")
-    assert len(sources("dit_rewrite")) > 10
+def room_of(module: str) -> str | None:
+    """The room that a file belongs to; None for what stands above all rooms, such as ``__init__``."""
+    if module in PUBLIC:
+        return "public"
+    rooms = [room for room in MAY_IMPORT if module == room or module.startswith(f"{room}.")]
+    return rooms[0] if rooms else None
 
 
-@pytest.mark.parametrize(
-    ("layer", "allowed"),
-    [("passes", {"passes"}), ("runtime", {"runtime"}), ("kernels", {"kernels"})],
-)
-def test_imports_between_layers(layer: str, allowed: set[str]) -> None:
-    """`passes` and `runtime` know neither each other nor what users import; `kernels` knows none."""
-    wrong = {
-        (path.name, module)
-        for path in sources(layer)
-        for module in imports(path)
-        if layer_of(module) not in {None, *allowed}
-    }
+def edges() -> set[tuple[str, str]]:
+    return {(module, other) for module, path in FILES.items() for other in read_files(path) if other != module}
+
+
+def test_files_are_there() -> None:
+    """The checks read real files, each in a room, but those above all."""
+    assert len(FILES) > 150
+    above = {module for module in FILES if room_of(module) is None}
+    assert above == {"", "__main__", "passes"}
+    assert {room_of(module) for module in FILES} - {None} == set(MAY_IMPORT)
+
+
+@pytest.mark.parametrize("room", MAY_IMPORT)
+def test_imports_between_rooms(room: str) -> None:
+    """A room imports what stands below it, and nothing else."""
+    wrong = {(a, b) for a, b in edges() if room_of(a) == room and room_of(b) not in {room, *MAY_IMPORT[room]}}
     assert not wrong
 
 
-@pytest.mark.parametrize("layer", LAYERS)
-def test_bare_names(layer: str) -> None:
+def test_no_arrow_upwards() -> None:
+    """What rooms may import leads nowhere back to them."""
+    rooms = nx.DiGraph((room, other) for room, others in MAY_IMPORT.items() for other in others)
+    assert nx.is_directed_acyclic_graph(rooms)
+
+
+def test_no_cycle_between_files() -> None:
+    """No file imports itself by way of others, not even for its types."""
+    cycles = list(nx.simple_cycles(nx.DiGraph(edges())))
+    assert not cycles
+
+
+@pytest.mark.parametrize("folder", FOLDERS)
+def test_bare_names(folder: str) -> None:
     """Nothing is imported by its folder's bare name, which would load it a second time."""
-    wrong = {(path.name, m) for path in sources(layer) for m in imports(path) if m.split(".")[0] in LAYERS[1:]}
-    assert not wrong
+    paths = (ROOT / folder).rglob("*.py")
+    assert not {(path.name, m) for path in paths for m in imports(path) if m.split(".")[0] in FOLDERS[1:]}
+
+
+@pytest.mark.parametrize("module", FILES)
+def test_files_are_short(module: str) -> None:
+    """A file of the product has less than 320 lines."""
+    assert len(FILES[module].read_text(encoding="utf-8").splitlines()) < 320
 
 
 def test_errors_are_a_leaf() -> None:
     """The catalogue of errors imports nothing of this package, and not torch."""
-    assert imports(ROOT / "dit_rewrite" / "errors.py") <= {
-        "__future__", "__future__.annotations", "collections.abc", "collections.abc.Iterable",
-        "collections.abc.Mapping", "enum", "enum.Enum",
-    }  # fmt: skip
+    for module, path in FILES.items():
+        if room_of(module) == "errors":
+            assert all(
+                name.startswith("dit_rewrite.errors") for name in imports(path) if name.startswith("dit_rewrite")
+            )
+            assert not {name for name in imports(path) if name.split(".")[0] == "torch"}
 
 
 def test_passes_know_no_device_code() -> None:
     """Passes import no Triton, no Inductor and no diffusers, and name no device's module."""
     foreign = ("triton", "diffusers", "torch.cuda", "torch._inductor", "torch.distributed", "torch.xpu", "torch.mps")
-    for path in sources("passes"):
+    for path in (path for module, path in FILES.items() if module.startswith("passes")):
         assert not {m for m in imports(path) if m.startswith(foreign)}
         names = {ast.unparse(node) for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Attribute)}
         assert not {name for name in names if name.startswith(foreign)}
 
 
+def test_private_torch_has_one_room() -> None:
+    """Nothing but torch_compat imports what torch keeps to itself."""
+    for module, path in FILES.items():
+        private = {m for m in imports(path) if m.startswith("torch.") and any(p.startswith("_") for p in m.split("."))}
+        assert not private or module == "torch_compat", (module, private)
+
+
 def test_diffusers_is_imported_lazily() -> None:
     """Importing the package loads neither diffusers nor transformers: no file imports them at its top."""
-    for layer in LAYERS:
-        for path in sources(layer):
-            top = ast.Module(
-                [n for n in ast.parse(path.read_text()).body if isinstance(n, (ast.Import, ast.ImportFrom))], []
-            )
-            names = {alias.name for node in ast.walk(top) if isinstance(node, ast.Import) for alias in node.names}
-            names |= {node.module or "" for node in ast.walk(top) if isinstance(node, ast.ImportFrom)}
-            assert not {name for name in names if name.split(".")[0] in ("diffusers", "transformers")}, path
+    for path in FILES.values():
+        body = ast.parse(path.read_text()).body
+        names = {alias.name for node in body if isinstance(node, ast.Import) for alias in node.names}
+        names |= {node.module or "" for node in body if isinstance(node, ast.ImportFrom)}
+        assert not {name for name in names if name.split(".")[0] in ("diffusers", "transformers")}, path

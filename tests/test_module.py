@@ -15,9 +15,9 @@ import dit_rewrite
 from dit_rewrite.errors import NotAModule, NotRewritten
 from dit_rewrite.module import backend_of, twin
 from dit_rewrite.policies import FORA
-from tests import tiny
-from tests.models import MODELS
-from tests.tiny import calls, fora, outputs, row, same
+from tests.helpers import tiny
+from tests.helpers.models import MODELS
+from tests.helpers.tiny import calls, fora, outputs, row, same
 
 
 def compiled(model: Any, policy: Any = "fora:interval=3") -> Any:

@@ -12,12 +12,12 @@ from sympy import Eq, Or, Rational, floor
 from sympy.logic.boolalg import Boolean
 
 from dit_rewrite.errors import BadParameter, BadPlan
-from dit_rewrite.passes.guards import entropy, layer, num_layers, num_steps, progress, snr, step
-from dit_rewrite.plan import Choice, Grid, Plan, Window
+from dit_rewrite.passes.guards.symbols import entropy, layer, num_layers, num_steps, progress, snr, step
 from dit_rewrite.policies.checks import one_of, real, title
-from dit_rewrite.policy import MadeFor, Policy, Rule
-from dit_rewrite.strategy import BlockwiseReuse, Reuse, ReuseKV, ShareGuidance, Store, Strategy, WindowResidual
-from dit_rewrite.where import Where
+from dit_rewrite.policy.plan import Choice, Grid, Plan, Window
+from dit_rewrite.policy.rules import MadeFor, Policy, Rule
+from dit_rewrite.policy.strategies import BlockwiseReuse, Reuse, ReuseKV, ShareGuidance, Store, Strategy, WindowResidual
+from dit_rewrite.policy.where import Where
 
 
 def DQAR(
@@ -89,7 +89,7 @@ def CachedAttention(
 
 
 def DiTFastAttn(plan: Plan | str | Path) -> Policy:
-    """Do at each step, with each attention, what a searched plan says (DiTFastAttn, section 3.5): see search.py.
+    """Do at each step, with each attention, what a searched plan says (DiTFastAttn, section 3.5).
 
     `plan` may be a plan's file. The policy refuses another model, and a trajectory of another length. Raises BadPlan.
     """

@@ -6,10 +6,10 @@ import math
 from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
-from dit_rewrite.bases import Basis
 from dit_rewrite.errors import BadParameter
-from dit_rewrite.plan import is_whole
-from dit_rewrite.strategy import Forecast, Reuse, Store, is_number
+from dit_rewrite.policy.bases import Basis
+from dit_rewrite.policy.plan import is_whole
+from dit_rewrite.policy.strategies import Forecast, Reuse, Store, is_number
 
 LONG = 60  # characters of a parameter in a name
 

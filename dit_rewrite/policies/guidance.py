@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from sympy import Rational, floor
 
-from dit_rewrite.passes.guards import num_steps, step
+from dit_rewrite.passes.guards.symbols import num_steps, step
 from dit_rewrite.policies.checks import real, title
-from dit_rewrite.policy import Policy, Rule
-from dit_rewrite.strategy import Forecast, GuidanceDelta, Reuse
-from dit_rewrite.where import Where
+from dit_rewrite.policy.rules import Policy, Rule
+from dit_rewrite.policy.strategies import Forecast, GuidanceDelta, Reuse
+from dit_rewrite.policy.where import Where
 
 
 def CFGGate(gate: float = 0.5, conditional: str = "first", forecast: Reuse | Forecast | None = None) -> Policy:

@@ -7,16 +7,16 @@ from typing import Literal
 
 from sympy import Rational, floor
 
-from dit_rewrite.bases import BASES
 from dit_rewrite.errors import BadParameter
-from dit_rewrite.passes.guards import accumulated_error, drift, num_steps, similarity, step
-from dit_rewrite.passes.measurements import MAX_COEFFICIENTS
-from dit_rewrite.passes.tables import MAX_VALUES
+from dit_rewrite.passes.guards.measurements import MAX_COEFFICIENTS
+from dit_rewrite.passes.guards.symbols import accumulated_error, drift, num_steps, similarity, step
+from dit_rewrite.passes.guards.tables import MAX_VALUES
 from dit_rewrite.policies.checks import numbers, one_of, real, reuse_or_forecast, threshold_of, title, whole
 from dit_rewrite.policies.published import MAGCACHE, TEACACHE
-from dit_rewrite.policy import Policy, Rule
-from dit_rewrite.strategy import Forecast, Reuse, Store
-from dit_rewrite.where import Where
+from dit_rewrite.policy.bases import BASES
+from dit_rewrite.policy.rules import Policy, Rule
+from dit_rewrite.policy.strategies import Forecast, Reuse, Store
+from dit_rewrite.policy.where import Where
 
 Lag = Literal[0, 1]
 

@@ -8,16 +8,16 @@ from typing import Literal
 from sympy import Rational
 from sympy.logic.boolalg import Boolean
 
-from dit_rewrite.bases import Basis, Chebyshev
 from dit_rewrite.errors import BadParameter
-from dit_rewrite.passes.guards import step
-from dit_rewrite.passes.tables import MAX_VALUES, table
-from dit_rewrite.plan import is_whole
+from dit_rewrite.passes.guards.symbols import step
+from dit_rewrite.passes.guards.tables import MAX_VALUES, table
 from dit_rewrite.policies.checks import numbers, one_of, real, reuse_or_forecast, title, whole
 from dit_rewrite.policies.published import MEANCACHE
-from dit_rewrite.policy import Policy, Rule
-from dit_rewrite.strategy import LONGEST, MOST, Forecast, Store
-from dit_rewrite.where import Where
+from dit_rewrite.policy.bases import Basis, Chebyshev
+from dit_rewrite.policy.plan import is_whole
+from dit_rewrite.policy.rules import Policy, Rule
+from dit_rewrite.policy.strategies import LONGEST, MOST, Forecast, Store
+from dit_rewrite.policy.where import Where
 
 
 def Spectrum(

@@ -7,14 +7,14 @@ from typing import Literal
 from sympy import Mod, Ne, Rational, true
 from sympy.logic.boolalg import Boolean
 
-from dit_rewrite.bases import BDF, Basis, Hermite
 from dit_rewrite.errors import BadParameter
-from dit_rewrite.passes.guards import num_steps as total
-from dit_rewrite.passes.guards import progress, step
+from dit_rewrite.passes.guards.symbols import num_steps as total
+from dit_rewrite.passes.guards.symbols import progress, step
 from dit_rewrite.policies.checks import numbers, one_of, title, whole
-from dit_rewrite.policy import Policy, Rule
-from dit_rewrite.strategy import Compute, Forecast, Reuse, Store
-from dit_rewrite.where import Where
+from dit_rewrite.policy.bases import BDF, Basis, Hermite
+from dit_rewrite.policy.rules import Policy, Rule
+from dit_rewrite.policy.strategies import Compute, Forecast, Reuse, Store
+from dit_rewrite.policy.where import Where
 
 BRANCHES = ("attention", "mlp")
 SpanName = Literal["block", "stack", "output"] | None

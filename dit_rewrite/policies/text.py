@@ -11,7 +11,6 @@ from pathlib import Path
 from torch import nn
 
 from dit_rewrite.errors import BadParameter, BadPolicyText, NotAPolicy, UnknownPolicy
-from dit_rewrite.plan import Plan
 from dit_rewrite.policies.attention import DQAR, CachedAttention, DiTFastAttn
 from dit_rewrite.policies.guidance import CFGGate
 from dit_rewrite.policies.measured import (
@@ -25,8 +24,9 @@ from dit_rewrite.policies.measured import (
 )
 from dit_rewrite.policies.schedules import DPCache, MeanCache, Spectrum, StepMask
 from dit_rewrite.policies.static import FORA, FoCa, HiCache, Never, PyramidAttentionBroadcast, TaylorSeer, TGate
-from dit_rewrite.policy import Policy, Rule
-from dit_rewrite.serialise import from_json
+from dit_rewrite.policy.plan import Plan
+from dit_rewrite.policy.rules import Policy, Rule
+from dit_rewrite.policy.serialise import from_json
 
 _COMMA = re.compile(r",(?![^(\[]*[)\]])")  # outside of parentheses
 _POLICIES: dict[str, Callable[..., Policy]] = {

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from dit_rewrite.shapes import SIZE, load_denoiser
+from dit_rewrite.demo.shapes import SIZE, load_denoiser
 
 
 def build(steps: int) -> tuple[torch.nn.Module, list[dict[str, Any]]]:

@@ -14,10 +14,10 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from dit_rewrite.shapes.data import CLASSES, NUM_CLASSES
-from dit_rewrite.shapes.model import WEIGHTS, accuracy, load_classifier, load_denoiser
-from dit_rewrite.shapes.picture import save_rows
-from dit_rewrite.shapes.sampling import sample_images
+from dit_rewrite.demo.shapes.data import CLASSES, NUM_CLASSES
+from dit_rewrite.demo.shapes.model import WEIGHTS, accuracy, load_classifier, load_denoiser
+from dit_rewrite.demo.shapes.picture import save_rows
+from dit_rewrite.demo.shapes.sampling import sample_images
 
 SCALES = (1.0, 1.25, 1.5, 2.0, 3.0)
 

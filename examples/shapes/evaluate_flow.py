@@ -18,12 +18,12 @@ from pathlib import Path
 import torch
 from torch import Generator, Tensor
 
-from dit_rewrite.shapes.data import COLOURS
-from dit_rewrite.shapes.flow_model import FlowModel, load_flow_model, load_pair_reader, read_objects
-from dit_rewrite.shapes.flow_sampling import sample_relations
-from dit_rewrite.shapes.model import WEIGHTS
-from dit_rewrite.shapes.picture import save_rows
-from dit_rewrite.shapes.relations import Objects, Pairs, sample_related
+from dit_rewrite.demo.shapes.data import COLOURS
+from dit_rewrite.demo.shapes.flow_model import FlowModel, load_flow_model, load_pair_reader, read_objects
+from dit_rewrite.demo.shapes.flow_sampling import sample_relations
+from dit_rewrite.demo.shapes.model import WEIGHTS
+from dit_rewrite.demo.shapes.picture import save_rows
+from dit_rewrite.demo.shapes.relations import Objects, Pairs, sample_related
 
 SCALES = (1.0, 1.5, 2.0, 3.0, 4.0)
 SEED = 1 << 31  # beyond every training step's seed; generators look at 32 bits

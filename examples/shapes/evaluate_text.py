@@ -17,12 +17,12 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from dit_rewrite.shapes.captions import COLUMNS, RADII, ROWS, SIZES, Scenes, sample_captioned
-from dit_rewrite.shapes.data import COLOURS, SIZE
-from dit_rewrite.shapes.model import WEIGHTS, load_classifier
-from dit_rewrite.shapes.picture import save_rows
-from dit_rewrite.shapes.text_model import TextModel, load_text_model
-from dit_rewrite.shapes.text_sampling import sample_captions
+from dit_rewrite.demo.shapes.captions import COLUMNS, RADII, ROWS, SIZES, Scenes, sample_captioned
+from dit_rewrite.demo.shapes.data import COLOURS, SIZE
+from dit_rewrite.demo.shapes.model import WEIGHTS, load_classifier
+from dit_rewrite.demo.shapes.picture import save_rows
+from dit_rewrite.demo.shapes.text_model import TextModel, load_text_model
+from dit_rewrite.demo.shapes.text_sampling import sample_captions
 
 SCALES = (1.0, 1.25, 1.5, 2.0)
 SEED = 1 << 41  # beyond every training step's seed

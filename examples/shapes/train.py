@@ -15,9 +15,9 @@ import torch
 import torch.nn.functional as F
 from diffusers import DDPMScheduler, DiTTransformer2DModel
 
-from dit_rewrite.shapes.data import NULL_CLASS, sample
-from dit_rewrite.shapes.model import SCHEDULE, build_denoiser
-from dit_rewrite.shapes.training import Trainer, build_parser
+from dit_rewrite.demo.shapes.data import NULL_CLASS, sample
+from dit_rewrite.demo.shapes.model import SCHEDULE, build_denoiser
+from dit_rewrite.demo.shapes.training import Trainer, build_parser
 
 LABEL_DROP = 0.1
 

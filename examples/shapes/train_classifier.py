@@ -18,10 +18,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dit_rewrite.shapes.captions import sample_captioned
-from dit_rewrite.shapes.data import sample
-from dit_rewrite.shapes.model import Classifier, accuracy, load_classifier, save
-from dit_rewrite.shapes.training import fit, roughen
+from dit_rewrite.demo.shapes.captions import sample_captioned
+from dit_rewrite.demo.shapes.data import sample
+from dit_rewrite.demo.shapes.model import Classifier, accuracy, load_classifier, save
+from dit_rewrite.demo.shapes.training import fit, roughen
 
 HELD_OUT = 5000
 HELD_OUT_SEED = 1 << 40  # beyond every training step's seed

@@ -19,9 +19,9 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor
 
-from dit_rewrite.shapes.flow_model import FlowModel
-from dit_rewrite.shapes.relations import NULL_CAPTION, sample_related, tokenise
-from dit_rewrite.shapes.training import Muon, Trainer, build_parser, rate_at
+from dit_rewrite.demo.shapes.flow_model import FlowModel
+from dit_rewrite.demo.shapes.relations import NULL_CAPTION, sample_related, tokenise
+from dit_rewrite.demo.shapes.training import Muon, Trainer, build_parser, rate_at
 
 CAPTION_DROP = 0.1
 

@@ -16,10 +16,10 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor
 
-from dit_rewrite.shapes.flow_model import PairReader, load_pair_reader, read_objects
-from dit_rewrite.shapes.model import save
-from dit_rewrite.shapes.relations import draw_pairs, lay_out, render, sample_related
-from dit_rewrite.shapes.training import fit, roughen
+from dit_rewrite.demo.shapes.flow_model import PairReader, load_pair_reader, read_objects
+from dit_rewrite.demo.shapes.model import save
+from dit_rewrite.demo.shapes.relations import draw_pairs, lay_out, render, sample_related
+from dit_rewrite.demo.shapes.training import fit, roughen
 
 HELD_OUT = 5000
 HELD_OUT_SEED = 1 << 31  # beyond every training step's seed; generators look at 32 bits

@@ -26,10 +26,10 @@ import torch.nn.functional as F
 from diffusers import DDPMScheduler
 from torch import Generator, Tensor
 
-from dit_rewrite.shapes.captions import NULL_CAPTION, sample_captioned, tokenise
-from dit_rewrite.shapes.model import SCHEDULE, load
-from dit_rewrite.shapes.text_model import TextModel
-from dit_rewrite.shapes.training import Muon, Trainer, build_parser, rate_at
+from dit_rewrite.demo.shapes.captions import NULL_CAPTION, sample_captioned, tokenise
+from dit_rewrite.demo.shapes.model import SCHEDULE, load
+from dit_rewrite.demo.shapes.text_model import TextModel
+from dit_rewrite.demo.shapes.training import Muon, Trainer, build_parser, rate_at
 
 CAPTION_DROP = 0.1
 

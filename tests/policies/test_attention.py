@@ -10,10 +10,10 @@ import pytest
 
 from dit_rewrite.errors import BadParameter
 from dit_rewrite.policies import DQAR, FORA, parse
-from dit_rewrite.serialise import from_json, to_json
-from dit_rewrite.strategy import Reuse, ReuseKV
-from tests import tiny
-from tests.policies.runs import decided
+from dit_rewrite.policy.serialise import from_json, to_json
+from dit_rewrite.policy.strategies import Reuse, ReuseKV
+from tests.helpers import tiny
+from tests.helpers.runs import decided
 
 STEPS = 11
 

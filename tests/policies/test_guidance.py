@@ -8,9 +8,9 @@ import pytest
 
 from dit_rewrite.errors import BadParameter
 from dit_rewrite.policies import CFGGate, parse
-from dit_rewrite.serialise import from_json, to_json
-from dit_rewrite.strategy import Forecast
-from tests.policies.runs import decided, the_row
+from dit_rewrite.policy.serialise import from_json, to_json
+from dit_rewrite.policy.strategies import Forecast
+from tests.helpers.runs import decided, the_row
 
 
 def gated(steps: int, share: float) -> str:

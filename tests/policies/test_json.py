@@ -21,8 +21,8 @@ from dit_rewrite.policies import (
     TeaCache,
     TGate,
 )
-from dit_rewrite.policy import Policy
-from dit_rewrite.serialise import from_json, to_json
+from dit_rewrite.policy.rules import Policy
+from dit_rewrite.policy.serialise import from_json, to_json
 
 
 @pytest.mark.parametrize(

@@ -18,12 +18,12 @@ from dit_rewrite.policies import (
     parse,
 )
 from dit_rewrite.policies.published import MAGCACHE, TEACACHE
-from dit_rewrite.policy import Policy
-from dit_rewrite.strategy import Forecast, Reuse
-from dit_rewrite.where import Where
-from tests import tiny
-from tests.policies.records import Decided, Records, record, relative, splitting
-from tests.policies.runs import decided, the_row
+from dit_rewrite.policy.rules import Policy
+from dit_rewrite.policy.strategies import Forecast, Reuse
+from dit_rewrite.policy.where import Where
+from tests.helpers import tiny
+from tests.helpers.records import Decided, Records, record, relative, splitting
+from tests.helpers.runs import decided, the_row
 
 STEPS = 20
 LAYERS = 4

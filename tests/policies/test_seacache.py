@@ -11,10 +11,10 @@ from diffusers.hooks.sea_cache import _apply_sea_filter
 from torch import Tensor
 
 from dit_rewrite.policies import SeaCache
-from tests import tiny
-from tests.models import latents
-from tests.policies.records import Decided, record, relative, splitting
-from tests.policies.runs import by_site, the_row
+from tests.helpers import tiny
+from tests.helpers.models import latents
+from tests.helpers.records import Decided, record, relative, splitting
+from tests.helpers.runs import by_site, the_row
 
 STEPS = 20
 

@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 
-from dit_rewrite.bases import BDF, Chebyshev, Hermite
 from dit_rewrite.errors import BadParameter
 from dit_rewrite.policies import (
     DPCache,
@@ -21,12 +20,13 @@ from dit_rewrite.policies import (
     parse,
 )
 from dit_rewrite.policies.published import MEANCACHE
-from dit_rewrite.policy import Policy
-from dit_rewrite.strategy import Forecast, Reuse
-from dit_rewrite.where import Where
-from tests import tiny
-from tests.models import MODELS
-from tests.policies.runs import by_site, decided, the_row
+from dit_rewrite.policy.bases import BDF, Chebyshev, Hermite
+from dit_rewrite.policy.rules import Policy
+from dit_rewrite.policy.strategies import Forecast, Reuse
+from dit_rewrite.policy.where import Where
+from tests.helpers import tiny
+from tests.helpers.models import MODELS
+from tests.helpers.runs import by_site, decided, the_row
 
 STEPS = 50
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from dit_rewrite.runtime.measure import Measured, Meter, Tracked
 from dit_rewrite.runtime.spectral import Grid, noise_share, on_grid, sea_filter
-from tests.passes.tracing import tokens
+from tests.helpers.tracing import tokens
 
 SHARES = [0.0, 0.02, 0.3, 0.7, 1.0]
 

@@ -1,0 +1,114 @@
+"""``python -m dit_rewrite verify``: the proof as a command, with an exit code for a user's own CI."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib
+import inspect
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from dit_rewrite import policies
+from dit_rewrite.cli.generate import load_pipeline
+from dit_rewrite.errors import BadModel, NoTransformer
+from dit_rewrite.proof.verify import verify
+
+Calls = Sequence[Mapping[str, Any]]
+
+
+class _Recorder(nn.Module):
+    """Stands in a pipeline for its denoiser, and keeps what each call was given, and its stream."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+        self.calls: list[dict[str, Any]] = []
+        self.streams: list[str] = []
+        self.stream = "main"
+
+    @contextlib.contextmanager
+    def cache_context(self, name: str) -> Iterator[None]:
+        before, self.stream = self.stream, name
+        yield
+        self.stream = before
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("model"), name)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        names = list(inspect.signature(self.model.forward).parameters)
+        self.streams.append(self.stream)
+        self.calls.append({**dict(zip(names, args, strict=False)), **kwargs})
+        return self.model(*args, **kwargs)
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A denoiser, the calls of one trajectory with their streams, and the scheduler that made its steps."""
+
+    model: nn.Module
+    calls: Calls
+    streams: Sequence[str] | None = None
+    scheduler: Any = None
+
+
+def from_factory(text: str, steps: int) -> Loaded:
+    """What ``module:factory`` gives: called with `steps` if it takes an argument. Raises BadModel.
+
+    It returns (model, calls), or (model, calls, scheduler) for policies that need the noise level.
+    """
+    module, _, name = text.partition(":")
+    sys.path.insert(0, str(Path.cwd()))
+    try:
+        factory = getattr(importlib.import_module(module), name)
+        made = factory(steps) if inspect.signature(factory).parameters else factory()
+        model, calls, *scheduler = made
+        loaded = Loaded(model, list(calls)[:steps], None, *scheduler)
+    except (ImportError, AttributeError, TypeError, ValueError) as error:
+        raise BadModel(text, f"{type(error).__name__}: {error}") from error
+    finally:
+        sys.path.pop(0)
+    return loaded
+
+
+def from_pipeline(model: str, steps: int) -> Loaded:
+    """The denoiser of a folder or hub id, and the calls that its pipeline makes of it for one sample, with streams."""
+    pipeline = load_pipeline(model, torch.float32)
+    denoiser = getattr(pipeline, "transformer", None)
+    if denoiser is None:
+        raise NoTransformer(type(pipeline).__name__, getattr(pipeline, "components", ()))
+    recorder = _Recorder(denoiser)
+    pipeline.register_modules(transformer=recorder)
+    known = inspect.signature(pipeline.__call__).parameters
+    subject = {"class_labels": [0]} if "class_labels" in known else {"prompt": "a cat"}
+    with torch.no_grad():
+        pipeline(**subject, num_inference_steps=steps, generator=torch.Generator().manual_seed(0))
+    return Loaded(denoiser, recorder.calls, recorder.streams, pipeline.scheduler)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """`python -m dit_rewrite verify`: 0 where the proof holds, 1 where it does not."""
+    load = from_factory if ":" in arguments.model else from_pipeline
+    policy = policies.parse(arguments.policy)
+    loaded = load(arguments.model, arguments.steps)
+    result = verify(
+        loaded.model,
+        loaded.calls,
+        policy,
+        backend=arguments.backend,
+        lowering=arguments.lowering,
+        streams=loaded.streams,
+        scheduler=loaded.scheduler,
+        dump=arguments.dump,
+    )
+    return 0 if result.passed else 1

@@ -1,0 +1,112 @@
+"""What strategies inside attention put in the place of an attention op, as codecs over the kernels' ops."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from dit_rewrite.errors import Reason
+from dit_rewrite.kernels.blockwise_attention.fill import blockwise_fill, blockwise_step
+from dit_rewrite.kernels.blockwise_attention.state import DTYPES, HEAD_SIZES
+from dit_rewrite.kernels.window_attention import window_reuse
+from dit_rewrite.passes.analysis.attention_sites import arguments, is_of_one_sequence, text_tokens
+from dit_rewrite.passes.rewrite.codec import Codec
+from dit_rewrite.policy.strategies import BlockwiseReuse, Core
+
+
+@dataclass(frozen=True)
+class Windowed:
+    """DiTFastAttn's WA-RS (equations 1 and 2): R = O - W is held, and O' = W + R made of it.
+
+    ``last``: the `prefix` tokens stand behind the grid, and the sequence is turned around for the op, which has them
+    first; a window is the same from both ends.
+    """
+
+    reach: tuple[int, ...]
+    grid: tuple[int, ...] | None
+    prefix: int
+    last: bool
+    scale: float | None
+    residual: bool = True
+
+    def is_plain(self, value: Tensor, read: Sequence[Tensor]) -> bool:
+        return False
+
+    def encode(self, value: Tensor, read: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        query, key, values, *mask = read
+        if not self.residual:
+            return (torch.zeros_like(value),)
+        return (self._window(query, key, -values, value, mask),)  # attention is linear in V: O + W(Q, K, -V) = O - W
+
+    def decode(self, held: Sequence[Tensor], read: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+        query, key, values, *mask = read
+        return self._window(query, key, values, held[0], mask)
+
+    def _window(self, query: Tensor, key: Tensor, value: Tensor, residual: Tensor, mask: Sequence[Tensor]) -> Tensor:
+        tensors: list[Tensor] = [query, key, value, residual]
+        seen = mask[0] if mask else None
+        if self.last:
+            tensors = [tensor.flip(2) for tensor in tensors]
+            seen = None if seen is None else seen.flip((-2, -1))
+        found: Tensor = window_reuse(*tensors, self.reach, self.grid, self.prefix, seen, self.scale)
+        return found.flip(2) if self.last else found
+
+
+@dataclass(frozen=True)
+class Blockwise:
+    """CachedAttention: the partial results of key blocks are held, and those that may have changed are recomputed."""
+
+    strategy: BlockwiseReuse
+    scale: float | None
+    kv_static: bool
+
+    def is_plain(self, value: Tensor, read: Sequence[Tensor]) -> bool:
+        return False
+
+    def encode(self, value: Tensor, read: Sequence[Tensor]) -> Sequence[Tensor]:
+        query, key, values, *mask = map(_narrow, read)
+        how = self.strategy
+        return blockwise_fill(query, key, values, mask[0] if mask else None, how.block, self.scale, self.kv_static)
+
+    def decode(self, held: Sequence[Tensor], read: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+        query, key, values, *mask = map(_narrow, read)
+        how, seen = self.strategy, mask[0] if mask else None
+        found = blockwise_step(
+            query, key, values, list(held), seen, how.threshold, how.block, how.bound, self.scale, self.kv_static
+        )
+        return found.to(dtype)
+
+
+def _narrow(tensor: Tensor) -> Tensor:
+    """float64, which only a replay has, in float32: the blockwise kernels take no more."""
+    return tensor.float() if tensor.dtype is torch.float64 else tensor
+
+
+def codec(strategy: Core, core: fx.Node, image: int | None, static: bool, steady_mask: bool) -> Codec | Reason:
+    """What a strategy puts in the place of the attention op `core`, or why it cannot.
+
+    `image` is the number of tokens of the stream from which the model's output is made; `static`: keys and values are
+    the same throughout a trajectory; `steady_mask`: so is the mask, or there is none.
+    """
+    given = arguments(core)
+    if isinstance(strategy, BlockwiseReuse):
+        return _blockwise(strategy, given, static) if steady_mask else Reason.MOVING_MASK
+    if not is_of_one_sequence(core):
+        return Reason.OTHER_TOKENS
+    text, last = (0, False) if image is None else text_tokens(core, image)
+    shape: Any = core.meta["val"].shape
+    tokens = shape[2] - text
+    return Windowed(strategy.reach(tokens), strategy.grid, text, last, given["scale"], strategy.residual)
+
+
+def _blockwise(strategy: BlockwiseReuse, given: dict[str, Any], static: bool) -> Codec | Reason:
+    query, key = given["query"].meta["val"], given["key"].meta["val"]
+    if query.dtype not in DTYPES or query.shape[-1] not in HEAD_SIZES:
+        return Reason.HEAD_SIZE
+    if strategy.bound == "paper" and not static:
+        return Reason.MOVING_KEYS
+    return Blockwise(replace(strategy, block=min(strategy.block, key.shape[2])), given["scale"], static)

@@ -1,0 +1,225 @@
+"""Meet of policy and graph: the sites that the rules ask for, what their guards measure, and the rules of each."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import fx
+
+import dit_rewrite.kernels.attention_entropy  # noqa: F401  # registers the op
+from dit_rewrite.compiler.slot_formats import Form, Forms
+from dit_rewrite.errors import Reason
+from dit_rewrite.passes.analysis.attention_sites import find_cores, find_shared
+from dit_rewrite.passes.analysis.branches import Refusal
+from dit_rewrite.passes.analysis.output_sites import find_delta, find_output
+from dit_rewrite.passes.analysis.probes import Probes, add_entropy, copied, find_keys
+from dit_rewrite.passes.analysis.site import Found, Part, Probe, Site, close
+from dit_rewrite.passes.analysis.spans import Stream, find_spans
+from dit_rewrite.passes.analysis.stacks import Stacks
+from dit_rewrite.passes.capture.capture import Captured
+from dit_rewrite.passes.guards.measurements import measurement
+from dit_rewrite.passes.guards.symbols import ENTROPY, Value, measured
+from dit_rewrite.passes.rewrite.guarded_graph import Guarded
+from dit_rewrite.policy.rules import Policy, Spans
+from dit_rewrite.policy.site_rules import SiteRules
+from dit_rewrite.policy.where import Where
+
+
+@dataclass(frozen=True)
+class Placed:
+    """The graph with what guards measure in it, all its sites, and the rules of each of them.
+
+    ``gm`` is the captured graph itself where the policy asks for nothing but branches. ``forms`` are what slots hold.
+    """
+
+    gm: fx.GraphModule
+    found: Found
+    rules: tuple[SiteRules, ...]
+    forms: Mapping[int, Form]
+
+    @property
+    def reached(self) -> tuple[int, ...]:
+        """The indices of the sites that are guarded."""
+        return tuple(i for i, rules in enumerate(self.rules) if rules.reachable)
+
+    @property
+    def labels(self) -> list[Guarded]:
+        """The guarded sites as pass 03 takes them."""
+        return [
+            Guarded(i, self.rules[i].guard, self.rules[i].strategy, *self.forms[i], self.rules[i].depth)
+            for i in self.reached
+        ]
+
+
+def place(captured: Captured, found: Found, policy: Policy, whole: bool, hoist: bool) -> Placed:
+    """Find what `policy` asks for in a graph whose branches are `found`; `whole`: it is all of the model.
+
+    Raises LayersOutside, OverlappingSpans, TwoStores.
+    """
+    stacks = Stacks(Stream(captured.gm.graph, found))
+    spans = policy.spans(found.num_layers, lambda name: stacks.find(name).layers, whole) if found.sites else {}
+    asked = frozenset[Part]().union(*(rule.parts for rule in policy.rules))
+    adds = asked - {Part.BRANCH, Part.SPAN} or any(spans.values()) or measured(policy.mentions)
+    gm = copied(captured.gm) if adds else captured.gm
+    steady = captured.static | captured.steady if hoist else captured.static
+    wheres = [rule.where for rule in policy.rules if Part.OUTPUT in rule.parts]
+    sites, refused = _asked(gm, found, asked, spans, steady, {where.minus for where in wheres})
+    rules = [policy.for_site(site, known(found, site.layer, whole), spans) for site in sites]
+    measuring = _Measuring(gm, found, captured, whole, policy.lag)
+    sites, rules, unmeasured = measuring.add(sites, rules)
+    if gm is not captured.gm:
+        sites, found = _closed(gm, sites, found)
+    early = _refuse_early(sites, rules, gm) if not policy.lag else []
+    _go_with_cores(sites, rules)
+    answers = Forms(captured, measuring.probes)
+    forms, formless = _forms(sites, rules, answers)
+    for i, form in forms.items():
+        sites[i] = replace(sites[i], conditioned=answers.is_conditioned(sites[i], form))
+    outside = _outside(policy, spans, stacks, whole) if found.sites else []
+    refused = [*found.refused, *refused, *outside, *unmeasured, *early, *formless]
+    return Placed(gm, replace(found, sites=tuple(sites), refused=tuple(refused)), tuple(rules), forms)
+
+
+def _asked(
+    gm: fx.GraphModule,
+    found: Found,
+    asked: frozenset[Part],
+    spans: Mapping[Where, Spans],
+    steady: frozenset[int],
+    outputs: Collection[str | None],
+) -> tuple[list[Site], list[Refusal]]:
+    """The branches, and those other parts of them and spans that some rule asks for."""
+    sites, refused = list(found.sites), list[Refusal]()
+    wanted = {span: blocks for each in spans.values() for span, blocks in each.items()}
+    finders: tuple[tuple[bool, Callable[[], tuple[Sequence[Site], Sequence[Refusal]]]], ...] = (
+        (Part.KV in asked, lambda: find_keys(gm, found.sites, steady)),
+        (Part.CORE in asked, lambda: find_cores(gm, found.sites)),
+        (Part.GUIDANCE in asked, lambda: (find_shared(found.sites), [])),
+        (bool(wanted), lambda: find_spans(Stream(gm.graph, found), wanted)),
+        (Part.DELTA in asked, lambda: find_delta(gm)),
+        (None in outputs, lambda: find_output(gm, steady, less_latent=False)),
+        ("latent" in outputs, lambda: find_output(gm, steady, less_latent=True)),
+    )
+    for is_asked, find in finders:
+        if is_asked:
+            more, without = find()
+            sites, refused = [*sites, *more], [*refused, *without]
+    return sites, refused
+
+
+def _outside(policy: Policy, spans: Mapping[Where, Spans], stacks: Stacks, whole: bool) -> list[Refusal]:
+    """What the places of spans leave out: blocks of other stacks, or spans that cannot be told in a part of a model."""
+    refused: dict[Refusal, None] = {}
+    for where in dict.fromkeys(rule.where for rule in policy.rules if rule.where.part is Part.SPAN):
+        meant = spans.get(where)
+        if meant is None:
+            refused[Refusal("", f"{where.span} of layers", Reason.SPAN_IN_PART)] = None
+            continue
+        refused.update(dict.fromkeys(stacks.find(where.stack).refused))
+        if not meant and stacks.find(where.stack).layers:
+            refused[Refusal("", f"{where.span} of layers", Reason.NO_BLOCKS)] = None
+        elif meant and not whole:
+            refused[Refusal("", f"{where.span} of layers", Reason.SPAN_PER_GRAPH)] = None
+    return list(refused)
+
+
+def _closed(gm: fx.GraphModule, sites: Sequence[Site], found: Found) -> tuple[list[Site], Found]:
+    """The sites, and what is hoisted, with what vanishes with each in a graph to which something was added."""
+    closed = close(gm.graph, [*sites, *([found.hoisted] if found.hoisted is not None else [])])
+    hoisted = closed[len(sites)] if found.hoisted is not None else None
+    return list(closed[: len(sites)]), replace(found, hoisted=hoisted)
+
+
+def _refuse_early(sites: Sequence[Site], rules: list[SiteRules], gm: fx.GraphModule) -> list[Refusal]:
+    """Take the rules away from sites that run before what decides a site around them."""
+    refused = []
+    for i in sorted(_early(sites, gm)):
+        if rules[i].reachable:
+            refused.append(Refusal(sites[i].values[0], sites[i].name, Reason.PROBE_WITHIN))
+            rules[i] = SiteRules(())
+    return refused
+
+
+def _go_with_cores(sites: Sequence[Site], rules: list[SiteRules]) -> None:
+    """What is held for a core has its rules; the core stands before it."""
+    for i, site in enumerate(sites):
+        if site.part is Part.HELD:
+            rules[i] = rules[i - 1]
+
+
+def _forms(sites: Sequence[Site], rules: list[SiteRules], known: Forms) -> tuple[dict[int, Form], list[Refusal]]:
+    """The form of each reachable site; without one, its rules are taken away."""
+    forms, refused = dict[int, Form](), list[Refusal]()
+    for i, site in enumerate(sites):
+        form = known.of(site, rules[i]) if rules[i].reachable else Reason.UNREACHED
+        if not isinstance(form, Reason):
+            forms[i] = form
+        elif rules[i].reachable:
+            rules[i] = SiteRules(())
+            refused += [Refusal(site.values[0], site.name, form)] if site.part is not Part.HELD else []
+    return forms, refused
+
+
+def known(found: Found, layer: int, whole: bool) -> dict[str, Value]:
+    """What is known of a site at rewrite time. In a part of a model its layer is not: blocks may share the graph."""
+    return {"layer": layer, "num_layers": found.num_layers} if whole else {}
+
+
+class _Measuring:
+    """Puts what guards measure into the graph, and takes away the rules that nothing could prove."""
+
+    def __init__(self, gm: fx.GraphModule, found: Found, captured: Captured, whole: bool, lag: int) -> None:
+        self.gm, self.lag = gm, lag
+        self.probes = Probes(gm, found, captured.static, captured.steady, whole)
+
+    def add(
+        self, sites: Sequence[Site], rules: Sequence[SiteRules]
+    ) -> tuple[list[Site], list[SiteRules], list[Refusal]]:
+        refused: list[Refusal] = []
+        measuring: list[Site] = []
+        for site, site_rules in zip(sites, rules, strict=True):
+            if site_rules.reachable and site.part is not Part.HELD:
+                site, reasons = self._measure(site, site_rules)
+                refused += [Refusal(site.values[0], site.name, reason) for reason in reasons]
+            measuring.append(site)
+        if not self.lag:
+            position = {node.name: i for i, node in enumerate(self.gm.graph.nodes)}
+            measuring = [_before(site, position, refused) for site in measuring]
+        had = [{probe.symbol for probe in site.probes} | ({ENTROPY} if site.entropy else set()) for site in measuring]
+        return measuring, [r.measuring(h) for r, h in zip(rules, had, strict=True)], refused
+
+    def _measure(self, site: Site, rules: SiteRules) -> tuple[Site, list[Reason]]:
+        """The site with what its guards measure, and why that lacks something."""
+        asked = [found for name in sorted(rules.needs) if (found := measurement(name)) is not None]
+        probes = [self.probes.measured(each, site) for each in asked]
+        site = replace(site, probes=tuple(probe for probe in probes if isinstance(probe, Probe)))
+        reasons = list(dict.fromkeys(probe for probe in probes if isinstance(probe, Reason)))
+        if ENTROPY in rules.needs:
+            site = add_entropy(self.gm, site, torch.ops.dit_rewrite.attention_entropy.default)
+            reasons += [Reason.NO_KEYS] if site.entropy is None else []
+        return site, reasons
+
+
+def _before(site: Site, position: Mapping[str, int], refused: list[Refusal]) -> Site:
+    """The site with those of its probes that the graph computes before it."""
+    begin = min(position[value] for value in site.values)
+    probes = tuple(probe for probe in site.probes if not probe.waits or position[probe.node] < begin)
+    if probes != site.probes:
+        refused.append(Refusal(site.values[0], site.name, Reason.PROBE_WITHIN))
+    return replace(site, probes=probes)
+
+
+def _early(sites: Sequence[Site], gm: fx.GraphModule) -> set[int]:
+    """The sites that run before a probe by which a site around them is decided."""
+    position = {node.name: i for i, node in enumerate(gm.graph.nodes)}
+    early = set()
+    for i, site in enumerate(sites):
+        begin = min(position[value] for value in site.values)
+        around = site.parent
+        while around is not None:
+            if any(position[probe] > begin for probe in sites[around].awaited):
+                early.add(i)
+            around = sites[around].parent
+    return early

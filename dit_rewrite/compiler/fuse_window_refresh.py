@@ -1,0 +1,126 @@
+"""Full attention and what its window leaves over, in one pass over keys and values where that is faster.
+
+A step that computes writes the residual R = O - W as window attention of -V on top of O, behind PyTorch's own
+attention. The op `window_refresh` makes both at once. Which is faster depends on the device and the sizes, so it is
+measured there, once for each.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from operator import getitem
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx
+
+from dit_rewrite.kernels.window_attention import window_refresh, window_reuse
+from dit_rewrite.passes.analysis.attention_sites import arguments
+from dit_rewrite.passes.analysis.graph import aten
+from dit_rewrite.passes.capture import opaque_attention
+from dit_rewrite.torch_compat import unset_fake_temporarily
+
+REUSE, REFRESH = torch.ops.dit_rewrite.window_reuse.default, torch.ops.dit_rewrite.window_refresh.default
+_PLACES = ("query", "key", "value", "residual", "window", "grid", "prefix", "attn_mask", "scale")
+_DEFAULTS = {"grid": None, "prefix": 0, "attn_mask": None, "scale": None}
+_SHARED = ("query", "key", "attn_mask", "scale")  # what attention and its window must have in common
+
+
+class Refresh(NamedTuple):
+    """An attention op of the graph, the op that makes its window's residual, and the arguments of both as one."""
+
+    core: fx.Node
+    window: fx.Node
+    given: dict[str, Any]
+
+
+def fuse(gm: fx.GraphModule, faster: Callable[[Refresh], bool]) -> int:
+    """Write each refresh of a straight-line graph that is `faster` so as one op; how many there were."""
+    found = [r for node in gm.graph.find_nodes(op="call_function", target=REUSE) if (r := match(node)) and faster(r)]
+    for refresh in found:
+        _write(gm.graph, refresh)
+    if found:
+        gm.graph.eliminate_dead_code()
+        gm.recompile()
+    return len(found)
+
+
+def match(node: fx.Node) -> Refresh | None:
+    """The refresh that a `window_reuse` is part of, or None."""
+    given: dict[str, Any] = {**_DEFAULTS, **dict(zip(_PLACES, node.args, strict=False)), **node.kwargs}
+    core, negated = given.pop("residual"), given["value"]
+    if core.target is not opaque_attention.OP or negated.target is not aten.neg.default:
+        return None
+    full = arguments(core)
+    if full["is_causal"] or full["dropout_p"] or full["enable_gqa"] or full["value"] is not negated.args[0]:
+        return None
+    if any(full[name] is not given[name] and full[name] != given[name] for name in _SHARED):
+        return None
+    return Refresh(core, node, {**given, "value": full["value"]})
+
+
+def _write(graph: fx.Graph, refresh: Refresh) -> None:
+    """Both results of one op, before the attention whose place it takes."""
+    with graph.inserting_before(refresh.core):
+        both = graph.call_function(REFRESH, tuple(refresh.given[name] for name in _PLACES if name in refresh.given))
+        both.meta["val"] = (refresh.core.meta["val"], refresh.window.meta["val"])
+        for i, replaced in enumerate((refresh.core, refresh.window)):
+            item = graph.call_function(getitem, (both, i))
+            item.meta = dict(replaced.meta)
+            replaced.replace_all_uses_with(item)
+
+
+class _Spec(NamedTuple):
+    """What a measurement depends on of a tensor."""
+
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> _Spec:
+        return cls(tuple(tensor.shape), tensor.stride(), tensor.dtype, tensor.device)
+
+    def make(self) -> Tensor:
+        """A tensor like it; of ones, which a mask of any kind may be."""
+        return torch.empty_strided(self.shape, self.stride, dtype=self.dtype, device=self.device).fill_(1)
+
+
+def is_faster(refresh: Refresh) -> bool:
+    """Whether one pass is faster than two on the GPU of this refresh. Sizes that are not known are not measured.
+
+    Not on a CPU, where the op is a plain twin of the kernel, and PyTorch's attention is none.
+    """
+    given = {name: a.meta["val"] if isinstance(a, fx.Node) else a for name, a in refresh.given.items()}
+    specs = tuple(_Spec.of(given[name]) for name in ("query", "key", "value", "attn_mask") if given[name] is not None)
+    known = all(isinstance(n, int) for spec in specs for n in (*spec.shape, *spec.stride))
+    if not known or any(spec.device.type != "cuda" for spec in specs):
+        return False
+    grid = None if given["grid"] is None else tuple(given["grid"])
+    return _measured(specs, tuple(given["window"]), grid, given["prefix"], given["scale"])
+
+
+@functools.cache
+def _measured(
+    specs: tuple[_Spec, ...], window: tuple[int, ...], grid: tuple[int, ...] | None, prefix: int, scale: float | None
+) -> bool:
+    from triton.runtime.errors import OutOfResources
+    from triton.testing import do_bench
+
+    with unset_fake_temporarily(), torch.no_grad():
+        query, key, value, *mask = (spec.make() for spec in specs)
+        seen = mask[0] if mask else None
+        where: Any = (list(window), None if grid is None else list(grid), prefix, seen, scale)
+
+        def two() -> Tensor:
+            full = F.scaled_dot_product_attention(query, key, value, seen, scale=scale)
+            return window_reuse(query, key, -value, full, *where)
+
+        one = functools.partial(window_refresh, query, key, value, *where)
+        try:
+            return bool(do_bench(one, return_mode="median") < do_bench(two, return_mode="median"))
+        except (OutOfResources, torch.OutOfMemoryError):  # the kernel's tiles, or what is measured beside the model
+            return False

@@ -1,0 +1,233 @@
+"""What the demo shows and leaves behind: progress bars, the table, verdicts, pictures, graphs and figures."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import platform
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dit_rewrite.demo.shapes.picture import save_rows
+from dit_rewrite.errors import MissingExtra
+
+try:
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+    from rich.table import Table
+except ImportError as error:
+    raise MissingExtra("rich", "the demo", "demo") from error
+
+console = Console()
+FORECAST = "forecast"  # the name of a policy that forecasts, before its interval
+
+
+def print_table(table: Table) -> None:
+    """Print a table. Where no terminal sets a width, wide figures make the table wider: nothing is cut."""
+    if console.is_terminal:
+        console.print(table)
+    else:
+        needed = console.measure(table, options=console.options.update(width=sys.maxsize)).maximum
+        Console(width=max(console.width, needed)).print(table)
+
+
+@dataclass(frozen=True)
+class Result:
+    """A row of the table; distances are to the uncached images."""
+
+    name: str
+    control_of: str | None
+    steps: int
+    seconds: float
+    all_seconds: list[float]
+    speed_up: float
+    recomputed: float
+    relative_l2: float
+    psnr: float
+    accuracy: float
+    compile_seconds: float | None
+    stats: dict[str, object] | None
+
+    @property
+    def label(self) -> str:
+        """The name beside a row of images."""
+        return self.name if self.control_of is None else f"{self.name}, uncached"
+
+
+def announce(arguments: argparse.Namespace, guidance: float) -> None:
+    console.print(
+        f"{arguments.images} images, {arguments.steps} DDIM steps, guidance {guidance}, on {arguments.device} "
+        f"(threads: {torch.get_num_threads()}). Compiling comes first and takes the longest."
+    )
+
+
+@contextmanager
+def open_progress() -> Iterator[Callable[..., Any]]:
+    """Gives ``bar(title, total)``, a context manager that gives ``tick()``; in a log, a line when each bar is full."""
+    columns = (SpinnerColumn(), TextColumn("{task.description:<42}"), BarColumn(), MofNCompleteColumn())
+    drawn = console.is_terminal
+    with Progress(*columns, TimeElapsedColumn(), console=console, refresh_per_second=4, disable=not drawn) as progress:
+
+        @contextmanager
+        def bar(title: str, total: int) -> Iterator[Callable[[], None]]:
+            row, began = progress.add_task(title, total=total), time.perf_counter()
+            yield lambda: progress.advance(row)
+            if not drawn:
+                console.print(f"{title}: {time.perf_counter() - began:.0f} s")
+
+        yield bar
+
+
+def pairs(results: Sequence[Result]) -> list[tuple[Result, Result]]:
+    """Each cached method with its control."""
+    by_name = {result.name: result for result in results if result.control_of is None}
+    return [(by_name[result.control_of], result) for result in results if result.control_of is not None]
+
+
+def winner(cached: float, control: float, names: tuple[str, str], *, low_wins: bool) -> str:
+    """The name of the better one."""
+    if cached == control:
+        return "neither"
+    return names[0] if (cached < control) == low_wins else names[1]
+
+
+def verdict(cached: Result, control: Result) -> str:
+    """Caching against fewer steps at the same time: the winner by each metric."""
+    names = (cached.name, control.name)
+    winners = {
+        "relative L2": winner(cached.relative_l2, control.relative_l2, names, low_wins=True),
+        "PSNR": winner(cached.psnr, control.psnr, names, low_wins=False),
+        "class accuracy": winner(cached.accuracy, control.accuracy, names, low_wins=False),
+    }
+    found = [f"{name} by {' and '.join(metrics_won(winners, name))}" for name in sorted({*winners.values()})]
+    times = f"{cached.name} ({cached.seconds:.2f} s) and {control.name} ({control.seconds:.2f} s)"
+    return f"Better of {times}: {', '.join(found)}."
+
+
+def summary(results: Sequence[Result]) -> str:
+    """Up to which saving the forecasts are closer to the uncached images than fewer steps at the same time."""
+    tried = [(cached, control) for cached, control in pairs(results) if cached.name.startswith(FORECAST)]
+    wins = [cached for cached, control in tried if cached.relative_l2 < control.relative_l2]
+    losses = [cached for cached, control in tried if cached.relative_l2 >= control.relative_l2]
+    found = [f"closer than fewer steps: {_named(wins)}"] if wins else []
+    found += [f"fewer steps are as close or closer: {_named(losses)}"] if losses else []
+    return f"By relative L2, {'; '.join(found)}."
+
+
+def _named(results: Sequence[Result]) -> str:
+    return ", ".join(f"{r.name} at {r.speed_up:.2f}x" for r in results)
+
+
+def metrics_won(winners: dict[str, str], name: str) -> list[str]:
+    return [metric for metric, best in winners.items() if best == name]
+
+
+def figures(result: Result) -> tuple[str, ...]:
+    """The cells of a row, as text."""
+    distance = "-" if result.relative_l2 == 0 else f"{result.relative_l2:.4f}"
+    peak = "-" if math.isinf(result.psnr) else f"{result.psnr:.1f}"
+    return (
+        result.name,
+        str(result.steps),
+        f"{result.seconds:.2f}",
+        f"{result.speed_up:.2f}x",
+        f"{result.recomputed:.0%}",
+        distance,
+        peak,
+        f"{result.accuracy:.0%}",
+    )
+
+
+def build_table(results: Sequence[Result]) -> Table:
+    table = Table(
+        title="Distances are to the uncached images",
+        caption="Below each policy: uncached, with as many steps of DPM-Solver++ 2M as fit into its time",
+    )
+    table.add_column("method", no_wrap=True)
+    for heading in ("steps", "seconds", "speed-up", "Recomp%", "rel. L2", "PSNR dB", "class"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for result in results:
+        closes = result.control_of is not None or result.name == "uncached"
+        table.add_row(*figures(result), end_section=closes)
+    return table
+
+
+def compile_line(results: Sequence[Result]) -> str:
+    """Seconds to compile, in the order in which they were spent: Inductor's cache helps the later ones."""
+    spent = [f"{r.name} {r.compile_seconds:.0f} s" for r in results if r.compile_seconds is not None]
+    return f"Compiled first, not in the table: {', '.join(spent)} (later ones find pieces in Inductor's cache)."
+
+
+def processor() -> str:
+    """The CPU's name, as well as the system tells it."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def hardware(device: str) -> dict[str, object]:
+    facts: dict[str, object] = {"cpu": processor(), "cores": os.cpu_count(), "threads": torch.get_num_threads()}
+    if hasattr(os, "getloadavg"):
+        facts["load_average"] = os.getloadavg()
+    if torch.device(device).type == "cuda":
+        facts["gpu"] = torch.cuda.get_device_name(device)
+    return facts
+
+
+def versions() -> dict[str, str]:
+    packages = ("dit_rewrite", "torch", "diffusers", "triton", "sympy", "networkx")
+    found = {dist.name: dist.version for dist in metadata.distributions() if dist.name in packages}
+    return {"python": platform.python_version(), "system": f"{platform.system()} {platform.machine()}", **found}
+
+
+def write_results(path: Path, arguments: argparse.Namespace, results: Sequence[Result], verdicts: list[str]) -> None:
+    """Everything that the table shows, and where it was measured, as JSON (an infinite PSNR is null)."""
+    rows = [asdict(r) | {"psnr": None if math.isinf(r.psnr) else r.psnr} for r in results]
+    settings = {name: value for name, value in vars(arguments).items() if name not in ("command", "out")}
+    content = {
+        "settings": settings,
+        "hardware": hardware(arguments.device),
+        "versions": versions(),
+        "methods": rows,
+        "verdicts": verdicts,
+    }
+    path.write_text(json.dumps(content, indent=2) + "\n")
+
+
+def write_all(
+    arguments: argparse.Namespace,
+    images: Sequence[tuple[Result, Tensor | None]],
+    names: Sequence[str],
+    report: Any,
+    reported: str,
+    seconds: float,
+) -> None:
+    """Print the table and write the demo's folder; ``report`` explains the method called ``reported``."""
+    out: Path = arguments.out
+    out.mkdir(parents=True, exist_ok=True)
+    results = [result for result, _ in images]
+    verdicts = [verdict(*pair) for pair in pairs(results)]
+    save_rows(out / "images.png", [(r.label, picture) for r, picture in images if picture is not None], names)
+    (out / "graph.diff").write_text(report.graph_diff())
+    (out / "explain.txt").write_text(f"{report}\n")
+    write_results(out / "results.json", arguments, results, verdicts)
+    print_table(build_table(results))
+    for line in (compile_line(results), *verdicts, summary(results)):
+        console.print(line, highlight=False)
+    console.print(
+        f"{out}/images.png shows the images side by side, {out}/graph.diff and {out}/explain.txt what {reported} "
+        f"rewrote, {out}/results.json has the figures. {seconds:.0f} s in all.",
+        highlight=False,
+    )

@@ -1,0 +1,52 @@
+"""Sampling the bundled text-conditional denoiser: DDIM with classifier-free guidance towards a caption."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dit_rewrite.demo.shapes.captions import NULL_CAPTION
+from dit_rewrite.demo.shapes.sampling import sample
+from dit_rewrite.demo.shapes.text_model import encode
+
+TEXT_GUIDANCE = 1.25  # chosen by measuring: examples/shapes/evaluate_text.py
+
+
+def sample_captions(
+    denoiser: nn.Module,
+    encoder: nn.Module,
+    captions: Sequence[str],
+    *,
+    steps: int,
+    guidance: float = TEXT_GUIDANCE,
+    seed: int,
+    scheduler: Any = None,
+    progress: Callable[[], object] | None = None,
+) -> Tensor:
+    """Images ``(n, 3, SIZE, SIZE)`` in [-1, 1] of ``n`` captions, on the encoder's device.
+
+    The denoiser is `text_model.TextModel`'s or what a compiler made of it, and is called with both halves of the
+    guidance. ``guidance`` 1 is none. ``scheduler`` is as in `sampling.sample`. ``progress`` is called after each call
+    of the denoiser. Raises BadParameter for captions that `captions.tokenise` refuses.
+    """
+    with torch.no_grad():
+        states, mask = encode(encoder, [*captions, *[NULL_CAPTION] * len(captions)])  # one object for all steps
+
+    def predict(latents: Tensor, times: Tensor) -> Tensor:
+        prediction: Tensor = denoiser(latents, states, times, encoder_attention_mask=mask, return_dict=False)[0]
+        return prediction
+
+    return sample(
+        denoiser,
+        predict,
+        len(captions),
+        states.device,
+        steps=steps,
+        guidance=guidance,
+        seed=seed,
+        scheduler=scheduler,
+        progress=progress,
+    )

@@ -1,0 +1,198 @@
+"""Policies: ordered rules (where: which sites, when: guard, do: strategy). The first that applies wins.
+
+Where none applies the site computes.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import InitVar, dataclass, field, replace
+from types import MappingProxyType
+
+import sympy
+from sympy.logic.boolalg import Boolean
+
+from dit_rewrite.errors import BadParameter, OverlappingSpans, TwoStores
+from dit_rewrite.passes.analysis.sites import Part, Site
+from dit_rewrite.passes.analysis.spans import Span
+from dit_rewrite.passes.guards import symbols
+from dit_rewrite.passes.guards.satisfiability import Verdict, verdict
+from dit_rewrite.passes.guards.symbols import Predicate, Value
+from dit_rewrite.policy.site_rules import SiteRule, SiteRules
+from dit_rewrite.policy.strategies import (
+    PLACES,
+    Compute,
+    Forecast,
+    GuidanceDelta,
+    Reuse,
+    ShareGuidance,
+    Strategy,
+    parts,
+)
+from dit_rewrite.policy.where import Where
+
+Spans = Mapping[Span, frozenset[int]]  # and the blocks of each
+
+
+@dataclass(frozen=True)
+class Rule:
+    """Where `when` is proven, the sites of `where` do `do`. `when` is a Boolean over the symbols of `guards`.
+
+    `do` may be two strategies for two parts of a place: (WindowResidual(), ShareGuidance("first")).
+    `max_streak` is short for ``& (streak < max_streak)``: so many reuses in a row, then one step computes.
+    Raises UnknownSymbol or NotBoolean for a guard that has no meaning, BadParameter for a strategy that does not fit.
+    """
+
+    when: Boolean
+    do: Strategy | tuple[Strategy, ...] = field(default_factory=Reuse)
+    where: Where = field(default_factory=Where)
+    max_streak: InitVar[int | None] = None
+
+    def __post_init__(self, max_streak: int | None) -> None:
+        when = symbols.check(self.when)
+        if not isinstance(self.where, Where):
+            raise BadParameter("Rule", "where", self.where, 'a place, such as Where(kinds=("self",))')
+        if max_streak is not None:
+            _whole("Rule", "max_streak", max_streak, 1)
+            when &= symbols.streak < max_streak
+        known = all(isinstance(do, Strategy) for do in self.strategies)
+        if not known or sum(len(parts(do)) for do in self.strategies) != len(self.parts):
+            raise BadParameter("Rule", "do", self.do, "a strategy of dit_rewrite.strategy, or two for different parts")
+        spanning = (Compute, Reuse, Forecast, *((GuidanceDelta,) if self.where.is_all else ()))
+        if self.where.span is not None and not all(isinstance(do, spanning) for do in self.strategies):
+            allowed = "Reuse() or Forecast() where the place is a span: it is no attention"
+            raise BadParameter("Rule", "do", self.do, allowed)
+        if not self.where.is_all and any(isinstance(do, GuidanceDelta) for do in self.strategies):
+            raise BadParameter("Rule", "where", self.where, 'Where(span="output") for GuidanceDelta')
+        object.__setattr__(self, "when", when)
+
+    @property
+    def strategies(self) -> tuple[Strategy, ...]:
+        return self.do if isinstance(self.do, tuple) else (self.do,)
+
+    @property
+    def parts(self) -> frozenset[Part]:
+        """The parts of a place that it replaces; none: it computes."""
+        return frozenset[Part]().union(*(parts(do, self.where.part) for do in self.strategies))
+
+    def strategy(self, part: Part) -> Strategy:
+        """What it does to a part of a place."""
+        return next((do for do in self.strategies if part in parts(do, self.where.part)), Compute())
+
+
+def _whole(where: str, name: str, value: object, least: int) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise BadParameter(where, name, value, f"a whole number >= {least}")
+
+
+@dataclass(frozen=True)
+class MadeFor:
+    """What a policy that was searched is good for: a model, by `plan.fingerprint`, and a number of steps."""
+
+    model: str
+    steps: int
+
+
+@dataclass(frozen=True)
+class Policy:
+    """An ordered list of rules, and a name for reports.
+
+    `lag`: 0 reads a measurement of this very call, which waits for the device and needs the graph in segments; 1 reads
+    the last call's. `warmup` and `cooldown` are steps at the start and at the end that compute, short for
+    ``& (step >= warmup)`` and ``& (step < num_steps - cooldown)`` in every rule. `made_for`: it is refused elsewhere.
+    """
+
+    rules: tuple[Rule, ...] = ()
+    name: str = "policy"
+    lag: int = 0
+    made_for: MadeFor | None = None
+    warmup: InitVar[int] = 0
+    cooldown: InitVar[int] = 0
+
+    def __post_init__(self, warmup: int, cooldown: int) -> None:
+        _whole("Policy", "warmup", warmup, 0)
+        _whole("Policy", "cooldown", cooldown, 0)
+        if isinstance(self.lag, bool) or self.lag not in (0, 1):
+            raise BadParameter("Policy", "lag", self.lag, "0 or 1")
+        if not isinstance(self.rules, tuple | list) or not all(isinstance(rule, Rule) for rule in self.rules):
+            raise BadParameter("Policy", "rules", self.rules, "a tuple of rules: Policy((rule,))")
+        between = (symbols.step >= warmup) & ((symbols.step < symbols.num_steps - cooldown) if cooldown else sympy.true)
+        rules = (replace(r, when=r.when & between) if r.parts else r for r in self.rules)
+        object.__setattr__(self, "rules", tuple(rules))
+
+    def __str__(self) -> str:
+        return self.name
+
+    @property
+    def mentions(self) -> frozenset[str]:
+        """The symbols that its guards mention."""
+        return frozenset[str]().union(*(symbols.mentions(rule.when) for rule in self.rules))
+
+    @property
+    def reads(self) -> frozenset[str]:
+        """The symbols that must be known: of its symbols, and of the places that its forecasts ask for."""
+        done = (getattr(do, "do", do) for rule in self.rules for do in rule.strategies)
+        return self.mentions | {PLACES[do.over] for do in done if isinstance(do, Forecast)}
+
+    @property
+    def streams(self) -> frozenset[str]:
+        """The streams that its rules name."""
+        guided = (do for r in self.rules for do in r.strategies if isinstance(do, ShareGuidance | GuidanceDelta))
+        shared = {do.stream for do in guided if do.stream}
+        return frozenset(name for rule in self.rules for name in rule.where.streams or ()) | shared
+
+    def spans(self, count: int, stack: Callable[[str | None], Sequence[int]], whole: bool) -> dict[Where, Spans]:
+        """The spans that each place means in a graph of `count` blocks, and the blocks of each.
+
+        `stack` gives the blocks of a stack by its name. Which of these are meant is known where the graph is the
+        `whole` model; in a part of one, a place without an end means those of this part.
+        Raises LayersOutside, and OverlappingSpans for two that are neither apart nor within one another.
+        """
+        spans: dict[Where, Spans] = {}
+        for where in dict.fromkeys(rule.where for rule in self.rules):
+            if whole:
+                where.check(count)
+            if where.part is Part.SPAN and (whole or where.is_open):
+                blocks = stack(where.stack)
+                meant = where.spans(blocks)
+                spans[where] = {(first, end): frozenset(b for b in blocks if first <= b < end) for first, end in meant}
+        held = {span: blocks for found in spans.values() for span, blocks in found.items()}
+        for (a, mine), (b, other) in itertools.combinations(sorted(held.items(), key=lambda item: item[0]), 2):
+            if mine & other and not (mine <= other or other <= mine):
+                raise OverlappingSpans(a, b)
+        return spans
+
+    def for_site(
+        self,
+        site: Site,
+        known: Mapping[str, Value],
+        spans: Mapping[Where, Collection[Span]] = MappingProxyType({}),
+    ) -> SiteRules:
+        """The rules that can reach a site, partially evaluated by what is `known` of it at rewrite time.
+
+        `spans` are those that each place means. Raises TwoStores where a slot would have to hold two kinds of values.
+        """
+        reaching = []
+        for rule in self.rules:
+            if not rule.where.selects(site, spans.get(rule.where, ())):
+                continue
+            made_for_it = site.part in (Part.SPAN, Part.DELTA, Part.OUTPUT)  # a span was made for its layers
+            placed = sympy.true if made_for_it else rule.where.guard
+            predicate = Predicate.of(rule.when & placed, known)
+            do = rule.strategy(site.part)
+            if not symbols.unreachable(predicate.guard) and not (
+                _reads_earlier(do) and verdict(rule.when & placed, known) is Verdict.NEVER
+            ):
+                reaching.append(SiteRule(predicate, do, site.part in rule.parts, rule.where))
+            if predicate.guard == sympy.true and not predicate.needs and rule.where.streams is None:
+                break
+        rules = SiteRules(tuple(reaching))
+        if len(rules.forms) > 1:
+            raise TwoStores(site.name, rules.forms)
+        return rules
+
+
+def _reads_earlier(do: Strategy) -> bool:
+    """Whether a strategy needs what an earlier step computed, which is what verdicts speak of."""
+    return not isinstance(do, (Compute, ShareGuidance))  # a difference is one of earlier steps

@@ -1,0 +1,309 @@
+"""Replay recorded decisions by an interpreter of the captured graph: the oracle that shares nothing with the rewrite.
+
+It keeps the values of sites in a dictionary, by their node's name, and knows nothing of variants or slots. What stands
+in the place of attention is the same plain code (dit_rewrite/cores.py).
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dit_rewrite import torch_compat
+from dit_rewrite.compiler.backend import Rewritten
+from dit_rewrite.compiler.slot_formats import Form
+from dit_rewrite.errors import Reason
+from dit_rewrite.passes.analysis.site import Part, Site
+from dit_rewrite.passes.rewrite.codec import Codec, Delta, Store
+from dit_rewrite.passes.rewrite.guarded_graph import Guidance
+from dit_rewrite.policy.strategies import GuidanceDelta, ShareGuidance
+from dit_rewrite.proof.compare import Check, Difference, equal, max_abs_error, rms
+from dit_rewrite.proof.interpreter import Instead, Read, Replay, Replay64, twice
+from dit_rewrite.runtime.session import Observation
+
+SLACK = 2.0  # lowered code may be this much further from float64 than the interpreter's own rounding
+
+Key = tuple[str, int, str, str]  # stream, position of the graph in its call, site, node of the value
+Held = dict[Key, tuple[Tensor, ...]]
+
+
+def check_replay(
+    check: Check,
+    rewritten: Sequence[Rewritten],
+    observed: Sequence[Observation],
+    streams: Sequence[str],
+    exact: bool,
+) -> None:
+    """Replay one trajectory's recorded decisions and compare outputs and held values with what was observed.
+
+    `streams` names the stream of each observation. Where `exact` is not asked for, a tensor that differs may be at most
+    SLACK times as far from the float64 replay as the interpreter's own, or as the interpreter's usually are in the same
+    call of the graph, relative to their sizes. So it is where half of a batch is computed: a matrix product of half the
+    rows may be rounded otherwise.
+    """
+    kept: Held = {}
+    kept64: Held = {}
+    for observation, stream in zip(observed, streams, strict=True):
+        graph = rewritten[observation.graph]
+        replay = _replay(Replay, check, graph, observation, stream, kept)
+        if replay is None:
+            return
+        halved = any(guidance is not None for _, guidance in graph.placed.forms.values())
+        wide = None if exact and not halved else _replay(Replay64, Check(), graph, observation, stream, kept64)
+        _compare(check, graph, observation, replay, wide)
+
+
+def kept_as_seen(observation: Observation, static: frozenset[int]) -> Observation:
+    """The observation with copies of what its graph took, weights left out, and returned.
+
+    Behind a graph break the model may change such a tensor in place, and the replay would be given the changed one.
+    """
+    args = (value if i in static else _copied(value) for i, value in enumerate(observation.args))
+    return replace(observation, args=tuple(args), outputs=tuple(map(_copied, observation.outputs)))
+
+
+def _copied(value: Any) -> Any:
+    return value.clone() if isinstance(value, Tensor) else value
+
+
+@dataclass
+class _Step:
+    """What one observation has of each site: what it takes, what it keeps anew, and what there is to compare."""
+
+    instead: dict[str, Instead] = field(default_factory=dict)
+    shared: dict[str, Guidance] = field(default_factory=dict)
+    after: dict[str, Callable[[Tensor], Tensor]] = field(default_factory=dict)
+    lent: dict[Key, Key] = field(default_factory=dict)  # to what of the other stream a value is the difference
+    computed: list[tuple[Key, Codec, tuple[str, ...]]] = field(default_factory=list)
+    held: list[Key] = field(default_factory=list)
+    lacking: str | None = None
+    read: set[str] = field(default_factory=set)
+
+    @property
+    def keep(self) -> set[str]:
+        """The nodes whose tensors are needed."""
+        return {*self.read, *(name for key, _, read in self.computed for name in (key[-1], *read))}
+
+    def add(
+        self,
+        site: Site,
+        form: Form,
+        reuse: bool,
+        where: tuple[str, int],
+        kept: Held,
+        weights: tuple[float, ...] | None,
+        differs: str | None = None,
+    ) -> None:
+        """A site that was decided on by itself; what it keeps is the difference from the stream `differs`, if given."""
+        codec, guidance = form
+        if guidance is not None:
+            self.shared.update(dict.fromkeys(site.closure, guidance) if reuse else {})
+        if isinstance(codec, Delta):
+            self._add_delta(site, codec, reuse, where, kept, weights)
+            return
+        if guidance is not None:
+            return
+        if site.part is Part.HELD and reuse or site.part is Part.CORE and not reuse:
+            return  # the one keeps what it has, the other is computed
+        place = site.name if site.part is not Part.CORE else f"{site.place}.{Part.HELD}"
+        for value, base in itertools.zip_longest(site.values, site.bases):
+            key = (*where, place, value)
+            read = (base,) if base else site.inputs
+            self.read.update(read)
+            if isinstance(codec, Store):
+                self.held.append(key)
+            lender = None if differs is None else (differs, *key[1:])
+            if lender is not None:
+                self.lent[key] = lender
+            if not reuse:
+                self.computed.append((key, codec, read))
+            elif key not in kept or (lender is not None and lender not in kept):
+                self.lacking = value
+            else:
+                lent = () if lender is None else kept[lender][:1]
+                self.instead[value] = _from_kept((*lent, *kept[key]), codec, read, weights)
+
+    def _add_delta(
+        self,
+        site: Site,
+        codec: Delta,
+        reuse: bool,
+        where: tuple[str, int],
+        kept: Held,
+        weights: tuple[float, ...] | None,
+    ) -> None:
+        """A site of which one half of the batch is computed, and the other is that and what is kept."""
+        for value in site.values:
+            key = (*where, site.name, value)
+            self.held.append(key)
+            if not reuse:
+                self.computed.append((key, codec, ()))
+            elif key not in kept:
+                self.lacking = value
+            else:
+                self.after[value] = _other_half(codec.half, kept[key], weights)
+
+
+def _other_half(half: int, kept: tuple[Tensor, ...], weights: tuple[float, ...] | None) -> Callable[[Tensor], Tensor]:
+    def add(both: Tensor) -> Tensor:
+        halves = list(both.chunk(2))
+        halves[1 - half] = halves[half] + (kept[0] if weights is None else weighted(kept, weights))
+        return torch.cat(halves)
+
+    return add
+
+
+def _from_kept(
+    kept: tuple[Tensor, ...], codec: Codec, read: tuple[str, ...], weights: tuple[float, ...] | None
+) -> Instead:
+    def make(seen: Read, guidance: Guidance | None) -> Tensor:
+        tensors = kept if guidance is None else [twice(tensor, guidance) for tensor in kept]
+        now = seen(read)
+        if isinstance(codec, Store):
+            value = tensors[0] if weights is None else weighted(tensors, weights)
+            return now[0] + value if now else value
+        return codec.decode(tensors, now, now[0].dtype)
+
+    return make
+
+
+def weighted(values: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
+    """The sum of kept values, newest first, by weights that fp32 holds; those of weight 0 are not looked at."""
+    if not values[0].is_floating_point():
+        return values[0]
+    total, wide = None, torch.float64 if values[0].dtype is torch.float64 else torch.float32
+    for k, weight in enumerate(torch.tensor(weights, dtype=torch.float32).tolist()):
+        term = (values[k] if weight else values[0]).to(wide) * weight
+        total = term if total is None else total + term
+    assert total is not None
+    return total.to(values[0].dtype)
+
+
+def _keep(
+    value: Tensor, codec: Codec, read: Sequence[Tensor], older: Sequence[Tensor], depth: int
+) -> tuple[Tensor, ...]:
+    """What is kept of a value: by the definition of each store, or as a strategy inside attention has it."""
+    if isinstance(codec, Delta):
+        halves = value.chunk(2)
+        return (rounded(halves[1 - codec.half] - halves[codec.half], codec.name), *older)[:depth]
+    if isinstance(codec, Store):
+        return (rounded(value - read[0] if read else value, codec.name), *older)[:depth]
+    return tuple(codec.encode(value, read))
+
+
+def _replay(
+    kind: type[Replay], check: Check, graph: Rewritten, observation: Observation, stream: str, kept: Held
+) -> dict[str, Tensor] | None:
+    """Run one observation again; outputs as ``output i`` and what sites hold, by name. None: it cannot be run."""
+    record, step = observation.record, _Step()
+    depths: dict[str, int] = {}
+    weights = record.weights or (None,) * len(record.row)
+    for i, reuse, reason, each in zip(graph.reached, record.row, record.reasons, weights, strict=True):
+        depths.update(dict.fromkeys(graph.found.sites[i].values, graph.rules[i].depth))
+        if reason is not Reason.COVERED:
+            shared = graph.rules[i].form
+            lender = shared.stream if isinstance(shared, ShareGuidance) and reuse else None
+            where = (lender or stream, observation.position)
+            other = shared.stream if isinstance(shared, GuidanceDelta) and shared.stream != stream else None
+            step.add(graph.found.sites[i], graph.placed.forms[i], reuse, where, kept, each, other)
+    if step.lacking is not None:
+        check.fail(Difference(step.lacking, record.step, "replay: reused, and never computed in this trajectory"))
+        return None
+    run = kind(graph.placed.gm, step.instead, step.keep, step.shared, step.after)
+    with torch_compat.no_autocast():  # the captured graph has its casts already
+        outputs = run.run(*observation.args)
+    for key, codec, read in step.computed:
+        older = kept.get(key, ())
+        value = run.values[key[-1]]
+        if key in step.lent:
+            if step.lent[key] not in kept:
+                continue  # nothing to differ from yet
+            value = value - kept[step.lent[key]][0]
+        kept[key] = _keep(value, codec, run.seen(read, key[-1]), older, depths[key[-1]])
+    values = {_name(key): kept[key][0] for key in step.held if key in kept}
+    return {**values, **{f"output {i}": out for i, out in enumerate(outputs) if isinstance(out, Tensor)}}
+
+
+def _name(key: Key) -> str:
+    return f"{key[-2]}: {key[-1]}"
+
+
+def rounded(value: Tensor, store: str | None) -> Tensor:
+    """A value as a slot gives it back: rounded to what `store` can hold, one scale for each token."""
+    if store is None or value.ndim < 2:
+        return value
+    if store == "bf16":
+        return value.to(torch.bfloat16).to(value.dtype)
+    wide = value.double() if value.dtype is torch.float64 else value.float()
+    most = {"int8": 127, "fp8": 448}[store]
+    scale = wide.abs().amax(dim=-1, keepdim=True) / most
+    scale = torch.where(scale == 0, torch.ones_like(scale), scale)
+    numbers = wide / scale
+    numbers = numbers.round() if store == "int8" else numbers.clamp(-most, most).to(torch.float8_e4m3fn)
+    return (numbers.to(wide.dtype) * scale).to(value.dtype)
+
+
+def _compare(
+    check: Check,
+    graph: Rewritten,
+    observation: Observation,
+    expected: dict[str, Tensor],
+    wide: dict[str, Tensor] | None,
+) -> None:
+    found = _found(graph, observation)
+    ours = {name: found[name].to(theirs.dtype) for name, theirs in expected.items()}
+    differing = [name for name, theirs in expected.items() if not equal(ours[name], theirs)]
+    usual = _usual_rounding(expected, wide) if differing and wide is not None else 0.0
+    for name in differing:
+        theirs, where = expected[name], Difference(name, observation.record.step, "replay")
+        error = max_abs_error(ours[name], theirs)
+        if wide is not None and rms([ours[name]], [wide[name]]) <= _allowed(theirs, wide[name], usual):
+            check.exact = False
+            check.max_abs_error = max(check.max_abs_error, error)
+            check.first_difference = check.first_difference or where
+        else:
+            check.fail(where, error)
+
+
+def _allowed(theirs: Tensor, wide: Tensor, usual: float) -> float:
+    """How far lowered code may be from float64."""
+    return SLACK * max(rms([theirs], [wide]), usual * _size(wide))
+
+
+def _usual_rounding(found: Mapping[str, Tensor], wide: Mapping[str, Tensor]) -> float:
+    """The median over the tensors of one call of how far each is from float64, relative to its size.
+
+    A tensor of few elements may by luck be rounded hardly at all, and is no measure of its own then: the gates of
+    experts that alone chose a token are a number over itself. The median is none of those, nor one where the float64
+    replay takes another route.
+    """
+    pairs = [(rms([tensor], [wide[name]]), _size(wide[name])) for name, tensor in found.items()]
+    relative = [error / size for error, size in pairs if math.isfinite(error) and 0 < size < math.inf]
+    return statistics.median(relative) if relative else 0.0
+
+
+def _size(tensor: Tensor) -> float:
+    return rms([tensor], [torch.zeros_like(tensor)])
+
+
+def _found(graph: Rewritten, observation: Observation) -> dict[str, Tensor]:
+    """What the rewritten model returned and held, by the same names."""
+    found = {f"output {i}": out for i, out in enumerate(observation.outputs) if isinstance(out, Tensor)}
+    for i, held in zip(graph.reached, observation.held, strict=True):
+        site, (codec, _) = graph.found.sites[i], graph.placed.forms[i]
+        if not isinstance(codec, Store):
+            continue
+        rest = list(held or ())
+        for name in site.values if held is not None else ():
+            value = rest.pop(0)
+            if codec.name in ("int8", "fp8") and value.ndim >= 2:
+                value = value.float() * rest.pop(0)
+            found[f"{site.name}: {name}"] = value
+    return found

@@ -1,0 +1,257 @@
+"""What was found and rewritten, for people: the report of `explain()`, and the folder of `dump=`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from torch import fx
+
+from dit_rewrite import torch_compat
+from dit_rewrite.errors import Reason
+from dit_rewrite.passes.analysis import cost
+from dit_rewrite.passes.analysis.branches import Refusal
+from dit_rewrite.passes.analysis.site import Site
+from dit_rewrite.passes.capture import module_paths
+from dit_rewrite.passes.guards.notation import show
+from dit_rewrite.passes.guards.satisfiability import verdict
+from dit_rewrite.passes.rewrite import printing
+from dit_rewrite.passes.rewrite.segments import crossing_bytes
+from dit_rewrite.policy.rules import Policy
+
+if TYPE_CHECKING:
+    from dit_rewrite.compiler.backend import Rewritten
+
+
+@dataclass(frozen=True)
+class Place:
+    """A row of the report: a site in one occurrence of its graph, with what the policy leaves of its guard.
+
+    ``bytes`` are those of its slot. ``inner``: a site around it is reached too, and saves its FLOPs.
+    """
+
+    graph: int
+    occurrence: int
+    site: Site
+    guard: str
+    reachable: bool
+    bytes: int
+    inner: bool
+
+
+@dataclass(frozen=True)
+class Report:
+    """Prints as a table. ``sites`` are rows for every site of every graph, ``refused`` the places that are none.
+
+    ``occurrences`` says how often each graph ran in the last call: behind a graph break identical blocks share one.
+    ``streams`` are known so far, each with slots of its own.
+    """
+
+    policy: Policy
+    rewritten: tuple[Rewritten, ...]
+    occurrences: Mapping[int, int]
+    streams: int = 1
+
+    @property
+    def sites(self) -> tuple[Place, ...]:
+        return tuple(
+            place
+            for i, rewritten in enumerate(self.rewritten)
+            for occurrence in range(self.occurrences.get(i, 0) or 1)
+            for place in _places(i, occurrence, rewritten)
+        )
+
+    @property
+    def refused(self) -> tuple[Refusal, ...]:
+        return tuple(refusal for r in self.rewritten for refusal in r.found.refused)
+
+    @property
+    def peak_bytes(self) -> int:
+        """The most bytes, as predicted, that caching adds at once in a trajectory of so many streams: what all slots
+        hold, and beside them what one call keeps alive until it has measured and stored."""
+        working = [_working_bytes(rewritten) for rewritten in self.rewritten]
+        return self.streams * self.stream_bytes + max(working, default=0)
+
+    @property
+    def stream_bytes(self) -> int:
+        """Bytes that the slots of one stream hold: the values of every reached site, values that are computed once per
+        trajectory, and the tensors that guards compare with."""
+        return sum((self.occurrences.get(i, 0) or 1) * _held_bytes(r) for i, r in enumerate(self.rewritten))
+
+    def graph_diff(self, graph: int | None = None) -> str:
+        """A unified diff of a captured graph and its variant that reuses most, op counts on top.
+
+        `graph` defaults to the one with most sites.
+        """
+        chosen = max(self.rewritten, key=lambda r: len(r.reached)) if graph is None else self.rewritten[graph]
+        row = chosen.most_reused
+        return printing.diff(chosen.captured.gm, chosen.straight(row).gm, ("captured", f"variant {row_name(row)}"))
+
+    def __str__(self) -> str:
+        total = sum(cost.total_flops(r.captured.gm.graph) for r in self.rewritten)
+        reached = [place for place in self.sites if place.reachable]
+        saved = sum(place.site.flops for place in reached if not place.inner)
+        lines = [
+            f"policy    {self.policy}",
+            *self._verdicts(),
+            *(f"graph {i}   {_layout(r)}" for i, r in enumerate(self.rewritten)),
+            f"FLOPs     {_quantity(total)} a call, of which {_quantity(saved)} ({saved / max(total, 1):.1%}) in sites",
+            f"cached    {_quantity(self.stream_bytes, 1024)}B a stream at most, {_quantity(self.peak_bytes, 1024)}B "
+            f"in the {self.streams} known so far",
+            *self._hoisted(),
+            *_table(self._rows()),
+        ]
+        if self.refused:
+            lines += ["", "refused places"]
+            lines += [f"  {r.path or '(the model itself)'} ({r.node}): {r.reason}" for r in self.refused]
+        return "\n".join(lines)
+
+    def _verdicts(self) -> Iterator[str]:
+        """The rules whose guards decide nothing."""
+        for number, rule in enumerate(self.policy.rules, 1):
+            found = verdict(rule.when & rule.where.guard)
+            if found is not None:
+                yield f"rule {number}    {found}: {show(rule.when)}"
+
+    def _hoisted(self) -> Iterator[str]:
+        """What is computed once per trajectory, by the modules that it was traced in."""
+        for rewritten in self.rewritten:
+            site = rewritten.found.hoisted
+            if site is None:
+                continue
+            nodes = {node.name: node for node in rewritten.captured.gm.graph.nodes}
+            paths = dict.fromkeys(module_paths.module_path(nodes[name]) or name for name in site.values)
+            yield f"hoisted   {_quantity(site.flops)} FLOPs, {_quantity(site.bytes, 1024)}B: {', '.join(paths)}"
+        yield ""
+
+    def _rows(self) -> Iterator[tuple[str, ...]]:
+        yield "graph", "site", "kind", "layer", "guard of reuse", "values", "FLOPs", "bytes"
+        for place in self.sites:
+            site = place.site
+            yield (
+                f"{place.graph}.{place.occurrence}",
+                site.name,
+                str(site.kind),
+                str(site.layer),
+                place.guard if place.reachable else f"({Reason.UNREACHED})",
+                str(len(site.values)),
+                _quantity(site.flops),
+                _quantity(place.bytes, 1024),
+            )
+
+
+def _held_bytes(rewritten: Rewritten) -> int:
+    """Bytes that the slots of one graph hold for one stream, memory that values share counted once."""
+    guarded, nodes = rewritten.guarded, {node.name: node for node in rewritten.placed.gm.graph.nodes}
+    stored = (node for slot in guarded.stored for node in slot)
+    storages = {torch_compat.storage_id(node.meta["val"]): cost.stored_bytes(node) for node in stored}
+    compared = sum(cost.stored_bytes(nodes[name]) for name in _probes(rewritten))
+    return sum(storages.values()) + 2 * compared  # a probe as it was when its site was computed, and in the last call
+
+
+def _working_bytes(rewritten: Rewritten) -> int:
+    """Bytes that a computing call keeps alive for the slots alone: probes, and the stream before each span until the
+    span's value is its change, as far as that is more than the value, whose old one is gone by then."""
+    nodes = {node.name: node for node in rewritten.placed.gm.graph.nodes}
+    spans = [site for site in rewritten.layout.sites if site.bases]
+    bases, values = ({n for site in spans for n in getattr(site, side)} for side in ("bases", "values"))
+    held, replaced = (sum(cost.stored_bytes(nodes[name]) for name in names) for names in (bases, values))
+    return sum(cost.stored_bytes(nodes[name]) for name in _probes(rewritten)) + max(held - replaced, 0)
+
+
+def _probes(rewritten: Rewritten) -> set[str]:
+    """The nodes that guards measure."""
+    return {node for site in rewritten.layout.sites for node in site.measured}
+
+
+def _places(graph: int, occurrence: int, rewritten: Rewritten) -> Iterator[Place]:
+    sites, held, reached = rewritten.found.sites, rewritten.held_bytes, set(rewritten.reached)
+    for i, (site, rules) in enumerate(zip(sites, rewritten.rules, strict=True)):
+        guard = rules.guard if rules.reachable else ""
+        around = site.parent
+        while around is not None and around not in reached:
+            around = sites[around].parent
+        yield Place(graph, occurrence, site, guard, rules.reachable, held.get(i, site.bytes), around is not None)
+
+
+def _layout(rewritten: Rewritten) -> str:
+    """How a graph was lowered, and why so."""
+    layout, compiled = rewritten.layout, len(rewritten.compiled)
+    if layout.segments.count == 1:
+        return f"lowered as variants ({layout.why}): {compiled} compiled"
+    crossing = _quantity(crossing_bytes(rewritten.placed.gm, layout.segments), 1024)
+    return (
+        f"lowered in segments ({layout.why}): {layout.segments.count} pieces, {compiled} distinct ones compiled; "
+        f"the cuts write {crossing}B a call"
+    )
+
+
+def _table(rows: Iterator[tuple[str, ...]]) -> Iterator[str]:
+    lines = list(rows)
+    widths = [max(len(cell) for cell in column) for column in zip(*lines, strict=True)]
+    for line in lines:
+        yield "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
+
+
+def _quantity(number: float, base: int = 1000) -> str:
+    for unit in ("", "k", "M", "G", "T"):
+        if number < base:
+            return f"{number:.0f}{unit}" if not unit else f"{number:.1f}{unit}"
+        number /= base
+    return f"{number:.1f}P"
+
+
+def row_name(row: Sequence[bool]) -> str:
+    """A row of decisions in letters: C computes, R reuses. A row of one decision for all is named so."""
+    if not row or len(set(row)) == 1:
+        return "all_reuse" if row and row[0] else "all_compute"
+    return "".join("R" if reused else "C" for reused in row)
+
+
+@dataclass(frozen=True)
+class Dump:
+    """Writes each captured graph's passes into a folder of its own: ``graph0/00_captured.py`` and so on."""
+
+    folder: Path
+
+    def write(self, rewritten: Rewritten) -> None:
+        """Write the numbered graphs of all passes and the diffs between them."""
+        folder = self.folder / f"graph{rewritten.graph.index}"
+        folder.mkdir(parents=True, exist_ok=True)
+        captured, guarded = rewritten.captured.gm, rewritten.guarded.gm
+        self._graph(folder / "00_captured.py", captured)
+        if rewritten.prologue is not None:
+            self._graph(folder / "01_hoisted.py", rewritten.prologue.gm)
+        (folder / "02_sites.txt").write_text("\n".join(_describe(rewritten)) + "\n")
+        self._graph(folder / "03_guarded.py", guarded)
+        (folder / "03_guarded.diff").write_text(printing.diff(captured, guarded, ("captured", "guarded")))
+        for stem, head, gm in _straight_line(rewritten):
+            self._graph(folder / f"{stem}.py", gm, head)
+            (folder / f"{stem}.diff").write_text(printing.diff(captured, gm, ("captured", stem)))
+
+    def _graph(self, path: Path, gm: fx.GraphModule, head: str = "") -> None:
+        path.write_text(head + printing.readable(gm) + "\n")
+
+
+def _straight_line(rewritten: Rewritten) -> Iterator[tuple[str, str, fx.GraphModule]]:
+    """File name, first line and graph of each piece of code; pieces of one structure are shown once."""
+    if rewritten.layout.segments.count == 1:
+        for number, ((_, row), variant) in enumerate(rewritten.variants.items()):
+            yield f"04_variant{number}", f"# row: {row_name(row)}\n", variant.gm
+        return
+    shown = {id(variant): number for number, (variant, _) in enumerate(rewritten.compiled.values())}
+    for (piece, row), variant in rewritten.variants.items():
+        if id(variant) in shown:
+            names = [rewritten.layout.sites[i].name for i in rewritten.layout.depends[piece]]
+            head = f"# segment {piece}; row: {row_name(row)} of {', '.join(names) or 'no site'}\n"
+            yield f"04_segment{piece}_{row_name(row)}", head, variant.gm
+
+
+def _describe(rewritten: Rewritten) -> Iterator[str]:
+    for site, rules in zip(rewritten.found.sites, rewritten.rules, strict=True):
+        guard = rules.guard if rules.reachable else Reason.UNREACHED
+        yield f"{site.name}  {site.kind}  layer {site.layer}  values {', '.join(site.values)}  guard {guard}"
+    for refusal in rewritten.found.refused:
+        yield f"refused: {refusal.path} {refusal.node}: {refusal.reason}"

@@ -1,0 +1,85 @@
+"""A plan as a picture: layer by step, a colour for each choice (as figure 5 of DiTFastAttn, Yuan et al. 2024).
+
+Needs matplotlib; raises MissingExtra without it.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from dit_rewrite.errors import MissingExtra
+from dit_rewrite.policy.plan import Choice, Plan
+
+try:
+    from matplotlib.axes import Axes
+    from matplotlib.colors import ListedColormap
+    from matplotlib.figure import Figure
+    from matplotlib.patches import Patch
+    from matplotlib.ticker import MaxNLocator
+except ImportError as error:
+    raise MissingExtra("matplotlib", "the picture of a plan", "benchmark") from error
+
+# Okabe and Ito's colours, which colour-blind readers tell apart; what is computed in full stays in the background.
+COLOURS: dict[Choice, str] = {
+    Choice.FULL: "#dddddd",
+    Choice.AST: "#0072b2",
+    Choice.ASC: "#e69f00",
+    Choice.WA_RS: "#009e73",
+    Choice.WA_RS_ASC: "#cc79a7",
+}
+LEGEND = 1.6  # inches of a choice and its share
+
+
+def panels(sites: tuple[str, ...]) -> dict[str, list[int]]:
+    """The indices of the sites of each kind, in graph order.
+
+    Those whose names differ in their numbers alone are of one kind: ``blocks.3.attn1`` is a layer of ``blocks.attn1``.
+    """
+    found: dict[str, list[int]] = {}
+    for index, site in enumerate(sites):
+        name = site.split("#")[0]  # `passes.naming.unique` numbers equal names by a suffix
+        kind = ".".join(part for part in name.split(".") if not part.isdigit())
+        found.setdefault(kind, []).append(index)
+    return found
+
+
+def draw(plan: Plan) -> Figure:
+    """The picture: a panel for each kind of site, its layers from the bottom up, and the shares of the whole plan."""
+    kinds = panels(plan.sites)
+    layers = [len(indices) for indices in kinds.values()]
+    height = sum(0.6 + 0.12 * count for count in layers)
+    used = [choice for choice, count in plan.counts.items() if count]
+    width = max(5.0, LEGEND * len(used), 0.14 * plan.steps)
+    figure = Figure(figsize=(width, 1.0 + height), layout="constrained")
+    axes = figure.subplots(len(kinds), 1, squeeze=False, sharex=True, height_ratios=layers)[:, 0]
+    for panel, (kind, indices) in zip(axes, kinds.items(), strict=True):
+        _draw_panel(panel, plan, kind, indices)
+    axes[-1].set_xlabel("step")
+    patches = [Patch(facecolor=COLOURS[choice], label=f"{choice} {plan.fraction(choice):.1%}") for choice in used]
+    figure.legend(handles=patches, loc="outside lower center", ncols=len(used), fontsize="small")
+    figure.suptitle(f"delta = {plan.delta:g}, {plan.steps} steps, scheduler: {plan.scheduler.split(':')[0]}")
+    return figure
+
+
+def _draw_panel(axes: Axes, plan: Plan, kind: str, indices: list[int]) -> None:
+    numbers = {choice: number for number, choice in enumerate(COLOURS)}
+    layers = [[numbers[row[index]] for row in plan.table] for index in indices]
+    axes.imshow(
+        layers,
+        cmap=ListedColormap(list(COLOURS.values())),
+        vmin=0,
+        vmax=len(COLOURS) - 1,
+        aspect="auto",
+        origin="lower",
+        interpolation="nearest",
+    )
+    axes.set_title(kind, fontsize="small")
+    axes.set_ylabel("layer")
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+
+
+def save_picture(plan: Plan, path: Path) -> None:
+    """Write the picture of a plan as a PNG."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draw(plan).savefig(path, dpi=110, format="png")

@@ -1,0 +1,196 @@
+"""Tables of policies, measured on a model of your own: TeaCache's polynomial, and MagCache's ratios."""
+
+from __future__ import annotations
+
+import inspect
+import statistics
+from collections import defaultdict
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import replace
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from dit_rewrite.compiler.backend import Backend
+from dit_rewrite.compiler.lowering import Backend as LoweringBackend
+from dit_rewrite.compiler.lowering import Lowering
+from dit_rewrite.errors import BadParameter, NotAModule, NotCalibrated
+from dit_rewrite.module import attach, twin, unwrapped
+from dit_rewrite.passes.analysis.probes import Probes
+from dit_rewrite.passes.guards.symbols import drift, similarity, step
+from dit_rewrite.policies.checks import one_of, real, threshold_of
+from dit_rewrite.policies.measured import MagCache, TeaCache
+from dit_rewrite.policy.rules import Policy, Rule
+from dit_rewrite.policy.where import Where
+from dit_rewrite.runtime.session import Observation
+
+DEGREE = 4  # of TeaCache's polynomial
+LEAST = 2 * (DEGREE + 1)  # fewer pairs than this would be fitted whatever they are
+DIGITS = 9
+STACK = Where(span="stack")
+
+
+def calibrate(
+    method: Literal["teacache", "magcache"],
+    model: torch.nn.Module,
+    sample: Callable[[Any], object],
+    *,
+    threshold: float,
+    min_r2: float = 0.5,
+    backend: LoweringBackend = "inductor",
+    **parameters: Any,
+) -> Policy:
+    """A TeaCache or MagCache policy for a model, its table taken from one run that computes everything.
+
+    `sample` runs your sampler with the denoiser that it is given, for one picture or several; `model` itself is not
+    changed. "teacache" fits a polynomial of degree 4 by which the output's relative L1 change from step to step follows
+    from that of the modulated input. Its R², the share of the variation that it explains, stands in the policy's name.
+    "magcache" takes the mean over tokens, streams and pictures of by how much the stack's change of the stream grows
+    from step to step. `threshold` and further `parameters` are those of the policy.
+
+    Raises NotCalibrated where the run does not show what is needed, or R² is below `min_r2`; NotAModule; BadParameter.
+    """
+    one_of("calibrate", "method", method, tuple(_METHODS))
+    real("calibrate", "min_r2", min_r2, lambda r: r <= 1, "a number up to 1")
+    threshold_of("calibrate", threshold)
+    known = inspect.signature(TeaCache if method == "teacache" else MagCache).parameters
+    for name, value in parameters.items():
+        if name not in known or name in ("coefficients", "ratios"):
+            raise BadParameter("calibrate", name, value, "a parameter of the policy that is not calibrated")
+    model = unwrapped(model)
+    if not isinstance(model, torch.nn.Module):
+        raise NotAModule(model)
+    return _METHODS[method](model, sample, backend, threshold, min_r2, parameters)
+
+
+# --- TeaCache ---------------------------------------------------------------------------------------------------------
+
+
+def _teacache(
+    model: torch.nn.Module,
+    sample: Callable[[Any], object],
+    backend: LoweringBackend,
+    threshold: float,
+    min_r2: float,
+    parameters: dict[str, Any],
+) -> Policy:
+    pairs = _changes(model, sample, backend)
+    if len(pairs) < LEAST:
+        problem = f"{len(pairs)} changes of the modulated input and the output were seen, and {LEAST} are needed"
+        raise NotCalibrated("TeaCache", problem, "Call the denoiser that `sample` is given, at more steps.")
+    changes, outcomes = zip(*pairs, strict=True)
+    coefficients = tuple(float(f"{c:.{DIGITS}g}") for c in polyfit(changes, outcomes, DEGREE))
+    r2 = explained(coefficients, pairs)
+    if not r2 >= min_r2:
+        problem = f"the polynomial explains R² = {r2:.3f} of the output's changes, and min_r2 is {min_r2}"
+        raise NotCalibrated("TeaCache", problem, "Sample more pictures or steps, or take another policy.")
+    policy = TeaCache(threshold, coefficients, **parameters)
+    return replace(policy, name=f"{policy.name} (R² {r2:.3f})")
+
+
+def _changes(
+    model: torch.nn.Module, sample: Callable[[Any], object], backend: LoweringBackend
+) -> list[tuple[float, float]]:
+    """The modulated input's and the output's relative change at each step but the last, as they are told to the next.
+
+    A guard asks for them, and never holds: no change is below zero, which it cannot know of a rescaled one.
+    """
+    asked = drift("modulated_input", rescale=(1.0, 0.0)), similarity("output", rescale=(1.0, 0.0))
+    policy = Policy((Rule((asked[0] < 0) & (asked[1] < 0), where=STACK),), "calibrate", lag=1)
+    made = Backend(model, policy, Lowering.of(backend))
+    _run(attach(twin(model), made), sample)
+    told = [numbers for decision in made.stats.decisions for numbers in decision.measured.values()]
+    return [(n[asked[0].name], n[asked[1].name]) for n in told if len(n) == len(asked)]
+
+
+def polyfit(xs: Sequence[float], ys: Sequence[float], degree: int) -> list[float]:
+    """The polynomial of least squares, highest power first, as numpy.polyfit finds it."""
+    powers = torch.tensor(xs, dtype=torch.float64)[:, None] ** torch.arange(degree, -1, -1)
+    sizes = powers.norm(dim=0)
+    right = torch.tensor(ys, dtype=torch.float64)[:, None]
+    found = torch.linalg.lstsq(powers / sizes, right, driver="gelsd").solution[:, 0] / sizes
+    return [float(c) for c in found]
+
+
+def explained(coefficients: Sequence[float], pairs: Sequence[tuple[float, float]]) -> float:
+    """R²: the share of the variation that a polynomial explains."""
+    mean = statistics.fmean(y for _, y in pairs)
+    left = sum((y - sum(c * x**p for p, c in enumerate(reversed(coefficients)))) ** 2 for x, y in pairs)
+    whole = sum((y - mean) ** 2 for _, y in pairs)
+    return 1 - left / whole if whole > 0 else float(left == 0)
+
+
+# --- MagCache ---------------------------------------------------------------------------------------------------------
+
+
+def _magcache(
+    model: torch.nn.Module,
+    sample: Callable[[Any], object],
+    backend: LoweringBackend,
+    threshold: float,
+    _: float,
+    parameters: dict[str, Any],
+) -> Policy:
+    made = Backend(model, Policy((Rule(step > 0, where=STACK),), "calibrate"), Lowering.of(backend), force=True)
+    growth = Growth(made)
+    made.session.observer = growth.see
+    _run(attach(twin(model), made), sample)
+    tables = list(growth.tables.values())
+    if not tables or len(tables[0]) < 2:
+        problem = "no value of a stack was seen at two steps" if not tables else "one step was seen"
+        raise NotCalibrated("MagCache", problem, "Call the denoiser that `sample` is given, at every step.")
+    if len({len(table) for table in tables}) > 1:
+        counts = " and ".join(str(n) for n in sorted({len(table) for table in tables}))
+        raise NotCalibrated("MagCache", f"its streams were called at {counts} steps", "Let all have as many.")
+    ratios = tuple(statistics.fmean(column) for column in zip(*tables, strict=True))
+    return MagCache(ratios, threshold, **parameters)
+
+
+class Last(NamedTuple):
+    """A value of the stack, and when it was computed."""
+
+    step: int
+    value: Tensor
+
+
+class Growth:
+    """By how much the stack's change of the stream grows from step to step, for each stream of each trajectory."""
+
+    def __init__(self, backend: Backend) -> None:
+        self.tables: dict[Hashable, list[float]] = defaultdict(list)
+        self._backend = backend
+        self._last: dict[Hashable, Last] = {}
+
+    def see(self, observation: Observation) -> None:
+        """A call has ended, and its slots hold what it computed."""
+        record = observation.record
+        held = [value for slot in observation.held if slot is not None for value in slot]
+        if not held or observation.position or record.stream is None:
+            return
+        key = (record.trajectory, record.stream)
+        value, last = self._image(observation.graph, held), self._last.get(key)
+        if last is None or last.step != record.step:  # a solver's second call at a step counts no further
+            self.tables[key].append(1.0 if last is None else grown(value, last.value))
+            self._last[key] = Last(record.step, value)
+
+    def _image(self, graph: int, held: Sequence[Tensor]) -> Tensor:
+        """The value of the stream from which the output is made; of those without such a size the largest."""
+        rewritten = self._backend.rewritten[graph]
+        tokens = Probes(rewritten.placed.gm, rewritten.found, rewritten.captured.static).image_tokens()
+        fitting = [value for value in held if value.ndim == 3 and value.shape[1] == tokens]
+        return max(fitting or held, key=Tensor.numel)
+
+
+def grown(now: Tensor, before: Tensor) -> float:
+    """The mean over tokens of the ratio of their lengths."""
+    lengths = [value.float().norm(dim=-1) for value in (now, before)]
+    return float((lengths[0] / (lengths[1] + 1e-8)).mean())
+
+
+def _run(model: Any, sample: Callable[[Any], object]) -> None:
+    with torch.no_grad():
+        sample(model)
+
+
+_METHODS: dict[str, Callable[..., Policy]] = {"teacache": _teacache, "magcache": _magcache}

@@ -1,0 +1,94 @@
+"""The candidates of a plan's search: those that each place of a model can do, their cost, and what is left out."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from functools import cached_property
+
+from dit_rewrite.compiler.backend import Rewritten
+from dit_rewrite.passes.analysis import cost
+from dit_rewrite.passes.analysis.site import Kind, Part, Site
+from dit_rewrite.policy.plan import Choice
+
+REPLACED: dict[Choice, frozenset[Part]] = {  # the parts of a place that are not computed
+    Choice.FULL: frozenset(),
+    Choice.AST: frozenset({Part.BRANCH, Part.GUIDANCE, Part.CORE, Part.HELD}),
+    Choice.ASC: frozenset({Part.GUIDANCE}),
+    Choice.WA_RS: frozenset({Part.CORE, Part.HELD}),
+    Choice.WA_RS_ASC: frozenset({Part.GUIDANCE, Part.CORE, Part.HELD}),
+}
+_CHOICE = {Part.CORE: Choice.WA_RS, Part.GUIDANCE: Choice.ASC}  # what a part is needed for
+
+
+class Candidates:
+    """What can be chosen at each place of a rewritten graph, under the policy that allows all `choices`."""
+
+    def __init__(self, rewritten: Rewritten, choices: Sequence[Choice]) -> None:
+        self.rewritten, self.choices = rewritten, tuple(choices)
+        self.sites: tuple[Site, ...] = rewritten.layout.sites
+        self.places = tuple(dict.fromkeys(site.place for site in self.sites))
+        self._costs: dict[object, int] = {}
+
+    def orders(self, by_cost: bool) -> tuple[tuple[Choice, ...], ...]:
+        """For each place its candidates in the order in which they are tried: the cheapest first, or as given.
+
+        One that saves nothing over full attention is none.
+        """
+        found = []
+        for place in self.places:
+            useful = [c for c in self._possible(place) if self.cost(place, c) < self.cost(place, Choice.FULL)]
+            ranked = sorted(useful, key=lambda c: self.cost(place, c)) if by_cost else useful  # noqa: B023
+            found.append(tuple(ranked))
+        return tuple(found)
+
+    def _possible(self, place: str) -> list[Choice]:
+        parts = {site.part for site in self.sites if site.place == place}
+        needed = {choice: {Part.BRANCH} if choice is Choice.AST else REPLACED[choice] for choice in self.choices}
+        return [choice for choice in self.choices if needed[choice] <= parts]
+
+    def cost(self, place: str, choice: Choice) -> int:
+        """FLOPs of the model with this choice at one place and all others in full, nothing written to a residual.
+
+        A window's residual is written for the steps that read it, so that it is not this choice's own. Places of the
+        same kind, shapes and parts cost the same, and are counted once.
+        """
+        key = (self._likeness[place], choice)
+        if key not in self._costs:
+            row = tuple(
+                site.part is Part.HELD or (site.place == place and site.part in REPLACED[choice]) for site in self.sites
+            )
+            self._costs[key] = cost.total_flops(self.rewritten.straight(row).gm.graph)
+        return self._costs[key]
+
+    @cached_property
+    def _likeness(self) -> dict[str, object]:
+        nodes = {node.name: node for node in self.rewritten.placed.gm.graph.nodes}
+
+        def parts(place: str) -> object:
+            own = [site for site in self.sites if site.place == place]
+            shapes = [tuple(cost.shape(nodes[name].meta["val"]) for name in (*s.values, *s.inputs)) for s in own]
+            return tuple((s.part, s.kind, s.flops, shape) for s, shape in zip(own, shapes, strict=True))
+
+        return {place: parts(place) for place in self.places}
+
+    def notes(self, kinds: Sequence[str]) -> tuple[str, ...]:
+        """The attentions that are not searched, and the candidates that places refuse, with the reasons."""
+        attention = [s for s in self.rewritten.found.sites if s.part is Part.BRANCH and s.kind is not Kind.MLP]
+        left = Counter(site.kind for site in attention if site.place not in self.places)
+        lines = [f"{count} {kind} not searched (kinds: {', '.join(kinds)})" for kind, count in left.items()]
+        refused = Counter(
+            (choice, refusal.reason)
+            for refusal in self.rewritten.found.refused
+            if (choice := self._refused_choice(refusal.path)) is not None
+        )
+        lines += [f"{choice} refused at {count}: {reason}" for (choice, reason), count in refused.items()]
+        return tuple(lines)
+
+    def _refused_choice(self, name: str) -> Choice | None:
+        """The choice that a refused part of a searched place would have made possible."""
+        for part, choice in _CHOICE.items():
+            if choice in self.choices and name.removesuffix(f".{part}") in self.places and name.endswith(f".{part}"):
+                return choice
+        windowed = Choice.WA_RS in self.choices or Choice.WA_RS_ASC in self.choices
+        return Choice.WA_RS if windowed and name in self.places else None  # it has no core that could be replaced

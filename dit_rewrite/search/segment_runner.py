@@ -1,0 +1,294 @@
+"""Searching a plan over the compiled pieces of a model (DiTFastAttn, section 3.5): `greedy_plan`.
+
+The paper runs the network |S| |M| times a step. Here the pieces before a site have run already, with what was chosen
+for them, when its candidates are tried: a candidate of site i takes the pieces from i on, (|M| + 1) / 2 of |M| on
+average, so that a step takes at most |S| (|M| + 1) / 2 + 2 runs; `Plan.work` has what it came to.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Sequence, Set
+from pathlib import Path
+from typing import Any, Literal
+
+from torch import Tensor, nn
+
+from dit_rewrite.compiler.backend import Backend
+from dit_rewrite.compiler.lowering import Backend as LoweringBackend
+from dit_rewrite.compiler.lowering import Lowering
+from dit_rewrite.errors import BadParameter, BadTrajectory, NoSites, Reason
+from dit_rewrite.guards import step as step_symbol
+from dit_rewrite.module import RewrittenModule, attach, twin
+from dit_rewrite.passes.analysis.site import Found
+from dit_rewrite.policies import strategies_of
+from dit_rewrite.policy.plan import (
+    SHARED,
+    WINDOWED,
+    Choice,
+    Grid,
+    Plan,
+    Row,
+    Window,
+    check_window,
+    describe_scheduler,
+    fingerprint,
+    partial_path,
+)
+from dit_rewrite.policy.rules import Policy, Rule
+from dit_rewrite.policy.strategies import Strategy
+from dit_rewrite.policy.where import Where
+from dit_rewrite.runtime.decide import Decisions
+from dit_rewrite.runtime.session import Call
+from dit_rewrite.search.candidates import REPLACED, Candidates
+from dit_rewrite.search.greedy import DELTAS, STRATEGIES, greedy
+from dit_rewrite.search.stepped_sampler import Arrival, Sampling, State, digest
+
+__all__ = ["DELTAS", "STRATEGIES", "greedy_plan"]
+
+Sample = Callable[[Any], object]
+ALL = frozenset(STRATEGIES)
+
+
+def greedy_plan(
+    model: nn.Module,
+    trajectories: Sequence[Sample],
+    delta: float,
+    strategies: Collection[Choice] = ALL,
+    *,
+    steps: int,
+    window: Window = 0.125,
+    grid: Grid | None = None,
+    conditional: Literal["first", "second"] | None = None,
+    kinds: tuple[str, ...] = ("self", "joint", "parallel"),
+    scheduler: object = None,
+    path: str | Path | None = None,
+    backend: LoweringBackend = "inductor",
+    progress: bool = False,
+) -> Plan:
+    """The plan of DiTFastAttn's algorithm 1 for the attentions of `kinds` in a denoiser. Of a parallel block, whose
+    attention and MLP share a projection, AST reuses both.
+
+    `trajectories` are functions that sample with the denoiser they are given: it is called once a step for `steps`
+    steps, inside ``with denoiser.trajectory(num_steps=steps)``, both halves of the guidance in one batch of which
+    `conditional` is one. They run side by side, each in a thread. `delta` bounds the mean relative absolute error of
+    the model's output. `strategies` are the candidates: a set, such as all of them, is tried at each attention in
+    ascending cost, by the FLOPs that each leaves there at the sizes at hand; a sequence as it stands. `window` is
+    WA-RS's, along the axes of `grid` where there is one. `scheduler` is only noted in the plan. With a `path` the plan
+    is saved there, and a search that was interrupted goes on, if it began with the same model, settings and inputs.
+
+    Raises BadParameter, BadTrajectory where the model is called otherwise, and what `greedy` raises.
+    """
+    _check(strategies, window, grid, conditional)
+    by_cost = isinstance(strategies, Set)
+    strategies = tuple(sorted(strategies, key=STRATEGIES.index) if by_cost else strategies)
+    lowering = Lowering.of(backend, form="segments")
+    known = strategies_of(window, conditional, grid)
+    compiled = attach(
+        twin(model), Backend(model, _candidates([known[choice] for choice in strategies], kinds), lowering)
+    )
+    runner = _Pieces(compiled, [Sampling(compiled, sample) for sample in trajectories], strategies)
+    found_path = None if path is None else Path(path)
+    partial = None if found_path is None else partial_path(found_path)
+    key = {"model": fingerprint(model), "scheduler": describe_scheduler(scheduler), "kinds": " ".join(kinds)}
+    key |= {"window": str(window), "grid": str(grid), "conditional": str(conditional)}
+    try:
+        candidates = runner.open(kinds)
+        orders = candidates.orders(by_cost)
+        key |= {"inputs": runner.inputs()}
+        found = greedy(
+            runner, runner.places, steps, delta, strategies, orders=orders, partial=partial, key=key, progress=progress
+        )
+    finally:
+        runner.close()
+    used = {choice for row in found.table for choice in row}
+    plan = Plan(
+        fingerprint(model),
+        steps,
+        describe_scheduler(scheduler),
+        runner.places,
+        found.table,
+        delta,
+        window if used & WINDOWED else None,
+        conditional if used & SHARED else None,
+        found.evaluations,
+        found.share(len(strategies)),
+        grid if used & WINDOWED else None,
+        candidates.notes(kinds),
+    )
+    if found_path is not None:
+        plan.save(found_path)
+    return plan
+
+
+def _check(strategies: Collection[Choice], window: Window | None, grid: object, conditional: object) -> None:
+    """Before anything is compiled. Raises BadParameter."""
+    if not all(isinstance(choice, Choice) and choice is not Choice.FULL for choice in strategies):
+        raise BadParameter("greedy_plan", "strategies", strategies, "some Choice without Choice.FULL")
+    if conditional is None and SHARED & set(strategies):
+        raise BadParameter("greedy_plan", "conditional", None, '"first" or "second", or strategies without ASC')
+    if conditional not in ("first", "second", None):
+        raise BadParameter("greedy_plan", "conditional", conditional, '"first", "second" or None')
+    if window is None and WINDOWED & set(strategies):
+        raise BadParameter("greedy_plan", "window", None, "a share or a tuple of tokens, or strategies without WA-RS")
+    check_window("greedy_plan", window, grid)
+
+
+def _candidates(allowed: Sequence[Strategy | tuple[Strategy, ...]], kinds: tuple[str, ...]) -> Policy:
+    """A policy under which every place can do whatever a candidate asks; who does what, the search decides."""
+    return Policy(tuple(Rule(step_symbol > 0, do, Where(kinds)) for do in allowed), "candidates")
+
+
+class _Pieces:
+    """The runner of `greedy` over compiled pieces, for several samplers side by side."""
+
+    def __init__(self, compiled: RewrittenModule, samplings: Sequence[Sampling], strategies: Sequence[Choice]) -> None:
+        self.compiled, self.samplings, self.strategies = compiled, samplings, strategies
+        self.work = 0.0
+        self.step = 0
+        self.states: list[State] = []
+        self.row: list[Choice] = []
+        self.places: tuple[str, ...] = ()
+        self._waiting: list[Arrival] | None = None
+        self._calls: list[Call | None] = [None] * len(samplings)  # the last of each sampler
+
+    def open(self, kinds: Sequence[str]) -> Candidates:
+        """Run all samplers up to their first call, which compiles the model and shows its places."""
+        self._waiting = self._arrive()
+        self._graph = self._waiting[0].graph
+        rewritten = self.compiled._backend.rewritten[self._graph.index]
+        if not rewritten.captured.complete:
+            raise _broken()
+        candidates = Candidates(rewritten, self.strategies)
+        self.places = candidates.places
+        if not self.places:
+            self._refuse_graph(rewritten.found, kinds)
+        numbers = {place: i for i, place in enumerate(self.places)}
+        self._sites = [(numbers[site.place], site.part) for site in candidates.sites]
+        depends = rewritten.layout.depends
+        self._first = [
+            next(p for p, own in enumerate(depends) if any(self._sites[s][0] == i for s in own))
+            for i in range(len(self.places))
+        ]
+        return candidates
+
+    def _refuse_graph(self, found: Found, kinds: Sequence[str]) -> None:
+        """Say why there is nothing to search in the first graph: another may follow it in the same call."""
+        if found.sites:
+            has = dict.fromkeys(str(site.kind) for site in found.sites)
+            raise BadParameter("greedy_plan", "kinds", kinds, f"kinds of the model's branches: {', '.join(has)}")
+        self._sites, self._first = [], []
+        self.replay(())
+        self._arrive()
+        raise NoSites(type(self.compiled).__name__, [f"{p.path or p.node}: {p.reason}" for p in found.refused])
+
+    def inputs(self) -> str:
+        """The digest of what the samplers give their first calls."""
+        return digest(self._waiting or ())
+
+    def _arrive(self) -> list[Arrival]:
+        """The next call of every sampler. Raises BadTrajectory unless it is the next step of what is searched."""
+        arrivals = []
+        for i, sampling in enumerate(self.samplings):
+            arrivals.append(sampling.next())
+            self._refuse(arrivals[-1], arrivals[0], self._calls[i])
+            self._calls[i] = arrivals[-1].call
+        return arrivals
+
+    def _refuse(self, arrival: Arrival, first: Arrival, before: Call | None) -> None:
+        call, found = arrival.call, arrival.call.trajectory.step
+        if not call.explicit:
+            raise BadTrajectory("A plan is searched within told trajectories.", "Use `with model.trajectory(…)`.")
+        if call is before:
+            raise _broken()
+        if found != self.step:
+            again = before is not None and call.trajectory is before.trajectory
+            raise _called_twice(self.step - 1) if again else _restarted(self.step, found)
+        if arrival.graph is not (first.graph if self.step == 0 else self._graph):
+            raise BadTrajectory(
+                f"At step {found} the denoiser was compiled anew, for other shapes or arguments.",
+                "Search over trajectories that call it with the same batch, resolution and arguments.",
+            )
+
+    def close(self) -> None:
+        """End the samplers."""
+        for sampling in self.samplings:
+            sampling.close()
+
+    def _arrivals(self) -> list[Arrival]:
+        """The next call of every sampler."""
+        arrivals = self._waiting if self._waiting is not None else self._arrive()
+        self._waiting = None
+        return arrivals
+
+    def replay(self, row: Row) -> None:
+        """Go through the next step with these choices."""
+        self.begin(-1)
+        self.row = list(row)
+        self.finish()
+
+    def begin(self, step: int) -> None:
+        self.states = [State(arrival) for arrival in self._arrivals()]
+        self.row = [Choice.FULL] * len(self.places)
+
+    def reference(self) -> list[Tensor]:
+        return self._outputs([Choice.FULL] * len(self.places))
+
+    def attempt(self, index: int, choice: Choice) -> list[Tensor]:
+        row = [*self.row[:index], choice, *[Choice.FULL] * (len(self.row) - index - 1)]
+        return self._outputs(row)
+
+    def fix(self, index: int, choice: Choice) -> None:
+        self.row[index] = choice
+        until = self._first[index + 1] if index + 1 < len(self.places) else self._first[index]
+        self._advance(until)
+
+    def finish(self) -> None:
+        self._advance(len(self.states[0].graph.pieces))
+        decided = self._decisions()
+        for sampling, state in zip(self.samplings, self.states, strict=True):
+            sampling.answer(decided, state.finish(decided))
+        self.step += 1
+
+    def _advance(self, until: int) -> None:
+        for state in self.states:
+            self.work += state.advance(until, self._decide(self.row)) / len(self.states)
+
+    def _outputs(self, row: Sequence[Choice]) -> list[Tensor]:
+        outputs = []
+        for state in self.states:
+            output, share = state.outputs(self._decide(row))
+            outputs.append(output)
+            self.work += share / len(self.states)
+        return outputs
+
+    def _decide(self, row: Sequence[Choice]) -> Callable[[int], bool]:
+        """Whether a site is reused under a row of choices."""
+        return lambda site: self._sites[site][1] in REPLACED[row[self._sites[site][0]]]
+
+    def _decisions(self) -> Decisions:
+        decide = self._decide(self.row)
+        row = tuple(map(decide, range(len(self._sites))))
+        return Decisions(row, tuple(Reason.RULE if reused else Reason.NO_RULE for reused in row), ())
+
+
+def _broken() -> BadTrajectory:
+    return BadTrajectory(
+        "The denoiser runs in several graphs (graph breaks), and a plan is searched over one.",
+        "Find the breaks with dit_rewrite.compile(model, policy, fullgraph=True), and mend them.",
+    )
+
+
+def _called_twice(step: int) -> BadTrajectory:
+    return BadTrajectory(
+        f"The denoiser is called more than once at step {step}: guidance takes a call for each of its streams, or the "
+        f"solver evaluates twice. A plan has one choice for each step.",
+        'Give both halves of the guidance in one batch, with conditional="first" or "second", and take a solver that '
+        "calls once a step.",
+    )
+
+
+def _restarted(expected: int, found: int) -> BadTrajectory:
+    return BadTrajectory(
+        f"The sampler's call for step {expected} is of step {found} of another trajectory.",
+        "Sample once, with a single `with model.trajectory(num_steps=…)` around all steps.",
+    )

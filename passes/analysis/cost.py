@@ -1,0 +1,74 @@
+"""What a node costs: FLOPs by ATen's own formulas, bytes by storage."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.utils._pytree import tree_map
+from torch.utils.flop_counter import flop_registry, sdpa_flop_count
+
+from dit_rewrite.passes.analysis.graph import PRODUCTS, operands, packet
+from dit_rewrite.passes.capture import opaque_attention
+
+
+def hint(size: int | torch.SymInt) -> int:
+    """A size as a number: that of the trace where it is symbolic. Adds no guard."""
+    if isinstance(size, int):
+        return size
+    return int(size.node.hint) if size.node.hint is not None else 0
+
+
+def position(index: int | torch.SymInt | fx.Node | None, size: int) -> int:
+    """An index along an axis of that size as a number from its beginning; None, or one beyond the end, is the end."""
+    if index is None:
+        return size
+    number = hint(index.meta["val"] if isinstance(index, fx.Node) else index)
+    return min(number + size if number < 0 else number, size)
+
+
+def shape(value: Tensor) -> tuple[int, ...]:
+    """The shape of the trace."""
+    return tuple(map(hint, value.shape))
+
+
+def flops(nodes: Iterable[fx.Node]) -> int:
+    """Floating-point operations of the contractions among `nodes`, a multiply-add counted as two."""
+    return sum(_flops(node) for node in nodes)
+
+
+def _flops(node: fx.Node) -> int:
+    if node.target is opaque_attention.OP:
+        return sdpa_flop_count(*(shape(n.meta["val"]) for n in operands(node)))
+    formula = flop_registry.get(packet(node))
+    if formula is None:
+        return _product_flops(node) if packet(node) in PRODUCTS else 0
+    args, kwargs, out = tree_map(_shapes, (node.args, node.kwargs, node))
+    return int(formula(*args, **kwargs, out_val=out))
+
+
+def _product_flops(node: fx.Node) -> int:
+    return 2 * shape(node.all_input_nodes[0].meta["val"])[-1] * _numel(node)
+
+
+def _numel(node: fx.Node) -> int:
+    return torch.Size(shape(node.meta["val"])).numel()
+
+
+def _shapes(argument: Any) -> Any:
+    """FLOP formulas take shapes in the place of tensors."""
+    value = argument.meta.get("val") if isinstance(argument, fx.Node) else argument
+    return torch.Size(shape(value)) if isinstance(value, Tensor) else argument
+
+
+def stored_bytes(node: fx.Node) -> int:
+    """Bytes that holding the node's value keeps alive: its storage's, which may exceed those of a view."""
+    value = node.meta["val"]
+    return hint(value.untyped_storage().nbytes())
+
+
+def total_flops(graph: fx.Graph) -> int:
+    """FLOPs of the whole graph."""
+    return flops(graph.nodes)

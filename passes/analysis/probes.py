@@ -1,0 +1,207 @@
+"""What a policy asks for beyond branches: spans, keys and values, probes and entropy.
+
+Each is found by structure like the branches, and becomes a site, or a node that a site's guard reads. Nodes that the
+model does not have (what the first block adds, an attention's entropy) are put into a copy of the graph; nothing else
+in it changes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import cached_property
+from typing import Any
+
+from torch import Tensor, fx
+
+from dit_rewrite.errors import Reason
+from dit_rewrite.passes.analysis import cost
+from dit_rewrite.passes.analysis.attention_sites import arguments, cores
+from dit_rewrite.passes.analysis.branches import Refusal
+from dit_rewrite.passes.analysis.graph import Dependence, aten, is_contraction, is_copy, is_view, operands
+from dit_rewrite.passes.analysis.grid import find_patch
+from dit_rewrite.passes.analysis.output_sites import find_latent
+from dit_rewrite.passes.analysis.site import Found, Kind, Part, Probe, Site
+from dit_rewrite.passes.analysis.spans import Stream
+from dit_rewrite.passes.analysis.stacks import Stacks
+from dit_rewrite.passes.analysis.trajectory_invariant import steady_nodes
+from dit_rewrite.passes.guards.measurements import Measurement, first_blocks
+
+
+def copied(gm: fx.GraphModule) -> fx.GraphModule:
+    """A copy of a graph whose nodes have the same names."""
+    graph = fx.Graph()
+    env: dict[fx.Node, fx.Node] = {}
+    for node in gm.graph.nodes:
+        env[node] = graph.node_copy(node, lambda n: env[n])
+    return fx.GraphModule(gm, graph)
+
+
+def find_keys(gm: fx.GraphModule, sites: Sequence[Site], steady: frozenset[int]) -> tuple[list[Site], list[Refusal]]:
+    """A site for the keys and values of each attention among `sites`.
+
+    `steady` are the positions of inputs that stay the same within a trajectory: what depends on them alone is no site.
+    """
+    nodes = {node.name: node for node in gm.graph.nodes}
+    still = steady_nodes(gm.graph, steady)
+    found, refused = [], []
+    for site in sites:
+        if site.kind is Kind.MLP:
+            continue
+        pairs = [operands(core)[1:] for core in cores(nodes, site)]
+        values = dict.fromkeys(node for pair in pairs for node in pair if node not in still)
+        if values:
+            named = tuple(node.name for node in values)
+            found.append(replace(site, name=f"{site.name}.kv", values=named, part=Part.KV))
+        else:
+            reason = Reason.STEADY if pairs else Reason.NO_KEYS
+            refused.append(Refusal(site.values[0], site.name, reason))
+    return found, refused
+
+
+def add_entropy(gm: fx.GraphModule, site: Site, op: Any) -> Site:
+    """The site with the mean row entropy of its attention as one more value: `op` (query, key, mask, scale, …)."""
+    nodes = {node.name: node for node in gm.graph.nodes}
+    inside = sorted(cores(nodes, site), key=list(gm.graph.nodes).index)
+    if not inside:
+        return site
+    measured = [_after(gm.graph, core, op, *_entropy_arguments(core)) for core in inside]
+    node = measured[0]
+    for other in measured[1:]:
+        node = _after(gm.graph, other, aten.add.Tensor, node, other)
+    if len(measured) > 1:
+        node = _after(gm.graph, node, aten.div.Tensor, node, len(measured))
+    return replace(site, values=(*site.values, node.name), entropy=len(site.values))
+
+
+def _entropy_arguments(core: fx.Node) -> tuple[Any, ...]:
+    """Query, key, mask, scale, is_causal and enable_gqa of an attention op."""
+    given = arguments(core)
+    return tuple(given[name] for name in ("query", "key", "attn_mask", "scale", "is_causal", "enable_gqa"))
+
+
+def _after(graph: fx.Graph, place: fx.Node, target: Any, *arguments: Any) -> fx.Node:
+    """A new node right behind another."""
+    with graph.inserting_after(place):
+        node = graph.call_function(target, arguments)
+    values = fx.node.map_arg(arguments, lambda n: n.meta["val"])
+    node.meta = {"val": target(*values), "nn_module_stack": place.meta.get("nn_module_stack")}
+    return node
+
+
+class Probes:
+    """The nodes that guards measure, put into `gm` where the model does not have them."""
+
+    def __init__(
+        self,
+        gm: fx.GraphModule,
+        found: Found,
+        static: frozenset[int],
+        steady: frozenset[int] = frozenset(),
+        whole: bool = True,
+    ) -> None:
+        """`static` and `steady` are the inputs that are weights, and conditioning; `whole`: it is all of the model."""
+        self.gm, self.found, self.static, self.steady, self.whole = gm, found, static, steady, whole
+        self.stream = Stream(gm.graph, found)
+        self._known: dict[str, str | None] = {}
+
+    def measured(self, asked: Measurement, site: Site) -> Probe | Reason:
+        """What is measured for a site, or why it cannot be."""
+        if not self.whole and (asked.reads_output or asked.probe == "latent" or asked.filter is not None):
+            return Reason.PROBE_IN_PART
+        found, output = self.of(asked.probe, site), self.of("output", site) if asked.reads_output else None
+        if found is None or (asked.reads_output and output is None):
+            return Reason.NO_PROBE
+        inputs = {node.name for node in self.gm.graph.find_nodes(op="placeholder")}
+        probe = Probe(asked.name, found, found != output and found not in inputs, output)
+        return probe if asked.filter is None else self._on_grid(probe)
+
+    def _on_grid(self, probe: Probe) -> Probe | Reason:
+        """A probe with the patch of the latent that each of its tokens covers."""
+        nodes = {node.name: node for node in self.gm.graph.nodes}
+        latent = find_latent(self.gm.graph, self.static | self.steady)
+        patch = None if latent is None else find_patch(self.gm.graph, latent, nodes[probe.node])
+        if latent is None or patch is None:
+            return Reason.NO_GRID
+        return probe._replace(latent=latent.name, patch=patch)
+
+    def of(self, probe: str, site: Site) -> str | None:
+        """The node that a probe of that name measures for a site; None where there is none."""
+        found = self._own(site) if probe == "self" else self._shared(probe)
+        nodes = {node.name: node for node in self.gm.graph.nodes}
+        return found if found is not None and measurable(nodes[found].meta["val"]) else None
+
+    def _shared(self, probe: str) -> str | None:
+        """The node of a probe that is the same for every site; found, or put into the graph, once."""
+        if probe not in self._known:
+            find = {
+                "modulated_input": self._modulated_input,
+                "latent": lambda: find_latent(self.gm.graph, self.static | self.steady),
+                "output": lambda: _largest(self.gm.graph.output_node().all_input_nodes),
+            }
+            count = first_blocks(probe)
+            node = find[probe]() if count is None else self._first_blocks(count)
+            self._known[probe] = None if node is None else node.name
+        return self._known[probe]
+
+    def _own(self, site: Site) -> str | None:
+        """The stream that the site reads; the larger one of two."""
+        sizes = {name: self.stream.nodes[name].meta["val"].numel() for name in site.streams}
+        return max(sizes, key=lambda name: int(sizes[name]), default=None)
+
+    def image_tokens(self) -> int | None:
+        """How many tokens the stream has from which the model's output is made; None where no block shows it."""
+        pair = self._main
+        return None if pair is None or pair[1].meta["val"].ndim != 3 else cost.shape(pair[1].meta["val"])[1]
+
+    @cached_property
+    def _main(self) -> tuple[fx.Node, fx.Node] | None:
+        return self._across(1)
+
+    def _across(self, count: int) -> tuple[fx.Node, fx.Node] | None:
+        """Value and base of the main stack's first blocks, of the stream from which the model's output is made."""
+        stack = Stacks(self.stream).find().layers
+        pairs = self.stream.pairs(stack[0], stack[count - 1] + 1, stack) if len(stack) >= count else None
+        if not pairs:
+            return None
+        bases = {base: (value, base) for value, base in pairs}
+        ways = (self.stream.walk(node, bases.__contains__) for node in self.stream.behind(stack))
+        return next((bases[way[-1]] for way in ways if way is not None), pairs[0])
+
+    def _first_blocks(self, count: int) -> fx.Node | None:
+        pair = self._across(count)
+        return None if pair is None else _after(self.gm.graph, pair[0], aten.sub.Tensor, *pair)
+
+    def _modulated_input(self) -> fx.Node | None:
+        """What the first contraction of the first attention branch reads, below views and casts."""
+        dependence = Dependence(self.gm.graph, self.static)
+        attention = (s for s in self.found.sites if s.kind in (Kind.SELF, Kind.JOINT, Kind.PARALLEL))
+        site = next(attention, None)
+        pair = self._main
+        if site is None or pair is None:
+            return None
+        streams = [self.stream.nodes[name] for name in site.streams]
+        stream = next((s for s in streams if s is pair[1]), streams[0])
+        for node in self.gm.graph.nodes:
+            if node is not stream and is_contraction(node) and dependence.depends(node, stream):
+                read = next((o for o in operands(node) if dependence.depends(o, stream)), None)
+                return None if read is None else _base(read)
+        return None
+
+
+def _largest(nodes: Sequence[fx.Node]) -> fx.Node | None:
+    """The largest tensor of real numbers, of more than one."""
+    tensors = [node for node in nodes if measurable(node.meta.get("val")) and node.meta["val"].ndim]
+    return max(tensors, key=lambda node: math.prod(cost.shape(node.meta["val"])), default=None)
+
+
+def _base(node: fx.Node) -> fx.Node:
+    while is_view(node) or is_copy(node):
+        node = node.all_input_nodes[0]
+    return node
+
+
+def measurable(value: object) -> bool:
+    """Whether a probe's node can be measured."""
+    return isinstance(value, Tensor) and value.is_floating_point()

@@ -1,0 +1,121 @@
+"""Stacks: chains of blocks over one residual stream. The main one holds most FLOPs.
+
+A chain is found by walking a stream back from its last residual sum; the blocks of a text refiner or a control branch,
+whose stream only feeds another, are a chain of their own. A stack is the run of blocks of a chain whose streams have
+counterparts before it: double and single blocks are one stack where a cat and a slice can be walked through.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from functools import cached_property
+
+from torch import fx
+
+from dit_rewrite.errors import Reason
+from dit_rewrite.passes.analysis.branches import Refusal
+from dit_rewrite.passes.analysis.spans import Stream, block_range, is_shape_only
+from dit_rewrite.passes.capture import module_paths
+
+
+@dataclass(frozen=True)
+class Stack:
+    """The blocks of a stack in order, by their layers; and those that it leaves out, with the reason."""
+
+    layers: tuple[int, ...] = ()
+    refused: tuple[Refusal, ...] = ()
+
+
+class Stacks:
+    """The stacks of a graph whose residual stream is known."""
+
+    def __init__(self, stream: Stream) -> None:
+        self.stream = stream
+        self._known: dict[str | None, Stack] = {}
+
+    def find(self, container: str | None = None) -> Stack:
+        """The stack with most FLOPs; with a pattern, of the blocks whose module's container has such a path."""
+        if container not in self._known:
+            chains = [part for chain in self.chains for part in self._parts(chain, container)]
+            layers = self._largest(chains)
+            self._known[container] = Stack(layers, tuple(self._left_out(layers, chains, container)))
+        return self._known[container]
+
+    @cached_property
+    def chains(self) -> list[tuple[int, ...]]:
+        """For each stream the blocks that it passes, from its beginning to its end."""
+        seen: set[fx.Node] = set()
+        chains: dict[tuple[int, ...], None] = {}
+        for total in sorted(self.stream.under, key=self.stream.position.__getitem__, reverse=True):
+            for form in _forms(total) if total not in seen else ():
+                sums = [node for node in reversed(self.stream.way(form)) if node in self.stream.under]
+                seen.update(sums)
+                chains[tuple(_once(self.stream.layer[node] for node in sums))] = None
+        return list(chains)
+
+    def _parts(self, chain: tuple[int, ...], container: str | None) -> Iterator[tuple[int, ...]]:
+        """The parts of a chain that lie in a container."""
+        for inside, part in itertools.groupby(chain, lambda layer: self._lies_in(layer, container)):
+            if inside:
+                yield tuple(part)
+
+    def _lies_in(self, layer: int, container: str | None) -> bool:
+        path = module_paths.container_of(self._blocks[layer])
+        return container is None or (path != "" and fnmatchcase(path, container))
+
+    @cached_property
+    def _blocks(self) -> dict[int, str]:
+        return {site.layer: site.block for site in self.stream.found.sites}
+
+    @cached_property
+    def _flops(self) -> dict[int, int]:
+        """The FLOPs of each block's branches, less those of other blocks within them: a skip around all of the blocks
+        makes one branch of these."""
+        sites = self.stream.found.sites
+        flops = dict.fromkeys(self._blocks, 0)
+        for site in sites:
+            flops[site.layer] += site.flops
+            if site.parent is not None:
+                flops[sites[site.parent].layer] -= site.flops
+        return flops
+
+    def _largest(self, chains: Iterable[tuple[int, ...]]) -> tuple[int, ...]:
+        """Of all runs of blocks of the chains that are spans, the one with most FLOPs."""
+        runs = {c[i:j] for c in chains for i, j in itertools.combinations(range(len(c) + 1), 2)}
+        for run in sorted(runs, key=lambda run: (-sum(map(self._flops.__getitem__, run)), len(run), run)):
+            if self.stream.pairs(min(run), max(run) + 1, run) is not None:
+                return run
+        return ()
+
+    def _left_out(
+        self, layers: Sequence[int], chains: Sequence[tuple[int, ...]], container: str | None
+    ) -> Iterator[Refusal]:
+        """The blocks outside of a stack: of the same stream, or of another."""
+        same = {layer for chain in chains if not layers or set(chain) & set(layers) for layer in chain}
+        meant = [layer for layer in sorted(self._blocks) if self._lies_in(layer, container) and layer not in layers]
+        for (_, is_same), run in itertools.groupby(
+            meant, lambda b: (module_paths.container_of(self._blocks[b]), b in same)
+        ):
+            blocks = list(run)
+            reason = Reason.NO_COUNTERPART if is_same else Reason.OTHER_STACK
+            yield Refusal("", block_range(self.stream.found, blocks[0], blocks[-1]), reason)
+        if not layers and not meant:
+            yield Refusal("", container or "", Reason.NO_STACK)
+
+
+def _once(layers: Iterable[int]) -> Iterator[int]:
+    """Each block at its place; one to which the stream comes back (sums outside of any block) is left out."""
+    runs = [layer for layer, _ in itertools.groupby(layers)]
+    yield from (layer for layer in runs if runs.count(layer) == 1)
+
+
+def _forms(total: fx.Node) -> Iterator[fx.Node]:
+    """The views, casts and selections in which a sum is read; it, where there are none."""
+    later = [user for user in total.users if is_shape_only(user)]
+    for user in later:
+        yield from _forms(user)
+    if not later:
+        yield total

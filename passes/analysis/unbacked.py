@@ -1,0 +1,151 @@
+"""Sizes that data decide (a mask selects tokens, a router counts them), as inputs of straight-line code.
+
+The trace names such a size by a symbol that the deciding op defines, or by a sum of such symbols. Code that takes a
+tensor of that size from a slot, or from another piece, may have that op no more, and a sum cannot be read off a tensor.
+So such code gets new symbols, each of which some input binds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import sympy
+import torch
+from torch import SymInt, Tensor, fx
+from torch.utils._pytree import tree_leaves
+
+from dit_rewrite import torch_compat
+from dit_rewrite.torch_compat import FakeTensorMode
+
+_ONE = sympy.S.One
+
+
+def is_unbacked(value: Any) -> bool:
+    """Whether a tensor, or a number, has a size that data decide."""
+    return bool(torch_compat.unbacked_symbols(value))
+
+
+def moving_sizes(graph: fx.Graph, steady: Iterable[int]) -> frozenset[sympy.Symbol]:
+    """The symbols of sizes that other inputs than the `steady` ones decide: they may differ from call to call."""
+    placeholders, steady = graph.find_nodes(op="placeholder"), frozenset(steady)
+    moving = {node for i, node in enumerate(placeholders) if i not in steady and isinstance(node.meta["val"], Tensor)}
+    found: set[sympy.Symbol] = set()
+    for node in graph.nodes:
+        drawn = torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
+        if drawn or any(argument in moving for argument in node.all_input_nodes):
+            moving.add(node)
+            found |= _symbols(node).difference(*map(_symbols, node.all_input_nodes))
+    return frozenset(found)
+
+
+def _symbols(node: fx.Node) -> frozenset[sympy.Symbol]:
+    values = tree_leaves(node.meta.get("val"))
+    return frozenset[sympy.Symbol]().union(*map(torch_compat.unbacked_symbols, values))
+
+
+def is_contiguous(value: Tensor) -> bool:
+    """Whether a tensor has no gaps, its dimensions in order; torch raises for a size that data decide."""
+    return memory_order(value) == list(range(value.ndim)) if is_unbacked(value) else value.is_contiguous()
+
+
+def is_dense(value: Tensor) -> bool:
+    """Whether a tensor has no gaps and overlaps in memory, its dimensions in any order."""
+    if is_unbacked(value):
+        return memory_order(value) is not None
+    return bool(torch.ops.aten.is_non_overlapping_and_dense(value))
+
+
+def memory_order(value: Tensor) -> list[int] | None:
+    """The order of a dense tensor's dimensions in memory, outermost first; None where it has gaps or overlaps.
+
+    It is read off numbers that stand for the symbols.
+    """
+    symbols = {symbol for size in (*value.shape, *value.stride()) for symbol in _expression(size).free_symbols}
+    tried = {symbol: sympy.prime(25 + i) for i, symbol in enumerate(sorted(symbols, key=str))}
+    shape, strides = ([int(_expression(s).subs(tried)) for s in sizes] for sizes in (value.shape, value.stride()))
+    expected, order = 1, list[int]()
+    for dim in sorted(range(value.ndim), key=lambda dim: (strides[dim], shape[dim])):
+        if strides[dim] != expected and shape[dim] != 1:
+            return None
+        expected *= shape[dim]
+        order.insert(0, dim)
+    return order
+
+
+def bind_inputs(gm: fx.GraphModule, fake_mode: FakeTensorMode | None) -> None:
+    """Name the sizes among a graph's inputs that data decide by symbols that the inputs themselves bind."""
+    found = [node for node in gm.graph.find_nodes(op="placeholder") if is_unbacked(node.meta.get("val"))]
+    if fake_mode is None or not found:
+        return
+    sizes = _Sizes(size for node in found for size in _sizes(node.meta["val"]))
+    for node in found:
+        node.meta = {**node.meta, "val": sizes.rebound(node.meta["val"], fake_mode)}
+
+
+def _sizes(value: SymInt | Tensor) -> tuple[int | SymInt, ...]:
+    """The sizes by which an input is described; those of a dense tensor tell its strides."""
+    if not isinstance(value, Tensor):
+        return (value,)
+    return tuple(value.shape) if memory_order(value) is not None else (*value.shape, *value.stride())
+
+
+class _Sizes:
+    """The new sizes by the expressions of old ones. A whole-number combination of others needs no symbol of its own:
+    that tokens and a mask over them are as many must still be seen."""
+
+    def __init__(self, sizes: Iterable[int | SymInt]) -> None:
+        old: dict[sympy.Expr, SymInt] = {_expression(s): s for s in sizes if isinstance(s, SymInt) and is_unbacked(s)}
+        self.basis: list[sympy.Expr] = []
+        self.new: dict[sympy.Expr, int | SymInt] = {}
+
+        def simplicity(expression: sympy.Expr) -> tuple[Any, ...]:
+            negative = bool(torch_compat.value_bounds(old[expression])[0] < 0)  # the index of a slice from the end
+            return negative, len(expression.free_symbols), sum(map(abs, _terms(expression).values())), str(expression)
+
+        for expression in sorted(old, key=simplicity):
+            combined = self._combined(expression) if self.basis else None
+            self.new[expression] = self._fresh(old[expression]) if combined is None else combined
+
+    def _fresh(self, old: SymInt) -> SymInt:
+        self.basis.append(_expression(old))
+        return torch_compat.unbacked_input(old)
+
+    def _combined(self, expression: sympy.Expr) -> int | SymInt | None:
+        """The size by those that have symbols already, if it follows from them."""
+        terms, columns = _terms(expression), [_terms(base) for base in self.basis]
+        rows = sorted({term for part in (terms, *columns) for term in part} - {_ONE}, key=str)
+        matrix = sympy.Matrix(len(rows), len(columns), lambda i, j: columns[j].get(rows[i], 0))
+        try:
+            solution, free = matrix.gauss_jordan_solve(sympy.Matrix([terms.get(row, 0) for row in rows]))
+        except ValueError:
+            return None
+        factors = list(solution.subs(dict.fromkeys(free, 0)))
+        if not all(factor.is_integer for factor in factors):
+            return None
+        constant = terms.get(_ONE, 0) - sum(f * c.get(_ONE, 0) for f, c in zip(factors, columns, strict=True))
+        parts = (int(f) * self.new[base] for f, base in zip(factors, self.basis, strict=True) if f != 0)
+        return sum(parts, int(constant))
+
+    def rebound(self, value: SymInt | Tensor, fake_mode: FakeTensorMode) -> int | SymInt | Tensor:
+        """An input with its new sizes."""
+        if not isinstance(value, Tensor):
+            return self._of(value)
+        shape, order = [self._of(size) for size in value.shape], memory_order(value)
+        with fake_mode:
+            if order is not None:
+                return torch.empty_permuted(shape, order, dtype=value.dtype, device=value.device)
+            strides = [self._of(stride) for stride in value.stride()]
+            return torch.empty_strided(shape, strides, dtype=value.dtype, device=value.device)
+
+    def _of(self, old: int | SymInt) -> int | SymInt:
+        return self.new[_expression(old)] if is_unbacked(old) else old
+
+
+def _expression(size: int | SymInt) -> sympy.Expr:
+    return size.node.expr if isinstance(size, SymInt) else sympy.Integer(size)
+
+
+def _terms(expression: sympy.Expr) -> dict[sympy.Expr, Any]:
+    """The terms of a sum with their coefficients."""
+    return dict(sympy.expand(expression).as_coefficients_dict())

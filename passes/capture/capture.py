@@ -1,0 +1,165 @@
+"""Pass 00: Dynamo's graph to the functional ATen graph that every other pass works on.
+
+On that graph there are no in-place ops, no autocast regions and no copies that lose metadata (design.md).
+"""
+
+from __future__ import annotations
+
+import re
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+
+from dit_rewrite import torch_compat
+from dit_rewrite.errors import GradientsNeeded
+from dit_rewrite.passes.capture import module_paths, opaque_attention
+from dit_rewrite.passes.capture.float_inputs import keep_floats
+from dit_rewrite.torch_compat import FakeTensorMode
+
+Runner = Callable[[list[Any]], Sequence[Any]]
+
+
+@dataclass(frozen=True)
+class Captured:
+    """A functional ATen graph and what is known about it.
+
+    ``static`` are the positions of the placeholders that are parameters or buffers; ``parameter_names`` are theirs,
+    as seen from the module whose forward was traced (``blocks.0.attn.to_q.weight`` from the model,
+    ``attn.to_q.weight`` from a block). ``steady`` are the positions of inputs that are tensors of the call's
+    conditioning, ``ambient`` those of tensors that the model has as attributes, or that are global: no parameters, no
+    arguments. ``complete`` is False when Dynamo left a part of that forward to another graph.
+    """
+
+    gm: fx.GraphModule
+    static: frozenset[int]
+    steady: frozenset[int]
+    ambient: frozenset[int]
+    parameter_names: frozenset[str]
+    complete: bool
+    fake_mode: FakeTensorMode | None
+
+    @property
+    def placeholders(self) -> list[fx.Node]:
+        return self.gm.graph.find_nodes(op="placeholder")
+
+
+class one_graph:
+    """Let Dynamo capture a model in as few graphs as possible, should it compile inside.
+
+    By default `nonzero` breaks the graph, in Mochi inside of every attention branch, and a number (a time) is a
+    constant, so that each step, or the second, compiles anew. `number` names the argument that is the time. A
+    plain context manager, and no config.patch: it is entered at each call of a model.
+    """
+
+    __slots__ = ("number",)
+    _lock = threading.Lock()
+    _inside = 0  # calls under way, in all threads: the settings are shared by them
+    _before: tuple[bool, bool, str]
+
+    def __init__(self, number: str | None = None) -> None:
+        self.number = number
+
+    def __enter__(self) -> None:
+        dynamo, compiler = torch._dynamo.config, torch.compiler.config
+        with self._lock:
+            if one_graph._inside == 0:
+                before = dynamo.capture_dynamic_output_shape_ops, dynamo.specialize_float, compiler.dynamic_sources
+                one_graph._before = before
+                dynamo.capture_dynamic_output_shape_ops, dynamo.specialize_float = True, False
+            if self.number is not None:
+                compiler.dynamic_sources = ",".join(filter(None, (one_graph._before[2], f"L['{self.number}']")))
+            one_graph._inside += 1
+
+    def __exit__(self, *_: object) -> None:
+        dynamo, compiler = torch._dynamo.config, torch.compiler.config
+        with self._lock:
+            one_graph._inside -= 1
+            if one_graph._inside == 0:
+                shapes, floats, sources = one_graph._before
+                dynamo.capture_dynamic_output_shape_ops, dynamo.specialize_float = shapes, floats
+                compiler.dynamic_sources = sources
+
+
+def capture(
+    gm: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    then: Callable[[Captured], Runner],
+    conditioning: Sequence[torch.Tensor] = (),
+    arguments: Sequence[torch.Tensor] = (),
+) -> Callable[..., Any]:
+    """Trace `gm` to functional ATen and call `then` with it, under Dynamo's fake inputs; what runs in its place.
+
+    Those of `example_inputs` that are tensors of `conditioning` are expected to be the same ones at the next call;
+    `arguments` are all tensors that the call was given.
+    Raises GradientsNeeded where autograd would have to differentiate the graph.
+    """
+    opaque_attention.mark(gm)
+    keep_floats(gm)
+    inputs = [module_paths.input_name(str(node.target)) for node in gm.graph.find_nodes(op="placeholder")]
+    names = torch_compat.parameter_names(gm)
+    held = set(map(id, conditioning))
+    steady = frozenset(i for i, value in enumerate(example_inputs) if id(value) in held)
+    given = set(map(id, arguments))
+    ambient = [i for i in _attributes(gm) if isinstance(example_inputs[i], torch.Tensor)]
+    ambient = [i for i in ambient if id(example_inputs[i]) not in given]
+    complete = not torch_compat.is_broken(gm)
+
+    def inference(functional: fx.GraphModule, fake_inputs: Sequence[Any]) -> Runner:
+        functional.graph.eliminate_dead_code()
+        same = _rename_inputs(functional, inputs)
+        functional.recompile()
+        captured = Captured(
+            functional,
+            torch_compat.static_inputs(),
+            steady if same else frozenset(),
+            frozenset(ambient) if same else frozenset(),
+            names,
+            complete,
+            torch_compat.detect_fake_mode(list(fake_inputs)),
+        )
+        runner = then(captured)
+        runner._boxed_call = True  # type: ignore[attr-defined]  # AOTAutograd: takes its arguments as one list
+        return runner
+
+    def training(*_: object) -> Runner:
+        raise GradientsNeeded("an input or parameter of the graph")
+
+    return torch_compat.aot_autograd(fw_compiler=training, inference_compiler=inference)(gm, example_inputs)
+
+
+def _rename_inputs(gm: fx.GraphModule, names: Sequence[str]) -> bool:
+    """Give the inputs of a graph the names that they had at Dynamo's level; AOTAutograd only numbers them.
+
+    False where AOTAutograd took some apart or away: which is which is not known then.
+    """
+    placeholders = gm.graph.find_nodes(op="placeholder")
+    if len(placeholders) != len(names):
+        return False
+    for node, name in zip(placeholders, names, strict=True):
+        node._rename(name)
+        node.target = node.name
+    return True
+
+
+_ROOT = re.compile(r"[LG]\['[^']+'\]")
+
+
+def _attributes(gm: fx.GraphModule) -> list[int]:
+    """The positions of inputs that Dynamo read from attributes of the module that has the parameters, or globals."""
+    sources = [_source(node) for node in gm.graph.find_nodes(op="placeholder")]
+    roots = [match[0] if (match := _ROOT.match(source)) else "" for source in sources]
+    weights = ["._parameters[" in source or "._buffers[" in source for source in sources]
+    modules = {root for root, weight in zip(roots, weights, strict=True) if weight and root}
+    pairs = enumerate(zip(roots, weights, strict=True))
+    return [i for i, (root, weight) in pairs if not weight and (root in modules or root.startswith("G["))]
+
+
+def _source(node: fx.Node) -> str:
+    """Where Dynamo took an input from, as text: ``L['self'].scale``."""
+    source = getattr(node, "_dynamo_source", None)
+    name = getattr(source, "name", "")
+    return str(name() if callable(name) else name)

@@ -1,0 +1,244 @@
+"""One half of a guided batch computed for both: attention shared across classifier-free guidance (DiTFastAttn, ASC).
+
+Where a batch holds the conditional and the unconditional half, and a branch gives nearly the same for both, it is
+computed for one of them, and its result put twice. Its graph has constant sizes, and is rewritten for half the batch;
+that samples do not mix is proven (batch.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import ExitStack, nullcontext
+from operator import getitem
+from typing import Any, Literal, cast
+
+import torch
+from torch import Tensor, fx
+
+from dit_rewrite import torch_compat
+from dit_rewrite.passes.analysis.graph import aten, attribute, needed, packet
+from dit_rewrite.passes.rewrite.batch import Batch, Flow, batch_labels
+
+__all__ = ["Batch", "batch_labels", "halve"]
+
+_SIZES = {  # arguments that hold the size of dim 0
+    aten.view: "size", aten._unsafe_view: "size", aten.reshape: "shape", aten.expand: "size",
+    aten.native_group_norm: "N",
+}  # fmt: skip
+_KEPT = ("position", "home", "values", "nn_module_stack", "stack_trace")
+
+
+def halve(body: fx.GraphModule, labels: Sequence[Batch], batch: int, half: Literal[0, 1]) -> fx.GraphModule | None:
+    """The graph that takes what `body` takes, computes one half of the batch, and returns that half's results twice.
+
+    `labels` are those of the placeholders; half 0 is samples 0 .. batch/2 - 1. Of the other half nothing is read, as
+    LEADING placeholders are narrowed first. None where samples mix, where the batch is odd, and where a LEADING output
+    is no tensor. New nodes have a ``position`` beside that of the node that they serve, and its as their ``home``
+    (insert_guards.py), where the nodes of `body` have one.
+    """
+    if batch < 2 or batch % 2:
+        return None
+    flow = Flow(body.graph, labels, batch)
+    results: Any = body.graph.output_node().args[0]
+    computed = [node for node in needed(body.graph, ()) if node.op not in ("placeholder", "output")]
+    if Batch.MIXED in map(flow.of, (*computed, *results)):
+        return None
+    if any(flow.of(r) is Batch.LEADING and not isinstance(r.meta["val"], Tensor) for r in results):
+        return None
+    return _Halver(body, flow, half).run(list(map(flow.of, results)))
+
+
+class _Halver:
+    """Writes a graph for half of the batch; with `half`, its inputs are whole and its outputs put twice."""
+
+    def __init__(self, gm: fx.GraphModule, flow: Flow, half: int | None = None) -> None:
+        self.gm, self.flow, self.half = gm, flow, half
+        self.graph = fx.Graph()
+        self.attributes: dict[str, Any] = {}
+        self.whole: dict[fx.Node, fx.Node] = {}
+        self.halves: dict[fx.Node, fx.Node] = {}
+        self.mode = torch_compat.detect_fake_mode([node.meta.get("val") for node in gm.graph.nodes])
+
+    def run(self, wanted: Sequence[Batch]) -> fx.GraphModule:
+        """The graph; its outputs are halved where LEADING is wanted of them."""
+        used = needed(self.gm.graph, ())
+        for node in self.gm.graph.nodes:
+            if node.op == "placeholder":
+                self._input(node)
+            elif node in self.flow.results and node in used:
+                self._call(node)
+            elif node.op == "get_attr" and node in used and node not in self.flow.inner:
+                self._attribute(node)
+            elif node.op == "call_function" and node in used:
+                self._copy(node)
+        results: Any = self.gm.graph.output_node().args[0]
+        self.graph.output(tuple(self._output(r, label) for r, label in zip(results, wanted, strict=True)))
+        return fx.GraphModule(self.attributes, self.graph)
+
+    def _input(self, node: fx.Node) -> None:
+        """An input: whole, or in a graph within another already halved where it is LEADING."""
+        new = self.whole[node] = self.graph.node_copy(node)
+        if self.half is None and self.flow.labels[node] is Batch.LEADING:
+            new.meta["val"] = self._evaluate(aten.slice.Tensor, (new, 0, 0, node.meta["val"].shape[0] // 2), {})
+            self.halves[node] = self.whole.pop(node)
+
+    def _attribute(self, node: fx.Node) -> None:
+        new = self.whole[node] = self.graph.node_copy(node)
+        value = self.attributes[str(node.target)] = attribute(self.gm, node)
+        if isinstance(value, Tensor):
+            new.meta.setdefault("val", value if self.mode is None else self.mode.from_tensor(value))
+
+    def _copy(self, node: fx.Node) -> None:
+        """The node for half of the batch where it is LEADING, else as it is."""
+        if self.flow.labels[node] is not Batch.LEADING:
+            self.whole[node] = self.graph.node_copy(node, self.whole.__getitem__)
+            return
+        if node.target is getitem and node.args[0] not in self.halves:  # of an input: a tuple cannot be narrowed
+            self.whole[node] = self.graph.node_copy(node, self.whole.__getitem__)
+            return
+        leading = self.flow.halved.get(node, frozenset(node.all_input_nodes))  # the latter of a site's result
+        both = (node.args, node.kwargs) if node.target is getitem else _with_half_size(node)
+        args, kwargs = fx.map_arg(both, lambda n: self._half(n) if n in leading else self.whole[n])
+        self.halves[node] = self._write(node.name, node.target, args, kwargs, _kept(node))
+        assert _is_half(self.halves[node].meta["val"], node.meta["val"]), node.format_node()
+
+    def _call(self, node: fx.Node) -> None:
+        """A site's node, with its subgraphs for half of the batch."""
+        reuse, cached, compute, live_ins = cast("tuple[Any, ...]", node.args)
+        wanted = self.flow.results[node]
+        bodies: dict[Any, fx.Node] = {}
+        for body, flow in ((body, self.flow.inner[body]) for body in node.all_input_nodes if body in self.flow.inner):
+            self.attributes[str(body.target)] = _Halver(attribute(self.gm, body), flow).run(wanted)
+            bodies[body] = self.graph.get_attr(str(body.target))
+        instead = node.kwargs.get("instead")
+        held = tuple(map(self._either, cached, wanted if instead is None else (Batch.SAME,) * len(cached)))
+        args = self._either(reuse), held, bodies[compute], tuple(map(self._either, live_ins))
+        kwargs = {**node.kwargs, **({} if instead is None else {"instead": bodies[instead]})}
+        new = self.graph.create_node(node.op, node.target, args, kwargs, node.name)
+        results: Any = self.attributes[str(compute.target)].graph.output_node().args[0]
+        new.meta = {**_kept(node), "val": fx.map_arg(results, lambda n: n.meta["val"])}
+        self.whole[node] = self.halves[node] = new  # each of its results is one of the two
+
+    def _either(self, argument: Any, wanted: Batch = Batch.SAME) -> Any:
+        """An argument of which half is taken where it is LEADING, or that is wanted."""
+        if not isinstance(argument, fx.Node):
+            return argument
+        is_half = Batch.LEADING in (self.flow.labels[argument], wanted)
+        return self._half(argument) if is_half else self.whole[argument]
+
+    def _half(self, node: fx.Node) -> fx.Node:
+        """The half of a node's value: an input's, or one of two equal ones, is taken from the whole once."""
+        if node not in self.halves:
+            count = node.meta["val"].shape[0] // 2
+            start = count if self.half and self.flow.labels[node] is Batch.LEADING else 0
+            rows, meta = (self.whole[node], 0, start, start + count), _before_readers(node)
+            self.halves[node] = self._write(f"{node.name}_half", aten.slice.Tensor, rows, {}, meta)
+        return self.halves[node]
+
+    def _output(self, result: Any, label: Batch) -> Any:
+        value = self._either(result, label)
+        if self.half is None or label is not Batch.LEADING:
+            return value
+        return self._both(result, value)
+
+    def _both(self, result: fx.Node, value: fx.Node) -> fx.Node:
+        """The half of a result twice, in memory as the result is: a slot's reader counts on that."""
+        strides = result.meta["val"].stride()
+        order = sorted(range(len(strides)), key=lambda dim: (-strides[dim], dim))
+        back = [order.index(dim) for dim in range(len(order))]
+        name, place = f"{result.name}_both", _place(result)
+        if order == sorted(order):
+            return self._write(name, aten.cat.default, ([value, value], 0), {}, _beside(place, _NEXT))
+        laid = self._write(f"{name}_laid", aten.permute.default, (value, order), {}, _beside(place, _NEXT))
+        twice = self._write(f"{name}_twice", aten.cat.default, ([laid, laid], back[0]), {}, _beside(place, 2 * _NEXT))
+        return self._write(name, aten.permute.default, (twice, back), {}, _beside(place, 3 * _NEXT))
+
+    def _write(
+        self, name: str, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any], meta: dict[str, Any]
+    ) -> fx.Node:
+        node = self.graph.create_node("call_function", target, args, kwargs, name)
+        node.meta = {**meta, "val": self._evaluate(target, args, kwargs)}
+        return node
+
+    def _evaluate(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """What a call gives, without data; casts of autocast stand in the graph already."""
+        values = fx.map_arg((args, kwargs), lambda n: n.meta["val"])
+        with ExitStack() as modes:
+            for mode in (self.mode, torch.no_grad(), torch_compat.no_autocast()):
+                modes.enter_context(mode or nullcontext())
+            return target(*values[0], **values[1])
+
+
+def _with_half_size(node: fx.Node) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments of a call with the size of dim 0, where one of them says it, halved."""
+    args, kwargs = list(node.args), dict(node.kwargs)
+    name = _SIZES.get(packet(node))
+    names = [argument.name for argument in node.target._schema.arguments]  # type: ignore[union-attr]
+    if name in names:
+        where: Any = (args, names.index(name)) if names.index(name) < len(args) else (kwargs, name)
+        where[0][where[1]] = _halved(where[0][where[1]])
+    return tuple(args), kwargs
+
+
+def _halved(size: Any) -> Any:
+    """A size, or sizes whose first is that of dim 0; -1 is found out anew."""
+    if isinstance(size, (list, tuple)):
+        return [_halved(size[0]), *size[1:]]
+    return size if size == -1 else size // 2
+
+
+def _is_half(new: Any, old: Any) -> bool:
+    """Whether a value has half of dim 0, and else the shape and dtype that it had."""
+    if isinstance(old, Tensor):
+        return new.dtype == old.dtype and (2 * new.shape[0], *new.shape[1:]) == tuple(old.shape)
+    return all(map(_is_half, new, old))
+
+
+def _kept(node: fx.Node) -> dict[str, Any]:
+    return {key: node.meta[key] for key in _KEPT if key in node.meta}
+
+
+# --- places: where a straight-line graph has the new nodes (specialise.py) --------------------------------------------
+
+_Place = tuple[float, int]  # position and home
+_NEXT = 2.0**-10  # right behind a node, before what packs it for a slot (codec.py)
+
+
+def _place(node: fx.Node) -> _Place | None:
+    """Where a node stands: a site's result where its subgraph makes it."""
+    if "position" in node.meta:
+        return node.meta["position"], int(node.meta.get("home", node.meta["position"]))
+    if node.target is getitem and "values" in node.args[0].meta:  # type: ignore[union-attr]
+        call, k = node.args
+        (body, *_) = _bodies(call)  # type: ignore[arg-type]
+        result = body.output_node().args[0][k]  # type: ignore[index, call-overload]
+        return _place(result)  # type: ignore[arg-type]
+    return None
+
+
+def _bodies(call: fx.Node) -> list[fx.Graph]:
+    """The subgraphs of a site's node, the one that computes it first."""
+    nodes = filter(None, (call.args[2], call.kwargs.get("instead")))
+    return [attribute(call.graph.owning_module, node).graph for node in nodes]  # type: ignore[arg-type]
+
+
+def _places(node: fx.Node) -> list[_Place]:
+    """Where a node, or what a site's subgraphs hold, stands."""
+    if "values" in node.meta:
+        inside = (n for body in _bodies(node) for n in body.nodes if n.op == "call_function")
+        return [place for n in inside for place in _places(n)]
+    place = _place(node)
+    return [] if place is None else [place]
+
+
+def _beside(place: _Place | None, distance: float) -> dict[str, Any]:
+    return {} if place is None else {"position": place[0] + distance, "home": place[1]}
+
+
+def _before_readers(node: fx.Node) -> dict[str, Any]:
+    """Before the first reader of a node, and behind the node."""
+    reader = min((place for user in node.users for place in _places(user)), default=None)
+    own = _place(node)
+    if own is None or reader is None:
+        return _beside(reader, -0.5)
+    return {"position": (own[0] + reader[0]) / 2, "home": reader[1]}

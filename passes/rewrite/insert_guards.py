@@ -1,0 +1,307 @@
+"""Pass 03: every site that some rule can reach becomes a `cache_or_compute` node.
+
+The node carries its guard, its strategy and, as a subgraph, what computes its values. The guarded graph runs as it is
+(decisions are inputs), and is the only input of what follows.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from operator import getitem
+from typing import Any
+
+import torch
+from torch import fx
+
+from dit_rewrite.passes.analysis.graph import attribute, needed
+from dit_rewrite.passes.analysis.site import Part, Site
+from dit_rewrite.passes.rewrite.guarded_graph import Guarded, GuardedGraph, cache_or_compute
+from dit_rewrite.passes.rewrite.half_batch import Batch, halve
+from dit_rewrite.passes.rewrite.slot import Slot
+
+
+def guard(gm: fx.GraphModule, sites: Sequence[Site], guarded: Sequence[Guarded]) -> GuardedGraph:
+    """Rewrite the captured graph `gm`, which stays as it is, so that the `guarded` sites are cache_or_compute nodes.
+
+    These are in the order of `sites`, which has what lies within another before that.
+    """
+    chosen = tuple(sites[g.site] for g in guarded)
+    around = tuple(_parent(sites, guarded, g.site) for g in guarded)
+    return _Rewriter(gm, chosen, around, tuple(guarded)).run()
+
+
+def _parent(sites: Sequence[Site], guarded: Sequence[Guarded], index: int) -> int | None:
+    """The nearest enclosing site that is guarded too, as an index into `guarded`."""
+    around = sites[index].parent
+    positions = {g.site: i for i, g in enumerate(guarded)}
+    while around is not None and around not in positions:
+        around = sites[around].parent
+    return None if around is None else positions[around]
+
+
+def _input(graph: fx.Graph, name: str) -> fx.Node:
+    """A new input; numbered where the name is taken."""
+    node = graph.placeholder(name)
+    node.target = node.name
+    return node
+
+
+_KEYS = {"reuse": Batch.SAME, "cached": Batch.LEADING, "weights": Batch.SAME}  # what a subgraph takes beside nodes
+
+
+class _Rewriter:
+    """Moves each site's closure into a subgraph, innermost scope by innermost scope. `around` is the scope of each."""
+
+    def __init__(
+        self, gm: fx.GraphModule, sites: tuple[Site, ...], around: tuple[int | None, ...], labels: tuple[Guarded, ...]
+    ) -> None:
+        self.gm, self.sites, self.around, self.labels = gm, sites, around, labels
+        self.slugs = [re.sub(r"\W", "_", site.name) for site in sites]
+        self.nodes = {node.name: node for node in gm.graph.nodes}
+        self.position = {node: i for i, node in enumerate(gm.graph.nodes)}
+        self.solid = [site.part is not Part.HELD for site in sites]
+        self.values = [[self.nodes[n] for n in site.values] if self.solid[i] else [] for i, site in enumerate(sites)]
+        kept = (self.nodes[name] for site in sites for name in (*site.values, *site.operands))
+        self.needed = needed(gm.graph, kept)  # the rest may read what lies in a site and is not there when it is reused
+        self.slots = [self._slots(i) for i in range(len(sites))]
+        self.held = tuple(sum(slot.width for slot in slots) for slots in self.slots)
+        self.depths = tuple(max((slot.depth for slot in slots), default=1) for slots in self.slots)
+        self.owner = self._owners()
+        self.inside = [self._inside(i) for i in range(len(sites))]
+
+    def _slots(self, i: int) -> list[Slot]:
+        """How the values of a site are held; a core's by the site inside it, those of half a batch not at all."""
+        site, slots = self.sites[i], list[Slot]()
+        holds = site.part is Part.DELTA or (site.part is not Part.CORE and self.labels[i].guidance is None)
+        for k, name in enumerate(site.values if holds else ()):
+            read = (*site.bases[k : k + 1], *site.inputs)
+            first = slots[-1].first + slots[-1].width if slots else 0
+            nodes, label = tuple(self.nodes[r] for r in read), self.labels[i]
+            slots.append(Slot(self.nodes[name], nodes, label.codec, first, label.depth))
+        return slots
+
+    def _owners(self) -> dict[fx.Node, int]:
+        """For each node the innermost site whose closure holds it."""
+        owner: dict[fx.Node, int] = {}
+        inward = [(-len(site.closure), -site.depth, -i) for i, site in enumerate(self.sites)]
+        for i in sorted(range(len(self.sites)), key=inward.__getitem__):
+            owner.update(dict.fromkeys((self.nodes[name] for name in self.sites[i].closure), i))
+        return owner
+
+    def _inside(self, scope: int) -> list[int]:
+        """The site itself, then all sites within it: the order of its node's results."""
+        children = [i for i, around in enumerate(self.around) if around == scope]
+        return [scope, *(inner for child in children for inner in self._inside(child))]
+
+    def run(self) -> GuardedGraph:
+        graph = fx.Graph()
+        inputs = self.gm.graph.find_nodes(op="placeholder")
+        env: dict[Any, fx.Node] = {}
+        for node in inputs:
+            env[node] = graph.node_copy(node)
+        for i in range(len(self.sites)):
+            env["reuse", i] = _input(graph, f"reuse_{self.slugs[i]}")
+            self.slugs[i] = env["reuse", i].name.removeprefix("reuse_")  # two sites' names may differ in a dot alone
+        for i in range(len(self.sites)):
+            self._add_slot(graph, i, env)
+        attributes = self._emit(graph, None, env)
+        captured: Any = self.gm.graph.output_node().args[0]
+        outputs = tuple(fx.map_arg(captured, lambda n: env[n]))
+        held = [env["held", i, k] for i in range(len(self.sites)) for k in range(self.held[i])]
+        graph.output((*outputs, *held))
+        gm = fx.GraphModule(attributes, graph)
+        parents = tuple(map(self._covering, range(len(self.sites))))
+        return GuardedGraph(gm, self.sites, parents, self.held, self.depths, len(inputs), len(outputs))
+
+    def _add_slot(self, graph: fx.Graph, i: int, env: dict[Any, fx.Node]) -> None:
+        """The inputs that are the slot of a site: what it holds of each computed value, and their weights."""
+        examples = [tensor for slot in self.slots[i] for tensor in slot.examples]
+        older = [torch.empty_like(example) for _ in range(1, self.depths[i]) for example in examples]
+        for k, example in enumerate((*examples, *older)):  # tracing tells inputs apart by their examples
+            env["cached", i, k] = _input(graph, f"cached_{self.slugs[i]}")
+            env["cached", i, k].meta = {"val": example}
+        if self.depths[i] > 1:
+            env["weights", i] = _input(graph, f"weights_{self.slugs[i]}")
+            env["weights", i].meta = {"val": examples[0].new_empty(self.depths[i], dtype=torch.float32)}
+
+    def _slot_keys(self, i: int) -> list[Any]:
+        """The inputs that are the slot of a site, in their order."""
+        held = [("cached", i, k) for k in range(self.held[i] * self.depths[i])]
+        return [*held, ("weights", i)] if self.depths[i] > 1 else held
+
+    def _covering(self, i: int) -> int | None:
+        """The nearest site around this one whose reuse leaves nothing of it, which half of a batch does not."""
+        around = self.around[i]
+        while around is not None and self.labels[around].guidance is not None:
+            around = self.around[around]
+        return around
+
+    def _emit(self, graph: fx.Graph, scope: int | None, env: dict[Any, fx.Node]) -> dict[str, Any]:
+        """Write the nodes that `scope` owns and a cache_or_compute node for each site directly within it.
+
+        A site is written where its first value is needed. Returns the attributes that the new graph refers to.
+        """
+        attributes: dict[str, Any] = {}
+
+        def visit(node: fx.Node) -> None:
+            if node in env:
+                return
+            site = self._child(node, scope)
+            for argument in node.all_input_nodes if site is None else self._live_ins(site):
+                visit(argument)
+            if site is None:
+                env[node] = graph.node_copy(node, lambda n: env[n])
+                env[node].meta["position"] = self.position[node]
+                if node.op == "get_attr":
+                    attributes[str(node.target)] = attribute(self.gm, node)
+            else:
+                self._call(graph, site, env, attributes)
+
+        for node in self.gm.graph.nodes:
+            if node in self.needed and node.op not in ("placeholder", "output") and self.owner.get(node) == scope:
+                visit(node)
+        for i, values in enumerate(self.values):
+            for value in values if i == scope or self.around[i] == scope else ():
+                visit(value)
+            if not self.solid[i] and self.around[i] == scope:
+                self._call(graph, i, env, attributes)
+        return attributes
+
+    def _child(self, node: fx.Node, scope: int | None) -> int | None:
+        """The site directly within `scope` to which a node belongs, if any."""
+        site = self.owner.get(node)
+        while site is not None and self.around[site] != scope:
+            site = self.around[site]
+        return None if site == scope else site
+
+    def _live_ins(self, site: int) -> list[fx.Node]:
+        """What the site's closure and slots read and do not own, in the order of the graph."""
+        closure = self.sites[site].closure
+        read = {arg for name in closure for arg in self.nodes[name].all_input_nodes}
+        slots = [slot for i in self.inside[site] for slot in self.slots[i]]
+        read.update(node for slot in slots for node in (slot.read if slot.is_plain else (slot.value, *slot.read)))
+        return sorted((node for node in read if node.name not in closure), key=self.position.__getitem__)
+
+    def _call(self, graph: fx.Graph, site: int, env: dict[Any, fx.Node], attributes: dict[str, Any]) -> None:
+        """Write the cache_or_compute node of a site, what it holds into `env`, and its subgraphs into `attributes`."""
+        inner = self.inside[site][1:]
+        keys: list[Any] = [*self._live_ins(site)]
+        for i in inner:
+            keys += [("reuse", i), *self._slot_keys(i)]
+        keys += self._slot_keys(site) if self._is_added(site) else []
+        held = [("held", i, k) for i in self._stored(site) for k in range(self.held[i])]
+        body = attributes[f"compute_{self.slugs[site]}"] = self._body(site, keys, held, env)
+        instead = self._instead(site, keys, held, body, env)
+        if instead is not None:
+            attributes[f"instead_{self.slugs[site]}"] = instead
+        values = self._unpacked(graph, site, env)
+        label = self.labels[site]
+        call = graph.call_function(
+            cache_or_compute,
+            (
+                env["reuse", site],
+                (*values, *(env["cached", i, k] for _, i, k in held)),
+                graph.get_attr(f"compute_{self.slugs[site]}"),
+                tuple(env[key] for key in keys),
+            ),
+            {} if instead is None else {"instead": graph.get_attr(f"instead_{self.slugs[site]}")},
+        )
+        call.kwargs = {**call.kwargs, "site": self.sites[site].name, "guard": label.guard, "strategy": label.strategy}
+        call.meta["values"] = tuple(self.position[value] for value in self.values[site])
+        for k, key in enumerate((*self.values[site], *held)):
+            example = key if isinstance(key, fx.Node) else env["cached", key[1], key[2]]
+            env[key] = graph.call_function(getitem, (call, k))
+            env[key].meta = {"val": example.meta["val"], "nn_module_stack": example.meta.get("nn_module_stack")}
+        if self._is_plain(site):
+            env.update({("held", site, k): env[slot.value] for k, slot in enumerate(self.slots[site])})
+
+    def _instead(
+        self, site: int, keys: list[Any], held: list[Any], body: fx.GraphModule, outer: dict[Any, fx.Node]
+    ) -> fx.GraphModule | None:
+        """What makes the values of a site that are not held as such: half of the batch, or what replaces attention."""
+        if self.sites[site].part is Part.CORE:
+            return self._replaced(site, keys, held, outer)
+        guidance = self.labels[site].guidance
+        if guidance is None:
+            return None
+        own = set(self._slot_keys(site))
+        labels = [
+            guidance.labels[k.name] if isinstance(k, fx.Node) else Batch.SAME if k in own else _KEYS[k[0]] for k in keys
+        ]
+        if own:
+            body = self._body(site, keys, [key for key in held if key[1] != site], outer, pack=False)
+        halved = halve(body, labels, guidance.batch, guidance.half)
+        assert halved is not None, f"{self.sites[site].name} mixes samples, and was to be refused"
+        return self._added(site, keys, halved) if own else halved
+
+    def _is_added(self, site: int) -> bool:
+        """What the site's slot holds is added to the computed half of a batch."""
+        return self.labels[site].guidance is not None and bool(self.slots[site])
+
+    def _added(self, site: int, keys: list[Any], gm: fx.GraphModule) -> fx.GraphModule:
+        """The subgraph for half of a batch, with what the slot holds added to its results for the other half."""
+        graph, output = gm.graph, gm.graph.output_node()
+        env: dict[Any, fx.Node] = dict(zip(keys, graph.find_nodes(op="placeholder"), strict=True))
+        results: Any = list(output.args[0])  # type: ignore[arg-type]
+        with graph.inserting_before(output):
+            for k, slot in enumerate(self.slots[site]):
+                held, place = self._held_nodes(site, slot, env), self.position[slot.value]
+                results[k] = slot.unpack(graph, held, env, place, base=results[k])
+        own = [env["cached", site, k] for k in range(self.held[site])]
+        count = len(self.values[site])
+        output.args = ((*results[:count], *own, *results[count:]),)
+        return fx.GraphModule(gm, graph)
+
+    def _held_nodes(self, site: int, slot: Slot, env: dict[Any, fx.Node]) -> list[fx.Node]:
+        """What is held of one value: all computed ones, and their weights."""
+        first = (slot.first + age * self.held[site] for age in range(slot.depth))
+        held = [env["cached", site, f + k] for f in first for k in range(slot.width)]
+        return [*held, env["weights", site]] if slot.depth > 1 else held
+
+    @staticmethod
+    def _inputs(keys: list[Any], outer: dict[Any, fx.Node]) -> tuple[fx.Graph, dict[Any, fx.Node]]:
+        """A subgraph with its inputs."""
+        graph = fx.Graph()
+        env: dict[Any, fx.Node] = {}
+        for key in keys:
+            env[key] = graph.placeholder(outer[key].name)
+            env[key].meta = dict(outer[key].meta)
+        return graph, env
+
+    def _is_plain(self, site: int) -> bool:
+        """The site's slot holds its values as they are."""
+        return all(slot.is_plain for slot in self.slots[site])
+
+    def _stored(self, site: int) -> list[int]:
+        """The sites whose held tensors are results of a site's node beside its values."""
+        return self.inside[site][1:] if self._is_plain(site) else self.inside[site]
+
+    def _unpacked(self, graph: fx.Graph, site: int, env: dict[Any, fx.Node]) -> list[fx.Node]:
+        """The cached values of a site, unpacked before the node that takes them."""
+        values = []
+        for slot in self.slots[site] if self.solid[site] and not self._is_added(site) else ():
+            values.append(slot.unpack(graph, self._held_nodes(site, slot, env), env, self.position[slot.value]))
+        return values
+
+    def _replaced(self, site: int, keys: list[Any], held: list[Any], outer: dict[Any, fx.Node]) -> fx.GraphModule:
+        """The subgraph that makes a core's value of what the site inside it holds, and of what the core reads."""
+        graph, env = self._inputs(keys, outer)
+        source = self.inside[site][-1]
+        (slot,) = self.slots[source]
+        tensors = [env["cached", source, k] for k in range(slot.width)]
+        value = slot.unpack(graph, tensors, env, self.position[slot.value])
+        graph.output((value, *(env["cached", i, k] for _, i, k in held)))
+        return fx.GraphModule({}, graph)
+
+    def _body(
+        self, site: int, keys: list[Any], held: list[Any], outer: dict[Any, fx.Node], pack: bool = True
+    ) -> fx.GraphModule:
+        """The subgraph that computes a site: its results are the values, then what is held; its own if `pack`."""
+        graph, env = self._inputs(keys, outer)
+        attributes = self._emit(graph, site, env)
+        for slot in self.slots[site] if pack else ():
+            packed = slot.pack(graph, env, self.position[slot.value])
+            env.update({("held", site, slot.first + k): node for k, node in enumerate(packed)})
+        graph.output((*(env[value] for value in self.values[site]), *(env[key] for key in held)))
+        return fx.GraphModule(attributes, graph)

@@ -1,0 +1,57 @@
+"""`python -m dit_rewrite verify`: exit codes, artefacts, and models that cannot be used."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from dit_rewrite.cli.main import FAILED, main
+from dit_rewrite.proof.verify import Verification, verify
+from tests.cli.test_generate import build_dit_pipeline
+
+
+def test_the_bundled_denoiser_is_proven_and_its_graphs_are_left(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The command that a user's CI runs: exit code 0, one line, numbered graphs and diffs."""
+    command = ["verify", "--model", "examples.ci.shapes_dit:build", "--steps", "4", "--dump", str(tmp_path)]
+    assert main(command) == 0
+    assert capsys.readouterr().out.startswith("ok: reuse 0 exact (16 sites forced, 16 values exported), replay exact")
+    names = sorted(path.name for path in (tmp_path / "graph0").iterdir())
+    assert names[:4] == ["00_captured.py", "02_sites.txt", "03_guarded.diff", "03_guarded.py"]
+    assert {"04_variant0.py", "04_variant0.diff", "04_variant1.py", "04_variant1.diff"} <= set(names)
+
+
+def test_a_pipeline_folder_is_proven_on_the_calls_that_it_makes(tmp_path: Path) -> None:
+    """Without a factory the calls are recorded from the pipeline itself."""
+    build_dit_pipeline().save_pretrained(tmp_path / "dit")
+    assert main(["verify", "--model", str(tmp_path / "dit"), "--steps", "4"]) == 0
+
+
+def test_what_fails_the_proof_exits_with_1(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A verification that did not pass is an exit code, not only a line."""
+
+    def failing(*args: object, **kwargs: object) -> Verification:
+        result = verify(*args, **kwargs)  # type: ignore[arg-type]
+        result.replay.within = False
+        return result
+
+    monkeypatch.setattr("dit_rewrite.cli.verify.verify", failing)
+    assert main(["verify", "--model", "examples.ci.shapes_dit:build", "--steps", "2"]) == 1
+
+
+@pytest.mark.parametrize("model", ["no.such.module:build", "examples.ci.shapes_dit:nothing", "math:pi"])
+def test_a_factory_that_cannot_be_used_is_named(model: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """The message says which model, and what a factory must give."""
+    assert main(["verify", "--model", model]) == FAILED
+    said = capsys.readouterr().err
+    assert model in said
+    assert "module:factory" in said
+
+
+def test_a_policy_that_reaches_nothing_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    """There would be nothing to verify."""
+    command = ["verify", "--model", "examples.ci.shapes_dit:build", "--policy", "fora:interval=3,kinds=cross"]
+    assert main([*command, "--steps", "2"]) == FAILED
+    assert "reaches none of the model's 16 sites" in capsys.readouterr().err

@@ -1,0 +1,148 @@
+"""`enable` on every pipeline: exact where nothing is reused, and half of the work reused where every second step is."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Hashable
+from typing import Any
+
+import pytest
+import torch
+from sympy.logic.boolalg import Boolean
+
+import dit_rewrite
+from dit_rewrite import Policy, Rule, guards
+from dit_rewrite.policies import FORA
+from tests.end_to_end.pipelines.case import PipelineCase
+from tests.end_to_end.pipelines.registry import EXACT, PIPELINES, REUSING
+
+STEPS = 4
+NEVER_OLD_ENOUGH = Policy((Rule(when=guards.age > 10_000),), name="never old enough")
+"""Guards and stores every site, and reuses none."""
+
+pytestmark = pytest.mark.filterwarnings("ignore:never old enough")
+
+
+def expected(case: PipelineCase, guidance: bool, steps: int) -> dict[str, Counter[tuple[int, str]]]:
+    """Under FORA(2), how often each denoiser does what at each step.
+
+    Even steps compute; odd ones reuse, but for a denoiser's first, which has nothing to reuse.
+    """
+    calls, found = case.calls_a_step(guidance), {}
+    for name, indices in zip(case.denoisers, case.steps_run(steps), strict=True):
+        done = {i: "reuse" if i % 2 and i != indices.start else "compute" for i in indices}
+        found[name] = Counter({pair: calls for pair in done.items()})
+    return found
+
+
+def decisions(denoiser: Any) -> Counter[tuple[int, str]]:
+    """In how many streams a denoiser did what at each step; a stream does the same at all of its sites."""
+    done: dict[tuple[int, int, Hashable], set[str]] = {}
+    for row in denoiser.stats().decisions:
+        done.setdefault((row.trajectory, row.step, row.stream), set()).update(row.strategies.values())
+    return Counter((step, " and ".join(sorted(found))) for (_, step, _), found in done.items())
+
+
+@pytest.mark.parametrize(("name", "guidance"), EXACT)
+def test_exact_at_reuse_0(name: str, guidance: bool) -> None:
+    """With every site guarded and none reused, the picture is the plain pipeline's, bit for bit."""
+    case = PIPELINES[name]
+    pipe = case.build()
+    plain = case.call(pipe, STEPS, guidance=guidance)
+    dit_rewrite.enable(pipe, NEVER_OLD_ENOUGH, backend="aot_eager")
+    with pytest.warns(UserWarning, match="never old enough: none of .* was reused"):
+        assert torch.equal(case.call(pipe, STEPS, guidance=guidance), plain)
+    for denoiser in case.denoisers:
+        stats = getattr(pipe, denoiser).stats()
+        assert stats.computed > 0
+        assert stats.reused == 0
+
+
+@pytest.mark.parametrize(("name", "guidance"), REUSING)
+def test_every_second_step_reuses(name: str, guidance: bool) -> None:
+    """Each call of an odd step reuses every site, and each call of an even step computes every site."""
+    case = PIPELINES[name]
+    pipe = case.build()
+    dit_rewrite.enable(pipe, FORA(2), backend="aot_eager", quiet=True)
+    case.call(pipe, STEPS, guidance=guidance)
+    for denoiser, done in expected(case, guidance, STEPS).items():
+        assert decisions(getattr(pipe, denoiser)) == done
+
+
+@pytest.mark.parametrize(
+    ("name", "late"),
+    [("flux_img2img", guards.sigma < 0.5), ("cogvideox_video", guards.snr > 100), ("wan22", guards.sigma < 0.6)],
+)
+def test_noise_is_that_of_the_schedule(name: str, late: Boolean) -> None:
+    """Where a denoiser enters the schedule late, guards see the noise of the timestep: it is low at the last one alone.
+
+    The two steps that run of four have sigma 0.61 and 0.35 (FLUX), 0.75 and 0.50 (Wan), SNR 0.7 and 392 (CogVideoX).
+    """
+    case = PIPELINES[name]
+    pipe = dit_rewrite.enable(case.build(), Policy((Rule(when=late),)), backend="aot_eager", quiet=True)
+    case.call(pipe, STEPS)
+    first, second = case.steps_run(STEPS)[-1]
+    assert decisions(getattr(pipe, case.denoisers[-1])) == Counter({(first, "compute"): 1, (second, "reuse"): 1})
+
+
+def test_expert_that_enters_at_an_odd_step() -> None:
+    """Wan 2.2's second expert runs steps 3 and 4 of five: it has no value at the first; the second is even."""
+    case = PIPELINES["wan22"]
+    pipe = dit_rewrite.enable(case.build(), FORA(2), backend="aot_eager", quiet=True)
+    case.call(pipe, 5)
+    assert decisions(pipe.transformer_2) == Counter({(3, "compute"): 1, (4, "compute"): 1})
+
+
+def test_second_call_stops_midway() -> None:
+    """Lumina 2 without guidance from half of its steps on: its one call a step is still the stream that it was."""
+    case = PIPELINES["lumina2"]
+    pipe = case.build()
+    dit_rewrite.enable(pipe, FORA(2), backend="aot_eager", quiet=True)
+    case.call(pipe, STEPS, guidance=True, cfg_trunc_ratio=0.5)
+    done = Counter({(0, "compute"): 2, (1, "reuse"): 2, (2, "compute"): 1, (3, "reuse"): 1})
+    assert decisions(pipe.transformer) == done
+
+
+def test_batch_halves_midway() -> None:
+    """Z-Image without guidance from its third step on: a batch of two pictures where there were four.
+
+    Its times are 0, 0.17, 0.39 and 0.65.
+    """
+    case = PIPELINES["z_image"]
+    pipe = case.build()
+    plain = case.call(pipe, STEPS, guidance=True, cfg_truncation=0.3)
+    dit_rewrite.enable(pipe, NEVER_OLD_ENOUGH, backend="aot_eager")
+    assert torch.equal(case.call(pipe, STEPS, guidance=True, cfg_truncation=0.3), plain)
+    dit_rewrite.enable(pipe, FORA(2), backend="aot_eager", quiet=True)
+    case.call(pipe, STEPS, guidance=True, cfg_truncation=0.3)
+    done = Counter({(0, "compute"): 1, (1, "reuse"): 1, (2, "compute"): 1, (3, "reuse"): 1})
+    assert decisions(pipe.transformer) == done
+
+
+def test_call_that_leaves_layers_out() -> None:
+    """Stable Diffusion 3 with skip-layer guidance: steps 1 to 3 make a second call, of another graph and batch.
+
+    It has a value to reuse at its second odd step alone.
+    """
+    case = PIPELINES["sd3"]
+    pipe = case.build()
+    skip = {"skip_guidance_layers": [1], "skip_layer_guidance_stop": 1.0}
+    plain = case.call(pipe, STEPS, guidance=True, **skip)
+    dit_rewrite.enable(pipe, NEVER_OLD_ENOUGH, backend="aot_eager")
+    assert torch.equal(case.call(pipe, STEPS, guidance=True, **skip), plain)
+    dit_rewrite.enable(pipe, FORA(2), backend="aot_eager", quiet=True)
+    case.call(pipe, STEPS, guidance=True, **skip)
+    done = {(0, "compute"): 1, (1, "reuse"): 1, (1, "compute"): 1, (2, "compute"): 2, (3, "reuse"): 2}
+    assert decisions(pipe.transformer) == Counter(done)
+
+
+def test_residual_added_twice_is_no_stream() -> None:
+    """A ControlNet of two layers adds its first residual after two blocks of three: the sites stay as without it."""
+    found = []
+    for name in ("sd3", "sd3_controlnet"):
+        case = PIPELINES[name]
+        pipe = dit_rewrite.enable(case.build(), FORA(2), backend="aot_eager", quiet=True)
+        case.call(pipe, 2)
+        sites = [place.site for place in pipe.transformer.explain().sites]
+        found.append([(site.kind, site.layer, len(site.values)) for site in sites])
+    assert found[0] == found[1]

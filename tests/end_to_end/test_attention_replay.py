@@ -1,0 +1,127 @@
+"""Strategies inside attention on every model: which sites they reach, and `verify`'s replay of them."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+
+from dit_rewrite import BlockwiseReuse, Policy, Rule, Where, WindowResidual
+from dit_rewrite.compiler.backend import Backend, Rewritten
+from dit_rewrite.compiler.lowering import Lowering
+from dit_rewrite.errors import Reason
+from dit_rewrite.guards import step
+from dit_rewrite.module import attach, twin
+from dit_rewrite.passes.analysis.site import Part
+from dit_rewrite.proof.compare import Check
+from dit_rewrite.proof.replay import check_replay
+from dit_rewrite.runtime.session import Observation
+from tests.end_to_end.test_attention_strategies import ATTENTION, QUARTER, scheduled
+from tests.helpers.models import MODELS, Case
+
+slow = pytest.mark.slow
+
+CROSS = Reason.OTHER_TOKENS
+
+
+@dataclass(frozen=True)
+class Figures:
+    """By hand, of a model: its attentions, those with one core over one sequence, refusals under each policy."""
+
+    attentions: int
+    windowed: int
+    refused: Mapping[Reason, int]
+    refused_inside: Mapping[Reason, int]
+    marks: tuple[Any, ...] = (slow,)
+
+
+FIGURES = {
+    "dit": Figures(3, 3, {}, {}),
+    "pixart_alpha": Figures(6, 3, {CROSS: 3}, {CROSS: 1}, ()),
+    "pixart_sigma": Figures(6, 3, {CROSS: 3}, {CROSS: 1}),
+    "sd3": Figures(3, 3, {}, {}),
+    "flux": Figures(4, 4, {}, {}),
+    "cogvideox": Figures(3, 3, {}, {}),
+    "latte": Figures(6, 4, {CROSS: 2}, {CROSS: 1}),
+    "wan": Figures(4, 2, {CROSS: 2}, {CROSS: 1}),
+    "stdit": Figures(6, 4, {CROSS: 2}, {CROSS: 1}),
+    # Behind a graph break a block's mask is an input that nothing proves to be the last call's.
+    "omnigen": Figures(3, 3, {}, {Reason.MOVING_MASK: 2}),
+    # A joint attention has a core for each sample, as the text tokens that the mask keeps differ in number: none stands
+    # for the whole, and a sample's tokens are picked out of the batch.
+    "mochi": Figures(3, 0, {Reason.NO_CORE: 3, Reason.MIXES_SAMPLES: 3}, {Reason.NO_CORE: 3}),
+}
+assert FIGURES.keys() == MODELS.keys()
+
+
+def cases(**more: Any) -> list[Any]:
+    """The models as parameters; `more` are marks of single ones."""
+    return [
+        pytest.param(MODELS[name], figures, id=name, marks=[*figures.marks, *more.get(name, ())])
+        for name, figures in FIGURES.items()
+    ]
+
+
+def replayed(case: Case, policy: Policy, lowering: str, steps: int, exact: bool) -> tuple[list[Rewritten], Check]:
+    """Run one trajectory, in which every site has to do what it can, and replay it."""
+    model = case.build()
+    backend = Backend(model, policy, Lowering.of("aot_eager", form=lowering))
+    compiled, observed = attach(twin(model), backend), list[Observation]()
+    backend.session.observer = observed.append
+    with torch.no_grad(), compiled.trajectory(steps):
+        for arguments in case.inputs(steps):
+            compiled(**arguments)
+    check = Check()
+    check_replay(check, backend.rewritten, observed, ["main"] * len(observed), exact)
+    reused = {(o.graph, i) for o in observed for i, why in enumerate(o.record.reasons) if why is Reason.RULE}
+    reached = [(g, r.found.sites[i]) for g, r in enumerate(backend.rewritten) for i in r.reached]
+    indices = [(g, k) for g, r in enumerate(backend.rewritten) for k in range(len(r.reached))]
+    asked = {where for where, (_, site) in zip(indices, reached, strict=True) if site.part is not Part.HELD}
+    assert asked <= reused
+    return backend.rewritten, check
+
+
+def parts(graphs: Sequence[Rewritten]) -> dict[Part, int]:
+    """How many parts of each kind are guarded."""
+    return dict(Counter(graph.found.sites[i].part for graph in graphs for i in graph.reached))
+
+
+def refusals(graphs: Sequence[Rewritten]) -> dict[Reason, int]:
+    """How many attentions were refused, by reason."""
+    places = re.compile(r".*(attn|core|guidance)[^/]*")
+    named = (r for graph in graphs for r in graph.found.refused if places.fullmatch(r.path))
+    return dict(Counter(refusal.reason for refusal in named))
+
+
+@pytest.mark.parametrize(("case", "figures"), cases())
+def test_all_of_ditfastattn_is_replayed(case: Case, figures: Figures) -> None:
+    """Half of a batch may round in another way, so that outputs are as near to float64 as the interpreter's."""
+    graphs, check = replayed(case, scheduled("FAXSW", QUARTER, 1), "variants", 5, exact=False)
+    cores = {Part.CORE: figures.windowed, Part.HELD: figures.windowed} if figures.windowed else {}
+    shared = {} if Reason.MIXES_SAMPLES in figures.refused else {Part.GUIDANCE: figures.attentions}
+    assert parts(graphs) == {Part.BRANCH: figures.attentions, **cores, **shared}
+    assert refusals(graphs) == figures.refused
+    assert check.within, check.first_difference
+
+
+def inside(threshold: float) -> Policy:
+    """From the second step on a window in the first block, and in the others what may have changed, 4 keys each."""
+    window, changed = WindowResidual(0.25), BlockwiseReuse(threshold, 4)
+    places = {"*.0": window, "*.0.*": window, "*.[1-9]": changed, "*.[1-9].*": changed}
+    return Policy(tuple(Rule(step > 0, do, Where(ATTENTION, names=names)) for names, do in places.items()))
+
+
+@pytest.mark.filterwarnings("ignore:.*reaches no site of Mochi")
+@pytest.mark.parametrize(("case", "figures"), cases())
+def test_what_is_inside_attention_is_replayed(case: Case, figures: Figures) -> None:
+    """Windows and blocks of keys, bit for bit."""
+    graphs, check = replayed(case, inside(0.05), "segments", 3, exact=True)
+    count = figures.attentions - sum(figures.refused_inside.values())
+    assert parts(graphs) == ({Part.CORE: count, Part.HELD: count} if count else {})
+    assert refusals(graphs) == figures.refused_inside
+    assert check.exact, check.first_difference

@@ -1,0 +1,97 @@
+"""FLOPs and bytes against hand arithmetic."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dit_rewrite.passes.analysis import cost
+from dit_rewrite.passes.analysis.graph import packet
+from dit_rewrite.passes.capture import opaque_attention
+from tests.helpers.tracing import Attention, Toy, linear, mlp, norm, tokens, trace
+
+aten = torch.ops.aten
+
+
+def total(model: nn.Module, *inputs: Tensor, dynamic: bool = False) -> int:
+    return cost.total_flops(trace(model, inputs, dynamic=dynamic).gm.graph)
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_linear(dynamic: bool) -> None:
+    """A projection of 2 x 4 tokens from width 8 to 12, a multiply-add counted as two, its bias free."""
+    for bias in (True, False):
+        assert total(Toy(lambda m, x: m.a(x), a=linear(8, 12, bias)), tokens(), dynamic=dynamic) == 2 * (2 * 4) * 8 * 12
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_bmm(dynamic: bool) -> None:
+    """A batch of two products of 4 x 8 by 8 x 5."""
+    assert total(Toy(lambda m, x, y: x @ y), tokens(), tokens(1, 2, 8, 5), dynamic=dynamic) == 2 * 2 * (4 * 8 * 5)
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_attention(dynamic: bool) -> None:
+    """Scores and weighted sum: batch 2, 3 heads, 4 queries of 6 keys, width 8, values of width 5."""
+    q, k, v = tokens(0, 2, 3, 4, 8), tokens(1, 2, 3, 6, 8), tokens(2, 2, 3, 6, 5)
+    model = Toy(lambda m, q, k, v: F.scaled_dot_product_attention(q, k, v))
+    assert total(model, q, k, v, dynamic=dynamic) == 2 * (2 * 3) * (4 * 6 * 8 + 4 * 6 * 5)
+
+
+def test_attention_with_a_mask() -> None:
+    """A mask changes nothing, nor does one tensor as query, key and value."""
+    q, mask = tokens(0, 2, 3, 4, 8), tokens(1, 4, 4)
+    model = Toy(lambda m, q, mask: F.scaled_dot_product_attention(q, q, q, attn_mask=mask))
+    assert total(model, q, mask) == 2 * (2 * 3) * (2 * 4 * 4 * 8)
+
+
+def test_convolution() -> None:
+    """Batch 2, 3 to 5 channels, a window of 3 x 3, 4 x 4 places."""
+    model = Toy(lambda m, x: m.conv(x), conv=nn.Conv2d(3, 5, 3, padding=1))
+    assert total(model, tokens(0, 2, 3, 4, 4)) == 2 * 2 * (4 * 4) * (3 * 5 * 3 * 3)
+
+
+def test_elementwise_ops_are_free() -> None:
+    """Norms, activations, sums and views cost nothing by this count."""
+    assert total(Toy(lambda m, x: F.gelu(m.norm(x) * 2 + x).transpose(0, 1), norm=norm()), tokens()) == 0
+
+
+def test_sum_over_a_block() -> None:
+    """Four projections, attention with two heads and an MLP."""
+    model = Toy(lambda m, x: m.ff(m.attn(x)), attn=Attention(), ff=mlp())
+    projections = 4 * (2 * 8 * 8 * 8)
+    core = 2 * (2 * 2) * (2 * 4 * 4 * 4)
+    assert total(model, tokens()) == projections + core + 2 * (2 * 8 * 8 * 16)
+
+
+def test_bytes() -> None:
+    """A tensor counts its own bytes by dtype, a view the bytes of what it is a view of."""
+
+    def body(m: Toy, x: Tensor) -> tuple[Tensor, ...]:
+        wide = m.wide(x)
+        return wide[..., :1].neg(), wide.chunk(4, -1)[1], wide.bfloat16(), (x > 0).expand(3, 2, 4, 8)
+
+    traced = trace(Toy(body, wide=linear(8, 32)), (tokens(),))
+    returned = traced.gm.graph.output_node().args[0]
+    assert [cost.stored_bytes(node) for node in returned] == [4 * 8, 4 * (8 * 32), 2 * (8 * 32), 1 * (8 * 8)]
+
+
+def test_symbolic_sizes_add_no_guard() -> None:
+    """Pricing a graph with symbolic sizes leaves it as general as it was."""
+    traced = trace(Toy(lambda m, x: x + m.attn(x), attn=Attention()), (tokens(),), dynamic=True)
+    shape_env = traced.captured.fake_mode.shape_env
+    before = len(shape_env.guards)
+    flops = cost.total_flops(traced.gm.graph)
+    sizes = [
+        cost.stored_bytes(n) for n in traced.gm.graph.nodes if n.target is opaque_attention.OP or packet(n) is aten.add
+    ]
+    assert flops == 4 * (2 * 8 * 8 * 8) + 2 * (2 * 2) * (2 * 4 * 4 * 4)
+    assert sizes == [4 * (2 * 4 * 8)] * 2
+    assert len(shape_env.guards) == before
+    (core,) = traced.gm.graph.find_nodes(op="call_function", target=opaque_attention.OP)
+    batch = core.meta["val"].shape[0]
+    assert isinstance(batch, torch.SymInt)
+    assert cost.hint(batch) == 2
+    assert cost.hint(7) == 7

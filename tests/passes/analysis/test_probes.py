@@ -1,0 +1,420 @@
+"""Keys and values, entropy and probes: that each is the tensor that it says, by value, and nothing else changes."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+
+import dit_rewrite.kernels.attention_entropy  # noqa: F401  # registers the op
+from dit_rewrite.errors import Reason
+from dit_rewrite.passes.analysis.graph import aten
+from dit_rewrite.passes.analysis.output_sites import find_latent
+from dit_rewrite.passes.analysis.probes import Probes, add_entropy, copied, find_keys, measurable
+from dit_rewrite.passes.analysis.site import Part, Probe, Site, close
+from dit_rewrite.passes.guards.measurements import Measurement
+from dit_rewrite.passes.rewrite.printing import op_counts
+from tests.helpers.streams import SHAPES, Plain, traced
+from tests.helpers.tracing import WIDTH, Attention, Toy, Traced, heads, linear, merged, mlp, norm, tokens, trace
+from tests.references.dictionary import Dictionary
+from tests.references.oracle import Rewritten, same
+
+ENTROPY = torch.ops.dit_rewrite.attention_entropy.default
+
+
+def values_of(of: Traced, gm: fx.GraphModule, step: int = 0) -> dict[str, Any]:
+    """What each node of a graph has at a step."""
+    run = Dictionary(gm, {})
+    run.run(*of.arguments[step])
+    return run.seen
+
+
+# --- keys and values --------------------------------------------------------------------------------------------------
+
+
+def keys_of(of: Traced, steady: frozenset[int] = frozenset()) -> tuple[list[Site], list[tuple[str, Reason]]]:
+    found, refused = find_keys(of.gm, of.sites().sites, of.captured.static | steady)
+    return found, [(refusal.path, refusal.reason) for refusal in refused]
+
+
+def cross() -> Traced:
+    """Self-attention, attention to a text, and an MLP."""
+
+    def body(m: Toy, x: Tensor, text: Tensor) -> Tensor:
+        x = x + m.attn(m.norm(x))
+        x = x + m.cross(m.norm(x), text)
+        return x + m.ff(m.norm(x))
+
+    toy = Toy(body, norm=norm(), attn=Attention(), cross=Attention(), ff=mlp())
+    return trace(toy, *[(tokens(i), tokens(9, 2, 3, WIDTH)) for i in range(4)])
+
+
+def test_keys_and_values() -> None:
+    """Of each attention what its core takes as key and value, by value; an MLP has none and is not refused either."""
+    of = cross()
+    found, refused = keys_of(of)
+    assert [(site.name, str(site.kind), site.part) for site in found] == [
+        ("attn.kv", "self", Part.KV),
+        ("cross.kv", "cross", Part.KV),
+    ]
+    assert refused == []
+    seen = values_of(of, of.gm)
+    x, text = of.arguments[0][of_input(of, 0)], of.arguments[0][of_input(of, 1)]
+    module = weights(of)
+    normed = F.layer_norm(x, (WIDTH,), module["norm_weight"], module["norm_bias"])
+    expected = [heads(F.linear(normed, module[f"attn_{p}_weight"], module[f"attn_{p}_bias"])) for p in "kv"]
+    assert all(torch.equal(seen[name], tensor) for name, tensor in zip(found[0].values, expected, strict=True))
+    assert [tuple(seen[name].shape) for name in found[1].values] == [(2, 2, 3, 4)] * 2
+    assert torch.equal(
+        seen[found[1].values[0]], heads(F.linear(text, module["cross_k_weight"], module["cross_k_bias"]))
+    )
+
+
+def of_input(of: Traced, number: int) -> int:
+    """The position of an input of the toy among those of its graph."""
+    return [node.name for node in of.captured.placeholders].index(f"inputs_{number}")
+
+
+def weights(of: Traced) -> dict[str, Tensor]:
+    return {node.name: value for node, value in zip(of.captured.placeholders, of.arguments[0], strict=True)}
+
+
+def test_steady_keys_are_refused() -> None:
+    """Keys and values of a text that stays are computed once anyway: the place is refused with that reason."""
+    of = cross()
+    found, refused = keys_of(of, frozenset({of_input(of, 1)}))
+    assert [site.name for site in found] == ["attn.kv"]
+    assert refused == [("cross", Reason.STEADY)]
+
+
+def test_a_steady_half() -> None:
+    """Where the values alone depend on the step they alone are held."""
+
+    def body(m: Toy, x: Tensor, text: Tensor) -> Tensor:
+        out = F.scaled_dot_product_attention(heads(m.q(x)), heads(m.k(text)), heads(m.v(text * x[:, :3])))
+        return x + m.o(merged(out))
+
+    of = trace(Toy(body, **{name: linear() for name in "qkvo"}), (tokens(), tokens(9, 2, 3, WIDTH)))
+    found, refused = keys_of(of, frozenset({of_input(of, 1)}))
+    assert refused == []
+    (site,) = found
+    assert len(site.values) == 1
+    (core,) = of.gm.graph.find_nodes(op="call_function", target=torch.ops.dit_rewrite.attention.default)
+    assert site.values == (core.args[2].name,)
+
+
+def test_one_tensor_as_key_and_value() -> None:
+    """It is held once."""
+
+    def body(m: Toy, x: Tensor) -> Tensor:
+        both = heads(m.k(x))
+        return x + m.o(merged(F.scaled_dot_product_attention(heads(m.q(x)), both, both)))
+
+    of = trace(Toy(body, **{name: linear() for name in "qko"}), *[(tokens(i),) for i in range(3)])
+    ((site,), refused) = keys_of(of)
+    assert len(site.values) == 1 and refused == []
+    rewritten = Rewritten.with_parts(of, of.gm, [*of.sites().sites, site], {0: None, 1: "int8"})
+    rewritten.check([(False, False), (False, True), (True, False)])
+
+
+def test_attention_by_hand_has_no_keys() -> None:
+    """Two products around a softmax are attention, but there is no op to take keys and values from."""
+
+    def body(m: Toy, x: Tensor) -> Tensor:
+        q, k, v = heads(m.q(x)), heads(m.k(x)), heads(m.v(x))
+        return x + m.o(merged((q @ k.transpose(-1, -2)).softmax(-1) @ v))
+
+    of = trace(Toy(body, **{name: linear() for name in "qkvo"}), (tokens(),))
+    (site,) = of.sites().sites
+    assert str(site.kind) == "self"
+    assert keys_of(of) == ([], [(site.name, Reason.NO_KEYS)])
+
+
+@pytest.mark.parametrize("store", [None, "bf16", "int8", "fp8"])
+@pytest.mark.parametrize("name", ["single", "joint", "flux"])
+def test_queries_are_computed(name: str, store: str | None) -> None:
+    """Keys and values are reused, queries and all behind them computed: the projections of K and V are gone alone."""
+    of = traced(name)
+    found, refused = keys_of(of)
+    assert refused == []
+    parts = [*of.sites().sites, *found]
+    first = len(of.sites().sites)
+    rewritten = Rewritten.with_parts(of, of.gm, parts, {i: store for i in range(first, len(parts))})
+    reused = op_counts(rewritten.variant((True,) * len(found)).gm)
+    counts = op_counts(of.gm)
+    projections = {"single": 2, "joint": 4, "flux": 0}[name]
+    if projections:
+        assert counts["aten.addmm"] - reused["aten.addmm"] == projections * len(found)
+    assert reused["dit_rewrite.attention"] == counts["dit_rewrite.attention"] == len(found)
+    for seed in range(2):
+        rewritten.check(rewritten.random_table(seed))
+
+
+def test_keys_lie_within_their_branch() -> None:
+    """A reused branch covers its keys and values; reused alone they leave the branch to be computed."""
+    of = cross()
+    found, _ = keys_of(of)
+    parts = close(of.gm.graph, [*of.sites().sites, *found])
+    names = [site.name for site in parts]
+    assert {s.name: None if s.parent is None else names[s.parent] for s in parts} == {
+        "attn": None,
+        "cross": None,
+        "ff": None,
+        "attn.kv": "attn",
+        "cross.kv": "cross",
+    }
+    rewritten = Rewritten.with_parts(of, of.gm, parts, {i: None for i in range(5)})
+    assert op_counts(rewritten.variant((False, False, False, True, True)).gm)["dit_rewrite.attention"] == 2
+    assert op_counts(rewritten.variant((True, False, False, False, False)).gm)["dit_rewrite.attention"] == 1
+    for seed in range(3):
+        rewritten.check(rewritten.random_table(seed))
+
+
+# --- entropy ----------------------------------------------------------------------------------------------------------
+
+
+def entropy_by_hand(
+    q: Tensor, k: Tensor, mask: Tensor | None = None, scale: float | None = None, causal: bool = False
+) -> float:
+    """The mean over batches, heads and queries of -sum p log p, a number at a time, in Python."""
+    scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
+    entropies = []
+    for b, h in [(b, h) for b in range(q.shape[0]) for h in range(q.shape[1])]:
+        for i, row in enumerate(q[b, h].double().tolist()):
+            scores = [scale * sum(x * y for x, y in zip(row, key, strict=True)) for key in k[b, h].double().tolist()]
+            if mask is not None:
+                scores = [
+                    s + m for s, m in zip(scores, mask.expand(*q.shape[:3], k.shape[2])[b, h, i].tolist(), strict=True)
+                ]
+            if causal:
+                scores = scores[: i + 1]
+            total = sum(math.exp(s) for s in scores)
+            entropies.append(-sum(p * math.log(p) for s in scores if (p := math.exp(s) / total) > 0))
+    return sum(entropies) / len(entropies)
+
+
+@pytest.mark.parametrize("kind", ["plain", "mask", "scale", "causal"])
+def test_entropy(kind: str) -> None:
+    """The value that is added to a site is the entropy of its attention, worked out by hand; it is reused with it."""
+    mask = tokens(5, 4, 4)
+    given = {"plain": {}, "mask": {"attn_mask": mask}, "scale": {"scale": 0.3}, "causal": {"is_causal": True}}[kind]
+
+    def body(m: Toy, x: Tensor) -> Tensor:
+        more = {"attn_mask": m.mask} if kind == "mask" else given
+        return x + m.o(merged(F.scaled_dot_product_attention(heads(m.q(x)), heads(m.k(x)), heads(m.v(x)), **more)))
+
+    toy = Toy(body, mask=mask, **{name: linear() for name in "qkvo"})
+    of = trace(toy, *[(tokens(i),) for i in range(3)])
+    gm = copied(of.gm)
+    (site,) = of.sites().sites
+    measured = add_entropy(gm, site, ENTROPY)
+    assert (measured.values[:-1], measured.entropy) == (site.values, len(site.values))
+    rewritten = Rewritten.with_parts(of, gm, [measured], {0: "int8"})
+    assert rewritten.guarded.held == (2 + 1,), "packed numbers, their scale, and the entropy as it is"
+    for step in range(3):
+        x = of.arguments[step][of_input(of, 0)]
+        q, k = (heads(getattr(toy, name)(x)) for name in "qk")
+        by_hand = entropy_by_hand(q, k, mask if kind == "mask" else None, given.get("scale"), kind == "causal")  # type: ignore[arg-type]
+        outputs, held = rewritten.by_variant(step, (False,), {})
+        assert held[0, 2].item() == pytest.approx(by_hand, rel=1e-5)
+        assert held[0, 2].shape == ()
+        assert same(outputs, list(of.returned[step])), "nothing else changed"
+    assert op_counts(rewritten.variant((True,)).gm)["dit_rewrite.attention_entropy"] == 0
+
+
+def test_entropy_of_two_cores() -> None:
+    """Where a site holds two attentions it is their mean."""
+
+    def body(m: Toy, x: Tensor) -> Tensor:
+        return x + m.o(m.one(x) + m.two(x))
+
+    toy = Toy(body, one=Attention(), two=Attention(), o=linear())
+    of = trace(toy, (tokens(),))
+    site = of.sites().sites[-1]
+    gm = copied(of.gm)
+    measured = add_entropy(gm, site, ENTROPY)
+    seen = values_of(of, gm)
+    x = of.arguments[0][of_input(of, 0)]
+    each = [entropy_by_hand(heads(part.q(x)), heads(part.k(x))) for part in (toy.one, toy.two)]
+    assert seen[measured.values[-1]].item() == pytest.approx(sum(each) / 2, rel=1e-5)
+
+
+def test_entropy_of_an_mlp() -> None:
+    """There is none: the site stays as it is."""
+    of = traced("single")
+    gm = copied(of.gm)
+    site = next(site for site in of.sites().sites if site.name.endswith("ff"))
+    assert add_entropy(gm, site, ENTROPY) is site
+    assert op_counts(gm) == op_counts(of.gm)
+
+
+# --- probes -----------------------------------------------------------------------------------------------------------
+
+
+def probe(of: Traced, name: str, site: int = 0, step: int = 0) -> Tensor | None:
+    """What a probe of a toy's site has at a step, as an interpreter sees it."""
+    gm = copied(of.gm)
+    node = Probes(gm, of.sites(), of.captured.static).of(name, of.sites().sites[site])
+    return None if node is None else values_of(of, gm, step)[node]
+
+
+def block_by_hand() -> tuple[Toy, Traced]:
+    """Two plain blocks behind an embedding."""
+
+    def body(m: Toy, x: Tensor) -> Tensor:
+        x = m.enter(x)
+        for block in m.blocks:
+            x = block(x)
+        return m.head(x)
+
+    toy = Toy(body, enter=linear(), blocks=nn.ModuleList([Plain(), Plain()]), head=linear())
+    return toy, trace(toy, *[(tokens(i),) for i in range(3)])
+
+
+def close_to(found: Tensor | None, expected: Tensor) -> bool:
+    return found is not None and torch.allclose(found.reshape(-1), expected.reshape(-1), rtol=1e-5, atol=1e-6)
+
+
+@torch.no_grad()
+def test_each_probe_by_value() -> None:
+    """What the first block adds, what its attention is computed from, and the stream that each site reads."""
+    toy, of = block_by_hand()
+    for step in range(3):
+        x = toy.enter(of.arguments[step][of_input(of, 0)])
+        first, second = toy.blocks
+        assert close_to(probe(of, "first_block", 3, step), first(x) - x)
+        assert close_to(probe(of, "first_2_blocks", 3, step), second(first(x)) - x)
+        assert probe(of, "first_3_blocks", 3, step) is None, "there are two"
+        assert close_to(probe(of, "modulated_input", 3, step), first.norm(x))
+        streams = [x, x + first.attn(first.norm(x)), first(x)]
+        streams.append(streams[2] + second.attn(second.norm(streams[2])))
+        for site, stream in enumerate(streams):
+            assert close_to(probe(of, "self", site, step), stream)
+
+
+@torch.no_grad()
+def test_the_modulated_input_is_modulated() -> None:
+    """Behind scale and shift, where a block has them."""
+    of = traced("single")
+    found = probe(of, "modulated_input")
+    module = weights(of)
+    x = F.linear(of.arguments[0][of_input(of, 0)], module["enter_weight"], module["enter_bias"])
+    signal = F.silu(of.arguments[0][of_input(of, 1)])
+    shift, scale = F.linear(signal, module["blocks_0_modulate_weight"], module["blocks_0_modulate_bias"]).chunk(6, -1)[
+        :2
+    ]
+    normed = F.layer_norm(x, (WIDTH,), module["blocks_0_norm_weight"], module["blocks_0_norm_bias"])
+    assert close_to(found, normed * (1 + scale) + shift)
+
+
+@torch.no_grad()
+def test_of_two_streams_the_one_that_is_returned() -> None:
+    """A joint model whose last block throws the text away is measured by its image."""
+    for name in ("dropped", "flux"):
+        of = traced(name)
+        shapes = {
+            kind: tuple(found.shape)
+            for kind in ("first_block", "modulated_input")
+            if (found := probe(of, kind)) is not None
+        }
+        assert shapes["first_block"] == (2, 4, WIDTH)
+        assert torch.Size(shapes["modulated_input"]).numel() == 2 * 4 * WIDTH
+
+
+def test_the_larger_stream_of_a_joint_site() -> None:
+    """Its own stream is the image, of 4 tokens beside 3."""
+    of = traced("joint")
+    sites = of.sites().sites
+    index = next(i for i, site in enumerate(sites) if str(site.kind) == "joint")
+    assert len(sites[index].streams) == 2
+    found = probe(of, "self", index)
+    assert found is not None and found.numel() == 2 * 4 * WIDTH
+
+
+def test_probes_that_are_not_there() -> None:
+    """A post-norm model's first block ends before its norm; one without attention has no modulated input."""
+    assert probe(traced("post-norm"), "first_block") is not None
+    of = trace(Toy(lambda m, x: x + m.two(x + m.one(x)), one=mlp(), two=mlp()), (tokens(),))
+    assert probe(of, "modulated_input") is None
+    assert probe(of, "self") is not None
+
+
+def test_latent_and_output() -> None:
+    """The largest input that is neither weight nor conditioning, known before anything runs, and the largest of what
+    the model returns, of which no site waits for this call's; of a part of a model neither is the model's."""
+    for name in SHAPES:
+        of = traced(name)
+        gm = copied(of.gm)
+        site, ins = of.sites().sites[0], of.gm.graph.find_nodes(op="placeholder")
+        probes = Probes(gm, of.sites(), of.captured.static)
+        latent, output = (probes.measured(Measurement("similarity", p), site) for p in ("latent", "output"))
+        assert isinstance(latent, Probe) and isinstance(output, Probe)
+        moving = {n.name: n.meta["val"].numel() for i, n in enumerate(ins) if i not in of.captured.static}
+        assert moving[latent.node] == max(moving.values())
+        assert (latent.waits, latent.output) == (False, None)
+        assert (output.waits, output.output) == (False, output.node)
+        returned = {n.name: n.meta["val"].numel() for n in of.gm.graph.output_node().all_input_nodes}
+        assert returned[output.node] == max(returned.values())
+        part = Probes(gm, of.sites(), of.captured.static, whole=False)
+        for statistic in (Measurement("drift", "latent"), Measurement("similarity", "output")):
+            assert part.measured(statistic, site) is Reason.PROBE_IN_PART
+        assert isinstance(part.measured(Measurement("drift", "first_block"), site), Probe)
+
+
+def test_conditioning_is_no_latent() -> None:
+    """A caption may be larger than the latent: it stays the same from step to step."""
+    of = traced("flux")
+    ins = of.gm.graph.find_nodes(op="placeholder")
+    first = find_latent(of.gm.graph, of.captured.static)
+    assert first is not None
+    second = find_latent(of.gm.graph, of.captured.static | {ins.index(first)})
+    assert second is not first
+    assert find_latent(of.gm.graph, frozenset(range(len(ins)))) is None
+
+
+def test_what_is_put_in_changes_nothing() -> None:
+    """The graph with all probes returns what the model returned, and the captured one stays as it was."""
+    for name in SHAPES:
+        of = traced(name)
+        before = of.gm.code
+        gm, sites = copied(of.gm), of.sites()
+        probes = Probes(gm, sites, of.captured.static)
+        found = {probes.of(kind, site) for kind in ("first_block", "modulated_input", "self") for site in sites.sites}
+        again = {probes.of(kind, site) for kind in ("first_block", "modulated_input", "self") for site in sites.sites}
+        assert found == again, "each is put in once"
+        gm.graph.lint()
+        gm.recompile()
+        assert same(list(gm(*of.arguments[0])), list(of.returned[0]))
+        assert of.gm.code == before
+
+
+def test_copies_have_the_same_names() -> None:
+    """So that a site of one is a site of the other; its meta too."""
+    of = traced("flux")
+    copy = copied(of.gm)
+    assert [(n.name, n.op, n.target) for n in copy.graph.nodes] == [(n.name, n.op, n.target) for n in of.gm.graph.nodes]
+    assert all(a.meta.get("val") is b.meta.get("val") for a, b in zip(copy.graph.nodes, of.gm.graph.nodes, strict=True))
+    assert not set(copy.graph.nodes) & set(of.gm.graph.nodes)
+
+
+@pytest.mark.parametrize(
+    ("value", "measured"),
+    [(torch.ones(2), True), (torch.ones(2, dtype=torch.bfloat16), True), (torch.ones(2, dtype=torch.int64), False)]
+    + [((torch.ones(2),), False), (3, False), (None, False)],
+)
+def test_measurable(value: object, measured: bool) -> None:
+    assert measurable(value) is measured
+
+
+def test_aten_ops_of_probes() -> None:
+    """What the first block adds is one difference."""
+    of = traced("single")
+    gm = copied(of.gm)
+    name = Probes(gm, of.sites(), of.captured.static).of("first_block", of.sites().sites[0])
+    (node,) = [n for n in gm.graph.nodes if n.name == name]
+    assert node.target is aten.sub.Tensor
+    assert tuple(node.meta["val"].shape) == (2, 4, WIDTH)

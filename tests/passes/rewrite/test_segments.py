@@ -1,0 +1,436 @@
+"""The graph in pieces: strung together they are the whole, each takes and gives what it must, equal ones are one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, fx, nn
+
+from dit_rewrite.passes.analysis.probes import Probes, copied
+from dit_rewrite.passes.analysis.site import Probe
+from dit_rewrite.passes.analysis.structure import structure
+from dit_rewrite.passes.rewrite.printing import op_counts
+from dit_rewrite.passes.rewrite.segments import Segments, crossing_bytes, cut, relevant, whole
+from dit_rewrite.passes.rewrite.specialise import Variant, specialise
+from tests.helpers.streams import SHAPES, Plain, single, traced, with_spans
+from tests.helpers.toys import EXAMPLES, Block, Example
+from tests.helpers.tracing import WIDTH, Toy, Traced, linear, tokens, trace
+from tests.references.oracle import Rewritten, same
+
+aten = torch.ops.aten
+
+
+def pieces(rewritten: Rewritten, row: tuple[bool, ...], measured: bool = False) -> list[Variant]:
+    """The code of every segment for a row."""
+    segments = rewritten.cut(measured)
+    depends = relevant(rewritten.gm, segments, rewritten.sites, measured)
+    return [
+        specialise(rewritten.guarded, [row[i] and i in own for i in range(len(row))], segments, k)
+        for k, own in enumerate(depends)
+    ]
+
+
+def branches(name: str) -> Rewritten:
+    """A toy with every branch guarded."""
+    return Rewritten.of(traced(name))
+
+
+# --- cuts -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "count"),
+    [("single", 4), ("joint", 3), ("dropped", 3), ("flux", 6), ("latte", 5), ("post-norm", 4), ("skipping", 4)],
+)
+def test_count(name: str, count: int) -> None:
+    """One for each block, that before the first with it, and one for what follows the last."""
+    rewritten = branches(name)
+    assert rewritten.cut().count == count
+    assert rewritten.whole.count == 1
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_every_node_has_one_place(name: str) -> None:
+    """In the order of the graph no segment reads from a later one; constants are in each."""
+    rewritten = branches(name)
+    segments, nodes = rewritten.cut(), list(rewritten.gm.graph.nodes)
+    assert len(segments.of) == len(nodes)
+    place = dict(zip(nodes, segments.of, strict=True))
+    for node in nodes:
+        own = place[node]
+        for argument in node.all_input_nodes if own is not None and argument_matters(node) else ():
+            given = place[argument]
+            assert given is None or argument.op == "placeholder" or given <= own
+
+
+def argument_matters(node: fx.Node) -> bool:
+    return node.op == "call_function"
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_all_pieces_hold_all_ops(name: str) -> None:
+    """Together they have the ops of the captured graph, each once."""
+    rewritten = branches(name)
+    never = (False,) * len(rewritten.sites)
+    counts = [op_counts(piece.gm) for piece in pieces(rewritten, never)]
+    together = sum(counts[1:], counts[0])
+    clones = together["aten.clone"] - op_counts(rewritten.gm)["aten.clone"]
+    assert clones >= 0, "what is handed on without gaps may be copied for that"
+    together["aten.clone"] -= clones
+    assert +together == op_counts(rewritten.gm)
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_exports_are_what_is_needed_and_no_more(name: str) -> None:
+    """Each is read by another segment or returned, and all that is so is exported, by its own segment alone."""
+    rewritten = branches(name)
+    segments, nodes = rewritten.cut(), list(rewritten.gm.graph.nodes)
+    place = dict(zip(nodes, segments.of, strict=True))
+    needed = {
+        i
+        for i, node in enumerate(nodes)
+        if node.op == "call_function"
+        and any(user.op == "output" or place[user] not in (None, place[node]) for user in node.users)
+    }
+    exported = [p for exports in segments.exports for p in exports]
+    assert len(exported) == len(set(exported))
+    assert set(exported) == needed
+    assert all(segments.of[p] == k for k, exports in enumerate(segments.exports) for p in exports)
+
+
+def test_the_stream_alone_crosses() -> None:
+    """Of three blocks on one stream two cuts hand on the stream, and the last one what the head reads: 4 tokens of 8
+    numbers of 4 bytes, for 2 samples."""
+    rewritten = branches("single")
+    segments = rewritten.cut()
+    nodes = list(rewritten.gm.graph.nodes)
+    handed = [[tuple(nodes[p].meta["val"].shape) for p in exports] for exports in segments.exports]
+    assert handed[:3] == [[(2, 4, WIDTH)]] * 3
+    assert crossing_bytes(rewritten.gm, segments) == 3 * 2 * 4 * WIDTH * 4
+    assert crossing_bytes(rewritten.gm, rewritten.whole) == 0
+
+
+def test_bases_cross_where_a_span_is_guarded() -> None:
+    """The stream before a span is read where its change is added."""
+    rewritten = with_spans(traced("single"), [(0, 3)], branches=False)
+    segments, nodes = rewritten.cut(), list(rewritten.gm.graph.nodes)
+    (site,) = rewritten.sites
+    base = next(i for i, node in enumerate(nodes) if node.name == site.bases[0])
+    assert base in segments.exports[0]
+    assert base not in branches("single").cut().exports[0]
+    adding = pieces(rewritten, (True,))[2]
+    assert adding.inputs == (base,)
+    assert op_counts(adding.gm) == {"aten.add": 1}
+
+
+# --- conditioning -----------------------------------------------------------------------------------------------------
+
+
+def conditioned() -> tuple[Rewritten, Segments]:
+    """Three blocks: a signal of all of them, one of the second alone, and one of the last two."""
+
+    def body(m: Toy, x: Tensor, signal: Tensor, text: Tensor) -> Tensor:
+        shared, own, late = m.shared(signal), m.own(text), m.late(text)
+        x = m.blocks[0](x * shared)
+        x = m.blocks[1](x * shared + own + late)
+        return m.blocks[2](x * shared + late)
+
+    toy = Toy(body, shared=linear(), own=linear(), late=linear(), blocks=nn.ModuleList(Plain() for _ in range(3)))
+    rewritten = Rewritten.of(trace(toy, (tokens(), tokens(1, 2, 1, WIDTH), tokens(2, 2, 1, WIDTH))))
+    return rewritten, rewritten.cut()
+
+
+def test_conditioning_is_computed_where_it_is_read() -> None:
+    """What one block alone reads is computed with it, what several read in the first piece."""
+    rewritten, segments = conditioned()
+    never = (False,) * len(rewritten.sites)
+    names = [placeholder.name for placeholder in rewritten.traced.captured.placeholders]
+    read = [{names[i] for i in piece.inputs if i < len(names)} for piece in pieces(rewritten, never)]
+    assert [bool(exports) for exports in segments.exports] == [True, True, True, False], "nothing follows the last"
+    assert {"shared_weight", "late_weight"} <= read[0]
+    assert "own_weight" in read[1]
+    assert not {"own_weight"} & (read[0] | read[2])
+    assert not {"shared_weight", "late_weight"} & (read[1] | read[2] | read[3])
+    rewritten.check([never])
+
+
+# --- pieces strung together -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("example", EXAMPLES, ids=lambda example: example.name)
+def test_reuse_0(example: Example) -> None:
+    """With nothing reused the pieces return what the model returned, bit for bit."""
+    rewritten = example.rewritten()
+    never = (False,) * example.sites
+    segments = rewritten.cut()
+    for step in range(3):
+        outputs, held = rewritten.string(segments, pieces(rewritten, never), step, {})
+        assert same(outputs, list(rewritten.traced.returned[step]))
+        assert sorted(held) == rewritten.slots
+
+
+def test_outputs_that_are_no_results() -> None:
+    """An input that is passed on, a result that is returned twice, and None: as many outputs as the graph has."""
+
+    def body(m: Toy, x: Tensor, y: Tensor) -> tuple[Any, ...]:
+        z = m.block(x)
+        return y, z, x, z, None, 3, z + y
+
+    rewritten = Rewritten.of(trace(Toy(body, block=Plain()), *[(tokens(i), tokens(9 + i)) for i in range(3)]))
+    rewritten.check_reuse_0()
+    rewritten.check([(False, False), (True, False), (True, True)])
+    variant = rewritten.variant((True, True))
+    assert len(variant.outputs) == len(set(variant.outputs)) == 2
+    assert min(variant.outputs) >= len(rewritten.traced.captured.placeholders)
+
+
+def test_what_is_inside_a_reused_span_does_not_run() -> None:
+    """Under a reused stack the pieces within have nothing to do, and that in which it ends adds the change."""
+    rewritten = with_spans(traced("single"), [(1, 3)], branches=False)
+    first, second, third, last = pieces(rewritten, (True,))
+    assert (second.outputs, second.fresh, op_counts(second.gm)) == ((), (), {})
+    assert op_counts(third.gm) == {"aten.add": 1}
+    never = pieces(rewritten, (False,))
+    assert structure(first.gm) == structure(never[0].gm)
+    assert structure(last.gm) == structure(never[3].gm)
+
+
+def test_slots_are_filled_by_the_segment_that_has_the_value() -> None:
+    """Each slot is filled once, by the piece of its block."""
+    rewritten = branches("joint")
+    fresh = [piece.fresh for piece in pieces(rewritten, (False,) * len(rewritten.sites))]
+    blocks = [sorted({rewritten.sites[i].layer for i, _ in slots}) for slots in fresh]
+    assert blocks == [[0], [1], []]
+    assert sorted(slot for slots in fresh for slot in slots) == rewritten.slots
+
+
+def test_effects_run_once() -> None:
+    """What runs for its effect runs in one piece, whatever is reused."""
+
+    def body(m: Toy, x: Tensor) -> Tensor:
+        x = m.blocks[0](x)
+        torch._assert_async((x < 1e6).all(), "too large")
+        return m.blocks[1](x)
+
+    rewritten = Rewritten.of(trace(Toy(body, blocks=nn.ModuleList([Plain(), Plain()])), (tokens(),)))
+    for row in ((False,) * 4, (True,) * 4):
+        counts = [op_counts(piece.gm) for piece in pieces(rewritten, row)]
+        asserts = [sum(n for name, n in c.items() if "assert" in name) for c in counts]
+        assert sum(asserts) == 1
+
+
+# --- which decisions a piece depends on -------------------------------------------------------------------------------
+
+
+def test_a_piece_depends_on_the_sites_of_its_block() -> None:
+    """And a span's decision matters to every piece that holds a part of it."""
+    rewritten = with_spans(traced("single"), [(1, 3)])
+    names = [site.name for site in rewritten.sites]
+    depends = relevant(rewritten.gm, rewritten.cut(), rewritten.sites, False)
+    assert [{names[i] for i in own} for own in depends] == [
+        {"blocks.0.attn", "blocks.0.ff"},
+        {"blocks.1.attn", "blocks.1.ff", "blocks.1..blocks.2"},
+        {"blocks.2.attn", "blocks.2.ff", "blocks.1..blocks.2"},
+        set(),
+    ]
+    assert relevant(rewritten.gm, rewritten.whole, rewritten.sites, False) == [tuple(range(len(names)))]
+
+
+def measured(name: str, spans: list[tuple[int, int]], probe: str) -> Rewritten:
+    """A toy with spans that read a probe, and its branches, which do not."""
+    of = traced(name)
+    gm, found = copied(of.gm), of.sites()
+    rewritten = with_spans(of, spans)
+    probes = Probes(gm, found, of.captured.static)
+    nodes = [None if site.span is None else probes.of(probe, site) for site in rewritten.sites]
+    sites = zip(rewritten.sites, nodes, strict=True)
+    parts = [replace(site, probes=() if node is None else (Probe(probe, node),)) for site, node in sites]
+    return Rewritten.with_parts(of, gm, parts, {i: None for i in range(len(parts))})
+
+
+@pytest.mark.parametrize(("name", "first"), [("single", 1), ("joint", 1), ("flux", 1), ("latte", 1)])
+def test_a_measured_span_is_decided_behind_its_probe(name: str, first: int) -> None:
+    """As in first-block caching: the first block runs, and what it adds is at hand before the others are decided."""
+    end = traced(name).sites().num_layers
+    rewritten = measured(name, [(first, end)], "first_block")
+    segments = rewritten.cut(measured=True)
+    (span,) = [i for i, site in enumerate(rewritten.sites) if site.span is not None]
+    (probe,) = rewritten.sites[span].awaited
+    position = [node.name for node in rewritten.gm.graph.nodes].index(probe)
+    assert position in segments.exports[0]
+    depends = relevant(rewritten.gm, segments, rewritten.sites, True)
+    assert span not in depends[0]
+    assert span in depends[1]
+    assert all(rewritten.sites[i].layer == 0 for i in depends[0])
+    for seed in range(2):
+        rewritten.check(rewritten.random_table(seed), measured=True)
+
+
+def test_no_piece_for_a_probe_alone() -> None:
+    """What the first block adds is computed with the first block."""
+    assert measured("single", [(1, 3)], "first_block").cut(measured=True).count == 4
+
+
+def test_a_probe_within_a_block_cuts_it() -> None:
+    """The modulated input is at hand before the attention that reads it: its norm is a piece of its own."""
+    rewritten = measured("single", [(0, 3)], "modulated_input")
+    segments = rewritten.cut(measured=True)
+    assert segments.count == 5
+    (span,) = [i for i, site in enumerate(rewritten.sites) if site.span is not None]
+    depends = relevant(rewritten.gm, segments, rewritten.sites, True)
+    assert span not in depends[0]
+    assert span in depends[1]
+    first = pieces(rewritten, (True,) * len(rewritten.sites), measured=True)[0]
+    assert op_counts(first.gm)["aten.native_layer_norm"] == 1
+    assert op_counts(first.gm)["dit_rewrite.attention"] == 0
+    for seed in range(2):
+        rewritten.check(rewritten.random_table(seed), measured=True)
+
+
+@pytest.mark.parametrize("name", ["single", "joint"])
+@pytest.mark.parametrize("probe", ["first_block", "modulated_input"])
+def test_no_site_is_decided_before_the_one_around_it(name: str, probe: str) -> None:
+    """A piece before a span's probe does not depend on sites inside the span: to decide these is to decide the span."""
+    rewritten = measured(name, [(0, traced(name).sites().num_layers)], probe)
+    (span,) = [i for i, site in enumerate(rewritten.sites) if site.span is not None]
+    depends = relevant(rewritten.gm, rewritten.cut(measured=True), rewritten.sites, True)
+    first = min(k for k, own in enumerate(depends) if span in own)
+    early = [rewritten.sites[i].name for own in depends[:first] for i in own if rewritten.guarded.parents[i] == span]
+    assert early == []
+
+
+# --- alike pieces -----------------------------------------------------------------------------------------------------
+
+
+def test_identical_blocks_are_one() -> None:
+    """Of six blocks the middle four are the same code, whichever of them reuse what the others do."""
+    of = trace(single(6), (tokens(), tokens(1, 2, 1, WIDTH)))
+    rewritten = Rewritten.of(of)
+    for row in ((False,) * 12, (True,) * 12, (True, False) * 6):
+        found = [structure(piece.gm) for piece in pieces(rewritten, row)]
+        assert len(found) == 7
+        assert len(set(found[1:6])) == 1
+        assert len(set(found)) <= 3
+    mixed = [structure(piece.gm) for piece in pieces(rewritten, (True,) * 4 + (False,) * 8)]
+    assert mixed[1] != mixed[2] == mixed[3]
+
+
+def test_shared_code_computes_each_block() -> None:
+    """The second block's code, called with the third block's weights and stream, is the third block."""
+    rewritten = branches("single")
+    never = (False,) * len(rewritten.sites)
+    made = pieces(rewritten, never)
+    assert structure(made[1].gm) == structure(made[2].gm)
+    borrowed = [made[0], made[1], replace_code(made[2], made[1].gm), made[3]]
+    outputs, _ = rewritten.string(rewritten.cut(), borrowed, 1, {})
+    assert same(outputs, list(rewritten.traced.returned[1]))
+
+
+def replace_code(variant: Variant, gm: fx.GraphModule) -> Variant:
+    return replace(variant, gm=gm)
+
+
+def straight(body: Callable[[Toy, Tensor], Any], x: Tensor, **parts: Any) -> fx.GraphModule:
+    """A toy's captured graph."""
+    of: Traced = trace(Toy(body, **parts), (x,))
+    return of.gm
+
+
+def test_structure_of_the_same() -> None:
+    """Neither names nor weights' values matter."""
+    x = tokens()
+    one = straight(lambda m, x: x + m.ff(x), x, ff=linear())
+    other = straight(lambda m, x: x + m.another(x), x, another=linear())
+    assert structure(one) == structure(other)
+    assert structure(one) == structure(copied(one))
+
+
+@pytest.mark.parametrize(
+    ("body", "x"),
+    [
+        (lambda m, x: x + m.ff(x), tokens().double()),
+        (lambda m, x: x + m.ff(x), tokens(0, 2, 5, WIDTH)),
+        (lambda m, x: x + m.ff(x), tokens(0, 2, WIDTH, 4).transpose(1, 2)),
+        (lambda m, x: m.ff(x) + x, tokens()),
+        (lambda m, x: x - m.ff(x), tokens()),
+        (lambda m, x: x.add(m.ff(x), alpha=2), tokens()),
+        (lambda m, x: (lambda y: (x + y, y))(m.ff(x)), tokens()),
+        (lambda m, x: x + m.ff(x) * 2, tokens()),
+    ],
+    ids=["dtype", "shape", "strides", "order", "op", "keyword", "outputs", "more"],
+)
+def test_structure_of_others(body: Any, x: Tensor) -> None:
+    """What would compute something else, or of something else, is another."""
+    linears = linear().to(x.dtype)
+    assert structure(straight(body, x, ff=linears)) != structure(
+        straight(lambda m, x: x + m.ff(x), tokens(), ff=linear())
+    )
+
+
+@pytest.mark.parametrize(("a", "b"), [(1, 1.0), (2, 3), (1.5, 1.25), (True, 1), (0.0, -0.0)])
+def test_structure_of_constants(a: Any, b: Any) -> None:
+    """Numbers that are equal in Python are not the same to an op: 1, 1.0 and True, 0.0 and -0.0."""
+
+    def built(number: Any) -> fx.GraphModule:
+        graph = fx.Graph()
+        x = graph.placeholder("x")
+        x.meta["val"] = torch.empty(2, device="meta")
+        graph.output((graph.call_function(aten.mul.Tensor, (x, number)),))
+        return fx.GraphModule({}, graph)
+
+    assert structure(built(a)) == structure(built(a))
+    assert structure(built(a)) != structure(built(b))
+
+
+def test_structure_of_attributes() -> None:
+    """A constant tensor is the same where it is the same object."""
+
+    def built(tensor: Tensor) -> fx.GraphModule:
+        graph = fx.Graph()
+        graph.output((graph.get_attr("c"),))
+        root = nn.Module()
+        root.c = tensor
+        return fx.GraphModule(root, graph)
+
+    c = torch.ones(2)
+    one, same_one, other = built(c), built(c), built(torch.ones(2))
+    assert structure(one) == structure(same_one) != structure(other)
+
+
+def test_blocks_of_other_widths_are_others() -> None:
+    """Two blocks that differ in what they are made of, and one that differs in a number."""
+
+    class Gained(Block):
+        gain = 1.0
+
+        def forward(self, x: Tensor, signal: Tensor) -> Tensor:
+            return super().forward(x * self.gain, signal)
+
+    def body(m: Toy, x: Tensor, signal: Tensor) -> Tensor:
+        x = m.enter(x)
+        for block in m.blocks:
+            x = block(x, signal)
+        return m.head(x)
+
+    gained = [Gained() for _ in range(4)]
+    for block, gain in zip(gained, (0.5, 0.5, 0.5, 0.25), strict=True):
+        block.gain = gain
+    toy = Toy(body, enter=linear(), blocks=nn.ModuleList(gained), head=linear())
+    rewritten = Rewritten.of(trace(toy, (tokens(), tokens(1, 2, 1, WIDTH))))
+    found = [structure(piece.gm) for piece in pieces(rewritten, (False,) * len(rewritten.sites))]
+    assert found[1] == found[2] != found[3]
+
+
+def test_one_segment_is_the_whole_graph() -> None:
+    """Uncut, nothing crosses, and what is exported is what is returned."""
+    for name in SHAPES:
+        rewritten = branches(name)
+        segments = whole(rewritten.gm, rewritten.sites)
+        nodes = list(rewritten.gm.graph.nodes)
+        assert {nodes[p] for p in segments.exports[0]} == set(rewritten.gm.graph.output_node().all_input_nodes)
+        assert segments.holding(range(len(nodes))) == {0}
+        assert cut(rewritten.gm, rewritten.found, (), False).count > 1

@@ -1,0 +1,440 @@
+"""Policies as JSON and guards as text: the same comes back, and what has no business in them is refused by name."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import sympy
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from sympy import ITE, And, Eq, Max, Min, Mod, Ne, Not, Or, Rational, Xor, ceiling, floor
+from sympy.logic.boolalg import Boolean
+
+from dit_rewrite.errors import (
+    BadGuardText,
+    BadParameter,
+    BadPolicyText,
+    ForeignName,
+    PolicyError,
+    UnknownVersion,
+    UnwritableGuard,
+)
+from dit_rewrite.guards import age, layer, num_layers, num_steps, progress, step, streak
+from dit_rewrite.passes.guards import symbols
+from dit_rewrite.passes.guards.symbols import Predicate
+from dit_rewrite.policies import DQAR, FORA, FirstBlockCache, Never
+from dit_rewrite.policy import serialise
+from dit_rewrite.policy.guard_text import guard_text, parse_guard
+from dit_rewrite.policy.rules import Policy, Rule
+from dit_rewrite.policy.serialise import from_json, to_json
+from dit_rewrite.policy.strategies import Compute, Reuse, ReuseKV, Strategy
+from dit_rewrite.policy.where import FAMILIES, Where
+
+WRITTEN: list[tuple[str, Boolean]] = [
+    ("(step > 0) & Ne(Mod(step, 3), 0)", (step > 0) & Ne(Mod(step, 3), 0)),
+    ("step % 3 != 0", Ne(Mod(step, 3), 0)),
+    ("step == 3", Eq(step, 3)),
+    ("0 < step < 5 <= age", And(sympy.Lt(0, step), step < 5, sympy.Le(5, age))),
+    ("3 < step", sympy.Lt(3, step, evaluate=False)),
+    ("not step > 3 and (age < 2 or layer >= 4)", And(step <= 3, Or(age < 2, layer >= 4))),
+    ("~(step > 3) | (age < 2) ^ (streak > 1)", Or(step <= 3, Xor(age < 2, streak > 1))),
+    ("Or(And(step > 1, age > 2), Not(Eq(layer, 0)))", Or(And(step > 1, age > 2), Ne(layer, 0))),
+    ("ITE(progress > 0.5, age < 3, age < 2)", ITE(progress > 0.5, age < 3, age < 2)),
+    ("progress > 1/3", progress > Rational(1, 3)),
+    ("progress < 0.30000000000000004", progress < 0.1 + 0.2),
+    ("1e-05 < Abs(progress - 0.5)", sympy.Lt(1e-5, sympy.Abs(progress - 0.5))),
+    ("2*(step + 1)/num_steps > progress", sympy.Mul(2, step + 1, 1 / num_steps) > progress),
+    ("-(step + 1)*layer > -9", sympy.Mul(-1, step + 1, layer) > -9),
+    ("+step - age - 2 > -(-3)", step - age - 2 > 3),
+    ("Min(step, 3)**2 > sqrt(Max(age, layer))", Min(step, 3) ** 2 > sympy.sqrt(Max(age, layer))),
+    ("log(num_layers) - 1 > 0", sympy.log(num_layers) - 1 > 0),
+    ("1/(2*(age + 1/2)) < 1", sympy.Mul(Rational(1, 2), 1 / (age + Rational(1, 2))) < 1),
+    ("floor(step/2) <= ceiling(age**-0.5)", floor(step / 2) <= ceiling(age**-0.5)),
+    ("true", sympy.true),
+    ("False", sympy.false),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("text", "guard"), WRITTEN, ids=[text for text, _ in WRITTEN])
+def test_parse(text: str, guard: Boolean) -> None:
+    """Text is read as the expression that sympy makes of it."""
+    assert parse_guard(text) == guard
+    assert parse_guard(guard_text(guard)) == guard
+
+
+FOREIGN = {
+    "__import__('os')": "'__import__' is no function",
+    "eval('1')": "'eval' is no function",
+    "exp(step) > 1": "'exp' is no function",
+    "snr(step) > 1": "'snr' is no function",
+    "step > foo": "'foo' is no symbol",
+    "__builtins__": "'__builtins__' is no symbol",
+    "Mod > 1": "'Mod' is no symbol",
+}
+
+
+@pytest.mark.parametrize("text", FOREIGN)
+def test_foreign_name(text: str) -> None:
+    """The name is said, and what could stand in its place."""
+    with pytest.raises(ForeignName, match=FOREIGN[text]) as caught:
+        parse_guard(text)
+    assert "num_steps" in str(caught.value) and "Mod" in str(caught.value)
+
+
+REFUSED = {
+    "not allowed": [
+        "step.real > 1", "step[0] > 1", "().__class__.__bases__", "(lambda: 1)()", "step.bit_length() > 1",
+        "[step > 0]", "step > 0 if age else 1", "(x := 3) > step", "f'{step}' > 1", "step in (1, 2)",
+        "Mod(*[1, 2]) > 1", "step @ 3 > 1", "step // 3 > 1", "step << 3 > 1",
+    ],
+    "compares by other than": ["step is 3", "step is not 3"],
+    "names an argument, or has more than 16": ["Mod(step, b=3) > 1", f"Max({'step, ' * 17}) > 1"],
+    "argument": ["Mod(step) > 1"],
+    "no finite number": ["'a' > step", "1j > step", "None", "1e999 > step", "... > step", "b'1' > step"],
+    "number where a condition is needed": ["step", "3", "step > 1 & age > 2", "step & (age > 3)", "~step", "not 1"],
+    "condition where a number is needed": ["step > True", "(step > 0) < (age > 0)", "(step > 0) + 1 > 0"],
+    "zero": ["step / 0 > 1", "1 / (2*(step - step)) > 1", "Mod(step, 0) > 1", "step % 0 > 1"],
+    "no real number": ["log(0) > step", "Eq(sqrt(-1), step)", "Max() > step", "0**-1 > step"],
+    "invalid syntax": ["", "step >", "step > 0; age > 1", "import os"],
+    "null bytes": ["step > 0\0"],
+    "could grow too large": [
+        "10**10**10 > step", "(step**64)**64 > 3", "((step**8 + 1)**8 + 1)**8 > 1", "2**step > 3",
+    ],
+    "too large|Exceeds the limit": ["9" * 400 + " > step", "9" * 5000 + " > step"],
+    "nested|recursion": ["(" * 3000 + "step > 0" + ")" * 3000, "~" * 60 + "(step > 0)", "-" * 3000 + "step > 0"],
+    "characters": ["step > " + "+".join(["age"] * 9000)],
+    "does not depend on step: it says `True`": ["step >= 0"],
+    "does not depend on age": ["(age > 0.5) | (age <= 0.5)", "(layer > 3) & Eq(0*age, 0)"],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("problem", REFUSED)
+def test_refused(problem: str) -> None:
+    """What a guard cannot be is refused with the reason, before it costs anything."""
+    for text in REFUSED[problem]:
+        begin = time.perf_counter()
+        with pytest.raises(BadGuardText, match=problem):
+            parse_guard(text)
+        assert time.perf_counter() - begin < 2
+
+
+def test_nothing_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No text reaches Python's or sympy's evaluation."""
+    for module, name in (("builtins", "eval"), ("builtins", "exec"), ("sympy.core.sympify", "parse_expr")):
+        monkeypatch.setattr(f"{module}.{name}", lambda *_: pytest.fail("text was evaluated"), raising=False)
+    assert parse_guard("(step > 0) & (age < 4)") == (step > 0) & (age < 4)
+
+
+def test_measured_symbols() -> None:
+    """A measured symbol's name looks like a call, and is read as the symbol; of another probe there is none."""
+    rescaled = symbols.drift("self", rescale=(498.6, -3.8, 0.26)), symbols.similarity("self", rescale=(2,))
+    for symbol in (symbols.similarity("first_block"), symbols.drift("self"), *rescaled, symbols.entropy):
+        assert parse_guard(f"{symbol} < 0.1") == (symbol < 0.1)
+        assert guard_text(symbol < 0.1) == f"{symbol} < 0.1"
+        assert parse_guard(f"(step > 2) & ({symbol} < 0.1)") == (step > 2) & (symbol < 0.1)
+    for text in ("similarity(first) < 0.1", "similarity < 0.1", "drift() < 1", "entropy(self) < 1"):
+        with pytest.raises(ForeignName):
+            parse_guard(text)
+    for options in (
+        "rescale=2.0",
+        "rescale=()",
+        "rescale=(x,)",
+        "rescale=(2.0, 1j)",
+        "rescale=(1e999,)",
+        "scale=(2.0,)",
+    ):
+        with pytest.raises(ForeignName, match="'drift' is no function"):
+            parse_guard(f"drift(self, {options}) < 1")
+
+
+def test_another_spelling_of_a_measured_symbol() -> None:
+    """Text may write a measurement in another way than its name is written; the symbol is the same."""
+    assert parse_guard("drift(self,rescale=[2,-0.0]) < 1") == (symbols.drift("self", rescale=(2.0, 0.0)) < 1)
+
+
+def test_later_symbols(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A symbol that joins the language is read without further ado."""
+    later = sympy.Symbol("temperature", real=True)
+    monkeypatch.setitem(symbols.SYMBOLS, later.name, later)
+    guard = (later < 0.1) & (step > 2)
+    assert parse_guard(guard_text(guard)) == guard
+    with pytest.raises(ForeignName, match="'similarity' is no function"):
+        parse_guard("similarity(other) < 0.1")
+
+
+def test_unwritable() -> None:
+    """A guard that text would change is not saved: neither one outside the language nor one not evaluated."""
+    for guard in (
+        sympy.exp(progress) > 2,
+        Eq(step, step, evaluate=False) & (age > 3),
+        progress > sympy.Float("0.1", 40),
+    ):
+        with pytest.raises(UnwritableGuard, match="cannot be saved"):
+            to_json(Policy((Rule(when=guard),)))
+
+
+EVERYWHERE = {
+    "kinds": list(FAMILIES),
+    **dict.fromkeys(("layers", "fraction", "names", "span", "streams", "stack", "minus")),
+}
+SIMPLE = {
+    "version": 1,
+    "name": "three rules",
+    "lag": 1,
+    "rules": [
+        {"when": "step < 2", "do": {"strategy": "compute"}, "where": EVERYWHERE | {"kinds": ["mlp"]}},
+        {
+            "when": "(progress > 0.25) & (age < 4)",
+            "do": {"strategy": "reuse_kv", "store": "int8"},
+            "where": EVERYWHERE | {"kinds": ["self", "cross"], "layers": [1, None], "names": "blocks.*"},
+        },
+        {
+            "when": "similarity(first_block) < 0.1",
+            "do": {"strategy": "reuse", "store": None},
+            "where": EVERYWHERE | {"fraction": [0, 0.5], "span": "stack", "streams": ["cond"]},
+        },
+    ],
+}
+
+
+def test_json() -> None:
+    """The format, written out."""
+    similar = symbols.similarity("first_block")
+    rules = (
+        Rule(step < 2, Compute(), Where(("mlp",))),
+        Rule(
+            (age < 4) & (progress > 0.25), ReuseKV("int8"), Where(("self", "cross"), layers=(1, None), names="blocks.*")
+        ),
+        Rule(similar < 0.1, Reuse(), Where(fraction=(0, 0.5), span="stack", streams=("cond",))),
+    )
+    policy = Policy(rules, "three rules", lag=1)
+    assert from_json(json.dumps(SIMPLE)) == policy
+    assert json.loads(to_json(policy)) == SIMPLE
+
+
+@pytest.mark.parametrize(
+    "policy",
+    [
+        *(Never(), FORA(1), FORA(3), FORA(4, ("self", "mlp"), anchor="paper"), Policy((), "ä \"'")),
+        *(DQAR(), DQAR(0.25, 1.0, None, "linear_reverse", 1.5), FirstBlockCache(), FirstBlockCache(0.1, 2, 3, lag=1)),
+        Policy((Rule(step > 1, max_streak=3),), "short forms", warmup=2, cooldown=1),
+    ],
+    ids=str,
+)
+def test_policies(policy: Policy) -> None:
+    """A policy comes back equal, its name included."""
+    assert from_json(to_json(policy)) == policy
+
+
+def test_missing_place() -> None:
+    """What a place does not say is its default: a field that joins later does not break what was saved before."""
+    value = SIMPLE | {"rules": [{"when": "step > 1", "do": {"strategy": "reuse"}, "where": {}}]}
+    del value["lag"]
+    assert from_json(json.dumps(value)) == Policy((Rule(step > 1),), "three rules")
+
+
+def rule(**changes: Any) -> dict[str, Any]:
+    return SIMPLE | {"rules": [SIMPLE["rules"][0] | changes]}  # type: ignore[index]
+
+
+BAD: list[tuple[Any, type[PolicyError], str]] = [
+    ([], BadPolicyText, r"the text is \[\], and a dict is needed"),
+    ({}, BadPolicyText, "the policy lacks name, rules"),
+    ({"version": 1, "rules": []}, BadPolicyText, "the policy lacks name"),
+    (SIMPLE | {"version": 2}, UnknownVersion, "is 2, and this dit_rewrite reads version 1"),
+    (SIMPLE | {"version": True}, UnknownVersion, "is True"),
+    (SIMPLE | {"version": "1"}, UnknownVersion, "is '1'"),
+    (SIMPLE | {"name": 3}, BadPolicyText, "name is 3, and a str is needed"),
+    (SIMPLE | {"rules": {}}, BadPolicyText, "rules is {}, and a list is needed"),
+    (SIMPLE | {"rules": ["step > 1"]}, BadPolicyText, r"rules\[0\] is \"step > 1\", and a dict is needed"),
+    (SIMPLE | {"extra": 1}, BadPolicyText, "the policy has extra"),
+    (SIMPLE | {"rules": [{"when": "step > 1"}]}, BadPolicyText, r"rules\[0\] lacks do, where"),
+    (rule(then=1), BadPolicyText, r"rules\[0\] has then, and its fields are when, do, where"),
+    (rule(when=True), BadPolicyText, r"rules\[0\].when is true, and a str is needed"),
+    (rule(when="snrr > 1"), ForeignName, "'snrr'"),
+    (SIMPLE | {"lag": 2}, BadParameter, "lag=2 is out of range"),
+    (SIMPLE | {"lag": True}, BadPolicyText, "lag is true, and a int is needed"),
+    (rule(do="reuse"), BadPolicyText, r"rules\[0\].do is \"reuse\", and a dict is needed"),
+    (
+        rule(do={}),
+        BadPolicyText,
+        r"rules\[0\].do has the strategy None, and not one of compute, reuse, forecast, reuse_kv",
+    ),
+    (rule(do={"strategy": "forget"}), BadPolicyText, r"rules\[0\].do has the strategy 'forget'"),
+    (rule(do={"strategy": []}), BadPolicyText, r"rules\[0\].do has the strategy \[\]"),
+    (rule(do={"strategy": "compute", "store": "int8"}), BadPolicyText, r"rules\[0\].do has store"),
+    (rule(do={"strategy": "reuse", "store": "int4"}), BadParameter, "store='int4' is out of range"),
+    (rule(do={"strategy": "reuse", "store": 8}), BadPolicyText, r"rules\[0\].do.store is 8"),
+    (rule(do={"strategy": "reuse_kv"}, where={"span": "stack"}), BadParameter, "it is no attention"),
+    (rule(do=None), BadPolicyText, r"rules\[0\].do is null, and a dict is needed"),
+    (rule(where=[]), BadPolicyText, r"rules\[0\].where is \[\], and a dict is needed"),
+    (
+        rule(where={"layer": 3}),
+        BadPolicyText,
+        r"rules\[0\].where has layer, and its fields are kinds, layers, fraction",
+    ),
+    (rule(where={"layers": 3}), BadPolicyText, r"rules\[0\].where.layers is 3, and a list is needed"),
+    (rule(where={"layers": [1]}), BadPolicyText, r"rules\[0\].where.layers has 1 items, and 2 are needed"),
+    (rule(where={"layers": [3, 2]}), BadParameter, r"layers=\(3, 2\)"),
+    (rule(where={"fraction": ["0", 1]}), BadPolicyText, r"rules\[0\].where.fraction\[0\] is \"0\""),
+    (rule(where={"fraction": [0, 2]}), BadParameter, "fraction"),
+    (rule(where={"names": []}), BadPolicyText, r"rules\[0\].where.names is \[\]"),
+    (rule(where={"span": "blocks"}), BadParameter, "span='blocks'"),
+    (rule(where={"streams": "cond"}), BadPolicyText, r"rules\[0\].where.streams is \"cond\""),
+    (rule(where={"kinds": "mlp"}), BadPolicyText, r"rules\[0\].where.kinds is \"mlp\", and a list is needed"),
+    (rule(where={"kinds": [1]}), BadPolicyText, r"rules\[0\].where.kinds\[0\] is 1, and a str is needed"),
+    (rule(where={"kinds": ["mlpp"]}), BadParameter, "mlpp"),
+]
+
+
+@pytest.mark.parametrize(("value", "error", "message"), BAD, ids=[message for _, _, message in BAD])
+def test_bad_policy(value: Any, error: type[PolicyError], message: str) -> None:
+    """What is missing, foreign or of another type is said with its place."""
+    with pytest.raises(error, match=message):
+        from_json(json.dumps(value))
+
+
+@pytest.mark.parametrize("text", ["", "{", "policy", "[" * 100_000, "\ufeff{}"])
+def test_no_json(text: str) -> None:
+    """Text that is no JSON is no policy."""
+    with pytest.raises(BadPolicyText, match="the text cannot be parsed"):
+        from_json(text)
+
+
+def test_typed() -> None:
+    """Fields of other types than those of today: unions, and tuples of one length."""
+    typed = serialise._typed
+    assert typed([3, 4], tuple[int, int] | None, "x") == (3, 4)
+    assert typed(None, tuple[int, int] | None, "x") is None
+    assert typed(0.5, float | None, "x") == 0.5
+    for value, hint in ((("3"), int | None), ([1], tuple[int, int]), (True, int), ([1, "a"], tuple[int, int] | None)):
+        with pytest.raises(BadPolicyText, match="x.* needed"):
+            typed(value, hint, "x")
+
+
+NUMBERS = st.one_of(
+    st.integers(-20, 20).map(sympy.Integer),
+    st.fractions(-3, 3, max_denominator=7).map(lambda f: Rational(f.numerator, f.denominator)),
+    st.floats(1e-6, 1e6).map(sympy.Float),
+)
+SYMBOLS = st.sampled_from([step, num_steps, progress, layer, num_layers, age, streak])
+
+
+def _made(build: Callable[..., Any], *parts: Any) -> Any:
+    """What sympy builds of the parts, unless it divides by zero."""
+    assume(build is not _divided or not parts[1].is_zero)
+    value = build(*parts)
+    assume(not value.has(sympy.nan, sympy.zoo, sympy.oo))
+    return value
+
+
+def _divided(a: sympy.Expr, b: sympy.Expr) -> sympy.Expr:
+    return a / b
+
+
+def _larger(inner: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
+    pairs = st.tuples(inner, inner)
+    several = st.lists(inner, min_size=2, max_size=3)
+    return st.one_of(
+        st.tuples(st.sampled_from([sympy.Add, sympy.Mul, Min, Max]), several).map(lambda p: _made(p[0], *p[1])),
+        pairs.map(lambda pair: pair[0] - pair[1]),
+        pairs.map(lambda pair: _made(_divided, *pair)),
+        st.tuples(inner, st.integers(1, 9)).map(lambda pair: Mod(*pair)),
+        st.tuples(inner, st.sampled_from([2, 3])).map(lambda pair: pair[0] ** pair[1]),
+        st.tuples(st.sampled_from([sympy.Abs, floor, ceiling]), inner).map(lambda pair: pair[0](pair[1])),
+    )
+
+
+TERMS = st.recursive(NUMBERS | SYMBOLS, _larger, max_leaves=5)
+
+
+COMPARISONS = st.tuples(st.sampled_from([sympy.Gt, sympy.Ge, sympy.Lt, sympy.Le, Eq, Ne]), TERMS, TERMS).map(
+    lambda parts: parts[0](*parts[1:])
+)
+
+
+def _joined(inner: st.SearchStrategy[Boolean]) -> st.SearchStrategy[Boolean]:
+    several = st.lists(inner, min_size=2, max_size=3)
+    joins = st.sampled_from([And, Or, Xor])
+    return st.one_of(
+        st.tuples(joins, several).map(lambda pair: pair[0](*pair[1])),
+        inner.map(Not),
+        st.tuples(inner, inner, inner).map(lambda parts: ITE(*parts)),
+    )
+
+
+GUARDS = st.recursive(COMPARISONS, _joined, max_leaves=5)
+
+
+@settings(deadline=None, max_examples=150)
+@given(GUARDS, st.data())
+def test_any_guard(guard: Boolean, data: st.DataObject) -> None:
+    """A guard comes back as it was, and holds where it held."""
+    policy = Policy((Rule(when=guard),), "any")
+    again = from_json(to_json(policy))
+    assert again == policy
+    values: dict[str, float] = {name: data.draw(st.integers(0, 30)) for name in symbols.SYMBOLS}
+    values["progress"] = data.draw(st.floats(0, 1))
+    before, after = Predicate.of(guard), Predicate.of(again.rules[0].when)
+    assert before.needs == after.needs
+    assert before.holds(values) == after.holds(values)
+
+
+STORES = st.sampled_from([None, "bf16", "fp8", "int8"])
+STRATEGIES = st.just(Compute()) | st.builds(Reuse, STORES) | st.builds(ReuseKV, STORES)
+PLACES = st.builds(
+    Where,
+    st.sets(st.sampled_from(sorted(FAMILIES))).map(tuple),
+    layers=st.none() | st.integers(0, 5).flatmap(lambda n: st.tuples(st.just(n), st.none() | st.integers(n + 1, 9))),
+    fraction=st.none() | st.floats(0, 0.5).map(lambda share: (share, share + 0.5)),
+    names=st.none() | st.text(max_size=5),
+    span=st.sampled_from([None, "block", "stack"]),
+    streams=st.none() | st.lists(st.text(max_size=3), max_size=2).map(tuple),
+)
+
+
+@settings(deadline=None)
+@given(
+    st.lists(st.tuples(COMPARISONS, STRATEGIES, PLACES), max_size=4),
+    st.integers(0, 1),
+)
+def test_any_policy(rules: list[tuple[Boolean, Strategy, Where]], lag: int) -> None:
+    """Rules come back in their order, each with its place and strategy."""
+    fitting = [rule for rule in rules if not (isinstance(rule[1], ReuseKV) and rule[2].span)]
+    policy = Policy(tuple(Rule(*rule) for rule in fitting), "any", lag=lag)
+    assert from_json(to_json(policy)) == policy
+
+
+@settings(deadline=None, max_examples=200)
+@given(st.text(alphabet="step age01.9*/+-%<>=!&|^~() ,'[]_", max_size=30) | st.text(max_size=20))
+def test_any_text(text: str) -> None:
+    """Text is a guard of known symbols, or a BadGuardText: nothing else comes out."""
+    try:
+        guard = parse_guard(text)
+    except BadGuardText:
+        return
+    assert symbols.check(guard) == guard
+
+
+FIELDS = ["version", "name", "rules", "when", "do", "where", "kinds", "lag", "strategy", "layers"]
+
+
+@settings(deadline=None)
+@given(st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3)
+    | st.dictionaries(st.sampled_from(FIELDS), inner),
+))  # fmt: skip
+def test_any_json(value: Any) -> None:
+    """JSON is a policy or a PolicyError."""
+    if isinstance(value, dict):
+        value |= {"version": 1}
+    try:
+        policy = from_json(json.dumps(value))
+    except PolicyError:
+        return
+    assert from_json(to_json(policy)) == policy

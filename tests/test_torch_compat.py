@@ -1,0 +1,80 @@
+"""What torch has no more is said, and never taken for an answer."""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import fx
+from torch._guards import CompileContext, TracingContext
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
+
+from dit_rewrite import torch_compat
+from dit_rewrite.errors import TorchChanged
+
+
+def seen_by(look: Callable[[fx.GraphModule], Any]) -> Any:
+    """What `look` gives of a graph that Dynamo captured, while it compiles."""
+    found = []
+
+    def backend(gm: fx.GraphModule, _: object) -> Callable[..., Any]:
+        found.append(look(gm))
+        return gm.forward
+
+    model = torch.nn.Linear(2, 2)
+    torch.compile(model, backend=backend)(torch.ones(1, 2))
+    return found[0]
+
+
+def test_a_graph_of_this_torch_answers() -> None:
+    assert seen_by(torch_compat.parameter_names) == {"weight", "bias"}
+    assert seen_by(torch_compat.is_broken) is False
+    assert seen_by(lambda _: torch_compat.is_compiling())
+    assert seen_by(lambda _: torch_compat.compile_id()) is not None
+    assert not torch_compat.is_compiling() and torch_compat.compile_id() is None
+
+
+def test_a_graph_without_what_dynamo_notes_is_no_answer() -> None:
+    """Not "no parameters", which would make weights data, and not "unbroken", which would make a part the whole."""
+    bare = fx.GraphModule({}, fx.Graph())
+    with pytest.raises(TorchChanged, match=r"dynamo_flat_name_to_original_fqn.* any more"):
+        torch_compat.parameter_names(bare)
+    with pytest.raises(TorchChanged, match="compile_subgraph_reason"):
+        torch_compat.is_broken(bare)
+    bare.compile_subgraph_reason = types.SimpleNamespace()  # type: ignore[assignment]
+    with pytest.raises(TorchChanged, match="graph_break"):
+        torch_compat.is_broken(bare)
+
+
+@pytest.mark.parametrize(
+    ("owner", "name", "ask"),
+    [
+        (TracingContext, "try_get", torch_compat.static_inputs),
+        (CompileContext, "current_compile_id", torch_compat.compile_id),
+        (CompileContext, "try_get", torch_compat.is_compiling),
+        (ShapeEnv, "guards", lambda: torch_compat.size_guards(torch_compat.FakeTensorMode(shape_env=ShapeEnv()))),
+    ],
+)
+def test_a_renamed_attribute_is_said(
+    monkeypatch: pytest.MonkeyPatch, owner: type, name: str, ask: Callable[[], object]
+) -> None:
+    if name == "guards":  # an attribute of its objects
+        monkeypatch.setattr(owner, "__init__", lambda self: None)
+    else:
+        monkeypatch.delattr(owner, name)
+    with pytest.raises(TorchChanged, match=name):
+        ask()
+
+
+def test_without_metadata_the_weights_are_not_known() -> None:
+    """Outside of AOTAutograd nothing says which inputs are weights."""
+    with pytest.raises(TorchChanged, match="fw_metadata"):
+        torch_compat.static_inputs()
+
+
+def test_a_missing_module_is_said() -> None:
+    with pytest.raises(TorchChanged, match=r"torch\._moved\.thing"):
+        torch_compat._find("torch._moved", "thing")
