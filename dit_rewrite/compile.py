@@ -8,15 +8,11 @@ from typing import Any
 
 import torch
 
-from dit_rewrite.compiler.backend import Backend
 from dit_rewrite.compiler.lowering import Backend as LoweringBackend
-from dit_rewrite.compiler.lowering import Lowering
-from dit_rewrite.errors import NotAModule, PlanMismatch
-from dit_rewrite.module import RewrittenModule, attach, detach, unwrapped
-from dit_rewrite.policies import as_policy
-from dit_rewrite.policy.plan import fingerprint
+from dit_rewrite.denoiser import compile_denoiser, restore_denoiser
+from dit_rewrite.enable import disable, enable
+from dit_rewrite.module import RewrittenModule
 from dit_rewrite.policy.rules import Policy
-from dit_rewrite.report.explain import Dump
 
 __all__ = ["RewrittenModule", "compile", "restore"]
 
@@ -56,34 +52,24 @@ def compile(
     The model is compiled at its first call, for inference only. Raises NotAModule for an object that is no model,
     BadParameter for other arguments that do not fit, PlanMismatch for a policy that was searched for another model.
     """
-    if is_pipeline(model):
-        from dit_rewrite.enable import enable
-
-        lowered: dict[str, Any] = {"backend": backend, "mode": mode, "options": options, "lowering": lowering}
-        captured: dict[str, Any] = {"fullgraph": fullgraph, "dynamic": dynamic, "hoist": hoist, "dump": dump}
-        return enable(model, policy, **lowered, **captured, max_variants=max_variants, cache_limit=cache_limit)
-    model = unwrapped(model)
-    if not isinstance(model, torch.nn.Module):
-        raise NotAModule(model)
-    policy = as_policy(policy)
-    if policy.made_for is not None and fingerprint(model) != policy.made_for.model:
-        raise PlanMismatch(f"{policy} was made for another model.", "Search a plan for this one, in its dtype.")
-    lower = Lowering.of(backend, mode, options, lowering, max_variants)
-    observe = Dump(Path(dump)).write if dump is not None else None
-    made = Backend(model, policy, lower, observe=observe, hoist=hoist, cache_limit=cache_limit)
-    return attach(model, made, fullgraph, dynamic)
+    given: dict[str, Any] = {
+        "backend": backend,
+        "mode": mode,
+        "options": options,
+        "fullgraph": fullgraph,
+        "dynamic": dynamic,
+        "lowering": lowering,
+        "max_variants": max_variants,
+        "dump": dump,
+        "hoist": hoist,
+        "cache_limit": cache_limit,
+    }
+    return enable(model, policy, **given) if is_pipeline(model) else compile_denoiser(model, policy, **given)
 
 
 def restore(model: Any) -> Any:
     """Undo `compile` on a model, or `enable` on a pipeline; returns the same object."""
-    if is_pipeline(model):
-        from dit_rewrite.enable import disable
-
-        return disable(model)
-    model = unwrapped(model)
-    if not isinstance(model, torch.nn.Module):
-        raise NotAModule(model)
-    return detach(model)
+    return disable(model) if is_pipeline(model) else restore_denoiser(model)
 
 
 def is_pipeline(model: object) -> bool:

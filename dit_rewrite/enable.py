@@ -17,7 +17,7 @@ from typing import Any
 
 from torch import nn
 
-from dit_rewrite.compile import compile
+from dit_rewrite.denoiser import compile_denoiser
 from dit_rewrite.errors import NoTransformer, NotRewritten, Reason
 from dit_rewrite.module import RewrittenModule, backend_of, detach, inside, needs_noise, unwrapped
 from dit_rewrite.policies import as_policy
@@ -91,7 +91,7 @@ def enable(pipe: Any, policy: Policy | str | None = None, *, quiet: bool = False
     policy = None if policy is None else as_policy(policy)
     if policy is not None:
         for name, model in found.items():
-            setattr(pipe, name, compile(model, policy, **options))  # which takes torch.compile's wrapper off
+            setattr(pipe, name, compile_denoiser(model, policy, **options))  # which takes torch.compile's wrapper off
     plain: Any = type(pipe) if _STATE not in pipe.__dict__ else pipe.__dict__[_STATE].plain
     pipe.__class__ = _subclass(plain)
     pipe.__dict__[_STATE] = _Enabled(plain, quiet)

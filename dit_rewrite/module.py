@@ -19,9 +19,6 @@ from typing import Any, TypeVar
 
 import torch
 from torch import nn
-from torch._dynamo.eval_frame import OptimizedModule
-from torch._dynamo.exc import BackendCompilerFailed
-from torch.utils._pytree import tree_leaves
 
 from dit_rewrite.compiler.backend import Backend, Rewritten
 from dit_rewrite.compiler.lowering import isolated
@@ -43,6 +40,14 @@ from dit_rewrite.runtime.clock import Clock, Named
 from dit_rewrite.runtime.inputs import Reader
 from dit_rewrite.runtime.stats import Stats
 from dit_rewrite.runtime.trajectory import Trajectory
+from dit_rewrite.torch_compat import (
+    BackendCompilerFailed,
+    OptimizedModule,
+    compiled_by,
+    compiled_call,
+    set_compiled_call,
+    tree_leaves,
+)
 
 _STATE = "_dit_rewrite"  # the attribute of a rewritten module that holds its Rewrite
 Module = TypeVar("Module", bound=nn.Module)
@@ -217,13 +222,13 @@ def attach(model: nn.Module, backend: Backend, fullgraph: bool = False, dynamic:
     """Rewrite a module in place: its captured graphs go through `backend`. A rewrite that it has is exchanged."""
     detach(model)
     run = isolated(_traceable(model), backend, fullgraph, dynamic)
-    rewrite = Rewrite(backend, run, Reader(model.forward), model._compiled_call_impl)
+    rewrite = Rewrite(backend, run, Reader(model.forward), compiled_call(model))
     model.__dict__[_STATE] = rewrite
     model.__dict__["_backend"] = backend
     for name in _METHODS:
         model.__dict__[name] = types.MethodType(vars(RewrittenModule)[name], model)
     model.__dict__["__getstate__"] = lambda: _plain_state(model)
-    model._compiled_call_impl = lambda *args, **kwargs: _call(model, rewrite, args, kwargs)
+    set_compiled_call(model, lambda *args, **kwargs: _call(model, rewrite, args, kwargs))
     return model  # type: ignore[return-value]  # it has the methods now
 
 
@@ -244,7 +249,7 @@ def detach(model: Module) -> Module:
     if rewrite is not None:
         for name in _ATTRIBUTES:
             del model.__dict__[name]
-        model._compiled_call_impl = rewrite.compiled_before
+        set_compiled_call(model, rewrite.compiled_before)
     return model
 
 
@@ -261,7 +266,7 @@ def _plain_state(model: nn.Module) -> dict[str, Any]:
 def unwrapped(model: Any) -> Any:
     """The module under `torch.compile`."""
     while isinstance(model, OptimizedModule):
-        model = model._orig_mod
+        model = compiled_by(model)
     return model
 
 

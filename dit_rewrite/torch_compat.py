@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import sympy
 import torch
-from torch import SymInt, Tensor, fx
+from torch import SymInt, Tensor, fx, nn
 
 from dit_rewrite.errors import TorchChanged
 
@@ -37,8 +37,14 @@ def _get(owner: object, name: str) -> Any:
 
 
 if TYPE_CHECKING:
+    from torch._dynamo.eval_frame import OptimizedModule as OptimizedModule
+    from torch._dynamo.exc import BackendCompilerFailed as BackendCompilerFailed
+    from torch._ops import OpOverload as OpOverload
     from torch._subclasses.fake_tensor import FakeTensorMode as FakeTensorMode
 else:
+    OptimizedModule = _find("torch._dynamo.eval_frame", "OptimizedModule")
+    BackendCompilerFailed = _find("torch._dynamo.exc", "BackendCompilerFailed")
+    OpOverload = _find("torch._ops", "OpOverload")
     FakeTensorMode = _find("torch._subclasses.fake_tensor", "FakeTensorMode")
 aot_autograd: Callable[..., Callable[..., Any]] = _find("torch._dynamo.backends.common", "aot_autograd")
 detect_fake_mode: Callable[[Any], FakeTensorMode | None] = _find("torch._guards", "detect_fake_mode")
@@ -46,6 +52,9 @@ unset_fake_temporarily: Callable[[], AbstractContextManager[Any]] = _find(
     "torch._subclasses.fake_tensor", "unset_fake_temporarily"
 )
 no_autocast: Callable[[], AbstractContextManager[Any]] = _find("torch._C", "_DisableAutocast")
+tree_leaves: Callable[[Any], list[Any]] = _find("torch.utils._pytree", "tree_leaves")
+tree_map: Callable[..., Any] = _find("torch.utils._pytree", "tree_map")
+scalar_tensor_decompositions: tuple[Callable[..., Any], ...] = (_find("torch._refs", "tensor"),)
 
 # what Dynamo and AOTAutograd say of a graph
 
@@ -104,6 +113,44 @@ def tracing(fake_mode: FakeTensorMode | None) -> AbstractContextManager[Any]:
         _find("torch._guards", "TracingContext")(fake_mode)
     )
     return found
+
+
+def dynamo_config() -> Any:
+    """Dynamo's settings, of the whole process."""
+    return _find("torch._dynamo", "config")
+
+
+def source_of(node: fx.Node) -> str:
+    """The place where Dynamo read an input of its graph from, as text: ``L['self'].scale``."""
+    source = _get(node, "_dynamo_source")
+    name = getattr(source, "name", "")
+    return str(name() if callable(name) else name)
+
+
+def compiled_by(model: OptimizedModule) -> nn.Module:
+    """The module inside what `torch.compile` returned."""
+    inner: nn.Module = _get(model, "_orig_mod")
+    return inner
+
+
+def compiled_call(model: nn.Module) -> Callable[..., Any] | None:
+    """The function that runs in the place of a module's `forward` and hooks; None where there is none."""
+    run: Callable[..., Any] | None = _get(model, "_compiled_call_impl")
+    return run
+
+
+def set_compiled_call(model: nn.Module, run: Callable[..., Any] | None) -> None:
+    """Have `run` called in the place of a module's `forward` and hooks, as `Module.compile` does."""
+    compiled_call(model)  # which says so if torch has no such attribute any more
+    model._compiled_call_impl = run
+
+
+def without_autocast_key(device: str) -> AbstractContextManager[Any]:
+    """Leave autocast's kernels for a device ("CPU", "CUDA") out of the dispatch of ops."""
+    key = getattr(_find("torch._C", "DispatchKey"), f"Autocast{device}")
+    keys = _find("torch._C", "DispatchKeySet")(key)
+    excluded: AbstractContextManager[Any] = _find("torch._C", "_ExcludeDispatchKeyGuard")(keys)
+    return excluded
 
 
 # Inductor

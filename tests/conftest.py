@@ -13,6 +13,11 @@ settings.register_profile("search")
 settings.load_profile("fixed")
 
 
+def pytest_report_header() -> str:
+    """The torch that the tests run with stands at the top of their output."""
+    return f"torch: {torch.__version__}"
+
+
 @pytest.fixture(autouse=True, scope="session")
 def single_thread() -> None:
     """Sums of floating-point numbers depend on how they are split among threads."""

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
+
+from dit_rewrite.torch_compat import tree_leaves
 
 
 @dataclass(frozen=True)

@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch.utils._pytree import tree_map
 
 from dit_rewrite.passes.rewrite.guarded_graph import Guidance
 from dit_rewrite.passes.rewrite.half_batch import Batch
+from dit_rewrite.torch_compat import tree_map
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 

@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves, tree_map
 
 from dit_rewrite.compiler.backend import Backend
 from dit_rewrite.compiler.lowering import Backend as LoweringBackend
@@ -27,6 +26,7 @@ from dit_rewrite.proof.interpreter import widen
 from dit_rewrite.proof.replay import check_replay, kept_as_seen
 from dit_rewrite.report.explain import Dump
 from dit_rewrite.runtime.session import Observation
+from dit_rewrite.torch_compat import tree_leaves, tree_map
 
 
 @dataclass(frozen=True)

@@ -7,11 +7,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch.utils._pytree import tree_map
 from torch.utils.flop_counter import flop_registry, sdpa_flop_count
 
 from dit_rewrite.passes.analysis.graph import PRODUCTS, operands, packet
 from dit_rewrite.passes.capture import opaque_attention
+from dit_rewrite.torch_compat import tree_map
 
 
 def hint(size: int | torch.SymInt) -> int:

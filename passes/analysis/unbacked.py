@@ -13,10 +13,9 @@ from typing import Any
 import sympy
 import torch
 from torch import SymInt, Tensor, fx
-from torch.utils._pytree import tree_leaves
 
 from dit_rewrite import torch_compat
-from dit_rewrite.torch_compat import FakeTensorMode
+from dit_rewrite.torch_compat import FakeTensorMode, tree_leaves
 
 _ONE = sympy.S.One
 

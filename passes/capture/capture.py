@@ -64,7 +64,7 @@ class one_graph:
         self.number = number
 
     def __enter__(self) -> None:
-        dynamo, compiler = torch._dynamo.config, torch.compiler.config
+        dynamo, compiler = torch_compat.dynamo_config(), torch.compiler.config
         with self._lock:
             if one_graph._inside == 0:
                 before = dynamo.capture_dynamic_output_shape_ops, dynamo.specialize_float, compiler.dynamic_sources
@@ -75,7 +75,7 @@ class one_graph:
             one_graph._inside += 1
 
     def __exit__(self, *_: object) -> None:
-        dynamo, compiler = torch._dynamo.config, torch.compiler.config
+        dynamo, compiler = torch_compat.dynamo_config(), torch.compiler.config
         with self._lock:
             one_graph._inside -= 1
             if one_graph._inside == 0:
@@ -150,16 +150,9 @@ _ROOT = re.compile(r"[LG]\['[^']+'\]")
 
 def _attributes(gm: fx.GraphModule) -> list[int]:
     """The positions of inputs that Dynamo read from attributes of the module that has the parameters, or globals."""
-    sources = [_source(node) for node in gm.graph.find_nodes(op="placeholder")]
+    sources = [torch_compat.source_of(node) for node in gm.graph.find_nodes(op="placeholder")]
     roots = [match[0] if (match := _ROOT.match(source)) else "" for source in sources]
     weights = ["._parameters[" in source or "._buffers[" in source for source in sources]
     modules = {root for root, weight in zip(roots, weights, strict=True) if weight and root}
     pairs = enumerate(zip(roots, weights, strict=True))
     return [i for i, (root, weight) in pairs if not weight and (root in modules or root.startswith("G["))]
-
-
-def _source(node: fx.Node) -> str:
-    """Where Dynamo took an input from, as text: ``L['self'].scale``."""
-    source = getattr(node, "_dynamo_source", None)
-    name = getattr(source, "name", "")
-    return str(name() if callable(name) else name)

@@ -13,7 +13,9 @@ from typing import Any
 import torch
 from torch import fx
 
-_LIST = (torch.tensor, torch.scalar_tensor, torch._refs.tensor)
+from dit_rewrite.torch_compat import scalar_tensor_decompositions
+
+_LIST = (torch.tensor, torch.scalar_tensor, *scalar_tensor_decompositions)
 
 
 def keep_floats(gm: fx.GraphModule) -> int:

@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
+from dit_rewrite import torch_compat
+
 _SCHEMA = (
     "attention(Tensor query, Tensor key, Tensor value, Tensor? attn_mask=None, float dropout_p=0.0, "
     "bool is_causal=False, *, float? scale=None, bool enable_gqa=False) -> Tensor"
@@ -26,7 +28,6 @@ def _attention(query: Tensor, key: Tensor, value: Tensor, *args: object, **kwarg
 
 def _autocast(device: str) -> None:
     """SDPA stands in autocast's list of low-precision ops, so its marker casts its operands likewise."""
-    keys = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, f"Autocast{device}"))
 
     def kernel(*args: object, **kwargs: object) -> Tensor:
         dtype = torch.get_autocast_dtype(device.lower())
@@ -35,7 +36,7 @@ def _autocast(device: str) -> None:
             eligible = isinstance(value, Tensor) and value.is_floating_point() and value.dtype != torch.float64
             return value.to(dtype) if eligible else value  # type: ignore[attr-defined]
 
-        with torch._C._ExcludeDispatchKeyGuard(keys):
+        with torch_compat.without_autocast_key(device):
             return OP(*map(cast, args), **{name: cast(value) for name, value in kwargs.items()})
 
     _library.impl("attention", kernel, f"Autocast{device}")

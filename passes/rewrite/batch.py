@@ -16,7 +16,7 @@ from torch import Tensor, fx
 from dit_rewrite.errors import BadParameter
 from dit_rewrite.passes.analysis.graph import attribute
 from dit_rewrite.passes.rewrite.batch_rules import Call, repeats, rows_of, rule_of, tensor
-from dit_rewrite.passes.rewrite.guarded_graph import cache_or_compute
+from dit_rewrite.passes.rewrite.cache_or_compute import cache_or_compute
 
 
 class Batch(Enum):

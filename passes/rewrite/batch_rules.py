@@ -15,6 +15,7 @@ from torch import Tensor, fx
 
 from dit_rewrite.passes.analysis.graph import aten, operands, packet
 from dit_rewrite.passes.capture import opaque_attention
+from dit_rewrite.torch_compat import OpOverload
 
 
 @dataclass(frozen=True)
@@ -192,7 +193,7 @@ def rule_of(node: fx.Node) -> Callable[[Call], bool]:
     tags = getattr(node.target, "tags", ())
     if node.target is getitem:
         return _always
-    if torch.Tag.nondeterministic_seeded in tags or not isinstance(node.target, torch._ops.OpOverload):
+    if torch.Tag.nondeterministic_seeded in tags or not isinstance(node.target, OpOverload):
         return _never
     if node.target.name() in _WINDOWS:
         return _attends

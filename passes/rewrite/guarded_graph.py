@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Literal
 
 from torch import fx
 
 from dit_rewrite.passes.analysis.site import Site
+from dit_rewrite.passes.rewrite.batch import Batch
 from dit_rewrite.passes.rewrite.codec import Codec, Store
-
-if TYPE_CHECKING:
-    from dit_rewrite.passes.rewrite.batch import Batch
 
 
 @dataclass(frozen=True)
@@ -82,24 +80,3 @@ class GuardedGraph:
         graphs = (module.graph for module in self.gm.modules() if isinstance(module, fx.GraphModule))
         calls = (node for graph in graphs for node in graph.nodes if node.op == "call_function")
         return frozenset(node for node in calls if node.is_impure())
-
-
-def cache_or_compute(
-    reuse: bool,
-    cached: Sequence[Any],
-    compute: Callable[..., Sequence[Any]],
-    live_ins: Sequence[Any],
-    *,
-    instead: Callable[..., Sequence[Any]] | None = None,
-    site: str,
-    guard: str,
-    strategy: str,
-) -> Sequence[Any]:
-    """The values of a site and of the sites inside it: the `cached` ones, or those that `compute` makes of `live_ins`.
-
-    Where there is an `instead`, it makes them in the place of the cached ones. `site`, `guard` and `strategy` are what
-    a reader of the graph sees; they change nothing here.
-    """
-    if not reuse:
-        return compute(*live_ins)
-    return cached if instead is None else instead(*live_ins)

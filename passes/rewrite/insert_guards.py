@@ -16,7 +16,8 @@ from torch import fx
 
 from dit_rewrite.passes.analysis.graph import attribute, needed
 from dit_rewrite.passes.analysis.site import Part, Site
-from dit_rewrite.passes.rewrite.guarded_graph import Guarded, GuardedGraph, cache_or_compute
+from dit_rewrite.passes.rewrite.cache_or_compute import cache_or_compute
+from dit_rewrite.passes.rewrite.guarded_graph import Guarded, GuardedGraph
 from dit_rewrite.passes.rewrite.half_batch import Batch, halve
 from dit_rewrite.passes.rewrite.slot import Slot
 

@@ -17,7 +17,8 @@ from torch import Tensor, fx
 
 from dit_rewrite.passes.analysis.graph import aten, attribute
 from dit_rewrite.passes.analysis.unbacked import is_contiguous
-from dit_rewrite.passes.rewrite.guarded_graph import GuardedGraph, cache_or_compute
+from dit_rewrite.passes.rewrite.cache_or_compute import cache_or_compute
+from dit_rewrite.passes.rewrite.guarded_graph import GuardedGraph
 from dit_rewrite.passes.rewrite.segments import Segments
 
 Row = tuple[bool, ...]  # for each guarded site: True = reused (or inside a reused one)

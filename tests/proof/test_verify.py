@@ -14,7 +14,8 @@ from torch import fx
 from dit_rewrite import Policy, Rule, Verification
 from dit_rewrite.compiler import backend
 from dit_rewrite.errors import BadParameter, NotAPolicy, Reason, UnreachedPolicy
-from dit_rewrite.passes.rewrite.guarded_graph import GuardedGraph, cache_or_compute
+from dit_rewrite.passes.rewrite.cache_or_compute import cache_or_compute
+from dit_rewrite.passes.rewrite.guarded_graph import GuardedGraph
 from dit_rewrite.passes.rewrite.specialise import Variant
 from dit_rewrite.policies import FORA, Never
 from dit_rewrite.proof import verify

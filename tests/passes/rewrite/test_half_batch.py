@@ -16,7 +16,7 @@ from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from dit_rewrite.passes.rewrite.batch import Batch, batch_labels
-from dit_rewrite.passes.rewrite.guarded_graph import cache_or_compute
+from dit_rewrite.passes.rewrite.cache_or_compute import cache_or_compute
 from dit_rewrite.passes.rewrite.half_batch import halve
 from tests.helpers.batches import BATCH, HALVES, OPS, SQUARE, TABLE, Op, X, chained, check, drawn, traced
 

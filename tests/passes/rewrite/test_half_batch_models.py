@@ -14,8 +14,9 @@ from dit_rewrite.passes.analysis.site import Site
 from dit_rewrite.passes.analysis.sites import find_sites
 from dit_rewrite.passes.capture.capture import Captured, capture, one_graph
 from dit_rewrite.passes.rewrite.batch import Batch, batch_labels
+from dit_rewrite.passes.rewrite.cache_or_compute import cache_or_compute
 from dit_rewrite.passes.rewrite.codec import Store
-from dit_rewrite.passes.rewrite.guarded_graph import Guarded, cache_or_compute
+from dit_rewrite.passes.rewrite.guarded_graph import Guarded
 from dit_rewrite.passes.rewrite.half_batch import halve
 from dit_rewrite.passes.rewrite.insert_guards import guard
 from tests.helpers.batches import BATCH, Recorded, check

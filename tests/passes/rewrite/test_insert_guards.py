@@ -8,7 +8,8 @@ import pytest
 from torch import Tensor
 
 from dit_rewrite.passes.analysis.graph import attribute
-from dit_rewrite.passes.rewrite.guarded_graph import Guarded, cache_or_compute
+from dit_rewrite.passes.rewrite.cache_or_compute import cache_or_compute
+from dit_rewrite.passes.rewrite.guarded_graph import Guarded
 from dit_rewrite.passes.rewrite.insert_guards import guard
 from dit_rewrite.passes.rewrite.printing import op_counts, readable
 from tests.helpers.toys import AROUND_A_JOINT, BLOCKS, CONSTANT, EXAMPLES, HALVES, JOINT, NESTED, SIBLINGS, Example
