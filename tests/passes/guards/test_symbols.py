@@ -225,7 +225,7 @@ def test_compiled_guards_agree_with_sympy(guard: sympy.Basic, numbers: list[int]
 @given(boolean)
 def test_random_guards_prove_nothing_without_symbols(guard: sympy.Basic) -> None:
     """Taking away any one symbol that the guard mentions makes it False."""
-    symbols = dict.fromkeys(SYMBOLS, 1)
+    known = dict.fromkeys(SYMBOLS, 1)
     predicate = Predicate.of(guard, {"layer": 1})
     for name, bad in itertools.product(symbols.mentions(guard) - {"layer"}, (None, math.nan)):
         assert not predicate.holds({**symbols, name: bad})
