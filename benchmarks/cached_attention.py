@@ -89,7 +89,7 @@ class Kept:
         self.totals = torch.zeros(steps, 2, dtype=torch.int64)  # computed and seen up to each step, of all trajectories
 
     def __call__(self, observation: Observation) -> None:
-        sites = self._backend.rewritten[observation.graph].layout.sites
+        sites = self._backend.rewritten[observation.graph].partition.sites
         for site, held in zip(sites, observation.held, strict=True):
             if site.part is Part.HELD and held is not None:
                 self.totals[observation.record.step] += held[COUNTERS][2:].cpu()

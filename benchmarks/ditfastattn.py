@@ -99,7 +99,7 @@ def run_flops(model: RewrittenModule) -> float:
     (rewritten,) = model._backend.rewritten
     rows = [record.row for record in model._backend.stats.records]
     spent = {row: cost.total_flops(rewritten.straight(row).gm.graph) for row in set(rows)}
-    raw = cost.total_flops(rewritten.placed.gm.graph)
+    raw = cost.total_flops(rewritten.bound.gm.graph)
     sites = [place.site for place in model.explain().sites]
     attention = sum(site.flops for site in sites if site.kind is Kind.SELF and site.part is Part.BRANCH)
     return 1 - sum(raw - spent[row] for row in rows) / len(rows) / attention

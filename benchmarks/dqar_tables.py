@@ -26,7 +26,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.timing import RESULTS
-from dit_rewrite.compiler.simulate import simulate
+from dit_rewrite.compiler.foresee import simulate
 from dit_rewrite.passes.analysis.site import Kind, Site
 from dit_rewrite.policies import DQAR
 from dit_rewrite.policy.rules import Policy

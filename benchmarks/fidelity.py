@@ -54,7 +54,7 @@ def flops_of(model: RewrittenModule) -> tuple[int, float]:
     graphs, records = backend_of(model).rewritten, list(model.stats().records)
     rows = {(record.graph, record.row) for record in records}
     spent = {(i, row): cost.total_flops(graphs[i].straight(row).gm.graph) for i, row in rows}
-    whole = [cost.total_flops(graph.placed.gm.graph) for graph in graphs]
+    whole = [cost.total_flops(graph.bound.gm.graph) for graph in graphs]
     share = sum(spent[r.graph, r.row] for r in records) / sum(whole[r.graph] for r in records)
     return sum(not any(record.row) for record in records), share
 

@@ -61,14 +61,14 @@ def measure(name: str, build: Callable[[str], Workload], device: str, rounds: in
     hoisting = dit_rewrite.compile(twin(model), Never())
     runs = {
         "hoisted": Stepper(hoisting, calls),
-        "not": Stepper(dit_rewrite.compile(twin(model), Never(), hoist=False), calls),
+        "not": Stepper(dit_rewrite.compile(twin(model), Never(), disable_passes=("hoist",)), calls),
     }
     for run in runs.values():
         for _ in range(3):
             run()
     (rewritten,) = hoisting.explain().rewritten
-    assert rewritten.found.hoisted is not None
-    saved, total = rewritten.found.hoisted.flops, cost.total_flops(rewritten.captured.gm.graph)
+    assert rewritten.hoisted is not None
+    saved, total = rewritten.hoisted.flops, cost.total_flops(rewritten.captured.gm.graph)
     found = ratio(alternate(runs, rounds), "hoisted", "not")
     for run in runs.values():
         run.close()

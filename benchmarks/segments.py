@@ -91,7 +91,7 @@ def measure_segment_host(device: str, rounds: int) -> list[Row]:
     runs = {"whole": Stepper(whole, inputs, STEPS), "cut": Stepper(cut, inputs, STEPS)}
     for run in runs.values():
         run()
-    pieces = cut._backend.rewritten[0].layout.segments.count
+    pieces = cut._backend.rewritten[0].partition.segments.count
     samples = alternate(runs, rounds * 25)
     for run in runs.values():
         run.close()

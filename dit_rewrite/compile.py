@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from dit_rewrite.compiler.lowering import Backend as LoweringBackend
+from dit_rewrite.compiler.lowering import InnerBackend
 from dit_rewrite.denoiser import compile_denoiser, restore_denoiser
 from dit_rewrite.enable import disable, enable
 from dit_rewrite.module import RewrittenModule
@@ -21,7 +21,7 @@ def compile(
     model: Any,
     policy: Policy | str,
     *,
-    backend: LoweringBackend = "inductor",
+    backend: InnerBackend = "inductor",
     mode: str | None = None,
     options: Mapping[str, Any] | None = None,
     fullgraph: bool = False,
@@ -29,7 +29,7 @@ def compile(
     lowering: str = "auto",
     max_variants: int = 8,
     dump: str | Path | None = None,
-    hoist: bool = True,
+    disable_passes: Collection[str] = (),
     cache_limit: int | None = None,
 ) -> Any:
     """Compile a diffusion transformer so that its residual branches are computed or reused as `policy` says.
@@ -44,10 +44,10 @@ def compile(
 
     `lowering` is "variants" (a graph for each row of decisions), "segments" (a piece for each block, identical blocks
     compiled once, decisions between them) or "auto": variants up to `max_variants` of them, and segments where there
-    are more, or where a guard measures the call that it decides. With `hoist`, values that depend on the conditioning
-    alone are computed once per trajectory, which is exact. `dump` names a folder that gets every pass's graph and their
-    differences. `cache_limit` bounds the bytes that the streams of one trajectory hold together; by default it is half
-    of the memory of the model's device.
+    are more, or where a guard measures the call that it decides. Values that depend on the conditioning alone are
+    computed once per trajectory, which is exact; `disable_passes=("hoist",)` leaves that out. `dump` names a folder
+    that gets every pass's graph and their differences. `cache_limit` bounds the bytes that the streams of one
+    trajectory hold together; by default it is half of the memory of the model's device.
 
     The model is compiled at its first call, for inference only. Raises NotAModule for an object that is no model,
     BadParameter for other arguments that do not fit, PlanMismatch for a policy that was searched for another model.
@@ -61,7 +61,7 @@ def compile(
         "lowering": lowering,
         "max_variants": max_variants,
         "dump": dump,
-        "hoist": hoist,
+        "disable_passes": disable_passes,
         "cache_limit": cache_limit,
     }
     return enable(model, policy, **given) if is_pipeline(model) else compile_denoiser(model, policy, **given)

@@ -2,28 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from dit_rewrite.compiler.backend import Backend
-from dit_rewrite.compiler.lowering import Backend as LoweringBackend
-from dit_rewrite.compiler.lowering import Lowering
+from dit_rewrite.compiler.lowering import InnerBackend, Lowering
 from dit_rewrite.errors import NotAModule, PlanMismatch
 from dit_rewrite.module import attach, detach, unwrapped
 from dit_rewrite.policies import as_policy
 from dit_rewrite.policy.plan import fingerprint
 from dit_rewrite.policy.rules import Policy
-from dit_rewrite.report.explain import Dump
+from dit_rewrite.report.dump import Dump
 
 
 def compile_denoiser(
     model: Any,
     policy: Policy | str,
     *,
-    backend: LoweringBackend = "inductor",
+    backend: InnerBackend = "inductor",
     mode: str | None = None,
     options: Mapping[str, Any] | None = None,
     fullgraph: bool = False,
@@ -31,7 +30,7 @@ def compile_denoiser(
     lowering: str = "auto",
     max_variants: int = 8,
     dump: str | Path | None = None,
-    hoist: bool = True,
+    disable_passes: Collection[str] = (),
     cache_limit: int | None = None,
 ) -> Any:
     """Compile a module that is no pipeline; arguments and errors are those of `compile`."""
@@ -40,8 +39,8 @@ def compile_denoiser(
     if policy.made_for is not None and fingerprint(model) != policy.made_for.model:
         raise PlanMismatch(f"{policy} was made for another model.", "Search a plan for this one, in its dtype.")
     lower = Lowering.of(backend, mode, options, lowering, max_variants)
-    observe = Dump(Path(dump)).write if dump is not None else None
-    made = Backend(model, policy, lower, observe=observe, hoist=hoist, cache_limit=cache_limit)
+    dumps = Dump(Path(dump)) if dump is not None else None
+    made = Backend(model, policy, lower, watcher=dumps, disable_passes=disable_passes, cache_limit=cache_limit)
     return attach(model, made, fullgraph, dynamic)
 
 

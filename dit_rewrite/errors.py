@@ -90,7 +90,13 @@ class Reason(str, Enum):
 
 
 class DitRewriteError(Exception):
-    """Base of all errors of this package."""
+    """Base of all errors of this package. ``during`` is the name of the pass that raised it, if one did."""
+
+    during: str | None = None
+
+    def __str__(self) -> str:
+        text = super().__str__()
+        return text if self.during is None else f"{text} (in the pass {self.during})"
 
 
 class PolicyError(DitRewriteError, ValueError):
@@ -324,6 +330,14 @@ class PlanMismatch(DitRewriteError, ValueError):
 class NotAPolicy(PolicyError):
     def __init__(self, given: str, remedy: str) -> None:
         super().__init__(f"A policy is needed, and this is of type {given}. {remedy}.")
+
+
+class PassFailed(DitRewriteError):
+    def __init__(self, name: str, cause: Exception) -> None:
+        super().__init__(
+            f"The pass {name} failed: {type(cause).__name__}: {cause}. compile(dump='folder') writes the graphs that "
+            f"led up to it; please report them. An optional pass can be left out with disable_passes."
+        )
 
 
 class TorchChanged(DitRewriteError, RuntimeError):

@@ -166,11 +166,6 @@ class Bank:
             self.lent.pop(site, None)
 
     @property
-    def slots(self) -> list[tuple[Tensor, ...] | None]:
-        """The values of every slot, and then what is hoisted, if anything is."""
-        return self.values if self.hoisted is None else [*self.values, self.hoisted.values]
-
-    @property
     def all(self) -> list[tuple[Tensor, ...]]:
         """The values of every filled slot, what is hoisted, and what probes are compared with."""
         filled = [values for values in self.values if values is not None]

@@ -51,7 +51,7 @@ class Graph:
         self.num_layers = num_layers
         self.wiring, self.pieces = wiring, tuple(pieces)
         self.session = session
-        self.prologue: Executable | None = None  # computes what is hoisted: the values of the site after the last
+        self.prologue: Executable | None = None  # computes the hoisted values
         self._compile = compile_variant
         self._lag, self._distance = lag, distance
         self._measured = tuple(site.measured for site in self.sites)
@@ -62,7 +62,7 @@ class Graph:
         self._weights = tuple(sorted(wiring.static))
         self._steady = tuple(sorted(wiring.steady))
         self._ambient = tuple(sorted(wiring.ambient))
-        self._data = tuple(i for i in range(wiring.num_inputs) if i not in wiring.static)
+        self._data = tuple(i for i in range(wiring.num_inputs - wiring.num_hoisted) if i not in wiring.static)
         forecasting = {i for i, site in enumerate(self.sites) if site.depth > 1}
         self._forecasting = tuple(tuple(i for i in piece.sites if i in forecasting) for piece in self.pieces)
         self._compiling = threading.RLock()
@@ -83,17 +83,16 @@ class Graph:
         if self._conditioned:
             steady = [args[i] for i in self._steady]
             unfit = bank.keep_for(steady, call.explicit, self._conditioned) or unfit
-        if self.prologue is not None:
-            self._hoist(self.prologue, args, bank, call.explicit)
+        inputs = [*args, *self._hoisted(args, bank, call.explicit)]
         for site, lender in self._borrowing:
             if lender != call.stream.name and (unfit is None or self.sites[site].differs):
                 take = bank.lend if self.sites[site].differs else bank.borrow
                 take(site, call.lent(lender, self.index, occurrence), call.trajectory.step)
         run = self._run if self.session.director is None else self._directed
         try:
-            decided, outputs = run(args, call, bank, changed or unfit)
+            decided, outputs = run(inputs, call, bank, changed or unfit)
         except Unadmitted:
-            decided, outputs = self._run(args, call, bank, Reason.SIZES_NOT_COMPILED)
+            decided, outputs = self._run(inputs, call, bank, Reason.SIZES_NOT_COMPILED)
         outputs = self._owned(decided.row, outputs, bank)
         self._note(call, occurrence, decided, args, outputs, bank)
         for site, lender in self._borrowing:
@@ -187,7 +186,7 @@ class Graph:
         if executable is not None:
             if executable.admits is not None and not executable.admits(args):
                 raise Unadmitted
-            slots = self._weighted(number, decide, weigh, bank) if self._forecasting[number] else bank.slots
+            slots = self._weighted(number, decide, weigh, bank) if self._forecasting[number] else bank.values
             fresh = execute(executable, wires, slots)
         for wire in piece.spent:
             wires[wire] = None
@@ -195,7 +194,7 @@ class Graph:
 
     def _weighted(self, number: int, decide: Decide, weigh: Weigh, bank: Bank) -> list[tuple[Tensor, ...] | None]:
         """The slots, those from which a piece takes a weighted sum as it reads them."""
-        slots = list(bank.slots)
+        slots = list(bank.values)
         for i in self._forecasting[number]:
             if slots[i] is not None and decide(i):
                 site = self.sites[i]
@@ -244,15 +243,17 @@ class Graph:
         self.session.stats.add("late_variants", late)
         return executable
 
-    def _hoist(self, prologue: Executable, args: list[Any], bank: Bank, explicit: bool) -> None:
-        """Compute what is hoisted, unless the bank holds it for these very inputs, unchanged since."""
-        inputs = [args[i] for i in prologue.inputs if isinstance(args[i], Tensor)]  # weights may be changed too
-        if bank.hoisted is not None and bank.hoisted.holds_for(inputs, explicit):
-            return
-        values = [value for _, value in execute(prologue, args, bank.slots)]
-        bank.hoisted = Hoisted.of(inputs, values)
-        self.session.stats.add("hoists")
-        self.session.note_bytes()
+    def _hoisted(self, args: list[Any], bank: Bank, explicit: bool) -> Sequence[Tensor]:
+        """The hoisted values: those of the bank if it computed them from these very inputs, unchanged since."""
+        if self.prologue is None:
+            return ()
+        inputs = [args[i] for i in self.prologue.inputs if isinstance(args[i], Tensor)]  # weights may be changed too
+        if bank.hoisted is None or not bank.hoisted.holds_for(inputs, explicit):
+            values = [value for _, value in execute(self.prologue, args, ())]
+            bank.hoisted = Hoisted.of(inputs, values)
+            self.session.stats.add("hoists")
+            self.session.note_bytes()
+        return bank.hoisted.values
 
     def store(
         self, fresh: Sequence[tuple[tuple[int, int], Tensor]], bank: Bank, moment: Moment, decided: Decisions
@@ -299,11 +300,9 @@ class Graph:
         """The graph was called without the compiled model around it: compute, and keep nothing."""
         self.session.stats.miss(Reason.OUTSIDE_CALL)
         bank = Bank(len(self.sites))
-        if self.prologue is not None:
-            self._hoist(self.prologue, args, bank, explicit=False)
-        wires = self.start(args)
+        wires = self.start([*args, *self._hoisted(args, bank, explicit=False)])
         for piece in self.pieces:
             executable = piece.variants[(False,) * len(piece.sites)]
             if executable is not None:
-                execute(executable, wires, bank.slots)
+                execute(executable, wires, bank.values)
         return self.results(wires)

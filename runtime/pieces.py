@@ -42,9 +42,12 @@ class Piece:
 
 @dataclass(frozen=True)
 class Wiring:
-    """How the wires of a graph run: wires below ``num_inputs`` are its inputs, ``outputs`` says what it returns: a
-    wire, or a constant in a tuple of its own. ``static``, ``steady`` and ``ambient`` are inputs: weights, the call's
-    conditioning, and tensors that the model has as attributes."""
+    """The wires of a graph.
+
+    Wires below ``num_inputs`` are its inputs: the arguments of the call, then ``num_hoisted`` hoisted values.
+    ``outputs`` has a wire for each value that the graph returns, or a constant in a tuple of its own. ``static``,
+    ``steady`` and ``ambient`` are inputs: weights, the call's conditioning, and attributes of the model.
+    """
 
     num_wires: int
     num_inputs: int
@@ -52,6 +55,7 @@ class Wiring:
     static: frozenset[int] = frozenset()
     steady: frozenset[int] = frozenset()
     ambient: frozenset[int] = frozenset()
+    num_hoisted: int = 0
 
 
 class Unadmitted(Exception):

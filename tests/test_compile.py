@@ -94,7 +94,8 @@ def test_the_dump_is_numbered_by_graph_and_pass(tmp_path: Path) -> None:
     ]
     for folder in tmp_path.iterdir():
         names = {path.name for path in folder.iterdir()}
-        assert {"00_captured.py", "02_sites.txt", "03_guarded.py", "03_guarded.diff", "04_variant0.py"} <= names
+        assert {"00_captured.py", "01_find_sites.txt", "04_insert_guards.py", "04_insert_guards.diff"} <= names
+        assert "07_variant0_all_compute.py" in names
 
 
 class Returning(nn.Module):

@@ -14,15 +14,16 @@ PASSES = ("passes.guards", "passes.capture", "passes.analysis", "passes.rewrite"
 PUBLIC = ("compile", "denoiser", "enable", "guards", "module")  # single files of dit_rewrite that users import from
 LEAVES = ("errors", "torch_compat")
 LANGUAGE = (*LEAVES, "passes.guards", "passes.analysis", "passes.rewrite", "runtime", "policy")
-COMPILER = (*LANGUAGE, "passes.capture", "kernels", "policies", "compiler")
+COMPILER = (*LANGUAGE, "passes.pipeline", "passes.capture", "kernels", "policies", "compiler")
 # what each room may import, itself aside
 MAY_IMPORT = {
     "errors": (),
     "torch_compat": ("errors",),
+    "passes.pipeline": LEAVES,
     "passes.guards": LEAVES,
-    "passes.capture": LEAVES,
-    "passes.analysis": (*LEAVES, *PASSES[:2]),
-    "passes.rewrite": (*LEAVES, *PASSES[:3]),
+    "passes.capture": (*LEAVES, "passes.pipeline"),
+    "passes.analysis": (*LEAVES, "passes.pipeline", *PASSES[:2]),
+    "passes.rewrite": (*LEAVES, "passes.pipeline", *PASSES[:3]),
     "kernels": LEAVES,
     "runtime": LEAVES,
     "policy": LANGUAGE[:-1],

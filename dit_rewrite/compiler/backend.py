@@ -5,11 +5,12 @@ from __future__ import annotations
 import contextlib
 import os
 import threading
+import time
 import weakref
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import sympy
 import torch
@@ -17,25 +18,24 @@ from torch import fx
 
 from dit_rewrite import torch_compat
 from dit_rewrite.compiler import lowering
-from dit_rewrite.compiler.bind import Placed, place
-from dit_rewrite.compiler.lowering import Lowering
-from dit_rewrite.compiler.partition import Layout
-from dit_rewrite.compiler.simulate import simulate
+from dit_rewrite.compiler.bind import Bound
+from dit_rewrite.compiler.foresee import Foreseen
+from dit_rewrite.compiler.lowering import Compiled, Lowering
+from dit_rewrite.compiler.partition import Partition
+from dit_rewrite.compiler.pipeline import PASSES, STRAIGHT_LINE_PASSES
+from dit_rewrite.compiler.request import Request
 from dit_rewrite.kernels.relative_l1 import relative_l1
 from dit_rewrite.passes.analysis import cost
-from dit_rewrite.passes.analysis.site import Found, Part
-from dit_rewrite.passes.analysis.sites import find_sites
+from dit_rewrite.passes.analysis.site import Found
 from dit_rewrite.passes.analysis.structure import structure
 from dit_rewrite.passes.capture.capture import Captured, capture
-from dit_rewrite.passes.guards.symbols import measured
-from dit_rewrite.passes.rewrite.guarded_graph import Guarded, GuardedGraph
-from dit_rewrite.passes.rewrite.insert_guards import guard
+from dit_rewrite.passes.pipeline import Context, PassRun, Watch, check_disabled, run_passes
+from dit_rewrite.passes.rewrite.guarded_graph import GuardedGraph
+from dit_rewrite.passes.rewrite.hoist import Hoisted
 from dit_rewrite.passes.rewrite.segments import whole
-from dit_rewrite.passes.rewrite.specialise import Row, Variant, prologue, specialise
+from dit_rewrite.passes.rewrite.specialise import Row, Variant, specialise
 from dit_rewrite.policy.rules import Policy
-from dit_rewrite.policy.site_rules import SiteRules, forced
-from dit_rewrite.policy.strategies import GuidanceDelta, ShareGuidance
-from dit_rewrite.runtime.decide import NO_SLOT, Choose, SiteSpec
+from dit_rewrite.policy.site_rules import SiteRules
 from dit_rewrite.runtime.dispatch import Graph
 from dit_rewrite.runtime.pieces import Executable
 from dit_rewrite.runtime.session import Session
@@ -43,49 +43,77 @@ from dit_rewrite.runtime.stats import Stats
 from dit_rewrite.runtime.trajectory import Trajectory
 
 
+class Watcher(Protocol):
+    """Is shown each captured graph, and each straight-line one, and returns a callback for the passes over it."""
+
+    def begin(self, graph: int, captured: Captured) -> Watch: ...
+
+    def lowering(self, graph: int, name: str, gm: fx.GraphModule) -> Watch: ...
+
+
 @dataclass
 class Rewritten:
-    """One captured graph with all that the passes made of it. ``variants`` are by piece and row."""
+    """One captured graph with the results of all passes. ``variants`` are by segment and row.
+
+    ``gm`` is the graph that the guarded one was made from: without hoisted values, with the probes of guards.
+    """
 
     captured: Captured
-    placed: Placed
-    guarded: GuardedGraph
-    layout: Layout
+    context: Context
+    runs: list[PassRun]
     graph: Graph
     variants: dict[tuple[int, Row], Variant] = field(default_factory=dict)
-    prologue: Variant | None = None
     compiled: dict[Any, tuple[Variant, Callable[..., Any]]] = field(default_factory=dict)  # by structure
 
     @property
+    def bound(self) -> Bound:
+        return self.context[Bound]
+
+    @property
+    def guarded(self) -> GuardedGraph:
+        return self.context[GuardedGraph]
+
+    @property
+    def partition(self) -> Partition:
+        return self.context[Partition]
+
+    @property
+    def hoisted(self) -> Hoisted | None:
+        return self.context.get(Hoisted)
+
+    @property
+    def gm(self) -> fx.GraphModule:
+        return self.guarded.source
+
+    @property
     def found(self) -> Found:
-        return self.placed.found
+        return self.bound.found
 
     @property
     def rules(self) -> tuple[SiteRules, ...]:
-        return self.placed.rules
+        return self.bound.rules
 
     @property
     def reached(self) -> tuple[int, ...]:
         """The indices of the sites that are guarded."""
-        return self.placed.reached
+        return self.bound.reached
 
     @property
-    def held_bytes(self) -> dict[int, int]:
+    def slot_bytes(self) -> dict[int, int]:
         """For each guarded site, by its index among all sites, the bytes that its slot holds of a stream."""
-        slots = zip(self.reached, self.guarded.stored, strict=False)  # less the hoisted
+        slots = zip(self.reached, self.guarded.stored, strict=True)
         return {i: sum(map(cost.stored_bytes, slot)) for i, slot in slots}
 
     def straight(self, row: Row) -> Variant:
-        """All of the graph under a row of decisions, as one piece; for people to look at."""
-        hoisted = (True,) * (len(self.guarded.sites) - len(row))
-        return specialise(self.guarded, (*row, *hoisted), whole(self.placed.gm, self.layout.sites))
+        """All of the graph under a row of decisions, as one segment; for people to look at."""
+        return specialise(self.guarded, row, whole(self.gm, self.partition.sites))
 
     @property
     def most_reused(self) -> Row:
         """The row that reuses all that any compiled code reuses."""
-        row = [False] * len(self.layout.sites)
+        row = [False] * len(self.partition.sites)
         for number, part in self.variants:
-            for site, reused in zip(self.layout.depends[number], part, strict=True):
+            for site, reused in zip(self.partition.depends[number], part, strict=True):
                 row[site] |= reused
         return tuple(row)
 
@@ -99,16 +127,17 @@ class Backend:
         policy: Policy,
         lowering: Lowering,
         force: bool = False,
-        observe: Callable[[Rewritten], None] | None = None,
+        watcher: Watcher | None = None,
         store: int | None = None,
-        hoist: bool = True,
+        disable_passes: Collection[str] = (),
         cache_limit: int | None = None,
     ) -> None:
         """`force` makes every decision compute, `store` limits how many sites' fresh values are returned; both are
-        for `verify`. `observe` is called with each rewritten graph. The streams of a trajectory hold at most
-        `cache_limit` bytes, by default half of the memory of the model's device."""
-        self.policy, self.lowering, self.force, self.observe, self.store = policy, lowering, force, observe, store
-        self.hoist = hoist
+        for `verify`. `watcher` is shown each graph after each pass. The streams of a trajectory hold at most
+        `cache_limit` bytes, by default half of the memory of the model's device. Raises BadParameter for a name in
+        `disable_passes` that is no optional pass."""
+        self.policy, self.lowering, self.force, self.watcher, self.store = policy, lowering, force, watcher, store
+        self.disabled = check_disabled(disable_passes, (*PASSES, *STRAIGHT_LINE_PASSES))
         self.stats = Stats()
         self._model = weakref.ref(model)  # the model holds its backend
         self.cache_limit = cache_limit
@@ -146,52 +175,40 @@ class Backend:
             return self._rewrite_alone(captured)
 
     def _rewrite_alone(self, captured: Captured) -> Graph:
-        found = find_sites(captured.gm, captured.static, captured.steady if self.hoist else None)
-        placed = place(captured, found, self.policy, self._is_whole(captured), self.hoist)
-        labels = placed.labels
-        hoisted = placed.found.hoisted is not None
-        moved = [Guarded(len(placed.found.sites), "conditioning unchanged", "hoist")] if hoisted else []
-        guarded = guard(placed.gm, placed.found.all, [*labels, *moved])
         trajectory = self.session.call.trajectory if self.session.call is not None else Trajectory(None)
-        specs = [self._spec(guarded, k, placed.rules[label.site]) for k, label in enumerate(labels)]
-        measures = bool(measured(self.policy.mentions))
-        rows = simulate(specs, trajectory.num_steps, trajectory.noise, self.policy.streams, measures)
-        layout = Layout.of(placed, guarded, rows, self.lowering, self.policy)
-        rewritten = self._dispatched(captured, placed, guarded, layout, layout.wired(specs))
-        if hoisted:
-            rewritten.graph.prologue = self._compile_prologue(rewritten)
-        for number, row in layout.foreseen(rows):
+        hoist = "hoist" not in self.disabled
+        request = Request(self._is_whole(captured), trajectory.num_steps, trajectory.noise, hoist, self.force)
+        ctx = Context(captured, self.policy, self.lowering, request)
+        runs: list[PassRun] = []
+        watch = None if self.watcher is None else self.watcher.begin(len(self.rewritten), captured)
+        run_passes(PASSES, captured.gm, ctx, runs, self.disabled, watch)
+        rewritten = self._dispatched(captured, ctx, runs)
+        if rewritten.hoisted is not None:
+            rewritten.graph.prologue = self._compile_prologue(rewritten, rewritten.hoisted)
+        for number, row in ctx[Partition].foreseen(ctx[Foreseen].rows):
             rewritten.graph.add_variant(number, row)
         self.rewritten.append(rewritten)
-        if self.observe is not None:
-            self.observe(rewritten)
         return rewritten.graph
 
-    def _dispatched(
-        self,
-        captured: Captured,
-        placed: Placed,
-        guarded: GuardedGraph,
-        layout: Layout,
-        specs: Sequence[SiteSpec],
-    ) -> Rewritten:
+    def _dispatched(self, captured: Captured, ctx: Context, runs: list[PassRun]) -> Rewritten:
         rewritten: Rewritten
+        partition, hoisted = ctx[Partition], ctx.get(Hoisted)
 
         def compile_variant(number: int, row: Row) -> Executable | None:
             return self._compile(rewritten, number, row)
 
         graph = Graph(
             len(self.rewritten),
-            specs,
-            placed.found.num_layers,
-            layout.wiring(captured),
-            layout.pieces(),
+            partition.wired(ctx[Foreseen].specs),
+            ctx[Bound].found.num_layers,
+            partition.wiring(captured, 0 if hoisted is None else len(hoisted.values)),
+            partition.segments_to_run(),
             self.session,
             compile_variant,
             self.policy.lag,
             relative_l1,
         )
-        rewritten = Rewritten(captured, placed, guarded, layout, graph)
+        rewritten = Rewritten(captured, ctx, runs, graph)
         return rewritten
 
     def _is_whole(self, captured: Captured) -> bool:
@@ -209,84 +226,78 @@ class Backend:
         named = () if model is None else (model.named_parameters(), model.named_buffers())
         return frozenset(name for each in named for name, _ in each)
 
-    def _spec(self, guarded: GuardedGraph, index: int, rules: SiteRules) -> SiteSpec:
-        site = guarded.sites[index]
-        choose: Choose = forced
-        if not self.force:
-            choose = rules.chooser()
-        entropy = None if site.entropy is None else guarded.held[index] - 1
-        parent, reads, serves = guarded.parents[index], None, None
-        borrows = rules.form.stream if isinstance(rules.form, ShareGuidance | GuidanceDelta) else None
-        if site.part is Part.CORE:
-            reads = guarded.parents.index(index)
-        elif site.part is Part.GUIDANCE and borrows is None:
-            reads = NO_SLOT
-        elif site.part is Part.HELD and not self.force:
-            serves = parent
-        return SiteSpec(
-            site.name,
-            site.kind,
-            site.layer,
-            parent,
-            choose,
-            (),
-            entropy,
-            reads,
-            serves,
-            rules.foreseen,
-            borrows,
-            width=guarded.held[index],
-            depth=guarded.depths[index],
-            differs=isinstance(rules.form, GuidanceDelta) and borrows is not None,
-        )
-
-    def _compile_prologue(self, rewritten: Rewritten) -> Executable:
-        """The piece that computes what is hoisted, and nothing else."""
-        variant = rewritten.prologue = prologue(rewritten.guarded, rewritten.layout.segments)
-        return self._lower(rewritten, variant)
+    def _compile_prologue(self, rewritten: Rewritten, hoisted: Hoisted) -> Executable:
+        """The code that computes the hoisted values."""
+        run = self._lower(rewritten, hoisted.prologue, "prologue")
+        fresh = tuple((0, k) for k in range(len(hoisted.values)))
+        return Executable(run, hoisted.inputs, (), (), fresh, None)
 
     def _compile(self, rewritten: Rewritten, number: int, row: Row) -> Executable | None:
-        """The variant of one piece for a row of the decisions that it depends on; None where nothing is left of it."""
-        guarded, layout = rewritten.guarded, rewritten.layout
-        stored = None if self.store is None else [i < self.store for i in range(len(guarded.sites))]
-        hoisted = (True,) * (len(guarded.sites) - len(layout.sites))
-        full, dense = (*layout.full_row(number, row), *hoisted), self.lowering.lays_out
-        variant = specialise(guarded, full, layout.segments, number, stored, dense)
-        rewritten.variants[number, row] = variant
-        if layout.segments.count > 1 and not (variant.outputs or variant.fresh):
-            return None
-        before = len(rewritten.compiled)
-        executable = self._lower(rewritten, variant)
-        self.stats.add("variants", len(rewritten.compiled) - before)
-        return executable
+        """The variant of one segment for a row of the decisions that it depends on; None if it has no nodes.
 
-    def _lower(self, rewritten: Rewritten, variant: Variant) -> Executable:
-        """Lower a straight-line graph, unless one of the same structure was: they share the code.
-
-        Sizes that lowering assumes are checked by dispatch when Dynamo cannot.
+        Segments of one structure share their code. Dispatch checks the sizes that lowering assumed if Dynamo cannot.
         """
-        key = structure(variant.gm)
-        fake_mode = rewritten.captured.fake_mode
+        guarded, partition = rewritten.guarded, rewritten.partition
+        stored = None if self.store is None else [i < self.store for i in range(len(guarded.sites))]
+        start = time.perf_counter()
+        variant = specialise(
+            guarded, partition.full_row(number, row), partition.segments, number, stored, self.lowering.lays_out
+        )
+        rewritten.runs.append(_timed("specialise", start, guarded.gm, variant.gm))
+        rewritten.variants[number, row] = variant
+        if partition.segments.count > 1 and not (variant.outputs or variant.fresh):
+            return None
+        key, fake_mode = structure(variant.gm), rewritten.captured.fake_mode
         before = lowering.count_guards(fake_mode)
         if key not in rewritten.compiled:
-            run = self.lowering.lower(fx.GraphModule(variant.gm, variant.gm.graph), fake_mode)  # it may change it
-            rewritten.compiled[key] = variant, run
+            rewritten.compiled[key] = variant, self._lower(rewritten, variant.gm, self._name(rewritten, number, row))
+            self.stats.add("variants")
         _, run = rewritten.compiled[key]
         late = not torch_compat.is_compiling()
-        assumed = lowering.new_guards(fake_mode, before) if late else ()
-        symbols = {i: s for i, node in enumerate(rewritten.captured.placeholders) if (s := _symbol(node)) is not None}
-        check = lowering.admits(assumed, symbols) if assumed else None
-        if late and self.observe is not None:
-            self.observe(rewritten)
-        wire = rewritten.layout.wire
+        admits = _size_check(rewritten.captured, lowering.new_guards(fake_mode, before)) if late else None
+        wire = partition.wire
         return Executable(
             run,
             tuple(map(wire, variant.inputs)),
             variant.cached,
             tuple(map(wire, variant.outputs)),
             variant.fresh,
-            check,
+            admits,
         )
+
+    @staticmethod
+    def _name(rewritten: Rewritten, number: int, row: Row) -> str:
+        """The name of a variant in the dump."""
+        if rewritten.partition.segments.count == 1:
+            return f"variant{len(rewritten.compiled)}_{row_name(row)}"
+        return f"segment{number}_{row_name(row)}"
+
+    def _lower(self, rewritten: Rewritten, gm: fx.GraphModule, name: str) -> Compiled:
+        """Run the last passes over a copy of a straight-line graph and lower it."""
+        watch = None if self.watcher is None else self.watcher.lowering(rewritten.graph.index, name, gm)
+        gm = fx.GraphModule(gm, gm.graph)
+        gm = run_passes(STRAIGHT_LINE_PASSES, gm, rewritten.context, rewritten.runs, self.disabled, watch)
+        start = time.perf_counter()
+        run = self.lowering.lower(gm, rewritten.captured.fake_mode)
+        rewritten.runs.append(_timed("lower", start, gm, gm))
+        return run
+
+
+def _timed(name: str, start: float, before: fx.GraphModule, after: fx.GraphModule) -> PassRun:
+    return PassRun(name, time.perf_counter() - start, len(before.graph.nodes), len(after.graph.nodes))
+
+
+def _size_check(captured: Captured, assumed: tuple[sympy.Basic, ...]) -> Callable[[Sequence[Any]], bool] | None:
+    """A check of the sizes that a late compilation assumed; None if it assumed nothing."""
+    symbols = {i: s for i, node in enumerate(captured.placeholders) if (s := _symbol(node)) is not None}
+    return lowering.admits(assumed, symbols) if assumed else None
+
+
+def row_name(row: Sequence[bool]) -> str:
+    """A row of decisions in letters: C computes, R reuses. A row of one decision for all is named so."""
+    if not row or len(set(row)) == 1:
+        return "all_reuse" if row and row[0] else "all_compute"
+    return "".join("R" if reused else "C" for reused in row)
 
 
 def half_of_memory(model: torch.nn.Module | None) -> int:

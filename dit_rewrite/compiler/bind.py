@@ -1,4 +1,4 @@
-"""Meet of policy and graph: the sites that the rules ask for, what their guards measure, and the rules of each."""
+"""Bind a policy to a captured graph: the sites that its rules select, the probes of their guards, and their formats."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ import torch
 from torch import fx
 
 import dit_rewrite.kernels.attention_entropy  # noqa: F401  # registers the op
-from dit_rewrite.compiler.slot_formats import Form, Forms
+from dit_rewrite.compiler.request import Request
+from dit_rewrite.compiler.slot_formats import SlotFormat, SlotFormats
 from dit_rewrite.errors import Reason
 from dit_rewrite.passes.analysis.attention_sites import find_cores, find_shared
 from dit_rewrite.passes.analysis.branches import Refusal
@@ -21,6 +22,7 @@ from dit_rewrite.passes.analysis.stacks import Stacks
 from dit_rewrite.passes.capture.capture import Captured
 from dit_rewrite.passes.guards.measurements import measurement
 from dit_rewrite.passes.guards.symbols import ENTROPY, Value, measured
+from dit_rewrite.passes.pipeline import Context
 from dit_rewrite.passes.rewrite.guarded_graph import Guarded
 from dit_rewrite.policy.rules import Policy, Spans
 from dit_rewrite.policy.site_rules import SiteRules
@@ -28,16 +30,26 @@ from dit_rewrite.policy.where import Where
 
 
 @dataclass(frozen=True)
-class Placed:
-    """The graph with what guards measure in it, all its sites, and the rules of each of them.
+class Bound:
+    """A graph with the probes of guards in it, all its sites, and the rules of each of them.
 
-    ``gm`` is the captured graph itself where the policy asks for nothing but branches. ``forms`` are what slots hold.
+    ``gm`` is the captured graph itself if the policy needs nothing but branches. ``formats`` has, for each reachable
+    site, how its slot holds values.
     """
 
     gm: fx.GraphModule
     found: Found
     rules: tuple[SiteRules, ...]
-    forms: Mapping[int, Form]
+    formats: Mapping[int, SlotFormat]
+
+    @property
+    def refused(self) -> tuple[Refusal, ...]:
+        """The places that are no site, and why."""
+        return self.found.refused
+
+    def after(self, gm: fx.GraphModule) -> Bound:
+        """The same, with closures and costs of the sites as they are in a graph that holds fewer nodes."""
+        return replace(self, found=replace(self.found, sites=close(gm.graph, self.found.sites)))
 
     @property
     def reached(self) -> tuple[int, ...]:
@@ -46,15 +58,24 @@ class Placed:
 
     @property
     def labels(self) -> list[Guarded]:
-        """The guarded sites as pass 03 takes them."""
+        """The sites to guard, as `insert_guards` takes them."""
         return [
-            Guarded(i, self.rules[i].guard, self.rules[i].strategy, *self.forms[i], self.rules[i].depth)
+            Guarded(i, self.rules[i].guard, self.rules[i].strategy, *self.formats[i], self.rules[i].depth)
             for i in self.reached
         ]
 
 
-def place(captured: Captured, found: Found, policy: Policy, whole: bool, hoist: bool) -> Placed:
-    """Find what `policy` asks for in a graph whose branches are `found`; `whole`: it is all of the model.
+def run(gm: fx.GraphModule, ctx: Context) -> fx.GraphModule:
+    """The pass: it leaves a Bound, and returns the graph with probes."""
+    bound = bind(ctx[Captured], ctx[Found], ctx[Policy], ctx[Request].whole, ctx[Request].hoist)
+    ctx.put(bound)
+    return bound.gm
+
+
+def bind(captured: Captured, found: Found, policy: Policy, whole: bool, hoist: bool) -> Bound:
+    """Find the sites that `policy` selects in a graph whose branches are `found`.
+
+    `whole` says that the graph is all of the model, `hoist` that trajectory-invariant values are computed only once.
 
     Raises LayersOutside, OverlappingSpans, TwoStores.
     """
@@ -70,16 +91,16 @@ def place(captured: Captured, found: Found, policy: Policy, whole: bool, hoist: 
     measuring = _Measuring(gm, found, captured, whole, policy.lag)
     sites, rules, unmeasured = measuring.add(sites, rules)
     if gm is not captured.gm:
-        sites, found = _closed(gm, sites, found)
+        sites = list(close(gm.graph, sites))
     early = _refuse_early(sites, rules, gm) if not policy.lag else []
     _go_with_cores(sites, rules)
-    answers = Forms(captured, measuring.probes)
-    forms, formless = _forms(sites, rules, answers)
-    for i, form in forms.items():
-        sites[i] = replace(sites[i], conditioned=answers.is_conditioned(sites[i], form))
+    known_formats = SlotFormats(captured, measuring.probes)
+    formats, formless = _formats(sites, rules, known_formats)
+    for i, chosen in formats.items():
+        sites[i] = replace(sites[i], conditioned=known_formats.is_conditioned(sites[i], chosen))
     outside = _outside(policy, spans, stacks, whole) if found.sites else []
     refused = [*found.refused, *refused, *outside, *unmeasured, *early, *formless]
-    return Placed(gm, replace(found, sites=tuple(sites), refused=tuple(refused)), tuple(rules), forms)
+    return Bound(gm, replace(found, sites=tuple(sites), refused=tuple(refused)), tuple(rules), formats)
 
 
 def _asked(
@@ -125,13 +146,6 @@ def _outside(policy: Policy, spans: Mapping[Where, Spans], stacks: Stacks, whole
     return list(refused)
 
 
-def _closed(gm: fx.GraphModule, sites: Sequence[Site], found: Found) -> tuple[list[Site], Found]:
-    """The sites, and what is hoisted, with what vanishes with each in a graph to which something was added."""
-    closed = close(gm.graph, [*sites, *([found.hoisted] if found.hoisted is not None else [])])
-    hoisted = closed[len(sites)] if found.hoisted is not None else None
-    return list(closed[: len(sites)]), replace(found, hoisted=hoisted)
-
-
 def _refuse_early(sites: Sequence[Site], rules: list[SiteRules], gm: fx.GraphModule) -> list[Refusal]:
     """Take the rules away from sites that run before what decides a site around them."""
     refused = []
@@ -149,17 +163,19 @@ def _go_with_cores(sites: Sequence[Site], rules: list[SiteRules]) -> None:
             rules[i] = rules[i - 1]
 
 
-def _forms(sites: Sequence[Site], rules: list[SiteRules], known: Forms) -> tuple[dict[int, Form], list[Refusal]]:
-    """The form of each reachable site; without one, its rules are taken away."""
-    forms, refused = dict[int, Form](), list[Refusal]()
+def _formats(
+    sites: Sequence[Site], rules: list[SiteRules], known: SlotFormats
+) -> tuple[dict[int, SlotFormat], list[Refusal]]:
+    """The slot format of each reachable site; a site without one loses its rules."""
+    formats, refused = dict[int, SlotFormat](), list[Refusal]()
     for i, site in enumerate(sites):
-        form = known.of(site, rules[i]) if rules[i].reachable else Reason.UNREACHED
-        if not isinstance(form, Reason):
-            forms[i] = form
+        chosen = known.of(site, rules[i]) if rules[i].reachable else Reason.UNREACHED
+        if not isinstance(chosen, Reason):
+            formats[i] = chosen
         elif rules[i].reachable:
             rules[i] = SiteRules(())
-            refused += [Refusal(site.values[0], site.name, form)] if site.part is not Part.HELD else []
-    return forms, refused
+            refused += [Refusal(site.values[0], site.name, chosen)] if site.part is not Part.HELD else []
+    return formats, refused
 
 
 def known(found: Found, layer: int, whole: bool) -> dict[str, Value]:

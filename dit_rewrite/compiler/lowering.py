@@ -13,13 +13,11 @@ import torch
 from torch import fx
 
 from dit_rewrite import torch_compat
-from dit_rewrite.compiler import fuse_window_refresh
 from dit_rewrite.errors import BadParameter
 from dit_rewrite.passes.analysis import unbacked
-from dit_rewrite.passes.capture import opaque_attention
 from dit_rewrite.torch_compat import FakeTensorMode
 
-Backend = str | Callable[[fx.GraphModule, list[Any]], Callable[..., Any]]
+InnerBackend = str | Callable[[fx.GraphModule, list[Any]], Callable[..., Any]]
 Compiled = Callable[..., Sequence[Any]]
 FORMS = ("auto", "variants", "segments")
 
@@ -33,7 +31,7 @@ class Lowering:
     its own call. Raises BadParameter for an unknown backend or form, or options that a backend cannot take.
     """
 
-    backend: Backend = "inductor"
+    backend: InnerBackend = "inductor"
     options: Mapping[str, Any] = field(default_factory=dict)
     form: str = "auto"
     max_variants: int = 8
@@ -47,7 +45,7 @@ class Lowering:
     @classmethod
     def of(
         cls,
-        backend: Backend,
+        backend: InnerBackend,
         mode: str | None = None,
         options: Mapping[str, Any] | None = None,
         form: str = "auto",
@@ -74,8 +72,6 @@ class Lowering:
 
     def lower(self, gm: fx.GraphModule, fake_mode: FakeTensorMode | None) -> Compiled:
         """Compile a straight-line graph for the fake inputs in its placeholders' metadata."""
-        fuse_window_refresh.fuse(gm, fuse_window_refresh.is_faster)
-        opaque_attention.unmark(gm)
         if self.backend == "aot_eager":
             return gm.forward
         unbacked.bind_inputs(gm, fake_mode)
@@ -130,7 +126,7 @@ def admits(
     return check
 
 
-def isolated(model: Any, backend: Backend, fullgraph: bool = False, dynamic: bool | None = None) -> Any:
+def isolated(model: Any, backend: InnerBackend, fullgraph: bool = False, dynamic: bool | None = None) -> Any:
     """torch.compile of a module or function with recompiles counted for it alone, where torch can do that (2.13).
 
     Otherwise every compiled module of one class shares a budget of 8, and then runs eagerly in silence.

@@ -1,4 +1,4 @@
-"""How a guarded graph is laid out for dispatch: one piece with a variant for each row, or segments."""
+"""Partition a guarded graph for the run time: one segment with a variant for each row, or many segments."""
 
 from __future__ import annotations
 
@@ -8,12 +8,14 @@ from functools import cached_property
 
 from torch import fx
 
-from dit_rewrite.compiler.bind import Placed
+from dit_rewrite.compiler.bind import Bound
+from dit_rewrite.compiler.foresee import Foreseen
 from dit_rewrite.compiler.lowering import Lowering
 from dit_rewrite.errors import NeedsSegments, Reason
-from dit_rewrite.passes.analysis.site import Kind, Probe, Site
+from dit_rewrite.passes.analysis.site import Probe, Site
 from dit_rewrite.passes.capture.capture import Captured
 from dit_rewrite.passes.guards.measurements import measurement
+from dit_rewrite.passes.pipeline import Context
 from dit_rewrite.passes.rewrite.guarded_graph import GuardedGraph
 from dit_rewrite.passes.rewrite.segments import Segments, cut, relevant, whole
 from dit_rewrite.passes.rewrite.specialise import Row
@@ -24,8 +26,13 @@ from dit_rewrite.runtime.pieces import Piece, Wiring
 from dit_rewrite.runtime.spectral import Grid
 
 
+def run(gm: fx.GraphModule, ctx: Context) -> Partition:
+    """The pass: choose between variants and segments, and cut."""
+    return Partition.of(ctx[Bound], ctx[GuardedGraph], ctx[Foreseen].rows, ctx[Lowering], ctx[Policy])
+
+
 @dataclass(frozen=True)
-class Layout:
+class Partition:
     """The segments of a graph, and ``why`` there are so many; ``depends`` are, for each, the sites whose decisions its
     code depends on."""
 
@@ -38,22 +45,22 @@ class Layout:
 
     @classmethod
     def of(
-        cls, placed: Placed, guarded: GuardedGraph, rows: Sequence[Row], lowering: Lowering, policy: Policy
-    ) -> Layout:
-        """Lay out as `lowering` asks; on "auto" in segments where the rows are too many, or a guard measures the call
-        that it is asked in. Raises NeedsSegments where it does, and variants are asked for."""
-        sites = tuple(site for site in guarded.sites if site.kind is not Kind.HOISTED)
+        cls, bound: Bound, guarded: GuardedGraph, rows: Sequence[Row], lowering: Lowering, policy: Policy
+    ) -> Partition:
+        """Partition as `lowering` asks. With "auto", cut into segments if there are too many distinct rows, or if a
+        guard measures the call that it decides. Raises NeedsSegments if it does, and variants were asked for."""
+        sites, gm = guarded.sites, guarded.source
         now = policy.lag == 0 and any(site.awaited for site in sites)
         if now and lowering.form == "variants":
             raise NeedsSegments(policy)
         why = Reason.MANY_ROWS if len(set(rows)) > lowering.max_variants else Reason.FEW_ROWS
         why = Reason.ASKED if lowering.form != "auto" else Reason.MEASURES_NOW if now else why
         if lowering.form == "segments" or why in (Reason.MANY_ROWS, Reason.MEASURES_NOW):
-            segments = cut(placed.gm, placed.found, sites, now)
+            segments = cut(gm, bound.found, sites, now)
         else:
-            segments = whole(placed.gm, sites)
-        depends = tuple(relevant(placed.gm, segments, sites, now))
-        return cls(placed.gm, sites, segments, why, depends, lowering.max_variants)
+            segments = whole(gm, sites)
+        depends = tuple(relevant(gm, segments, sites, now))
+        return cls(gm, sites, segments, why, depends, lowering.max_variants)
 
     @cached_property
     def _nodes(self) -> list[fx.Node]:
@@ -74,7 +81,7 @@ class Layout:
         """The wire that carries the node at a position of the captured graph."""
         return self._wires[position]
 
-    def wiring(self, captured: Captured) -> Wiring:
+    def wiring(self, captured: Captured, num_hoisted: int = 0) -> Wiring:
         """How the wires of the captured graph run."""
         returned = self._nodes[-1].args[0]
         outputs = tuple(
@@ -82,7 +89,8 @@ class Layout:
             for out in returned  # type: ignore[union-attr]
         )
         num_inputs = sum(node.op == "placeholder" for node in self._nodes)
-        return Wiring(len(self._wires), num_inputs, outputs, captured.static, captured.steady, captured.ambient)
+        held = captured.static, captured.steady, captured.ambient
+        return Wiring(len(self._wires), num_inputs, outputs, *held, num_hoisted)
 
     def wired(self, specs: Sequence[SiteSpec]) -> list[SiteSpec]:
         """The sites as dispatch knows them, with the wires that carry what they measure, and what they depend on."""
@@ -104,7 +112,7 @@ class Layout:
         grid = None if probe.latent is None else Grid(self._wires[self._position[probe.latent]], probe.patch)
         return Measured(probe.symbol, asked.statistic, wire, asked.rescale, output, grid)
 
-    def pieces(self) -> list[Piece]:
+    def segments_to_run(self) -> list[Piece]:
         """The pieces that dispatch runs, without their code."""
         return [Piece(sites, self._spent(i)) for i, sites in enumerate(self.depends)]
 
@@ -129,6 +137,12 @@ class Layout:
             if p in exported - kept and read
         }
 
+    def describe(self) -> Iterator[str]:
+        """The number of segments, the reason for it, and the sites that the code of each depends on."""
+        yield f"{self.segments.count} segments: {self.why}"
+        for number, depends in enumerate(self.depends):
+            yield f"segment {number}: {', '.join(self.sites[i].name for i in depends) or 'no site'}"
+
     def foreseen(self, rows: Sequence[Row]) -> Iterator[tuple[int, Row]]:
         """The code that the plan is known to need: each piece and row, computing first, and of too many the most
         frequent."""
@@ -139,6 +153,6 @@ class Layout:
             yield from ((number, row) for row in (never, *counted[: self.max_variants - 1]))
 
     def full_row(self, number: int, row: Row) -> Row:
-        """A piece's row with the other sites, which do not change its code, as computing; what is hoisted is reused."""
+        """A piece's row with the other sites, which do not change its code, as computing."""
         reused = dict(zip(self.depends[number], row, strict=True))
         return tuple(reused.get(i, False) for i in range(len(self.sites)))

@@ -1,4 +1,4 @@
-"""What the slot of each reached site holds, or what else stands for its values; or why nothing can."""
+"""The slot format of each reachable site: how its slot encodes values, or the reason why nothing can be held."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from dit_rewrite.errors import Reason
 from dit_rewrite.passes.analysis.output_sites import find_latent
 from dit_rewrite.passes.analysis.probes import Probes
 from dit_rewrite.passes.analysis.site import Site
-from dit_rewrite.passes.analysis.trajectory_invariant import steady_nodes
+from dit_rewrite.passes.analysis.trajectory_invariant import invariant_nodes
 from dit_rewrite.passes.analysis.unbacked import moving_sizes
 from dit_rewrite.passes.capture.capture import Captured
 from dit_rewrite.passes.rewrite.codec import Codec, Delta, Store
@@ -23,10 +23,10 @@ from dit_rewrite.passes.rewrite.half_batch import Batch, batch_labels
 from dit_rewrite.policy.site_rules import SiteRules
 from dit_rewrite.policy.strategies import GuidanceDelta, ShareGuidance
 
-Form = tuple[Codec, Guidance | None]
+SlotFormat = tuple[Codec, Guidance | None]
 
 
-class Forms:
+class SlotFormats:
     """Answers for the sites of one graph; `probes` knows its streams."""
 
     def __init__(self, captured: Captured, probes: Probes) -> None:
@@ -35,7 +35,7 @@ class Forms:
         self.graph = probes.gm.graph
         self.nodes = {node.name: node for node in self.graph.nodes}
 
-    def of(self, site: Site, rules: SiteRules) -> Form | Reason:
+    def of(self, site: Site, rules: SiteRules) -> SlotFormat | Reason:
         """The form of a site under its rules."""
         form = rules.form
         if any(self._moves(self.nodes[name]) for name in (*site.values, *site.inputs)):
@@ -55,9 +55,9 @@ class Forms:
 
     @cached_property
     def _still(self) -> Any:
-        return steady_nodes(self.graph, self.steady)
+        return invariant_nodes(self.graph, self.steady)
 
-    def is_conditioned(self, site: Site, form: Form) -> bool:
+    def is_conditioned(self, site: Site, form: SlotFormat) -> bool:
         """Whether what is held for a site is good for the same conditioning alone: its size follows from that, or keys,
         values or a mask do that the held state takes for the same in every call."""
         sized = any(torch_compat.unbacked_symbols(self.nodes[name].meta["val"]) for name in site.values)
@@ -83,7 +83,7 @@ class Forms:
         labels = batch_labels(self.graph, self._batch, self.captured.static)
         return {node.name: label for node, label in labels.items()}
 
-    def _shared(self, site: Site, form: ShareGuidance | GuidanceDelta) -> Form | Reason:
+    def _shared(self, site: Site, form: ShareGuidance | GuidanceDelta) -> SlotFormat | Reason:
         store = form.do.store if isinstance(form, GuidanceDelta) else None
         if form.half is None:
             return Store(store), None

@@ -19,7 +19,7 @@ from dit_rewrite.policy.strategies import is_number
 FAMILIES = {
     "attention": frozenset({Kind.SELF, Kind.CROSS, Kind.JOINT}),
     "mlp": frozenset({Kind.MLP}),
-    **{kind.value: frozenset({kind}) for kind in Kind if kind not in (Kind.HOISTED, Kind.SPAN)},
+    **{kind.value: frozenset({kind}) for kind in Kind if kind is not Kind.SPAN},
 }
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from dit_rewrite import torch_compat
 from dit_rewrite.compiler.backend import Rewritten
-from dit_rewrite.compiler.slot_formats import Form
+from dit_rewrite.compiler.slot_formats import SlotFormat
 from dit_rewrite.errors import Reason
 from dit_rewrite.passes.analysis.site import Part, Site
 from dit_rewrite.passes.rewrite.codec import Codec, Delta, Store
@@ -55,7 +55,7 @@ def check_replay(
         replay = _replay(Replay, check, graph, observation, stream, kept)
         if replay is None:
             return
-        halved = any(guidance is not None for _, guidance in graph.placed.forms.values())
+        halved = any(guidance is not None for _, guidance in graph.bound.formats.values())
         wide = None if exact and not halved else _replay(Replay64, Check(), graph, observation, stream, kept64)
         _compare(check, graph, observation, replay, wide)
 
@@ -94,7 +94,7 @@ class _Step:
     def add(
         self,
         site: Site,
-        form: Form,
+        form: SlotFormat,
         reuse: bool,
         where: tuple[str, int],
         kept: Held,
@@ -212,11 +212,11 @@ def _replay(
             lender = shared.stream if isinstance(shared, ShareGuidance) and reuse else None
             where = (lender or stream, observation.position)
             other = shared.stream if isinstance(shared, GuidanceDelta) and shared.stream != stream else None
-            step.add(graph.found.sites[i], graph.placed.forms[i], reuse, where, kept, each, other)
+            step.add(graph.found.sites[i], graph.bound.formats[i], reuse, where, kept, each, other)
     if step.lacking is not None:
         check.fail(Difference(step.lacking, record.step, "replay: reused, and never computed in this trajectory"))
         return None
-    run = kind(graph.placed.gm, step.instead, step.keep, step.shared, step.after)
+    run = kind(graph.bound.gm, step.instead, step.keep, step.shared, step.after)
     with torch_compat.no_autocast():  # the captured graph has its casts already
         outputs = run.run(*observation.args)
     for key, codec, read in step.computed:
@@ -297,7 +297,7 @@ def _found(graph: Rewritten, observation: Observation) -> dict[str, Tensor]:
     """What the rewritten model returned and held, by the same names."""
     found = {f"output {i}": out for i, out in enumerate(observation.outputs) if isinstance(out, Tensor)}
     for i, held in zip(graph.reached, observation.held, strict=True):
-        site, (codec, _) = graph.found.sites[i], graph.placed.forms[i]
+        site, (codec, _) = graph.found.sites[i], graph.bound.formats[i]
         if not isinstance(codec, Store):
             continue
         rest = list(held or ())

@@ -13,8 +13,7 @@ import torch
 from torch import Tensor
 
 from dit_rewrite.compiler.backend import Backend
-from dit_rewrite.compiler.lowering import Backend as LoweringBackend
-from dit_rewrite.compiler.lowering import Lowering, isolated
+from dit_rewrite.compiler.lowering import InnerBackend, Lowering, isolated
 from dit_rewrite.errors import BadParameter, UnreachedPolicy
 from dit_rewrite.module import RewrittenModule, attach, twin
 from dit_rewrite.passes.analysis.sites import Site
@@ -24,7 +23,7 @@ from dit_rewrite.policy.rules import Policy
 from dit_rewrite.proof.compare import Check, Difference, rms
 from dit_rewrite.proof.interpreter import widen
 from dit_rewrite.proof.replay import check_replay, kept_as_seen
-from dit_rewrite.report.explain import Dump
+from dit_rewrite.report.dump import Dump
 from dit_rewrite.runtime.session import Observation
 from dit_rewrite.torch_compat import tree_leaves, tree_map
 
@@ -91,7 +90,7 @@ def verify(
     inputs: Sequence[Mapping[str, Any]],
     policy: Policy | str | Path,
     *,
-    backend: LoweringBackend = "inductor",
+    backend: InnerBackend = "inductor",
     lowering: str = "auto",
     streams: Sequence[str] | None = None,
     scheduler: Any = None,
@@ -224,8 +223,8 @@ def _check_replay(
     model: torch.nn.Module, trajectory: Trajectory, policy: Policy, lower: Lowering, dump: str | Path | None
 ) -> tuple[Check, list[Observation]]:
     """Run the policy over the trajectory twice, and replay each run on its own: nothing may pass between them."""
-    observe = Dump(Path(dump)).write if dump is not None else None
-    backend = Backend(model, policy, lower, observe=observe)
+    dumps = Dump(Path(dump)) if dump is not None else None
+    backend = Backend(model, policy, lower, watcher=dumps)
     ours = attach(twin(model), backend)
     check = Check()
     observed: list[Observation] = []

@@ -2,27 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING
-
-from torch import fx
 
 from dit_rewrite import torch_compat
+from dit_rewrite.compiler.backend import Rewritten, row_name
 from dit_rewrite.errors import Reason
 from dit_rewrite.passes.analysis import cost
 from dit_rewrite.passes.analysis.branches import Refusal
 from dit_rewrite.passes.analysis.site import Site
-from dit_rewrite.passes.capture import module_paths
 from dit_rewrite.passes.guards.notation import show
 from dit_rewrite.passes.guards.satisfiability import verdict
 from dit_rewrite.passes.rewrite import printing
 from dit_rewrite.passes.rewrite.segments import crossing_bytes
 from dit_rewrite.policy.rules import Policy
-
-if TYPE_CHECKING:
-    from dit_rewrite.compiler.backend import Rewritten
 
 
 @dataclass(frozen=True)
@@ -106,7 +99,18 @@ class Report:
         if self.refused:
             lines += ["", "refused places"]
             lines += [f"  {r.path or '(the model itself)'} ({r.node}): {r.reason}" for r in self.refused]
+        lines += ["", *_table(self._passes())]
         return "\n".join(lines)
+
+    def _passes(self) -> Iterator[tuple[str, ...]]:
+        """The passes over each graph in their order, those that ran more than once added up."""
+        yield "graph", "pass", "runs", "ms", "nodes before", "nodes after", "refused"
+        for i, rewritten in enumerate(self.rewritten):
+            for name in dict.fromkeys(run.name for run in rewritten.runs):
+                runs = [run for run in rewritten.runs if run.name == name]
+                before, after = sum(run.nodes_before for run in runs), sum(run.nodes_after for run in runs)
+                milliseconds, refused = 1000 * sum(run.seconds for run in runs), sum(run.refused for run in runs)
+                yield str(i), name, str(len(runs)), f"{milliseconds:.1f}", str(before), str(after), str(refused)
 
     def _verdicts(self) -> Iterator[str]:
         """The rules whose guards decide nothing."""
@@ -118,12 +122,10 @@ class Report:
     def _hoisted(self) -> Iterator[str]:
         """What is computed once per trajectory, by the modules that it was traced in."""
         for rewritten in self.rewritten:
-            site = rewritten.found.hoisted
-            if site is None:
-                continue
-            nodes = {node.name: node for node in rewritten.captured.gm.graph.nodes}
-            paths = dict.fromkeys(module_paths.module_path(nodes[name]) or name for name in site.values)
-            yield f"hoisted   {_quantity(site.flops)} FLOPs, {_quantity(site.bytes, 1024)}B: {', '.join(paths)}"
+            found = rewritten.hoisted
+            if found is not None:
+                size = f"{_quantity(found.flops)} FLOPs, {_quantity(found.bytes, 1024)}B"
+                yield f"hoisted   {size}: {', '.join(found.paths)}"
         yield ""
 
     def _rows(self) -> Iterator[tuple[str, ...]]:
@@ -144,8 +146,9 @@ class Report:
 
 def _held_bytes(rewritten: Rewritten) -> int:
     """Bytes that the slots of one graph hold for one stream, memory that values share counted once."""
-    guarded, nodes = rewritten.guarded, {node.name: node for node in rewritten.placed.gm.graph.nodes}
-    stored = (node for slot in guarded.stored for node in slot)
+    guarded, nodes = rewritten.guarded, {node.name: node for node in rewritten.gm.graph.nodes}
+    hoisted = [] if rewritten.hoisted is None else [nodes[name] for name in rewritten.hoisted.values]
+    stored = (*hoisted, *(node for slot in guarded.stored for node in slot))
     storages = {torch_compat.storage_id(node.meta["val"]): cost.stored_bytes(node) for node in stored}
     compared = sum(cost.stored_bytes(nodes[name]) for name in _probes(rewritten))
     return sum(storages.values()) + 2 * compared  # a probe as it was when its site was computed, and in the last call
@@ -154,8 +157,8 @@ def _held_bytes(rewritten: Rewritten) -> int:
 def _working_bytes(rewritten: Rewritten) -> int:
     """Bytes that a computing call keeps alive for the slots alone: probes, and the stream before each span until the
     span's value is its change, as far as that is more than the value, whose old one is gone by then."""
-    nodes = {node.name: node for node in rewritten.placed.gm.graph.nodes}
-    spans = [site for site in rewritten.layout.sites if site.bases]
+    nodes = {node.name: node for node in rewritten.gm.graph.nodes}
+    spans = [site for site in rewritten.partition.sites if site.bases]
     bases, values = ({n for site in spans for n in getattr(site, side)} for side in ("bases", "values"))
     held, replaced = (sum(cost.stored_bytes(nodes[name]) for name in names) for names in (bases, values))
     return sum(cost.stored_bytes(nodes[name]) for name in _probes(rewritten)) + max(held - replaced, 0)
@@ -163,11 +166,11 @@ def _working_bytes(rewritten: Rewritten) -> int:
 
 def _probes(rewritten: Rewritten) -> set[str]:
     """The nodes that guards measure."""
-    return {node for site in rewritten.layout.sites for node in site.measured}
+    return {node for site in rewritten.partition.sites for node in site.measured}
 
 
 def _places(graph: int, occurrence: int, rewritten: Rewritten) -> Iterator[Place]:
-    sites, held, reached = rewritten.found.sites, rewritten.held_bytes, set(rewritten.reached)
+    sites, held, reached = rewritten.found.sites, rewritten.slot_bytes, set(rewritten.reached)
     for i, (site, rules) in enumerate(zip(sites, rewritten.rules, strict=True)):
         guard = rules.guard if rules.reachable else ""
         around = site.parent
@@ -178,12 +181,12 @@ def _places(graph: int, occurrence: int, rewritten: Rewritten) -> Iterator[Place
 
 def _layout(rewritten: Rewritten) -> str:
     """How a graph was lowered, and why so."""
-    layout, compiled = rewritten.layout, len(rewritten.compiled)
-    if layout.segments.count == 1:
-        return f"lowered as variants ({layout.why}): {compiled} compiled"
-    crossing = _quantity(crossing_bytes(rewritten.placed.gm, layout.segments), 1024)
+    partition, compiled = rewritten.partition, len(rewritten.compiled)
+    if partition.segments.count == 1:
+        return f"lowered as variants ({partition.why}): {compiled} compiled"
+    crossing = _quantity(crossing_bytes(rewritten.gm, partition.segments), 1024)
     return (
-        f"lowered in segments ({layout.why}): {layout.segments.count} pieces, {compiled} distinct ones compiled; "
+        f"lowered in segments ({partition.why}): {partition.segments.count} pieces, {compiled} distinct ones compiled; "
         f"the cuts write {crossing}B a call"
     )
 
@@ -201,57 +204,3 @@ def _quantity(number: float, base: int = 1000) -> str:
             return f"{number:.0f}{unit}" if not unit else f"{number:.1f}{unit}"
         number /= base
     return f"{number:.1f}P"
-
-
-def row_name(row: Sequence[bool]) -> str:
-    """A row of decisions in letters: C computes, R reuses. A row of one decision for all is named so."""
-    if not row or len(set(row)) == 1:
-        return "all_reuse" if row and row[0] else "all_compute"
-    return "".join("R" if reused else "C" for reused in row)
-
-
-@dataclass(frozen=True)
-class Dump:
-    """Writes each captured graph's passes into a folder of its own: ``graph0/00_captured.py`` and so on."""
-
-    folder: Path
-
-    def write(self, rewritten: Rewritten) -> None:
-        """Write the numbered graphs of all passes and the diffs between them."""
-        folder = self.folder / f"graph{rewritten.graph.index}"
-        folder.mkdir(parents=True, exist_ok=True)
-        captured, guarded = rewritten.captured.gm, rewritten.guarded.gm
-        self._graph(folder / "00_captured.py", captured)
-        if rewritten.prologue is not None:
-            self._graph(folder / "01_hoisted.py", rewritten.prologue.gm)
-        (folder / "02_sites.txt").write_text("\n".join(_describe(rewritten)) + "\n")
-        self._graph(folder / "03_guarded.py", guarded)
-        (folder / "03_guarded.diff").write_text(printing.diff(captured, guarded, ("captured", "guarded")))
-        for stem, head, gm in _straight_line(rewritten):
-            self._graph(folder / f"{stem}.py", gm, head)
-            (folder / f"{stem}.diff").write_text(printing.diff(captured, gm, ("captured", stem)))
-
-    def _graph(self, path: Path, gm: fx.GraphModule, head: str = "") -> None:
-        path.write_text(head + printing.readable(gm) + "\n")
-
-
-def _straight_line(rewritten: Rewritten) -> Iterator[tuple[str, str, fx.GraphModule]]:
-    """File name, first line and graph of each piece of code; pieces of one structure are shown once."""
-    if rewritten.layout.segments.count == 1:
-        for number, ((_, row), variant) in enumerate(rewritten.variants.items()):
-            yield f"04_variant{number}", f"# row: {row_name(row)}\n", variant.gm
-        return
-    shown = {id(variant): number for number, (variant, _) in enumerate(rewritten.compiled.values())}
-    for (piece, row), variant in rewritten.variants.items():
-        if id(variant) in shown:
-            names = [rewritten.layout.sites[i].name for i in rewritten.layout.depends[piece]]
-            head = f"# segment {piece}; row: {row_name(row)} of {', '.join(names) or 'no site'}\n"
-            yield f"04_segment{piece}_{row_name(row)}", head, variant.gm
-
-
-def _describe(rewritten: Rewritten) -> Iterator[str]:
-    for site, rules in zip(rewritten.found.sites, rewritten.rules, strict=True):
-        guard = rules.guard if rules.reachable else Reason.UNREACHED
-        yield f"{site.name}  {site.kind}  layer {site.layer}  values {', '.join(site.values)}  guard {guard}"
-    for refusal in rewritten.found.refused:
-        yield f"refused: {refusal.path} {refusal.node}: {refusal.reason}"

@@ -13,8 +13,7 @@ import torch
 from torch import Tensor
 
 from dit_rewrite.compiler.backend import Backend
-from dit_rewrite.compiler.lowering import Backend as LoweringBackend
-from dit_rewrite.compiler.lowering import Lowering
+from dit_rewrite.compiler.lowering import InnerBackend, Lowering
 from dit_rewrite.errors import BadParameter, NotAModule, NotCalibrated
 from dit_rewrite.module import attach, twin, unwrapped
 from dit_rewrite.passes.analysis.probes import Probes
@@ -38,7 +37,7 @@ def calibrate(
     *,
     threshold: float,
     min_r2: float = 0.5,
-    backend: LoweringBackend = "inductor",
+    backend: InnerBackend = "inductor",
     **parameters: Any,
 ) -> Policy:
     """A TeaCache or MagCache policy for a model, its table taken from one run that computes everything.
@@ -70,7 +69,7 @@ def calibrate(
 def _teacache(
     model: torch.nn.Module,
     sample: Callable[[Any], object],
-    backend: LoweringBackend,
+    backend: InnerBackend,
     threshold: float,
     min_r2: float,
     parameters: dict[str, Any],
@@ -90,7 +89,7 @@ def _teacache(
 
 
 def _changes(
-    model: torch.nn.Module, sample: Callable[[Any], object], backend: LoweringBackend
+    model: torch.nn.Module, sample: Callable[[Any], object], backend: InnerBackend
 ) -> list[tuple[float, float]]:
     """The modulated input's and the output's relative change at each step but the last, as they are told to the next.
 
@@ -127,7 +126,7 @@ def explained(coefficients: Sequence[float], pairs: Sequence[tuple[float, float]
 def _magcache(
     model: torch.nn.Module,
     sample: Callable[[Any], object],
-    backend: LoweringBackend,
+    backend: InnerBackend,
     threshold: float,
     _: float,
     parameters: dict[str, Any],
@@ -177,7 +176,7 @@ class Growth:
     def _image(self, graph: int, held: Sequence[Tensor]) -> Tensor:
         """The value of the stream from which the output is made; of those without such a size the largest."""
         rewritten = self._backend.rewritten[graph]
-        tokens = Probes(rewritten.placed.gm, rewritten.found, rewritten.captured.static).image_tokens()
+        tokens = Probes(rewritten.bound.gm, rewritten.found, rewritten.captured.static).image_tokens()
         fitting = [value for value in held if value.ndim == 3 and value.shape[1] == tokens]
         return max(fitting or held, key=Tensor.numel)
 

@@ -26,7 +26,7 @@ class Candidates:
 
     def __init__(self, rewritten: Rewritten, choices: Sequence[Choice]) -> None:
         self.rewritten, self.choices = rewritten, tuple(choices)
-        self.sites: tuple[Site, ...] = rewritten.layout.sites
+        self.sites: tuple[Site, ...] = rewritten.partition.sites
         self.places = tuple(dict.fromkeys(site.place for site in self.sites))
         self._costs: dict[object, int] = {}
 
@@ -63,7 +63,7 @@ class Candidates:
 
     @cached_property
     def _likeness(self) -> dict[str, object]:
-        nodes = {node.name: node for node in self.rewritten.placed.gm.graph.nodes}
+        nodes = {node.name: node for node in self.rewritten.gm.graph.nodes}
 
         def parts(place: str) -> object:
             own = [site for site in self.sites if site.place == place]

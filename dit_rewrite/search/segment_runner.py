@@ -14,8 +14,7 @@ from typing import Any, Literal
 from torch import Tensor, nn
 
 from dit_rewrite.compiler.backend import Backend
-from dit_rewrite.compiler.lowering import Backend as LoweringBackend
-from dit_rewrite.compiler.lowering import Lowering
+from dit_rewrite.compiler.lowering import InnerBackend, Lowering
 from dit_rewrite.errors import BadParameter, BadTrajectory, NoSites, Reason
 from dit_rewrite.guards import step as step_symbol
 from dit_rewrite.module import RewrittenModule, attach, twin
@@ -62,7 +61,7 @@ def greedy_plan(
     kinds: tuple[str, ...] = ("self", "joint", "parallel"),
     scheduler: object = None,
     path: str | Path | None = None,
-    backend: LoweringBackend = "inductor",
+    backend: InnerBackend = "inductor",
     progress: bool = False,
 ) -> Plan:
     """The plan of DiTFastAttn's algorithm 1 for the attentions of `kinds` in a denoiser. Of a parallel block, whose
@@ -164,7 +163,7 @@ class _Pieces:
             self._refuse_graph(rewritten.found, kinds)
         numbers = {place: i for i, place in enumerate(self.places)}
         self._sites = [(numbers[site.place], site.part) for site in candidates.sites]
-        depends = rewritten.layout.depends
+        depends = rewritten.partition.depends
         self._first = [
             next(p for p, own in enumerate(depends) if any(self._sites[s][0] == i for s in own))
             for i in range(len(self.places))

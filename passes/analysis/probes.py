@@ -25,7 +25,7 @@ from dit_rewrite.passes.analysis.output_sites import find_latent
 from dit_rewrite.passes.analysis.site import Found, Kind, Part, Probe, Site
 from dit_rewrite.passes.analysis.spans import Stream
 from dit_rewrite.passes.analysis.stacks import Stacks
-from dit_rewrite.passes.analysis.trajectory_invariant import steady_nodes
+from dit_rewrite.passes.analysis.trajectory_invariant import invariant_nodes
 from dit_rewrite.passes.guards.measurements import Measurement, first_blocks
 
 
@@ -44,7 +44,7 @@ def find_keys(gm: fx.GraphModule, sites: Sequence[Site], steady: frozenset[int])
     `steady` are the positions of inputs that stay the same within a trajectory: what depends on them alone is no site.
     """
     nodes = {node.name: node for node in gm.graph.nodes}
-    still = steady_nodes(gm.graph, steady)
+    still = invariant_nodes(gm.graph, steady)
     found, refused = [], []
     for site in sites:
         if site.kind is Kind.MLP:

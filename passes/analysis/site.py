@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from enum import Enum
 from typing import NamedTuple
@@ -15,7 +15,7 @@ from dit_rewrite.passes.analysis.graph import closures
 
 
 class Kind(str, Enum):
-    """What a branch is, by the attention core that lies in it; a SPAN holds branches, HOISTED is what pass 01 found."""
+    """What a branch is, by the attention core that lies in it; a SPAN holds branches."""
 
     SELF = "self"
     CROSS = "cross"
@@ -23,7 +23,6 @@ class Kind(str, Enum):
     PARALLEL = "parallel"
     MLP = "mlp"
     SPAN = "span"
-    HOISTED = "hoisted"
 
     def __str__(self) -> str:
         return self.value
@@ -127,19 +126,17 @@ class Site:
 
 @dataclass(frozen=True)
 class Found:
-    """What pass 02 returns: sites in the order of the graph, and refused places.
-
-    ``hoisted`` is a site of another kind: what is computed once per trajectory (pass 01), if anything is.
-    """
+    """The result of `find_sites`: sites in the order of the graph, and refused places."""
 
     sites: tuple[Site, ...]
     refused: tuple[Refusal, ...]
-    hoisted: Site | None = None
 
-    @property
-    def all(self) -> tuple[Site, ...]:
-        """The sites, then the hoisted one."""
-        return self.sites if self.hoisted is None else (*self.sites, self.hoisted)
+    def describe(self) -> Iterator[str]:
+        """A line for each site and each refused place."""
+        for site in self.sites:
+            yield f"{site.name}  {site.kind}  layer {site.layer}  values {', '.join(site.values)}"
+        for refusal in self.refused:
+            yield f"refused: {refusal.path} {refusal.node}: {refusal.reason}"
 
     @property
     def num_layers(self) -> int:
@@ -175,8 +172,6 @@ def _parent(
     i: int, sites: Sequence[Site], values: Sequence[Sequence[fx.Node]], closed: Sequence[frozenset[fx.Node]]
 ) -> int | None:
     """The innermost other site whose closure holds all values of this one; of two of the same values, the larger."""
-    if sites[i].kind is Kind.HOISTED:
-        return None
 
     def around(j: int) -> bool:
         if j == i or not set(values[i]) <= closed[j]:

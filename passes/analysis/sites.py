@@ -17,26 +17,26 @@ from dit_rewrite.errors import Reason
 from dit_rewrite.passes.analysis.branches import Branch, Refusal, find_branches, summands
 from dit_rewrite.passes.analysis.graph import Dependence, aten, operands, packet
 from dit_rewrite.passes.analysis.site import Found, Kind, Part, Site, close
-from dit_rewrite.passes.analysis.trajectory_invariant import steady_values
+from dit_rewrite.passes.analysis.trajectory_invariant import invariant_values
 from dit_rewrite.passes.capture import module_paths, opaque_attention
 
 __all__ = ["Found", "Kind", "Part", "Site", "find_sites"]
 
 
-def find_sites(gm: fx.GraphModule, static: frozenset[int] = frozenset(), steady: frozenset[int] | None = None) -> Found:
+def find_sites(gm: fx.GraphModule, static: frozenset[int] = frozenset(), steady: frozenset[int] = frozenset()) -> Found:
     """The sites of a functional graph whose placeholders at the positions `static` are parameters or buffers.
 
-    `steady` are the positions of other inputs that stay the same within a trajectory; None: nothing is hoisted.
+    `steady` are the positions of other inputs that stay the same within a trajectory. A branch that depends on those
+    alone is no site.
     """
     dependence = Dependence(gm.graph, static)
-    hoisted = () if steady is None else steady_values(gm.graph, static | steady)
+    invariant = invariant_values(gm.graph, static | steady)
     branches, refused = find_branches(gm.graph, dependence)
-    moved = {branch.value for branch in branches if any(dependence.depends(v, branch.value) for v in hoisted)}
+    moved = {branch.value for branch in branches if any(dependence.depends(v, branch.value) for v in invariant)}
     groups, entangled = _group(dependence, [branch for branch in branches if branch.value not in moved])
     refused.update({value: Refusal.of(value, Reason.STEADY) for value in moved})
     refused.update({branch.value: Refusal.of(branch.value, Reason.ENTANGLED) for branch in entangled})
-    sites, hoisted_site = _describe(gm.graph, dependence, groups, hoisted)
-    return Found(sites, tuple(refused.values()), hoisted_site)
+    return Found(_describe(gm.graph, dependence, groups), tuple(refused.values()))
 
 
 def _group(dependence: Dependence, branches: list[Branch]) -> tuple[list[tuple[Branch, ...]], list[Branch]]:
@@ -148,10 +148,8 @@ def _cats(dependence: Dependence, region: int) -> list[fx.Node]:
     return [node for node in dependence.members(region) if packet(node) is aten.cat]
 
 
-def _describe(
-    graph: fx.Graph, dependence: Dependence, groups: list[tuple[Branch, ...]], hoisted: tuple[fx.Node, ...]
-) -> tuple[tuple[Site, ...], Site | None]:
-    """Name, place and price the groups, in the order of their last values, and what is hoisted."""
+def _describe(graph: fx.Graph, dependence: Dependence, groups: list[tuple[Branch, ...]]) -> tuple[Site, ...]:
+    """Name, place and price the groups, in the order of their last values."""
     groups = sorted(groups, key=lambda g: max(dependence.position[b.value] for b in g))
     kinds = _kinds(dependence, groups)
     paths = [module_paths.common_path(_own_contractions(dependence, group)) for group in groups]
@@ -170,9 +168,7 @@ def _describe(
         )
         for i, group in enumerate(groups)
     ]
-    moved = [Site("hoisted", Kind.HOISTED, tuple(node.name for node in hoisted), (), "", 0)] if hoisted else []
-    closed = close(graph, [*sites, *moved])
-    return closed[: len(sites)], closed[-1] if hoisted else None
+    return close(graph, sites)
 
 
 def _own_contractions(dependence: Dependence, group: tuple[Branch, ...]) -> list[fx.Node]:

@@ -19,14 +19,14 @@ from dit_rewrite.passes.analysis.unbacked import is_unbacked
 _SHAPED = {aten.full_like, aten.zeros_like, aten.ones_like, aten.new_full, aten.new_zeros, aten.new_ones}
 
 
-def steady_values(graph: fx.Graph, steady_inputs: Iterable[int]) -> tuple[fx.Node, ...]:
+def invariant_values(graph: fx.Graph, steady_inputs: Iterable[int]) -> tuple[fx.Node, ...]:
     """The nodes to compute once per trajectory; `steady_inputs` are the positions of weights and steady inputs.
 
     Hoisted is what pays: what took a matrix product to make, and is read by something unsteady. Only products
     themselves (and views of them) are handed over. What is made of them element by element is left to each step: in a
     kernel of its own it could be rounded otherwise than fused with its reader, and hoisting is to change no bit.
     """
-    steady = steady_nodes(graph, steady_inputs)
+    steady = invariant_nodes(graph, steady_inputs)
     while True:
         frontier = [node for node in _dear(steady) if any(user not in steady for user in node.users)]
         refused = [node for node in frontier if not is_contraction(_storage(node))]
@@ -51,7 +51,7 @@ def _storage(node: fx.Node) -> fx.Node:
     return node
 
 
-def steady_nodes(graph: fx.Graph, inputs: Iterable[int]) -> dict[fx.Node, None]:
+def invariant_nodes(graph: fx.Graph, inputs: Iterable[int]) -> dict[fx.Node, None]:
     """The nodes that depend on these inputs and on sizes of tensors alone, in the order of the graph.
 
     A number that is no size may be another one in each step, as a timestep is.

@@ -1,4 +1,4 @@
-"""What pass 03 makes: the guarded graph, its `cache_or_compute` nodes, and how each site is labelled."""
+"""The result of `insert_guards`: the guarded graph, and the label of each guarded site."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class Guarded:
 
 @dataclass(frozen=True)
 class GuardedGraph:
-    """The graph of pass 03.
+    """A graph whose sites are cache_or_compute nodes; ``source`` is the graph that it was made from.
 
     Its inputs are those of the captured graph, then for each guarded site a decision (True: reuse), then what each of
     its slots holds; its outputs those of the captured graph, then what each slot holds now, if its site was computed
@@ -61,6 +61,7 @@ class GuardedGraph:
     depths: tuple[int, ...]
     num_inputs: int
     num_outputs: int
+    source: fx.GraphModule
 
     @cached_property
     def taken(self) -> tuple[int, ...]:

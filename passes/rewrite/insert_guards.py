@@ -1,4 +1,4 @@
-"""Pass 03: every site that some rule can reach becomes a `cache_or_compute` node.
+"""Insert guards: each site that some rule can reach becomes a `cache_or_compute` node.
 
 The node carries its guard, its strategy and, as a subgraph, what computes its values. The guarded graph runs as it is
 (decisions are inputs), and is the only input of what follows.
@@ -22,7 +22,7 @@ from dit_rewrite.passes.rewrite.half_batch import Batch, halve
 from dit_rewrite.passes.rewrite.slot import Slot
 
 
-def guard(gm: fx.GraphModule, sites: Sequence[Site], guarded: Sequence[Guarded]) -> GuardedGraph:
+def insert_guards(gm: fx.GraphModule, sites: Sequence[Site], guarded: Sequence[Guarded]) -> GuardedGraph:
     """Rewrite the captured graph `gm`, which stays as it is, so that the `guarded` sites are cache_or_compute nodes.
 
     These are in the order of `sites`, which has what lies within another before that.
@@ -113,7 +113,7 @@ class _Rewriter:
         graph.output((*outputs, *held))
         gm = fx.GraphModule(attributes, graph)
         parents = tuple(map(self._covering, range(len(self.sites))))
-        return GuardedGraph(gm, self.sites, parents, self.held, self.depths, len(inputs), len(outputs))
+        return GuardedGraph(gm, self.sites, parents, self.held, self.depths, len(inputs), len(outputs), self.gm)
 
     def _add_slot(self, graph: fx.Graph, i: int, env: dict[Any, fx.Node]) -> None:
         """The inputs that are the slot of a site: what it holds of each computed value, and their weights."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, fx
@@ -79,11 +80,27 @@ def op_counts(gm: fx.GraphModule) -> Counter[str]:
     return Counter(op_name(n) for m in modules for n in m.graph.nodes if n.op == "call_function")
 
 
+@dataclass(frozen=True)
+class Snapshot:
+    """A graph as it was at some time: its text, and how often it calls each op. A pass may change a graph in place."""
+
+    text: str
+    ops: Counter[str]
+
+    @classmethod
+    def of(cls, gm: fx.GraphModule) -> Snapshot:
+        return cls(readable(gm), op_counts(gm))
+
+    def diff(self, after: Snapshot, names: tuple[str, str]) -> str:
+        """A unified diff from this graph to another, with the change of every op's count on top."""
+        old, new = self.ops, after.ops
+        changed = sorted((op for op in old | new if old[op] != new[op]), key=lambda op: (new[op] - old[op], op))
+        head = [f"# nodes: {old.total()} -> {new.total()} ({new.total() - old.total():+d})"]
+        head += [f"# {op}: {old[op]} -> {new[op]} ({new[op] - old[op]:+d})" for op in changed]
+        lines = difflib.unified_diff(self.text.splitlines(), after.text.splitlines(), *names, lineterm="", n=2)
+        return "\n".join([*head, "", *lines]) + "\n"
+
+
 def diff(before: fx.GraphModule, after: fx.GraphModule, names: tuple[str, str] = ("before", "after")) -> str:
     """A unified diff of two graphs, with the change of every op's count on top."""
-    old, new = op_counts(before), op_counts(after)
-    changed = sorted((op for op in old | new if old[op] != new[op]), key=lambda op: (new[op] - old[op], op))
-    head = [f"# nodes: {old.total()} -> {new.total()} ({new.total() - old.total():+d})"]
-    head += [f"# {op}: {old[op]} -> {new[op]} ({new[op] - old[op]:+d})" for op in changed]
-    lines = difflib.unified_diff(readable(before).splitlines(), readable(after).splitlines(), *names, lineterm="", n=2)
-    return "\n".join([*head, "", *lines]) + "\n"
+    return Snapshot.of(before).diff(Snapshot.of(after), names)

@@ -69,14 +69,6 @@ def specialise(
     return piece.variant(segments.exports[segment], store)
 
 
-def prologue(guarded: GuardedGraph, segments: Segments) -> Variant:
-    """The variant that computes what the last site, the hoisted one, holds, and nothing else."""
-    count = len(guarded.sites)
-    row = tuple(i < count - 1 for i in range(count))
-    everywhere = (0,) * len(segments.of)
-    return _Piece(guarded, _Flat(guarded, row), everywhere, 0, effects=False).variant((), None)
-
-
 class _Flat:
     """The nodes of a guarded graph with the calls of computed sites inlined and those of reused sites resolved."""
 
@@ -135,11 +127,10 @@ class _Piece:
         flat: _Flat,
         of: Sequence[int | None],
         segment: int,
-        effects: bool = True,
         dense: bool = True,
     ) -> None:
         self.guarded, self.flat, self.of, self.segment = guarded, flat, of, segment
-        self.effects, self.dense = effects, dense
+        self.dense = dense
         self.placeholders = guarded.gm.graph.find_nodes(op="placeholder")
         self.number = {node: i for i, node in enumerate(self.placeholders)}
         results = self.flat.outputs[: guarded.num_outputs]
@@ -217,8 +208,8 @@ class _Piece:
         raise AssertionError(node)
 
     def _reached(self, outputs: tuple[fx.Node, ...]) -> set[fx.Node]:
-        """What the outputs and, with `effects`, what must run for its effect, are computed from; themselves too."""
-        acting = (node for node in self.flat.home if self.effects and node in self.guarded.acting)
+        """The nodes that the outputs, and nodes that run for their effect, are computed from; themselves too."""
+        acting = (node for node in self.flat.home if node in self.guarded.acting)
         reached: set[fx.Node] = set()
         stack = [*outputs, *filter(self._is_own, acting)]
         while stack:

@@ -218,7 +218,7 @@ def test_bisection_ends_with_the_nearest_of_what_it_tried() -> None:
 def test_kept_scores_by_step_by_hand() -> None:
     """Two trajectories of 3 steps of a core with 10 scores: the counters go on within each."""
     sites = [SimpleNamespace(part=Part.CORE), SimpleNamespace(part=Part.HELD)]
-    backend: Any = SimpleNamespace(rewritten=[SimpleNamespace(layout=SimpleNamespace(sites=sites))])
+    backend: Any = SimpleNamespace(rewritten=[SimpleNamespace(partition=SimpleNamespace(sites=sites))])
     kept = Kept(backend, 3)
     for computed in ([0, 5, 7], [0, 10, 10]):
         for step, count in enumerate(computed):

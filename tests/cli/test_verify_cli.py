@@ -19,8 +19,8 @@ def test_the_bundled_denoiser_is_proven_and_its_graphs_are_left(
     assert main(command) == 0
     assert capsys.readouterr().out.startswith("ok: reuse 0 exact (16 sites forced, 16 values exported), replay exact")
     names = sorted(path.name for path in (tmp_path / "graph0").iterdir())
-    assert names[:4] == ["00_captured.py", "02_sites.txt", "03_guarded.diff", "03_guarded.py"]
-    assert {"04_variant0.py", "04_variant0.diff", "04_variant1.py", "04_variant1.diff"} <= set(names)
+    assert names[:4] == ["00_captured.py", "01_find_sites.txt", "04_insert_guards.diff", "04_insert_guards.py"]
+    assert {"07_variant0_all_compute.py", "07_variant1_all_reuse.py"} <= set(names)
 
 
 def test_a_pipeline_folder_is_proven_on_the_calls_that_it_makes(tmp_path: Path) -> None:

@@ -91,7 +91,7 @@ def test_what_must_be_cut_cannot_be_variants() -> None:
     late = rewritten(tiny.build(), FirstBlockCache(0.1, lag=1), lowering="variants")
     outputs(late, calls(4))
     (graph,) = late._backend.rewritten
-    assert (graph.layout.segments.count, graph.layout.why) == (1, Reason.ASKED)
+    assert (graph.partition.segments.count, graph.partition.why) == (1, Reason.ASKED)
 
 
 @pytest.mark.parametrize(
@@ -108,7 +108,7 @@ def test_why_it_is_laid_out_so(policy: Policy, why: Reason, segments: int) -> No
     compiled = rewritten(tiny.build(), policy)
     outputs(compiled, calls(3))
     (graph,) = compiled._backend.rewritten
-    assert (graph.layout.why, graph.layout.segments.count) == (why, segments)
+    assert (graph.partition.why, graph.partition.segments.count) == (why, segments)
     assert str(why) in str(compiled.explain())
 
 
@@ -178,7 +178,7 @@ def test_what_a_reused_stack_costs() -> None:
     outputs(compiled, calls(3))
     assert row(compiled, 3) == "CRR"
     (graph,) = compiled._backend.rewritten
-    assert [site.span for site in graph.layout.sites] == [(1, 4)]
+    assert [site.span for site in graph.partition.sites] == [(1, 4)]
     inside = [graph.variants[k, (True,)] for k in (1, 2)]
     assert all(not (variant.outputs or variant.fresh) for variant in inside)
 
@@ -282,7 +282,7 @@ def test_a_measured_stack_beside_rules_for_what_lies_in_it(name: str, probe: str
         with compiled.trajectory(4):
             for arguments in steps(name, 4):
                 compiled(**arguments)
-        (span,) = [site.name for site in compiled._backend.rewritten[0].layout.sites if site.span is not None]
+        (span,) = [site.name for site in compiled._backend.rewritten[0].partition.sites if site.span is not None]
         assert [decision[span] for decision in strategies(compiled, 4)] == ["compute", "reuse", "reuse", "reuse"]
 
 

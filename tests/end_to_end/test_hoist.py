@@ -39,7 +39,7 @@ def same(ours: list[Tensor], theirs: list[Tensor]) -> bool:
 def test_text_projections_leave_every_variant(policy: Policy) -> None:
     """K, V and the caption projection run in the prologue: once a trajectory, and in no step."""
     _, hoisting = pixart(policy)
-    _, plain = pixart(policy, hoist=False)
+    _, plain = pixart(policy, disable_passes=("hoist",))
     calls = PIXART.inputs(4)
     for model in (hoisting, plain):
         for _ in range(2):
@@ -52,10 +52,10 @@ def test_text_projections_leave_every_variant(policy: Policy) -> None:
     linears = [
         op_counts(variant.gm)["aten.addmm"] for variant in (ours.variants[computing], theirs.variants[computing])
     ]
-    assert linears[1] - linears[0] == PROJECTIONS == op_counts(ours.prologue.gm)["aten.addmm"]
+    assert linears[1] - linears[0] == PROJECTIONS == op_counts(ours.hoisted.prologue)["aten.addmm"]
     assert hoisting.stats().hoists == 2
     assert plain.stats().hoists == 0
-    assert theirs.found.hoisted is None
+    assert theirs.hoisted is None
 
 
 @torch.no_grad()
@@ -125,7 +125,7 @@ def test_what_is_hoisted_is_reported_and_held() -> None:
     run(rewritten, PIXART.inputs(2))
     (line,) = [line for line in str(rewritten.explain()).splitlines() if line.startswith("hoisted")]
     assert "transformer_blocks.2.attn2" in line
-    assert rewritten.stats().cache_bytes == rewritten._backend.rewritten[0].found.hoisted.bytes > 0
+    assert rewritten.stats().cache_bytes == rewritten._backend.rewritten[0].hoisted.bytes > 0
 
 
 class Refined(torch.nn.Module):
@@ -171,6 +171,6 @@ def test_products_are_handed_over_and_what_follows_them_is_not() -> None:
     rewritten = dit_rewrite.compile(Waved().eval().requires_grad_(False), FORA(2), backend="aot_eager")
     rewritten(torch.randn(2, 4, 8), torch.full((2,), 0.5), torch.randn(2, 4, 8))
     (graph,) = rewritten._backend.rewritten
-    assert op_counts(graph.prologue.gm)["aten.addmm"] == 1
-    assert op_counts(graph.prologue.gm)["aten.cos"] == 0
+    assert op_counts(graph.hoisted.prologue)["aten.addmm"] == 1
+    assert op_counts(graph.hoisted.prologue)["aten.cos"] == 0
     assert all(op_counts(variant.gm)["aten.cos"] == 1 for variant in graph.variants.values())

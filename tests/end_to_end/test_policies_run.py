@@ -183,8 +183,8 @@ def test_many_rows() -> None:
             assert stats.late_variants == late
             assert (stats.recompiles, dict(stats.misses)) == (0, {})
             (graph,) = compiled._backend.rewritten
-            assert graph.layout.why is why
-            if graph.layout.segments.count == 1:
+            assert graph.partition.why is why
+            if graph.partition.segments.count == 1:
                 assert stats.variants == 10
             else:
                 assert {len(row) for _, row in graph.variants} <= {0, 2}

@@ -236,17 +236,16 @@ def test_what_the_dump_holds(tmp_path: Path) -> None:
     names = sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file())
     assert names == [
         "graph0/00_captured.py",
-        "graph0/02_sites.txt",
-        "graph0/03_guarded.diff",
-        "graph0/03_guarded.py",
-        "graph0/04_variant0.diff",
-        "graph0/04_variant0.py",
-        "graph0/04_variant1.diff",
-        "graph0/04_variant1.py",
+        "graph0/01_find_sites.txt",
+        "graph0/04_insert_guards.diff",
+        "graph0/04_insert_guards.py",
+        "graph0/05_foresee.txt",
+        "graph0/06_partition.txt",
+        "graph0/07_variant0_all_compute.py",
+        "graph0/07_variant1_all_reuse.py",
     ]
-    assert (tmp_path / "graph0/03_guarded.py").read_text().count("cache_or_compute(") == tiny.SITES
-    assert (tmp_path / "graph0/04_variant0.py").read_text().startswith("# row: all_compute\n")
-    assert (tmp_path / "graph0/04_variant1.py").read_text().startswith("# row: all_reuse\n")
+    assert (tmp_path / "graph0/04_insert_guards.py").read_text().count("cache_or_compute(") == tiny.SITES
+    assert (tmp_path / "graph0/05_foresee.txt").read_text().split("\n")[1].split() == ["1", "R" * tiny.SITES]
 
 
 # --- comparing --------------------------------------------------------------------------------------------------------

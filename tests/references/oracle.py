@@ -15,7 +15,7 @@ from torch import Tensor, fx
 from dit_rewrite.passes.analysis.site import Found, Part, Site, close
 from dit_rewrite.passes.rewrite.codec import Codec, Store
 from dit_rewrite.passes.rewrite.guarded_graph import Guarded, GuardedGraph, Guidance
-from dit_rewrite.passes.rewrite.insert_guards import guard
+from dit_rewrite.passes.rewrite.insert_guards import insert_guards
 from dit_rewrite.passes.rewrite.segments import Segments, cut, relevant, whole
 from dit_rewrite.passes.rewrite.specialise import Row, Variant, normalise, specialise
 from tests.helpers.tracing import Traced
@@ -62,7 +62,7 @@ class Rewritten:
     ) -> Rewritten:
         labels = [label(i, form) for i, form in chosen.items()]
         with traced.captured.fake_mode:
-            guarded = guard(gm, sites, labels)
+            guarded = insert_guards(gm, sites, labels)
         return cls(traced, gm, found, guarded, tuple(chosen.values()))
 
     @property

@@ -24,7 +24,7 @@ from dit_rewrite.passes.analysis.site import Kind, Part, Site, close
 from dit_rewrite.passes.capture import opaque_attention
 from dit_rewrite.passes.rewrite.batch import batch_labels
 from dit_rewrite.passes.rewrite.guarded_graph import Guarded, Guidance
-from dit_rewrite.passes.rewrite.insert_guards import guard
+from dit_rewrite.passes.rewrite.insert_guards import insert_guards
 from tests.helpers.tracing import WIDTH, Attention, Toy, Traced, heads, linear, merged, mlp, norm, tokens, trace
 
 aten = torch.ops.aten
@@ -279,7 +279,7 @@ def test_reuse_around_covers_and_half_of_a_batch_does_not(half: bool) -> None:
     labels = {node.name: label for node, label in batch_labels(of.gm.graph, 2, of.captured.static).items()}
     shared = {Part.GUIDANCE: Guidance(labels, 2, 0)} if half else {}
     with of.captured.fake_mode:
-        guarded = guard(
+        guarded = insert_guards(
             of.gm, sites, [Guarded(i, "true", "", guidance=shared.get(site.part)) for i, site in enumerate(sites)]
         )
     covering = {

@@ -228,4 +228,4 @@ def test_random_guards_prove_nothing_without_symbols(guard: sympy.Basic) -> None
     known = dict.fromkeys(SYMBOLS, 1)
     predicate = Predicate.of(guard, {"layer": 1})
     for name, bad in itertools.product(symbols.mentions(guard) - {"layer"}, (None, math.nan)):
-        assert not predicate.holds({**symbols, name: bad})
+        assert not predicate.holds({**known, name: bad})

@@ -18,7 +18,7 @@ from dit_rewrite.passes.rewrite.cache_or_compute import cache_or_compute
 from dit_rewrite.passes.rewrite.codec import Store
 from dit_rewrite.passes.rewrite.guarded_graph import Guarded
 from dit_rewrite.passes.rewrite.half_batch import halve
-from dit_rewrite.passes.rewrite.insert_guards import guard
+from dit_rewrite.passes.rewrite.insert_guards import insert_guards
 from tests.helpers.batches import BATCH, Recorded, check
 from tests.helpers.models import MODELS, Case
 from tests.helpers.toys import AROUND_A_JOINT, BLOCKS, JOINT, NESTED, SIBLINGS, Example
@@ -91,7 +91,9 @@ def test_guarded(example: Example, store: str | None) -> None:
     traced = example.traced()
     sites = traced.sites().sites
     with traced.captured.fake_mode:
-        guarded = guard(traced.gm, sites, [Guarded(i, "step > 0", "reuse", Store(store)) for i in range(len(sites))])
+        guarded = insert_guards(
+            traced.gm, sites, [Guarded(i, "step > 0", "reuse", Store(store)) for i in range(len(sites))]
+        )
     labels = {node.name: label for node, label in batch_labels(traced.gm.graph, BATCH, traced.captured.static).items()}
     seen = {node.name: value for node, value in Recorded(traced.gm, *traced.arguments[0]).seen.items()}
     calls = [node for node in guarded.gm.graph.nodes if node.target is cache_or_compute]

@@ -10,7 +10,7 @@ from torch import Tensor
 from dit_rewrite.passes.analysis.graph import attribute
 from dit_rewrite.passes.rewrite.cache_or_compute import cache_or_compute
 from dit_rewrite.passes.rewrite.guarded_graph import Guarded
-from dit_rewrite.passes.rewrite.insert_guards import guard
+from dit_rewrite.passes.rewrite.insert_guards import insert_guards
 from dit_rewrite.passes.rewrite.printing import op_counts, readable
 from tests.helpers.toys import AROUND_A_JOINT, BLOCKS, CONSTANT, EXAMPLES, HALVES, JOINT, NESTED, SIBLINGS, Example
 from tests.helpers.tracing import Toy, mlp, tokens, trace
@@ -79,14 +79,14 @@ def test_captured_graph_stays_as_it_is() -> None:
     """Guarding writes a new graph."""
     traced = BLOCKS.traced()
     before = readable(traced.gm)
-    guard(traced.gm, traced.sites().sites, [Guarded(i, "true", "reuse") for i in range(4)])
+    insert_guards(traced.gm, traced.sites().sites, [Guarded(i, "true", "reuse") for i in range(4)])
     assert readable(traced.gm) == before
 
 
 def test_nothing_guarded() -> None:
     """Without any guarded site the graph is the captured one."""
     traced = BLOCKS.traced()
-    guarded = guard(traced.gm, traced.sites().sites, [])
+    guarded = insert_guards(traced.gm, traced.sites().sites, [])
     assert op_counts(guarded.gm) == op_counts(traced.gm)
     assert guarded.parents == ()
 
@@ -121,7 +121,7 @@ def test_inputs_and_outputs() -> None:
 def test_node_carries_site_guard_and_strategy() -> None:
     """What a reader needs stands on the node, and in the printed graph."""
     traced = trace(Toy(lambda m, x: x + m.ff(x), ff=mlp()), (tokens(),))
-    guarded = guard(traced.gm, traced.sites().sites, [Guarded(0, "Ne(Mod(step, 3), 0)", "reuse")])
+    guarded = insert_guards(traced.gm, traced.sites().sites, [Guarded(0, "Ne(Mod(step, 3), 0)", "reuse")])
     (node,) = guarded.gm.graph.find_nodes(op="call_function", target=cache_or_compute)
     assert node.kwargs == {"site": "ff", "guard": "Ne(Mod(step, 3), 0)", "strategy": "reuse"}
     lines = readable(guarded.gm).splitlines()

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from dit_rewrite.passes.rewrite.guarded_graph import Guarded
-from dit_rewrite.passes.rewrite.insert_guards import guard
+from dit_rewrite.passes.rewrite.insert_guards import insert_guards
 from dit_rewrite.passes.rewrite.printing import diff, op_counts, readable
 from dit_rewrite.passes.rewrite.segments import whole
 from dit_rewrite.passes.rewrite.specialise import specialise
@@ -80,7 +80,7 @@ def test_op_counts() -> None:
     expected = Counter({"aten.native_layer_norm": 1, "getitem": 1, "aten.view": 2, "aten.t": 1})
     expected += Counter({"aten.addmm": 1, "aten.mul": 1, "aten.add": 1})
     assert op_counts(traced.gm) == expected
-    guarded = guard(traced.gm, traced.sites().sites, [Guarded(0, "step > 0", "reuse")])
+    guarded = insert_guards(traced.gm, traced.sites().sites, [Guarded(0, "step > 0", "reuse")])
     assert op_counts(guarded.gm) == expected + Counter({"cache_or_compute": 1, "getitem": 1})
 
 
@@ -88,7 +88,7 @@ def test_diff() -> None:
     """The change of every op's count stands on top, the most reduced first, and then what went and came."""
     traced = trace(block(), (tokens(),))
     sites = traced.sites().sites
-    guarded = guard(traced.gm, sites, [Guarded(0, "step > 0", "reuse")])
+    guarded = insert_guards(traced.gm, sites, [Guarded(0, "step > 0", "reuse")])
     text = diff(traced.gm, specialise(guarded, (True,), whole(traced.gm, sites)).gm, ("captured", "reusing"))
     assert text.splitlines()[:9] == [
         "# nodes: 8 -> 2 (-6)",

@@ -10,7 +10,7 @@ from torch import fx
 
 from dit_rewrite.passes.analysis.sites import find_sites
 from dit_rewrite.passes.rewrite.guarded_graph import Guarded
-from dit_rewrite.passes.rewrite.insert_guards import guard
+from dit_rewrite.passes.rewrite.insert_guards import insert_guards
 from dit_rewrite.passes.rewrite.printing import op_counts
 from dit_rewrite.passes.rewrite.segments import whole
 from dit_rewrite.passes.rewrite.specialise import normalise, specialise
@@ -264,7 +264,7 @@ def test_hand_built_graph() -> None:
     assert [(site.values, site.streams, site.closure) for site in sites] == [
         ((product.name,), ("x",), frozenset({product.name}))
     ]
-    guarded = guard(gm, sites, [Guarded(0, "true", "reuse")])
+    guarded = insert_guards(gm, sites, [Guarded(0, "true", "reuse")])
     one, two = torch.eye(2), torch.full((2, 2), 2.0)
     compute, reuse = (specialise(guarded, (decision,), whole(gm, sites)) for decision in (False, True))
     assert (compute.inputs, compute.cached, compute.outputs, compute.fresh) == ((0, 1), (), (3,), ((0, 0),))

@@ -1,0 +1,115 @@
+"""Foresee the decisions of a trajectory, as far as they can be known before it runs."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass
+
+from torch import fx
+
+from dit_rewrite.compiler.bind import Bound
+from dit_rewrite.compiler.request import Noise, Request, unknown_noise
+from dit_rewrite.errors import Reason
+from dit_rewrite.passes.analysis.site import Part
+from dit_rewrite.passes.guards.symbols import measured
+from dit_rewrite.passes.pipeline import Context
+from dit_rewrite.passes.rewrite.guarded_graph import GuardedGraph
+from dit_rewrite.policy.rules import Policy
+from dit_rewrite.policy.site_rules import SiteRules, forced
+from dit_rewrite.policy.strategies import GuidanceDelta, ShareGuidance
+from dit_rewrite.runtime.decide import NEVER, NO_SLOT, Choose, Computed, Decider, Moment, SiteSpec, pushed
+
+FORESEEN_STEPS = 64  # how many steps to look ahead if their number is not known
+LONGEST = 1000  # and at most
+ANSWERS = (None, 0.0, 1e6)  # possible results of a measurement: none, no change, a large change
+
+Row = tuple[bool, ...]
+
+
+@dataclass(frozen=True)
+class Foreseen:
+    """``specs`` describes the guarded sites to the run time; ``rows`` has the decisions of each foreseen step."""
+
+    specs: tuple[SiteSpec, ...]
+    rows: tuple[Row, ...]
+
+    def describe(self) -> Iterator[str]:
+        """Each distinct row in letters (C computes, R reuses), and at how many of the foreseen steps it comes."""
+        for row in dict.fromkeys(self.rows):
+            yield f"{self.rows.count(row):5d}  {''.join('R' if reused else 'C' for reused in row)}"
+
+
+def run(gm: fx.GraphModule, ctx: Context) -> Foreseen:
+    """The pass: simulate the decisions of the policy on the guarded sites."""
+    bound, guarded, policy, request = ctx[Bound], ctx[GuardedGraph], ctx[Policy], ctx[Request]
+    specs = tuple(_spec(guarded, k, bound.rules[label.site], request.force) for k, label in enumerate(bound.labels))
+    measures = bool(measured(policy.mentions))
+    return Foreseen(specs, tuple(simulate(specs, request.num_steps, request.noise, policy.streams, measures)))
+
+
+def _spec(guarded: GuardedGraph, index: int, rules: SiteRules, force: bool) -> SiteSpec:
+    """A guarded site as the run time knows it."""
+    site = guarded.sites[index]
+    choose: Choose = forced if force else rules.chooser()
+    entropy = None if site.entropy is None else guarded.held[index] - 1
+    parent, reads, serves = guarded.parents[index], None, None
+    borrows = rules.form.stream if isinstance(rules.form, ShareGuidance | GuidanceDelta) else None
+    if site.part is Part.CORE:
+        reads = guarded.parents.index(index)
+    elif site.part is Part.GUIDANCE and borrows is None:
+        reads = NO_SLOT
+    elif site.part is Part.HELD and not force:
+        serves = parent
+    return SiteSpec(
+        site.name,
+        site.kind,
+        site.layer,
+        parent,
+        choose,
+        (),
+        entropy,
+        reads,
+        serves,
+        rules.foreseen,
+        borrows,
+        width=guarded.held[index],
+        depth=guarded.depths[index],
+        differs=isinstance(rules.form, GuidanceDelta) and borrows is not None,
+    )
+
+
+def simulate(
+    specs: Sequence[SiteSpec],
+    num_steps: int | None,
+    noise: Noise = unknown_noise,
+    streams: Collection[str] = (),
+    measures: bool = False,
+) -> list[Row]:
+    """The rows of a trajectory whose every call finds the slots it left, for each stream that rules name and another.
+
+    `noise` gives sigma and SNR of a step. Without `num_steps`, the first steps of a long trajectory are looked at.
+    Where guards measure, the plan is not known: these are its rows if every measurement were the same.
+    """
+    answers = ANSWERS if measures else (None,)
+    plans = itertools.product((None, *sorted(streams)), answers)
+    return [row for stream, answer in plans for row in _rows(specs, num_steps, noise, stream, answer)]
+
+
+def _rows(
+    specs: Sequence[SiteSpec], num_steps: int | None, noise: Noise, stream: str | None, answer: float | None
+) -> list[Row]:
+    past, streak = [NEVER] * len(specs), [0] * len(specs)
+    rows = []
+    for step in range(min(num_steps or FORESEEN_STEPS, LONGEST)):
+        holds = [step > 0] * len(specs)
+        sigma, snr = noise(step)
+        moment = Moment(step, num_steps, sigma=sigma, snr=snr, stream=stream)
+        decided = Decider(specs, moment, past, streak, holds, measure=lambda _, __: answer).decisions()
+        rows.append(decided.row)
+        for i, (reused, reason) in enumerate(zip(decided.row, decided.reasons, strict=True)):
+            if not reused:
+                past[i], streak[i] = pushed(past[i], Computed(step, sigma, snr), specs[i].depth), 0
+            elif reason is not Reason.COVERED:
+                streak[i] += 1
+    return rows

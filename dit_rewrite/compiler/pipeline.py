@@ -1,0 +1,60 @@
+"""The passes in their order. A new pass is a file with a function ``(gm, ctx) -> result``, and one line here."""
+
+from __future__ import annotations
+
+from torch import fx
+
+from dit_rewrite.compiler import bind, foresee, fuse_window_refresh, partition
+from dit_rewrite.compiler.bind import Bound
+from dit_rewrite.compiler.request import Request
+from dit_rewrite.passes.analysis.site import Found
+from dit_rewrite.passes.analysis.sites import find_sites
+from dit_rewrite.passes.capture import opaque_attention
+from dit_rewrite.passes.capture.capture import Captured
+from dit_rewrite.passes.pipeline import Context, Pass
+from dit_rewrite.passes.rewrite.guarded_graph import GuardedGraph
+from dit_rewrite.passes.rewrite.hoist import hoist
+from dit_rewrite.passes.rewrite.insert_guards import insert_guards
+
+
+def _find_sites(gm: fx.GraphModule, ctx: Context) -> Found:
+    captured = ctx[Captured]
+    return find_sites(gm, captured.static, captured.steady if ctx[Request].hoist else frozenset())
+
+
+def _hoist(gm: fx.GraphModule, ctx: Context) -> fx.GraphModule:
+    split = hoist(gm, ctx[Captured].static | ctx[Captured].steady)
+    if split is None:
+        return gm
+    rest, hoisted = split
+    ctx.put(hoisted)
+    ctx.put(ctx[Bound].after(rest))
+    return rest
+
+
+def _insert_guards(gm: fx.GraphModule, ctx: Context) -> fx.GraphModule:
+    guarded: GuardedGraph = insert_guards(gm, ctx[Bound].found.sites, ctx[Bound].labels)
+    ctx.put(guarded)
+    return guarded.gm
+
+
+def _unmark_attention(gm: fx.GraphModule, ctx: Context) -> fx.GraphModule:
+    opaque_attention.unmark(gm)
+    return gm
+
+
+# over each captured graph, once
+PASSES = (
+    Pass("find_sites", _find_sites),
+    Pass("bind", bind.run),
+    Pass("hoist", _hoist, optional=True),
+    Pass("insert_guards", _insert_guards),
+    Pass("foresee", foresee.run),
+    Pass("partition", partition.run),
+)
+
+# over each straight-line graph that is specialised from a guarded one, before it is lowered
+STRAIGHT_LINE_PASSES = (
+    Pass("fuse_window_refresh", fuse_window_refresh.run, optional=True),
+    Pass("unmark_attention", _unmark_attention),
+)

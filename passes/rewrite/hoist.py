@@ -1,0 +1,92 @@
+"""Hoist trajectory-invariant values: compute them once per trajectory, in a graph of their own. Lossless.
+
+The rest of the graph takes them as inputs behind its own. A call reads them again as long as its conditioning and the
+weights are the same tensors, unchanged (`runtime.cache.Hoisted`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from torch import fx
+
+from dit_rewrite.passes.analysis import cost
+from dit_rewrite.passes.analysis.graph import attribute
+from dit_rewrite.passes.analysis.trajectory_invariant import invariant_values
+from dit_rewrite.passes.capture import module_paths
+
+
+@dataclass(frozen=True)
+class Hoisted:
+    """What was hoisted from a graph: ``prologue`` takes its inputs at the positions ``inputs`` and returns ``values``.
+
+    ``paths`` names the modules that the values were traced in; ``flops`` and ``bytes`` are the cost of computing and of
+    holding them.
+    """
+
+    prologue: fx.GraphModule
+    inputs: tuple[int, ...]
+    values: tuple[str, ...]
+    paths: tuple[str, ...]
+    flops: int
+    bytes: int
+
+
+def hoist(gm: fx.GraphModule, invariant_inputs: Iterable[int]) -> tuple[fx.GraphModule, Hoisted] | None:
+    """Split a graph into a prologue and the rest, which takes the hoisted values as its last inputs.
+
+    `invariant_inputs` are the positions of weights and of conditioning. None if there is nothing worth hoisting. The
+    graph itself stays as it is, and nodes keep their names.
+    """
+    values = invariant_values(gm.graph, invariant_inputs)
+    if not values:
+        return None
+    needed = _needed(values, ())
+    placeholders = gm.graph.find_nodes(op="placeholder")
+    taken = [i for i, node in enumerate(placeholders) if node in needed or not hasattr(node.meta.get("val"), "dtype")]
+    prologue = _graph(gm, [placeholders[i] for i in taken], (), needed, values)
+    ends = [node for node in gm.graph.nodes if node.op == "output" or node.is_impure()]
+    rest = _graph(gm, placeholders, values, _needed(ends, values), None)
+    paths = tuple(dict.fromkeys(module_paths.module_path(node) or node.name for node in values))
+    size = sum(cost.stored_bytes(node) for node in values)
+    flops = cost.flops(node for node in needed if node.op == "call_function")
+    return rest, Hoisted(prologue, tuple(taken), tuple(node.name for node in values), paths, flops, size)
+
+
+def _needed(ends: Iterable[fx.Node], given: Iterable[fx.Node]) -> set[fx.Node]:
+    """The nodes that `ends` are computed from, themselves included, up to those that are given."""
+    stop = set(given)
+    found: set[fx.Node] = set()
+    stack = [node for node in ends if node not in stop]
+    while stack:
+        node = stack.pop()
+        if node not in found:
+            found.add(node)
+            stack.extend(argument for argument in node.all_input_nodes if argument not in stop)
+    return found
+
+
+def _graph(
+    gm: fx.GraphModule,
+    inputs: Iterable[fx.Node],
+    given: Iterable[fx.Node],
+    needed: set[fx.Node],
+    returned: tuple[fx.Node, ...] | None,
+) -> fx.GraphModule:
+    """A graph of the needed nodes in their order, with the given ones as further inputs; by default it returns what
+    the graph does."""
+    graph = fx.Graph()
+    env = {node: graph.node_copy(node) for node in inputs}
+    for node in given:
+        env[node] = graph.placeholder(node.name)
+        env[node].meta = dict(node.meta)
+    attributes = {}
+    for node in gm.graph.nodes:
+        if node in needed and node not in env and node.op != "output":
+            env[node] = graph.node_copy(node, lambda n: env[n])
+            if node.op == "get_attr":
+                attributes[str(node.target)] = attribute(gm, node)
+    results = gm.graph.output_node().args[0] if returned is None else returned
+    graph.output(fx.map_arg(results, lambda n: env[n]))
+    return fx.GraphModule(attributes, graph)
