@@ -16,11 +16,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks.attention_clock import Bench, Ceilings, Run, Samples, fastest
 from dit_rewrite.kernels.attention_entropy import attention_entropy
-from dit_rewrite.kernels.attention_entropy import plain as entropy_plain
+from dit_rewrite.kernels.attention_entropy import naive as entropy_naive
 from dit_rewrite.kernels.blockwise_attention import State, blockwise_attention, flops, new_state, speedup
 from dit_rewrite.kernels.blockwise_attention.arithmetic import BLOCK_WORDS
 from dit_rewrite.kernels.relative_l1 import relative_l1
-from dit_rewrite.kernels.window_attention import plain, window_flops, window_refresh, window_reuse
+from dit_rewrite.kernels.window_attention import naive, window_flops, window_refresh, window_reuse
 from dit_rewrite.kernels.window_attention.flex import flex_window
 from dit_rewrite.kernels.window_attention.geometry import make_window
 
@@ -91,7 +91,7 @@ def window_attention(
     torch.compiler.reset()  # each case compiles FlexAttention anew, and Dynamo counts them
     q, k, v = (random(*shape, like=like) for _ in range(3))
     window = make_window("benchmark", shape[2], where["window"], where.get("grid"), 0)
-    out, residual = plain.window_refresh(q, k, v, window, None, None)
+    out, residual = naive.window_refresh(q, k, v, window, None, None)
     full = best_sdpa(bench, title, q, k, v, out)
     runs = {"SDPA": full, "SDPA again": full, **_window_runs(q, k, v, out, residual, where, full)}
     _window_rows(bench, title, bench.measure(title, {**runs, "entropy": _entropy(q, k)}), goal)
@@ -122,7 +122,7 @@ def _window_runs(
 
 def _entropy(q: Tensor, k: Tensor) -> Run:
     work = attention_flops(q, k) // 2  # one product of two
-    expected = entropy_plain.attention_entropy(q, k, None, None, False, False)
+    expected = entropy_naive.attention_entropy(q, k, None, None, False, False)
     return Run(lambda: attention_entropy(q, k), work, q.nbytes + k.nbytes, (expected,))
 
 

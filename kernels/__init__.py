@@ -1,2 +1,6 @@
-"""Operators of this package, one folder each: a Triton kernel, its plain PyTorch twin (what it must equal, and what
-runs where Triton does not), and the registration of both as one custom op. Imports nothing else of the package."""
+"""Custom operators, one folder each.
+
+A folder holds the Triton kernel (`triton_kernel.py`), a reference in PyTorch (`naive.py`) that defines the result and
+runs on a CPU, and the registration of both as one custom op (`op.py`). `common` holds the shared helpers. Apart from
+`dit_rewrite.errors`, the kernels import nothing else from this package.
+"""

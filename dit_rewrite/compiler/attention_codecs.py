@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, fx
 
 from dit_rewrite.errors import Reason
-from dit_rewrite.kernels.blockwise_attention.fill import blockwise_fill, blockwise_step
+from dit_rewrite.kernels.blockwise_attention.graph_ops import blockwise_fill, blockwise_step
 from dit_rewrite.kernels.blockwise_attention.state import DTYPES, HEAD_SIZES
 from dit_rewrite.kernels.window_attention import window_reuse
 from dit_rewrite.passes.analysis.attention_sites import arguments, is_of_one_sequence, text_tokens

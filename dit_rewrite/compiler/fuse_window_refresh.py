@@ -99,7 +99,7 @@ class _Spec(NamedTuple):
 def is_faster(refresh: Refresh) -> bool:
     """Whether one pass is faster than two on the GPU of this refresh. Sizes that are not known are not measured.
 
-    Not on a CPU, where the op is a plain twin of the kernel, and PyTorch's attention is none.
+    Not on a CPU, where the op is the naive reference of the kernel, unlike PyTorch's attention.
     """
     given = {name: a.meta["val"] if isinstance(a, fx.Node) else a for name, a in refresh.given.items()}
     specs = tuple(_Spec.of(given[name]) for name in ("query", "key", "value", "attn_mask") if given[name] is not None)

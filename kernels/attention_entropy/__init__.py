@@ -1,4 +1,4 @@
-"""The mean entropy of attention's rows."""
+"""Mean entropy of the attention rows (DQAR, equation 5)."""
 
 from dit_rewrite.kernels.attention_entropy.op import attention_entropy
 

@@ -1,6 +1,6 @@
-"""The entropy of attention in Triton: an online softmax that also carries the mean of the scores."""
+"""Attention entropy in Triton: an online softmax that also accumulates the weighted mean of the scores."""
 
-# The arguments of kernels have no types in Python.
+# Arguments of Triton kernels have no Python types.
 # ruff: noqa: ANN001, ANN201
 # mypy: disable-error-code="no-untyped-def"
 
@@ -13,20 +13,20 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dit_rewrite.kernels.reduction import ratio_of_sums
-from dit_rewrite.kernels.scores import default_scale
-from dit_rewrite.kernels.tiles import load_tile, mask_arguments, masked_scores, padded
+from dit_rewrite.kernels.common.reduction import ratio_of_sums
+from dit_rewrite.kernels.common.scores import default_scale
+from dit_rewrite.kernels.common.tiles import load_tile, mask_arguments, masked_scores, padded
 
 
 # With p_j = exp(s_j - m), m the largest score so far, l = sum p_j and u = sum p_j (s_j - m), the entropy is
-# log l - u / l. Scores relative to m, rather than as they are, keep the difference exact where scores are large.
+# log l - u / l. Taking the scores relative to m avoids cancellation when they are large.
 @triton.jit
 def entropy_kernel(
     query, key, mask, partials, heads, group, n, m, head_size, scale,
     q_batch, q_head, q_row, q_dim, k_batch, k_head, k_row, k_dim, m_batch, m_head, m_row, m_col,
     KIND: tl.constexpr, CAUSAL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """One program: the sum of the entropies of BLOCK_M rows of one head, and how many of them see a key."""
+    """Write the sum of the entropies of BLOCK_M rows of one head, and how many of the rows are not fully masked."""
     program = tl.program_id(0)
     tiles = tl.cdiv(n, BLOCK_M)
     batch = (program // tiles // heads).to(tl.int64)
@@ -47,7 +47,7 @@ def entropy_kernel(
         if CAUSAL:
             s = tl.where(cols[None, :] <= rows[:, None], s, float("-inf"))
         new = tl.maximum(largest, tl.max(s, 1))
-        base = tl.where(new == float("-inf"), 0.0, new)  # nothing seen yet: no -inf - -inf
+        base = tl.where(new == float("-inf"), 0.0, new)  # only masked keys so far: avoid -inf - -inf
         away = s - base[:, None]
         p = tl.exp(away)
         decay = tl.exp(largest - base)
@@ -56,7 +56,7 @@ def entropy_kernel(
         total = total * decay + tl.sum(p, 1)
         largest = new
 
-    counted = (rows < n) & (total != 0)  # a NaN counts, and spreads
+    counted = (rows < n) & (total != 0)  # true for NaN, which must propagate
     entropy = tl.where(counted, tl.log(total) - weighted / total, 0.0)
     tl.store(partials + program, tl.sum(entropy, 0).to(tl.float64))
     tl.store(partials + tl.num_programs(0) + program, tl.sum(counted.to(tl.float32), 0).to(tl.float64))
@@ -66,7 +66,10 @@ def launch(
     query: Tensor, key: Tensor, attn_mask: Tensor | None, scale: float | None, is_causal: bool, enable_gqa: bool,
     *, block: tuple[int, int] | None = None,
 ) -> Tensor:  # fmt: skip
-    """The mean row entropy as a 0-d float32 tensor; `block` is (queries, keys) of a tile, powers of two."""
+    """Return the mean row entropy as a 0-d float32 tensor.
+
+    `block` overrides the (queries, keys) of a tile; both are powers of two.
+    """
     q, k, mask = _four_dimensional(query, key, attn_mask, enable_gqa)
     (batch, heads, n, head_size), m = q.shape, k.shape[2]
     mask, mask_strides, kind = mask_arguments(mask, (batch, heads, n, m), q)
@@ -84,7 +87,7 @@ def launch(
 
 
 def _block(query: Tensor) -> tuple[int, int]:
-    """A tile of queries and two of keys (one is on its way) fit in shared memory."""
+    """Choose tiles such that one of queries and two of keys (for prefetching) fit in shared memory."""
     row = padded(query.shape[-1]) * query.element_size()
     return (128, 64) if row <= 256 else (64, 32)
 
@@ -92,7 +95,7 @@ def _block(query: Tensor) -> tuple[int, int]:
 def _four_dimensional(
     query: Tensor, key: Tensor, mask: Tensor | None, enable_gqa: bool
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Query and key as (batch, heads, rows, head size), and the mask of their scores; views if possible."""
+    """Reshape query and key to (batch, heads, rows, head size) and the mask to their scores; views if possible."""
     shared = query.shape[-3] // key.shape[-3] if enable_gqa else 1
     key_shape = (*key.shape[:-3], key.shape[-3] * shared) if enable_gqa else key.shape[:-2]
     lead = torch.broadcast_shapes(query.shape[:-2], key_shape)

@@ -1,4 +1,4 @@
-"""The op `dit_rewrite::blockwise_attention`: plain PyTorch on a CPU, Triton on a GPU, opaque to the compiler."""
+"""Registration of `dit_rewrite::blockwise_attention`: the naive reference on a CPU, Triton on CUDA."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from dit_rewrite.kernels import checks
-from dit_rewrite.kernels.blockwise_attention import plain
+from dit_rewrite.kernels.blockwise_attention import naive
 from dit_rewrite.kernels.blockwise_attention.certificate import certified_error
-from dit_rewrite.kernels.blockwise_attention.moving import measure_keys, move_keys
-from dit_rewrite.kernels.blockwise_attention.state import WHERE, State, check_inputs, check_state
-from dit_rewrite.kernels.scores import default_scale
+from dit_rewrite.kernels.blockwise_attention.dynamic_kv import measure_kv_change, update_kv_references
+from dit_rewrite.kernels.blockwise_attention.state import NAME, State, check_inputs, check_state
+from dit_rewrite.kernels.common import checks
+from dit_rewrite.kernels.common.scores import default_scale
 
 if __name__ != "dit_rewrite.kernels.blockwise_attention.op":
     raise ImportError("Import dit_rewrite.kernels: under another name its ops would be registered a second time.")
@@ -39,24 +39,25 @@ def blockwise_attention(
     kv_static: bool = True,
     certify: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
-    """Attention that recomputes a (query tile, key block) only if its scores may have changed by more than a threshold.
+    """Compute attention, recomputing only the (query tile, key block) pairs whose scores may have changed too much.
 
-    q is (B, H, N, d), k and v are (B, H, M, d), d from 16 to 256, in float16, bfloat16 or float32, of any strides. The
-    output is shaped as q. `state` comes from `new_state` with the same block and kv_static, and is changed in place; no
-    call waits for the device.
+    q is (B, H, N, d), k and v are (B, H, M, d), with d from 16 to 256, in float16, bfloat16 or float32, of any strides.
+    The first result is the output, with the shape and dtype of q. `state` comes from `new_state` with the same block
+    and kv_static, and is updated in place. No call synchronises with the device.
 
-    - bound="sound": the estimate is a true bound on |change of a score|, in units of the softmax's exponent, since
-      that pair's last recompute. bound="paper": equation 14 of CachedAttention as printed (no scale, may be negative).
-    - threshold: a pair is kept if its estimate is at most this. inf keeps whatever is cached and finite, -inf
-      recomputes all, and 0 with "sound" is plain attention within rounding. A pair's first call always computes.
-    - attn_mask: bool (True takes part) or additive, broadcastable to (B, H, N, M). It and `scale` (default 1 / sqrt(d))
-      must be the same in every call of a state.
-    - kv_static=True: k and v are those of `new_state`; trusted. False: their change is measured and enters the bound,
-      a change of V relative to the greatest |V|; needs bound="sound", as equation 14 knows no change of K.
-    - certify: also return, for each query tile, a bound on max |output - exact attention|, float32 (B, H, T), rounding
-      included (see certificate.py); else None.
+    - threshold: a pair is kept if its estimate is at most this. inf keeps every cached pair with a finite estimate,
+      -inf recomputes all pairs, and 0 with bound="sound" equals attention up to rounding. A pair's first call computes.
+    - bound="sound": the estimate is an upper bound on |change of a score| since the pair's last recompute, in units of
+      the exponent of the softmax. bound="paper": equation 14 of CachedAttention as printed (no scale, may be negative).
+    - attn_mask: bool (True takes part) or additive, broadcastable to (B, H, N, M). The mask and `scale` (default
+      1 / sqrt(d)) must be the same in every call with one state.
+    - kv_static=True: the caller guarantees that k and v are those passed to `new_state`. False: their change is
+      measured and added to the bound, the change of V relative to the greatest |V|. This needs bound="sound", because
+      equation 14 does not cover a change of K.
+    - certify: the second result is a bound on max |output - exact attention| of each query tile, (B, H, T) float32,
+      which includes rounding (see certificate.py). Otherwise it is None.
 
-    A wholly masked row gives 0, as PyTorch's attention does. Raises BadParameter.
+    Fully masked rows give 0, as in PyTorch's attention. Raises BadParameter.
     """
     scale = default_scale(q, scale)
     _check(q, k, v, state, attn_mask, threshold, block, bound, scale, kv_static)
@@ -69,7 +70,7 @@ def blockwise_attention(
     "dit_rewrite::blockwise_attention", mutates_args=("state",), device_types="cpu", schema=_SCHEMA
 )
 def _op(q: Tensor, k: Tensor, v: Tensor, state: list[Tensor], *options: Any) -> tuple[Tensor, Tensor]:
-    return run(plain, q, k, v, state, *options)
+    return run(naive, q, k, v, state, *options)
 
 
 @_op.register_kernel("cuda")
@@ -99,17 +100,17 @@ def run(
     kv_static: bool,
     certify: bool,
 ) -> tuple[Tensor, Tensor]:
-    """One call, by the `estimate` and `attend` of the module `device`: `plain` or `triton_kernel`."""
+    """Run one call with `estimate` and `attend` of the module `device`, which is `naive` or `triton_kernel`."""
     state = State._make((*tensors, block, q.shape[2], k.shape[2]))
     mask = None if attn_mask is None else attn_mask.expand(*q.shape[:3], k.shape[2])
-    keys = None if kv_static else measure_keys(state, k, v)
-    decision = device.estimate(q, k, state, keys, threshold, scale, bound == "paper")
+    kv_change = None if kv_static else measure_kv_change(state, k, v)
+    decision = device.estimate(q, k, state, kv_change, threshold, scale, bound == "paper")
     out = device.attend(q, k, v, mask, state, decision, scale)
-    if keys is not None:
-        move_keys(state, decision, keys, k, v)
+    if kv_change is not None:
+        update_kv_references(state, decision, kv_change, k, v)
     if not certify:
         return out, q.new_empty((0,), dtype=torch.float32)
-    return out, certified_error(state, decision, keys, q, scale)
+    return out, certified_error(state, decision, kv_change, q, scale)
 
 
 def _check(
@@ -126,8 +127,8 @@ def _check(
 ) -> None:
     check_inputs(q, k, v, block)
     check_state(state, q, k, block, kv_static)
-    checks.require(not math.isnan(threshold), WHERE, "threshold", threshold, "a number, inf or -inf")
-    checks.require(math.isfinite(scale), WHERE, "scale", scale, "a finite number")
+    checks.require(not math.isnan(threshold), NAME, "threshold", threshold, "a number, inf or -inf")
+    checks.require(math.isfinite(scale), NAME, "scale", scale, "a finite number")
     allowed = BOUNDS if kv_static else BOUNDS[1:]
-    checks.require(bound in allowed, WHERE, "bound", bound, f"one of {allowed} with kv_static={kv_static}")
-    checks.attention_mask(WHERE, attn_mask, q, (*q.shape[:3], k.shape[2]))
+    checks.require(bound in allowed, NAME, "bound", bound, f"one of {allowed} with kv_static={kv_static}")
+    checks.require_attention_mask(NAME, attn_mask, q, (*q.shape[:3], k.shape[2]))

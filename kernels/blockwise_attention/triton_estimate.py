@@ -1,9 +1,9 @@
-"""The estimates and decisions of blockwise attention in Triton: one program per tile of queries. See bounds.py.
+"""Estimates and decisions of blockwise attention in Triton, one program per tile of queries; see bounds.py.
 
-Channels are padded to a power of two, D to DP; a summary is 2 D + 1 numbers.
+DP is the number of channels D padded to a power of two; a summary is 2 D + 1 numbers.
 """
 
-# The arguments of kernels have no types in Python.
+# Arguments of Triton kernels have no Python types.
 # ruff: noqa: ANN001, ANN201, ANN202
 # mypy: disable-error-code="no-untyped-def"
 
@@ -14,20 +14,20 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dit_rewrite.kernels.blockwise_attention.bounds import SLACK, Decision, Keys
+from dit_rewrite.kernels.blockwise_attention.bounds import SLACK, Decision, KVChange
 from dit_rewrite.kernels.blockwise_attention.state import State
-from dit_rewrite.kernels.tiles import load_tile, padded
+from dit_rewrite.kernels.common.tiles import load_tile, padded
 
 
 @triton.jit
 def widen(low, high, norm, SLACK: tl.constexpr):
-    """Move the bounds of a summary outwards by more than the rounding of one addition."""
+    """Widen the bounds of a summary by more than the rounding error of one addition."""
     return low - tl.abs(low) * SLACK, high + tl.abs(high) * SLACK, norm + tl.abs(norm) * SLACK
 
 
 @triton.jit
 def load_summary(base, index, channel, D: tl.constexpr):
-    """Least and greatest values per channel, and the greatest length, of entry `index` of an array of summaries."""
+    """Load entry `index` of an array of summaries: least and greatest values per channel, and the greatest norm."""
     at = base + index * (2 * D + 1)
     low = tl.load(at + channel, mask=channel < D, other=0.0)
     high = tl.load(at + D + channel, mask=channel < D, other=0.0)
@@ -35,8 +35,8 @@ def load_summary(base, index, channel, D: tl.constexpr):
 
 
 @triton.jit
-def row_lengths(rows):
-    """The length of each row. Scaled first, since its squares may be out of float32's range; see bounds.py."""
+def row_norms(rows):
+    """Return the norm of each row. Rows are scaled first, because squares may overflow or underflow; see bounds.py."""
     largest = tl.max(tl.abs(rows), 1)
     scale = tl.where((largest > 0) & (largest < float("inf")), largest, 1.0)
     scaled = rows / scale[:, None]
@@ -45,7 +45,7 @@ def row_lengths(rows):
 
 @triton.jit
 def product(a_low, a_high, a_norm, b_low, b_high, b_norm, D: tl.constexpr, SLACK: tl.constexpr):
-    """By the corners and by Cauchy-Schwarz, the greatest possible |x.y| of rows of two summaries."""
+    """Bound |x.y| for rows x and y of two summaries, by interval products and by Cauchy-Schwarz."""
     first, second, third, fourth = a_low * b_low, a_low * b_high, a_high * b_low, a_high * b_high
     high = tl.maximum(tl.maximum(first, second), tl.maximum(third, fourth))
     low = tl.minimum(tl.minimum(first, second), tl.minimum(third, fourth))
@@ -61,7 +61,7 @@ def estimate_kernel(
     DP: tl.constexpr, TILE: tl.constexpr, ROWS: tl.constexpr, PAPER: tl.constexpr, KV_STATIC: tl.constexpr,
     SLACK: tl.constexpr,
 ):  # fmt: skip
-    """Summarise the tile's change, then decide for each of its blocks."""
+    """Summarise the change of the tile's queries, then decide for each key block."""
     tile = tl.program_id(0) % tiles
     group = (tl.program_id(0) // tiles).to(tl.int64)  # of batch and head
     channel = tl.arange(0, DP)
@@ -78,11 +78,11 @@ def estimate_kernel(
         moved = now - tl.load(q_ref + at, mask=valid, other=0.0).to(tl.float32)
         low = tl.minimum(low, tl.min(tl.where(valid, moved, float("inf")), 0))
         high = tl.maximum(high, tl.max(tl.where(valid, moved, float("-inf")), 0))
-        norm = tl.maximum(norm, tl.max(row_lengths(moved), 0))
-        poison += tl.sum(tl.sum(moved * 0.0, 1), 0)  # NaN where anything is not finite: maxima would drop it
+        norm = tl.maximum(norm, tl.max(row_norms(moved), 0))
+        poison += tl.sum(tl.sum(moved * 0.0, 1), 0)  # NaN if anything is not finite, which maxima would drop
         q_low = tl.minimum(q_low, tl.min(tl.where(valid, now, float("inf")), 0))
         q_high = tl.maximum(q_high, tl.max(tl.where(valid, now, float("-inf")), 0))
-        q_norm = tl.maximum(q_norm, tl.max(row_lengths(now), 0))
+        q_norm = tl.maximum(q_norm, tl.max(row_norms(now), 0))
     real = channel < D
     norm, q_norm = norm * (1 + SLACK * D), q_norm * (1 + SLACK * D)
     low, high, norm = widen(tl.where(real, low, 0.0), tl.where(real, high, 0.0), norm, SLACK)
@@ -125,27 +125,29 @@ def estimate_kernel(
 
 @triton.jit
 def not_kept(bound, threshold):
-    """Unless it is finite and at most the threshold; a NaN is neither."""
+    """Return False only if the bound is finite and <= `threshold`, so that NaN is recomputed."""
     kept = (bound <= threshold) & (tl.abs(bound) < float("inf"))
     return kept == 0
 
 
 def estimate(
-    q: Tensor, k: Tensor, state: State, keys: Keys | None, threshold: float, scale: float, paper: bool
+    q: Tensor, k: Tensor, state: State, kv_change: KVChange | None, threshold: float, scale: float, paper: bool
 ) -> Decision:
-    """Decide for each (tile, block); counts into state.counters. See plain.estimate."""
+    """Decide which (tile, block) pairs to recompute, and update `state.counters`; see naive.estimate."""
     batch, heads, queries, size = q.shape
     tiles, blocks, tile = state.partial.shape[2:5]
     recompute = torch.empty((batch, heads, tiles, blocks), dtype=torch.int32, device=q.device)
     score_change = torch.empty_like(recompute, dtype=torch.float32)
     change = torch.empty_like(state.q_moved)
-    k_change, v_relative = (state.k_stats, state.k_stats) if keys is None else (keys.change, keys.v_relative)
+    k_change, v_relative = (
+        (state.k_stats, state.k_stats) if kv_change is None else (kv_change.k_change, kv_change.v_relative)
+    )
     with torch.cuda.device_of(q):
         estimate_kernel[(batch * heads * tiles,)](
             q, state.q_ref, state.q_moved, state.computed.view(torch.uint8), state.k_stats, k_change.contiguous(),
             v_relative.contiguous(), recompute, score_change, change, state.counters, *q.stride(), heads, queries,
             k.shape[2], tiles, blocks, state.block, abs(scale), threshold, D=size, DP=padded(size),
-            TILE=tile, ROWS=min(tile, 32), PAPER=paper, KV_STATIC=keys is None, SLACK=SLACK, num_warps=4,
+            TILE=tile, ROWS=min(tile, 32), PAPER=paper, KV_STATIC=kv_change is None, SLACK=SLACK, num_warps=4,
         )  # fmt: skip
         state.counters[1] += recompute.numel()
         state.counters[3] += batch * heads * queries * k.shape[2]

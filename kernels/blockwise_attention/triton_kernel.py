@@ -1,11 +1,11 @@
 """Blockwise attention in Triton: one pass over the key blocks, with a branch for each (query tile, key block).
 
-A program has ROWS queries of a tile. It recomputes a block in steps of KEYS keys, or loads its partial output. A
-program whose tile is wholly kept loads the merged output and nothing else. Channels are padded to a power of two, D
-to DP.
+A program handles ROWS queries of a tile. For each block it either recomputes the partial output in steps of KEYS keys
+or loads it. If the tile is fully kept, the program loads only the merged output. DP is the number of channels D padded
+to a power of two.
 """
 
-# The arguments of kernels have no types in Python.
+# Arguments of Triton kernels have no Python types.
 # ruff: noqa: ANN001, ANN201, ANN202
 # mypy: disable-error-code="no-untyped-def"
 
@@ -19,7 +19,7 @@ from torch import Tensor
 from dit_rewrite.kernels.blockwise_attention.bounds import Decision
 from dit_rewrite.kernels.blockwise_attention.state import State
 from dit_rewrite.kernels.blockwise_attention.triton_estimate import estimate
-from dit_rewrite.kernels.tiles import load_tile, mask_arguments, masked_scores, padded
+from dit_rewrite.kernels.common.tiles import load_tile, mask_arguments, masked_scores, padded
 
 __all__ = ["attend", "estimate"]
 
@@ -29,7 +29,7 @@ def attend_block(
     query, k, v, mask, row, queries, first, end, k_n, k_d, v_n, v_d, mask_n, mask_m, scale, D: tl.constexpr,
     DP: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, MASK: tl.constexpr,
 ):  # fmt: skip
-    """m, l and T of the keys from `first` to `end`, by online softmax."""
+    """Return m, l and T of the keys from `first` to `end`, by online softmax."""
     channel = tl.arange(0, DP)
     peak = tl.full((ROWS,), float("-inf"), tl.float32)
     total = tl.zeros((ROWS,), tl.float32)
@@ -42,7 +42,7 @@ def attend_block(
             query, keys, scale, mask, row[:, None], mask_n, queries, key[None, :], mask_m, end, MASK, 1
         )
         higher = tl.maximum(peak, tl.max(scores, 1))
-        top = tl.where(higher == float("-inf"), 0.0, higher)  # nothing attended to so far: no -inf - -inf
+        top = tl.where(higher == float("-inf"), 0.0, higher)  # only masked keys so far: avoid -inf - -inf
         weights = tl.exp(scores - top[:, None])
         decay = tl.exp(peak - top)
         total = total * decay + tl.sum(weights, 1)
@@ -58,7 +58,7 @@ def attention_kernel(
     heads, queries, keys, tiles, blocks, block, scale, D: tl.constexpr, DP: tl.constexpr, WP: tl.constexpr,
     TILE: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, MASK: tl.constexpr,
 ):  # fmt: skip
-    """Attend with ROWS queries of one tile."""
+    """Compute the output of ROWS queries of one tile, and update the state."""
     CHUNKS: tl.constexpr = TILE // ROWS
     chunk = tl.program_id(0) % CHUNKS
     tile = (tl.program_id(0) // CHUNKS) % tiles
@@ -113,7 +113,7 @@ def attention_kernel(
             total = old * total + new * l_j
             summed = old[:, None] * summed + new[:, None] * t_j
             peak = higher
-            if chunk == 0:  # one program of the tile keeps its books; none reads them in this launch
+            if chunk == 0:  # one program per tile updates q_moved and computed, which this launch does not read
                 entry = tl.arange(0, WP)
                 summary = (pairs + j) * (2 * D + 1) + entry
                 moved = tl.load(change + summary, mask=entry < 2 * D + 1, other=0.0)
@@ -128,7 +128,7 @@ def attention_kernel(
 def attend(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, state: State, decision: Decision, scale: float
 ) -> Tensor:
-    """Recompute what was decided, merge it with what is kept, and bring the state up to date. See plain.attend."""
+    """Recompute the chosen blocks, merge them with the kept blocks, and update the state; see naive.attend."""
     batch, heads, queries, size = q.shape
     tiles, blocks, tile = state.partial.shape[2:5]
     out = torch.empty_like(q)
@@ -146,6 +146,6 @@ def attend(
 
 
 def _sizes(size: int, dtype: torch.dtype, tile: int) -> tuple[int, int]:
-    """Queries of a program and keys of a step, so that both accumulators hardly spill (ptxas for sm_90, 8 warps)."""
+    """Return ROWS and KEYS such that both accumulators hardly spill registers (ptxas for sm_90, 8 warps)."""
     wide = size > 128 or dtype == torch.float32
     return (min(tile, 32), 32) if wide else (min(tile, 64), 64)

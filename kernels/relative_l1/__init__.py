@@ -1,4 +1,4 @@
-"""The relative L1 change of a tensor."""
+"""Relative L1 change of a tensor."""
 
 from dit_rewrite.kernels.relative_l1.op import relative_l1
 

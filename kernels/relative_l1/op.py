@@ -1,12 +1,12 @@
-"""The op `dit_rewrite::relative_l1`: plain PyTorch on a CPU, Triton on a GPU, opaque to the compiler."""
+"""Registration of `dit_rewrite::relative_l1`: the naive reference on a CPU, Triton on CUDA."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from dit_rewrite.kernels import checks
-from dit_rewrite.kernels.relative_l1 import plain
+from dit_rewrite.kernels.common import checks
+from dit_rewrite.kernels.relative_l1 import naive
 
 if __name__ != "dit_rewrite.kernels.relative_l1.op":
     raise ImportError("Import dit_rewrite.kernels: under another name its ops would be registered a second time.")
@@ -19,14 +19,15 @@ if __name__ != "dit_rewrite.kernels.relative_l1.op":
     schema="(Tensor current, Tensor reference) -> Tensor",
 )
 def relative_l1(current: Tensor, reference: Tensor) -> Tensor:
-    """How much a tensor changed: sum |current - reference| / sum |reference|, as a 0-d float32 tensor.
+    """Return sum |current - reference| / sum |reference| as a 0-d float32 tensor.
 
-    Both tensors have one shape, dtype and device; any strides. Sums are in float32 (float64 for float64), in an order
-    that does not change from run to run. Without proof of similarity there is none: 0/0 (an empty tensor too) is NaN,
-    x/0 is inf, and NaN and inf in an input spread. Raises BadParameter where shape, dtype or device differ.
+    Both tensors have the same shape, floating-point dtype and device, and any strides. Sums are taken in float32
+    (float64 for float64 inputs) and in a fixed order, so the result is deterministic. 0/0 (also of empty tensors) is
+    NaN, x/0 is inf, and NaN and inf in an input propagate, so that no comparison with a threshold takes such tensors
+    for similar. Raises BadParameter if shape, dtype or device differ.
     """
     _check(current, reference)
-    return plain.relative_l1(current, reference)
+    return naive.relative_l1(current, reference)
 
 
 @relative_l1.register_kernel("cuda")
@@ -44,6 +45,6 @@ def _fake(current: Tensor, reference: Tensor) -> Tensor:
 
 
 def _check(current: Tensor, reference: Tensor) -> None:
-    checks.real("relative_l1", "current", current)
-    checks.same_kind("relative_l1", "reference", reference, "current", current)
-    checks.same_shape("relative_l1", "reference", reference, "current", current)
+    checks.require_floating_point("relative_l1", "current", current)
+    checks.require_same_dtype_and_device("relative_l1", "reference", reference, "current", current)
+    checks.require_same_shape("relative_l1", "reference", reference, "current", current)

@@ -1,6 +1,6 @@
-"""The relative L1 change in Triton: one pass over both tensors, then one program over the partial sums."""
+"""Relative L1 change in Triton: one pass over both tensors, then one program that adds the partial sums."""
 
-# The arguments of kernels have no types in Python.
+# Arguments of Triton kernels have no Python types.
 # ruff: noqa: ANN001, ANN201
 # mypy: disable-error-code="no-untyped-def"
 
@@ -11,13 +11,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dit_rewrite.kernels.reduction import ratio_of_sums
+from dit_rewrite.kernels.common.reduction import ratio_of_sums
 
 
 @triton.jit
 def partial_sums_kernel(current, reference, partials, numel, ACC: tl.constexpr, BLOCK: tl.constexpr):
-    """Program p sums the blocks p, p + programs, ... into one entry of each row of `partials`."""
-    program = tl.program_id(0).to(tl.int64)  # offsets beyond 2^31
+    """Program p adds blocks p, p + programs, ... and writes column p of `partials` (2, programs)."""
+    program = tl.program_id(0).to(tl.int64)  # offsets may exceed 2^31
     programs = tl.num_programs(0)
     change = tl.zeros((BLOCK,), ACC)
     size = tl.zeros((BLOCK,), ACC)
@@ -32,10 +32,10 @@ def partial_sums_kernel(current, reference, partials, numel, ACC: tl.constexpr, 
 
 
 def launch(current: Tensor, reference: Tensor, *, block: int = 4096, max_programs: int = 1024) -> Tensor:
-    """sum |current - reference| / sum |reference| as a 0-d float32 tensor.
+    """Return sum |current - reference| / sum |reference| as a 0-d float32 tensor.
 
-    `block`: elements a program takes at a time, a power of two. `max_programs`: a fixed bound, not one that depends
-    on the device, so that the sum has the same order on every GPU.
+    block: elements that a program loads at a time, a power of two. max_programs: bound on the grid; it does not depend
+    on the device, so that every GPU sums in the same order.
     """
     current, reference = _same_order(current, reference)
     programs = max(1, min(max_programs, triton.cdiv(current.numel(), block)))
@@ -49,6 +49,6 @@ def launch(current: Tensor, reference: Tensor, *, block: int = 4096, max_program
 
 
 def _same_order(current: Tensor, reference: Tensor) -> tuple[Tensor, Tensor]:
-    """Both dense, with their elements in the order of `current` in memory: copies only what does not lie so."""
+    """Return both tensors dense in the memory order of `current`; copies only tensors that are not in that order."""
     order = sorted(range(current.ndim), key=current.stride, reverse=True)
     return current.permute(order).contiguous(), reference.permute(order).contiguous()

@@ -1,4 +1,4 @@
-"""Window attention with a shared residual (DiTFastAttn's WA-RS)."""
+"""Window attention with residual sharing (WA-RS of DiTFastAttn)."""
 
 from dit_rewrite.kernels.window_attention.geometry import paper_window, window_flops
 from dit_rewrite.kernels.window_attention.op import window_refresh, window_reuse

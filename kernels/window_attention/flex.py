@@ -1,4 +1,4 @@
-"""The same window by FlexAttention, for comparison on a GPU."""
+"""The same window attention by FlexAttention, for comparison on a GPU."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from dit_rewrite.kernels.window_attention.geometry import make_window
 def flex_window(
     tokens: int, window: Sequence[int], grid: Sequence[int] | None = None, prefix: int = 0, device: str = "cuda"
 ) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-    """A compiled function of query, key and value (B, H, N, d) that returns window attention W."""
+    """Return a compiled function of query, key and value, each (B, H, N, d), that computes window attention W."""
     shape = make_window("flex_window", tokens, window, grid, prefix)
 
     def visible(batch: Tensor, head: Tensor, row: Tensor, col: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Which keys a query sees in window attention, and how many scores that makes."""
+"""Geometry of window attention: which keys a query attends to, and how many scores that is."""
 
 from __future__ import annotations
 
@@ -8,14 +8,18 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from dit_rewrite.kernels.checks import require
+from dit_rewrite.kernels.common.checks import require
 
-AXES = 3  # time, height, width; a grid of fewer axes has leading ones of size 1
+AXES = 3  # time, height, width; a grid with fewer axes is padded with leading axes of size 1
 
 
 @dataclass(frozen=True)
 class Window:
-    """`prefix` tokens that see and are seen by all; then a grid: each sees what is within `reach` on every axis."""
+    """A window over a sequence of `prefix` global tokens followed by a grid of `sizes` (T, H, W).
+
+    Prefix tokens attend to all tokens, and all tokens attend to them. A grid token attends to the grid tokens whose
+    distance on each axis is at most `reach` of that axis.
+    """
 
     prefix: int
     sizes: tuple[int, ...]
@@ -23,30 +27,30 @@ class Window:
 
     @property
     def axes(self) -> int:
-        """How many axes the grid has, but for leading ones of size 1."""
+        """Number of axes without leading axes of size 1; at least 1."""
         return next((AXES - i for i, size in enumerate(self.sizes) if size != 1), 1)
 
     def sees(self, rows: Tensor, cols: Tensor) -> Tensor:
-        """Whether the queries `rows` see the keys `cols`, both token indices that broadcast."""
+        """Return whether queries `rows` attend to keys `cols`; both are token indices and broadcast."""
         seen = (rows < self.prefix) | (cols < self.prefix)
-        places = zip(self._place(rows), self._place(cols), self.reach, strict=True)
+        places = zip(self._coordinates(rows), self._coordinates(cols), self.reach, strict=True)
         t, y, x = ((row - col).abs() <= reach for row, col, reach in places)
         return seen | (t & y & x)
 
-    def _place(self, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _coordinates(self, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         _, height, width = self.sizes
         place = tokens - self.prefix
         return place // (height * width), place // width % height, place % width
 
     def pairs(self) -> int:
-        """How many (query, key) pairs see each other: on an axis of L places, L (2w + 1) - w (w + 1) are within w."""
+        """Count the (query, key) pairs in the window. An axis of L positions has L (2w + 1) - w (w + 1) within w."""
         grid = math.prod(self.sizes)
         near = math.prod(size * (2 * w + 1) - w * (w + 1) for size, w in zip(self.sizes, self.reach, strict=True))
         return near + self.prefix * (self.prefix + 2 * grid)
 
 
 def make_window(where: str, tokens: int, window: Sequence[int], grid: Sequence[int] | None, prefix: int) -> Window:
-    """The window over `tokens` tokens; BadParameter where window, grid and prefix do not fit them or each other."""
+    """Return the window over `tokens` tokens. Raises BadParameter, for the op `where`, if the arguments conflict."""
     require(0 <= prefix < tokens, where, "prefix", prefix, f"0 or more, and less than the number of tokens, {tokens}")
     sizes = (tokens - prefix,) if grid is None else tuple(grid)
     require(1 <= len(sizes) <= AXES, where, "grid", sizes, "(H, W), (T, H, W), or None for a sequence")
@@ -62,7 +66,7 @@ def make_window(where: str, tokens: int, window: Sequence[int], grid: Sequence[i
 
 
 def paper_window(tokens: int) -> tuple[int]:
-    """DiTFastAttn's window for a sequence: an eighth of the tokens on each side, 23 % of all scores."""
+    """Return DiTFastAttn's window for a sequence: an eighth of the tokens on each side, 23 % of all scores."""
     return (tokens // 8,)
 
 
@@ -73,9 +77,10 @@ def window_flops(
     grid: Sequence[int] | None = None,
     prefix: int = 0,
 ) -> int:
-    """The floating-point operations of window attention on (B, H, N, d): 4 d for each score that the window keeps.
+    """Return the FLOPs of window attention on (B, H, N, d): 4 d for each score in the window.
 
-    2 d of them are the product of query and key and 2 d that with the value. `attn_mask` is not counted.
+    2 d are for the product of query and key, 2 d for the product with the values. `attn_mask` does not reduce the
+    count. Raises BadParameter.
     """
     batch, heads, tokens, head_size = q_shape
     require(tuple(k_shape) == tuple(q_shape), "window_flops", "k_shape", tuple(k_shape), f"that of q, {tuple(q_shape)}")

@@ -1,4 +1,4 @@
-"""The ops `window_refresh` and `window_reuse`: plain PyTorch on a CPU, Triton on a GPU, opaque to the compiler."""
+"""Registration of `window_refresh` and `window_reuse`: the naive reference on a CPU, Triton on CUDA."""
 
 from __future__ import annotations
 
@@ -9,57 +9,60 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from dit_rewrite.kernels import checks
-from dit_rewrite.kernels.window_attention import plain
+from dit_rewrite.kernels.common import checks
+from dit_rewrite.kernels.window_attention import naive
 from dit_rewrite.kernels.window_attention.geometry import Window, make_window, window_flops
 
 if __name__ != "dit_rewrite.kernels.window_attention.op":
     raise ImportError("Import dit_rewrite.kernels: under another name its ops would be registered a second time.")
 
-_WHERE = "SymInt[] window, SymInt[]? grid=None, SymInt prefix=0, Tensor? attn_mask=None, float? scale=None"
+_SHARED_ARGUMENTS = "SymInt[] window, SymInt[]? grid=None, SymInt prefix=0, Tensor? attn_mask=None, float? scale=None"
 
 
 @torch.library.custom_op(
     "dit_rewrite::window_refresh",
     mutates_args=(),
     device_types="cpu",
-    schema=f"(Tensor query, Tensor key, Tensor value, {_WHERE}) -> (Tensor, Tensor)",
+    schema=f"(Tensor query, Tensor key, Tensor value, {_SHARED_ARGUMENTS}) -> (Tensor, Tensor)",
 )
 def window_refresh(
     query: Tensor, key: Tensor, value: Tensor, window: Sequence[int], grid: Sequence[int] | None = None,
     prefix: int = 0, attn_mask: Tensor | None = None, scale: float | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Attention O, and the residual R = O - W that window attention W leaves of it (DiTFastAttn, equation 1).
+    """Return full attention O and the residual R = O - W, where W is window attention (DiTFastAttn, equation 1).
 
-    `query`, `key` and `value` are (B, H, N, d) of one dtype and device, with any strides; so are O and R, which lie in
-    memory as `query` does. Sums are in float32 (float64 for float64). Of the N tokens, the first `prefix` (text, in
-    joint attention) see all and are seen by all. The others are a sequence, or with `grid` (H, W) or (T, H, W), rows of
-    a grid in that order; a query sees the keys whose distance on each axis is at most `window` (one number an axis).
-    `attn_mask` (boolean, True: seen, or added to the scores; expands to (B, H, N, N)) and `scale` (1/sqrt(d) by
-    default) are those of scaled dot product attention and hold for O and W. A row that sees no key has O = 0; one whose
-    window alone is masked throughout has W = 0 and R = O. Raises BadParameter where arguments do not fit each other.
+    query, key, value: (B, H, N, d) of the same floating-point dtype and device, any strides. O and R have the shape,
+    dtype and memory layout of `query`. Sums are taken in float32 (float64 for float64).
+    window: the largest distance at which a query attends to a key, one number per axis of the grid.
+    grid: (H, W) or (T, H, W) of the N - prefix grid tokens in row-major order; None for a sequence.
+    prefix: number of leading tokens (the text in joint attention) that attend to all tokens and that all attend to.
+    attn_mask: bool (True takes part) or floating point (added to the scores); expands to (B, H, N, N). The mask and
+    `scale`, 1/sqrt(d) by default, apply to O and to W.
+
+    A fully masked row gives O = 0; a row whose window is fully masked gives W = 0 and R = O. Raises BadParameter if
+    the arguments conflict.
     """
     shape = _check("window_refresh", query, key, value, None, window, grid, prefix, attn_mask)
-    return plain.window_refresh(query, key, value, shape, attn_mask, scale)
+    return naive.window_refresh(query, key, value, shape, attn_mask, scale)
 
 
 @torch.library.custom_op(
     "dit_rewrite::window_reuse",
     mutates_args=(),
     device_types="cpu",
-    schema=f"(Tensor query, Tensor key, Tensor value, Tensor residual, {_WHERE}) -> Tensor",
+    schema=f"(Tensor query, Tensor key, Tensor value, Tensor residual, {_SHARED_ARGUMENTS}) -> Tensor",
 )
 def window_reuse(
     query: Tensor, key: Tensor, value: Tensor, residual: Tensor, window: Sequence[int],
     grid: Sequence[int] | None = None, prefix: int = 0, attn_mask: Tensor | None = None, scale: float | None = None,
 ) -> Tensor:  # fmt: skip
-    """Window attention plus a residual of an earlier step, W + R (DiTFastAttn, equation 2).
+    """Return window attention plus the residual of an earlier step, W + R (DiTFastAttn, equation 2).
 
-    The arguments are those of `window_refresh`, and `residual` what it returned: shape, dtype and device of `query`.
-    Keys outside the window are neither read nor multiplied, but for those that share a tile with one inside.
+    `residual` is the second result of `window_refresh`, with the shape, dtype and device of `query`; the other
+    arguments are those of `window_refresh`. Tiles of keys outside the window are not loaded. Raises BadParameter.
     """
     shape = _check("window_reuse", query, key, value, residual, window, grid, prefix, attn_mask)
-    return plain.window_reuse(query, key, value, residual, shape, attn_mask, scale)
+    return naive.window_reuse(query, key, value, residual, shape, attn_mask, scale)
 
 
 @window_refresh.register_kernel("cuda")
@@ -67,11 +70,11 @@ def _refresh_cuda(
     query: Tensor, key: Tensor, value: Tensor, window: Sequence[int], grid: Sequence[int] | None = None,
     prefix: int = 0, attn_mask: Tensor | None = None, scale: float | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    from dit_rewrite.kernels import tiles
+    from dit_rewrite.kernels.common import tiles
     from dit_rewrite.kernels.window_attention import triton_kernel
 
     shape = _check("window_refresh", query, key, value, None, window, grid, prefix, attn_mask)
-    run = triton_kernel.launch_refresh if tiles.supported(query) else plain.window_refresh
+    run = triton_kernel.launch_refresh if tiles.supported(query) else naive.window_refresh
     return run(query, key, value, shape, attn_mask, scale)
 
 
@@ -80,11 +83,11 @@ def _reuse_cuda(
     query: Tensor, key: Tensor, value: Tensor, residual: Tensor, window: Sequence[int],
     grid: Sequence[int] | None = None, prefix: int = 0, attn_mask: Tensor | None = None, scale: float | None = None,
 ) -> Tensor:  # fmt: skip
-    from dit_rewrite.kernels import tiles
+    from dit_rewrite.kernels.common import tiles
     from dit_rewrite.kernels.window_attention import triton_kernel
 
     shape = _check("window_reuse", query, key, value, residual, window, grid, prefix, attn_mask)
-    run = triton_kernel.launch_reuse if tiles.supported(query) else plain.window_reuse
+    run = triton_kernel.launch_reuse if tiles.supported(query) else naive.window_reuse
     return run(query, key, value, residual, shape, attn_mask, scale)
 
 
@@ -111,7 +114,7 @@ def _refresh_flops(
     query: Sequence[int], key: Sequence[int], value: Sequence[int], window: Sequence[int],
     grid: Sequence[int] | None = None, prefix: int = 0, *args: object, **kwargs: object,
 ) -> int:  # fmt: skip
-    """Attention in full, and the window's scores once more with the values: the scores are shared."""
+    """Count full attention plus the product of the window's weights with the values; O and W share the scores."""
     return 4 * math.prod(query) * key[2] + window_flops(query, key, window, grid, prefix) // 2
 
 
@@ -127,11 +130,11 @@ def _check(
     where: str, query: Tensor, key: Tensor, value: Tensor, residual: Tensor | None, window: Sequence[int],
     grid: Sequence[int] | None, prefix: int, mask: Tensor | None,
 ) -> Window:  # fmt: skip
-    checks.real(where, "query", query)
+    checks.require_floating_point(where, "query", query)
     checks.require(query.ndim == 4, where, "query.ndim", query.ndim, "4: (batch, heads, tokens, head size)")
     for name, tensor in (("key", key), ("value", value), ("residual", residual)):
         if tensor is not None:
-            checks.same_kind(where, name, tensor, "query", query)
-            checks.same_shape(where, name, tensor, "query", query)
-    checks.attention_mask(where, mask, query, (*query.shape[:3], query.shape[2]))
+            checks.require_same_dtype_and_device(where, name, tensor, "query", query)
+            checks.require_same_shape(where, name, tensor, "query", query)
+    checks.require_attention_mask(where, mask, query, (*query.shape[:3], query.shape[2]))
     return make_window(where, query.shape[2], window, grid, prefix)

@@ -1,6 +1,6 @@
-"""The window's mask in Triton: exactly within a tile, and by ranges of tokens for whole tiles."""
+"""The window's mask in Triton: exact for the tokens of a tile, conservative for a pair of tiles."""
 
-# The arguments of kernels have no types in Python.
+# Arguments of Triton kernels have no Python types.
 # ruff: noqa: ANN001, ANN201
 # mypy: disable-error-code="no-untyped-def"
 
@@ -11,20 +11,20 @@ import triton.language as tl
 
 
 @triton.jit
-def place(token, prefix, height, width):
-    """Time, height and width of a token after the prefix."""
+def coordinates(token, prefix, height, width):
+    """Return the (t, y, x) grid coordinates of a token after the prefix."""
     at = token - prefix
     return at // (height * width), at // width % height, at % width
 
 
 @triton.jit
 def sees(rows, cols, prefix, height, width, reach_t, reach_y, reach_x, AXES: tl.constexpr):
-    """Whether the queries `rows` see the keys `cols`."""
+    """Return whether queries `rows` attend to keys `cols`."""
     if AXES == 1:
         near = tl.abs(rows - cols) <= reach_x
     else:
-        t, y, x = place(rows, prefix, height, width)
-        key_t, key_y, key_x = place(cols, prefix, height, width)
+        t, y, x = coordinates(rows, prefix, height, width)
+        key_t, key_y, key_x = coordinates(cols, prefix, height, width)
         near = (tl.abs(y - key_y) <= reach_y) & (tl.abs(x - key_x) <= reach_x)
         if AXES == 3:
             near = near & (tl.abs(t - key_t) <= reach_t)
@@ -32,23 +32,26 @@ def sees(rows, cols, prefix, height, width, reach_t, reach_y, reach_x, AXES: tl.
 
 
 @triton.jit
-def apart(a, b, c, d):
-    """The distance of the ranges a..b and c..d; negative or zero where they meet."""
+def gap(a, b, c, d):
+    """Return the distance between the ranges a..b and c..d; zero or negative if they overlap."""
     return tl.maximum(c - b, a - d)
 
 
 @triton.jit
 def may_see(first, last, start, end, prefix, height, width, reach_t, reach_y, reach_x):
-    """Whether a query of first..last might see a key of start..end; inner axes count where outer ones are one place."""
-    t0, y0, x0 = place(first, prefix, height, width)
-    t1, y1, x1 = place(last, prefix, height, width)
-    key_t0, key_y0, key_x0 = place(start, prefix, height, width)
-    key_t1, key_y1, key_x1 = place(end, prefix, height, width)
+    """Return False only if no query of first..last attends to a key of start..end.
+
+    An inner axis is compared only if both ranges stay at one coordinate of every outer axis.
+    """
+    t0, y0, x0 = coordinates(first, prefix, height, width)
+    t1, y1, x1 = coordinates(last, prefix, height, width)
+    key_t0, key_y0, key_x0 = coordinates(start, prefix, height, width)
+    key_t1, key_y1, key_x1 = coordinates(end, prefix, height, width)
     frames = (t0 != t1) | (key_t0 != key_t1)
     lines = frames | (y0 != y1) | (key_y0 != key_y1)
-    near = apart(t0, t1, key_t0, key_t1) <= reach_t
-    near = near & (frames | (apart(y0, y1, key_y0, key_y1) <= reach_y))
-    near = near & (lines | (apart(x0, x1, key_x0, key_x1) <= reach_x))
+    near = gap(t0, t1, key_t0, key_t1) <= reach_t
+    near = near & (frames | (gap(y0, y1, key_y0, key_y1) <= reach_y))
+    near = near & (lines | (gap(x0, x1, key_x0, key_x1) <= reach_x))
     return near | (first < prefix) | (start < prefix)
 
 
@@ -56,9 +59,9 @@ def may_see(first, last, start, end, prefix, height, width, reach_t, reach_y, re
 def key_tiles(
     first, last, n, prefix, height, width, reach_t, reach_y, reach_x, AXES: tl.constexpr, BLOCK_N: tl.constexpr
 ):
-    """The tiles of keys that the queries first..last can see by the outermost axis.
+    """Select the key tiles that queries first..last can attend to, by the outermost axis alone.
 
-    Returned are how many there are with the prefix's, how many to skip after those, and how many there are in all.
+    Returns the number of tiles that hold the prefix, the number to skip after them, and the number to visit in all.
     """
     if AXES == 1:
         step, reach = 1, reach_x

@@ -1,6 +1,6 @@
 """Window attention with a residual in Triton: one pass over keys and values for each tile of queries."""
 
-# The arguments of kernels have no types in Python.
+# Arguments of Triton kernels have no Python types.
 # ruff: noqa: ANN001, ANN201
 # mypy: disable-error-code="no-untyped-def"
 
@@ -15,22 +15,22 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dit_rewrite.kernels.scores import default_scale
-from dit_rewrite.kernels.tiles import load_tile, mask_arguments, masked_scores, padded
+from dit_rewrite.kernels.common.scores import default_scale
+from dit_rewrite.kernels.common.tiles import load_tile, mask_arguments, masked_scores, padded
 from dit_rewrite.kernels.window_attention.geometry import Window
 from dit_rewrite.kernels.window_attention.reach import key_tiles, may_see, sees
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 TILES = ((128, 64, 8, 3), (64, 64, 4, 3), (64, 32, 4, 2))  # queries, keys, warps, stages
-WIDE_TILES = ((64, 32, 8, 2), (32, 32, 4, 2))  # float32 takes no tensor cores but many registers; so do long rows
+WIDE_TILES = ((64, 32, 8, 2), (32, 32, 4, 2))  # for float32 and large heads, which need more registers
 INTERPRETED = (32, 32)
 
 
 @triton.jit
 def attend(scores, v, acc, largest, total):
-    """One step of the online softmax, in powers of two: the sums relative to the largest score so far."""
+    """Advance the online softmax by one tile of scores in units of log 2; the sums are relative to `largest`."""
     new = tl.maximum(largest, tl.max(scores, 1))
-    base = tl.where(new == float("-inf"), 0.0, new)  # nothing seen yet: no -inf - -inf
+    base = tl.where(new == float("-inf"), 0.0, new)  # only masked keys so far: avoid -inf - -inf
     p = tl.exp2(scores - base[:, None])
     decay = tl.exp2(largest - base)
     acc = tl.dot(p.to(v.dtype), v, acc * decay[:, None], input_precision="ieee")
@@ -39,7 +39,7 @@ def attend(scores, v, acc, largest, total):
 
 @triton.jit
 def normalised(acc, total):
-    """The weighted mean of the values; zero where no key was seen."""
+    """Return the weighted mean of the values; fully masked rows give 0."""
     return tl.where(total[:, None] == 0, 0.0, acc / total[:, None])
 
 
@@ -52,7 +52,7 @@ def window_kernel(
     REFRESH: tl.constexpr, AXES: tl.constexpr, KIND: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """One program: BLOCK_M queries of one head. REFRESH writes O and the residual; else out = W + residual."""
+    """Process BLOCK_M queries of one head. With REFRESH, write O and R = O - W; otherwise write W + residual."""
     tiles = tl.cdiv(n, BLOCK_M)
     batch = (tl.program_id(0) // tiles // heads).to(tl.int64)
     head = (tl.program_id(0) // tiles % heads).to(tl.int64)
@@ -111,7 +111,7 @@ def launch_refresh(
     query: Tensor, key: Tensor, value: Tensor, window: Window, attn_mask: Tensor | None, scale: float | None,
     *, block: tuple[int, int] | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """O and R = O - W; `block` is (queries, keys) of a tile, powers of two, instead of what autotuning finds."""
+    """Return O and R = O - W. `block`, (queries, keys) as powers of two, replaces the autotuned tile."""
     out, residual = torch.empty_like(query), torch.empty_like(query)
     _launch(query, key, value, residual, out, window, attn_mask, scale, block, refresh=True)
     return out, residual
@@ -121,7 +121,7 @@ def launch_reuse(
     query: Tensor, key: Tensor, value: Tensor, residual: Tensor, window: Window, attn_mask: Tensor | None,
     scale: float | None, *, block: tuple[int, int] | None = None,
 ) -> Tensor:  # fmt: skip
-    """W + R; `block` as for `launch_refresh`."""
+    """Return W + R; `block` as in `launch_refresh`."""
     out = torch.empty_like(query)
     _launch(query, key, value, residual, out, window, attn_mask, scale, block, refresh=False)
     return out
@@ -147,7 +147,7 @@ def _launch(
 
 
 def _kernel(query: Tensor, block: tuple[int, int] | None) -> tuple[Any, dict[str, int]]:
-    """The kernel and its tile; on a GPU autotuning finds the tile, unless it is given."""
+    """Return the kernel and its launch options; on a GPU it is autotuned unless `block` is given."""
     if block is None and query.is_cuda:
         return _tuned(window_kernel, query.element_size() > 2 or query.shape[-1] > 128), {}
     block_m, block_n = block or INTERPRETED

@@ -1,4 +1,4 @@
-"""Strategies inside attention on a GPU, through Inductor and the Triton kernels, against the plain twins on a CPU."""
+"""Attention strategies on a GPU, by Inductor and Triton kernels, against the naive references on a CPU."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Where the kernels of these tests run: on the CPU through Triton's interpreter, and on a GPU where there is one.
+"""Fixtures that run the Triton kernels on a CPU through Triton's interpreter, and on a GPU if there is one.
 
-Triton decides at import whether a function is interpreted. Here its functions are exchanged while a module of tests
-runs and put back after it, so that it does not matter what else runs in the process, or who imported Triton first.
+Triton decides at import whether a function is interpreted. These fixtures replace the Triton functions while a test
+module runs and restore them afterwards, so the tests do not depend on the environment or on the order of imports.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ import dit_rewrite.kernels
 
 
 def kernel_modules() -> list[ModuleType]:
-    """Every module of the kernels, so that all functions of Triton among them are known."""
+    """Import and return every module under `dit_rewrite.kernels`."""
     found = pkgutil.walk_packages(dit_rewrite.kernels.__path__, "dit_rewrite.kernels.")
     return [importlib.import_module(module.name) for module in found]
 
 
 def interpret(patch: pytest.MonkeyPatch) -> None:
-    """Exchange each Triton function of the kernels, and of Triton's own library, for an interpreted one."""
-    import triton.experimental.gluon  # noqa: F401  loaded at the first launch, and wants the functions as they are
+    """Replace each Triton function of the kernels and of Triton's own library by its interpreted version."""
+    import triton.experimental.gluon  # noqa: F401  otherwise the first launch imports it and fails on the replacements
     import triton.language as tl
     from triton.runtime.interpreter import InterpretedFunction
     from triton.runtime.jit import JITFunction
@@ -40,7 +40,7 @@ def interpret(patch: pytest.MonkeyPatch) -> None:
 
 
 def correct_bfloat16(patch: pytest.MonkeyPatch) -> None:
-    """The interpreter multiplies bfloat16 as the integers that it keeps them in, and truncates where GPUs round."""
+    """Fix the interpreter's bfloat16: it multiplies the raw integer bits, and truncates where GPUs round."""
     import triton.language as tl
     from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
@@ -62,7 +62,7 @@ def correct_bfloat16(patch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="module", params=["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
 def device(request: pytest.FixtureRequest) -> Iterator[str]:
-    """The device of the kernels under test; memory that they do not write holds NaN."""
+    """The device of the kernels under test. Uninitialised memory is filled with NaN (deterministic algorithms)."""
     if request.param == "cuda" and not torch.cuda.is_available():
         pytest.skip("needs an NVIDIA GPU")
     pytest.importorskip("triton")

@@ -1,4 +1,4 @@
-"""The mean row entropy of attention against its definition in float64, in plain PyTorch and in Triton."""
+"""Attention entropy of the naive reference and of the Triton kernel, against the definition in float64."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from torch import Generator, Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from dit_rewrite.errors import BadParameter
-from dit_rewrite.kernels.attention_entropy import attention_entropy, plain
-from tests.kernels.largest import Largest
+from dit_rewrite.kernels.attention_entropy import attention_entropy, naive
+from tests.kernels.largest_tensor import LargestTensor
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 LEAST = torch.finfo(torch.float32).min
@@ -27,7 +27,7 @@ def triton(
     query: Tensor, key: Tensor, attn_mask: Tensor | None = None, scale: float | None = None, is_causal: bool = False,
     enable_gqa: bool = False,
 ) -> Tensor:  # fmt: skip
-    """The kernel with small tiles, so that there are several of each."""
+    """Run the kernel with small tiles, so that there are several per axis."""
     from dit_rewrite.kernels.attention_entropy.triton_kernel import launch
 
     return launch(query, key, attn_mask, scale, is_causal, enable_gqa, block=(16, 16))
@@ -41,7 +41,7 @@ def triton_default(query: Tensor, key: Tensor, attn_mask: Tensor | None = None) 
 
 @pytest.fixture(params=[attention_entropy, triton])
 def op(request: pytest.FixtureRequest) -> Op:
-    """The registered op (plain on a CPU), and its kernel."""
+    """The registered op (the naive reference on a CPU), and its Triton kernel."""
     return request.param
 
 
@@ -49,7 +49,7 @@ def expected(
     query: Tensor, key: Tensor, attn_mask: Tensor | None = None, scale: float | None = None, is_causal: bool = False,
     enable_gqa: bool = False,
 ) -> float:  # fmt: skip
-    """DQAR's equation 5 over the number of rows that see a key, in float64."""
+    """Compute equation 5 of DQAR over the number of rows that are not fully masked, in float64."""
     query, key = query.double(), key.double()
     if enable_gqa:
         key = key.repeat_interleave(query.shape[-3] // key.shape[-3], -3)
@@ -69,7 +69,7 @@ def random(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32, devic
 
 
 def test_by_hand(device: str, op: Op) -> None:
-    """Equal scores: log M. Weights 3/4 and 1/4: log 4 - 3/4 log 3. One key: nothing to choose."""
+    """Equal scores give log M, weights 3/4 and 1/4 give log 4 - 3/4 log 3, and a single key gives 0."""
     key = torch.zeros(1, 2, 16, device=device)
     query = torch.zeros(1, 3, 16, device=device)
     assert op(query, key).item() == pytest.approx(math.log(2), rel=1e-6)
@@ -103,15 +103,15 @@ def test_definition(
 
 @pytest.mark.parametrize("head_size", [16, 72, 256])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_tiles_of_the_gpu(device: str, head_size: int, dtype: torch.dtype) -> None:
-    """The tiles that are chosen by head size."""
+def test_default_tiles(device: str, head_size: int, dtype: torch.dtype) -> None:
+    """The default tiles, which depend on the head size."""
     query = random(1, 2, 150, head_size, dtype=dtype, device=device)
     key = random(1, 2, 70, head_size, seed=1, dtype=dtype, device=device)
     assert triton_default(query, key).item() == pytest.approx(expected(query, key), rel=2e-5)
 
 
 def test_large_scores(device: str, op: Op) -> None:
-    """Scores near 40,000 that float32 holds exactly: their entropy, 0.58, is not lost in a difference of large sums."""
+    """Scores near 40,000, exact in float32, keep their entropy of 0.58 despite the difference of large sums."""
     query = torch.full((1, 4, 16), 100.0, device=device)
     key = torch.full((1, 33, 16), 25.0, device=device)
     key[0, ::3, 0] -= 0.01171875  # -1.171875 for each third score
@@ -120,7 +120,7 @@ def test_large_scores(device: str, op: Op) -> None:
 
 @pytest.mark.parametrize("boolean", [True, False])
 def test_rows_without_keys(device: str, op: Op, boolean: bool) -> None:
-    """They are left out of the mean, and with none left there is no mean."""
+    """Fully masked rows are left out of the mean; if all rows are, the result is NaN."""
     query, key = random(1, 20, 16, device=device), random(1, 24, 16, seed=1, device=device)
     seen = torch.ones(20, 24, dtype=torch.bool, device=device)
     seen[3:18] = False
@@ -130,16 +130,16 @@ def test_rows_without_keys(device: str, op: Op, boolean: bool) -> None:
     assert math.isnan(op(query, key, mask[3:4]).item())
 
 
-def test_the_least_number_is_a_score(device: str, op: Op) -> None:
-    """Padding by the least float32 leaves a row that it fills with equal scores: log M, as in attention itself."""
+def test_lowest_float_is_a_score(device: str, op: Op) -> None:
+    """A row padded entirely with the lowest float32 has equal scores and entropy log M, as in attention."""
     query, key = random(1, 5, 16, device=device), random(1, 8, 16, seed=1, device=device)
     assert op(query, key, torch.full((5, 8), LEAST, device=device)).item() == pytest.approx(math.log(8), rel=1e-6)
 
 
 @pytest.mark.parametrize("place", ["query", "key", "mask"])
 @pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_what_is_no_number_spreads(device: str, op: Op, place: str, value: float) -> None:
-    """One bad number anywhere makes the mean NaN."""
+def test_nan_and_inf_propagate(device: str, op: Op, place: str, value: float) -> None:
+    """One NaN or inf in any input makes the mean NaN."""
     given = {"query": random(2, 20, 16, device=device), "key": random(2, 20, 16, seed=1, device=device)}
     given["mask"] = torch.zeros(20, 20, device=device)
     given[place][..., 19, 7] = value
@@ -157,7 +157,7 @@ def test_what_is_no_number_spreads(device: str, op: Op, place: str, value: float
     ],
 )
 def test_batch_dimensions(device: str, op: Op, query: tuple[int, ...], key: tuple[int, ...], given: dict) -> None:
-    """None, several, broadcast, and heads that share keys; of queries and keys that lie as projections leave them."""
+    """No, several, and broadcast batch dimensions, and grouped-query heads, with transposed memory layouts."""
     q, k = random(*query, device=device), random(*key, seed=1, device=device)
     q, k = (x.mT.contiguous().mT for x in (q, k))
     assert op(q, k, **given).item() == pytest.approx(expected(q, k, **given), rel=1e-5)
@@ -176,18 +176,18 @@ def test_empty(device: str, op: Op, n: int, m: int) -> None:
 
 
 def test_float64_and_large_heads(device: str) -> None:
-    """What the kernel does not take runs in plain PyTorch on any device."""
+    """Dtypes and head sizes that the kernel does not support run the naive reference on any device."""
     for size, dtype in ((16, torch.float64), (300, torch.float32)):
         query, key = (random(2, 20, size, seed=i, dtype=dtype, device=device) for i in range(2))
         assert attention_entropy(query, key).item() == pytest.approx(expected(query, key), rel=1e-6)
 
 
 def test_no_matrix_of_all_scores() -> None:
-    """The plain twin makes a block of rows at a time."""
+    """The naive reference allocates the scores of one block of rows at a time."""
     query = random(1, 1000, 16)
-    with Largest() as largest:
-        plain.attention_entropy(query, query, torch.ones(1, 1000), None, False, False)
-    assert largest.numel == plain.ROWS * 1000
+    with LargestTensor() as largest:
+        naive.attention_entropy(query, query, torch.ones(1, 1000), None, False, False)
+    assert largest.numel == naive.ROWS * 1000
 
 
 QUERY = torch.ones(2, 6, 4, 8)
@@ -214,7 +214,7 @@ def test_mismatch(name: str, given: dict[str, Any]) -> None:
 
 
 def test_registration() -> None:
-    """Schema, fake and dispatch agree."""
+    """`opcheck` accepts the schema, the fake implementation and the dispatch."""
     op = torch.ops.dit_rewrite.attention_entropy.default
     query, key = random(2, 3, 5, 8), random(2, 3, 6, 8, seed=1)
     for options in ({}, {"attn_mask": torch.zeros(6), "scale": 0.5}, {"is_causal": True}):
@@ -222,14 +222,14 @@ def test_registration() -> None:
 
 
 def test_compiled() -> None:
-    """One graph, and what eager gives."""
+    """The op compiles without a graph break and equals eager mode."""
     query, key = random(2, 3, 5, 8), random(2, 3, 6, 8, seed=1)
     compiled = torch.compile(lambda q, k: attention_entropy(q * 2, k) + 1, backend="aot_eager", fullgraph=True)
     assert compiled(query, key).item() == (attention_entropy(query * 2, key) + 1).item()
 
 
 def test_flops() -> None:
-    """The scores of 2 x 3 heads, 5 x 6 of width 8, a multiply-add counted as two."""
+    """Scores of 2 x 3 heads, 5 x 6 with head size 8; a multiply-add counts as two."""
     with FlopCounterMode(display=False) as counter:
         attention_entropy(random(2, 3, 5, 8), random(2, 1, 6, 8), enable_gqa=True)
         attention_entropy(random(2, 3, 5, 8), random(3, 6, 8))

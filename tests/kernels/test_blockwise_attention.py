@@ -1,6 +1,6 @@
-"""Blockwise attention against float64, from the mathematics: kept blocks have the scores of their last recompute.
+"""Blockwise attention against a float64 reference in which kept blocks have the scores of their last recompute.
 
-The kernel runs through Triton's interpreter (or on a GPU), the plain twin beside it. Unwritten memory holds NaN.
+Each test runs the naive reference and the Triton kernel (interpreted, or on a GPU). Uninitialised memory holds NaN.
 """
 
 from __future__ import annotations
@@ -17,18 +17,18 @@ from torch import Generator, Tensor
 
 import dit_rewrite.kernels.blockwise_attention as package
 from dit_rewrite.kernels.blockwise_attention import blockwise_attention, kept_fraction, new_state
+from dit_rewrite.kernels.blockwise_attention.naive import Decision
 from dit_rewrite.kernels.blockwise_attention.op import run
-from dit_rewrite.kernels.blockwise_attention.plain import Decision
 
 INF = math.inf
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 ROUNDING = {torch.float32: 2e-6, torch.bfloat16: 2e-2, torch.float16: 3e-3}  # of outputs of size 1
-pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton")  # NaN in memory that is read and not used
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton")  # NaN in memory that is read but not used
 
 
-@pytest.fixture(scope="module", params=["plain", "triton_kernel"])
+@pytest.fixture(scope="module", params=["naive", "triton_kernel"])
 def ops(request: pytest.FixtureRequest, device: str) -> ModuleType:
-    """The module with `estimate` and `attend`: the plain twin or the kernels."""
+    """The module with `estimate` and `attend`: the naive reference or the Triton kernels."""
     return __import__(f"{package.__name__}.{request.param}", fromlist=["attend"])
 
 
@@ -41,7 +41,7 @@ def qkv(n: int, m: int, d: int, *, b: int = 2, h: int = 2, dtype=torch.float32, 
 
 
 def expanded(mask: Tensor | None, shape: tuple[int, ...]) -> Tensor | float:
-    """A mask as what is added to the scores, float64."""
+    """Convert a mask to the float64 tensor that is added to the scores."""
     if mask is None:
         return 0.0
     added = torch.zeros(mask.shape, dtype=torch.float64, device=mask.device)
@@ -49,7 +49,7 @@ def expanded(mask: Tensor | None, shape: tuple[int, ...]) -> Tensor | float:
 
 
 class Reference:
-    """Scores and values of each (tile, block) as of its last recompute, whole and in float64."""
+    """Float64 reference that keeps the full scores and values of each (tile, block) from its last recompute."""
 
     def __init__(self, tile: int, block: int) -> None:
         self.tile, self.block, self.scores, self.values = tile, block, None, None
@@ -63,12 +63,12 @@ class Reference:
         old, values = (scores, v[:, :, None]) if self.scores is None else (self.scores, self.values)
         self.scores = torch.where(fresh, scores, old)
         self.values = torch.where(fresh[..., None], v[:, :, None], values)  # per query: small shapes only
-        weights = self.scores.softmax(-1).nan_to_num(0.0)  # a wholly masked row gives 0
+        weights = self.scores.softmax(-1).nan_to_num(0.0)  # a fully masked row gives 0
         return (weights[..., None] * self.values).sum(-2)
 
 
 def calls(ops, state, steps, mask, scale, static):
-    """Run steps of (q, k, v, threshold) with the module; yield decisions and outputs."""
+    """Run steps of (q, k, v, threshold) with the module `ops`; yield decision, output and certificate."""
     for q, k, v, threshold in steps:
         seen: list[Decision] = []
 
@@ -109,12 +109,12 @@ def masks(kind: str, n: int, m: int, device: str) -> Tensor | None:
 )
 @settings(max_examples=8, deadline=None)
 def test_steps(device: str, ops, n: int, m: int, part: int, d: int, tile: int, dtype, kind, static, size) -> None:
-    """Outputs are those of the scores and values that the decisions leave; the certificate holds for each."""
+    """The outputs match the reference for the recorded decisions, and the certificate bounds every error."""
     block, mask, scale = min(part, m), masks(kind, n, m, device), 0.3
     q, k, v = qkv(n, m, d, dtype=dtype, device=device)
     steps = []
     for step, threshold in enumerate((INF, 0.0, 8 * size, INF, 4 * size)):
-        grow = torch.arange(n, device=device)[:, None] / n  # tiles that change more and less
+        grow = torch.arange(n, device=device)[:, None] / n  # later tiles change more
         moved = q + (size * step * grow * random(*q.shape, seed=9 + step, device=device)).to(dtype)
         far = 0.0 if static else size * step / 4
         steps.append((moved, k + far * k, v + far * v, threshold))
@@ -131,7 +131,7 @@ def test_steps(device: str, ops, n: int, m: int, part: int, d: int, tile: int, d
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("d", [16, 72, 256])
 def test_as_precise_as_attention(device: str, ops: ModuleType, d: int, dtype: torch.dtype) -> None:
-    """When all is recomputed, at most 1.5 times as far from float64 as PyTorch on average, 3 times at the worst."""
+    """If all is recomputed, the mean error is at most 1.5 times that of PyTorch, and the largest at most 3 times."""
     q, k, v = qkv(70, 75, d, b=1, dtype=dtype, device=device)
     state = new_state(q, k, v, 32, 64)
     out, _ = run(ops, q, k, v, state.tensors, None, -INF, 32, "sound", d**-0.5, True, False)
@@ -142,7 +142,7 @@ def test_as_precise_as_attention(device: str, ops: ModuleType, d: int, dtype: to
 
 
 def test_thresholds(device: str, ops: ModuleType) -> None:
-    """inf keeps, -inf recomputes, 0 is attention; what is not finite is never kept."""
+    """inf keeps, -inf recomputes, 0 equals attention; pairs with a non-finite estimate are never kept."""
     q, k, v = qkv(40, 20, 16, device=device)
     state = new_state(q, k, v, 8, 16)
 
@@ -175,7 +175,7 @@ def test_thresholds(device: str, ops: ModuleType) -> None:
         call(q, -INF)
 
 
-def test_values_that_change_are_not_kept_at_0(device: str, ops: ModuleType) -> None:
+def test_changed_values_are_recomputed_at_threshold_0(device: str, ops: ModuleType) -> None:
     q, k, v = qkv(20, 20, 16, device=device)
     state = new_state(q, k, v, 10, 16, kv_static=False)
     for values in (v, torch.cat((v[:, :, :10], v[:, :, 10:] * 1.001), 2)):
@@ -185,10 +185,10 @@ def test_values_that_change_are_not_kept_at_0(device: str, ops: ModuleType) -> N
     assert kept_fraction(state) == 0.25
 
 
-def test_what_is_loaded(device: str, ops: ModuleType) -> None:
-    """A wholly kept tile loads the merged output alone; a tile in part kept loads partial outputs alone."""
+def test_tensors_loaded(device: str, ops: ModuleType) -> None:
+    """A fully kept tile loads only the merged output; a partly kept tile loads only partial outputs."""
     q, k, v = qkv(32, 16, 16, b=1, h=1, device=device)
-    k[:, :, :8] *= 1e-3  # a change of the queries hardly reaches the first block
+    k[:, :, :8] *= 1e-3  # a change of the queries hardly changes the scores of the first block
     state = new_state(q, k, v, 8, 16)
 
     def call(q: Tensor, threshold: float) -> Tensor:
@@ -210,15 +210,15 @@ def test_what_is_loaded(device: str, ops: ModuleType) -> None:
 
 
 @pytest.mark.parametrize("static", [True, False])
-def test_kernel_as_plain(device: str, static: bool) -> None:
-    """Over a walk both decide alike, and leave states that the other can go on with."""
-    from dit_rewrite.kernels.blockwise_attention import plain, triton_kernel
+def test_kernel_equals_naive(device: str, static: bool) -> None:
+    """Kernel and reference make the same decisions over several steps, and each can continue the other's state."""
+    from dit_rewrite.kernels.blockwise_attention import naive, triton_kernel
 
     q, k, v = qkv(75, 50, 24, device=device)
     states = [new_state(q, k, v, 16, 32, kv_static=static) for _ in range(3)]
     for step in range(5):
         results = []
-        for state, ops in zip(states, (plain, triton_kernel, (plain, triton_kernel)[step % 2]), strict=True):
+        for state, ops in zip(states, (naive, triton_kernel, (naive, triton_kernel)[step % 2]), strict=True):
             seen = list(calls(ops, state, [(q, k, v, 0.3)], None, 0.2, static))
             results.append(seen[0])
         for decision, out, error in results[1:]:
@@ -234,7 +234,7 @@ def test_kernel_as_plain(device: str, static: bool) -> None:
 
 
 def test_masked_rows_and_layout(device: str, ops: ModuleType) -> None:
-    """Wholly masked rows are 0 as in PyTorch; strides are taken as they are, and the output lies as the queries."""
+    """Fully masked rows are 0 as in PyTorch; inputs may have any strides, and the output has those of the queries."""
     q, k, v = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in qkv(20, 24, 32, device=device))
     k, v = k[:, :, ::2], v[..., ::2, ::1]
     mask = torch.ones(20, 12, dtype=torch.bool, device=device)
@@ -248,7 +248,7 @@ def test_masked_rows_and_layout(device: str, ops: ModuleType) -> None:
 
 @pytest.mark.cuda
 def test_offsets_beyond_32_bits() -> None:
-    """The last rows of more than 2^31 numbers are those of PyTorch's attention."""
+    """With more than 2^31 elements the last rows still equal PyTorch's attention."""
     if not torch.cuda.is_available():
         pytest.skip("needs an NVIDIA GPU")
     n, d = (1 << 25) + 7, 64

@@ -1,4 +1,4 @@
-"""That the sound estimate and the certified error are never exceeded, that equation 14 is, and how loose they are."""
+"""The sound estimate and the certified error are never exceeded, equation 14 is; and how loose the bounds are."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from torch import Tensor
 
 from dit_rewrite.kernels.blockwise_attention import State, blockwise_attention, bounds, kept_fraction, new_state
 from dit_rewrite.kernels.blockwise_attention.certificate import certified_error
-from dit_rewrite.kernels.blockwise_attention.plain import estimate
+from dit_rewrite.kernels.blockwise_attention.naive import estimate
 
 INF = math.inf
 
 
 def wrong(out: Tensor, q: Tensor, k: Tensor, v: Tensor, tile: int, mask: Tensor | None = None) -> Tensor:
-    """The greatest error of each tile, in float64."""
+    """Return the greatest error of each tile, in float64."""
     mask = mask if mask is None or mask.dtype == torch.bool else mask.double()
     exact = F.scaled_dot_product_attention(q.double(), k.double(), v.double(), mask)
     error = (out.double() - exact).abs().amax(-1)
@@ -25,7 +25,7 @@ def wrong(out: Tensor, q: Tensor, k: Tensor, v: Tensor, tile: int, mask: Tensor 
 
 
 def report(name: str, error: Tensor, certificate: Tensor) -> Tensor:
-    """Assert that the certificate holds; print and return how many times the error it is."""
+    """Assert that the certificate holds; print and return its ratio to the actual error."""
     assert certificate.isfinite().all()
     assert (error <= certificate).all(), (error / certificate).max()
     loose = (certificate / error.clamp(min=1e-12)).flatten()
@@ -35,14 +35,14 @@ def report(name: str, error: Tensor, certificate: Tensor) -> Tensor:
 
 
 def test_equation_14_is_no_bound() -> None:
-    """One channel of a query rises by 1, the key is -1 there: the score changes by 1, and the equation says 0."""
+    """One query channel grows by 1 where the key is -1: the score changes by 1, but the equation gives 0."""
     q = torch.zeros(1, 1, 2, 16)
     k, v = torch.zeros(1, 1, 1, 16), torch.ones(1, 1, 1, 16)
     k[..., 0] = -1.0
     state = new_state(q, k, v, 1, 16)
     blockwise_attention(q, k, v, state, threshold=INF, block=1, bound="paper")
     now = q.clone()
-    now[0, 0, 0, 0] = 1.0  # the other query stays: max dQ = 1, min dQ = 0
+    now[0, 0, 0, 0] = 1.0  # the other query does not change: max dQ = 1, min dQ = 0
     change = bounds.summary(now - q, 16).unsqueeze(3)
     true = ((now - q) @ k.transpose(-1, -2)).abs().max()
     assert true == 1
@@ -52,13 +52,13 @@ def test_equation_14_is_no_bound() -> None:
         before = state.counters[0].item()
         blockwise_attention(now, k, v, state, threshold=0.01, block=1, bound=bound)
         assert state.counters[0].item() - before == count
-    now[0, 0, 1, 0] = 1.0  # both rise: negative, where both scores change
+    now[0, 0, 1, 0] = 1.0  # both grow: the estimate is negative although both scores change
     change = bounds.summary(now - q, 16).unsqueeze(3)
     assert bounds.paper(change, state.k_stats).item() == pytest.approx(-1, rel=1e-4)
 
 
 def test_equation_14_as_printed() -> None:
-    """By loops, on the queries' change since the pair's recompute; no scale."""
+    """`bounds.paper` equals explicit loops over the queries' change since the pair's recompute, without the scale."""
     torch.manual_seed(0)
     q, k, v = torch.randn(1, 1, 32, 16), torch.randn(1, 1, 11, 16), torch.randn(1, 1, 11, 16)
     state = new_state(q, k, v, 4, 16)
@@ -74,7 +74,7 @@ def test_equation_14_as_printed() -> None:
 
 
 def test_corners_by_brute_force() -> None:
-    """The least and greatest sum over 3 channels of products of two intervals, of all 64 choices of their ends."""
+    """The interval bound equals the extremes of the sum over 3 channels for all 64 choices of interval ends."""
     torch.manual_seed(0)
     changes, keys = (torch.randn(200, 2, 3).sort(1).values for _ in range(2))
     ends = torch.cartesian_prod(*[torch.arange(2)] * 3)
@@ -82,7 +82,7 @@ def test_corners_by_brute_force() -> None:
     for change, key in zip(changes, keys, strict=True):
         a, b = (torch.stack([box[end, channel] for end in ends]) for box in (change, key))
         expected = (a @ b.T).abs().max()
-        long = torch.tensor([1e9])  # so that the lengths say nothing
+        long = torch.tensor([1e9])  # so that the Cauchy-Schwarz bound is never the smaller one
         summaries = [torch.cat((box.flatten(), long))[None, None, None] for box in (change, key)]
         given = bounds.sound(summaries[0].unsqueeze(3), summaries[1], -2.0, None, None)
         assert 0 <= given.item() - 2 * expected <= 1e-3
@@ -93,7 +93,7 @@ def test_corners_by_brute_force() -> None:
 
 @pytest.mark.parametrize("what", ["keys", "values", "both"])
 def test_drift_of_keys_and_values(what: str) -> None:
-    """One tile recomputes all blocks at each step, so that the references move; the other keeps, and must add up."""
+    """One tile recomputes all blocks at each step, which moves the references; the other must add up the moves."""
     torch.manual_seed(0)
     q, k, v = torch.ones(50, 1, 32, 16), torch.randn(50, 1, 8, 16), torch.randn(50, 1, 8, 16)
     sign = torch.tensor([1.0, -1.0]).repeat(4)[:, None]
@@ -112,24 +112,24 @@ def test_drift_of_keys_and_values(what: str) -> None:
     assert loose.median() < (1.1 if what == "values" else 12)
 
 
-@pytest.mark.parametrize("moving", [False, True])
-def test_sound_estimates(moving: bool) -> None:
-    """Of 2,000 tiles over 20 steps: no score of a kept pair is off by more than its estimate, so than the threshold."""
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_sound_estimates(dynamic: bool) -> None:
+    """For 2,000 tiles over 20 steps, no score of a kept pair is off by more than its estimate or the threshold."""
     torch.manual_seed(0)
     q, k, v = (torch.randn(500, 4, rows, 16) for rows in (16, 9, 9))
     k = k * torch.tensor([0.1, 1, 1]).repeat_interleave(3)[:, None]
-    state = new_state(q, k, v, 3, 16, kv_static=not moving)
+    state = new_state(q, k, v, 3, 16, kv_static=not dynamic)
     then, threshold, ratios = torch.zeros(500, 4, 16, 9), 0.3, []
     naive = 0.0
     for _ in range(20):
         scores = (q @ k.transpose(-1, -2)).double() * 0.25
-        keys = None
-        if moving:
-            from dit_rewrite.kernels.blockwise_attention.moving import measure_keys
+        kv_change = None
+        if dynamic:
+            from dit_rewrite.kernels.blockwise_attention.dynamic_kv import measure_kv_change
 
-            keys = measure_keys(state, k, v)
-        decision = estimate(q, k, state, keys, threshold, 0.25, False)
-        blockwise_attention(q, k, v, state, threshold=threshold, block=3, bound="sound", kv_static=not moving)
+            kv_change = measure_kv_change(state, k, v)
+        decision = estimate(q, k, state, kv_change, threshold, 0.25, False)
+        blockwise_attention(q, k, v, state, threshold=threshold, block=3, bound="sound", kv_static=not dynamic)
         again = decision.recompute.repeat_interleave(3, -1)
         off = torch.where(again, 0.0, (scores - then).abs()).unflatten(-1, (3, 3)).amax((2, 4))
         bound = torch.where(decision.recompute, 0.0, decision.score_change).squeeze(2)
@@ -139,9 +139,9 @@ def test_sound_estimates(moving: bool) -> None:
         step = 0.02 * torch.randn_like(q)
         naive = max(naive, 0.25 * (step @ k.transpose(-1, -2)).abs().max().item())
         q = q + step
-        if moving:
+        if dynamic:
             k, v = k + 0.005 * torch.randn_like(k), v + 0.005 * torch.randn_like(v)
-    assert naive < threshold < 1  # one step alone never reaches the threshold: only what adds up does
+    assert naive < threshold < 1  # a single step never reaches the threshold, only the accumulated change does
     assert 0.1 < kept_fraction(state) < 0.95
     ratio = torch.cat(ratios)
     print(f"\nestimate / greatest change of a score: median {ratio.median():.3g}")
@@ -150,7 +150,7 @@ def test_sound_estimates(moving: bool) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_ten_thousand_cases(dtype: torch.dtype) -> None:
-    """Changes from nothing to more than the queries themselves, peaked and flat scores, with and without a mask."""
+    """Changes from 0 to more than the size of the queries, peaked and flat scores, with and without a mask."""
     torch.manual_seed(0)
     cases = 10_000 if dtype == torch.float32 else 2_000
     q, k, v = (torch.randn(cases, 1, rows, 16) for rows in (16, 10, 10))
@@ -173,9 +173,9 @@ def test_ten_thousand_cases(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("bound", ["sound", "paper"])
 def test_planted_sign(bound: str) -> None:
-    """All changes of one sign and all keys of one sign in a block: an estimate that misses corners fails there.
+    """All changes and all keys of a block have one sign, where an estimate without all four products fails.
 
-    Here the bound is nearly attained, for small changes: it is not loose for nothing.
+    For small changes the bound is nearly attained here.
     """
     torch.manual_seed(0)
     q = torch.randn(1000, 1, 16, 16).mean((2, 3), keepdim=True).expand(-1, -1, 16, 16).contiguous()
@@ -193,17 +193,17 @@ def test_planted_sign(bound: str) -> None:
         assert loose.min() >= 1 and loose.median() < 1.5
 
 
-@pytest.mark.parametrize("moving", [False, True])
+@pytest.mark.parametrize("dynamic", [False, True])
 @pytest.mark.parametrize("threshold", [INF, 0.4])
-def test_walks(threshold: float, moving: bool) -> None:
-    """20 steps in one direction plus noise, certified at each; by the last step alone the bound would be exceeded."""
+def test_walks(threshold: float, dynamic: bool) -> None:
+    """20 steps in one direction plus noise, certified at each; a bound from the last step alone is exceeded."""
     torch.manual_seed(0)
     q, k, v = (torch.randn(100, 2, rows, 16) for rows in (40, 21, 21))
     direction = torch.randn(100, 2, 1, 16)
-    state, naive = (new_state(q, k, v, 8, 16, kv_static=not moving) for _ in range(2))
+    state, naive = (new_state(q, k, v, 8, 16, kv_static=not dynamic) for _ in range(2))
     exceeded = 0
     for _ in range(20):
-        options = {"block": 8, "bound": "sound", "kv_static": not moving, "certify": True}
+        options = {"block": 8, "bound": "sound", "kv_static": not dynamic, "certify": True}
         out, certificate = blockwise_attention(q, k, v, state, threshold=threshold, **options)
         error = wrong(out, q, k, v, 16)
         assert (error <= certificate).all() and certificate.isfinite().all()
@@ -211,15 +211,15 @@ def test_walks(threshold: float, moving: bool) -> None:
         exceeded += int((wrong(out, q, k, v, 16) > short).sum())
         _forget(naive, q, k, v)
         q = q + 0.03 * direction + 0.01 * torch.randn_like(q)
-        if moving:
+        if dynamic:
             k, v = k + 0.003 * torch.randn_like(k), v + 0.003 * torch.randn_like(v)
-    loose = report(f"walk of 20 steps, threshold {threshold}, moving {moving}", error, certificate)
+    loose = report(f"walk of 20 steps, threshold {threshold}, dynamic {dynamic}", error, certificate)
     assert (loose >= 1).all()
     assert exceeded > 300 and certificate.median() < v.abs().max()
 
 
 def _forget(state: State, q: Tensor, k: Tensor, v: Tensor) -> None:
-    """Compare with the last step only, as a naive implementation would: forget what had moved before."""
+    """Reset the accumulated moves, so that the next call compares with the last step only."""
     tiles = F.pad(q, (0, 0, 0, -q.shape[2] % 16)).unflatten(2, (-1, 16))
     state.q_ref.copy_(tiles)
     state.q_moved.zero_()
@@ -231,10 +231,10 @@ def _forget(state: State, q: Tensor, k: Tensor, v: Tensor) -> None:
 
 
 def test_certificate_by_hand() -> None:
-    """Two keys of mass 1/2 in blocks of their own, values -1 and 1, both scores off by at most e.
+    """Two keys of weight 1/2 in separate blocks, with values -1 and 1, and both scores off by at most e.
 
-    The odds change by exp(2 e), so the weight of a key becomes at most exp(2 e) / (1 + exp(2 e)): the output, 0, is
-    off by at most tanh(e), and the bound says 2 tanh(e / 2).
+    The odds change by exp(2 e), so the weight of a key becomes at most exp(2 e) / (1 + exp(2 e)). The output, 0, is
+    then off by at most tanh(e), and the certified bound is 2 tanh(e / 2).
     """
     q, k = torch.zeros(1, 1, 1, 16), torch.zeros(1, 1, 2, 16)
     k[0, 0, :, 0] = torch.tensor([1.0, -1.0])
@@ -251,8 +251,8 @@ def test_certificate_by_hand() -> None:
         assert certificate.item() == pytest.approx(min(2 * math.tanh(e / 2), 1.0), rel=2e-3, abs=2e-4)
 
 
-def test_certificate_of_not_finite() -> None:
-    """A NaN has no bound: the certificate is NaN, which no comparison takes for small."""
+def test_certificate_of_nan() -> None:
+    """A NaN in the queries makes the certificate NaN, so that no comparison accepts it as small."""
     q, k, v = (torch.randn(1, 1, 16, 16) for _ in range(3))
     state = new_state(q, k, v, 16, 16)
     q[0, 0, 3, 3] = math.nan
@@ -262,8 +262,8 @@ def test_certificate_of_not_finite() -> None:
 
 
 @pytest.mark.parametrize("size", [1e-30, 1e-22, 1.0, 1e18, 1e25])
-def test_the_length_of_a_row_is_right_at_any_size(size: float) -> None:
-    """Its squares are out of float32's range for all but 1: the summary's length is still a bound, and a close one."""
+def test_row_norms_of_any_size(size: float) -> None:
+    """The summary's norm is a tight bound even if the squares overflow or underflow float32 (all sizes but 1)."""
     x = torch.randn(1, 1, 6, 16, generator=torch.Generator().manual_seed(0)) * size
     found = bounds.summary(x, 6)[0, 0, 0, -1].double()
     exact = torch.linalg.vector_norm(x.double(), dim=-1).amax()

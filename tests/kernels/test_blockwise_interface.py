@@ -1,4 +1,4 @@
-"""The interface of blockwise attention: bytes, reset, registration, compilation, errors, and its arithmetic."""
+"""Interface of blockwise attention: state size, reset, registration, compilation, errors, and the cost model."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def test_bytes(shape: tuple[int, ...], m: int, block: int, tile: int, static: bo
 
 
 def test_reset() -> None:
-    """After a reset the op answers as with a new state, whatever was in it."""
+    """After a reset the op gives the results of a new state."""
     q, k, v = qkv(20, 20, 16)
     for static in (True, False):
         state = new_state(q, k, v, 10, 16, kv_static=static)
@@ -61,7 +61,7 @@ def test_registration(certify: bool) -> None:
 
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 def test_compiled(backend: str) -> None:
-    """Compiled, the op changes the state in place and answers as in eager mode, infinite thresholds too."""
+    """The compiled op updates the state in place and equals eager mode, also with infinite thresholds."""
     q, k, v = qkv(20, 20, 16)
     eager, compiled = (new_state(q, k, v, 10, 16) for _ in range(2))
 
@@ -116,22 +116,22 @@ def test_errors(name: str, changes: dict) -> None:
 
 
 @pytest.mark.parametrize("tile", [8, 24, 0])
-def test_tiles_that_do_not_exist(tile: int) -> None:
+def test_invalid_tiles(tile: int) -> None:
     q, k, v = qkv(20, 20, 16)
     with pytest.raises(BadParameter, match="tile"):
         new_state(q, k, v, 10, tile)
 
 
 def test_arithmetic() -> None:
-    """By hand: 64 channels of 2 bytes, 8 more for m and l, 136 bytes; 4 * 64 FLOPs a key; 206.25 FLOPs a byte."""
+    """By hand: 64 channels of 2 bytes and 8 for m and l make 136 bytes; 4 * 64 FLOPs a key; 206.25 FLOPs a byte."""
     peak = 990e12 / 4.8e12
     assert package.break_even_block(64, 2, peak) == pytest.approx(136 * 206.25 / 256)
     assert package.break_even_keys(2, peak) == pytest.approx(412.5)
-    # 300 keys, half kept: 3 blocks load or store 136 bytes, and 6 vectors of 128 are moved; attention is compute-bound
+    # 300 keys, half kept: 3 blocks of 136 bytes and 6 vectors of 128 bytes are moved; attention is compute-bound
     compute = 4 * 64 * 300 / peak
     assert package.speedup(300, 100, 64, 2, peak, 0.5) == pytest.approx(compute / (3 * 136 + 6 * 128))
     assert package.speedup(300, 100, 64, 2, peak, 0.5, 1.0) == pytest.approx(compute / (4 * 128))
-    assert package.speedup(1 << 20, 1 << 15, 64, 2, peak, 0.75) == pytest.approx(4)  # all in the FLOPs
+    assert package.speedup(1 << 20, 1 << 15, 64, 2, peak, 0.75) == pytest.approx(4)  # compute-bound
     for keys, block, *table in (
         (120, 120, 0.28, 0.36, 0.5),
         (1024, 256, 0.97, 1.39, 2.48),
@@ -142,7 +142,7 @@ def test_arithmetic() -> None:
 
 
 def test_flops() -> None:
-    """As PyTorch counts attention when nothing is kept; by the kept fraction of the counters otherwise."""
+    """The count equals PyTorch's for attention if nothing is kept, and shrinks with the kept fraction otherwise."""
     from torch.utils.flop_counter import sdpa_flop_count
 
     shape, other = (2, 3, 70, 24), (2, 3, 50, 24)

@@ -1,4 +1,4 @@
-"""The relative L1 change against its definition in float64, in plain PyTorch and in Triton."""
+"""Relative L1 change of the naive reference and of the Triton kernel, against the definition in float64."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Generator, Tensor
 
 from dit_rewrite.errors import BadParameter
-from dit_rewrite.kernels.relative_l1 import plain, relative_l1
+from dit_rewrite.kernels.relative_l1 import naive, relative_l1
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton")  # the interpreter's 0/0 and log 0
@@ -20,7 +20,7 @@ Op = Callable[[Tensor, Tensor], Tensor]
 
 
 def triton_small(current: Tensor, reference: Tensor) -> Tensor:
-    """The kernel with few small programs, so that each takes several blocks."""
+    """Run the kernel with few programs and small blocks, so that each program handles several blocks."""
     from dit_rewrite.kernels.relative_l1.triton_kernel import launch
 
     return launch(current, reference, block=32, max_programs=3)
@@ -34,12 +34,12 @@ def triton_default(current: Tensor, reference: Tensor) -> Tensor:
 
 @pytest.fixture(params=[relative_l1, triton_small, triton_default])
 def op(request: pytest.FixtureRequest) -> Op:
-    """The registered op (plain on a CPU), and its kernel."""
+    """The registered op (the naive reference on a CPU), and its Triton kernel."""
     return request.param
 
 
 def expected(current: Tensor, reference: Tensor) -> float:
-    """sum |current - reference| / sum |reference| in float64."""
+    """Compute sum |current - reference| / sum |reference| in float64."""
     current, reference = current.double(), reference.double()
     return ((current - reference).abs().sum() / reference.abs().sum()).item()
 
@@ -65,7 +65,7 @@ def test_definition(device: str, op: Op, shape: list[int], dtype: torch.dtype, s
 
 
 def views(tensor: Tensor) -> dict[str, Tensor]:
-    """Tensors of 6 x 10 with the layouts that tensors come in."""
+    """Return 6 x 10 tensors with various memory layouts."""
     return {
         "contiguous": tensor[:6, :10].clone(),
         "transposed": tensor[:10, :6].clone().T,
@@ -78,14 +78,14 @@ def views(tensor: Tensor) -> dict[str, Tensor]:
 @pytest.mark.parametrize("a", views(torch.empty(12, 30)))
 @pytest.mark.parametrize("b", views(torch.empty(12, 30)))
 def test_strides(device: str, op: Op, a: str, b: str) -> None:
-    """Elements are paired by index, wherever they lie."""
+    """Elements are paired by index whatever the strides."""
     current, reference = views(random(12, 30, device=device))[a], views(random(12, 30, seed=1, device=device))[b]
     assert op(current, reference).item() == pytest.approx(expected(current, reference), rel=2e-6)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_long_sums_keep_their_precision(device: str, dtype: torch.dtype) -> None:
-    """A million equal terms: a running float32 sum would be off by 1e-3, one in low precision would stop at 256."""
+    """With a million equal terms a running float32 sum is off by 1e-3, and a bfloat16 sum stops growing at 256."""
     reference = torch.full((1 << 20,), 0.1, dtype=dtype, device=device)
     current = reference * 2
     for op in (relative_l1, triton_default):
@@ -106,16 +106,16 @@ def test_long_sums_keep_their_precision(device: str, dtype: torch.dtype) -> None
     ],
 )
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_nothing_proves_similarity(
+def test_no_false_similarity(
     device: str, op: Op, dtype: torch.dtype, current: list[float], reference: list[float], result: float
 ) -> None:
-    """What is not a number says so, and a change from nothing is infinite."""
+    """NaN and inf propagate, 0/0 is NaN, and a change relative to zero is infinite."""
     tensors = (torch.tensor(values, dtype=dtype, device=device) for values in (current, reference))
     assert op(*tensors).item() == pytest.approx(result, nan_ok=True)
 
 
-def test_a_scalar_and_empty_axes(device: str, op: Op) -> None:
-    """No dimensions, and a dimension of size 0."""
+def test_scalars_and_empty_axes(device: str, op: Op) -> None:
+    """0-d tensors, and tensors with a dimension of size 0."""
     assert op(torch.tensor(3.0, device=device), torch.tensor(2.0, device=device)).item() == 0.5
     assert math.isnan(op(torch.ones(3, 0, 2, device=device), torch.ones(3, 0, 2, device=device)).item())
 
@@ -126,9 +126,9 @@ def test_deterministic(device: str, op: Op) -> None:
     assert op(current, reference).item() == op(current, reference).item()
 
 
-def test_blocks_of_the_plain_twin(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The sum over blocks is the sum."""
-    monkeypatch.setattr(plain, "BLOCK", 7)
+def test_naive_sums_by_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The result does not depend on the block size."""
+    monkeypatch.setattr(naive, "BLOCK", 7)
     current, reference = random(5, 11), random(5, 11, seed=1)
     assert relative_l1(current, reference).item() == pytest.approx(expected(current, reference), rel=2e-6)
 
@@ -149,14 +149,14 @@ def test_mismatch(current: Tensor, reference: Tensor, name: str) -> None:
 
 
 def test_registration() -> None:
-    """Schema, fake and dispatch agree."""
+    """`opcheck` accepts the schema, the fake implementation and the dispatch."""
     arguments = (random(3, 4), random(4, 3, seed=1).T)
     assert set(torch.library.opcheck(torch.ops.dit_rewrite.relative_l1.default, arguments).values()) == {"SUCCESS"}
 
 
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 def test_compiled(backend: str) -> None:
-    """One graph, and what eager gives."""
+    """The op compiles without a graph break and equals eager mode."""
 
     def change(current: Tensor, reference: Tensor) -> Tensor:
         return relative_l1(current * 2, reference) + 1

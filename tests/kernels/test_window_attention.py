@@ -1,4 +1,4 @@
-"""Window attention with a residual against its definition in float64, in plain PyTorch and in Triton."""
+"""Window attention of the naive reference and of the Triton kernel, against the definition in float64."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from torch import Generator, Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from dit_rewrite.errors import BadParameter
-from dit_rewrite.kernels.window_attention import paper_window, plain, window_flops, window_refresh, window_reuse
+from dit_rewrite.kernels.window_attention import naive, paper_window, window_flops, window_refresh, window_reuse
 from dit_rewrite.kernels.window_attention.geometry import make_window
-from tests.kernels.largest import Largest
+from tests.kernels.largest_tensor import LargestTensor
 
 KERNELS = Path(__file__).parents[2] / "kernels"
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -43,7 +43,7 @@ WINDOWS: list[tuple[int, dict[str, Any]]] = [
 
 
 def triton(block: tuple[int, int] | None = None) -> Ops:
-    """The kernels, with the ops' arguments; with tiles (queries, keys) where they are given."""
+    """Return the kernels as functions with the arguments of the ops; `block` is (queries, keys) of a tile."""
 
     def arguments(
         query: Tensor, window: Any, grid: Any = None, prefix: int = 0, attn_mask: Any = None, scale: Any = None
@@ -68,13 +68,13 @@ OPS = {"op": (window_refresh, window_reuse), "16x32": triton((16, 32))}
 
 @pytest.fixture(params=OPS)
 def ops(request: pytest.FixtureRequest) -> Ops:
-    """The registered ops (plain on a CPU), and their kernels with small tiles, so that there are several of each."""
+    """The registered ops (the naive reference on a CPU), and the Triton kernels with small tiles."""
     return OPS[request.param]
 
 
 @functools.cache
 def visible(tokens: int, window: tuple[int, ...], grid: tuple[int, ...] | None = None, prefix: int = 0) -> Tensor:
-    """Which keys each query sees, pair by pair."""
+    """Return which keys are in the window of each query, from a loop over all pairs."""
     places = list(itertools.product(*map(range, grid or (tokens - prefix,))))
     seen = torch.ones(tokens, tokens, dtype=torch.bool)
     for (i, a), (j, b) in itertools.product(enumerate(places), repeat=2):
@@ -85,7 +85,7 @@ def visible(tokens: int, window: tuple[int, ...], grid: tuple[int, ...] | None =
 def expected(
     query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, scale: float | None = None, **where: Any
 ) -> tuple[Tensor, Tensor]:
-    """O and W in float64; zero for rows without keys."""
+    """Compute O and W in float64; fully masked rows are 0."""
     query, key, value = query.double(), key.double(), value.double()
     scores = query @ key.mT * (1 / math.sqrt(query.shape[-1]) if scale is None else scale)
     if attn_mask is not None and attn_mask.dtype == torch.bool:
@@ -102,7 +102,7 @@ def random(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32, devic
 
 
 def qkv(tokens: int, size: int = 16, batch: int = 1, heads: int = 2, **options: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """(batch, heads, tokens, size), each a view of one projection, as models have it."""
+    """Return q, k and v (batch, heads, tokens, size) as views of one fused projection."""
     query, key, value = random(batch, tokens, 3, heads, size, **options).unbind(2)
     return query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
 
@@ -114,7 +114,7 @@ def close(result: Tensor, reference: Tensor, tolerance: float) -> bool:
 @pytest.mark.parametrize(("tokens", "where"), WINDOWS)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_definition(device: str, ops: Ops, tokens: int, where: dict[str, Any], dtype: torch.dtype) -> None:
-    """O, R = O - W, and W + R, by DiTFastAttn's equations 1 and 2."""
+    """The ops give O, R = O - W, and W + R (DiTFastAttn, equations 1 and 2)."""
     refresh, reuse = ops
     q, k, v = qkv(tokens, dtype=dtype, device=device)
     full, near = expected(q, k, v, **where)
@@ -137,7 +137,7 @@ def test_any_window(
     device: str, name: str, sizes: list[int], prefix: int, data: st.DataObject, size: int, mask: str,
     scale: float | None, seed: int,
 ) -> None:  # fmt: skip
-    """Grids, prefixes, head sizes, masks and scales; rows whose window is masked throughout among them."""
+    """Random grids, prefixes, head sizes, masks and scales, including rows whose window is fully masked."""
     sizes = [sizes[0] * 8] if len(sizes) == 1 else sizes
     window = tuple(data.draw(st.integers(0, n - 1)) for n in sizes)
     where = {"window": window, "grid": None if len(sizes) == 1 else tuple(sizes), "prefix": prefix}
@@ -161,10 +161,10 @@ def distance(result: Tensor, reference: Tensor) -> float:
 @pytest.mark.parametrize("size", [16, 72, 128, 256])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_as_precise_as_attention(device: str, ops: Ops, size: int, dtype: torch.dtype) -> None:
-    """O and W lie no further (RMS) from float64 than twice PyTorch's own attention, masked likewise, in the dtype.
+    """The RMS error of O and W is at most twice that of PyTorch's attention with the same mask and dtype.
 
-    Twice, because sums in another order differ from one another; in low precision the kernels round the weights
-    before they multiply the values, as PyTorch's own kernels for GPUs do.
+    The factor of two allows for another order of summation, and in low precision for the rounding of the weights
+    before they multiply the values, which PyTorch's own GPU kernels do as well.
     """
     where = {"window": (9,), "prefix": 3}
     q, k, v = qkv(75, size, dtype=dtype, device=device)
@@ -177,7 +177,7 @@ def test_as_precise_as_attention(device: str, ops: Ops, size: int, dtype: torch.
 
 
 def test_default_tiles(device: str) -> None:
-    """The tile that is chosen where none is given, over and over on a GPU while it is tuned."""
+    """The default tile; on a GPU, every tile that autotuning tries."""
     q, k, v = qkv(70, 24, device=device)
     full, near = expected(q, k, v, window=(7,), prefix=3)
     refresh, reuse = triton()
@@ -187,14 +187,14 @@ def test_default_tiles(device: str) -> None:
 
 
 def test_by_hand(device: str, ops: Ops) -> None:
-    """A token that sees only itself has its own value; one that sees all leaves no residual."""
+    """A window of only the token itself returns its value; a window of all tokens leaves a residual of 0."""
     refresh, reuse = ops
     q, k, v = qkv(19, device=device)
     residual = random(1, 2, 19, 16, seed=1, device=device)
     assert torch.equal(reuse(q, k, v, residual, (0,)), v + residual)
     assert torch.equal(reuse(q, k, v, residual, (0, 0), (1, 19)), v + residual)
     assert not refresh(q, k, v, (18,))[1].any()
-    assert not refresh(q, k, v, (0,), prefix=18)[1].any()  # one token after the prefix: all see all
+    assert not refresh(q, k, v, (0,), prefix=18)[1].any()  # one token after the prefix: all attend to all
     zero, ones = torch.zeros_like(q), torch.zeros_like(q)
     ones[:, :, 4] = 19  # equal scores: the mean of the 3 values within the window, or of all 19
     out, residual = refresh(zero, k, ones, (1,))
@@ -205,7 +205,7 @@ def test_by_hand(device: str, ops: Ops) -> None:
 
 
 def test_masked_windows(device: str, ops: Ops) -> None:
-    """A window masked throughout gives W = 0 and R = O; a row masked throughout gives O = 0."""
+    """A fully masked window gives W = 0 and R = O; a fully masked row gives O = 0."""
     q, k, v = qkv(40, device=device)
     mask = torch.ones(40, 40, dtype=torch.bool, device=device)
     mask[10, 5:16] = False
@@ -219,7 +219,7 @@ def test_masked_windows(device: str, ops: Ops) -> None:
 
 
 def test_weak_windows(device: str, ops: Ops) -> None:
-    """A window is no less exact where all of its scores are far below those outside of it."""
+    """W stays accurate if all scores in the window are far below those outside it."""
     q, k, v = qkv(40, device=device)
     mask = torch.zeros(40, 40, device=device)
     mask[:, :30] = -1000
@@ -228,15 +228,15 @@ def test_weak_windows(device: str, ops: Ops) -> None:
     assert close(out, full, 5e-6) and close(residual, full - near, 1e-4)  # scores near 1000 are 6e-5 apart
 
 
-def test_the_least_number_is_a_score(device: str, ops: Ops) -> None:
-    """Padding by the least float32 leaves a row that it fills with equal scores, as in attention itself."""
+def test_lowest_float_is_a_score(device: str, ops: Ops) -> None:
+    """A row padded entirely with the lowest float32 has equal scores, as in attention."""
     q, k, v = qkv(21, device=device)
     out, _ = ops[0](q, k, v, (3,), attn_mask=torch.full((21,), LEAST, device=device))
     torch.testing.assert_close(out, v.mean(2, keepdim=True).expand_as(v))
 
 
 def test_layout(device: str, ops: Ops) -> None:
-    """Results lie in memory as the query does; inputs may lie anyhow."""
+    """Results have the memory layout of the query; inputs may have any strides."""
     q, k, v = qkv(20, device=device)
     for query in (q.contiguous(), q.transpose(1, 2).contiguous().transpose(1, 2), q):
         out, residual = ops[0](query, k.contiguous(), v.mT.contiguous().mT, (2,))
@@ -258,8 +258,8 @@ def test_layout(device: str, ops: Ops) -> None:
         ({"window": (1, 0, 15), "grid": (2, 5, 16)}, range(32, 48), {*range(32, 48), *range(112, 128)}),
     ],
 )
-def test_reuse_reads_what_it_must(device: str, where: dict[str, Any], rows: range, reached: Any) -> None:
-    """Keys whose tile of 16 lies outside of the window of a tile of 16 queries are not read: they are NaN here."""
+def test_reuse_skips_far_tiles(device: str, where: dict[str, Any], rows: range, reached: Any) -> None:
+    """Key tiles of 16 outside the window of a tile of 16 queries are not read; the test sets them to NaN."""
     q, k, v = qkv(160, heads=1, device=device)
     near = expected(q, k, v, **where)[1]
     k, v = k.clone(), v.clone()
@@ -271,24 +271,24 @@ def test_reuse_reads_what_it_must(device: str, where: dict[str, Any], rows: rang
         assert close(result, near, 5e-6)
 
 
-def test_plain_reuse_leaves_out_keys(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On a CPU too: a block of queries multiplies the keys that it sees, and no matrix of all scores is made."""
-    monkeypatch.setattr(plain, "ROWS", 16)
+def test_naive_reuse_skips_keys(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The naive reference multiplies only keys in the window of a block, and never allocates all scores."""
+    monkeypatch.setattr(naive, "ROWS", 16)
     q, k, v = qkv(1000, 1, heads=1)
     shape = make_window("test", 1000, (20,), None, 0)
-    with Largest() as largest, FlopCounterMode(display=False) as counter:
-        plain.window_reuse(q, k, v, q, shape, None, None)
+    with LargestTensor() as largest, FlopCounterMode(display=False) as counter:
+        naive.window_reuse(q, k, v, q, shape, None, None)
     multiplied = sum(min(1000, start + 16 + 20) - max(0, start - 20) for start in range(0, 992, 16)) * 16
     multiplied += 8 * (8 + 20)
     assert counter.get_total_flops() == 2 * 2 * multiplied
-    with Largest() as refresh:
-        plain.window_refresh(q, k, v, shape, torch.zeros(1000), None)
+    with LargestTensor() as refresh:
+        naive.window_refresh(q, k, v, shape, torch.zeros(1000), None)
     assert largest.numel <= refresh.numel == 16 * 1000
 
 
 @pytest.mark.parametrize(("tokens", "where"), WINDOWS)
 def test_flops(tokens: int, where: dict[str, Any]) -> None:
-    """4 d for each visible pair, counted; refresh is attention in full and half of that again."""
+    """Reuse counts 4 d per visible pair; refresh counts full attention plus 2 d per visible pair."""
     q, k, v = qkv(tokens, 8, batch=2, heads=3)
     pairs = int(visible(tokens, **where).sum())
     assert window_flops(q.shape, k.shape, **where) == 4 * 8 * (2 * 3) * pairs
@@ -300,8 +300,8 @@ def test_flops(tokens: int, where: dict[str, Any]) -> None:
     assert counter.get_total_flops() == 8 * (2 * 3) * (4 * tokens**2 + 2 * pairs)
 
 
-def test_the_window_of_the_paper() -> None:
-    """An eighth on each side: 2/8 of the matrix but for two corners of 1/128 each, 23.4 %."""
+def test_paper_window() -> None:
+    """An eighth of the tokens on each side: 2/8 of the matrix minus two corners of 1/128 each, 23.4 %."""
     shape = (1, 1, 4096, 64)
     assert paper_window(4096) == (512,)
     assert window_flops(shape, shape, paper_window(4096)) / (4 * 64 * 4096**2) == pytest.approx(30 / 128, abs=1 / 4096)
@@ -350,7 +350,7 @@ def test_residual_mismatch(residual: Tensor) -> None:
 
 
 def test_registration() -> None:
-    """Schema, fake (with the strides) and dispatch agree."""
+    """`opcheck` accepts the schema, the fake implementation (strides included) and the dispatch."""
     q, k, v = qkv(12)
     for where in ({"window": (2,)}, {"window": (1, 2), "grid": (2, 5), "prefix": 2, "attn_mask": torch.zeros(12)}):
         refresh, reuse = torch.ops.dit_rewrite.window_refresh.default, torch.ops.dit_rewrite.window_reuse.default
@@ -359,7 +359,7 @@ def test_registration() -> None:
 
 
 def test_compiled() -> None:
-    """One graph, and what eager gives."""
+    """The ops compile without a graph break and equal eager mode."""
 
     def step(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         out, residual = window_refresh(query * 2, key, value, (1, 2), grid=(3, 4))
@@ -370,8 +370,8 @@ def test_compiled() -> None:
 
 
 @pytest.mark.parametrize("name", ["relative_l1", "attention_entropy", "window_attention"])
-def test_another_name_is_refused(name: str) -> None:
-    """Loaded by another name the file would register its ops over the first."""
+def test_import_under_another_name_fails(name: str) -> None:
+    """Importing an op file under another module name fails, because it would register the ops twice."""
     with pytest.raises(ImportError, match="dit_rewrite.kernels"):
         runpy.run_path(str(KERNELS / name / "op.py"), run_name=f"kernels.{name}.op")
 

@@ -1,9 +1,9 @@
-"""The second stage of a reduction: what the programs of the first stage summed becomes one number.
+"""Second stage of a two-stage reduction: one program adds the partial sums of the first stage's programs.
 
-Neither stage uses atomics, so the order of the sum is fixed and two runs agree bit for bit.
+Neither stage uses atomics, so the order of summation is fixed and two runs agree bit for bit.
 """
 
-# The arguments of kernels have no types in Python.
+# Arguments of Triton kernels have no Python types.
 # ruff: noqa: ANN001, ANN201
 # mypy: disable-error-code="no-untyped-def"
 
@@ -17,7 +17,7 @@ from torch import Tensor
 
 @triton.jit
 def ratio_kernel(partials, out, count, BLOCK: tl.constexpr):
-    """One program: the sum of the first row of `partials` over that of the second."""
+    """Write the sum of the first row of `partials` (2, count) over the sum of the second. Runs as one program."""
     numerator = tl.zeros((BLOCK,), tl.float64)
     denominator = tl.zeros((BLOCK,), tl.float64)
     for start in range(0, count, BLOCK):
@@ -29,7 +29,10 @@ def ratio_kernel(partials, out, count, BLOCK: tl.constexpr):
 
 
 def ratio_of_sums(partials: Tensor) -> Tensor:
-    """The first row's sum over the second's, float32; `partials` is (2, count) in float64. 0/0 is NaN."""
+    """Return sum(partials[0]) / sum(partials[1]) as a 0-d float32 tensor; `partials` is (2, count) float64.
+
+    0/0 is NaN.
+    """
     out = torch.empty((), dtype=torch.float32, device=partials.device)
     ratio_kernel[(1,)](partials, out, partials.shape[1], BLOCK=1024, num_warps=4)
     return out

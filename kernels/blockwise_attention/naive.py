@@ -1,9 +1,9 @@
-"""Blockwise attention in plain PyTorch: the mathematics, and what runs on a CPU.
+"""Naive reference of blockwise attention in PyTorch; the op runs it on a CPU.
 
-For each key block j: S = q k_j^T scale (+ mask), m_j = rowmax S, P = exp(S - m_j), l_j = rowsum P, T_j = P v_j, or all
-three from the cache; then, with m = max m_j, the output is sum exp(m_j - m) T_j / sum exp(m_j - m) l_j. This is
-CachedAttention's Algorithm 2, whose loop runs over blocks (printed: dim), whose line 10 is T_i = P_i V_i, and which
-needs m_j and l_j of a kept block, not its scores.
+For each key block j, S = q k_j^T scale (+ mask), m_j = rowmax S, P = exp(S - m_j), l_j = rowsum P and T_j = P v_j; a
+kept block takes m_j, l_j and T_j from the state. With m = max m_j, the output is sum exp(m_j - m) T_j / sum
+exp(m_j - m) l_j. This is Algorithm 2 of CachedAttention with three corrections: the loop runs over blocks (printed:
+dim), line 10 is T_i = P_i V_i, and a kept block needs its m_j and l_j instead of its scores.
 """
 
 from __future__ import annotations
@@ -12,25 +12,27 @@ import torch
 from torch import Tensor
 
 from dit_rewrite.kernels.blockwise_attention import bounds
-from dit_rewrite.kernels.blockwise_attention.bounds import Decision, Keys, groups
+from dit_rewrite.kernels.blockwise_attention.bounds import Decision, KVChange, group_rows
 from dit_rewrite.kernels.blockwise_attention.state import State
-from dit_rewrite.kernels.scores import masked
+from dit_rewrite.kernels.common.scores import apply_mask
 
 Index = tuple[Tensor, ...]
 
 
 def estimate(
-    q: Tensor, k: Tensor, state: State, keys: Keys | None, threshold: float, scale: float, paper: bool
+    q: Tensor, k: Tensor, state: State, kv_change: KVChange | None, threshold: float, scale: float, paper: bool
 ) -> Decision:
-    """Decide for each (tile, block); counts into state.counters."""
+    """Decide which (tile, block) pairs to recompute, and update `state.counters`."""
     tile = state.partial.shape[-2]
     reference = state.q_ref.flatten(2, 3)[:, :, : q.shape[2]]
     change = bounds.widen(bounds.summary(q.float() - reference.float(), tile).unsqueeze(3) + state.q_moved)
-    q_stats = None if keys is None else bounds.summary(q, tile)
-    score_change = bounds.sound(change, state.k_stats, scale, q_stats, keys)
+    q_stats = None if kv_change is None else bounds.summary(q, tile)
+    score_change = bounds.sound(change, state.k_stats, scale, q_stats, kv_change)
     by = bounds.paper(change, state.k_stats) if paper else score_change
     finite = torch.where(score_change.isfinite(), 0.0, torch.nan)
-    recompute = bounds.decide(by + finite + (0.0 if keys is None else keys.v_relative), state.computed, threshold)
+    recompute = bounds.decide(
+        by + finite + (0.0 if kv_change is None else kv_change.v_relative), state.computed, threshold
+    )
     _count(state, recompute, q.shape[2], k.shape[2])
     return Decision(recompute, score_change, change)
 
@@ -38,10 +40,10 @@ def estimate(
 def attend(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, state: State, decision: Decision, scale: float
 ) -> Tensor:
-    """Recompute what was decided, merge it with what is kept, and bring the state up to date; the output."""
+    """Recompute the chosen blocks, merge them with the kept blocks, update the state, and return the output."""
     busy = (decision.recompute != 0).any(-1).nonzero(as_tuple=True)
     tile = state.partial.shape[-2]
-    queries = groups(q, tile)[busy]
+    queries = group_rows(q, tile)[busy]
     peak = torch.full(queries.shape[:2], -torch.inf, device=q.device)
     total, out = torch.zeros_like(peak), torch.zeros(queries.shape, device=q.device)
     for j in range(state.partial.shape[3]):
@@ -70,7 +72,10 @@ def _block(
     j: int,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """m, l and T of block j for the busy tiles: (n, t), (n, t), (n, t, d) in float32; stores what it recomputes."""
+    """Return m, l and T of block j for the n tiles in `busy`: (n, t), (n, t) and (n, t, d), float32.
+
+    Writes recomputed results to the state.
+    """
     batch, head, tile = busy
     peak_j, total_j = state.row_max[batch, head, tile, j], state.row_sum[batch, head, tile, j]
     sum_j = state.partial[batch, head, tile, j].float() * total_j.unsqueeze(-1)
@@ -81,7 +86,7 @@ def _block(
     if mask is not None:
         rows = i[:, None] * queries.shape[1] + torch.arange(queries.shape[1], device=i.device)
         rows = rows.clamp(max=mask.shape[2] - 1)
-        scores = masked(scores, mask[..., chosen][b[:, None], h[:, None], rows])
+        scores = apply_mask(scores, mask[..., chosen][b[:, None], h[:, None], rows])
     peak_j[at] = scores.amax(-1)
     weights = _decay(scores, peak_j[at].unsqueeze(-1))
     total_j[at], sum_j[at] = weights.sum(-1), weights @ v[:, :, chosen][b, h].float()
@@ -91,12 +96,12 @@ def _block(
 
 
 def _decay(low: Tensor, high: Tensor) -> Tensor:
-    """exp(low - high), 0 where both are -inf: nothing was attended to."""
+    """Return exp(low - high), or 0 if both are -inf because all keys were masked."""
     return (low - torch.where(high.isneginf(), 0.0, high)).exp()
 
 
 def _average(weighted: Tensor, total: Tensor) -> Tensor:
-    """The average by weights that sum to `total`; 0 where all was masked, as PyTorch's own attention gives."""
+    """Return weighted / total, or 0 for fully masked rows, as PyTorch's attention does."""
     return weighted / torch.where(total == 0, 1.0, total).unsqueeze(-1)
 
 

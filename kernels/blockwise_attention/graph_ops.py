@@ -1,4 +1,4 @@
-"""The two halves of blockwise attention that a compiled graph calls: fill a state, and take a step that changes it."""
+"""Functional entry points of blockwise attention for compiled graphs: fill a state, and take a step that updates it."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from torch import Tensor
 
 from dit_rewrite.kernels.blockwise_attention.op import blockwise_attention
 from dit_rewrite.kernels.blockwise_attention.state import State, new_state
-from dit_rewrite.kernels.scores import default_scale
+from dit_rewrite.kernels.common.scores import default_scale
 
-if __name__ != "dit_rewrite.kernels.blockwise_attention.fill":
+if __name__ != "dit_rewrite.kernels.blockwise_attention.graph_ops":
     raise ImportError("Import dit_rewrite.kernels: under another name its ops would be registered a second time.")
 
 
@@ -20,9 +20,9 @@ if __name__ != "dit_rewrite.kernels.blockwise_attention.fill":
 def blockwise_fill(
     q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None, block: int, scale: float | None, kv_static: bool
 ) -> list[Tensor]:
-    """The tensors of a state (state.py) in which every block of keys was computed for these q, k and v.
+    """Return the tensors of a new state (see state.py) in which every key block is computed from q, k and v.
 
-    Shapes, dtypes and errors are those of `blockwise_attention`.
+    Shapes and dtypes are those of `blockwise_attention`, and so is the BadParameter that invalid arguments raise.
     """
     state = new_state(q, k, v, block, kv_static=kv_static)
     options = {"threshold": -math.inf, "block": block, "bound": "sound", "attn_mask": attn_mask, "scale": scale}
@@ -50,7 +50,7 @@ def blockwise_step(
     scale: float | None,
     kv_static: bool,
 ) -> Tensor:
-    """`blockwise_attention` on a state's tensors, which it changes in place. Raises BadParameter."""
+    """Call `blockwise_attention` with the tensors of a state, which it updates in place. Raises BadParameter."""
     found, _ = blockwise_attention(
         q,
         k,

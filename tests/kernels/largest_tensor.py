@@ -1,4 +1,4 @@
-"""How large the tensors are that a function makes."""
+"""A dispatch mode that records the largest tensor that a function allocates."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 
-class Largest(TorchDispatchMode):
-    """Within it, `numel` is the number of elements of the largest tensor whose memory was written."""
+class LargestTensor(TorchDispatchMode):
+    """Records in `numel` the number of elements of the largest result of any op while the mode is active."""
 
     numel = 0
 

@@ -1,4 +1,4 @@
-"""The two halves that a compiled graph calls: to fill a state and then take steps is what the op itself does."""
+"""The entry points for compiled graphs: filling a state and then taking steps equals the op itself."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch._subclasses import FakeTensorMode
 
 from dit_rewrite.errors import BadParameter
 from dit_rewrite.kernels.blockwise_attention import blockwise_attention, new_state
-from dit_rewrite.kernels.blockwise_attention.fill import blockwise_fill, blockwise_step
+from dit_rewrite.kernels.blockwise_attention.graph_ops import blockwise_fill, blockwise_step
 from dit_rewrite.kernels.blockwise_attention.state import State
 
 INF = math.inf
@@ -28,8 +28,8 @@ def qkv(queries: int, keys: int, size: int, dtype: torch.dtype = torch.float32) 
     return [random(2, 2, rows, size, seed=i, dtype=dtype) for i, rows in enumerate((queries, keys, keys))]
 
 
-def moved(tensor: Tensor, size: float, seed: int) -> Tensor:
-    """A little further on."""
+def perturbed(tensor: Tensor, size: float, seed: int) -> Tensor:
+    """Add noise of the given size."""
     return tensor + size * random(*tensor.shape, seed=seed, dtype=tensor.dtype)
 
 
@@ -40,13 +40,13 @@ MASKS = {
 }
 
 
-@pytest.mark.parametrize("static", [True, False], ids=["static", "moving"])
+@pytest.mark.parametrize("static", [True, False], ids=["static", "dynamic"])
 @pytest.mark.parametrize("mask", MASKS)
 @pytest.mark.parametrize(("dtype", "scale"), [(torch.float32, None), (torch.bfloat16, 0.3)], ids=["fp32", "bf16"])
-def test_filled_and_stepped_is_the_op(mask: str, static: bool, dtype: torch.dtype, scale: float | None) -> None:
-    """A filled state is that of a new one's first call, and each step answers and leaves behind what the op does."""
+def test_fill_and_step_equal_the_op(mask: str, static: bool, dtype: torch.dtype, scale: float | None) -> None:
+    """A filled state equals a new state after its first call, and each step gives the output and state of the op."""
     q, k, v = qkv(20, 20, 16, dtype)
-    k[:, :, :BLOCK] *= 0.02  # scores of the first block hardly change
+    k[:, :, :BLOCK] *= 0.02  # the scores of the first block hardly change
     seen = MASKS[mask]
     state = new_state(q, k, v, BLOCK, kv_static=static)
     options = {"threshold": 0.6, "block": BLOCK, "bound": "sound", "attn_mask": seen, "scale": scale}
@@ -54,21 +54,21 @@ def test_filled_and_stepped_is_the_op(mask: str, static: bool, dtype: torch.dtyp
     assert state.counters.tolist() == [12, 12, 1600, 1600]  # 2 x 2 heads of 1 tile and 3 blocks, 20 x 20 scores each
     state.counters.zero_()
 
-    held = blockwise_fill(q, k, v, seen, BLOCK, scale, static)
-    assert same(held, state.tensors)
+    tensors = blockwise_fill(q, k, v, seen, BLOCK, scale, static)
+    assert same(tensors, state.tensors)
     for step in range(3):
-        q = moved(q, 0.2, 10 + step)
-        k, v = (k, v) if static else (moved(k, 0.005, 20 + step), moved(v, 0.005, 30 + step))
+        q = perturbed(q, 0.2, 10 + step)
+        k, v = (k, v) if static else (perturbed(k, 0.005, 20 + step), perturbed(v, 0.005, 30 + step))
         expected, _ = blockwise_attention(q, k, v, state, kv_static=static, **options)
-        found = blockwise_step(q, k, v, held, seen, 0.6, BLOCK, "sound", scale, static)
+        found = blockwise_step(q, k, v, tensors, seen, 0.6, BLOCK, "sound", scale, static)
         assert torch.equal(found, expected)
-        assert same(held, state.tensors)
-    recomputed, pairs = held[COUNTERS].tolist()[:2]
+        assert same(tensors, state.tensors)
+    recomputed, pairs = tensors[COUNTERS].tolist()[:2]
     assert pairs == 3 * 12 and 0 < recomputed < pairs
 
 
 def same(found: list[Tensor], expected: list[Tensor]) -> bool:
-    """Whether two states are equal bit for bit in all that is read: not beyond the last query, where any number is."""
+    """Return whether two states are bitwise equal, except for the rows beyond the last query, which are undefined."""
     a, b = (State._make((*tensors, BLOCK, 20, 20)) for tensors in (found, expected))
     rows = {"row_max": -1, "row_sum": -1, "partial": -2, "merged": -2, "q_ref": -2}
     for name, x, y in zip(State._fields, a.tensors, b.tensors, strict=False):
@@ -80,43 +80,43 @@ def same(found: list[Tensor], expected: list[Tensor]) -> bool:
 
 
 def test_thresholds() -> None:
-    """Infinite, a step gives the output of the fill whatever the queries are by then; minus infinite, attention."""
+    """With inf, a step gives the output of the fill whatever its queries are; with -inf, it equals attention."""
     q, k, v = qkv(20, 24, 16)
     for threshold, asked in ((INF, q), (-INF, -q)):
-        held = blockwise_fill(q, k, v, None, BLOCK, None, True)
-        found = blockwise_step(-q, k, v, held, None, threshold, BLOCK, "sound", None, True)
+        tensors = blockwise_fill(q, k, v, None, BLOCK, None, True)
+        found = blockwise_step(-q, k, v, tensors, None, threshold, BLOCK, "sound", None, True)
         torch.testing.assert_close(found, F.scaled_dot_product_attention(asked, k, v), atol=4e-6, rtol=0)
-        assert held[COUNTERS].tolist() == [0 if threshold == INF else 12, 12, 0 if threshold == INF else 1920, 1920]
+        assert tensors[COUNTERS].tolist() == [0 if threshold == INF else 12, 12, 0 if threshold == INF else 1920, 1920]
 
 
-def test_a_state_is_the_fill_s_own() -> None:
-    """What is held shares no memory with what it was made of: these are buffers that the next step overwrites."""
+def test_state_owns_its_memory() -> None:
+    """The state shares no memory with q, k and v, whose buffers the next step overwrites."""
     for static in (True, False):
         q, k, v = qkv(20, 20, 16)
-        held = blockwise_fill(q, k, v, None, BLOCK, None, static)
-        before = [tensor.clone() for tensor in held]
+        tensors = blockwise_fill(q, k, v, None, BLOCK, None, static)
+        before = [tensor.clone() for tensor in tensors]
         for tensor in (q, k, v):
             tensor.fill_(math.nan)
-        assert same(held, before)
-        storages = {t.untyped_storage().data_ptr() for t in held if t.numel()}
-        assert len(storages) == sum(t.numel() > 0 for t in held)
+        assert same(tensors, before)
+        storages = {t.untyped_storage().data_ptr() for t in tensors if t.numel()}
+        assert len(storages) == sum(t.numel() > 0 for t in tensors)
 
 
-@pytest.mark.parametrize("static", [True, False], ids=["static", "moving"])
+@pytest.mark.parametrize("static", [True, False], ids=["static", "dynamic"])
 def test_registration(static: bool) -> None:
-    """The op is functional, and its fake gives the shapes, dtypes and strides that it has."""
+    """The op is functional, and its fake implementation gives the right shapes, dtypes and strides."""
     for mask in (None, MASKS["padding"]):
         q, k, v = qkv(20, 20, 16)
         arguments = (q, k, v, mask, BLOCK, 0.25, static)
-        tests = ("test_schema", "test_faketensor", "test_aot_dispatch_static")  # of no gradient, and exact in memory
+        tests = ("test_schema", "test_faketensor", "test_aot_dispatch_static")  # without gradients
         found = torch.library.opcheck(torch.ops.dit_rewrite.blockwise_fill, arguments, test_utils=tests)
         assert set(found.values()) == {"SUCCESS"}
 
 
-@pytest.mark.parametrize("static", [True, False], ids=["static", "moving"])
+@pytest.mark.parametrize("static", [True, False], ids=["static", "dynamic"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_fake(dtype: torch.dtype, static: bool) -> None:
-    """Without data, from queries of any strides: the very tensors that the fill makes, 150 queries in two tiles."""
+    """Fake tensors have the metadata of the real ones for queries of any strides; 150 queries make two tiles."""
     shapes = [(2, rows, 3, 24) for rows in (150, 20, 20)]
     real = [torch.zeros(shape, dtype=dtype).transpose(1, 2) for shape in shapes]
     expected = blockwise_fill(*real, None, BLOCK, None, static)
@@ -131,14 +131,14 @@ def test_fake(dtype: torch.dtype, static: bool) -> None:
 
 
 def test_errors() -> None:
-    """They are those of the op, at the fill already."""
+    """Invalid arguments raise the errors of the op, already when the state is filled."""
     q, k, v = qkv(20, 20, 16)
     with pytest.raises(BadParameter, match="block=21"):
         blockwise_fill(q, k, v, None, 21, None, True)
     with pytest.raises(BadParameter, match=r"q\.shape\[-1\]=8"):
         blockwise_fill(q[..., :8], k[..., :8], v[..., :8], None, BLOCK, None, True)
-    held = blockwise_fill(q, k, v, None, BLOCK, None, False)
+    tensors = blockwise_fill(q, k, v, None, BLOCK, None, False)
     with pytest.raises(BadParameter, match="bound='paper'"):
-        blockwise_step(q, k, v, held, None, 0.1, BLOCK, "paper", None, False)
+        blockwise_step(q, k, v, tensors, None, 0.1, BLOCK, "paper", None, False)
     with pytest.raises(BadParameter, match=r"state\.row_max\.shape=\(2, 2, 1, 3, 128\)"):
-        blockwise_step(q, k, v, held, None, 0.1, 4, "sound", None, False)
+        blockwise_step(q, k, v, tensors, None, 0.1, 4, "sound", None, False)

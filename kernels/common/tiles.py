@@ -1,6 +1,6 @@
-"""Pieces of attention kernels: a tile of scores, and its mask."""
+"""Device functions that the attention kernels share: loads of tiles, masked scores, and their launch arguments."""
 
-# The arguments of kernels have no types in Python.
+# Arguments of Triton kernels have no Python types.
 # ruff: noqa: ANN001, ANN201
 # mypy: disable-error-code="no-untyped-def"
 
@@ -11,22 +11,25 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-MASKS = {torch.bool: 1}  # kinds of mask: 0 none, 1 boolean, 2 additive
-MAX_HEAD_SIZE = 256  # beyond it the tiles do not fit in shared memory
+MASKS = {torch.bool: 1}  # values of KIND: 0 no mask, 1 boolean, 2 additive
+MAX_HEAD_SIZE = 256  # tiles of larger heads do not fit in shared memory
 
 
 def supported(query: Tensor) -> bool:
-    """Whether the kernels take this dtype and head size; tensor cores have no float64 in Triton."""
+    """Return whether the kernels support the query's dtype and head size; Triton has no float64 on tensor cores."""
     return query.dtype != torch.float64 and query.shape[-1] <= MAX_HEAD_SIZE
 
 
 def padded(head_size: int) -> int:
-    """The head size as tiles have it: a power of two, and at least what a matrix product needs."""
+    """Round the head size up to a power of two of at least 16, the minimum of `tl.dot`."""
     return max(16, triton.next_power_of_2(head_size))
 
 
 def mask_arguments(mask: Tensor | None, shape: tuple[int, ...], stand_in: Tensor) -> tuple[Tensor, list[int], int]:
-    """The mask, its strides when expanded to the 4-D shape of the scores, and its kind; a stand-in for none."""
+    """Return the mask, its strides when expanded to `shape` (the 4-D shape of the scores), and its KIND.
+
+    Without a mask `stand_in` is returned as a valid pointer that the kernel does not read.
+    """
     if mask is None:
         return stand_in, [0, 0, 0, 0], 0
     return mask, list(mask.expand(shape).stride()), MASKS.get(mask.dtype, 2)
@@ -34,7 +37,7 @@ def mask_arguments(mask: Tensor | None, shape: tuple[int, ...], stand_in: Tensor
 
 @triton.jit
 def load_tile(base, rows, row_stride, row_count, dims, dim_stride, dim_count):
-    """The tile [rows, dims] of a matrix, zero outside of it."""
+    """Load the tile [rows, dims] of a matrix; elements outside the matrix are 0."""
     inside = (rows < row_count) & (dims < dim_count)
     return tl.load(base + rows.to(tl.int64) * row_stride + dims.to(tl.int64) * dim_stride, mask=inside, other=0.0)
 
@@ -43,7 +46,10 @@ def load_tile(base, rows, row_stride, row_count, dims, dim_stride, dim_count):
 def masked_scores(
     q, k, scale, mask, rows, row_stride, row_count, cols, col_stride, col_count, KIND: tl.constexpr, UNIT: tl.constexpr
 ):
-    """A tile of scores in units of 1/UNIT nats, which `scale` has folded in; -inf where no key is seen."""
+    """Return a tile of masked scores in units of 1/UNIT nats; masked keys and keys beyond `col_count` are -inf.
+
+    `scale` includes the factor UNIT; the mask is in nats.
+    """
     scores = tl.dot(q, k, input_precision="ieee") * scale
     inside = (rows < row_count) & (cols < col_count)
     at = mask + rows.to(tl.int64) * row_stride + cols.to(tl.int64) * col_stride
@@ -51,7 +57,7 @@ def masked_scores(
         scores = tl.where(tl.load(at, mask=inside, other=0) != 0, scores, float("-inf"))
     if KIND == 2:
         added = tl.load(at, mask=inside, other=0.0).to(tl.float32)
-        if UNIT != 1:  # the least float32, with which some pad, is a score: in other units it must not become -inf
+        if UNIT != 1:  # some models pad with the lowest float32, which must stay finite after the change of units
             finite = tl.maximum(added * UNIT, -3.4e38, propagate_nan=tl.PropagateNan.ALL)
             added = tl.where(added == float("-inf"), added, finite)
         scores += added

@@ -1,0 +1,1 @@
+"""Helpers that several operators share: argument checks, masked scores, tile loads, reductions."""
