@@ -200,9 +200,9 @@ def inside(model: nn.Module, clock: Clock) -> Iterator[None]:
     policy = backend.policy
     if clock.scheduler is None and "snr" in policy.reads:
         raise NoiseUnknown(policy, clock.scheduler)
-    if policy.made_for is not None and clock.told_steps not in (None, policy.made_for.steps):
+    if policy.made_for is not None and clock.explicit_num_steps not in (None, policy.made_for.steps):
         raise PlanMismatch(
-            f"{policy} was made for {policy.made_for.steps} steps, not {clock.told_steps}.", "Search again."
+            f"{policy} was made for {policy.made_for.steps} steps, not {clock.explicit_num_steps}.", "Search again."
         )
     backend.session.enter(clock)
     try:

@@ -1,16 +1,19 @@
-"""What runs between the sampler and the compiled pieces: which step this is, what is cached, what is decided.
+"""The runtime between the sampler and the compiled segments: it finds the step, keeps the cache and makes decisions.
 
-trajectory.py  runs of the sampler, marked by the caller or inferred from the calls
-clock.py       which step of a marked trajectory a call belongs to
-schedule.py    a scheduler's timesteps, and where among them a call is
-streams.py     which stream of a trajectory a call belongs to
-conditioning.py  the conditioning of a stream, and which of its tensors are data
-inputs.py      which inputs of a denoiser are latent, timestep and conditioning
-tensors.py     identity, version and one read of the device
-cache.py       slots of one graph's occurrence, with stamps
-measure.py     how much what guards read has changed; spectral.py: SeaCache's filter of it
-decide.py      the decision machine: a pure function
-session.py     the state of one thread: its trajectory and its call
-dispatch.py    decisions -> pieces -> call
-stats.py       what was counted
+trajectory.py    explicit trajectories (marked by the caller) and inferred ones
+clock.py         the step of a call in an explicit trajectory
+schedule.py      a scheduler's timesteps, and the position of a call among them
+noise.py         a scheduler's sigma and signal-to-noise ratio
+streams.py       the stream of a trajectory that a call belongs to
+conditioning.py  the conditioning of a stream, and which of its tensors vary from step to step
+inputs.py        classification of a denoiser's inputs as latent, timestep and conditioning
+tensors.py       identity, version and relative change of tensors
+cache.py         the slots of one occurrence of a graph
+measure.py       measurements that guards read
+spectral.py      SeaCache's spectral filter of a measured tensor
+decide.py        the decisions of a call, as a pure function
+session.py       the state of one thread: its trajectory and its current call
+segments.py      compiled segments and the wires between them
+dispatch.py      runs the segments of a graph by the decisions
+stats.py         counters
 """

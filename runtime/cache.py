@@ -1,4 +1,4 @@
-"""Slots: the values that the sites of one graph hold, for one occurrence of it in one stream of one trajectory."""
+"""The cache of one occurrence of a graph, in one stream of one trajectory: a slot for each site."""
 
 from __future__ import annotations
 
@@ -21,15 +21,18 @@ Stamp = tuple[Any, ...]
 
 
 def stamp_of(arguments: Sequence[Any], numbers: bool = True) -> Stamp:
-    """Shape, dtype and device of each tensor among a graph's inputs; other inputs as they are, with `numbers`."""
+    """Return the shape, dtype and device of each tensor input of a graph.
+
+    Other inputs are included by value if `numbers` is True, and as None otherwise.
+    """
     return tuple((a.shape, a.dtype, a.device) if isinstance(a, Tensor) else a if numbers else None for a in arguments)
 
 
 @dataclass(frozen=True)
-class Hoisted:
-    """Values that were computed once per trajectory, and the inputs that they hold for, with version counters.
+class Memoized:
+    """Values together with the input tensors, and their version counters, that they were computed from.
 
-    The inputs are held weakly: a tensor that does not exist any more cannot come again.
+    The inputs are weak references, because a tensor that was freed cannot be passed again.
     """
 
     inputs: tuple[weakref.ref[Tensor], ...]
@@ -37,12 +40,15 @@ class Hoisted:
     values: tuple[Tensor, ...]
 
     @classmethod
-    def of(cls, inputs: Sequence[Tensor], values: Sequence[Tensor]) -> Hoisted:
+    def of(cls, inputs: Sequence[Tensor], values: Sequence[Tensor]) -> Memoized:
         return cls(tuple(map(weakref.ref, inputs)), tuple(map(version, inputs)), tuple(values))
 
-    def holds_for(self, inputs: Sequence[Tensor], explicit: bool) -> bool:
-        """Whether these are the same tensors, unchanged. Inference tensors have no counter to prove it: they pass in an
-        `explicit` trajectory alone, whose contract is that conditioning stays as it is."""
+    def valid_for(self, inputs: Sequence[Tensor], explicit: bool) -> bool:
+        """Return whether `inputs` are the same tensor objects, unmodified since.
+
+        Inference tensors have no version counter. They count as unmodified only in an `explicit` trajectory, whose
+        contract is that the caller does not modify the conditioning.
+        """
         return all(before() is now for before, now in zip(self.inputs, inputs, strict=True)) and all(
             explicit if now is None else now == before
             for before, now in zip(self.versions, map(version, inputs), strict=True)
@@ -51,22 +57,23 @@ class Hoisted:
 
 @lru_cache(maxsize=1024)
 def vector(weights: Weights, device: torch.device) -> Tensor:
-    """Weights as an fp32 tensor. Steps that are weighted alike share it: on a GPU it is copied there once."""
+    """Return `weights` as a float32 tensor on `device`. Results are cached: equal weights are copied to a GPU once."""
     with torch.inference_mode(False):
         return torch.tensor(weights, dtype=torch.float32, device=device)
 
 
 def _is_same_number(a: Tensor, b: Tensor) -> bool:
-    """Whether two tensors are one number on the CPU: Dynamo hands float attributes on as a new tensor in each call."""
+    """Return whether two 0-d CPU tensors are equal. Dynamo passes float attributes as a new tensor in each call."""
     return a is not b and not (a.ndim or b.ndim or a.is_cuda or b.is_cuda) and a.dtype == b.dtype and bool(a == b)
 
 
-class Bank:
-    """The slots of one occurrence of a graph: for each site its values, when they were computed, and how often reused.
+class Cache:
+    """The slots of one occurrence of a graph.
 
-    A slot's ``values`` are the tensors of the newest computed value, then of older ones; ``past`` is when each was
-    computed, ``streak`` the number of reuses since the last, ``tracked`` what its guards measure. A bank whose stamp
-    does not fit a call is emptied: what it held is never used nor added to anything.
+    ``values`` holds for each site the tensors of its newest computed value, followed by those of older values; None is
+    an empty slot. ``past`` holds the steps at which they were computed, ``streak`` the number of reuses since then, and
+    ``tracked`` the state of the measurements. If the stamp does not match a call's inputs, all slots are cleared, so
+    that their values are never used.
     """
 
     def __init__(self, num_sites: int) -> None:
@@ -74,17 +81,18 @@ class Bank:
         self.past: list[Past] = [NEVER] * num_sites
         self.streak = [0] * num_sites
         self.tracked = Tracked()
-        self.lent: dict[int, tuple[Tensor, ...]] = {}  # what another stream computed for a site in this very step
-        self.hoisted: Hoisted | None = None
-        self.conditioning: Hoisted | None = None  # holds no values: what the slots hold that are good for it alone
+        self.lent: dict[int, tuple[Tensor, ...]] = {}  # by site: values of another stream from this step
+        self.hoisted: Memoized | None = None
+        self.conditioning: Memoized | None = None  # has no values; `validate_conditioning` compares its inputs
         self.stamp: Stamp | None = None
         self.weights: tuple[Any, ...] = ()
         self.ambient: tuple[tuple[Any, int | None], ...] = ()
 
     def fit(self, stamp: Stamp, weights: tuple[Any, ...], ambient: Sequence[Tensor] = ()) -> Reason | None:
-        """Make the bank fit a call's inputs; why its slots cannot be used, or None where they can.
+        """Compare the cache with a call's inputs and clear it if they differ. Returns the reason, or None.
 
-        `ambient` are the tensors that the model has as attributes.
+        stamp: shapes, dtypes and devices of the inputs (see `stamp_of`). weights: the model's parameters, compared by
+        identity. ambient: tensors that are attributes of the model, compared by identity and version.
         """
         reason = None
         if self.stamp is None:
@@ -102,7 +110,7 @@ class Bank:
         return reason
 
     def _knows(self, ambient: Sequence[Tensor]) -> bool:
-        """Whether these are the tensors of the call before, unchanged since."""
+        """Return whether `ambient` are the tensors of the previous call, unmodified since."""
         pairs = zip(self.ambient, ambient, strict=True)
         return all((a is b and changes == version(b)) or _is_same_number(a, b) for (a, changes), b in pairs)
 
@@ -113,24 +121,32 @@ class Bank:
         self.values = [None] * len(self.values)
         self.past = [NEVER] * len(self.past)
 
-    def keep_for(self, conditioning: Sequence[Tensor], told: bool, sites: Sequence[int]) -> Reason | None:
-        """Empty the slots of `sites` unless the conditioning is the one that they were filled under; why, if so."""
+    def validate_conditioning(
+        self, conditioning: Sequence[Tensor], explicit: bool, sites: Sequence[int]
+    ) -> Reason | None:
+        """Clear the slots of `sites` if `conditioning` is not the one they were filled under.
+
+        Returns the reason if the conditioning changed, or None if it did not or was not known.
+        """
         before = self.conditioning
-        if before is not None and before.holds_for(conditioning, told):
+        if before is not None and before.valid_for(conditioning, explicit):
             return None
-        self.conditioning = Hoisted.of(conditioning, ())
+        self.conditioning = Memoized.of(conditioning, ())
         for site in sites:
             self.values[site], self.past[site] = None, NEVER
         return None if before is None else Reason.CHANGED_CONDITIONING
 
     def release(self, site: int, width: int, depth: int) -> None:
-        """Let go the oldest of `depth` values of a slot that is about to get one more, or the one that it holds."""
+        """Free the oldest of the `depth` values of a slot before a new one is computed. A value has `width` tensors."""
         held = self.values[site]
         if held is not None:
             self.values[site] = held[: width * (depth - 1)] or None
 
-    def store(self, site: int, values: tuple[Tensor, ...] | None, now: Computed, depth: int = 1) -> None:
-        """Put what a computing site made into its slot, before the older ones of `depth`; None where it has none."""
+    def fill(self, site: int, values: tuple[Tensor, ...] | None, now: Computed, depth: int = 1) -> None:
+        """Put a computed value into the slot of `site`, and keep at most `depth` values in all.
+
+        If `values` is None the slot is emptied, and only the step is recorded.
+        """
         if values is None:
             self.values[site], self.past[site] = None, pushed(NEVER, now, 1)
         else:
@@ -141,23 +157,23 @@ class Bank:
         self.streak[site] = 0
 
     def weighted(self, site: int, weights: Weights, width: int) -> tuple[Tensor, ...]:
-        """What a step reads that takes the weighted sum of a slot's values: as many values as weights, then these.
+        """Return the inputs of a weighted sum over a slot: one value for each weight, then the weights as a tensor.
 
-        In the place of a value of weight 0, which may not be there or not be finite, stands the newest. What another
-        stream lent stands before the slot's own values.
+        The newest value replaces every value of weight 0, which may be missing or not finite. A value lent by another
+        stream comes before the slot's own values.
         """
         held = (*self.lent.get(site, ()), *(self.values[site] or ()))
         values = (held[width * k * (w != 0) : width * (k * (w != 0) + 1)] for k, w in enumerate(weights))
         return (*(tensor for value in values for tensor in value), vector(weights, held[0].device))
 
-    def borrow(self, site: int, lender: Bank | None, step: int) -> None:
-        """Let a slot be that of another bank, if that was filled in this very step for inputs of the same kind."""
+    def borrow(self, site: int, lender: Cache | None, step: int) -> None:
+        """Fill a slot with the value of `lender`, if that was computed in this step from inputs with the same stamp."""
         self.lend(site, lender, step)
         self.values[site] = self.lent.pop(site, None)
         self.past[site] = NEVER if self.values[site] is None or lender is None else lender.past[site]
 
-    def lend(self, site: int, lender: Bank | None, step: int) -> None:
-        """Note what another bank's slot holds, under the same condition, beside one's own."""
+    def lend(self, site: int, lender: Cache | None, step: int) -> None:
+        """Record the value of `lender` in ``lent``, under the same condition, without changing the slot itself."""
         fits = lender is not None and lender.stamp == self.stamp and lender.past[site].age(step) == 0
         values = lender.values[site] if fits and lender is not None else None
         if values is not None:
@@ -167,13 +183,13 @@ class Bank:
 
     @property
     def all(self) -> list[tuple[Tensor, ...]]:
-        """The values of every filled slot, what is hoisted, and what probes are compared with."""
+        """All cached tensors: of the filled slots, the hoisted values, and the references of the measurements."""
         filled = [values for values in self.values if values is not None]
         filled += [self.hoisted.values] if self.hoisted is not None else []
         return [*filled, self.tracked.tensors] if self.tracked.tensors else filled
 
     @property
     def bytes(self) -> int:
-        """Bytes of memory that the slots keep alive, shared storage counted once."""
+        """Bytes of storage that the cache keeps alive; shared storage counts once."""
         storages = {v.untyped_storage() for values in self.all for v in values}
         return sum({s.data_ptr(): s.nbytes() for s in storages}.values())

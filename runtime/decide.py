@@ -1,4 +1,4 @@
-"""The decision machine: a pure function from the state of the slots to what each site does at this step."""
+"""Decisions: a pure function from the state of the slots to whether each site computes or reuses at this step."""
 
 from __future__ import annotations
 
@@ -11,14 +11,17 @@ from dit_rewrite.errors import Reason
 from dit_rewrite.runtime.measure import Measured
 
 NO_SLOT = -1
-HORIZON = 32  # steps to look ahead where nobody told how many there are
+HORIZON = 32  # steps to look ahead if the number of steps is unknown
 
-Read = Callable[[str], float | None]  # the value of a measured symbol, None where there is none
-Weights = tuple[float, ...]  # of the computed values that a slot holds, newest first
+Read = Callable[[str], float | None]  # returns the value of a measured symbol; None if there is none
+Weights = tuple[float, ...]  # weights of the values in a slot, newest first
 
 
 class Moment(NamedTuple):
-    """Where in its trajectory a call is. What is None nobody knows. `layer_offset`: blocks that ran before it."""
+    """The position of a graph call in its trajectory. None means unknown.
+
+    layer_offset: blocks that earlier graphs of this call of the model have run. snr: signal-to-noise ratio (power).
+    """
 
     step: int
     num_steps: int | None
@@ -30,7 +33,7 @@ class Moment(NamedTuple):
 
 
 class Computed(NamedTuple):
-    """When a value was computed. Sigma and SNR are None where nobody knows them."""
+    """The step at which a value was computed, with its sigma and SNR (None means unknown)."""
 
     step: int
     sigma: float | None = None
@@ -38,8 +41,10 @@ class Computed(NamedTuple):
 
 
 class Past:
-    """When the values that a slot holds were computed, newest first. Hashed once: it is part of what decisions follow
-    from."""
+    """When the values in a slot were computed, newest first.
+
+    The hash is computed once, because a Past is part of the key under which decisions are cached.
+    """
 
     __slots__ = ("_hash", "computed")
 
@@ -56,7 +61,7 @@ class Past:
         return f"Past({self.computed})"
 
     def age(self, step: int) -> int | None:
-        """Steps since the newest value was computed; None where there is none."""
+        """Return the number of steps since the newest value was computed, or None if there is no value."""
         return step - self.computed[0].step if self.computed else None
 
 
@@ -65,18 +70,18 @@ NEVER = Past()
 
 @lru_cache(maxsize=4096)
 def pushed(past: Past, now: Computed, depth: int) -> Past:
-    """The past of a slot that holds at most `depth` values and gets one more. The same object for every site."""
+    """Return `past` with `now` added, limited to `depth` entries. Equal arguments give the same object."""
     return Past((now, *past.computed)[:depth])
 
 
 class Weigh(Protocol):
-    """A strategy that takes a weighted sum of the values that a slot holds: the weights at a moment, or why not."""
+    """Returns the weights with which a strategy sums the values in a slot, or the reason why it cannot."""
 
     def __call__(self, past: Past, moment: Moment) -> Weights | Reason: ...
 
 
 class Choice(NamedTuple):
-    """Whether a site's strategy applies, and why; `weigh` where it takes more than the newest value."""
+    """Whether a site is reused, and why. `weigh` is set if the strategy uses more than the newest value."""
 
     reuse: bool
     reason: Reason
@@ -84,22 +89,25 @@ class Choice(NamedTuple):
 
 
 class Choose(Protocol):
-    """The rules of a policy for one site. `read` is asked where it matters."""
+    """Evaluates the rules of a policy for one site. It calls `read` only for measurements that it needs."""
 
     def __call__(self, moment: Moment, layer: int, age: int | None, streak: int, read: Read) -> Choice: ...
 
 
 @dataclass(frozen=True)
 class SiteSpec:
-    """What dispatch knows of a guarded site; `layer` counts within its graph, `parent` is the enclosing site.
+    """A guarded site as dispatch sees it.
 
-    ``measured`` are the symbols of its guard that are measured, ``entropy`` is the index in its slot of the tensor that
-    holds its attention's entropy. ``reads`` is the site whose slot its strategy reads: by default its own, -1: none.
-    ``serves``: it only fills a slot for that site, where this will read it. ``foreseen``: what `choose` says of a step
-    to come depends on nothing but the step. ``borrows``: its slot is that of this stream, filled in the same step.
-    ``conditioned``: what its slot holds is good for the same conditioning alone. ``width`` is the number of tensors
-    that its slot gets when it computes, ``depth`` the number of values that a reusing step takes. ``differs``: its slot
-    holds the differences from the output of the stream that it borrows from, and a reusing step takes that first.
+    layer: index of its block within the graph. parent: the enclosing site. choose: the rules of the policy.
+    measured: the measured symbols of its guard. entropy: the index in its slot of its attention's entropy.
+    reads: the site whose slot the strategy reads; None means its own, NO_SLOT none.
+    serves: this site only fills its slot for that site, and only if that site will read it.
+    foreseen: for future steps, `choose` depends on the step alone.
+    borrows: the name of the stream whose slot it reads, filled in the same step.
+    conditioned: its slot is valid only under the conditioning that it was filled with.
+    width: tensors per value. depth: values that a reusing step needs.
+    differs: its slot holds differences from the output of the stream that it borrows from; a reusing step also takes
+    that output, as the first value.
     """
 
     name: str
@@ -119,16 +127,17 @@ class SiteSpec:
     differs: bool = False
 
     def kept(self, stream: Hashable) -> int:
-        """How many computed values its slot keeps in a stream."""
+        """Return how many computed values its slot keeps in `stream`."""
         return self.depth if not self.differs else 1 if stream == self.borrows else self.depth - 1
 
 
 @dataclass(frozen=True)
 class Decisions:
-    """A row (True: reuse), the reason of each entry, and the rules that would have reused but for a missing value.
+    """The decisions of one call of a graph.
 
-    ``weights`` has those of each site that takes a weighted sum, None for the others; nothing where none does.
-    ``measured`` are the numbers that were read for it, by site and symbol.
+    row: for each site, True if it is reused. reasons: the reason for each entry. misses: reasons why sites that a rule
+    would have reused were computed. weights: for each site the weights of its sum, or None; empty if no site has any.
+    measured: the measurements that were read, by site and symbol.
     """
 
     row: tuple[bool, ...]
@@ -138,7 +147,7 @@ class Decisions:
     measured: Mapping[int, Mapping[str, float]] = field(default_factory=dict)
 
     def weigh(self, i: int) -> Weights | None:
-        """The weights of what the slot of a site holds; None where it takes the newest."""
+        """Return the weights of the values in the slot of site `i`, or None if it uses the newest."""
         return self.weights[i] if self.weights else None
 
 
@@ -147,11 +156,10 @@ def _unknown(site: int, symbol: str) -> float | None:
 
 
 class Decider:
-    """The decisions of one call, settled one by one: a guard may need what the call has yet to compute.
+    """Settles the decisions of one call one by one, since a guard may read a value that the call has yet to compute.
 
-    `past` says when what each slot holds was computed, `holds` which slots hold values that fit; `unfit` why the others
-    do not. Only proof permits reuse: without a fitting value, beyond the told end, or inside a reused site nothing else
-    is looked at.
+    past: when the values in each slot were computed. holds: which slots have valid values. unfit: why the others do
+    not. A site is computed if its slot has no valid value or if the step is beyond the explicit number of steps.
     """
 
     def __init__(
@@ -174,7 +182,7 @@ class Decider:
         self._read: dict[int, dict[str, float]] = {}
 
     def settle(self, i: int) -> bool:
-        """Whether site `i` is reused. The sites around it are asked first."""
+        """Return whether site `i` is reused. Enclosing sites are settled first."""
         settled = self.row[i]
         if settled is not None:
             return settled
@@ -192,29 +200,29 @@ class Decider:
     def _ask(self, i: int) -> tuple[bool, Reason]:
         site, moment = self._sites[i], self._moment
         if site.borrows is not None and site.borrows == moment.stream:
-            return False, Reason.NO_RULE  # the stream that lends
+            return False, Reason.NO_RULE  # this is the lending stream
         holds = site.reads == NO_SLOT or self._holds[i if site.reads is None else site.reads]
         age = self._past[i].age(moment.step) if holds else None
         layer = moment.layer_offset + site.layer
         choice = site.choose(moment, layer, age, self._streak[i], lambda name: self._noted(i, name))
-        lacking = Reason.BEYOND_END if self._beyond else (None if holds else self._unfit or Reason.EMPTY)
-        if choice.reuse and lacking is None and choice.weigh is not None:
+        missing = Reason.BEYOND_END if self._beyond else (None if holds else self._unfit or Reason.EMPTY)
+        if choice.reuse and missing is None and choice.weigh is not None:
             weights = choice.weigh(self._past[i], moment)
             if isinstance(weights, Reason):
-                lacking = weights
+                missing = weights
             else:
                 self._weights[i] = weights
-        if choice.reuse and lacking is not None:
-            self._misses.append(lacking)
-            return False, lacking
+        if choice.reuse and missing is not None:
+            self._misses.append(missing)
+            return False, missing
         return choice.reuse, choice.reason
 
     def weigh(self, i: int) -> Weights | None:
-        """The weights of what the slot of a settled site holds; None where it takes the newest."""
+        """Return the weights of the values in the slot of a settled site, or None if it uses the newest."""
         return self._weights[i]
 
     def _noted(self, i: int, name: str) -> float | None:
-        """A measurement of a site; a number is read once in a call, and noted."""
+        """Return a measurement of a site. Each number is read once in a call, and recorded."""
         if name in self._read.get(i, {}):
             return self._read[i][name]
         value = self._measure(i, name)
@@ -223,7 +231,7 @@ class Decider:
         return value
 
     def _will_be_read(self, i: int) -> bool:
-        """Whether site `i`, which computes now, may read its slot before it computes again."""
+        """Return whether site `i`, which computes now, may read its slot before it computes again."""
         around = [i]
         while (parent := self._sites[around[-1]].parent) is not None:
             around.append(parent)
@@ -239,7 +247,7 @@ class Decider:
         return end is None
 
     def decisions(self) -> Decisions:
-        """All decisions; what is not settled yet is settled now."""
+        """Settle the remaining sites, and return all decisions."""
         row = tuple(self.settle(i) for i in range(len(self._sites)))
         weights = tuple(self._weights) if any(self._weights) else ()
         return Decisions(row, tuple(self._reasons), tuple(self._misses), weights, self._read)

@@ -1,4 +1,4 @@
-"""Which inputs of a denoiser are the latent, the timestep and the conditioning."""
+"""Classification of a denoiser's inputs as latent, timestep and conditioning."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ _BY_VALUE = (
     bool, int, float, complex, str, bytes, type(None), enum.Enum, type,
     torch.dtype, torch.device, torch.layout, torch.memory_format, torch.Size, slice, range,
 )  # fmt: skip
-_MAX_DEPTH = 8  # objects within objects: deeper ones are not read
+_MAX_DEPTH = 8  # nesting depth beyond which objects are not read
 
 
 @dataclass(frozen=True)
 class Inputs:
     """The inputs of one call.
 
-    ``latents`` are the tensors of the first argument that has any; the timestep goes by name. All other tensors are
-    ``conditioning``; ``rest`` is everything that is no tensor (numbers and strings by value, names, the nesting of
-    containers). ``opaque``: an argument holds an object that cannot be read, and so perhaps an unseen condition.
+    latents: the tensors of the first argument that contains any. timestep: the argument with a name in TIMESTEP_NAMES.
+    conditioning: all other tensors. rest: everything else (numbers and strings by value, argument names, the nesting of
+    containers). opaque: an argument contains an object that cannot be read, and that may hide a condition.
     """
 
     latents: tuple[Tensor, ...]
@@ -37,7 +37,7 @@ class Inputs:
     conditioning: tuple[Tensor, ...]
     rest: Hashable = ()
     opaque: bool = False
-    number: str | None = None  # the name of the timestep where that is a Python number
+    number: str | None = None  # the name of the timestep argument if it is a Python number
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
@@ -47,12 +47,12 @@ class Inputs:
 
     @property
     def latent(self) -> Tensor | None:
-        """The first latent; None where no argument has a tensor."""
+        """The first latent, or None if no argument contains a tensor."""
         return self.latents[0] if self.latents else None
 
 
 class Reader:
-    """Sorts the arguments of a forward into Inputs."""
+    """Converts the arguments of a `forward` to Inputs."""
 
     def __init__(self, forward: Callable[..., Any]) -> None:
         parameters = inspect.signature(forward).parameters.values()
@@ -61,7 +61,7 @@ class Reader:
         self._order = {name: i for i, name in enumerate(self._names)}
 
     def read(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Inputs:
-        """The inputs of a call, in the order of the forward's parameters."""
+        """Return the inputs of a call, in the order of the parameters of `forward`."""
         named = [*zip(self._names, args, strict=False), *((str(i), a) for i, a in enumerate(args[len(self._names) :]))]
         given = dict(sorted(kwargs.items(), key=lambda item: self._order.get(item[0], len(self._order))))
         values = {**dict(named), **given}
@@ -84,17 +84,17 @@ def _is_time(value: Any) -> bool:
 
 
 class _Leaves:
-    """The tensors in some arguments, and everything else in them as hashable values."""
+    """Collects the tensors in arguments, and everything else in them as hashable values."""
 
     def __init__(self, timestep: Any) -> None:
-        """A tensor that is the `timestep` itself is left out."""
+        """Create an empty collection. The tensor `timestep` itself is not collected."""
         self.timestep = timestep
         self.tensors: list[Tensor] = []
         self.rest: list[Hashable] = []
         self.opaque = False
 
     def add(self, value: Any, name: Hashable, depth: int = 0) -> None:
-        """Add what lies in a value; `name` is its place in what holds it."""
+        """Add a value and its contents; `name` is its key in the container."""
         if isinstance(value, Tensor):
             self.rest.append(name)
             if value is not self.timestep:
@@ -115,7 +115,7 @@ class _Leaves:
 
 
 def _contents(value: Any) -> dict[Hashable, Any] | None:
-    """What a container holds, by name or place; None where that cannot be known."""
+    """Return the contents of a container by name or index, or None if they cannot be read."""
     if isinstance(value, Mapping):
         return {repr(key): item for key, item in value.items()}
     if isinstance(value, (list, tuple)):
@@ -123,7 +123,7 @@ def _contents(value: Any) -> dict[Hashable, Any] | None:
     if isinstance(value, (set, frozenset)):
         return dict(enumerate(sorted(value, key=repr)))
     if isinstance(value, torch.nn.Module):
-        return {"module": id(value)}  # its weights are inputs of the graph, which have a check of their own
+        return {"module": id(value)}  # its weights are inputs of the graph, and checked there
     if isinstance(value, functools.partial):
         return {"func": value.func, "args": value.args, "keywords": value.keywords}
     if isinstance(value, types.FunctionType):
@@ -139,7 +139,7 @@ def _contents(value: Any) -> dict[Hashable, Any] | None:
 
 
 def _state(value: Any) -> dict[Hashable, Any]:
-    """The attributes of an object."""
+    """Return the attributes of an object, including its slots."""
     slots = [name for kind in type(value).__mro__ for name in _slots(kind)]
     held = {name: getattr(value, name) for name in slots if hasattr(value, name)}
     return {**held, **getattr(value, "__dict__", {})}

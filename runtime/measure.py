@@ -1,7 +1,7 @@
 """Measurements for guards: how much a probe has changed since a site was last computed.
 
-They stay on the device until a guard needs the number. What is read one call later is copied to the host at once,
-without waiting.
+Measurements stay on the device until a guard reads them. With a lag of one call they are copied to the host
+asynchronously.
 """
 
 from __future__ import annotations
@@ -15,15 +15,18 @@ from torch import Tensor
 
 from dit_rewrite.runtime.spectral import Grid, on_grid, sea_filter
 
-Distance = Callable[[Tensor, Tensor], Tensor]  # (now, before) -> relative L1, a tensor of no dimensions
+Distance = Callable[[Tensor, Tensor], Tensor]  # (now, before) -> relative L1 change, a 0-d tensor
 
 
 class Measured(NamedTuple):
-    """A symbol that a site's guard reads: "similarity" or "drift" of what a wire carries.
+    """A measured symbol that a site's guard reads.
 
-    ``rescale`` are the coefficients, highest power first, of a polynomial that each change is put through, or "rate":
-    each is multiplied by how much of its output a computed call changed per change of the probe, at last. ``output`` is
-    the wire of what the model returns, where that is read. On a ``grid`` the probe is filtered by its step's noise.
+    statistic: "similarity" (relative L1 change of the probe since the site was last computed) or "drift" (sum of the
+    relative L1 changes from call to call since then). wire: the wire of the probe.
+    rescale: coefficients, highest power first, of a polynomial that is applied to each change; or "rate", which
+    multiplies each change by the last known ratio of the output's relative change to the probe's change (EasyCache).
+    output: the wire of the model's output, if it is read. grid: if given, the probe is filtered by the noise of its
+    step (SeaCache).
     """
 
     symbol: str
@@ -35,17 +38,17 @@ class Measured(NamedTuple):
 
     @property
     def late(self) -> bool:
-        """Whether it is of what the call returns: known once the call is over, and told to the next ones."""
+        """Whether the probe is the output of the call, so that only later calls can read the measurement."""
         return self.wire == self.output
 
     @property
     def place(self) -> tuple[int, Grid | None]:
-        """What is measured there, under whichever symbol."""
+        """The key of the probe: symbols with the same wire and grid share it."""
         return self.wire, self.grid
 
 
 def polynomial(coefficients: Sequence[float], x: Tensor) -> Tensor:
-    """The value of a polynomial, highest power first, in float64; what is not finite stays so."""
+    """Evaluate a polynomial, highest power first, in float64. NaN and inf propagate even if all powers are constant."""
     x = x.double()
     value = x * 0
     for coefficient in coefficients:
@@ -54,13 +57,13 @@ def polynomial(coefficients: Sequence[float], x: Tensor) -> Tensor:
 
 
 def mean_change(now: Tensor, before: Tensor) -> Tensor:
-    """The mean of the absolute change, in float32 (float64 for float64)."""
+    """Return the mean absolute change as a 0-d tensor, computed in float32 (float64 for float64)."""
     dtype = torch.promote_types(now.dtype, torch.float32)
     return (now.to(dtype) - before.to(dtype)).abs().mean()
 
 
 class Number:
-    """A measurement on the device, and its copy on the host: on its way there where it was asked for ahead."""
+    """A measurement on the device. With `ahead`, a copy to the host starts at once, without waiting for it."""
 
     def __init__(self, tensor: Tensor, ahead: bool) -> None:
         self.tensor = tensor
@@ -72,7 +75,7 @@ class Number:
             self._arrived.record(torch.cuda.current_stream(tensor.device))
 
     def read(self) -> float:
-        """The number; waits for its copy alone, not for what was queued since."""
+        """Return the number. With `ahead`, this waits for the copy only, not for work that was queued later."""
         if self._host is None:
             return float(self.tensor.item())
         self._arrived.synchronize()
@@ -81,16 +84,17 @@ class Number:
 
 @dataclass(frozen=True)
 class Track:
-    """A probe's value when the site was last computed, and what was measured since, up to the last call.
+    """The state of one measured symbol of a site.
 
-    Of "drift" that is the sum of the changes from call to call; of "similarity" it is kept for a lag alone, or
-    where the probe is what the calls return: then it is the change from the one computed call to the last.
+    reference: the probe when the site was last computed. value: the measurement up to the last call. For "drift" it is
+    the sum of the changes; for "similarity" it is kept only with a lag, or if the probe is the output of the calls,
+    where it is the change between the last two computed calls.
     """
 
     reference: Tensor
     value: Number | None = None
-    output: Tensor | None = None  # what the last computed call returned, where a rate is made of it
-    rate: Tensor | None = None  # its relative change since the one before, over the probe's change
+    output: Tensor | None = None  # the output of the last computed call, for a rate
+    rate: Tensor | None = None  # relative change of that output over the change of the probe
 
     @property
     def held(self) -> tuple[Tensor, ...]:
@@ -99,22 +103,22 @@ class Track:
 
 @dataclass
 class Tracked:
-    """The tracks of a bank by site and symbol, and the last value of each probe."""
+    """The tracks of a cache by site and symbol, and the last value of each probe."""
 
     tracks: dict[tuple[int, str], Track] = field(default_factory=dict)
     last: dict[tuple[int, Grid | None], Tensor] = field(default_factory=dict)
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
-        """What is held for comparison."""
+        """All tensors that are kept for comparison."""
         return (*(t for track in self.tracks.values() for t in track.held), *self.last.values())
 
 
 class Meter:
-    """The measurements of one call. `wires` holds what each wire carries so far; those below `num_inputs` are inputs.
+    """The measurements of one call.
 
-    With `lag` 0 a guard reads what changed up to this call, with 1 what changed up to the last one: the same numbers,
-    one call later.
+    wires: the values of the wires so far (see segments.py). lag: with 0, a guard reads the change up to this call; with
+    1, the change up to the previous call, which is the same number one call later.
     """
 
     def __init__(
@@ -127,7 +131,7 @@ class Meter:
         distance: Distance,
         noise: float | None = None,
     ) -> None:
-        """`noise` is the share of noise at the call's step, None where nobody knows it."""
+        """Create the meter of a call. `noise` is the share of noise at its step; None means unknown."""
         self._tracked, self._sites, self._wires, self._num_inputs = tracked, sites, wires, num_inputs
         self._lag, self._distance = lag, distance
         self._noise = noise
@@ -135,7 +139,7 @@ class Meter:
         self._known: dict[tuple[Distance, int, int], tuple[Tensor, ...]] = {}  # with the tensors: their ids are in use
 
     def read(self, site: int, symbol: str) -> float | None:
-        """The number that a guard asks for; None where nothing was measured."""
+        """Return a measurement of `site`, or None if nothing was measured."""
         track = self._tracked.tracks.get((site, symbol))
         if track is None:
             return None
@@ -144,7 +148,7 @@ class Meter:
         return None if value is None else value.read()
 
     def _now(self, track: Track, measured: Measured) -> Number | None:
-        """What is measured up to this call."""
+        """Measure up to this call."""
         now, similar = self._value(measured), measured.statistic == "similarity"
         before = track.reference if similar else self._tracked.last.get(measured.place)
         change = self._change(now, before, measured, track.rate)
@@ -153,7 +157,7 @@ class Meter:
         return None if change is None else Number(change, ahead=bool(self._lag))
 
     def _value(self, measured: Measured) -> Tensor | None:
-        """What a probe is in this call, so far as it is known."""
+        """Return the probe's value in this call, filtered if it has a grid, or None if it is not computed yet."""
         value = self._wires[measured.wire]
         if value is None or measured.grid is None:
             return value
@@ -169,7 +173,7 @@ class Meter:
     def _change(
         self, now: Tensor | None, before: Tensor | None, measured: Measured, rate: Tensor | None
     ) -> Tensor | None:
-        """The change from one tensor to another, rescaled."""
+        """Return the rescaled change from `before` to `now`, or None if it is unknown."""
         if now is None or before is None:
             return None
         if measured.rescale == "rate":
@@ -178,21 +182,21 @@ class Meter:
         return change if measured.rescale is None else polynomial(measured.rescale, change)
 
     def _once(self, distance: Distance, now: Tensor, before: Tensor) -> Tensor:
-        """A distance of two tensors; taken once, whoever asks."""
+        """Return a distance of two tensors. It is computed once for all sites that compare the same tensors."""
         key = (distance, id(now), id(before))
         if key not in self._known:
             self._known[key] = (distance(now, before), now, before)
         return self._known[key][0]
 
     def close(self, row: Sequence[bool]) -> None:
-        """The call is over: note what was measured, and what the sites that computed are to be compared with."""
+        """Record the measurements at the end of a call, and the probes of the computed sites as new references."""
         tracks, kept = self._tracked.tracks, dict[tuple[int, Grid | None], Tensor]()
         for site, reused in enumerate(row):
             for measured in self._sites[site]:
                 now = self._value(measured)
-                if now is None or (reused and measured.late):  # inside a reused span nothing is measured
+                if now is None or (reused and measured.late):  # nothing is measured inside a reused span
                     continue
-                if measured.place not in kept:  # an input is the caller's, who may change it in place
+                if measured.place not in kept:  # the caller may modify an input in place
                     own = measured.wire >= self._num_inputs or measured.grid is not None
                     kept[measured.place] = now if own else now.clone()
                 track = tracks.get((site, measured.symbol))
@@ -211,13 +215,13 @@ class Meter:
         return replace(following, value=self._now(replace(track, value=None), measured) if self._lag else None)
 
     def _computed(self, track: Track, measured: Measured, now: Tensor) -> Track:
-        """The track of a site that this call computed."""
+        """Return the track of a site that this call computed."""
         output, rate = self._output(measured, False), None
         if output is not None and track.output is not None:
             rate = self._once(self._distance, track.output, output) / self._once(mean_change, now, track.reference)
         return Track(now, output=output, rate=rate)
 
     def _output(self, measured: Measured, reused: bool) -> Tensor | None:
-        """What this call returned, where a rate is made of it, and it computed."""
+        """Return the output of this call if a rate needs it and the call computed it."""
         is_read = measured.rescale == "rate" and measured.output is not None and not reused
         return self._wires[measured.output] if is_read else None  # type: ignore[index]

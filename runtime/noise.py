@@ -1,22 +1,22 @@
-"""What a scheduler says of the noise at each step: its sigma, and the signal-to-noise ratio (SNR).
+"""The noise of a scheduler at each step: its sigma and its signal-to-noise ratio (SNR).
 
-A latent x = a x0 + s noise has the SNR a^2 / s^2. A scheduler is known by what it carries, never by its class; of
-`timesteps` it must have one entry for each call of the denoiser. What is read of it:
+A latent x = a x0 + s noise has the SNR a^2 / s^2. The kind of a scheduler is determined by its attributes, never by its
+class. Its `timesteps` must have one entry for each call of the denoiser. Three kinds are supported:
 
-- flow matching, x = (1 - sigma) x0 + sigma noise: SNR = ((1 - sigma) / sigma)^2. Its config says `use_flow_sigmas`,
-  or it has `sigmas`, but neither `alphas_cumprod` nor `sigma_data` in its config. That is no proof yet: all sigmas must
-  lie in [0, 1] and never rise, and the timesteps must be sigma or 1 - sigma, times `num_train_timesteps` (times 1 where
-  the config has a `shift` and no such number). With `invert_sigmas` (Mochi) `sigmas` holds the share of the signal.
-- sigma-parameterised, x proportional to x0 + sigma noise: SNR = 1 / sigma^2. It has `sigmas`, one more than timesteps,
-  and either `alphas_cumprod` (Euler, Heun, DPM-Solver, UniPC: there sigma = sqrt((1 - abar) / abar), whatever the scale
-  of x) or `sigma_data` in its config (EDM). The sigmas decide, not the timesteps: the solver carries x at sigmas[i],
-  while the timestep told to the model may be rounded (Karras sigmas). Entries of equal sigma must have equal timesteps,
-  as Heun's pairs have; where they differ, the second call is at a noise that the scheduler does not list.
-- variance preserving, x = sqrt(abar) x0 + sqrt(1 - abar) noise: SNR = abar / (1 - abar), abar being `alphas_cumprod` at
-  the timestep. It has no `sigmas`, and its timesteps are whole, lie in the table and never rise (a sampler that
-  inverts, or jumps back, holds another noise than its timestep says).
+- Flow matching, x = (1 - sigma) x0 + sigma noise: SNR = ((1 - sigma) / sigma)^2. The config sets `use_flow_sigmas`, or
+  the scheduler has `sigmas`, and neither `alphas_cumprod` nor `sigma_data` in its config. In addition, all sigmas must
+  lie in [0, 1] and never increase, and the timesteps must be sigma or 1 - sigma, times `num_train_timesteps` (times 1
+  if the config has a `shift` but no such number). With `invert_sigmas` (Mochi), `sigmas` holds the share of the signal.
+- Sigma-parameterised, x proportional to x0 + sigma noise: SNR = 1 / sigma^2. The scheduler has one more `sigmas` than
+  timesteps, and either `alphas_cumprod` (Euler, Heun, DPM-Solver, UniPC: sigma = sqrt((1 - abar) / abar) for any scale
+  of x) or `sigma_data` in its config (EDM). The sigmas are used rather than the timesteps, because x is at sigmas[i]
+  while the timestep passed to the model may be rounded (Karras sigmas). Entries of equal sigma must have equal
+  timesteps, as for Heun; if they differ, the second call is at a noise that the scheduler does not list.
+- Variance preserving, x = sqrt(abar) x0 + sqrt(1 - abar) noise: SNR = abar / (1 - abar), where abar is `alphas_cumprod`
+  at the timestep. The scheduler has no `sigmas`, and its timesteps are integers in the table that never increase (if a
+  sampler inverts or jumps back, its noise differs from that of the timestep).
 
-Whatever else there is cannot be told, and gives None: only proof permits reuse.
+For any other scheduler the noise is unknown, and None is returned.
 """
 
 from __future__ import annotations
@@ -30,15 +30,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-ROUNDING = 1e-6  # by how much a sigma in float32 may leave [0, 1]
-SLACK = 1e-3  # of the whole time: by how much a timestep may differ from its sigma; some are cut to whole numbers
+ROUNDING = 1e-6  # a float32 sigma may lie outside [0, 1] by this much
+SLACK = 1e-3  # a timestep may differ from its sigma by this fraction, as some are truncated to integers
 
 
 @dataclass(frozen=True)
 class NoiseLevels:
     """The noise at each entry of the scheduler's timesteps.
 
-    sigmas: noise over signal, sqrt(1 / SNR); of flow matching the share of noise, from 1 to 0. snrs: from 0 to inf.
+    sigmas: noise over signal, sqrt(1 / SNR); for flow matching the share of noise, from 1 to 0. snrs: from 0 to inf.
     """
 
     sigmas: tuple[float, ...]
@@ -48,15 +48,15 @@ class NoiseLevels:
         return len(self.snrs)
 
     def at(self, entry: int) -> tuple[float | None, float | None]:
-        """Sigma and SNR at an entry; None, None outside the schedule."""
+        """Return sigma and SNR at an entry, or (None, None) outside the schedule."""
         return (self.sigmas[entry], self.snrs[entry]) if 0 <= entry < len(self) else (None, None)
 
 
 def noise_levels(scheduler: Any) -> NoiseLevels | None:
-    """The noise levels of a scheduler whose timesteps are set; None where they cannot be told.
+    """Return the noise levels of a scheduler whose timesteps are set, or None if they are unknown.
 
-    Reads each device that the schedule lies on once (diffusers keeps most of it on the CPU). To be called at the first
-    call of each trajectory: what the scheduler says changes with `set_timesteps`.
+    Reads each device that holds part of the schedule once (diffusers keeps most of it on the CPU). Call it at the first
+    call of each trajectory, because `set_timesteps` changes the levels.
     """
     given = {name: getattr(scheduler, name, None) for name in ("timesteps", "sigmas", "alphas_cumprod")}
     vectors = {name: _vector(value) for name, value in given.items() if value is not None}
@@ -73,7 +73,7 @@ def noise_levels(scheduler: Any) -> NoiseLevels | None:
 
 
 def _flow_matching(scheduler: Any, timesteps: Sequence[float], sigmas: Sequence[float]) -> NoiseLevels | None:
-    """Levels by the share of noise, proven by the timesteps, which are that share (or the signal's) in other units."""
+    """Return the levels of flow matching, or None if the timesteps are not proportional to the noise or the signal."""
     unit = setting(scheduler, "num_train_timesteps")
     unit = 1 if unit is None and setting(scheduler, "shift") is not None else unit
     if not isinstance(unit, int | float) or len(sigmas) - len(timesteps) not in (0, 1):
@@ -88,7 +88,7 @@ def _flow_matching(scheduler: Any, timesteps: Sequence[float], sigmas: Sequence[
 
 
 def _sigma_parameterised(scheduler: Any, timesteps: Sequence[float], sigmas: Sequence[float]) -> NoiseLevels | None:
-    """Levels by noise over signal."""
+    """Return the levels of a sigma-parameterised scheduler, or None if its sigmas and timesteps do not match."""
     if len(sigmas) != len(timesteps) + 1 or setting(scheduler, "prediction_type") == "flow_prediction":
         return None
     held = sigmas[:-1]
@@ -99,7 +99,7 @@ def _sigma_parameterised(scheduler: Any, timesteps: Sequence[float], sigmas: Seq
 
 
 def _variance_preserving(timesteps: Sequence[float], table: Sequence[float]) -> NoiseLevels | None:
-    """Levels by the table of abar (the share of the signal's variance), indexed by the timestep."""
+    """Return the levels from the table of abar (the signal's share of the variance) by timestep, or None."""
     if not (_never_rises(timesteps) and all(t.is_integer() and 0 <= t < len(table) for t in timesteps)):
         return None
     shares = [table[int(t)] for t in timesteps]
@@ -110,7 +110,7 @@ def _variance_preserving(timesteps: Sequence[float], table: Sequence[float]) -> 
 
 
 def _vector(value: Any) -> Tensor | None:
-    """A list, array or tensor of numbers as a tensor of one dimension; None where it is none."""
+    """Convert a list, array or tensor to a non-empty real 1-d tensor, or return None."""
     try:
         vector = torch.as_tensor(value)
     except (TypeError, ValueError, RuntimeError):
@@ -119,7 +119,7 @@ def _vector(value: Any) -> Tensor | None:
 
 
 def _read(vectors: Mapping[str, Tensor]) -> dict[str, list[float]]:
-    """The vectors' numbers, by one read of each device."""
+    """Return the numbers of the vectors, with one read per device."""
     values: dict[str, list[float]] = {}
     for device in {vector.device for vector in vectors.values()}:
         here = {name: vector for name, vector in vectors.items() if vector.device == device}
@@ -129,7 +129,7 @@ def _read(vectors: Mapping[str, Tensor]) -> dict[str, list[float]]:
 
 
 def setting(scheduler: Any, name: str) -> Any:
-    """A setting of the scheduler's config (a mapping or an object); None where there is none."""
+    """Return a setting of the scheduler's config (a mapping or an object), or None if it is not set."""
     config = getattr(scheduler, "config", None)
     return config.get(name) if isinstance(config, Mapping) else getattr(config, name, None)
 
@@ -148,4 +148,4 @@ def _ratio(a: float, b: float) -> float:
 
 def _squared_ratio(a: float, b: float) -> float:
     ratio = _ratio(a, b)
-    return ratio * ratio  # `**` raises where a product is inf
+    return ratio * ratio  # `**` raises OverflowError instead of returning inf

@@ -1,9 +1,9 @@
-"""A scheduler's timesteps, and where among them a call is.
+"""A scheduler's timesteps, and the entry of a call among them.
 
-A step is a timestep, not an entry: a second-order sampler (Heun, PNDM) lists a timestep twice and calls the denoiser
-at both entries. Where a call is, is read from what the sampler does and never counted: from the timestep's memory (a
-pipeline passes ``scheduler.timesteps[i]``, expanded), from its value where that lies on the CPU, or from the
-scheduler's own `step_index`.
+A step is a distinct timestep, not an entry: a second-order sampler (Heun, PNDM) lists a timestep twice and calls the
+denoiser at both entries. The entry of a call is never counted. It is read from the memory address of the timestep (a
+pipeline passes ``scheduler.timesteps[i]``, expanded), from its value if that is on the CPU, or from the scheduler's
+`step_index`.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from dit_rewrite.runtime.noise import NoiseLevels, noise_levels, setting
 
-# How pipelines hand on a timestep t of a scheduler with n training steps.
+# The units in which pipelines pass a timestep t of a scheduler with n training steps.
 _UNITS: tuple[Callable[[float, float], float], ...] = (
     lambda t, n: t,
     lambda t, n: t / n,
@@ -26,10 +26,10 @@ _UNITS: tuple[Callable[[float, float], float], ...] = (
 
 
 class Schedule:
-    """The timesteps of a scheduler as they were set, read once: of a schedule on a GPU that is one device read."""
+    """The timesteps of a scheduler after `set_timesteps`. They are read once; on a GPU this is one device read."""
 
     def __init__(self, scheduler: Any, noise: bool) -> None:
-        """`noise`: also read the noise levels."""
+        """Read the timesteps of `scheduler`, and with `noise` also its noise levels."""
         self.scheduler = scheduler
         self.tensor = scheduler.timesteps
         self.times = [float(t) for t in torch.as_tensor(self.tensor).tolist()]
@@ -40,36 +40,36 @@ class Schedule:
 
     @property
     def begin_index(self) -> int | None:
-        """The entry at which the scheduler was told to begin; None where it was not told."""
+        """The scheduler's begin_index, or None if it is not set."""
         begin = getattr(self.scheduler, "begin_index", None)
         return begin if isinstance(begin, int) else None
 
     @property
     def is_current(self) -> bool:
-        """Whether the scheduler still has these timesteps, and was not set anew."""
+        """Whether the scheduler still has these timesteps, so that `set_timesteps` was not called again."""
         return self.scheduler.timesteps is self.tensor
 
     def rank(self, entry: int) -> int:
-        """The step of an entry: how many distinct timesteps lie before it."""
+        """Return the step of an entry: the number of distinct timesteps before it."""
         return self._ranks[min(entry, len(self._ranks) - 1)]
 
     def repeats(self, entry: int) -> bool:
-        """Whether the schedule lists the timestep of an entry more than once."""
+        """Return whether the schedule lists the timestep of an entry more than once."""
         return self._ranks.count(self.rank(entry)) > 1
 
     def entry_at(self, rank: int) -> int:
-        """The first entry of a step; -1 where there is none."""
+        """Return the first entry of a step, or -1 if the step is not in the schedule."""
         return self._ranks.index(rank) if 0 <= rank < self.num_steps else -1
 
     @property
     def num_steps(self) -> int:
-        """How many distinct timesteps there are."""
+        """The number of distinct timesteps."""
         return self._ranks[-1] + 1 if self._ranks else 0
 
     def entry(self, timestep: Tensor | float | None, last: int | None) -> int | None:
-        """The entry of a call; None where it cannot be told.
+        """Return the entry of a call, or None if it is unknown.
 
-        `last` is the entry of the call before: of several that fit, a sampler is at the first that is not before it.
+        last: the entry of the previous call; of several matches, the first one that is not before it is returned.
         """
         if isinstance(timestep, Tensor) and isinstance(self.tensor, Tensor):
             place = _place_in(self.tensor, timestep)
@@ -85,7 +85,10 @@ class Schedule:
         return next((i for i in fitting if last is None or i >= last), fitting[0])
 
     def _step_index(self, value: float | None) -> int | None:
-        """What the scheduler says; None where it stays the same though the timestep moves: another one is stepped."""
+        """Return the scheduler's step_index, or None if it does not advance with the timestep.
+
+        In that case the sampler steps another scheduler.
+        """
         index = getattr(self.scheduler, "step_index", None)
         if not isinstance(index, int) or not 0 <= index < len(self.times):
             return None
@@ -97,7 +100,7 @@ class Schedule:
         return index
 
     def _of_value(self, timestep: Tensor | float | None, value: float) -> list[int]:
-        """The entries whose timestep is `value`, in the unit in which the first call had one."""
+        """Return the entries whose timestep equals `value`, in the unit that matched first."""
         total = setting(self.scheduler, "num_train_timesteps")
         total = float(total) if isinstance(total, int | float) else 1000.0
         coarse = isinstance(timestep, Tensor) and timestep.is_floating_point() and timestep.dtype.itemsize < 4
@@ -120,7 +123,7 @@ def _ranks(times: Sequence[float]) -> list[int]:
 
 
 def _place_in(schedule: Tensor, timestep: Tensor) -> int | None:
-    """The entry of `schedule` whose memory `timestep` shows, expanded or not; read from addresses, not the device."""
+    """Return the entry of `schedule` that `timestep` is a (possibly expanded) view of, without a device read."""
     if timestep.dtype != schedule.dtype or timestep.device != schedule.device or schedule.ndim != 1:
         return None
     if any(stride and size > 1 for stride, size in zip(timestep.stride(), timestep.shape, strict=True)):
@@ -133,15 +136,17 @@ def _place_in(schedule: Tensor, timestep: Tensor) -> int | None:
 
 
 def is_uneven(timestep: Any) -> bool:
-    """Whether a timestep holds several times, as known without a device read; frames that are given have the time 0."""
+    """Return whether a CPU timestep has several different values; 0 is ignored, as it marks clean frames."""
     if not isinstance(timestep, Tensor) or timestep.device.type != "cpu" or not any(timestep.stride()):
         return False
     return len(timestep[timestep != 0].unique()) > 1
 
 
 def on_host(timestep: Any) -> float | None:
-    """A timestep's value, where reading it waits for no device. Of a time for each frame or token their mean where
-    these are at different steps, else the largest."""
+    """Return a timestep's value, or None if reading it would synchronise with a device.
+
+    For a timestep per frame or token it is the mean if these are at different steps, and the largest one otherwise.
+    """
     if isinstance(timestep, (int, float)):
         return float(timestep)
     if not isinstance(timestep, Tensor) or timestep.device.type != "cpu" or timestep.numel() == 0:

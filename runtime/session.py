@@ -1,4 +1,4 @@
-"""The state of one thread: its trajectory, told or watched, and the call of the model that is under way."""
+"""The state of one thread: its trajectory, explicit or inferred, and the current call of the model."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from dit_rewrite.errors import BadTrajectory, Reason
-from dit_rewrite.runtime.cache import Bank
+from dit_rewrite.runtime.cache import Cache
 from dit_rewrite.runtime.decide import Moment
 from dit_rewrite.runtime.inputs import Inputs
 from dit_rewrite.runtime.stats import Record, Stats
@@ -29,9 +29,9 @@ from dit_rewrite.runtime.trajectory import (
 
 @dataclass
 class Call:
-    """One call of the model, while it runs: the graphs that it has called so far and the layers they held.
+    """One running call of the model. ``graphs`` has the graphs called so far, ``layers`` the number of their blocks.
 
-    ``fresh`` says why its stream has no values yet, where there is more to say than that.
+    ``fresh`` is a specific reason why the stream has no values yet, if there is one.
     """
 
     trajectory: Trajectory
@@ -45,40 +45,44 @@ class Call:
 
     @property
     def conditioning(self) -> tuple[Tensor, ...]:
-        """The tensors that are expected to be the same at the stream's next call."""
+        """The tensors that are expected to stay the same in the stream's next call."""
         known = self.stream.conditioning
-        return self.inputs.conditioning if known is None else known.steady(self.inputs)
+        return self.inputs.conditioning if known is None else known.invariant(self.inputs)
 
     @property
     def moment(self) -> Moment:
-        """Where the next graph of the call stands."""
+        """The moment of the next graph of this call."""
         trajectory, stream = self.trajectory, self.stream
         sigma, snr = trajectory.noise(trajectory.step)
         return Moment(trajectory.step, trajectory.num_steps, self.layers, stream.num_layers, sigma, snr, stream.name)
 
-    def enter(self, graph: int, num_sites: int) -> tuple[int, Bank, Reason | None]:
-        """Count a call of a graph: which occurrence it is, its slots, and why they cannot be used if so."""
+    def enter(self, graph: int, num_sites: int) -> tuple[int, Cache, Reason | None]:
+        """Count a call of `graph`.
+
+        Returns its occurrence number within this call, its cache, and the reason why the cache was cleared: the graph
+        sequence differs from that of the stream's last call. The reason is None if it does not.
+        """
         occurrence = self._occurrences[graph]
         self._occurrences[graph] += 1
         position = len(self.graphs)
         self.graphs.append(graph)
-        bank = self.stream.banks.setdefault((graph, occurrence), Bank(num_sites))
+        cache = self.stream.caches.setdefault((graph, occurrence), Cache(num_sites))
         before = self.stream.sequence
         if before is not None and before[position : position + 1] != (graph,):
-            bank.clear()
-            bank.stamp = None
-            return occurrence, bank, Reason.CHANGED_GRAPH
-        return occurrence, bank, None
+            cache.clear()
+            cache.stamp = None
+            return occurrence, cache, Reason.CHANGED_GRAPH
+        return occurrence, cache, None
 
-    def lent(self, name: str, graph: int, occurrence: int) -> Bank | None:
-        """The slots of the same place in the stream of another name; None where it has none, or several fit."""
+    def lent(self, name: str, graph: int, occurrence: int) -> Cache | None:
+        """Return the cache of the same graph in the stream called `name`, or None if no or several streams match."""
         lenders = [stream for stream in self.trajectory.streams.named(name) if stream.place == self.stream.place]
-        return lenders[0].banks.get((graph, occurrence)) if len(lenders) == 1 else None
+        return lenders[0].caches.get((graph, occurrence)) if len(lenders) == 1 else None
 
 
 @dataclass(frozen=True)
 class Observation:
-    """One call of a graph as it happened: its inputs, its outputs, and what its slots held after it."""
+    """A finished call of a graph: its inputs, its outputs, and the values in its slots (``held``) after it."""
 
     graph: int
     position: int
@@ -89,24 +93,24 @@ class Observation:
 
 
 class Session(threading.local):
-    """Each thread that calls the model has trajectories and slots of its own."""
+    """The runtime state of one thread; each thread that calls the model has its own trajectories and cache."""
 
     def __init__(self, stats: Stats, limit: Callable[[], int] = lambda: sys.maxsize) -> None:
-        """`limit` says how many bytes the slots of one trajectory may hold."""
+        """Create a session. `limit` returns the maximum size in bytes of the cache of one trajectory."""
         self.stats = stats
         self.explicit: ExplicitTrajectory | None = None
         self.inferred = InferredTrajectory()
         self.named = Named()
         self.call: Call | None = None
-        self.known: int | None = None  # the number of the last call's trajectory: holding it would keep its slots
+        self.known: int | None = None  # number of the last call's trajectory; a reference would keep its cache alive
         self.ran: tuple[int, ...] = ()  # the graphs of the last call
         self.num_streams = 0  # of the last call's trajectory
         self.observer: Callable[[Observation], None] | None = None
-        self.director: Callable[[Any, list[Any], Call, Bank], Any] | None = None  # decides and runs a graph instead
+        self.director: Callable[[Any, list[Any], Call, Cache], Any] | None = None  # if set, decides and runs each graph
         self._limit = limit
 
     def begin(self, inputs: Inputs) -> Call:
-        """A call of the model begins."""
+        """Begin a call of the model: find its trajectory and stream."""
         tracker = self.inferred if self.explicit is None else self.explicit
         place = tracker.place(inputs, self.named)
         if place.trajectory.number != self.known:
@@ -123,7 +127,7 @@ class Session(threading.local):
             self.stats.streams[Reason.CALLED_ONCE] += place.lapsed
 
     def end(self, call: Call) -> None:
-        """The call has returned: remember its shape for the next of its stream."""
+        """End a call that returned: record its graph sequence, and evict slots if the cache exceeds its limit."""
         stream = call.stream
         self.ran = stream.sequence = tuple(call.graphs)
         stream.num_layers = call.layers
@@ -137,33 +141,33 @@ class Session(threading.local):
                 self.stats.streams[Reason.EVICTED] += 1
 
     def abandon(self, call: Call) -> None:
-        """The call raised: nothing that it left behind is used."""
+        """End a call that raised: clear the slots of its stream."""
         call.stream.forget()
         self.call = None
 
     def enter(self, clock: Clock) -> None:
-        """A trajectory that the caller marks begins."""
+        """Begin an explicit trajectory. Raises BadTrajectory inside another one."""
         if self.explicit is not None:
             raise BadTrajectory("A trajectory was opened inside another.", "Leave the outer context first.")
         self.forget()
         self.explicit = ExplicitTrajectory(clock)
 
     def leave(self) -> None:
-        """The caller's trajectory has ended; its slots are gone."""
+        """End the explicit trajectory and drop its cache."""
         self.explicit = None
         self.forget()
 
     def forget(self) -> None:
-        """Drop the present trajectory and all its slots: the next call is the first of another."""
+        """Drop the current trajectory and its cache; the next call begins another."""
         self.inferred = InferredTrajectory()
         if self.explicit is not None:
             self.explicit.begin()
 
     def cache_bytes(self) -> int:
-        """Bytes that the present trajectory's slots hold."""
+        """Return the size in bytes of the current trajectory's cache."""
         tracker = self.inferred if self.explicit is None else self.explicit
         return sum(stream.bytes for stream in tracker.trajectory.streams.all)
 
     def note_bytes(self) -> None:
-        """Slots were filled: keep the most bytes that they ever held."""
+        """Update the peak cache size after slots were filled."""
         self.stats.peak_bytes = max(self.stats.peak_bytes, self.cache_bytes())

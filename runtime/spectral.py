@@ -1,7 +1,7 @@
-"""SeaCache's spectral filter (arXiv 2602.18993, equations 5 to 7): what of a noisy signal is signal, by frequency.
+"""SeaCache's spectral filter of a noisy signal (arXiv 2602.18993, equations 5 to 7).
 
-A Wiener filter for x = a x0 + b noise, where the power of x0 falls with the frequency f like |f|^-p: along each axis
-the gain a S / (a^2 S + b^2), S = |f|^-p, and their product scaled to the mean 1.
+It is a Wiener filter for x = a x0 + b noise, where the power of x0 falls with the frequency f as S = |f|^-p. The gain
+along each axis is a S / (a^2 S + b^2), and the product of the gains is scaled to a mean of 1.
 """
 
 from __future__ import annotations
@@ -15,22 +15,25 @@ from torch import Tensor
 
 TINY = 1e-16
 LEAST_SHARE = 1e-6
-POWERS = {2: 2.0, 3: 3.0}  # p of images and of videos, by the number of axes
+POWERS = {2: 2.0, 3: 3.0}  # p by the number of axes: images, videos
 
 
 class Grid(NamedTuple):
-    """Where a signal's axes are: on the wire of the latent ``(batch, channels, …)``, of which each token of the signal
-    covers a ``patch``; without one the signal is the latent itself."""
+    """The grid of a signal's tokens.
+
+    latent: wire of the latent (batch, channels, *axes). patch: size of the patch of the latent that a token covers, one
+    number per axis; empty if the signal is the latent itself.
+    """
 
     latent: int
     patch: tuple[int, ...] = ()
 
 
 def noise_share(sigma: float | None, snr: float | None) -> float | None:
-    """The share b of noise where a + b = 1, as in flow matching; None where the noise is not known.
+    """Return the share b of noise for a + b = 1, as in flow matching, or None if the noise is unknown.
 
-    The filter depends on a / b alone, which the signal-to-noise ratio tells of any scheduler. Where nobody knows that,
-    a sigma that the caller named is such a share, as it is in diffusers' `cache_context`.
+    The filter depends only on a / b, which is the square root of the SNR for any scheduler. If the SNR is unknown, an
+    explicit sigma is taken as the share, which is its meaning in diffusers' `cache_context`.
     """
     if snr is not None and snr >= 0:
         return 1 / (1 + math.sqrt(snr))
@@ -38,7 +41,10 @@ def noise_share(sigma: float | None, snr: float | None) -> float | None:
 
 
 def on_grid(x: Tensor, grid: Grid, latent: Tensor) -> tuple[Tensor, tuple[int, ...]] | None:
-    """A signal with one dimension for each axis, and which these are; None where its tokens do not fit the latent."""
+    """Reshape a signal to one dimension per axis, and return it with these dimensions.
+
+    Returns None if the number of tokens does not match the latent.
+    """
     sizes = latent.shape[2:]
     if not grid.patch:
         return x, tuple(range(2, x.ndim))
@@ -49,7 +55,7 @@ def on_grid(x: Tensor, grid: Grid, latent: Tensor) -> tuple[Tensor, tuple[int, .
 
 
 def sea_filter(x: Tensor, axes: Sequence[int], share: float) -> Tensor:
-    """The filtered signal, in float32, at a share of noise. Waits for nothing on the host."""
+    """Return the filtered signal in float32, for noise of the given share. Does not synchronise with the device."""
     spectrum = torch.fft.fftn(x.float(), dim=tuple(axes))
     for axis in axes:
         gain = _gain(x.shape[axis], share, POWERS[len(axes)], x.device)
@@ -58,7 +64,10 @@ def sea_filter(x: Tensor, axes: Sequence[int], share: float) -> Tensor:
 
 
 def _gain(size: int, share: float, power: float, device: torch.device) -> Tensor:
-    """The gain along one axis, of mean 1: the mean of a product of axes is the product of their means."""
+    """Return the gain along one axis, scaled to a mean of 1.
+
+    The mean of a product over axes is the product of the means, so scaling each axis suffices.
+    """
     noise = min(max(share, LEAST_SHARE), 1 - LEAST_SHARE)
     signal = 1 - noise
     frequencies = torch.fft.fftfreq(size, device=device, dtype=torch.float32)

@@ -1,4 +1,4 @@
-"""What was counted while a rewritten model ran."""
+"""Counters of a rewritten model, and the decisions that it made."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from dit_rewrite.errors import Reason
 
 @dataclass(frozen=True)
 class Decision:
-    """One call of one graph: a row of `Stats.decisions`.
+    """The decisions of one call of one graph: a row of `Stats.decisions`.
 
-    ``strategies`` maps each guarded site to "compute", "reuse" or "forecast" (what only holds something for another:
-    "fill" or "leave" its slot), ``reasons`` to why; ``measured`` each site whose guard read measurements to these, by
-    symbol.
+    strategies: maps each guarded site to "compute", "reuse" or "forecast"; a site that only keeps a value for another
+    site has "fill" or "leave". reasons: maps each site to the reason. measured: maps each site whose guard read
+    measurements to their values by symbol.
     """
 
     trajectory: int
@@ -29,12 +29,12 @@ class Decision:
     measured: dict[str, dict[str, float]]
 
 
-_SLOTS = {Reason.WILL_BE_READ: "fill", Reason.UNREAD: "leave"}  # of what only holds something for another site
+_SLOTS = {Reason.WILL_BE_READ: "fill", Reason.UNREAD: "leave"}  # for sites that only keep a value for another site
 
 
 @dataclass(frozen=True)
 class Record:
-    """A Decision as it is noted during a call: tuples, put into words only when somebody looks."""
+    """A Decision in the compact form that is recorded during a call; `decision` converts it on demand."""
 
     trajectory: int
     step: int
@@ -66,14 +66,15 @@ class Record:
 
 @dataclass
 class Stats:
-    """Counts since the model was compiled.
+    """Counters since the model was compiled; all threads share them.
 
-    ``calls`` of the model; ``computed`` and ``reused`` site decisions; ``variants`` compiled, of which
-    ``late_variants`` during a trajectory; ``recompiles`` and ``graph_breaks`` that Dynamo made; ``cache_bytes`` held
-    now, ``peak_bytes`` at most so far by all streams of a thread; ``hoists``, how often values that are computed once
-    per trajectory were computed; ``misses`` by reason: a rule would have reused and no value fitted;
-    ``num_trajectories`` in all, ``trajectories`` by the reason they began where the caller did not mark them;
-    ``streams`` that have no values of their own, or none any more, by the reason. Threads share them.
+    calls: calls of the model. computed, reused: site decisions. variants: compiled variants, of which late_variants
+    were compiled during a trajectory. recompiles, graph_breaks: those of Dynamo.
+    cache_bytes: size of the cache now. peak_bytes: its largest size so far, over all streams of a thread.
+    hoists: how often the values that are computed once per trajectory were computed.
+    misses: by reason, how often a rule would have reused a site whose slot had no valid value.
+    num_trajectories: all trajectories. trajectories: those that the caller did not mark, by the reason they began.
+    streams: streams that have no values, or have lost them, by reason.
     """
 
     calls: int = 0
@@ -96,17 +97,17 @@ class Stats:
 
     @property
     def recomputed_fraction(self) -> float:
-        """Computed site decisions over all of them: FORA's Recomp% (table 1), as a fraction."""
+        """Fraction of the site decisions that computed: Recomp% of FORA (table 1), as a fraction of 1."""
         total = self.computed + self.reused
         return self.computed / total if total else 1.0
 
     @property
     def decisions(self) -> list[Decision]:
-        """A row per call of a captured graph, the last 10,000."""
+        """The decisions of the last 10,000 calls of captured graphs."""
         return [record.decision() for record in self.records]
 
     def count(self, record: Record, misses: tuple[Reason, ...]) -> None:
-        """Note the decisions of one call of a graph."""
+        """Record the decisions of one call of a graph."""
         reused = sum(record.row)
         with self.lock:
             self.reused += reused - record.reasons.count(Reason.UNREAD)
@@ -122,24 +123,24 @@ class Stats:
             self.calls += 1
 
     def miss(self, reason: Reason) -> None:
-        """Note that no value could be used, for a reason that concerns a whole graph."""
+        """Count a miss of a whole graph."""
         with self.lock:
             self.misses[reason] += 1
 
     def begin(self, why: Reason | None) -> None:
-        """A trajectory begins; `why` is None where the caller marked it."""
+        """Count a new trajectory. `why` is None if the caller marked it."""
         with self.lock:
             self.num_trajectories += 1
             if why is not None:
                 self.trajectories[why] += 1
 
     def add(self, name: str, count: int = 1) -> None:
-        """Add to one of the counts."""
+        """Add `count` to the counter `name`."""
         with self.lock:
             setattr(self, name, getattr(self, name) + count)
 
     def since(self, earlier: Stats) -> Stats:
-        """What was counted since `earlier`, a copy; `cache_bytes` is of now."""
+        """Return the counts since `earlier`, which `copy` made. `cache_bytes` and `peak_bytes` are not subtracted."""
         numbers = ["calls", "computed", "reused", "variants", "late_variants", "recompiles", "graph_breaks", "hoists"]
         numbers += ["num_trajectories"]
         changes: dict[str, Any] = {name: getattr(self, name) - getattr(earlier, name) for name in numbers}
@@ -149,7 +150,7 @@ class Stats:
         return replace(self, **changes, records=deque(list(self.records)[max(len(self.records) - calls, 0) :]))
 
     def copy(self, **changes: Any) -> Stats:
-        """The counts so far; the rows of decisions are shared."""
+        """Return a copy of the counters; the records of decisions are shared."""
         with self.lock:
             counters = {name: getattr(self, name).copy() for name in ("misses", "trajectories", "streams")}
             return replace(self, **counters, **changes)

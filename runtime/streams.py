@@ -1,14 +1,14 @@
-"""Which stream of a trajectory a call belongs to.
+"""The streams of a trajectory, and which of them a call belongs to.
 
 Evidence, strongest first: the name that `cache_context` gives; the conditioning (tensors by identity and version, or by
-value where they are made anew; everything else by value); the place among the calls of a step that share these two,
-confirmed by a latent that continues the stream's own. A call that could be either of two streams gets slots of its own,
-and so computes.
+value if they are created anew; everything else by value); the position among the calls of a step that share name and
+conditioning, confirmed by a latent that continues that of the stream. A call that matches two streams equally well gets
+an empty stream of its own, and computes.
 
-A tensor that moves from step to step at one place of the arguments (a ControlNet's residuals, a second latent) is data
-and no conditioning. That is learned at a stream's second step: the tensor is another one, the old one is gone, and
-everything else agrees. Once a tensor has stayed, another one in its place is another condition. What is data for one
-stream tells it apart from no other: the latent does.
+An argument tensor that changes from step to step (a ControlNet residual, a second latent) is *varying*, and not part of
+the conditioning. This is learned in the second step of a stream: the tensor is a different one, the old one was freed,
+and everything else matches. Once a tensor was the same in two steps, a different one is a different conditioning.
+Varying tensors do not distinguish streams; the latent does.
 """
 
 from __future__ import annotations
@@ -19,30 +19,31 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from dit_rewrite.errors import Reason
-from dit_rewrite.runtime.cache import Bank
+from dit_rewrite.runtime.cache import Cache
 from dit_rewrite.runtime.clock import Reading
 from dit_rewrite.runtime.conditioning import Conditioning, equal
 from dit_rewrite.runtime.inputs import Inputs
 from dit_rewrite.runtime.tensors import relative_changes, version
 
-CONTINUES = 0.5  # a latent whose relative L2 change is below this continues the last; independent noise has 1.41
-MARGIN = 2.0  # a latent is one stream's and no other's where it is nearer to that by this factor
-MAX_PLACES = 64  # calls of one conditioning in one step; more of them are no step but a timestep that stands still
-PATIENCE = 2  # steps after which a stream that was called only once gives its memory back
+CONTINUES = 0.5  # a latent continues the last one if its relative L2 change is smaller; independent noise has 1.41
+MARGIN = 2.0  # a latent belongs to the nearest stream only if all others are farther by this factor
+MAX_PLACES = 64  # calls of one conditioning in one step; if there are more, the timestep does not advance
+PATIENCE = 2  # steps after which a stream that was called in one step only gives its memory back
 
 
 @dataclass(eq=False)
 class Stream:
-    """One stream of a trajectory: its slots, and what tells its calls apart.
+    """One stream of a trajectory: its caches, and the properties that identify its calls.
 
-    ``place`` numbers the streams of one name and conditioning; ``step`` and ``entry`` are those of the last call,
-    ``calls`` counts the steps it was called in. ``suspect``: it may be another stream whose tensors at these places
-    moved, though those before still exist. ``repeats``: its only call was that of another one.
+    place: index among the streams with the same name and conditioning. step, entry: step and schedule entry of its last
+    call. calls: the number of steps in which it was called. suspect: a stream that this one may continue with different
+    tensors at these argument positions, although the old tensors still exist. repeats: its only call was identical to
+    that of another stream.
     """
 
     name: Hashable
     place: int = 0
-    banks: dict[tuple[int, int], Bank] = field(default_factory=dict)
+    caches: dict[tuple[int, int], Cache] = field(default_factory=dict)
     sequence: tuple[int, ...] | None = None
     num_layers: int | None = None
     conditioning: Conditioning | None = None
@@ -57,17 +58,17 @@ class Stream:
 
     @property
     def last_latent(self) -> Tensor | None:
-        """The latent of the last call; None where it was changed in place since."""
+        """The latent of the last call, or None if it was modified in place since."""
         unchanged = self.latent is not None and version(self.latent) == self._latent_version
         return self.latent if unchanged else None
 
     @property
     def bytes(self) -> int:
-        """Bytes that its slots keep alive."""
-        return sum(bank.bytes for bank in self.banks.values())
+        """Size of its caches in bytes."""
+        return sum(cache.bytes for cache in self.caches.values())
 
     def note(self, inputs: Inputs, step: int, entry: int | None = None) -> None:
-        """Note a call that is this stream's."""
+        """Record a call of this stream."""
         if self.conditioning is None:
             self.conditioning = Conditioning(inputs)
         if step != self.step:
@@ -75,21 +76,21 @@ class Stream:
         if self.calls > 1:
             self.conditioning.settle()
         self.step, self.entry = step, entry
-        latent = inputs.latent  # a sampler may change it in place, which inference tensors do not count
+        latent = inputs.latent  # a sampler may modify it in place, and inference tensors have no version
         self.latent = latent.clone() if latent is not None and latent.is_inference() else latent
         self._latent_version = None if self.latent is None else version(self.latent)
 
     def is_before(self, reading: Reading) -> bool:
-        """Whether its last call is at an earlier entry of the schedule, perhaps of the same timestep."""
+        """Return whether its last call was at an earlier entry of the schedule, possibly with the same timestep."""
         return reading.entry is not None and self.entry is not None and self.entry < reading.entry
 
     def forget(self) -> None:
-        """Give all slots back."""
-        self.banks.clear()
+        """Drop all caches."""
+        self.caches.clear()
         self.sequence = None
 
 
-Differing = dict[Stream, list[int]]  # the places at which a stream's conditioning is another than a call's
+Differing = dict[Stream, list[int]]  # the positions at which a stream's conditioning differs from a call's
 
 
 class Streams:
@@ -99,11 +100,11 @@ class Streams:
         self.all: list[Stream] = []
 
     def named(self, name: Hashable) -> list[Stream]:
-        """The streams of a name."""
+        """Return the streams called `name`."""
         return [stream for stream in self.all if stream.name == name]
 
     def add(self, name: Hashable, place: int = 0) -> Stream:
-        """Another stream; one that nobody named gets a number."""
+        """Add a stream. Without a name it gets a number."""
         if name is None:
             numbers = {stream.name for stream in self.all}
             name = next(n for n in range(len(numbers) + 1) if n not in numbers)
@@ -112,7 +113,7 @@ class Streams:
         return stream
 
     def renew(self, stream: Stream | None, name: Hashable) -> Stream:
-        """Another stream, in the place of one before if that is given."""
+        """Add a stream, replacing `stream` if that is given."""
         if stream is not None:
             self.all.remove(stream)
         return self.add(name)
@@ -120,10 +121,10 @@ class Streams:
     def match(
         self, inputs: Inputs, name: Hashable, reading: Reading, step: int, first: bool
     ) -> tuple[Stream, Reason | None]:
-        """The stream of a call, and the reason where it is not one of those before.
+        """Return the stream of a call, and a reason if it is a new one.
 
-        `step` is the one that is under way, and `first` says whether it is the trajectory's first. A stream that is
-        not among ``all`` is for this call alone.
+        step: the current step. first: whether it is the first step of the trajectory. A returned stream that is not in
+        ``all`` is used for this call only.
         """
         if inputs.opaque:
             return Stream(name), Reason.UNREADABLE_INPUT
@@ -141,17 +142,17 @@ class Streams:
         return stream, why
 
     def alike(self, inputs: Inputs, name: Hashable) -> list[Stream]:
-        """The streams of this name, or without one, whose calls had the same arguments but for tensors."""
+        """Return the streams called `name` (or unnamed) whose calls had the same arguments except for tensors."""
         named = (s for s in self.all if (s.name == name if name is not None else isinstance(s.name, int)))
         return [s for s in named if s.conditioning is not None and s.conditioning.is_like(inputs)]
 
     @staticmethod
-    def differing(mine: Sequence[Stream], inputs: Inputs, by_value: bool = True) -> Differing:
-        """At which places each stream has another conditioning than a call.
+    def differing(streams: Sequence[Stream], inputs: Inputs, by_value: bool = True) -> Differing:
+        """Return the positions at which the conditioning of each stream differs from that of a call.
 
-        With `by_value`, tensors of equal content are the same, where no stream has the very tensors of the call.
+        With `by_value`, and if no stream has the same tensor objects, tensors are compared by content.
         """
-        found = {s: s.conditioning.differing(inputs) for s in mine if s.conditioning is not None}
+        found = {s: s.conditioning.differing(inputs) for s in streams if s.conditioning is not None}
         if not by_value or not all(found.values()):
             return found
         places = [(stream, place) for stream, differing in found.items() for place in differing]
@@ -163,14 +164,14 @@ class Streams:
 
     @staticmethod
     def _conditioned(differing: Differing) -> list[Stream]:
-        """The streams that may have a call's conditioning, in the order in which they began.
+        """Return the streams that may have a call's conditioning, in the order in which they began.
 
-        What is data for one of them tells it apart from no other, unless it stayed the same there.
+        Positions that vary in one of them do not distinguish it from another, unless they are invariant in that one.
         """
         of = {stream: stream.conditioning for stream in differing if stream.conditioning is not None}
-        data = {place for stream, places in differing.items() if not places for place in of[stream].data}
+        varying = {place for stream, places in differing.items() if not places for place in of[stream].varying}
         group = [s for s, places in differing.items() if not places]
-        return [s for s in differing if s in group or data.issuperset(differing[s]) and of[s].is_new(differing[s])]
+        return [s for s in differing if s in group or varying.issuperset(differing[s]) and of[s].is_new(differing[s])]
 
     def _placed(
         self,
@@ -181,9 +182,9 @@ class Streams:
         reading: Reading,
         first: bool,
     ) -> tuple[Stream, Reason | None]:
-        """The stream of a call that shares name and conditioning with others; `now` were called for this evaluation.
+        """Choose among the streams in `group`, which share name and conditioning; `now` were called in this evaluation.
 
-        Reads the device once, for the change of the latent since each stream's last call.
+        Reads the device once, for the relative change of the latent since each stream's last call.
         """
         if first and reading.same_step and len(now) == len(group):
             return self._join(group, name)
@@ -195,7 +196,7 @@ class Streams:
         least = min(change[s] for s in near)
         nearest = [s for s in near if change[s] == least]
         unclaimed = [s for s in nearest if s not in now] or (nearest if reading.same_step is None else [])
-        if len(nearest) > 1 and unclaimed:  # of one latent: in the order in which they began
+        if len(nearest) > 1 and unclaimed:  # streams with one latent are called in the order in which they began
             return unclaimed[0], None
         expected = group[len(now)] if len(now) < len(group) else group[0]
         if expected in unclaimed:
@@ -208,12 +209,12 @@ class Streams:
 
     @staticmethod
     def _is_evaluated_again(stream: Stream, reading: Reading, change: float) -> bool:
-        """Whether a further call of a stream in one step is a second-order solver's second evaluation."""
+        """Return whether another call of a stream in one step is the second evaluation of a second-order solver."""
         further = reading.entry is None or stream.entry is None or reading.entry >= stream.entry
         return reading.repeats is not False and further and change > 0
 
     def _join(self, group: list[Stream], name: Hashable) -> tuple[Stream, Reason | None]:
-        """Another stream of a group, unless there are so many that the timestep stands still."""
+        """Add a stream to a group, unless it has MAX_PLACES streams, so that the timestep does not advance."""
         if len(group) >= MAX_PLACES:
             return Stream(name), Reason.TIMESTEP_STILL
         return self.add(name, 1 + max(stream.place for stream in group)), Reason.NEW_STREAM
@@ -221,14 +222,14 @@ class Streams:
     def _moved(
         self, differing: Differing, inputs: Inputs, name: Hashable, reading: Reading, step: int
     ) -> tuple[Stream, Reason | None]:
-        """The stream of a call whose conditioning is no stream's: the one whose data moved on, or another one."""
+        """Return the stream of a call with unknown conditioning: one whose varying tensors changed, or a new one."""
         waiting = [s for s in differing if step - s.step == 1 or s.step == step and reading.same_step is not True]
         following = [stream for stream in waiting if self.follows(stream, differing[stream], name is not None)]
         following = [s for s in following if not any(set(differing[t]) < set(differing[s]) for t in following)]
-        if len(following) != 1 or reading.same_step is not False:  # where one alone can be meant, the latent may leap
+        if len(following) != 1 or reading.same_step is not False:  # a single one needs no latent
             following = self._going_on(following, inputs, reading)
         if len(following) == 1 or self._are_one(following, differing):
-            stream = following[0]  # of one conditioning, the first that began
+            stream = following[0]  # of several with one conditioning, the one that began first
             stream.conditioning.hold(inputs, differing[stream])  # type: ignore[union-attr]
             return stream, None
         added = self.add(name)
@@ -237,13 +238,13 @@ class Streams:
 
     @staticmethod
     def _going_on(streams: Sequence[Stream], inputs: Inputs, reading: Reading) -> list[Stream]:
-        """Those whose latent a call continues in another step."""
+        """Return the streams whose latent a call continues in another step."""
         changes = zip(streams, relative_changes(inputs.latent, [s.last_latent for s in streams]), strict=True)
         return [stream for stream, c in changes if c < CONTINUES and (c > 0 or reading.same_step is False)]
 
     @staticmethod
     def _are_one(streams: Sequence[Stream], differing: Differing) -> bool:
-        """Whether streams had one conditioning and one latent at their last calls."""
+        """Return whether all streams had the same conditioning and the same latent in their last calls."""
         first = streams[0] if streams else None
         return first is not None and all(
             differing[s] == differing[first]
@@ -255,7 +256,10 @@ class Streams:
 
     @staticmethod
     def _suspect(streams: Sequence[Stream], differing: Differing) -> tuple[Stream, list[int]] | None:
-        """The stream that is nearest to a call's conditioning, and where they differ; of those called last."""
+        """Return the stream of the last step that differs from a call at the fewest positions, and these positions.
+
+        None if several differ at equally few.
+        """
         last = max((stream.step for stream in streams), default=-1)
         moved = [(s, differing[s]) for s in streams if s.step == last]
         fewest = min((len(places) for _, places in moved), default=0)
@@ -264,10 +268,10 @@ class Streams:
 
     @staticmethod
     def follows(stream: Stream, moved: list[int], named: bool) -> bool:
-        """Whether a call is a stream's though tensors of its conditioning are others, so that these are data.
+        """Return whether a call continues a stream although its tensors at the positions `moved` differ.
 
-        That they are data is known where the tensors before do not exist any more, so that no call can have them
-        again; or where they moved the same way a step before, and the stream of that time was not called since.
+        These tensors are then varying. This is known if the old tensors were freed, so that no call can pass them
+        again, or if the same positions changed a step before and the stream of that step was not called since.
         """
         conditioning = stream.conditioning
         if conditioning is None:
@@ -277,9 +281,12 @@ class Streams:
         return gone or (before is not None and before[0].step < stream.step and moved == before[1])
 
     def lapse(self, step: int) -> list[Stream]:
-        """Take the slots from streams that were called in one step and not again soon after; those that had any."""
+        """Drop the caches of streams that were called in one step only, more than PATIENCE steps ago.
+
+        Returns the streams that had caches. Streams whose conditioning was freed are removed.
+        """
         once = [s for s in self.all if s.calls == 1 and step - s.step > PATIENCE and s.conditioning is not None]
-        lapsed = [stream for stream in once if stream.banks]
+        lapsed = [stream for stream in once if stream.caches]
         for stream in lapsed:
             stream.forget()
             stream.latent = None
@@ -289,8 +296,10 @@ class Streams:
         return lapsed
 
     def evict(self, limit: int, present: Stream) -> list[Stream]:
-        """Take slots from streams until all together hold at most `limit` bytes: those called once first, then those
-        whose last call is longest ago; never from the `present` one."""
+        """Drop caches until all streams together hold at most `limit` bytes, and return the evicted streams.
+
+        Streams that were called in one step only go first, then the least recently called; `present` is never evicted.
+        """
         evicted, sizes = [], {stream: stream.bytes for stream in self.all}
         total = sum(sizes.values())
         for stream in sorted(self.all, key=lambda s: (s.calls > 1, s.step)):

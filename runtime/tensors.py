@@ -1,4 +1,4 @@
-"""What identity, version and one read of the device say of tensors."""
+"""Comparison of tensors by version counter and relative change."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from torch import Tensor
 
 
 def version(tensor: Tensor) -> int | None:
-    """How often a tensor was changed in place; None for inference tensors, which do not count."""
+    """Return the version counter of a tensor, or None for inference tensors, which have none."""
     return None if tensor.is_inference() else tensor._version
 
 
 def alike(a: Tensor, b: Tensor) -> bool:
-    """Whether two tensors have one shape, dtype and device."""
+    """Return whether two tensors have the same shape, dtype and device."""
     return a.shape == b.shape and a.dtype == b.dtype and a.device == b.device
 
 
 def relative_changes(now: Tensor | None, before: Sequence[Tensor | None]) -> list[float]:
-    """The relative L2 change from each tensor of `before` to `now`, by one read of the device; NaN where unknown."""
+    """Return the relative L2 change from each tensor of `before` to `now`, with one device read; NaN means unknown."""
     known = [i for i, tensor in enumerate(before) if now is not None and tensor is not None and alike(now, tensor)]
     changes = [float("nan")] * len(before)
     if not known:
@@ -31,7 +31,7 @@ def relative_changes(now: Tensor | None, before: Sequence[Tensor | None]) -> lis
 
 
 def relative_change(now: Tensor, before: Tensor) -> Tensor:
-    """The relative L2 change as a tensor of no dimensions."""
+    """Return the relative L2 change as a 0-d float64 tensor; norms are computed in float32."""
     if now is before:
         return torch.zeros((), dtype=torch.float64, device=now.device)
     change = torch.linalg.vector_norm(now.detach() - before.detach(), dtype=torch.float32)

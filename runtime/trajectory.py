@@ -1,7 +1,7 @@
-"""Trajectories: one run of the sampler after another, and where in them each call of the denoiser belongs.
+"""Trajectories (runs of the sampler), and the trajectory, step and stream of each call of the denoiser.
 
-Explicit where the caller marks them, or inferred from the calls where nobody does. An inferred trajectory is
-suspicious: a call that does not fit starts a new one, without any value of the last.
+A trajectory is explicit if the caller marks it, and otherwise inferred from the calls. Inference is conservative: a
+call that does not clearly continue the trajectory starts a new one with an empty cache.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _numbers = itertools.count()
 
 @dataclass
 class Trajectory:
-    """One run of the sampler. `why` is the reason that it began; None where it was the caller's word."""
+    """One run of the sampler. `why` is the reason for which it was begun; None means the caller began it."""
 
     why: Reason | None
     clock: Clock | None = None
@@ -37,11 +37,11 @@ class Trajectory:
 
     @property
     def num_steps(self) -> int | None:
-        """How many steps it has; None where nobody told."""
+        """The number of steps; None means unknown."""
         return self.clock.num_steps if self.clock is not None else None
 
     def noise(self, step: int) -> tuple[float | None, float | None]:
-        """Sigma and SNR of a step; None where they are not known."""
+        """Return sigma and SNR of a step; None means unknown."""
         if self.clock is not None:
             return self.clock.noise_at(step)
         return (self.sigma if step == self.step else None), None
@@ -49,7 +49,11 @@ class Trajectory:
 
 @dataclass(frozen=True)
 class Place:
-    """Where a call belongs. ``why`` says why its stream has no values yet, where that is worth a word."""
+    """The trajectory and stream of a call.
+
+    why: a specific reason why the stream has no values yet, if there is one. lapsed: how many streams gave their
+    memory back in this call (see `Streams.lapse`).
+    """
 
     trajectory: Trajectory
     stream: Stream
@@ -58,11 +62,12 @@ class Place:
 
 
 class ExplicitTrajectory:
-    """The trajectories that the caller marks for one denoiser: everything called inside the context belongs to one,
-    until time goes back.
+    """The trajectories that the caller marks for one denoiser. All calls in the context belong to one trajectory until
+    time goes back, which begins the next one.
 
-    Reads no device but for: a schedule that lies there, once; conditioning that is made anew at each call; several
-    calls of one conditioning in a step; and a timestep on a GPU of which no scheduler says what it is.
+    It synchronises with the device only to read a schedule on the device (once), to compare conditioning tensors that
+    are created anew in each call, to tell several calls with one conditioning in a step apart, and to read a timestep
+    on a GPU that cannot be matched with a scheduler.
     """
 
     def __init__(self, clock: Clock) -> None:
@@ -71,12 +76,12 @@ class ExplicitTrajectory:
         self._run = clock.run
 
     def begin(self) -> None:
-        """Start another trajectory, without any value."""
+        """Begin another trajectory with an empty cache."""
         self.clock.begin()
         self._follow_clock(None)
 
     def place(self, inputs: Inputs, named: Named) -> Place:
-        """The trajectory and stream of a call."""
+        """Return the trajectory and stream of a call, and advance the clock."""
         clock = self.clock
         reading = clock.read(inputs.timestep, named)
         if reading.restart is not None:
@@ -105,21 +110,22 @@ class ExplicitTrajectory:
 
 
 class InferredTrajectory:
-    """Tells steps, streams and trajectories apart by what the calls look like: one read of the device a call.
+    """Infers steps, streams and trajectories from the inputs of the calls, with one device read per call.
 
-    Streams are told apart by name or conditioning alone. Several calls of one conditioning in a step are a solver's
-    second evaluation at most: whoever calls more often marks the trajectory. The very same call twice is one noise
-    sampled anew, or another call of each step: its values are used only where the next step has no such pair.
+    Streams are distinguished by name or conditioning only. Several calls with one conditioning in a step are taken for
+    the second evaluation of a solver; samplers that call more often must use an explicit trajectory. Two identical
+    calls are either the same noise sampled again or two calls of each step: their values are used only if the next
+    step has no such pair.
     """
 
     def __init__(self) -> None:
         self.trajectory = Trajectory(Reason.FIRST_CALL)
         self._direction = 0.0
         self._latest: Stream | None = None
-        self._crowded = False  # the trajectory began at the timestep of the one before: a step may have more calls
+        self._crowded = False  # the trajectory began at the timestep of the last one: a step may have several calls
 
     def place(self, inputs: Inputs, named: Named) -> Place:
-        """The trajectory and stream of a call; a new trajectory unless everything speaks for the present one."""
+        """Return the trajectory and stream of a call. Begins a new trajectory if it does not continue the last."""
         streams = self.trajectory.streams
         differing = streams.differing(streams.alike(inputs, named.name), inputs, by_value=False)
         stream = next((s for s, places in differing.items() if not places), None)
@@ -160,20 +166,20 @@ class InferredTrajectory:
 
     @staticmethod
     def _that_moved(differing: Differing, named: Named) -> Stream | None:
-        """The one stream that a call may continue though tensors of its conditioning are others."""
+        """Return the only stream that a call may continue with changed conditioning tensors, or None."""
         following = [s for s, places in differing.items() if Streams.follows(s, places, named.name is not None)]
         return following[0] if len(following) == 1 else None
 
     def _misfit(self, stream: Stream | None, inputs: Inputs, timestep: float, change: float) -> Reason | None:
-        """Why a call does not belong to the present trajectory; None where it does. NaN never fits."""
+        """Return why a call does not belong to the current trajectory, or None if it does. NaN never belongs."""
         if self._latest is None:
             return Reason.FIRST_CALL
         if inputs.opaque:
             return Reason.UNREADABLE_INPUT
-        if stream is None:  # another stream of the step that is under way: same latent, same timestep
+        if stream is None:  # another stream of the current step has the same latent and timestep
             joins = change < CONTINUES and timestep == self._latest.timestep
             return None if joins else Reason.NEW_CONDITIONING
-        if change == 0:  # of one noise, whatever the timestep: a sampler that goes on changes its latent
+        if change == 0:  # the same noise again, whatever the timestep: a sampler changes its latent between steps
             return Reason.REPEATED
         if not change < CONTINUES:
             return Reason.NEW_LATENT
@@ -184,7 +190,7 @@ class InferredTrajectory:
 
 
 def _read(inputs: Inputs, before: Tensor | None) -> tuple[float, float]:
-    """The timestep (0 where there is none) and the relative L2 change of the latent, in one read of the device."""
+    """Return the timestep (0 if there is none) and the relative L2 change of the latent, with one device read."""
     timestep, latent = inputs.timestep, inputs.latent
     numbers: list[Tensor] = []
     if isinstance(timestep, Tensor):

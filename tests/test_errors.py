@@ -257,7 +257,7 @@ def test_trajectories_inside_one_another() -> None:
 @pytest.mark.parametrize("num_steps", [0, -1])
 def test_trajectories_without_a_step(num_steps: int) -> None:
     compiled = rewritten(tiny.build())
-    expected = pytest.raises(BadTrajectory, match=f"of {num_steps} steps has no step. Give num_steps >= 1")
+    expected = pytest.raises(BadTrajectory, match=f"num_steps={num_steps} is not positive. Pass num_steps >= 1")
     with expected, compiled.trajectory(num_steps):
         pass
     with compiled.trajectory(1):

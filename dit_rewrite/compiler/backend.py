@@ -36,8 +36,8 @@ from dit_rewrite.passes.rewrite.segments import whole
 from dit_rewrite.passes.rewrite.specialise import Row, Variant, specialise
 from dit_rewrite.policy.rules import Policy
 from dit_rewrite.policy.site_rules import SiteRules
-from dit_rewrite.runtime.dispatch import Graph
-from dit_rewrite.runtime.pieces import Executable
+from dit_rewrite.runtime.dispatch import CompiledGraph
+from dit_rewrite.runtime.segments import Executable
 from dit_rewrite.runtime.session import Session
 from dit_rewrite.runtime.stats import Stats
 from dit_rewrite.runtime.trajectory import Trajectory
@@ -61,7 +61,7 @@ class Rewritten:
     captured: Captured
     context: Context
     runs: list[PassRun]
-    graph: Graph
+    graph: CompiledGraph
     variants: dict[tuple[int, Row], Variant] = field(default_factory=dict)
     compiled: dict[Any, tuple[Variant, Callable[..., Any]]] = field(default_factory=dict)  # by structure
 
@@ -170,11 +170,11 @@ class Backend:
             self.breaks[torch_compat.break_reason(gm)] += 1
         self._compiles.add(compile_id)
 
-    def _rewrite(self, captured: Captured) -> Graph:
+    def _rewrite(self, captured: Captured) -> CompiledGraph:
         with self._compiling:
             return self._rewrite_alone(captured)
 
-    def _rewrite_alone(self, captured: Captured) -> Graph:
+    def _rewrite_alone(self, captured: Captured) -> CompiledGraph:
         trajectory = self.session.call.trajectory if self.session.call is not None else Trajectory(None)
         hoist = "hoist" not in self.disabled
         request = Request(self._is_whole(captured), trajectory.num_steps, trajectory.noise, hoist, self.force)
@@ -197,12 +197,12 @@ class Backend:
         def compile_variant(number: int, row: Row) -> Executable | None:
             return self._compile(rewritten, number, row)
 
-        graph = Graph(
+        graph = CompiledGraph(
             len(self.rewritten),
             partition.wired(ctx[Foreseen].specs),
             ctx[Bound].found.num_layers,
             partition.wiring(captured, 0 if hoisted is None else len(hoisted.values)),
-            partition.segments_to_run(),
+            partition.runtime_segments(),
             self.session,
             compile_variant,
             self.policy.lag,

@@ -22,7 +22,7 @@ from dit_rewrite.passes.rewrite.specialise import Row
 from dit_rewrite.policy.rules import Policy
 from dit_rewrite.runtime.decide import SiteSpec
 from dit_rewrite.runtime.measure import Measured
-from dit_rewrite.runtime.pieces import Piece, Wiring
+from dit_rewrite.runtime.segments import Segment, Wiring
 from dit_rewrite.runtime.spectral import Grid
 
 
@@ -112,9 +112,9 @@ class Partition:
         grid = None if probe.latent is None else Grid(self._wires[self._position[probe.latent]], probe.patch)
         return Measured(probe.symbol, asked.statistic, wire, asked.rescale, output, grid)
 
-    def segments_to_run(self) -> list[Piece]:
+    def runtime_segments(self) -> list[Segment]:
         """The pieces that dispatch runs, without their code."""
-        return [Piece(sites, self._spent(i)) for i, sites in enumerate(self.depends)]
+        return [Segment(sites, self._spent(i)) for i, sites in enumerate(self.depends)]
 
     def _spent(self, segment: int) -> tuple[int, ...]:
         """The wires that nothing behind a segment reads."""

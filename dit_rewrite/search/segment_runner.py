@@ -242,7 +242,7 @@ class _Pieces:
         self._advance(until)
 
     def finish(self) -> None:
-        self._advance(len(self.states[0].graph.pieces))
+        self._advance(len(self.states[0].graph.segments))
         decided = self._decisions()
         for sampling, state in zip(self.samplings, self.states, strict=True):
             sampling.answer(decided, state.finish(decided))

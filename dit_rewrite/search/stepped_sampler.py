@@ -13,19 +13,19 @@ from torch import Tensor
 
 from dit_rewrite.errors import BadTrajectory
 from dit_rewrite.module import RewrittenModule
-from dit_rewrite.runtime.cache import Bank
+from dit_rewrite.runtime.cache import Cache
 from dit_rewrite.runtime.decide import Decisions
-from dit_rewrite.runtime.dispatch import Graph
+from dit_rewrite.runtime.dispatch import CompiledGraph
 from dit_rewrite.runtime.session import Call
 
 
 class Arrival(NamedTuple):
     """A call of the denoiser that waits for its decisions and outputs."""
 
-    graph: Graph
+    graph: CompiledGraph
     args: list[Any]
     call: Call
-    bank: Bank
+    cache: Cache
 
 
 def digest(arrivals: Iterable[Arrival]) -> str:
@@ -44,7 +44,7 @@ class State:
     """One trajectory within a step: the wires as they stand before the first piece that is still open."""
 
     def __init__(self, arrival: Arrival) -> None:
-        self.graph, self.args, self.call, self.bank = arrival
+        self.graph, self.args, self.call, self.cache = arrival
         self.wires = self.graph.start(self.args)
         self.cursor = 0
         self.fresh: list[Any] = []
@@ -52,9 +52,9 @@ class State:
     def outputs(self, decide: Callable[[int], bool]) -> tuple[Tensor, float]:
         """The model's output if the open pieces run so, and which share of the network that takes."""
         wires = list(self.wires)
-        count = len(self.graph.pieces)
+        count = len(self.graph.segments)
         for number in range(self.cursor, count):
-            self.graph.run_piece(number, decide, self.args, wires, self.bank)
+            self.graph.run_segment(number, decide, self.args, wires, self.cache)
         tensors = [t for t in self.graph.results(wires) if isinstance(t, Tensor) and t.is_floating_point()]
         return torch.cat([t.flatten() for t in tensors]), (count - self.cursor) / count
 
@@ -62,13 +62,13 @@ class State:
         """Close the pieces before `until`: they run for good."""
         before = self.cursor
         for number in range(self.cursor, until):
-            self.fresh += self.graph.run_piece(number, decide, self.args, self.wires, self.bank)
+            self.fresh += self.graph.run_segment(number, decide, self.args, self.wires, self.cache)
             self.cursor = number + 1
-        return (self.cursor - before) / len(self.graph.pieces)
+        return (self.cursor - before) / len(self.graph.segments)
 
     def finish(self, decided: Decisions) -> list[Any]:
         """Fill the slots; what the graph returns."""
-        self.graph.store(self.fresh, self.bank, self.call.moment, decided)
+        self.graph.commit(self.fresh, self.cache, self.call.moment, decided)
         return self.graph.results(self.wires)
 
 
@@ -121,8 +121,8 @@ class Sampling:
         except BaseException as error:
             self._arrivals.put(error)
 
-    def _wait(self, graph: Graph, args: list[Any], call: Call, bank: Bank) -> tuple[Decisions, Sequence[Any]]:
-        self._arrivals.put(Arrival(graph, args, call, bank))
+    def _wait(self, graph: CompiledGraph, args: list[Any], call: Call, cache: Cache) -> tuple[Decisions, Sequence[Any]]:
+        self._arrivals.put(Arrival(graph, args, call, cache))
         answer = self._answers.get()
         if answer is None:
             raise _Closed

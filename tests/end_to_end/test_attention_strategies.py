@@ -292,16 +292,16 @@ def test_cross_attention_with_a_padding_mask(padding: bool) -> None:
 # --- nothing stale ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("told", [True, False], ids=["told", "watched"])
+@pytest.mark.parametrize("explicit", [True, False], ids=["explicit", "inferred"])
 @pytest.mark.parametrize("do", [WindowResidual(0.25), BlockwiseReuse(3.0, 4)], ids=["window", "blockwise"])
-def test_nothing_of_one_trajectory_reaches_another(do: Strategy, told: bool) -> None:
+def test_nothing_of_one_trajectory_reaches_another(do: Strategy, explicit: bool) -> None:
     """A, B cut short, A: the second A is the first, bit for bit, though a state is changed in place; and B is not A."""
     model, policy = Small(), Policy((Rule(step > 0, do),))
     compiled = tiny.rewritten(model, policy)
 
     def trajectory(seed: int, steps: int) -> list[Tensor]:
         inputs = small_calls(steps, seed=seed)
-        if not told:
+        if not explicit:
             return tiny.outputs(compiled, inputs)
         with compiled.trajectory(5):
             return tiny.outputs(compiled, inputs)

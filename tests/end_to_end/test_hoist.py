@@ -67,12 +67,12 @@ def test_hoisting_equals_the_untouched_model() -> None:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("told", [True, False], ids=["told", "watched"])
-def test_conditioning_changed_in_place_midway_is_noticed(told: bool) -> None:
+@pytest.mark.parametrize("explicit", [True, False], ids=["explicit", "inferred"])
+def test_conditioning_changed_in_place_midway_is_noticed(explicit: bool) -> None:
     """The text is overwritten between two steps: what follows is computed from the new text."""
     model, rewritten = pixart()
     calls = PIXART.inputs(4)
-    with rewritten.trajectory(num_steps=4) if told else torch.no_grad():
+    with rewritten.trajectory(num_steps=4) if explicit else torch.no_grad():
         before = run(rewritten, calls[:2])
         assert rewritten.stats().hoists == 1
         assert same(before, run(model, calls[:2]))
@@ -94,14 +94,14 @@ def test_each_stream_has_its_own() -> None:
     assert rewritten.stats().hoists == 2
 
 
-@pytest.mark.parametrize(("told", "hoists"), [(True, 1), (False, 3)], ids=["told", "watched"])
-def test_inference_tensors_are_trusted_in_a_told_trajectory_alone(told: bool, hoists: int) -> None:
+@pytest.mark.parametrize(("explicit", "hoists"), [(True, 1), (False, 3)], ids=["explicit", "inferred"])
+def test_inference_tensors_are_trusted_in_explicit_trajectories_only(explicit: bool, hoists: int) -> None:
     """They have no version counter: unless the caller vouches for them, the prologue runs at every call."""
     with torch.inference_mode():
         model, rewritten = pixart()
         calls = PIXART.inputs(3)
         expected = run(model, calls)
-        with rewritten.trajectory(num_steps=3) if told else torch.no_grad():
+        with rewritten.trajectory(num_steps=3) if explicit else torch.no_grad():
             assert same(run(rewritten, calls), expected)
     assert rewritten.stats().hoists == hoists
 

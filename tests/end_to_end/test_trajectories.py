@@ -21,12 +21,12 @@ from dit_rewrite.policies import FORA
 from tests.helpers import tiny
 from tests.helpers.tiny import calls, condition, fora, outputs, rewritten, row, same
 
-TELLING = pytest.mark.parametrize("telling", ["told", "watched"])
+MODES = pytest.mark.parametrize("mode", ["explicit", "inferred"])
 
 
-def run(model: dit_rewrite.RewrittenModule, inputs: list[dict[str, Any]], telling: str, of: int = 0) -> list[Tensor]:
+def run(model: dit_rewrite.RewrittenModule, inputs: list[dict[str, Any]], mode: str, of: int = 0) -> list[Tensor]:
     """One trajectory; `of` is the number of steps told where it is cut short."""
-    with model.trajectory(of or len(inputs)) if telling == "told" else contextlib.nullcontext():
+    with model.trajectory(of or len(inputs)) if mode == "explicit" else contextlib.nullcontext():
         return outputs(model, inputs)
 
 
@@ -40,16 +40,16 @@ def interleave(*streams: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return list(itertools.chain.from_iterable(zip(*streams, strict=True)))
 
 
-@TELLING
-def test_two_trajectories_without_recompile_or_break(telling: str) -> None:
+@MODES
+def test_two_trajectories_without_recompile_or_break(mode: str) -> None:
     model = tiny.build()
     compiled = rewritten(model)
     first, second = calls(7, seed=1), calls(7, seed=2)
     torch._dynamo.utils.counters.clear()
-    assert same(run(compiled, first, telling), fora(model, first))
+    assert same(run(compiled, first, mode), fora(model, first))
     assert row(compiled, 7) == "CRRCRRC"
     with torch._dynamo.config.patch(error_on_recompile=True):
-        assert same(run(compiled, second, telling), fora(model, second))
+        assert same(run(compiled, second, mode), fora(model, second))
     assert row(compiled, 7) == "CRRCRRC"
     assert not torch._dynamo.utils.counters["graph_break"]
     stats = compiled.stats()
@@ -60,63 +60,63 @@ def test_two_trajectories_without_recompile_or_break(telling: str) -> None:
     assert not stats.misses
 
 
-@TELLING
+@MODES
 @pytest.mark.parametrize("cut", [7, 3, 1])
 @pytest.mark.parametrize("prompt", ["same prompt", "another prompt"])
-def test_a_b_a_gives_a_twice(telling: str, cut: int, prompt: str) -> None:
+def test_a_b_a_gives_a_twice(mode: str, cut: int, prompt: str) -> None:
     model = tiny.build()
     compiled = rewritten(model)
     a = calls(7, seed=1)
     b = calls(7, seed=2, given=a[0]["condition"] if prompt == "same prompt" else None)
     expected = fora(model, a)
-    assert same(run(compiled, a[:cut], telling, of=7), expected[:cut])
-    assert same(run(compiled, b, telling), fora(model, b))
-    assert same(run(compiled, a, telling), expected)
+    assert same(run(compiled, a[:cut], mode, of=7), expected[:cut])
+    assert same(run(compiled, b, mode), fora(model, b))
+    assert same(run(compiled, a, mode), expected)
     assert row(compiled, 7) == "CRRCRRC"
 
 
-@TELLING
+@MODES
 @pytest.mark.parametrize("cut", [7, 3, 1])
-def test_b_starts_at_a_lower_timestep_with_the_same_prompt(telling: str, cut: int) -> None:
+def test_b_starts_at_a_lower_timestep_with_the_same_prompt(mode: str, cut: int) -> None:
     """Image to image: the last four of seven steps, from another noise."""
     model = tiny.build()
     compiled = rewritten(model)
     a = calls(7, seed=1)
     b = calls(7, seed=2, given=a[0]["condition"])[3:]
-    run(compiled, a[:cut], telling, of=7)
-    assert same(run(compiled, b, telling), fora(model, b))
-    assert same(run(compiled, a, telling), fora(model, a))
+    run(compiled, a[:cut], mode, of=7)
+    assert same(run(compiled, b, mode), fora(model, b))
+    assert same(run(compiled, a, mode), fora(model, a))
 
 
-@TELLING
+@MODES
 @pytest.mark.parametrize("moved", [0, -40, 40])
-def test_the_same_noise_again_starts_anew(telling: str, moved: int) -> None:
+def test_the_same_noise_again_starts_anew(mode: str, moved: int) -> None:
     """One seed, one prompt, a first run cut after a step, and a schedule that starts at another timestep."""
     model = tiny.build()
     compiled = rewritten(model)
     a = calls(4, seed=1)
     b = [{**arguments, "timestep": at(arguments["timestep"][0] + moved)} for arguments in a]
-    run(compiled, a[:1], telling, of=4)
-    found = run(compiled, b, telling)
-    if telling == "watched" and not moved:  # the pair may be two calls of one step: the next step computes, to see
+    run(compiled, a[:1], mode, of=4)
+    found = run(compiled, b, mode)
+    if mode == "inferred" and not moved:  # the pair may be two calls of one step: the next step computes, to see
         assert row(compiled, 4) == "CCRC"
         assert same(found[:1] + found[1:3], fora(model, b[:1]) + fora(model, b[1:3]))
         assert compiled.stats().streams == {Reason.AMBIGUOUS_STREAM: 1}
     else:
         assert same(found, fora(model, b))
-    if telling == "watched":
+    if mode == "inferred":
         assert compiled.stats().trajectories == {Reason.FIRST_CALL: 1, Reason.REPEATED: 1}
 
 
-@TELLING
-def test_rising_timesteps(telling: str) -> None:
+@MODES
+def test_rising_timesteps(mode: str) -> None:
     model = tiny.build()
     compiled = rewritten(model)
     falling = calls(7)
     times = [arguments["timestep"] for arguments in reversed(falling)]
     rising = [{**arguments, "timestep": time} for arguments, time in zip(falling, times, strict=True)]
     for _ in range(2):
-        assert same(run(compiled, rising, telling), fora(model, rising))
+        assert same(run(compiled, rising, mode), fora(model, rising))
         assert row(compiled, 7) == "CRRCRRC"
 
 
@@ -130,21 +130,21 @@ def test_a_timestep_that_turns_starts_anew() -> None:
     assert compiled.stats().trajectories == {Reason.FIRST_CALL: 1, Reason.TIMESTEP_TURNED: 1}
 
 
-@TELLING
-def test_heun_calls_twice_at_a_timestep(telling: str) -> None:
+@MODES
+def test_heun_calls_twice_at_a_timestep(mode: str) -> None:
     """999, 666, 666, 333, 333, …: a step is a timestep, of one call or two."""
     compiled = rewritten(tiny.build())
     heun = calls(7)
     for arguments, time in zip(heun, (999, 666, 666, 333, 333, 100, 100), strict=True):
         arguments["timestep"] = at(time)
-    run(compiled, heun, telling)
+    run(compiled, heun, mode)
     assert [decision.step for decision in compiled.stats().decisions] == [0, 1, 1, 2, 2, 3, 3]
     assert row(compiled, 7) == "CRRRRCC"
 
 
-@TELLING
+@MODES
 @pytest.mark.parametrize("order", ["cond first", "uncond first"])
-def test_guidance_switched_off_midway(telling: str, order: str) -> None:
+def test_guidance_switched_off_midway(mode: str, order: str) -> None:
     """Seven steps with both streams up to the fourth; each stream is as if it ran alone."""
     model = tiny.build()
     compiled = rewritten(model)
@@ -152,7 +152,7 @@ def test_guidance_switched_off_midway(telling: str, order: str) -> None:
     uncond = [{**arguments, "condition": given} for arguments in cond[:4]]
     for _ in range(2):
         both = interleave(cond[:4], uncond) if order == "cond first" else interleave(uncond, cond[:4])
-        found = run(compiled, both + cond[4:], telling, of=7)
+        found = run(compiled, both + cond[4:], mode, of=7)
         position = 0 if order == "cond first" else 1
         assert same(found[position:8:2] + found[8:], fora(model, cond))
         assert same(found[1 - position : 8 : 2], fora(model, uncond))
@@ -170,30 +170,30 @@ def test_guidance_that_pauses_keeps_its_steps_when_watched() -> None:
     assert compiled.stats().trajectories == {Reason.FIRST_CALL: 1}
 
 
-@TELLING
-def test_streams_by_identity(telling: str) -> None:
+@MODES
+def test_streams_by_identity(mode: str) -> None:
     model = tiny.build()
     compiled = rewritten(model)
     cond, given = calls(7, seed=1), condition(9)
     uncond = [{**arguments, "condition": given} for arguments in cond]
-    found = run(compiled, interleave(cond, uncond), telling, of=7)
+    found = run(compiled, interleave(cond, uncond), mode, of=7)
     assert same(found[::2], fora(model, cond))
     assert same(found[1::2], fora(model, uncond))
     assert {decision.stream for decision in compiled.stats().decisions} == {0, 1}
     assert row(compiled, 14) == "CCRRRRCCRRRRCC"
 
 
-@TELLING
-def test_streams_by_name(telling: str) -> None:
+@MODES
+def test_streams_by_name(mode: str) -> None:
     """Both streams pass the same objects, as where a pipeline swaps an adapter in between; only names tell them."""
     model = tiny.build()
     compiled = rewritten(model)
     cond, uncond = calls(7, seed=1), calls(7, seed=2, given=condition(1))
     cond = [{**arguments, "condition": uncond[0]["condition"]} for arguments in cond]
-    if telling == "watched":  # then the latent must be one
+    if mode == "inferred":  # then the latent must be one
         uncond = [{**theirs, "hidden_states": ours["hidden_states"]} for ours, theirs in zip(cond, uncond, strict=True)]
     found: dict[str, list[Tensor]] = {"cond": [], "uncond": []}
-    with compiled.trajectory(7) if telling == "told" else contextlib.nullcontext():
+    with compiled.trajectory(7) if mode == "explicit" else contextlib.nullcontext():
         for pair in zip(cond, uncond, strict=True):
             for name, arguments in zip(found, pair, strict=True):
                 with compiled.cache_context(name):
@@ -203,8 +203,8 @@ def test_streams_by_name(telling: str) -> None:
     assert [decision.stream for decision in compiled.stats().decisions] == ["cond", "uncond"] * 7
 
 
-@TELLING
-def test_two_models_of_one_class_interleaved(telling: str) -> None:
+@MODES
+def test_two_models_of_one_class_interleaved(mode: str) -> None:
     models = [tiny.build(), tiny.build()]
     for parameter in models[1].parameters():
         parameter.neg_()
@@ -212,7 +212,7 @@ def test_two_models_of_one_class_interleaved(telling: str) -> None:
     inputs = [calls(7, seed=1), calls(7, seed=2)]
     found: list[list[Tensor]] = [[], []]
     with contextlib.ExitStack() as stack:
-        for one in compiled if telling == "told" else ():
+        for one in compiled if mode == "explicit" else ():
             stack.enter_context(one.trajectory(7))
         for step, i in itertools.product(range(7), range(2)):
             found[i] += outputs(compiled[i], [inputs[i][step]])
@@ -241,17 +241,17 @@ def test_twelve_models_of_one_class_all_stay_compiled() -> None:
         assert compiled.stats().reused == 2 * 2
 
 
-@TELLING
-def test_reset_forgets(telling: str) -> None:
+@MODES
+def test_reset_forgets(mode: str) -> None:
     """What follows is the first call of a new trajectory, and the old one's values are freed."""
     compiled = rewritten(tiny.build())
     inputs = calls(5)
-    with compiled.trajectory(5) if telling == "told" else contextlib.nullcontext():
+    with compiled.trajectory(5) if mode == "explicit" else contextlib.nullcontext():
         outputs(compiled, inputs[:2])
         assert compiled.stats().cache_bytes == tiny.SITES * 2 * 8 * tiny.WIDTH * 4
-        bank = weakref.ref(next(iter(_streams(compiled)[0].banks.values())))
+        cache = weakref.ref(next(iter(_streams(compiled)[0].caches.values())))
         compiled.reset()
-        assert bank() is None
+        assert cache() is None
         assert compiled.stats().cache_bytes == 0
         outputs(compiled, inputs[2:])
     assert row(compiled, 5) == "CRCRR"
@@ -262,8 +262,8 @@ def test_the_end_of_a_told_trajectory_frees_its_values() -> None:
     compiled = rewritten(tiny.build())
     with compiled.trajectory(3):
         outputs(compiled, calls(2))
-        bank = weakref.ref(next(iter(_streams(compiled)[0].banks.values())))
-    assert bank() is None
+        cache = weakref.ref(next(iter(_streams(compiled)[0].caches.values())))
+    assert cache() is None
     assert compiled.stats().cache_bytes == 0
 
 
@@ -274,11 +274,17 @@ def _streams(compiled: dit_rewrite.RewrittenModule) -> list[Any]:
 
 
 @pytest.mark.parametrize(
-    ("telling", "conditioning", "expected"),
-    [("told", "kept", 1), ("named", "kept", 1), ("named", "new", 5), ("told", "new", 5), ("watched", "kept", 5)],
+    ("mode", "conditioning", "expected"),
+    [
+        ("explicit", "kept", 1),
+        ("named", "kept", 1),
+        ("named", "new", 5),
+        ("explicit", "new", 5),
+        ("inferred", "kept", 5),
+    ],
 )
-def test_reads_of_the_device(monkeypatch: pytest.MonkeyPatch, telling: str, conditioning: str, expected: int) -> None:
-    """Told, the schedule is read once, and conditioning that is made anew at each call is compared. Watched, each call
+def test_reads_of_the_device(monkeypatch: pytest.MonkeyPatch, mode: str, conditioning: str, expected: int) -> None:
+    """Explicit: the schedule is read once, and conditioning that is created anew is compared. Inferred: each call
     reads once."""
     reads: list[str] = []
 
@@ -293,9 +299,9 @@ def test_reads_of_the_device(monkeypatch: pytest.MonkeyPatch, telling: str, cond
         counted(torch.Tensor, name)
     counted(torch, "equal")
     with contextlib.ExitStack() as stack:
-        if telling != "watched":
+        if mode != "inferred":
             stack.enter_context(compiled.trajectory(scheduler=SimpleNamespace(timesteps=schedule)))
-        if telling == "named":
+        if mode == "named":
             stack.enter_context(compiled.cache_context("cond"))
         for arguments, time in zip(calls(5, seed=1), schedule, strict=True):
             given = arguments["condition"].clone() if conditioning == "new" else arguments["condition"]

@@ -18,18 +18,18 @@ from dit_rewrite.policies import FORA
 from tests.helpers import tiny
 from tests.helpers.tiny import calls, condition, fora, outputs, rewritten, row, same
 
-TELLING = pytest.mark.parametrize("telling", ["told", "watched"])
+MODES = pytest.mark.parametrize("mode", ["explicit", "inferred"])
 
 
-def telling_of(model: Any, telling: str, of: int) -> Any:
+def trajectory_of(model: Any, mode: str, of: int) -> Any:
     """The context of a run."""
-    return model.trajectory(of) if telling == "told" else contextlib.nullcontext()
+    return model.trajectory(of) if mode == "explicit" else contextlib.nullcontext()
 
 
-@TELLING
+@MODES
 @pytest.mark.parametrize("dynamic", [False, True])
 @pytest.mark.parametrize("reuse", ["reuse 0", "FORA"])
-def test_resolution_changed_midway(telling: str, dynamic: bool, reuse: str) -> None:
+def test_resolution_changed_midway(mode: str, dynamic: bool, reuse: str) -> None:
     """Three steps of 8 tokens, three of 12, then of 8 again: each part computes first, as a run of its own."""
     model = tiny.build()
     compiled = rewritten(model, FORA(1 if reuse == "reuse 0" else 10), dynamic=dynamic)
@@ -38,7 +38,7 @@ def test_resolution_changed_midway(telling: str, dynamic: bool, reuse: str) -> N
     for earlier, part in enumerate(parts):
         for arguments, like in zip(part, calls(9)[3 * earlier :], strict=False):
             arguments["timestep"] = like["timestep"]
-    with telling_of(compiled, telling, 9):
+    with trajectory_of(compiled, mode, 9):
         found = [outputs(compiled, part) for part in parts]
     for part, result in zip(parts, found, strict=True):
         assert same(result, fora(model, part, 1 if reuse == "reuse 0" else 10))
@@ -46,14 +46,14 @@ def test_resolution_changed_midway(telling: str, dynamic: bool, reuse: str) -> N
     if reuse == "FORA":
         assert row(compiled, 9) == "CRRCRRCRR"
         lost = Reason.CHANGED_INPUT if dynamic else Reason.CHANGED_GRAPH
-        assert stats.misses == ({lost: 2 * tiny.SITES} if telling == "told" else {})
-    if telling == "watched":
+        assert stats.misses == ({lost: 2 * tiny.SITES} if mode == "explicit" else {})
+    if mode == "inferred":
         assert stats.trajectories == {Reason.FIRST_CALL: 1, Reason.NEW_LATENT: 2}
     assert stats.recompiles == (0 if dynamic else 1)
 
 
-@TELLING
-def test_batch_size_changed_midway(telling: str) -> None:
+@MODES
+def test_batch_size_changed_midway(mode: str) -> None:
     """The second sample is dropped: its conditioning is a new tensor, so what follows is another stream or run."""
     model = tiny.build()
     compiled = rewritten(model, dynamic=True)
@@ -62,7 +62,7 @@ def test_batch_size_changed_midway(telling: str) -> None:
     for arguments in inputs[3:]:
         arguments.update(hidden_states=arguments["hidden_states"][:1], timestep=arguments["timestep"][:1])
         arguments["condition"] = given
-    with telling_of(compiled, telling, 6):
+    with trajectory_of(compiled, mode, 6):
         found = outputs(compiled, inputs)
     assert same(found[:3], fora(model, inputs[:3]))
     assert torch.equal(found[3], fora(model, inputs[3:])[0])
@@ -70,8 +70,8 @@ def test_batch_size_changed_midway(telling: str) -> None:
     assert [len(result) for result in found] == [2, 2, 2, 1, 1, 1]
 
 
-@TELLING
-def test_other_dtype_midway(telling: str) -> None:
+@MODES
+def test_other_dtype_midway(mode: str) -> None:
     """A latent in float64: another graph, a recorded miss, and what the model itself computes."""
     model = tiny.build()
     compiled = rewritten(model, FORA(10))
@@ -82,7 +82,7 @@ def test_other_dtype_midway(telling: str) -> None:
     with torch.no_grad():
         expected = model(**inputs[2])
     model.float()
-    with telling_of(compiled, telling, 3):
+    with trajectory_of(compiled, mode, 3):
         found = outputs(compiled, inputs[:2])
         model.double()
         last = outputs(compiled, inputs[2:])[0]
@@ -92,24 +92,24 @@ def test_other_dtype_midway(telling: str) -> None:
     assert row(compiled, 3) == "CRC"
 
 
-@TELLING
-def test_other_device_midway(telling: str) -> None:
+@MODES
+def test_other_device_midway(mode: str) -> None:
     """Meta tensors stand for another device: nothing of the first device is used, and nothing raises."""
     model = tiny.build()
     compiled = rewritten(model, FORA(10))
     inputs = calls(3)
-    with telling_of(compiled, telling, 3):
+    with trajectory_of(compiled, mode, 3):
         outputs(compiled, inputs[:2])
         compiled.to("meta")
         moved = {name: value.to("meta") for name, value in inputs[2].items()}
-        unread = contextlib.nullcontext() if telling == "told" else pytest.raises(RuntimeError, match="meta")
-        with unread, torch.no_grad():  # watched, the timestep is read, and meta tensors hold none
+        unread = contextlib.nullcontext() if mode == "explicit" else pytest.raises(RuntimeError, match="meta")
+        with unread, torch.no_grad():  # inferred, the timestep is read, and meta tensors hold none
             assert compiled(**moved).device.type == "meta"
-    assert row(compiled, 3) == ("CRC" if telling == "told" else "CR")
+    assert row(compiled, 3) == ("CRC" if mode == "explicit" else "CR")
 
 
 def test_latent_updated_in_place() -> None:
-    """Samplers that write into one latent: watched, the latent is compared with a copy."""
+    """Samplers that write into one latent; if inferred, the latent is compared with a copy."""
     model = tiny.build()
     compiled = rewritten(model)
     inputs, latent = calls(7), torch.empty(2, 8, tiny.CHANNELS)
@@ -122,35 +122,35 @@ def test_latent_updated_in_place() -> None:
     assert row(compiled, 14) == "CRRCRRCCRRCRRC"
 
 
-@TELLING
-def test_conditioning_changed_in_place(telling: str) -> None:
-    """The same object with another content: told, it is another stream; watched, another trajectory."""
+@MODES
+def test_conditioning_changed_in_place(mode: str) -> None:
+    """The same object with other content is another stream if explicit, and another trajectory if inferred."""
     model = tiny.build()
     compiled = rewritten(model)
     inputs, given = calls(4), condition(1)
-    with telling_of(compiled, telling, 4):
+    with trajectory_of(compiled, mode, 4):
         found = outputs(compiled, [{**arguments, "condition": given} for arguments in inputs[:2]])
         given.neg_()
         found += outputs(compiled, [{**arguments, "condition": given} for arguments in inputs[2:]])
     assert row(compiled, 4)[2] == "C"
     with torch.no_grad():
         assert torch.equal(found[2], model(**{**inputs[2], "condition": given}))
-    if telling == "watched":
+    if mode == "inferred":
         assert compiled.stats().trajectories == {Reason.FIRST_CALL: 1, Reason.NEW_CONDITIONING: 1}
 
 
-@TELLING
-def test_conditioning_made_anew_at_each_call(telling: str) -> None:
-    """Told, streams are matched by value; watched, an object that is not the last one proves nothing."""
+@MODES
+def test_conditioning_made_anew_at_each_call(mode: str) -> None:
+    """Explicit: streams are matched by value. Inferred: an object that is not the last one proves nothing."""
     model = tiny.build()
     compiled = rewritten(model)
     cond, other = calls(7), condition(9)
     both = []
     for arguments in cond:
         both += [{**arguments, "condition": arguments["condition"].clone()}, {**arguments, "condition": other.clone()}]
-    with telling_of(compiled, telling, 7):
+    with trajectory_of(compiled, mode, 7):
         found = outputs(compiled, both)
-    if telling == "told":
+    if mode == "explicit":
         assert same(found[::2], fora(model, cond))
         assert same(found[1::2], fora(model, both[1::2]))
         assert row(compiled, 14) == "CCRRRRCCRRRRCC"
@@ -158,13 +158,13 @@ def test_conditioning_made_anew_at_each_call(telling: str) -> None:
         assert same(found, outputs(model, both))
 
 
-@TELLING
-def test_conditioning_of_another_dtype_is_another_stream(telling: str) -> None:
+@MODES
+def test_conditioning_of_another_dtype_is_another_stream(mode: str) -> None:
     """Equal in value, as a mask in bool and then in float: nothing is reused across, and nothing raises."""
     compiled = rewritten(tiny.build())
     inputs = calls(2, given=torch.ones(2, tiny.WIDTH))
     inputs[1]["condition"] = torch.ones(2, tiny.WIDTH, dtype=torch.int64)
-    with telling_of(compiled, telling, 2):
+    with trajectory_of(compiled, mode, 2):
         outputs(compiled, inputs)
     assert row(compiled, 2) == "CC"
 
@@ -188,7 +188,7 @@ def test_failure_in_the_middle_of_a_call(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_threads_have_trajectories_of_their_own() -> None:
-    """A thread calls in the middle of a told trajectory of another: it is watched, and starts at its first step."""
+    """A call from another thread, inside an explicit trajectory, begins an inferred one at its first step."""
     model = tiny.build()
     compiled = rewritten(model)
     mine, theirs = calls(7, seed=1), calls(7, seed=2)
@@ -274,8 +274,8 @@ def test_nan_never_reuses_while_watched(name: str) -> None:
     assert torch.equal(found[3].isnan(), expected[3].isnan())
 
 
-@TELLING
-def test_inference_mode_and_no_grad_mixed(telling: str) -> None:
+@MODES
+def test_inference_mode_and_no_grad_mixed(mode: str) -> None:
     """Each mode has its own graph, so that a call after one in another mode computes; a miss where a rule applied."""
     model, inputs = tiny.build(), calls(7)
     compiled = rewritten(model)
@@ -283,7 +283,7 @@ def test_inference_mode_and_no_grad_mixed(telling: str) -> None:
     expected = outputs(model, inputs)
     for _ in range(2):
         found = []
-        with telling_of(compiled, telling, 7):
+        with trajectory_of(compiled, mode, 7):
             for i, arguments in enumerate(inputs):
                 with modes[i % 3]():
                     found.append(compiled(**arguments).clone())
@@ -293,11 +293,11 @@ def test_inference_mode_and_no_grad_mixed(telling: str) -> None:
     assert compiled.stats().recompiles == 2
 
 
-@TELLING
-def test_inference_mode_throughout(telling: str) -> None:
+@MODES
+def test_inference_mode_throughout(mode: str) -> None:
     model, inputs = tiny.build(), calls(7)
     compiled = rewritten(model)
-    with torch.inference_mode(), telling_of(compiled, telling, 7):
+    with torch.inference_mode(), trajectory_of(compiled, mode, 7):
         found = [compiled(**arguments).clone() for arguments in inputs]
     assert same(found, fora(model, inputs))
     assert row(compiled, 7) == "CRRCRRC"

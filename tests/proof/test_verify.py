@@ -20,7 +20,7 @@ from dit_rewrite.passes.rewrite.specialise import Variant
 from dit_rewrite.policies import FORA, Never
 from dit_rewrite.proof import verify
 from dit_rewrite.proof.compare import Check, Difference, equal, max_abs_error, rms
-from dit_rewrite.runtime.cache import Bank
+from dit_rewrite.runtime.cache import Cache
 from dit_rewrite.runtime.session import Call, Session
 from dit_rewrite.runtime.streams import Streams
 from tests.helpers import tiny
@@ -52,9 +52,9 @@ def test_nothing_is_broken() -> None:
 
 
 def test_two_layers_caches_swapped(monkeypatch: pytest.MonkeyPatch) -> None:
-    store = Bank.store
+    store = Cache.fill
     other = {0: 2, 2: 0}  # the attentions of both blocks
-    monkeypatch.setattr(Bank, "store", lambda bank, site, *args: store(bank, other.get(site, site), *args))
+    monkeypatch.setattr(Cache, "fill", lambda cache, site, *args: store(cache, other.get(site, site), *args))
     found = verified()
     assert found.reuse0.exact
     assert is_seen(found, 0, "replay")
@@ -158,18 +158,18 @@ def test_a_stale_trajectory(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("weights", ["compared", "not compared"])
 def test_layers_that_collide_behind_a_break(monkeypatch: pytest.MonkeyPatch, weights: str) -> None:
     """Two blocks share slots. The weights in the stamp alone keep that from being wrong: nothing is reused."""
-    enter, fit = Call.enter, Bank.fit
+    enter, fit = Call.enter, Cache.fit
 
     def first(call: Call, *args: Any) -> Any:
         call._occurrences.clear()
         return enter(call, *args)
 
-    def unchecked(bank: Bank, stamp: Any, weights: Any, ambient: Any) -> Reason | None:
-        return fit(bank, stamp, (), ambient)
+    def unchecked(cache: Cache, stamp: Any, weights: Any, ambient: Any) -> Reason | None:
+        return fit(cache, stamp, (), ambient)
 
     monkeypatch.setattr(Call, "enter", first)
     if weights == "not compared":
-        monkeypatch.setattr(Bank, "fit", unchecked)
+        monkeypatch.setattr(Cache, "fit", unchecked)
     case = broken_blocks(2)
     found = verify(case.build(), case.inputs(4), policy=FORA(3), backend="aot_eager")
     assert found.reuse0.exact

@@ -1,4 +1,4 @@
-"""The decision machine, as a function: cases by hand, and its laws under random sites, rules and slots."""
+"""Decisions: hand-written cases, and invariants under random sites, rules and slots."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ YES, NO = Reason.RULE, Reason.NO_RULE
 
 
 def since(step: int) -> Past:
-    """The past of a slot that was filled at a step."""
+    """Return the past of a slot that was filled at a step."""
     return Past((Computed(step),))
 
 
@@ -42,7 +42,7 @@ def decided(sites: list[SiteSpec], moment: Moment, holds: list[bool], unfit: Rea
     return Decider(sites, moment, [SINCE_0] * len(sites), [0] * len(sites), holds, unfit).decisions()
 
 
-def test_a_rule_reuses_what_is_held() -> None:
+def test_a_rule_reuses_a_filled_slot() -> None:
     assert decided([site(), site(never)], at(1), [True, True]) == Decisions((True, False), (YES, NO), ())
 
 
@@ -51,12 +51,12 @@ def test_a_missing_value_is_a_miss_only_where_a_rule_wanted_it() -> None:
     assert found == Decisions((False, False, True), (Reason.EMPTY, NO, YES), (Reason.EMPTY,))
 
 
-def test_the_reason_why_slots_do_not_fit_is_told() -> None:
+def test_the_reason_of_unfit_slots_is_reported() -> None:
     found = decided([site(), site()], at(1), [False, True], Reason.CHANGED_INPUT)
     assert found == Decisions((False, True), (Reason.CHANGED_INPUT, YES), (Reason.CHANGED_INPUT,))
 
 
-def test_the_end_is_where_it_was_told() -> None:
+def test_steps_beyond_the_end_compute() -> None:
     assert decided([site()], at(2, of=3), [True]) == Decisions((True,), (YES,), ())
     assert decided([site()], at(3, of=3), [True]) == Decisions((False,), (Reason.BEYOND_END,), (Reason.BEYOND_END,))
     assert decided([site(never)], at(3, of=3), [True]) == Decisions((False,), (NO,), ())
@@ -64,7 +64,7 @@ def test_the_end_is_where_it_was_told() -> None:
 
 
 def test_a_covered_site_follows_its_parent_in_any_order() -> None:
-    """Sites 0 and 2 lie within site 1, and 3 within 2; they hold nothing and no rule speaks of them."""
+    """Sites 0 and 2 are inside site 1, and 3 inside 2; their slots are empty and no rule applies to them."""
     sites = [site(never, 1), site(), site(never, 1), site(never, 2)]
     found = decided(sites, at(1), [False, True, False, False])
     assert found == Decisions((True,) * 4, (Reason.COVERED, YES, Reason.COVERED, Reason.COVERED), ())
@@ -75,7 +75,7 @@ def test_within_a_computing_parent_each_site_decides() -> None:
     assert found == Decisions((True, False, True), (YES, NO, Reason.COVERED), ())
 
 
-def test_what_a_rule_is_asked() -> None:
+def test_arguments_of_a_rule() -> None:
     asked: list[tuple[object, ...]] = []
 
     def ask(*args: Any) -> Choice:
@@ -97,7 +97,7 @@ def test_what_a_rule_is_asked() -> None:
 
 @st.composite
 def machines(draw: st.DrawFn) -> tuple[list[SiteSpec], list[bool], list[bool]]:
-    """A forest of sites in any order, what the rules say of each, and which slots hold a value."""
+    """Draw a forest of sites in any order, the choice of the rules for each, and which slots are filled."""
     count = draw(st.integers(1, 7))
     order = draw(st.permutations(range(count)))
     parents: dict[int, int | None] = {}
@@ -137,7 +137,7 @@ def test_only_proof_permits_reuse(
 
 @given(st.integers(1, 5), st.integers(1, 6), st.integers(2, 40))
 def test_age_and_streak_over_a_trajectory(limit: int, longest: int, steps: int) -> None:
-    """Reuse while age <= limit and streak < longest: a computation every 1 + min(limit, longest) steps."""
+    """Reuse while age <= limit and streak < longest computes every 1 + min(limit, longest) steps."""
 
     def choose(moment: Moment, layer: int, age: int | None, streak: int, *_: Any) -> Choice:
         return Choice(age is not None and age <= limit and streak < longest, YES)
@@ -154,11 +154,11 @@ def test_age_and_streak_over_a_trajectory(limit: int, longest: int, steps: int) 
     assert rows == [(step % period != 0, False) for step in range(steps)]
 
 
-# --- slots that are another site's, or none ---------------------------------------------------------------------------
+# --- sites that read another site's slot, or none ---------------------------------------------------------------------
 
 
 def test_a_site_that_reads_the_slot_of_another() -> None:
-    """What site 0 needs is in the slot of site 1, and its own says nothing; its age is still its own."""
+    """Site 0 needs the slot of site 1 and not its own; its age is still its own."""
     asked: list[int | None] = []
 
     def ask(moment: Moment, layer: int, age: int | None, streak: int, read: Any) -> Choice:
@@ -174,7 +174,7 @@ def test_a_site_that_reads_the_slot_of_another() -> None:
 
 
 def test_a_site_that_reads_no_slot() -> None:
-    """It needs none to be filled, whatever was changed; but beyond the told end it computes like the others."""
+    """It does not depend on the slots, but beyond the explicit number of steps it computes like other sites."""
     sites = [replace(site(), reads=NO_SLOT)]
     for unfit in (None, Reason.CHANGED_INPUT, Reason.EMPTY):
         assert decided(sites, at(0), [False], unfit) == Decisions((True,), (YES,), ())
@@ -182,13 +182,13 @@ def test_a_site_that_reads_no_slot() -> None:
     assert beyond == Decisions((False,), (Reason.BEYOND_END,), (Reason.BEYOND_END,))
 
 
-# --- what is filled only where it will be read ------------------------------------------------------------------------
+# --- slots that are filled only if they will be read ------------------------------------------------------------------
 
 BRANCH, CORE, HELD = range(3)
 
 
 def follows(schedule: str, letter: str) -> Any:
-    """Reuse at the steps that have that letter; a schedule goes round."""
+    """Reuse at the steps with that letter; the schedule repeats."""
 
     def choose(moment: Moment, *_: Any) -> Choice:
         return Choice(schedule[moment.step % len(schedule)] == letter, YES)
@@ -197,45 +197,45 @@ def follows(schedule: str, letter: str) -> Any:
 
 
 def attention(schedule: str, foreseen: bool = True) -> list[SiteSpec]:
-    """A branch that is reused at the steps B, in it a core that something stands for at the steps W, and what that
-    needs: filled beside a core that computes."""
+    """Return a branch that is reused at the steps B, the core inside it that is replaced at the steps W, and the site
+    whose slot the replacement reads; that slot is filled when the core computes."""
     branch = replace(site(follows(schedule, "B")), foreseen=True)
     core = replace(site(follows(schedule, "W"), BRANCH), reads=HELD, foreseen=foreseen)
     return [branch, core, replace(site(never, CORE), serves=CORE)]
 
 
 def fills(schedule: str, of: int | None, steps: int) -> str:
-    """What becomes of the slot that serves, step by step: f it is filled, - it is not, . its core does not compute."""
+    """Return for each step whether the serving slot is filled (f) or not (-), or its core does not compute (.)."""
     sites, holds, letters = attention(schedule), [False] * 3, ""
     for step in range(steps):
         found = decided(sites, at(step, of), holds)
         reason = found.reasons[HELD]
         letters += {Reason.WILL_BE_READ: "f", Reason.UNREAD: "-", Reason.COVERED: "."}[reason]
         assert found.row[HELD] is (reason is not Reason.WILL_BE_READ)
-        assert found.misses == (), "what is read was filled"
+        assert found.misses == (), "a slot that is read was filled"
         holds = [held or not reused for held, reused in zip(holds, found.row, strict=True)]
     return letters
 
 
-def test_what_serves_is_filled_where_it_will_be_read() -> None:
-    """A step that computes fills it where the next one that does not reuse the branch puts something for the core."""
+def test_a_serving_slot_is_filled_if_it_will_be_read() -> None:
+    """A computing step fills the slot if the next step that does not reuse the branch replaces the core."""
     assert fills("CWWCCWBC", of=8, steps=8) == "f..-f..-"
     assert fills("CBBWCBBC", of=8, steps=8) == "f...-..-"
     assert fills("CBBB", of=4, steps=4) == "-..."
     assert fills("CW", of=2, steps=2) == "f."
-    assert fills("CWCW", of=3, steps=3) == "f.-", "the last step has none after it"
+    assert fills("CWCW", of=3, steps=3) == "f.-", "no step follows the last one"
 
 
-def test_without_a_told_end_it_may_be_read() -> None:
-    """Steps are looked at until one says it, or there are too many: nothing is left out that may be needed."""
+def test_without_a_known_end_it_may_be_read() -> None:
+    """Without a number of steps the look-ahead is bounded, and a slot that may be read is filled."""
     assert fills("CWCC", of=None, steps=9) == "f.--f.--f"
     assert fills("C" + "B" * HORIZON + "C", of=None, steps=1) == "f"
     assert fills("C" + "B" * (HORIZON - 2) + "CW", of=None, steps=1) == "-"
     assert fills("C" + "B" * (HORIZON - 2) + "WC", of=None, steps=1) == "f"
 
 
-def test_what_cannot_be_foreseen_may_be_read() -> None:
-    """A guard that measures, of the core or of what is around it, leaves nothing to be left out."""
+def test_unpredictable_slots_are_filled() -> None:
+    """If a guard of the core or of an enclosing site is measured, the slot is always filled."""
     moment, holds = at(0, of=4), [True] * 3
     assert decided(attention("CCCC"), moment, holds).reasons[HELD] is Reason.UNREAD
     unknown = attention("CCCC", foreseen=False)
@@ -246,10 +246,10 @@ def test_what_cannot_be_foreseen_may_be_read() -> None:
 
 
 @given(st.text("CWB", min_size=1, max_size=12), st.none() | st.integers(1, 12), st.integers(0, 11))
-def test_filled_where_a_plain_reading_of_the_schedule_reads_it(schedule: str, of: int | None, start: int) -> None:
-    """Of every schedule: written out, cut at the end, steps B struck; then a C before a W fills, and no other."""
+def test_filled_exactly_before_a_read(schedule: str, of: int | None, start: int) -> None:
+    """For random schedules: after removing the steps B, exactly the steps C that precede a W fill the slot."""
     schedule = schedule[start % len(schedule) :] + schedule[: start % len(schedule)]
-    schedule = "C" + schedule  # a slot is filled before it is read
+    schedule = "C" + schedule  # the first step must fill the slot
     steps = 2 * len(schedule) if of is None else of
     written = schedule * (3 + HORIZON // len(schedule)) if of is None else (schedule * of)[:of]
     expected = ""
@@ -264,8 +264,8 @@ def test_specs_are_values() -> None:
     assert site() != site(never)
 
 
-def test_what_was_read_is_noted_and_read_once() -> None:
-    """Each number that a rule asked for stands beside the decisions; nothing else is read, and none of them twice."""
+def test_measurements_are_recorded_and_read_once() -> None:
+    """The decisions include each number that a rule read; nothing else is read, and nothing twice."""
     asked: list[tuple[int, str]] = []
 
     def measure(i: int, name: str) -> float | None:

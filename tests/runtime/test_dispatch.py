@@ -1,4 +1,4 @@
-"""Dispatch with variants written by hand: what each is given, what is stored, and what never leaves the cache."""
+"""Dispatch with hand-written variants: their arguments, the cached values, and aliasing of outputs."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from torch import Tensor
 
 from dit_rewrite.errors import Reason
 from dit_rewrite.runtime.decide import Choice, Choose, Moment, SiteSpec
-from dit_rewrite.runtime.dispatch import Graph
+from dit_rewrite.runtime.dispatch import CompiledGraph
 from dit_rewrite.runtime.inputs import Inputs
-from dit_rewrite.runtime.pieces import Executable, Piece, Row, Wiring
+from dit_rewrite.runtime.segments import Executable, Row, Segment, Wiring
 from dit_rewrite.runtime.session import Observation, Session
 from dit_rewrite.runtime.stats import Stats
 from dit_rewrite.runtime.trajectory import Clock
@@ -31,7 +31,7 @@ def unmeasured(now: Tensor, before: Tensor) -> Tensor:
 
 
 class Doubling:
-    """A graph ``x, w -> x + x * w`` whose only site is the product, and who compiled and ran what."""
+    """A graph ``x, w -> x + x * w`` whose only site is the product; records the compiled variants."""
 
     def __init__(
         self,
@@ -46,10 +46,10 @@ class Doubling:
         site = SiteSpec("product", "mlp", 0, None, choose)
         self.outputs = (2, 3) if leak else (2,)
         wiring = Wiring(2 + len(self.outputs), 2, self.outputs, static=frozenset({1}))
-        self.graph = Graph(0, [site], 1, wiring, [Piece((0,))], self.session, self.compile, 0, unmeasured)
+        self.graph = CompiledGraph(0, [site], 1, wiring, [Segment((0,))], self.session, self.compile, 0, unmeasured)
 
-    def compile(self, piece: int, row: Row) -> Executable:
-        assert piece == 0
+    def compile(self, segment: int, row: Row) -> Executable:
+        assert segment == 0
         self.compiled.append(row)
         if row == (True,):
             return Executable(self.reuse, (0,), ((0, 0),), self.outputs, (), self.admits)
@@ -68,7 +68,7 @@ class Doubling:
         call = self.session.begin(Inputs((args[0],), self.time, ()))
         outputs = self.graph(args)
         self.session.end(call)
-        assert args == [], "AOTAutograd's inputs are let go"
+        assert args == [], "the inputs from AOTAutograd are released"
         return list(outputs)
 
 
@@ -88,7 +88,7 @@ def test_compute_then_reuse() -> None:
 
 
 def test_a_state_is_decided_once() -> None:
-    """The second trajectory asks no rule again, except where it finds another state: a slot that does not fit."""
+    """A second trajectory evaluates no rule again, except in a new state: a slot that does not match the inputs."""
     asked: list[int] = []
 
     def choose(moment: Moment, *_: object) -> Choice:
@@ -106,7 +106,7 @@ def test_a_state_is_decided_once() -> None:
     assert run.session.stats.misses == {Reason.CHANGED_INPUT: 1}
 
 
-def test_a_foreseen_variant_is_not_late() -> None:
+def test_a_precompiled_variant_is_not_late() -> None:
     run = Doubling()
     run.graph.add_variant(0, (False,))
     run.graph.add_variant(0, (True,))
@@ -142,7 +142,7 @@ def test_a_variant_for_other_sizes_is_not_run(fits: bool) -> None:
 
 
 def test_outputs_may_be_changed_in_place() -> None:
-    """An output that is a slot's value is copied: at the step that computed it, and at each that reuses it."""
+    """An output that is the value of a slot is copied, both when it is computed and when it is reused."""
     run = Doubling(leak=True)
     for x in (1.0, 10.0, 20.0):
         result, value = run(x)
@@ -154,7 +154,7 @@ def test_outputs_may_be_changed_in_place() -> None:
 def test_an_output_of_its_own_is_not_copied() -> None:
     run = Doubling()
     owned: list[Tensor] = []
-    run.graph.pieces[0].variants[(False,)] = Executable(
+    run.graph.segments[0].variants[(False,)] = Executable(
         lambda x, w: (owned.append(x + x * w) or owned[-1], x * w), (0, 1), (), (2,), ((0, 0),)
     )
     assert run(1.0)[0] is owned[0]
@@ -168,7 +168,7 @@ def test_outside_of_a_call_everything_is_computed_and_nothing_kept() -> None:
     assert values(run(20.0)) == [23]
 
 
-def test_what_an_observer_sees() -> None:
+def test_observer() -> None:
     run = Doubling()
     seen: list[Observation] = []
     run.session.observer = seen.append
@@ -182,9 +182,9 @@ def test_what_an_observer_sees() -> None:
     assert first is not None and second is not None and first[0] is second[0]
 
 
-class InPieces:
-    """``a = x * w; b = a + 1; c = b * w`` in three pieces, one for each; the first site's values are a and b, the
-    second's is c. It returns c, x and None. Of b the second piece has nothing to do where it is reused."""
+class InSegments:
+    """``a = x * w; b = a + 1; c = b * w`` in three segments. The values of the first site are a and b, that of the
+    second is c. The graph returns c, x and None. The second segment has nothing to run if the first site is reused."""
 
     def __init__(
         self, reuse: Callable[[int, int], bool], admits: Callable[[Sequence[Any]], bool] | None = None
@@ -195,18 +195,18 @@ class InPieces:
         self.ran: list[str] = []
         sites = [SiteSpec(name, "mlp", 0, None, self.choose(i, reuse)) for i, name in enumerate(("first", "second"))]
         wiring = Wiring(5, 2, (4, 0, (None,)), static=frozenset({1}))
-        pieces = [Piece((0,), spent=()), Piece((0,), spent=(2,)), Piece((0, 1), spent=(3,))]
-        self.graph = Graph(0, sites, 1, wiring, pieces, self.session, self.compile, 0, unmeasured)
+        segments = [Segment((0,), spent=()), Segment((0,), spent=(2,)), Segment((0, 1), spent=(3,))]
+        self.graph = CompiledGraph(0, sites, 1, wiring, segments, self.session, self.compile, 0, unmeasured)
 
     @staticmethod
     def choose(site: int, reuse: Callable[[int, int], bool]) -> Any:
         return lambda moment, *_: Choice(reuse(site, moment.step), Reason.RULE)
 
-    def compile(self, piece: int, row: Row) -> Executable | None:
+    def compile(self, segment: int, row: Row) -> Executable | None:
         admits = self.admits if True in row else None
-        if piece == 0:
+        if segment == 0:
             return None if row[0] else self.noted(lambda x, w: (x * w,) * 2, (0, 1), (), (2,), ((0, 0),))
-        if piece == 1:
+        if segment == 1:
             return None if row[0] else self.noted(lambda a: (a + 1,) * 2, (2,), (), (3,), ((0, 1),))
         if row[1]:
             return self.noted(lambda c: (c.clone(),), (), ((1, 0),), (4,), (), admits)
@@ -220,9 +220,9 @@ class InPieces:
     __call__ = Doubling.__call__
 
 
-def test_pieces_run_in_order_and_fill_slots_together() -> None:
-    """The first site's slot is filled by two pieces; a piece that has nothing to do is not called."""
-    run = InPieces(lambda site, step: step == 1 or (step == 2 and site == 0))
+def test_segments_run_in_order_and_fill_slots_together() -> None:
+    """Two segments fill the slot of the first site together; a segment with nothing to run is not called."""
+    run = InSegments(lambda site, step: step == 1 or (step == 2 and site == 0))
     seen: list[Observation] = []
     run.session.observer = seen.append
     assert run(1.0)[0].item() == 12
@@ -230,16 +230,16 @@ def test_pieces_run_in_order_and_fill_slots_together() -> None:
     assert [[v.item() for v in held] for held in seen[0].held if held is not None] == [[3, 4], [12]]
     assert run(10.0)[0].item() == 12, "all are reused"
     assert run.ran[3:] == ["c"]
-    assert run(20.0)[0].item() == 12, "the second is computed from the first one's value"
+    assert run(20.0)[0].item() == 12, "the second is computed from the value of the first"
     assert run.ran[4:] == ["c"]
     assert run(100.0)[0].item() == 903
     assert run.ran[5:] == ["a", "b", "c"]
     assert [o.record.row for o in seen] == [(False, False), (True, True), (True, False), (False, False)]
 
 
-def test_what_is_returned_beside_wires() -> None:
-    """An input that is passed through is a wire like any other; a constant stands for itself."""
-    run = InPieces(lambda *_: False)
+def test_inputs_and_constants_as_outputs() -> None:
+    """The graph can return an input or a constant."""
+    run = InSegments(lambda *_: False)
     x = torch.tensor([2.0])
     outputs = run(x)
     assert outputs[0].item() == 21
@@ -247,20 +247,20 @@ def test_what_is_returned_beside_wires() -> None:
     assert outputs[2] is None
 
 
-def test_a_late_piece_for_other_sizes_starts_the_call_over() -> None:
-    """What ran before it is dropped, and everything is computed."""
-    run = InPieces(lambda site, step: step > 0 and site == 1, admits=lambda args: args[0].item() < 5)
+def test_a_late_segment_for_other_sizes_starts_the_call_over() -> None:
+    """The results of earlier segments are dropped, and everything is computed."""
+    run = InSegments(lambda site, step: step > 0 and site == 1, admits=lambda args: args[0].item() < 5)
     assert run(1.0)[0].item() == 12
     assert run(2.0)[0].item() == 12
     assert run(10.0)[0].item() == 93
     assert run.ran == ["a", "b", "c", "a", "b", "c", "a", "b", "a", "b", "c"]
     assert run.session.stats.misses == {Reason.SIZES_NOT_COMPILED: 1}
-    assert run(3.0)[0].item() == 93, "the slots were filled anew"
+    assert run(3.0)[0].item() == 93, "the slots were filled again"
 
 
-def test_wires_are_let_go_as_soon_as_nothing_reads_them() -> None:
-    """What the second piece reads last is gone before the third runs, and so is what the third reads, at the end."""
-    run = InPieces(lambda *_: False)
+def test_wires_are_freed_after_their_last_read() -> None:
+    """The wires that a segment reads last are freed before the next one runs, and at the end of the call."""
+    run = InSegments(lambda *_: False)
     alive: list[list[bool]] = []
     made: list[weakref.ref[Tensor]] = []
 
@@ -269,17 +269,19 @@ def test_wires_are_let_go_as_soon_as_nothing_reads_them() -> None:
         made.append(weakref.ref(value))
         return value, torch.zeros(1)
 
-    run.graph.pieces[0].variants[(False,)] = Executable(lambda x, w: made_by(x * w), (0, 1), (), (2,), ((0, 0),))
-    run.graph.pieces[1].variants[(False,)] = Executable(lambda a: made_by(a + 1), (2,), (), (3,), ((0, 1),))
-    run.graph.pieces[2].variants[(False, False)] = Executable(lambda b, w: made_by(b * w), (3, 1), (), (4,), ((1, 0),))
+    run.graph.segments[0].variants[(False,)] = Executable(lambda x, w: made_by(x * w), (0, 1), (), (2,), ((0, 0),))
+    run.graph.segments[1].variants[(False,)] = Executable(lambda a: made_by(a + 1), (2,), (), (3,), ((0, 1),))
+    run.graph.segments[2].variants[(False, False)] = Executable(
+        lambda b, w: made_by(b * w), (3, 1), (), (4,), ((1, 0),)
+    )
     outputs = run(1.0)
     assert alive == [[], [True], [False, True]]
     assert [ref() is not None for ref in made] == [False, False, True]
     assert outputs[0].item() == 12
 
 
-class Watching(Doubling):
-    """Sees at each computation whether the value that the slot held is still alive, and fails where it is told to."""
+class Recording(Doubling):
+    """Records at each computation whether the old value of the slot is still alive, and fails on request."""
 
     def __init__(self) -> None:
         super().__init__(choose=lambda moment, *_: Choice(moment.step % 2 == 1, Reason.RULE))
@@ -298,14 +300,14 @@ class Watching(Doubling):
 
 
 def test_the_old_value_is_let_go_before_the_new_one_is_made() -> None:
-    run = Watching()
+    run = Recording()
     assert [run(float(x))[0].item() for x in range(1, 6)] == [4, 5, 12, 13, 20]
     assert run.alive == [False, False]
 
 
 def test_after_a_failure_that_the_model_catches_the_slot_is_a_miss() -> None:
-    """What was let go is not there, and what came of the failed call is not stored: the next step computes."""
-    run = Watching()
+    """The old value was freed, and the failed call stores nothing, so the next step computes."""
+    run = Recording()
     run(1.0), run(2.0)
     run.fails = True
     call = run.session.begin(Inputs(torch.tensor([3.0]), 0.0, ()))
@@ -313,7 +315,7 @@ def test_after_a_failure_that_the_model_catches_the_slot_is_a_miss() -> None:
         run.graph([torch.tensor([3.0]), W])
     run.session.end(call)
     run.fails = False
-    assert run(4.0)[0].item() == 16, "the rule asks for reuse, and there is nothing to reuse"
+    assert run(4.0)[0].item() == 16, "the rule asks for reuse, but the slot is empty"
     assert run.session.stats.misses == {Reason.EMPTY: 1}
 
 
@@ -326,20 +328,18 @@ def test_peak_bytes_outlive_the_trajectory() -> None:
 
 
 class Conditioned(Doubling):
-    """The weight is an input of the call instead, and what the slot holds is good for it alone."""
+    """The weight is conditioning instead, and the slot is valid for that conditioning only."""
 
     def __init__(self, conditioned: bool) -> None:
         super().__init__()
         site = SiteSpec("product", "mlp", 0, None, after_first, conditioned=conditioned)
         wiring = Wiring(3, 2, (2,), steady=frozenset({1}))
-        self.graph = Graph(0, [site], 1, wiring, [Piece((0,))], self.session, self.compile, 0, unmeasured)
+        self.graph = CompiledGraph(0, [site], 1, wiring, [Segment((0,))], self.session, self.compile, 0, unmeasured)
 
 
 @pytest.mark.parametrize(("conditioned", "expected"), [(True, [4, 5, 18, 19, 80]), (False, [4, 5, 6, 7, 8])])
-def test_what_is_good_for_the_conditioning_alone_goes_when_that_is_another(
-    conditioned: bool, expected: list[float]
-) -> None:
-    """Another tensor, then the same one changed in place: each time the site computes."""
+def test_conditioned_slots_are_cleared_with_new_conditioning(conditioned: bool, expected: list[float]) -> None:
+    """The site computes with another tensor, and with the same tensor after an in-place change."""
     run = Conditioned(conditioned)
     first, second = torch.tensor([3.0]), torch.tensor([5.0])
     found = [run(1.0, first), run(2.0, first), run(3.0, second), run(4.0, second)]

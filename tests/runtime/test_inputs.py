@@ -1,4 +1,4 @@
-"""Which argument of a call is the latent, the timestep and the conditioning."""
+"""Classification of a call's arguments as latent, timestep and conditioning."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ X, T, C, D = (torch.full((2,), float(i)) for i in range(4))
 def forward(
     hidden_states: Tensor, timestep: Any = None, condition: Any = None, scale: float = 1.0, *, mask: Any = None
 ) -> None:
-    """A denoiser's arguments."""
+    """The signature of a denoiser."""
 
 
 def read(*args: Any, **kwargs: Any) -> Inputs:
@@ -27,7 +27,7 @@ def read(*args: Any, **kwargs: Any) -> Inputs:
 
 
 def is_(inputs: Inputs, latent: Any, timestep: Any, *conditioning: Tensor) -> bool:
-    """Whether these very objects were found."""
+    """Return whether `found` are the same objects."""
     found = inputs.conditioning
     same = len(found) == len(conditioning) and all(a is b for a, b in zip(found, conditioning, strict=True))
     return same and inputs.latent is latent and inputs.timestep is timestep
@@ -45,14 +45,14 @@ def test_positional_and_keyword() -> None:
     assert is_(read(X, mask=D, timestep=T), X, T, D)
 
 
-def test_nested_conditioning_and_what_is_no_tensor() -> None:
+def test_nested_conditioning_and_other_arguments() -> None:
     nested = {"a": [C, None, "text"], "b": (1, {"c": D})}
     assert is_(read(X, T, nested), X, T, C, D)
     assert is_(read(X, T, "text"), X, T)
 
 
 def test_a_list_of_latents() -> None:
-    """All tensors of the first argument are latents, and none is conditioning."""
+    """All tensors of the first argument are latents, not conditioning."""
     given = read([X, C], T, D)
     assert is_(given, X, T, D)
     assert given.latents == (X, C)
@@ -106,7 +106,7 @@ def test_tensors_behind_functions_are_seen() -> None:
 
 
 @pytest.mark.parametrize("value", [iter([C]), (C for _ in range(1)), object()], ids=["iterator", "generator", "object"])
-def test_objects_that_cannot_be_read_are_said(value: Any) -> None:
+def test_unreadable_objects_are_opaque(value: Any) -> None:
     assert read(X, T, value).opaque
     assert read(X, T, [value]).opaque
 
@@ -125,13 +125,13 @@ def test_objects_that_cannot_be_read_are_said(value: Any) -> None:
     ],
     ids=str,
 )
-def test_what_is_no_tensor_counts_by_value(a: Any, b: Any) -> None:
+def test_other_arguments_compare_by_value(a: Any, b: Any) -> None:
     assert read(X, T, a).rest == read(X, T, a).rest
     assert read(X, T, a).rest != read(X, T, b).rest
 
 
 def test_arguments_without_names_are_conditioning() -> None:
-    """Left out, they would let two prompts pass for one."""
+    """If they were ignored, two prompts would count as one."""
     reader = Reader(lambda hidden_states, *rest, mask=None: None)
     assert is_(reader.read((X, C, D), {"mask": T}), X, None, C, D, T)
     assert is_(Reader(lambda *args: None).read((X, C), {}), X, None, C)

@@ -1,4 +1,4 @@
-"""What guards measure, beside a reading of the same definitions in lists of numbers."""
+"""Measurements, against an independent implementation of their definitions on lists of numbers."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def distance(now: Tensor, before: Tensor) -> Tensor:
 
 
 def change(now: Sequence[float], before: Sequence[float]) -> float:
-    """The relative L1 change, of plain numbers; 0/0 is NaN, x/0 is infinite."""
+    """Return the relative L1 change of lists of numbers; 0/0 is NaN, x/0 is infinite."""
     top, bottom = sum(abs(a - b) for a, b in zip(now, before, strict=True)), sum(map(abs, before))
     if bottom == 0:
         return math.nan if top == 0 or math.isnan(top) else math.inf
@@ -32,7 +32,7 @@ def change(now: Sequence[float], before: Sequence[float]) -> float:
 
 
 class ByHand:
-    """The definitions, over all that was seen: no state but a list of the probe's values and one of the decisions."""
+    """The definitions, evaluated over the full history of the probe's values and of the decisions."""
 
     def __init__(self, statistic: str, lag: int) -> None:
         self.statistic, self.lag = statistic, lag
@@ -40,12 +40,12 @@ class ByHand:
         self.rows: list[bool] = []
 
     def read(self, now: Sequence[float] | None) -> float | None:
-        """What a guard is told in a call in which the probe is `now`."""
+        """Return the measurement that a guard reads in a call in which the probe is `now`."""
         return self._similarity(now) if self.statistic == "similarity" else self._drift(now)
 
     def _similarity(self, now: Sequence[float] | None) -> float | None:
-        """Against the last call before it that computed the site, and the probe."""
-        if self.lag:  # what the last call that had the probe would have read
+        """Change since the last call that computed both the site and the probe."""
+        if self.lag:  # as read by the last call that had the probe
             calls = [i for i, value in enumerate(self.seen) if value is not None]
             return self._since(self.seen[calls[-1]], calls[-1]) if calls else None
         return self._since(now, len(self.seen))
@@ -58,9 +58,9 @@ class ByHand:
         return change(now, computed[-1] if computed else known[0])
 
     def _drift(self, now: Sequence[float] | None) -> float | None:
-        """The changes from each probe to the next, from the last call that computed the site on.
+        """Sum of the changes from call to call since the last call that computed the site.
 
-        Late by a call, the change up to the computing call is the first that counts after it.
+        With a lag of one call, the change up to the computing call is the first one that counts.
         """
         values = [(i, value) for i, value in enumerate(self.seen) if value is not None]
         last = max((i for i, _ in values if not self.rows[i]), default=values[0][0] if values else 0)
@@ -79,7 +79,7 @@ class ByHand:
 def follow(
     measured: Measured, lag: int, probes: Sequence[Sequence[float] | None], rows: Sequence[bool]
 ) -> list[tuple[float | None, float | None]]:
-    """What a guard reads at each call, by the meter and by hand."""
+    """Return the measurements of each call, by the meter and by the definition."""
     tracked, by_hand, read = Tracked(), ByHand(measured.statistic, lag), []
     for now, reused in zip(probes, rows, strict=True):
         wires = [torch.zeros(1), None if now is None else torch.tensor(now, dtype=torch.float64)]
@@ -111,14 +111,14 @@ COMPUTED = (False, True, True, False, True)  # which calls reuse
     ids=["similarity", "drift", "similarity, late", "drift, late"],
 )
 def test_five_calls(measured: Measured, lag: int, expected: list[float | None]) -> None:
-    """Worked out by hand: the first call and the fourth compute."""
+    """Five calls by hand; the first and the fourth compute."""
     for k, (found, by_hand) in enumerate(follow(measured, lag, PROBES, COMPUTED)):
         assert agree(found, expected[k]), k
         assert agree(by_hand, expected[k]), k
 
 
 def test_each_change_is_rescaled_before_it_is_added() -> None:
-    """By a polynomial, highest power first, whose values may be negative."""
+    """Each change is rescaled by a polynomial, highest power first, before it is added; values may be negative."""
     changes = [0.2 / 2, 0.2 / 2.2, 1.6 / 2.4]
     scaled = [3 * x * x - 2 * x + 0.1 for x in changes]
     drift = Measured("drift", "drift", 1, (3.0, -2.0, 0.1))
@@ -130,8 +130,8 @@ def test_each_change_is_rescaled_before_it_is_added() -> None:
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
-def test_a_constant_proves_nothing_of_what_is_not_finite(bad: float) -> None:
-    """A polynomial without its variable must not hide that the probe is no number."""
+def test_a_constant_polynomial_propagates_nan(bad: float) -> None:
+    """A constant polynomial must not hide that the probe is not finite."""
     found = [a for a, _ in follow(Measured("x", "drift", 1, (0.3,)), 0, [[1.0, 1.0], [bad, 1.0]], (False, True))]
     assert found[1] is not None and math.isnan(found[1])
     fine = [a for a, _ in follow(Measured("x", "drift", 1, (0.3,)), 0, [[1.0, 1.0], [2.0, 1.0]], (False, True))]
@@ -139,8 +139,8 @@ def test_a_constant_proves_nothing_of_what_is_not_finite(bad: float) -> None:
 
 
 @pytest.mark.parametrize("lag", [0, 1])
-def test_what_a_call_returns_is_told_to_the_next(lag: int) -> None:
-    """The change between the last two computed calls, whenever they were; a reused call returns nothing new."""
+def test_output_probes_are_read_by_the_next_call(lag: int) -> None:
+    """A late measurement is the change between the last two computed calls; reused calls do not count."""
     tracked, output, found = Tracked(), Measured("x", "similarity", 1, output=1), []
     for value, reused in zip([[2.0], [3.0], [9.0], [9.0], [6.0], [7.0]], [0, 0, 1, 1, 0, 0], strict=True):
         wires: list[Tensor | None] = [torch.zeros(1), None]
@@ -154,7 +154,7 @@ def test_what_a_call_returns_is_told_to_the_next(lag: int) -> None:
 def easycache(
     latents: Sequence[Sequence[float]], outputs: Sequence[Sequence[float]], rows: Sequence[bool]
 ) -> list[Any]:
-    """What EasyCache compares with its threshold at each step, or None before it knows a rate: read off its loop."""
+    """Return the value that EasyCache's loop compares with its threshold at each step; None before it has a rate."""
 
     def mean(a: Sequence[float], b: Sequence[float] | None = None) -> float:
         return sum(abs(x - y) for x, y in zip(a, b or [0.0] * len(a), strict=True)) / len(a)
@@ -199,8 +199,8 @@ OUTPUTS = [[2.0, 2.0], [1.0, 2.0], [9.0, 9.0], [9.0, 9.0], [2.0, 3.0], [9.0, 9.0
 
 
 def test_rate_by_hand() -> None:
-    """From calls 0 and 1: the output changed by 0.5, the latent by 1, and the output is 1.5 in the mean; from calls 1
-    and 4: 1, 2 and 2.5."""
+    """Between calls 0 and 1 the output changes by 0.5, the latent by 1, and the mean output is 1.5; between calls 1
+    and 4 they are 1, 2 and 2.5."""
     rows = [False, False, True, True, False, True]
     found = follow_rate("drift", 0, LATENTS, OUTPUTS, rows)
     expected = [0.75 * 0.5 / 1.5, 1.25 * 0.5 / 1.5, 2.0 * 0.5 / 1.5, 0.25 * (1 / 2) / 2.5]
@@ -216,10 +216,10 @@ def test_rate_by_hand() -> None:
 @settings(max_examples=100, deadline=None)
 @given(data=st.data())
 def test_rate_of_any_trajectory(data: st.DataObject) -> None:
-    """As the method's own loop has it."""
+    """The rate equals that of EasyCache's own loop."""
     pair = st.lists(st.floats(0.5, 4, width=16), min_size=2, max_size=2)
     steps = data.draw(st.lists(st.tuples(pair, pair, st.booleans()), min_size=2, max_size=8))
-    for i in range(1, len(steps)):  # EasyCache divides by the change of its latent, which is never 0
+    for i in range(1, len(steps)):  # EasyCache divides by the change of its latent, so it must not be 0
         if any(steps[i][0] == before[0] for before in steps[:i]):
             return
     latents, outputs, rows = (list(column) for column in zip(*steps, strict=True))
@@ -228,8 +228,8 @@ def test_rate_of_any_trajectory(data: st.DataObject) -> None:
     assert all(agree(a, b) for a, b in zip(found, easycache(latents, outputs, rows), strict=True))
 
 
-def test_without_a_rate_nothing_is_proven() -> None:
-    """No rate before two computed calls; none that is a number where neither latent nor output moved."""
+def test_without_a_rate() -> None:
+    """There is no rate before two computed calls, and it is NaN if neither latent nor output changed."""
     assert follow_rate("drift", 0, LATENTS[:3], OUTPUTS[:3], [False, True, True]) == [None, None, None]
     still = follow_rate("drift", 0, [[1.0]] * 3, [[1.0]] * 3, [False, False, True])
     assert still[2] is not None and math.isnan(still[2])
@@ -240,21 +240,21 @@ def test_without_a_rate_nothing_is_proven() -> None:
 @settings(max_examples=150, deadline=None)
 @given(data=st.data())
 def test_any_trajectory(measured: Measured, lag: int, data: st.DataObject) -> None:
-    """Whatever happens: calls that lack the probe, zeros, NaN and infinite values."""
+    """Random histories, with calls without the probe, zeros, NaN and infinite values."""
     number = st.floats(-4, 4, width=16) | st.sampled_from([0.0, math.nan, math.inf])
     probe = st.none() | st.lists(number, min_size=2, max_size=2)
     steps = data.draw(st.lists(st.tuples(probe, st.booleans()), min_size=1, max_size=7))
     for found, expected in follow(measured, lag, [p for p, _ in steps], [reused for _, reused in steps]):
         if expected is not None and not math.isfinite(expected):
-            assert found is not None and not math.isfinite(found)  # which of them does not matter: neither is proof
+            assert found is not None and not math.isfinite(found)  # NaN or inf: neither permits reuse
         else:
             assert agree(found, expected)
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 @pytest.mark.parametrize("measured", [SIMILARITY, DRIFT], ids=["similarity", "drift"])
-def test_what_is_not_finite_stays_so_until_the_site_is_computed(measured: Measured, bad: float) -> None:
-    """A drift that once was not a number is none until it begins anew; a similarity is again when the probe is."""
+def test_nan_stays_until_the_site_is_computed(measured: Measured, bad: float) -> None:
+    """A NaN drift stays NaN until the site is computed; a similarity is finite again as soon as the probe is."""
     probes = [[1.0, 1.0], [bad, 1.0], [1.0, 1.0], [1.0, 1.0], [1.0, 2.0]]
     found = [a for a, _ in follow(measured, 0, probes, [False, True, True, False, True])]
     finite = [value is not None and math.isfinite(value) for value in found]
@@ -263,7 +263,7 @@ def test_what_is_not_finite_stays_so_until_the_site_is_computed(measured: Measur
 
 
 def test_two_sites_with_one_probe_are_measured_once() -> None:
-    """Of the same two tensors the distance is taken once, whoever asks and however often."""
+    """The distance between the same two tensors is computed once for all sites."""
     taken: list[tuple[Tensor, Tensor]] = []
 
     def noted(now: Tensor, before: Tensor) -> Tensor:
@@ -278,11 +278,11 @@ def test_two_sites_with_one_probe_are_measured_once() -> None:
         found = [meter.read(i, m.symbol) for i, measured in enumerate(sites) for m in measured for _ in range(2)]
         meter.close(reused)
     assert found == [2.0, 2.0, 1.5, 1.5, 2.0, 2.0]
-    assert len(taken) == 1 + 2, "against the call before, and in the last call against the first one too"
+    assert len(taken) == 1 + 2, "against the previous call, and in the last call also against the first"
 
 
-def test_nothing_is_measured_for_nobody() -> None:
-    """Without a lag a similarity that no guard asks for costs nothing: another rule has decided."""
+def test_unread_measurements_are_not_computed() -> None:
+    """Without a lag, a similarity that no guard reads is not computed."""
 
     def never(now: Tensor, before: Tensor) -> Tensor:
         raise AssertionError("measured")
@@ -295,7 +295,7 @@ def test_nothing_is_measured_for_nobody() -> None:
 
 @pytest.mark.parametrize(("statistic", "lag"), [*itertools.product(("similarity", "drift"), (0, 1))])
 def test_an_input_that_the_caller_changes_in_place(statistic: str, lag: int) -> None:
-    """The caller's latent may be overwritten between two calls: what it was compared with is what it was."""
+    """The caller may overwrite its latent between calls, so the reference is a copy."""
     measured, tracked = Measured("x", statistic, 0), Tracked()
     latent, found = torch.ones(2), []
     for _ in range(3):
@@ -306,15 +306,15 @@ def test_an_input_that_the_caller_changes_in_place(statistic: str, lag: int) -> 
     assert found == [[None, 1.0, 0.5], [None, None, 1.0]][lag]
 
 
-def test_what_a_piece_computes_is_kept_and_not_copied() -> None:
-    """A probe that is no input is the graph's own; it is held, once for all that compare with it."""
+def test_a_computed_probe_is_not_copied() -> None:
+    """A probe that is not an input is referenced without a copy, once for all sites."""
     tracked, probe = Tracked(), torch.ones(2)
     Meter(tracked, [(SIMILARITY,), (DRIFT,)], [None, probe], NUM_INPUTS, 0, distance).close([False, False])
     assert {id(t) for t in tracked.tensors} == {id(probe)}
 
 
 def test_a_symbol_that_was_never_measured() -> None:
-    """In the first call nothing is known, of any symbol."""
+    """In the first call every symbol is unknown."""
     meter = Meter(Tracked(), [(SIMILARITY,)], [None, torch.ones(2)], NUM_INPUTS, 0, distance)
     found: list[Any] = [meter.read(0, name) for name in ("similarity(self)", "drift(self)", "entropy")]
     assert found == [None] * 3

@@ -1,7 +1,7 @@
-"""The noise at each step: against formulas from the definitions, and against where an ideal denoiser's latent is.
+"""The noise at each step, against formulas from the definitions and against the latent of an ideal denoiser.
 
-An ideal denoiser knows the image and the noise, so that its latent stays a x0 + s noise, with (x0, noise) as the basis
-of a plane. Its coefficients are measured at each call, whatever the scheduler says of itself.
+An ideal denoiser knows the image and the noise, so its latent stays a x0 + s noise, in the plane spanned by x0 and the
+noise. The coefficients a and s are measured at each call, independently of the scheduler's attributes.
 """
 
 from __future__ import annotations
@@ -30,17 +30,17 @@ ENDS = SIGMAS[0], SIGMAS[-1]
 
 
 def preserving(timesteps: Sequence[int]) -> list[float]:
-    """SNR of x = sqrt(abar) x0 + sqrt(1 - abar) noise."""
+    """Return the SNR of x = sqrt(abar) x0 + sqrt(1 - abar) noise."""
     return [TABLE[t] / (1 - TABLE[t]) for t in timesteps]
 
 
 def exploding(sigmas: np.ndarray) -> list[float]:
-    """SNR of x = x0 + sigma noise."""
+    """Return the SNR of x = x0 + sigma noise."""
     return [1 / s**2 for s in sigmas]
 
 
 def flowing(sigmas: np.ndarray) -> list[float]:
-    """SNR of x = (1 - sigma) x0 + sigma noise."""
+    """Return the SNR of x = (1 - sigma) x0 + sigma noise."""
     return [((1 - s) / s) ** 2 for s in sigmas]
 
 
@@ -49,7 +49,7 @@ def leading(n: int) -> list[int]:
 
 
 def linspace(n: int) -> np.ndarray:
-    """n times from 999, the last before 0, rounded."""
+    """Return n rounded times from 999 down, without 0."""
     return np.linspace(999, 0, n + 1)[:-1].round().astype(int)
 
 
@@ -60,7 +60,7 @@ def karras(n: int, low: float, high: float) -> np.ndarray:
 
 
 def euler(n: int) -> np.ndarray:
-    """Sigma interpolated at n times from 999 to 0."""
+    """Return sigma interpolated at n times from 999 to 0."""
     return np.interp(np.linspace(999, 0, n), np.arange(1000), SIGMAS)
 
 
@@ -73,27 +73,27 @@ def shifted(s: Any, shift: float) -> Any:
 
 
 def twice_shifted(n: int) -> np.ndarray:
-    """diffusers shifts the ends of its range when it is made, and what lies between again."""
+    """diffusers shifts the ends of its range on construction, and then all sigmas between them again."""
     return shifted(np.linspace(1, shifted(1 / 1000, 3.0), n), 3.0)
 
 
 def dynamic(n: int) -> list[float]:
-    """The shift of FLUX, by the exponential of mu."""
+    """Return FLUX's sigmas, shifted by the exponential of mu."""
     return flowing(math.exp(MU) / (math.exp(MU) + 1 / shares(n) - 1))
 
 
 def minimax(n: int) -> list[float]:
-    """One call fewer than asked for: the end counts as a step."""
+    """There is one call fewer than requested, because the end counts as a step."""
     return flowing(shifted(np.linspace(1, 0, n), 3.0)[:-1])
 
 
 def twice(values: Sequence[float]) -> list[float]:
-    """Heun calls the denoiser twice at each noise but the first."""
+    """Heun calls the denoiser twice at each noise level except the first."""
     return [values[0], *np.repeat(values[1:], 2)]
 
 
 def prk(n: int) -> list[float]:
-    """PNDM: each of three Runge-Kutta steps calls at its start, twice at its middle, and at its end."""
+    """Each of PNDM's three Runge-Kutta steps calls at its start, twice at its middle, and at its end."""
     times, half = leading(n), 1000 // n // 2
     head = [t for i in range(3) for t in (times[i], times[i + 1] + half, times[i + 1] + half, times[i + 1])]
     return preserving([*head, *times[3:]])
@@ -106,12 +106,12 @@ def plms(n: int) -> list[float]:
 
 @dataclass(frozen=True)
 class Case:
-    """A scheduler, the SNR of its n steps, how its timesteps are set, and what an ideal denoiser returns."""
+    """A scheduler, the SNR of its n steps, the arguments of `set_timesteps`, and the output of an ideal denoiser."""
 
     name: str
     scheduler: Callable[[], Any]
     snrs: Callable[[int], Sequence[float]]
-    output: Tensor | None = None  # None where steps add noise that is not in the plane
+    output: Tensor | None = None  # None if steps add noise outside the plane
     setting: tuple[tuple[str, float], ...] = ()
 
     def __str__(self) -> str:
@@ -160,13 +160,13 @@ def levels_of(scheduler: Any) -> NoiseLevels:
 
 
 def start(flow: bool, snr: float) -> Tensor:
-    """The latent of a signal-to-noise ratio, in the proportions of its parameterisation."""
+    """Return the latent of a signal-to-noise ratio in the scheduler's parameterisation."""
     a = math.sqrt(snr)
     return (a * X0 + NOISE) / (1 + a if flow else math.sqrt(1 + snr))
 
 
 def walk(scheduler: Any, output: Tensor, latent: Tensor) -> list[float]:
-    """The SNR of the latent at each call of an ideal denoiser."""
+    """Return the SNR of the latent at each call of an ideal denoiser."""
     measured = []
     for t in scheduler.timesteps:
         signal, noise = latent.flatten().tolist()
@@ -179,7 +179,7 @@ def walk(scheduler: Any, output: Tensor, latent: Tensor) -> list[float]:
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_formula(case: Case) -> None:
-    """The SNR of each step is the definition's, also after the timesteps were set again."""
+    """The SNR of each step follows the definition, also after the timesteps are set again."""
     scheduler = case.scheduler()
     for n in (7, 12, 5):
         scheduler.set_timesteps(n, **dict(case.setting))
@@ -190,7 +190,7 @@ def test_formula(case: Case) -> None:
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_sigma(case: Case) -> None:
-    """Sigma is the share of noise where noise and signal are mixed linearly, and else noise over signal."""
+    """Sigma is the share of noise if noise and signal are mixed linearly, and noise over signal otherwise."""
     scheduler = case.scheduler()
     scheduler.set_timesteps(7, **dict(case.setting))
     levels = levels_of(scheduler)
@@ -200,9 +200,9 @@ def test_sigma(case: Case) -> None:
 
 @pytest.mark.parametrize("case", [case for case in CASES if case.output is not None], ids=str)
 def test_latent(case: Case) -> None:
-    """The SNR of each step is that of the latent which the scheduler hands to an ideal denoiser there."""
+    """The SNR of each step is that of the latent that the scheduler passes to an ideal denoiser."""
     scheduler = case.scheduler()
-    for n in (10, 5):  # of an odd interval between its steps PNDM rounds the middle in two ways
+    for n in (10, 5):  # PNDM rounds the middle of an odd interval in two ways
         scheduler.set_timesteps(n, **dict(case.setting))
         latent = start("flow" in case.name, case.snrs(n)[0])
         if case.name in ("Euler", "Heun"):  # their latent is x0 + sigma noise
@@ -213,7 +213,7 @@ def test_latent(case: Case) -> None:
 
 @pytest.mark.parametrize("name", ["DDPMScheduler", "DDIMScheduler", "UniPCMultistepScheduler", "EDMEulerScheduler"])
 def test_added_noise(name: str) -> None:
-    """The SNR is what the scheduler's own forward process mixes."""
+    """The SNR matches the scheduler's forward process `add_noise`."""
     scheduler = made(name)()
     scheduler.set_timesteps(9)
     for t, snr in zip(scheduler.timesteps, levels_of(scheduler).snrs, strict=True):
@@ -222,7 +222,7 @@ def test_added_noise(name: str) -> None:
 
 
 def test_scaled_noise() -> None:
-    """The SNR is what a flow matching scheduler's own forward process mixes."""
+    """The SNR matches the forward process `scale_noise` of a flow matching scheduler."""
     scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=5.0)
     scheduler.set_timesteps(9)
     for t, snr in zip(scheduler.timesteps, levels_of(scheduler).snrs, strict=True):
@@ -231,7 +231,7 @@ def test_scaled_noise() -> None:
 
 
 def test_inverted_sigmas() -> None:
-    """Mochi's timesteps rise, its noise falls."""
+    """Mochi's timesteps increase while its noise decreases."""
     scheduler = diffusers.FlowMatchEulerDiscreteScheduler(invert_sigmas=True)
     scheduler.set_timesteps(5)
     assert scheduler.timesteps.tolist() == sorted(scheduler.timesteps.tolist())
@@ -240,7 +240,7 @@ def test_inverted_sigmas() -> None:
 
 
 def test_zero_terminal_snr() -> None:
-    """Pure noise at the first step has the SNR 0; sigma is infinite, or 1 where it is a share."""
+    """Pure noise at the first step has SNR 0; sigma is infinite, or 1 if it is a share."""
     ddim = diffusers.DDIMScheduler(rescale_betas_zero_snr=True, timestep_spacing="trailing")
     ddim.set_timesteps(4)
     levels = levels_of(ddim)
@@ -250,11 +250,11 @@ def test_zero_terminal_snr() -> None:
     assert levels_of(flow).at(0) == (1.0, 0.0)
     euler_zero = diffusers.EulerDiscreteScheduler(rescale_betas_zero_snr=True, timestep_spacing="trailing")
     euler_zero.set_timesteps(4)
-    assert levels_of(euler_zero).snrs[0] == pytest.approx(2.0**-24, rel=1e-3)  # diffusers puts 2^-24 for 0 there
+    assert levels_of(euler_zero).snrs[0] == pytest.approx(2.0**-24, rel=1e-3)  # diffusers uses 2^-24 instead of 0
 
 
 def test_no_noise() -> None:
-    """A call without noise has the SNR inf."""
+    """A call without noise has an infinite SNR."""
     scheduler = diffusers.LTXEulerAncestralRFScheduler()
     scheduler.set_timesteps(sigmas=[1.0, 0.5, 0.0])
     assert levels_of(scheduler) == NoiseLevels((1.0, 0.5, 0.0), (0.0, 1.0, math.inf))
@@ -311,13 +311,13 @@ UNTOLD: dict[str, Callable[[], Any]] = {
 
 
 @pytest.mark.parametrize("reason", UNTOLD)
-def test_untold(reason: str) -> None:
-    """Where the noise cannot be told, nothing is said."""
+def test_unknown_noise(reason: str) -> None:
+    """`noise_levels` returns None if the noise is unknown."""
     assert noise_levels(UNTOLD[reason]()) is None
 
 
 def test_one_read(monkeypatch: pytest.MonkeyPatch) -> None:
-    """All that lies on one device is read at once: each read makes the host wait for a GPU."""
+    """All tensors on one device are read at once, because each read synchronises with the device."""
     reads = []
     tolist, item = Tensor.tolist, Tensor.item
     scheduler = made("EulerDiscreteScheduler")()

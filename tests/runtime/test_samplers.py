@@ -1,4 +1,4 @@
-"""Random samplers against an oracle: no call gets the stream of another, and what can be told apart is told apart."""
+"""Random samplers against an oracle: no call gets the stream of another, and provable streams are recognised."""
 
 from __future__ import annotations
 
@@ -17,33 +17,33 @@ from dit_rewrite.runtime.inputs import Inputs
 from dit_rewrite.runtime.trajectory import Clock, ExplicitTrajectory, InferredTrajectory, Named
 
 BATCH = 2
-SCHEDULED = ("view", "value", "scaled", "step_index")  # a scheduler is known; how the timestep reaches the model
-COUNTED = ("float", "unknown", "device", "index")  # the number of steps alone is known
+SCHEDULED = ("view", "value", "scaled", "step_index")  # with a scheduler: how the timestep reaches the model
+COUNTED = ("float", "unknown", "device", "index")  # only the number of steps is known
 KEPT, ANEW = "kept", "made anew at each call"
 
 
 @dataclass(frozen=True)
 class Sampler:
-    """What a sampler does. In a step it calls each of its streams: every prompt on every window, `twins` times over."""
+    """A sampler. In each step it calls each of its streams: every prompt on every window, `twins` times."""
 
     time: str = "view"
-    pictures: tuple[int, ...] = (4,)  # how many timesteps of each are sampled
+    pictures: tuple[int, ...] = (4,)  # number of timesteps of each picture
     steps: int = 4
     contexts: bool = False  # one trajectory() for each picture
-    reset: bool = False  # the schedule is set for each picture
+    reset: bool = False  # set_timesteps is called for each picture
     prompts: int = 1
     windows: int = 1
     twins: int = 1
-    rotates: bool = False  # the windows take turns in being first
-    prompts_first: bool = False  # all windows of the first prompt before the second's
+    rotates: bool = False  # the order of the windows rotates
+    prompts_first: bool = False  # all windows of the first prompt before those of the second
     named: bool = False
     conditioning: str = KEPT
     same_prompts: bool = True  # in all pictures
-    moving: str = ""  # a tensor that is another one in each "step" or in each "call"
-    steady: bool = False  # a further tensor that never changes
-    evaluations: int = 1  # 2: a further one at all timesteps but the first
-    unguided_from: int = 9  # from this step on, the first prompt alone, once
-    replaced_at: int = 9  # from this step on, all prompts are others
+    varying: str = ""  # an argument with a new tensor in each "step" or in each "call"
+    steady: bool = False  # an additional tensor that never changes
+    evaluations: int = 1  # 2: a second evaluation at all timesteps except the first
+    unguided_from: int = 9  # from this step on, only the first prompt is called, once
+    replaced_at: int = 9  # from this step on, all prompts are different ones
     rising: bool = False
     marked: bool = True
 
@@ -58,10 +58,10 @@ class Sampler:
 
 @dataclass
 class Seen:
-    """A call: its true origin, and what is known of its time."""
+    """A call: its true origin, and its time."""
 
     picture: int
-    origin: tuple[int, ...]  # prompt, window, twin, prompts before
+    origin: tuple[int, ...]  # prompt, window, twin, number of earlier prompts
     step: int
     evaluation: int
     inputs: Inputs
@@ -70,7 +70,7 @@ class Seen:
 
 @dataclass
 class Run:
-    """A sampler that runs; `clock` and `scheduler` are those of the present context."""
+    """A running sampler; `clock` and `scheduler` are those of the current context."""
 
     sampler: Sampler
     generator: Generator = field(default_factory=lambda: Generator().manual_seed(0))
@@ -80,7 +80,7 @@ class Run:
         return torch.randn(1, 64, generator=self.generator)
 
     def times(self) -> list[float]:
-        """The timesteps of a picture, one for each evaluation."""
+        """Return the timesteps of a picture, one for each evaluation."""
         sampler = self.sampler
         falling = [900.0 - 100 * i for i in range(sampler.steps)]
         distinct = falling[::-1] if sampler.rising else falling
@@ -105,7 +105,7 @@ class Run:
         return {"float": value, "unknown": None, "device": torch.empty(BATCH, device="meta")}[time]
 
     def order(self, step: int) -> Iterator[tuple[int, int, int]]:
-        """The streams of a step: prompt, window, twin."""
+        """Return the streams of a step as (prompt, window, twin)."""
         sampler = self.sampler
         guided = step < sampler.unguided_from
         windows = list(range(sampler.windows))
@@ -142,18 +142,18 @@ class Run:
         replaced = int(step >= sampler.replaced_at)
         for prompt, window, twin in self.order(step):
             tensors = [prompts[prompt] if sampler.conditioning == KEPT else prompts[prompt].clone()]
-            tensors += [now if sampler.moving == "step" else self.noise()] if sampler.moving else []
+            tensors += [now if sampler.varying == "step" else self.noise()] if sampler.varying else []
             tensors += [steady] if sampler.steady else []
             name = f"prompt {prompt}" if sampler.named else None
             named = Named(name, step_index=step if sampler.time == "index" else None)
             inputs = Inputs((latents[window],), self.timestep(entry), tuple(tensors))
             yield Seen(0, (prompt, window, twin, replaced), step, 0, inputs, named)
-            del tensors, inputs  # that the sampler holds none of them
+            del tensors, inputs  # so that the sampler does not keep them alive
 
 
 @dataclass(eq=False)
 class Tag:
-    """Stands in a stream's slots for what a call stored there."""
+    """Marks the caches of a stream with the call that filled them."""
 
     origin: tuple[Any, ...]
     bytes: int = 0
@@ -161,7 +161,7 @@ class Tag:
 
 @dataclass
 class Verdict:
-    """What an oracle saw of a run."""
+    """The result of comparing a run with the oracle."""
 
     unsound: list[str] = field(default_factory=list)
     lost: list[str] = field(default_factory=list)
@@ -170,7 +170,7 @@ class Verdict:
 
 
 def follow(sampler: Sampler) -> Verdict:
-    """Run a sampler and compare each place with where the call really belongs."""
+    """Run a sampler and compare the place of each call with its true origin."""
     run, verdict = Run(sampler), Verdict()
     prompts: list[list[Tensor]] = []
     steady = torch.ones(2)
@@ -193,7 +193,7 @@ def judge(sampler: Sampler, seen: Seen, found: Any, before: dict[Any, Any], verd
     verdict.calls += 1
     stream, origin = found.stream, (seen.picture, *seen.origin)
     at = f"picture {seen.picture}, step {seen.step}.{seen.evaluation}, stream {seen.origin}: "
-    tag = stream.banks.setdefault((0, 0), Tag(origin))
+    tag = stream.caches.setdefault((0, 0), Tag(origin))
     if tag.origin != origin:
         verdict.unsound.append(f"{at}has values of {tag.origin}")
     last = before.get(origin)
@@ -205,25 +205,25 @@ def judge(sampler: Sampler, seen: Seen, found: Any, before: dict[Any, Any], verd
 
 
 def provable(sampler: Sampler, seen: Seen) -> bool:
-    """Whether a call that is not the first of its stream can be known as such.
+    """Return whether a call that is not the first of its stream can be recognised as such.
 
-    Not where its tensors are others at each call, in a step of several calls on one latent; nor where such a step is
-    evaluated twice and the timestep does not say so, or ends unmarked.
+    It cannot if its tensors differ in each call of a step with several calls on one latent, or if such a step is
+    evaluated twice without a timestep that shows it, or ends unmarked.
     """
     if not sampler.marked:
-        cut = sampler.moving and 1 in sampler.pictures[: seen.picture] and (seen.step == 1 or sampler.evaluations > 1)
+        cut = sampler.varying and 1 in sampler.pictures[: seen.picture] and (seen.step == 1 or sampler.evaluations > 1)
         return (
             not cut
             and sampler.twins == sampler.windows == 1
             and sampler.conditioning == KEPT
             and sampler.time != "unknown"
         )
-    if sampler.evaluations > 1 and sampler.moving and sampler.replaced_at < sampler.steps:
-        return False  # both evaluations of the step in which the streams begin
+    if sampler.evaluations > 1 and sampler.varying and sampler.replaced_at < sampler.steps:
+        return False  # both evaluations are in the first step of the streams
     if sampler.twins > 1:
         ends = sampler.unguided_from < sampler.steps and (sampler.windows > 1 or not sampler.knows_time)
-        once = sampler.evaluations == 1 or (sampler.time in ("view", "step_index") and not sampler.moving)
-        return sampler.moving != "call" and once and not ends
+        once = sampler.evaluations == 1 or (sampler.time in ("view", "step_index") and not sampler.varying)
+        return sampler.varying != "call" and once and not ends
     return True
 
 
@@ -234,7 +234,10 @@ def samplers(draw: st.DrawFn, marked: bool) -> Sampler:
     prompts = draw(st.integers(1, 2))
     windows = draw(st.integers(1, 4 // prompts))
     time = draw(st.sampled_from((*SCHEDULED, *COUNTED) if marked else ("value", "float", "scaled", "index")))
-    replaced = marked and time not in ("unknown", "device")  # a prompt made anew that changes may be data
+    replaced = marked and time not in (
+        "unknown",
+        "device",
+    )  # a new prompt tensor may be varying
     return Sampler(
         time=time,
         pictures=tuple(pictures),
@@ -249,7 +252,7 @@ def samplers(draw: st.DrawFn, marked: bool) -> Sampler:
         named=draw(st.booleans()),
         conditioning=draw(st.sampled_from([KEPT, ANEW])),
         same_prompts=draw(st.booleans()),
-        moving=draw(st.sampled_from(["", "", "step", "call"])),
+        varying=draw(st.sampled_from(["", "", "step", "call"])),
         steady=draw(st.booleans()),
         evaluations=draw(st.sampled_from([1, 1, 2])),
         unguided_from=draw(st.integers(1, 9)),
@@ -275,10 +278,10 @@ def test_inferred(sampler: Sampler) -> None:
 
 HARD = {
     "the scheduler's step_index is None at the first call": Sampler("step_index"),
-    "moving inputs of one prompt on two windows": Sampler(windows=2, rotates=True, moving="step"),
-    "moving inputs of two prompts on two windows": Sampler(windows=2, prompts=2, rotates=True, moving="call"),
-    "moving inputs beside prompts made anew": Sampler(prompts=2, conditioning=ANEW, moving="call", steady=True),
-    "perturbed guidance with moving inputs": Sampler(twins=3, moving="step"),
+    "varying inputs of one prompt on two windows": Sampler(windows=2, rotates=True, varying="step"),
+    "varying inputs of two prompts on two windows": Sampler(windows=2, prompts=2, rotates=True, varying="call"),
+    "varying inputs beside prompts made anew": Sampler(prompts=2, conditioning=ANEW, varying="call", steady=True),
+    "perturbed guidance with varying inputs": Sampler(twins=3, varying="step"),
     "perturbed guidance on windows in turn": Sampler(windows=2, twins=2, rotates=True),
     "perturbed guidance that ends, on windows in turn": Sampler(windows=2, twins=2, rotates=True, unguided_from=2),
     "perturbed guidance in a second-order solver": Sampler(twins=2, windows=2, evaluations=2),
@@ -292,7 +295,7 @@ HARD = {
     "prompts made anew on windows in turn, inferred": Sampler(
         "value", prompts=2, windows=2, rotates=True, conditioning=ANEW, prompts_first=True, steady=True, marked=False
     ),
-    "moving inputs of two prompts, inferred": Sampler("value", prompts=2, moving="call", marked=False),
+    "varying inputs of two prompts, inferred": Sampler("value", prompts=2, varying="call", marked=False),
 }
 
 

@@ -1,4 +1,4 @@
-"""The state of one thread, and the counts: calls that return or raise, occurrences, layers, trajectories."""
+"""Session and statistics: calls that return or raise, occurrences, layers, trajectories."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def given(x: float, time: float) -> Inputs:
 
 
 def ran(session: Session, *graphs: int, layers: int = 0) -> list[Reason | None]:
-    """One call of the model that runs these graphs; why the slots of each cannot be used."""
+    """Call the model so that it runs these graphs; return why the slots of each cannot be used."""
     ran.time -= 1.0  # type: ignore[attr-defined]
     under_way = session.begin(given(0.0, ran.time))  # type: ignore[attr-defined]
     reasons = [under_way.enter(graph, 1)[2] for graph in graphs]
@@ -36,7 +36,7 @@ def ran(session: Session, *graphs: int, layers: int = 0) -> list[Reason | None]:
 ran.time = 0.0  # type: ignore[attr-defined]
 
 
-def told() -> Session:
+def explicit() -> Session:
     session = Session(Stats())
     session.enter(Clock(9))
     return session
@@ -46,13 +46,13 @@ def test_occurrences_have_banks_of_their_own() -> None:
     under_way = call()
     entered = [under_way.enter(graph, 2) for graph in (0, 1, 1, 0, 1)]
     assert [occurrence for occurrence, _, _ in entered] == [0, 0, 1, 1, 2]
-    assert len({id(bank) for _, bank, _ in entered}) == 5
+    assert len({id(cache) for _, cache, _ in entered}) == 5
     again = Call(under_way.trajectory, under_way.stream, under_way.inputs)
-    assert [again.enter(graph, 2)[1] for graph in (0, 1, 1, 0, 1)] == [bank for _, bank, _ in entered]
+    assert [again.enter(graph, 2)[1] for graph in (0, 1, 1, 0, 1)] == [cache for _, cache, _ in entered]
 
 
 def test_another_graph_at_a_place_is_a_miss_from_there_on() -> None:
-    session = told()
+    session = explicit()
     assert ran(session, 0, 1, 1) == [None] * 3
     assert ran(session, 0, 1, 1) == [None] * 3
     assert ran(session, 0, 2, 1) == [None, Reason.CHANGED_GRAPH, None]
@@ -62,32 +62,32 @@ def test_another_graph_at_a_place_is_a_miss_from_there_on() -> None:
 
 
 def test_a_changed_place_is_emptied() -> None:
-    session = told()
+    session = explicit()
     under_way = session.begin(given(0.0, 0.0))
-    _, bank, _ = under_way.enter(0, 1)
-    bank.fit((), ())
-    bank.store(0, (C,), Computed(0))
+    _, cache, _ = under_way.enter(0, 1)
+    cache.fit((), ())
+    cache.fill(0, (C,), Computed(0))
     session.end(under_way)
     ran(session, 1)
     under_way = session.begin(given(0.0, ran.time - 1))  # type: ignore[attr-defined]
-    assert under_way.enter(0, 1) == (0, bank, Reason.CHANGED_GRAPH)
-    assert (bank.values, bank.stamp) == ([None], None)
+    assert under_way.enter(0, 1) == (0, cache, Reason.CHANGED_GRAPH)
+    assert (cache.values, cache.stamp) == ([None], None)
 
 
 def test_a_call_that_raised_leaves_nothing() -> None:
-    session = told()
+    session = explicit()
     ran(session, 0, 1)
     under_way = session.begin(given(0.0, 0.0))
     under_way.enter(0, 1)
     session.abandon(under_way)
     assert session.call is None
-    assert (under_way.stream.banks, under_way.stream.sequence) == ({}, None)
+    assert (under_way.stream.caches, under_way.stream.sequence) == ({}, None)
     assert session.stats.calls == 1
-    assert ran(session, 1) == [None], "nothing is expected at that place any more"
+    assert ran(session, 1) == [None], "the sequence was forgotten"
 
 
 def test_layers_are_counted_over_the_graphs_of_a_call() -> None:
-    session = told()
+    session = explicit()
     under_way = session.begin(given(0.0, 0.0))
     stream = under_way.stream.name
     assert under_way.moment == Moment(0, 9, 0, None, stream=stream)
@@ -100,7 +100,7 @@ def test_layers_are_counted_over_the_graphs_of_a_call() -> None:
 
 
 def test_a_call_without_any_graph_is_counted() -> None:
-    session = told()
+    session = explicit()
     ran(session)
     ran(session, 0)
     assert session.stats.calls == 2
@@ -115,37 +115,37 @@ def test_trajectories_are_counted_by_why_they_began() -> None:
     assert session.stats.trajectories == {Reason.FIRST_CALL: 1, Reason.TIMESTEP_TURNED: 1}
     session.enter(Clock(2))
     session.end(session.begin(given(0.0, 9.0)))
-    assert session.stats.trajectories == {Reason.FIRST_CALL: 1, Reason.TIMESTEP_TURNED: 1}, "told is no reason"
+    assert session.stats.trajectories == {Reason.FIRST_CALL: 1, Reason.TIMESTEP_TURNED: 1}, "explicit ones have none"
 
 
 def test_telling_twice() -> None:
-    session = told()
+    session = explicit()
     with pytest.raises(BadTrajectory, match="inside another. Leave the outer context first"):
         session.enter(Clock(2))
 
 
-@pytest.mark.parametrize("telling", ["told", "watched"])
-def test_forgetting(telling: str) -> None:
-    session = told() if telling == "told" else Session(Stats())
+@pytest.mark.parametrize("mode", ["explicit", "inferred"])
+def test_forgetting(mode: str) -> None:
+    session = explicit() if mode == "explicit" else Session(Stats())
     for x in (0.0, 0.1):
         under_way = session.begin(given(x, 9.0 - x))
-        _, bank, _ = under_way.enter(0, 1)
-        bank.store(0, (torch.zeros(5),), Computed(0))
+        _, cache, _ = under_way.enter(0, 1)
+        cache.fill(0, (torch.zeros(5),), Computed(0))
         session.end(under_way)
     assert (under_way.trajectory.step, session.cache_bytes()) == (1, 20)
     session.forget()
     assert session.cache_bytes() == 0
     after = session.begin(given(0.2, 8.8))
-    assert (after.trajectory.step, after.stream.banks) == (0, {})
-    assert after.trajectory.num_steps == (9 if telling == "told" else None)
+    assert (after.trajectory.step, after.stream.caches) == (0, {})
+    assert after.trajectory.num_steps == (9 if mode == "explicit" else None)
 
 
 def test_bytes_are_those_of_all_streams() -> None:
-    session = told()
+    session = explicit()
     for name in ("cond", "uncond"):
         session.named = Named(name)
         under_way = session.begin(given(0.0, 0.0))
-        under_way.enter(0, 1)[1].store(0, (torch.zeros(5),), Computed(0))
+        under_way.enter(0, 1)[1].fill(0, (torch.zeros(5),), Computed(0))
         session.end(under_way)
     assert session.cache_bytes() == 40
 

@@ -1,4 +1,4 @@
-"""SeaCache's filter beside diffusers' own, and the noise that it is given."""
+"""SeaCache's filter against that of diffusers, and the share of noise it uses."""
 
 from __future__ import annotations
 
@@ -17,27 +17,27 @@ SHARES = [0.0, 0.02, 0.3, 0.7, 1.0]
 
 
 def theirs(latent: Tensor, sigma: float, power: float) -> Tensor:
-    """diffusers' filter of a batch ``(batch, channels, frames, height, width)``, sample by sample."""
+    """Apply diffusers' filter to a batch ``(batch, channels, frames, height, width)``, sample by sample."""
     return torch.stack([_apply_sea_filter(sample.movedim(0, -1), sigma, power).movedim(-1, 0) for sample in latent])
 
 
 @pytest.mark.parametrize("sigma", SHARES)
 def test_of_videos(sigma: float) -> None:
-    """Along frames, height and width, each with its own gain."""
+    """Videos are filtered along frames, height and width."""
     latent = tokens(0, 2, 3, 4, 6, 5)
     assert torch.allclose(sea_filter(latent, (2, 3, 4), sigma), theirs(latent, sigma, 3.0), atol=1e-5)
 
 
 @pytest.mark.parametrize("sigma", SHARES)
 def test_of_images(sigma: float) -> None:
-    """The power of images falls with the square of the frequency; one frame alone changes nothing of it."""
+    """Images have p = 2, and an axis of a single frame does not change the result."""
     latent = tokens(1, 2, 3, 6, 8)
     expected = theirs(latent[:, :, None], sigma, 2.0)[:, :, 0]
     assert torch.allclose(sea_filter(latent, (2, 3), sigma), expected, atol=1e-5)
 
 
-def test_what_it_does() -> None:
-    """Of little noise everything stays; of much, what is slow is left, and the noise that is fast is gone."""
+def test_low_and_high_noise() -> None:
+    """With little noise the signal is unchanged; with much noise only low frequencies remain."""
     grid = torch.arange(16) * (2 * math.pi / 16)
     slow, fast = torch.cos(grid), torch.cos(7 * grid)
     image = (slow[:, None] * slow + fast[:, None] * fast)[None, None]
@@ -49,7 +49,7 @@ def test_what_it_does() -> None:
 
 
 def test_tokens_on_their_grid() -> None:
-    """Tokens in rows of the latent's patches are filtered as the image that they are; others are not."""
+    """Tokens in the order of the latent's patches are filtered as an image; other tokens are not filtered."""
     latent, grid = tokens(2, 1, 4, 6, 8), Grid(0, (2, 2))
     image = tokens(3, 1, 5, 3, 4)
     placed = on_grid(image.flatten(2).transpose(1, 2), grid, latent)
@@ -61,13 +61,13 @@ def test_tokens_on_their_grid() -> None:
 
 
 def test_low_precision() -> None:
-    """Half precision is filtered in float32."""
+    """Half precision inputs are filtered in float32."""
     latent = tokens(1, 2, 3, 6, 8).bfloat16()
     assert torch.equal(sea_filter(latent, (2, 3), 0.5), sea_filter(latent.float(), (2, 3), 0.5))
 
 
 def test_noise() -> None:
-    """The ratio of signal to noise tells of any scheduler; else a share that was named; else nothing."""
+    """The share follows from the SNR if known, otherwise from an explicit sigma; otherwise it is unknown."""
     for sigma in (0.1, 0.5, 0.9):
         assert noise_share(7.0, ((1 - sigma) / sigma) ** 2) == pytest.approx(sigma)
         assert noise_share(sigma, None) == sigma
@@ -84,7 +84,7 @@ def relative(now: Tensor, before: Tensor) -> Tensor:
 
 
 def test_each_call_is_filtered_by_its_own_noise() -> None:
-    """A latent that stands still changes with the noise; where that is unknown, nothing is measured."""
+    """A constant latent changes with the noise of its step; if the noise is unknown, nothing is measured."""
     tracked, measured = Tracked(), Measured("x", "drift", 0, grid=Grid(0))
     latent, found = tokens(4, 1, 2, 8, 8), []
     for noise in (0.9, 0.6, None, 0.2):

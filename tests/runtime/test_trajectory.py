@@ -1,4 +1,4 @@
-"""Marked and inferred trajectories on call sequences made by hand: step, stream, and why a trajectory began."""
+"""Explicit and inferred trajectories on hand-written call sequences: step, stream, and why a trajectory began."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ C, U = torch.zeros(3), torch.ones(3)
 
 
 def latent(turn: float) -> Tensor:
-    """A point of the unit circle: near `turn`s are near latents."""
+    """Return a point on the unit circle, so that close values of `turn` give close latents."""
     return torch.tensor([math.cos(turn), math.sin(turn)])
 
 
@@ -30,14 +30,14 @@ def inputs(turn: float, time: Any, *conditioning: Tensor) -> Inputs:
 
 
 class Seen:
-    """A trajectory that is placed call by call; what it says of each."""
+    """Places calls one by one."""
 
     def __init__(self, place: Any) -> None:
         self.place, self.last = place, None
         self.first: Trajectory | None = None
 
     def __call__(self, given: Inputs, named: Named = NOBODY) -> tuple[Any, ...]:
-        """Step and stream; before them, where a trajectory begins, why."""
+        """Return step and stream, preceded by the reason if the call begins a trajectory."""
         place = self.place(given, named)
         trajectory, stream = place.trajectory, place.stream
         begun = () if trajectory is self.last else (trajectory.why,)
@@ -45,15 +45,15 @@ class Seen:
         return (*begun, trajectory.step, stream.name)
 
 
-# --- marked by the caller ---------------------------------------------------------------------------------------------
+# --- explicit trajectories --------------------------------------------------------------------------------------------
 
 
-def told(num_steps: int | None = None, scheduler: Any = None) -> Seen:
+def explicit(num_steps: int | None = None, scheduler: Any = None) -> Seen:
     return Seen(ExplicitTrajectory(Clock(num_steps, scheduler)).place)
 
 
 def test_a_step_is_a_timestep() -> None:
-    see = told(9)
+    see = explicit(9)
     assert see(inputs(0, 9.0, C)) == (None, 0, 0)
     assert see(inputs(0, 9.0, U)) == (0, 1)
     assert see(inputs(0.1, 8.0, C)) == (1, 0)
@@ -64,7 +64,7 @@ def test_a_step_is_a_timestep() -> None:
 
 
 def test_steps_are_counted_where_no_timestep_is_known() -> None:
-    see = told(9)
+    see = explicit(9)
     assert see(Inputs((latent(0.0),), None, (C,))) == (None, 0, 0)
     assert see(Inputs((latent(0.0),), None, (U,))) == (0, 1)
     assert see(Inputs((latent(0.1),), None, (C,))) == (1, 0)
@@ -72,7 +72,7 @@ def test_steps_are_counted_where_no_timestep_is_known() -> None:
 
 
 def test_a_timestep_that_goes_back_begins_another_trajectory() -> None:
-    see = told(9)
+    see = explicit(9)
     see(inputs(0, 9.0))
     see(inputs(0.1, 8.0))
     assert see(inputs(0, 9.0)) == (Reason.TIMESTEP_TURNED, 0, 0)
@@ -80,7 +80,7 @@ def test_a_timestep_that_goes_back_begins_another_trajectory() -> None:
 
 
 def test_steps_by_index() -> None:
-    see = told(9)
+    see = explicit(9)
     assert see(inputs(0, 9.0), Named("cond", step_index=0)) == (None, 0, "cond")
     assert see(inputs(0, 9.0), Named("cond", step_index=4)) == (4, "cond")
     assert see(inputs(0, 9.0), Named("uncond", step_index=4)) == (4, "uncond")
@@ -98,7 +98,7 @@ def test_the_number_of_steps() -> None:
 
 
 @pytest.mark.parametrize("given", [{"num_steps": 0}, {"num_steps": -1}, {"num_steps": True}, {"num_steps": object()}])
-def test_numbers_of_steps_that_are_none(given: dict[str, Any]) -> None:
+def test_invalid_numbers_of_steps(given: dict[str, Any]) -> None:
     with pytest.raises(BadTrajectory, match="num_steps"):
         Clock(**given)
 
@@ -109,7 +109,7 @@ def test_a_scheduler_without_timesteps() -> None:
 
 
 def test_conditioning_by_value() -> None:
-    see = told(9)
+    see = explicit(9)
     see(inputs(0, 9.0, C, U))
     assert see(inputs(0, 9.0, U, C)) == (0, 1)
     assert see(inputs(0.1, 8.0, C.clone(), U)) == (1, 0)
@@ -122,22 +122,22 @@ def test_conditioning_by_value() -> None:
     ids=["count", "value", "dtype", "device", "shape", "nan"],
 )
 def test_conditioning_that_differs(other: tuple[Tensor, ...]) -> None:
-    see = told(9)
+    see = explicit(9)
     see(inputs(0, 9.0, C, U))
     assert see(inputs(0, 9.0, *other)) == (0, 1)
 
 
-def test_conditioning_that_was_written_to_is_another() -> None:
-    """Neither the object itself, nor another that now equals it, is the stream's conditioning."""
-    see, given = told(9), torch.zeros(3)
+def test_modified_conditioning() -> None:
+    """A modified tensor does not match the stream's conditioning, nor does another tensor that equals it now."""
+    see, given = explicit(9), torch.zeros(3)
     see(inputs(0, 9.0, given))
     given.add_(1)
     assert see(inputs(0, 9.0, torch.ones(3))) == (0, 1)
-    assert see(inputs(0.1, 8.0, given)) == (1, 1), "equal to the second stream's, by value"
+    assert see(inputs(0.1, 8.0, given)) == (1, 1), "equal to the conditioning of the second stream by value"
 
 
 def test_frames_at_several_steps_have_no_noise_of_one() -> None:
-    """The trajectory goes through more steps than the schedule, and is at none of them."""
+    """The trajectory has more steps than the schedule, and is at no entry of it."""
     scheduler = FlowMatchEulerDiscreteScheduler()
     scheduler.set_timesteps(sigmas=[1.0, 0.8, 0.6])
     place = ExplicitTrajectory(Clock(scheduler=scheduler, noise=True)).place
@@ -149,7 +149,7 @@ def test_frames_at_several_steps_have_no_noise_of_one() -> None:
 
 
 def test_a_denoiser_that_joins_late_shares_the_clock() -> None:
-    """The second expert of a pipeline starts in the middle of the schedule, without values."""
+    """The second expert of a pipeline starts in the middle of the schedule with an empty cache."""
     scheduler = SimpleNamespace(timesteps=torch.tensor([9.0, 8.0, 7.0, 6.0]))
     clock = Clock(scheduler=scheduler)
     first, second = Seen(ExplicitTrajectory(clock).place), Seen(ExplicitTrajectory(clock).place)
@@ -162,25 +162,25 @@ def test_a_denoiser_that_joins_late_shares_the_clock() -> None:
     assert second(inputs(0.2, t[2])) == (None, 2, 0)
 
 
-# --- watched ----------------------------------------------------------------------------------------------------------
+# --- inferred trajectories --------------------------------------------------------------------------------------------
 
 
-def watched() -> Seen:
+def inferred() -> Seen:
     return Seen(InferredTrajectory().place)
 
 
-def test_watched_falls_and_rises() -> None:
+def test_inferred_falls_and_rises() -> None:
     for times in ((9.0, 8.0, 6.0), (0.0, 0.1, 0.5)):
-        see = watched()
+        see = inferred()
         assert see(inputs(0.0, times[0])) == (Reason.FIRST_CALL, 0, 0)
         assert see(inputs(0.1, times[1])) == (1, 0)
         assert see(inputs(0.2, times[2])) == (2, 0)
 
 
 @pytest.mark.parametrize("timestep", [3, 3.0, torch.tensor([3.0, 3.0]), torch.tensor(3), None], ids=str)
-def test_watched_timesteps_of_any_kind(timestep: Any) -> None:
-    """One that stands still from the first call on proves nothing: it may be another picture of one step."""
-    see = watched()
+def test_inferred_timesteps_of_any_kind(timestep: Any) -> None:
+    """A timestep that never changes proves nothing, because each call may be a trajectory of one step."""
+    see = inferred()
     assert see(Inputs((latent(0),), timestep, (C,))) == (Reason.FIRST_CALL, 0, 0)
     assert see(Inputs((latent(0.1),), timestep, (C,))) == (Reason.TIMESTEP_STILL, 0, 0)
 
@@ -197,24 +197,24 @@ def test_watched_timesteps_of_any_kind(timestep: Any) -> None:
         (0.2, 7.0, None),
     ],
 )
-def test_watched_third_call(turn: float, time: float, why: Reason | None) -> None:
-    see = watched()
+def test_inferred_third_call(turn: float, time: float, why: Reason | None) -> None:
+    see = inferred()
     see(inputs(0.0, 9.0))
     see(inputs(0.1, 8.0))
     assert see(inputs(turn, time)) == ((2, 0) if why is None else (why, 0, 0))
 
 
-def test_watched_second_evaluation() -> None:
-    """A second-order solver calls twice at a timestep, and the step is one."""
-    see = watched()
+def test_inferred_second_evaluation() -> None:
+    """Two calls of a second-order solver at one timestep are one step."""
+    see = inferred()
     see(inputs(0.0, 9.0))
     see(inputs(0.1, 8.0))
     assert see(inputs(0.2, 8.0)) == (1, 0)
     assert see(inputs(0.3, 7.0)) == (2, 0)
 
 
-def test_watched_conditioning() -> None:
-    see, given = watched(), torch.zeros(3)
+def test_inferred_conditioning() -> None:
+    see, given = inferred(), torch.zeros(3)
     see(inputs(0.0, 9.0, given))
     assert see(inputs(0.1, 8.0, given.clone())) == (Reason.NEW_CONDITIONING, 0, 0)
     see(inputs(0.0, 9.0, given))
@@ -223,23 +223,23 @@ def test_watched_conditioning() -> None:
     assert see(inputs(0.2, 7.0, given)) == (1, 0)
 
 
-def test_watched_latent_of_another_shape() -> None:
-    see = watched()
+def test_inferred_latent_of_another_shape() -> None:
+    see = inferred()
     see(inputs(0.0, 9.0))
     assert see(Inputs((torch.ones(3),), torch.tensor(8.0), (C,))) == (Reason.NEW_LATENT, 0, 0)
     assert see(Inputs((1.1 * torch.ones(3),), torch.tensor(7.0), (C,))) == (1, 0)
     assert see(Inputs((torch.ones(3).double(),), torch.tensor(6.0), (C,))) == (Reason.NEW_LATENT, 0, 0)
 
 
-def test_watched_latent_of_zeros_proves_nothing() -> None:
-    """The change relative to it is 0 / 0."""
-    see = watched()
+def test_inferred_latent_of_zeros_proves_nothing() -> None:
+    """The change relative to a latent of zeros is 0 / 0."""
+    see = inferred()
     see(Inputs((torch.zeros(3),), torch.tensor(9.0), (C,)))
     assert see(Inputs((torch.zeros(3),), torch.tensor(8.0), (C,))) == (Reason.NEW_LATENT, 0, 0)
 
 
-def test_watched_streams_share_latent_and_timestep() -> None:
-    see = watched()
+def test_inferred_streams_share_latent_and_timestep() -> None:
+    see = inferred()
     see(inputs(0.0, 9.0, C))
     assert see(inputs(0.0, 9.0, U)) == (0, 1)
     assert see(inputs(0.1, 8.0, C)) == (1, 0)
@@ -247,14 +247,14 @@ def test_watched_streams_share_latent_and_timestep() -> None:
     assert see(inputs(0.1, 7.0, torch.ones(3))) == (Reason.NEW_CONDITIONING, 0, 0), "another timestep"
 
 
-def test_watched_stream_of_another_noise_is_a_new_trajectory() -> None:
-    see = watched()
+def test_inferred_stream_of_another_noise_is_a_new_trajectory() -> None:
+    see = inferred()
     see(inputs(0.0, 9.0, C))
     assert see(inputs(2.0, 9.0, U)) == (Reason.NEW_CONDITIONING, 0, 0)
 
 
-def test_watched_stream_that_pauses_keeps_its_step() -> None:
-    see = watched()
+def test_inferred_stream_that_pauses_keeps_its_step() -> None:
+    see = inferred()
     see(inputs(0.0, 9.0, U))
     see(inputs(0.0, 9.0, C))
     assert see(inputs(0.1, 8.0, C)) == (1, 1)
@@ -262,29 +262,29 @@ def test_watched_stream_that_pauses_keeps_its_step() -> None:
     assert see(inputs(0.2, 7.0, C)) == (2, 1)
 
 
-def test_watched_streams_by_name() -> None:
-    see = watched()
+def test_inferred_streams_by_name() -> None:
+    see = inferred()
     assert see(inputs(0.0, 9.0, C), Named("cond")) == (Reason.FIRST_CALL, 0, "cond")
     assert see(inputs(0.0, 9.0, C), Named("uncond")) == (0, "uncond")
     assert see(inputs(0.1, 8.0, C), Named("cond")) == (1, "cond")
     assert see(inputs(0.2, 7.0, U), Named("cond")) == (Reason.NEW_CONDITIONING, 0, "cond")
 
 
-def test_watched_step_that_goes_back_is_another_trajectory() -> None:
-    see = watched()
+def test_inferred_step_that_goes_back_is_another_trajectory() -> None:
+    see = inferred()
     see(inputs(0.0, 9.0), Named("cond", step_index=3))
     assert see(inputs(0.1, 8.0), Named("cond", step_index=4)) == (4, "cond")
     assert see(inputs(0.2, 7.0), Named("cond", step_index=0)) == (Reason.TIMESTEP_TURNED, 0, "cond")
 
 
-def test_watched_holds_a_copy_of_the_latent() -> None:
-    see, x = watched(), latent(0.0)
+def test_inferred_keeps_a_copy_of_the_latent() -> None:
+    see, x = inferred(), latent(0.0)
     for turn, expected in ((0.0, (Reason.FIRST_CALL, 0, 0)), (0.1, (1, 0)), (2.0, (Reason.NEW_LATENT, 0, 0))):
         x.copy_(latent(turn))
         assert see(Inputs((x,), torch.tensor(9.0 - turn), (C,))) == expected
 
 
-def test_watched_without_any_tensor_never_goes_on() -> None:
-    see = watched()
+def test_inferred_without_any_tensor_never_goes_on() -> None:
+    see = inferred()
     assert see(Inputs((), None, ())) == (Reason.FIRST_CALL, 0, 0)
     assert see(Inputs((), None, ())) == (Reason.NEW_LATENT, 0, 0)

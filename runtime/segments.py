@@ -1,0 +1,76 @@
+"""Compiled segments of a graph, and the wires that carry values between them.
+
+A wire is an index into the list of a call's values: first the graph inputs, then the values that segments export.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+Row = tuple[bool, ...]
+
+
+@dataclass(frozen=True)
+class Executable:
+    """The compiled code of one variant of a segment.
+
+    ``run`` takes the wires ``inputs`` and the cached tensors at ``cached``, pairs of site and index in its slot. It
+    returns the wires ``outputs``, followed by the new tensors of the slots at ``fresh``. If compilation specialised on
+    sizes that Dynamo does not guard, ``admits`` returns whether the graph's inputs have these sizes.
+    """
+
+    run: Callable[..., Sequence[Any]]
+    inputs: tuple[int, ...]
+    cached: tuple[tuple[int, int], ...]
+    outputs: tuple[int, ...]
+    fresh: tuple[tuple[int, int], ...]
+    admits: Callable[[Sequence[Any]], bool] | None = None
+
+
+@dataclass
+class Segment:
+    """The part of a graph between two cuts of the residual stream (the whole graph if there are none).
+
+    ``variants`` maps a row of the decisions for ``sites`` to the compiled code, or to None if nothing is left to run.
+    ``spent`` are the wires that no later segment reads.
+    """
+
+    sites: tuple[int, ...]
+    spent: tuple[int, ...] = ()
+    variants: dict[Row, Executable | None] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Wiring:
+    """The wires of a graph. Wires below ``num_inputs`` are its inputs: the arguments, then ``num_hoisted`` hoisted values.
+
+    ``outputs`` has an entry for each result: a wire, or a 1-tuple with a constant. Among the inputs, ``static`` are
+    weights, ``steady`` trajectory-invariant conditioning, and ``ambient`` tensor attributes of the model.
+    """
+
+    num_wires: int
+    num_inputs: int
+    outputs: tuple[int | tuple[Any], ...]
+    static: frozenset[int] = frozenset()
+    steady: frozenset[int] = frozenset()
+    ambient: frozenset[int] = frozenset()
+    num_hoisted: int = 0
+
+
+class SizesNotCompiled(Exception):
+    """Raised if a segment was compiled for other input sizes."""
+
+
+def execute(
+    executable: Executable, wires: list[Any], slots: Sequence[tuple[Tensor, ...] | None]
+) -> list[tuple[tuple[int, int], Tensor]]:
+    """Run a variant and write its outputs to `wires`. Returns its new slot tensors as ((site, index), tensor) pairs."""
+    cached = [slots[site][k] for site, k in executable.cached]  # type: ignore[index]
+    results = executable.run(*[wires[i] for i in executable.inputs], *cached)
+    for wire, value in zip(executable.outputs, results, strict=False):
+        wires[wire] = value
+    return list(zip(executable.fresh, results[len(executable.outputs) :], strict=True))
