@@ -1,13 +1,13 @@
-"""The kernels of kernels/ on an NVIDIA GPU: python -m benchmarks.attention [--device cuda] [--dtype bfloat16]
+"""Benchmark of the kernels on an NVIDIA GPU: python -m benchmarks.attention [--device cuda] [--dtype bfloat16]
 
-Attention of 2 x 16 heads, of size 72 (DiT-XL, PixArt) and 128. Window attention with a residual, and the entropy of
-attention, against the fastest backend of PyTorch's scaled dot product attention; FlexAttention on the same mask;
-blockwise attention to conditions of 16 to 4096 keys at several kept fractions; relative_l1 against a copy. Rows are
-ratios of runs in turn; every kernel's result is compared with its plain twin's before it is timed. The file of results
-also has each run's seconds, FLOP/s and bytes/s as shares of a large matrix product's and a large copy's, and its time
-over the floor that these two set. Where diffusers is installed, whole steps of DiT-XL/2-512 and PixArt-Σ at 1024 and
-2K pixels follow (attention_models.py); the rest needs torch and triton only. `--device cpu --tiny` runs every path with
-the plain twins and writes nothing.
+Attention has 2 x 16 heads of size 72 (DiT-XL, PixArt) and 128. The benchmark compares window attention with a residual
+and the attention entropy with the fastest backend of PyTorch's scaled dot product attention, and with FlexAttention on
+the same mask; blockwise attention to conditions of 16 to 4096 keys at several kept fractions; and relative_l1 with a
+copy. Rows are ratios of alternating runs. The result of every kernel is compared with that of its naive reference
+before it is timed. The results file also has the seconds of each run, its FLOP/s and bytes/s as shares of those of a
+large matrix product and a large copy, and its time over the lower bound that these two imply. If diffusers is
+installed, whole steps of DiT-XL/2-512 and PixArt-Σ at 1024 and 2K pixels follow (attention_models.py); the rest needs
+only torch and triton. `--device cpu --tiny` runs every path with the naive references and writes nothing.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ from benchmarks.attention_models import Geometry
 from benchmarks.timing import report, show
 from dit_rewrite.kernels.window_attention import paper_window
 
-REUSE_GOAL, REUSE_TOKENS = 0.35, (4096, 16384)  # of full attention's time, at most, at these lengths
+REUSE_GOAL, REUSE_TOKENS = 0.35, (4096, 16384)  # largest share of full attention's time, and sequence lengths
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """What is measured, at which sizes."""
+    """The sizes of the measured cases."""
 
     batch: int
     heads: int
@@ -66,7 +66,7 @@ TINY = Sizes(
 
 
 def cases(bench: Bench, sizes: Sizes, like: Tensor) -> Iterator[tuple[str, Callable[[], None]]]:
-    """What there is to measure; what has a goal comes first."""
+    """Return the cases to measure; cases with a goal come first."""
     for d in sizes.head_sizes:
         for n in sizes.tokens:
             title, shape = f"d={d}, {n} tokens", (sizes.batch, sizes.heads, n, d)
@@ -90,7 +90,7 @@ def cases(bench: Bench, sizes: Sizes, like: Tensor) -> Iterator[tuple[str, Calla
 
 
 def has_diffusers() -> bool:
-    """Whether there are models to measure."""
+    """Return whether diffusers is installed, so that models can be measured."""
     try:
         import diffusers  # noqa: F401
     except ImportError:
@@ -99,7 +99,7 @@ def has_diffusers() -> bool:
 
 
 def measure_all(bench: Bench, sizes: Sizes, like: Tensor, minutes: float) -> None:
-    """Measure the ceilings, then each case until the minutes are over; one that fails does not hide the others."""
+    """Measure the ceilings, then each case until the time limit. A case that fails is recorded and skipped."""
     end = time.monotonic() + 60 * minutes
     bench.ceilings = ceilings(bench, sizes.product, sizes.bytes_copied, like)
     for title, case in cases(bench, sizes, like):
@@ -109,13 +109,13 @@ def measure_all(bench: Bench, sizes: Sizes, like: Tensor, minutes: float) -> Non
         began = time.monotonic()
         try:
             case()
-        except Exception as error:  # the expected result, or every backend of PyTorch's own attention, failed
+        except Exception as error:  # the reference, or every backend of PyTorch's attention, failed
             bench.fail(title, error)
         print(f"{title}: {time.monotonic() - began:.1f} s", file=sys.stderr, flush=True)
 
 
 def details(bench: Bench, sizes: Sizes, dtype: torch.dtype) -> dict[str, Any]:
-    """What stands beside the rows in the file of results."""
+    """Return the contents of the results file apart from the rows."""
     import triton
 
     assert bench.ceilings is not None
@@ -136,7 +136,7 @@ def details(bench: Bench, sizes: Sizes, dtype: torch.dtype) -> dict[str, Any]:
 
 
 def summary(bench: Bench) -> None:
-    """The rows with a goal, the ceilings and what failed: what a reader of a log's end must see."""
+    """Print the rows with a goal, the ceilings and the failures at the end of the log."""
     assert bench.ceilings is not None
     show("goals", [row for row in bench.rows if row.bound])
     print(f"matrix product {bench.ceilings.flops / 1e12:.4g} TFLOP/s, copy {bench.ceilings.bytes / 1e12:.4g} TB/s")
@@ -157,17 +157,17 @@ def arguments(given: list[str] | None) -> argparse.Namespace:
     if found.device == "cpu" and not found.tiny:
         parser.error("the full sizes need a GPU: add --tiny")
     if found.device == "cuda" and not torch.cuda.is_available():
-        parser.error("there is no GPU: --device cpu --tiny runs the plain twins")
+        parser.error("there is no GPU: --device cpu --tiny runs the naive references")
     return found
 
 
 def main(given: list[str] | None = None) -> int:
-    """0, or 1 if something could not be measured; a missed goal is a result."""
+    """Return the exit code: 1 if something could not be measured, otherwise 0, even if a goal is missed."""
     options = arguments(given)
     dtype, sizes = getattr(torch, options.dtype), TINY if options.tiny else FULL
     like = torch.empty(0, dtype=dtype, device=options.device)
     torch.manual_seed(0)
-    # without a GPU FlexAttention runs as it is written: there is nothing to compile for
+    # without a GPU FlexAttention runs uncompiled
     stance = "default" if options.device == "cuda" else "force_eager"
     with torch.no_grad(), torch.compiler.set_stance(stance):
         bench = Bench(DeviceClock() if options.device == "cuda" else HostClock(), options.rounds)

@@ -1,4 +1,4 @@
-"""What benchmarks/attention.py times: each op of kernels/ beside what a model would run without it."""
+"""The cases of benchmarks/attention.py: each custom op beside the ops that a model would run without it."""
 
 from __future__ import annotations
 
@@ -24,26 +24,26 @@ from dit_rewrite.kernels.window_attention import naive, window_flops, window_ref
 from dit_rewrite.kernels.window_attention.flex import flex_window
 from dit_rewrite.kernels.window_attention.geometry import make_window
 
-# Not MATH, which makes the matrix of all scores: at 16,384 tokens that is 17 GB in 16 bits.
+# MATH is left out because it allocates all scores: 17 GB for 16,384 tokens in 16 bits.
 BACKENDS = (SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION, SDPBackend.EFFICIENT_ATTENTION)
-REFRESH_GOAL = 1.15  # of full attention's time, at most
-CHANGE_GOAL = 0.8  # of a copy's bytes/s, at least
+REFRESH_GOAL = 1.15  # largest share of full attention's time
+CHANGE_GOAL = 0.8  # smallest share of a copy's bytes/s
 
 
 def random(*shape: int, like: Tensor) -> Tensor:
-    """Fresh normal numbers, of the dtype and device of `like`."""
+    """Return normal random numbers with the dtype and device of `like`."""
     return torch.randn(shape, dtype=like.dtype, device=like.device)
 
 
 def ceilings(bench: Bench, size: int, bytes_copied: int, like: Tensor) -> Ceilings:
-    """Rates of a square matrix product of `size`, and of a copy that reads and writes `bytes_copied` each."""
+    """Measure the rates of a square matrix product of `size`, and of a copy of `bytes_copied` bytes."""
     a, b = random(size, size, like=like), random(size, size, like=like)
     source = random(bytes_copied // like.element_size(), like=like)
     target = torch.empty_like(source)
     runs = {
         "matrix product": Run(lambda: a @ b, flops=2 * size**3),
         "copy": Run(lambda: target.copy_(source), bytes=2 * source.nbytes, expected=(source,)),
-        "a kernel of one element": Run(lambda: target[0].zero_()),  # what a launch and the events take
+        "a kernel of one element": Run(lambda: target[0].zero_()),  # the overhead of a launch and of the events
     }
     samples = bench.measure("ceilings", runs)
     product, copy = (statistics.median(samples[name]) for name in ("matrix product", "copy"))
@@ -51,19 +51,19 @@ def ceilings(bench: Bench, size: int, bytes_copied: int, like: Tensor) -> Ceilin
 
 
 def sdpa(q: Tensor, k: Tensor, v: Tensor, backend: SDPBackend) -> Tensor:
-    """Scaled dot product attention by one of PyTorch's implementations."""
+    """Run scaled dot product attention by one of PyTorch's backends."""
     with sdpa_kernel(backend):
         return F.scaled_dot_product_attention(q, k, v)
 
 
 def attention_flops(q: Tensor, k: Tensor, kept: float = 0.0) -> int:
-    """FLOPs of attention, but for a fraction `kept` of its scores."""
+    """Return the FLOPs of attention without a fraction `kept` of its scores."""
     batch, heads, queries, size = q.shape
     return flops(batch, heads, queries, k.shape[2], size, kept)
 
 
 def best_sdpa(bench: Bench, title: str, q: Tensor, k: Tensor, v: Tensor, expected: Tensor) -> Run:
-    """The fastest of PyTorch's implementations for these inputs, each of them timed."""
+    """Time each of PyTorch's backends on these inputs, and return the fastest."""
     work, moved = attention_flops(q, k), 2 * q.nbytes + k.nbytes + v.nbytes
     able = [backend for backend in BACKENDS if runs_here(q, k, backend)]
     runs = {backend.name: Run(functools.partial(sdpa, q, k, v, backend), work, moved, (expected,)) for backend in able}
@@ -71,9 +71,9 @@ def best_sdpa(bench: Bench, title: str, q: Tensor, k: Tensor, v: Tensor, expecte
 
 
 def runs_here(q: Tensor, k: Tensor, backend: SDPBackend) -> bool:
-    """Whether the implementation takes this device, dtype and head size: the others refuse with a RuntimeError."""
+    """Return whether the backend supports these inputs. Backends that do not raise RuntimeError."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # they say why not
+        warnings.simplefilter("ignore")  # unsupported backends warn about the reason
         try:
             sdpa(q, k, k, backend)
         except RuntimeError:
@@ -84,11 +84,11 @@ def runs_here(q: Tensor, k: Tensor, backend: SDPBackend) -> bool:
 def window_attention(
     bench: Bench, title: str, shape: tuple[int, ...], where: dict[str, Any], like: Tensor, *, goal: float | None = None
 ) -> None:
-    """Refreshing and reusing a window's residual, and the entropy of attention, beside full attention.
+    """Measure refresh and reuse of a window's residual, and the attention entropy, beside full attention.
 
-    `goal`: the most that reusing may take of full attention's time.
+    goal: the largest share of full attention's time that reuse may take.
     """
-    torch.compiler.reset()  # each case compiles FlexAttention anew, and Dynamo counts them
+    torch.compiler.reset()  # each case compiles FlexAttention, and Dynamo limits recompiles
     q, k, v = (random(*shape, like=like) for _ in range(3))
     window = make_window("benchmark", shape[2], where["window"], where.get("grid"), 0)
     out, residual = naive.window_refresh(q, k, v, window, None, None)
@@ -100,18 +100,18 @@ def window_attention(
 def _window_runs(
     q: Tensor, k: Tensor, v: Tensor, out: Tensor, residual: Tensor, where: dict[str, Any], full: Run
 ) -> dict[str, Run]:
-    @functools.cache  # made when it first runs: if it fails, it fails alone
+    @functools.cache  # built at its first run, so that a failure affects this run only
     def flex() -> Callable[[Tensor, Tensor, Tensor], Tensor]:
         return flex_window(q.shape[2], **where, device=str(q.device))
 
     def two_kernels() -> tuple[Tensor, Tensor]:
-        """Attention is linear in V, so that window attention of -V plus O is the residual O - W."""
+        """Compute O and O - W by two calls. Attention is linear in V, so window attention of -V plus O is O - W."""
         whole = full.call()
         assert isinstance(whole, Tensor)
         return whole, window_reuse(q, k, -v, whole, **where)
 
     near, each = window_flops(q.shape, k.shape, **where), q.nbytes
-    both = full.flops + near // 2  # the scores are shared
+    both = full.flops + near // 2  # O and W share the scores
     return {
         "refresh": Run(lambda: window_refresh(q, k, v, **where), both, 5 * each, (out, residual)),
         "SDPA + window": Run(two_kernels, both, 5 * each, (out, residual)),
@@ -121,7 +121,7 @@ def _window_runs(
 
 
 def _entropy(q: Tensor, k: Tensor) -> Run:
-    work = attention_flops(q, k) // 2  # one product of two
+    work = attention_flops(q, k) // 2  # one of the two products
     expected = entropy_naive.attention_entropy(q, k, None, None, False, False)
     return Run(lambda: attention_entropy(q, k), work, q.nbytes + k.nbytes, (expected,))
 
@@ -142,7 +142,7 @@ def _window_rows(bench: Bench, title: str, samples: Samples, goal: float | None)
 
 
 def kept_pairs(shape: tuple[int, ...], kept: float, *, whole_tiles: bool) -> Tensor:
-    """Which of the (batch, head, tile, block) pairs are kept: a fraction `kept` of them, or of the tiles, at random."""
+    """Choose at random which (batch, head, tile, block) pairs are kept: a fraction `kept` of pairs or of tiles."""
     groups = shape[:-1] if whole_tiles else shape
     count = math.prod(groups)
     chosen = torch.randperm(count) < round(kept * count)
@@ -152,10 +152,10 @@ def kept_pairs(shape: tuple[int, ...], kept: float, *, whole_tiles: bool) -> Ten
 def blockwise(
     bench: Bench, title: str, q_shape: tuple[int, ...], keys: int, block: int, tile: int, like: Tensor
 ) -> None:
-    """Attention to a condition of `keys` keys, at several fractions of kept blocks, beside full attention.
+    """Measure blockwise attention to `keys` keys, at several fractions of kept blocks, beside full attention.
 
-    A pair that the state does not know is recomputed and one that it knows is kept, whatever changed, at the threshold
-    inf. So before each call, outside of its time, the state is told what it knows.
+    With a threshold of inf, exactly the pairs that `state.computed` flags are kept. The flags are set before each call,
+    outside the timed region.
     """
     q = random(*q_shape, like=like)
     k, v = (random(*q_shape[:2], keys, q_shape[3], like=like) for _ in range(2))
@@ -163,7 +163,7 @@ def blockwise(
     full = best_sdpa(bench, title, q, k, v, expected)
     state = new_state(q, k, v, block, tile)
     runs, predicted = {"SDPA": full}, {}
-    blockwise_attention(q, k, v, state, threshold=math.inf, block=block, bound="sound")  # all is computed once
+    blockwise_attention(q, k, v, state, threshold=math.inf, block=block, bound="sound")  # compute all pairs once
     for kept, whole in patterns(state.computed.shape[-1]):
         pairs = kept_pairs(tuple(state.computed.shape), kept, whole_tiles=whole).to(q.device)
         name = f"kept {kept:.0%}{' by tiles' if whole else ''}"
@@ -175,7 +175,7 @@ def blockwise(
 
 
 def patterns(blocks: int) -> list[tuple[float, bool]]:
-    """Fractions kept, and whether by whole tiles; with one block a tile is kept whole in any case."""
+    """Return the kept fractions, and whether whole tiles are kept; with one block a kept tile is always whole."""
     by_blocks = [(0.0, False), (0.5, False), (0.9, False), (1.0, False)]
     return by_blocks if blocks == 1 else [*by_blocks, (0.5, True), (0.9, True)]
 
@@ -193,20 +193,20 @@ def _blockwise_run(q: Tensor, k: Tensor, v: Tensor, state: State, pairs: Tensor,
 
 
 def shares(pairs: Tensor) -> tuple[float, float, float]:
-    """The share of the pairs that are kept, of the tiles that are wholly kept, and of kept pairs in the others."""
+    """Return the shares of kept pairs, of fully kept tiles, and of kept pairs in the other tiles."""
     kept, whole = pairs.float().mean().item(), pairs.all(-1).float().mean().item()
     return kept, whole, (kept - whole) / (1 - whole) if whole < 1 else 0.0
 
 
 def roofline(ceilings: Ceilings, state: State, pairs: Tensor, q: Tensor) -> float:
-    """How many times as fast as attention blockwise attention is, by the measured ceilings alone."""
+    """Return the speedup of blockwise attention over attention that the measured ceilings predict."""
     _, whole, others = shares(pairs)
     intensity = ceilings.flops / ceilings.bytes
     return speedup(state.keys, state.block, q.shape[3], q.element_size(), intensity, others, whole)
 
 
 def change(bench: Bench, shape: tuple[int, ...], like: Tensor) -> None:
-    """relative_l1, which reads two tensors, beside a copy, which reads one and writes one: as many bytes."""
+    """Measure relative_l1, which reads two tensors, beside a copy, which moves as many bytes."""
     current, reference = random(*shape, like=like), random(*shape, like=like)
     target = torch.empty_like(current)
     moved = current.nbytes + reference.nbytes

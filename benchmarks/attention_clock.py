@@ -1,8 +1,8 @@
-"""Timing kernels in turn: CUDA events around the replay of a graph, with a cold cache; on a CPU, the host's clock.
+"""Timing of alternating kernels: CUDA events around the replay of a graph with a cold cache; on a CPU, the host clock.
 
-A graph's replay leaves out the host's time for launches, which runs ahead of the device in a model. Before each
-sample more memory than the L2 cache holds is written, so that inputs come from memory; that also keeps the device
-busy until the host has handed over the events and the graph.
+Replaying a graph excludes the host time of launches, which overlaps with the device in a model. Before each sample
+more memory than the L2 cache holds is written, so that inputs come from memory. This also keeps the device busy until
+the host has submitted the events and the graph.
 """
 
 from __future__ import annotations
@@ -19,23 +19,23 @@ from torch import Tensor
 
 from benchmarks.timing import Row, Spread, ratio
 
-FLUSH = 1 << 29  # bytes; several times any L2, and a good 100 µs of writing
+FLUSH = 1 << 29  # bytes; several times any L2 cache, and more than 100 µs of writing
 WARM_UP = 3
-TOLERANCE = 2e-2  # |found - expected| / |expected|: operands of 16 bits land between 1e-3 and 1e-2
+TOLERANCE = 2e-2  # |found - expected| / |expected|: 16-bit operands give 1e-3 to 1e-2
 
 
 @dataclass(frozen=True)
 class Run:
-    """What is timed, the FLOPs and the bytes of device memory that the task asks for at least, and its results."""
+    """A timed call, the minimum FLOPs and bytes of device memory that its task needs, and its expected results."""
 
     call: Callable[[], object]
     flops: int = 0
     bytes: int = 0
-    expected: tuple[Tensor, ...] = ()  # the first results must be these, or nothing is timed
-    before: Callable[[], object] = field(default=lambda: None)  # before each call, outside of its time
+    expected: tuple[Tensor, ...] = ()  # if the first results differ, nothing is timed
+    before: Callable[[], object] = field(default=lambda: None)  # called before each run, outside the timed region
 
     def checked(self) -> None:
-        """Run once; ValueError if the results are not those expected. NaN never passes."""
+        """Run once. Raises ValueError if the results are not the expected ones, or NaN."""
         self.before()
         found = self.call()
         results = found if isinstance(found, tuple) else (found,)
@@ -47,17 +47,17 @@ class Run:
 
 
 def distance(found: Tensor, expected: Tensor) -> float:
-    """|found - expected| / |expected|, in float32 at least."""
+    """Return |found - expected| / |expected| (L2 norms), computed in at least float32."""
     wide = torch.promote_types(expected.dtype, torch.float32)
     difference = torch.linalg.vector_norm(found.to(wide) - expected.to(wide))
     return (difference / torch.linalg.vector_norm(expected.to(wide))).item()
 
 
 class HostClock:
-    """For a CPU: shows that every path runs. Its figures say nothing of a GPU."""
+    """Times on a CPU, to check that every path runs. Its figures say nothing about a GPU."""
 
     def prepare(self, run: Run) -> Callable[[], object]:
-        """Run once, checked."""
+        """Run once, and check the results."""
         run.checked()
         return run.call
 
@@ -74,13 +74,13 @@ class HostClock:
 
 
 class DeviceClock:
-    """For an NVIDIA GPU."""
+    """Times on an NVIDIA GPU."""
 
     def __init__(self) -> None:
         self.flush = torch.empty(FLUSH, dtype=torch.uint8, device="cuda")
 
     def prepare(self, run: Run) -> Callable[[], object]:
-        """Run a few times, checked, which compiles and tunes; then capture one run in a graph."""
+        """Run a few times to compile and autotune, check the results, and capture one run in a graph."""
         for _ in range(WARM_UP):
             run.checked()
         run.before()
@@ -111,18 +111,18 @@ Samples = dict[str, list[float]]
 
 @dataclass(frozen=True)
 class Ceilings:
-    """What the device was measured to reach: FLOP/s of a large matrix product, bytes/s (read and written) of a copy."""
+    """Measured rates of the device: FLOP/s of a large matrix product, bytes/s (read and written) of a copy."""
 
     flops: float
     bytes: float
 
     def floor(self, run: Run) -> float:
-        """Seconds that no version of the run beats."""
+        """Return the lower bound of the run's time in seconds."""
         return max(run.flops / self.flops, run.bytes / self.bytes)
 
 
 class Bench:
-    """Measures groups of runs, and collects rows, every run's seconds and rates, and what failed."""
+    """Measures groups of runs, and collects rows, the seconds and rates of every run, and failures."""
 
     def __init__(self, clock: HostClock | DeviceClock, rounds: int) -> None:
         self.clock, self.rounds = clock, rounds
@@ -132,19 +132,19 @@ class Bench:
         self.ceilings: Ceilings | None = None
 
     def measure(self, title: str, runs: Mapping[str, Run]) -> Samples:
-        """Time the runs in turn. One that fails is left out, and noted: it must not hide the others."""
+        """Time the runs alternately. A run that fails is recorded and left out."""
         calls = {}
         for name, run in runs.items():
             try:
                 calls[name] = self.clock.prepare(run)
-            except Exception as error:  # whatever a compiler or a kernel does
+            except Exception as error:  # compilers and kernels raise any exception
                 self.fail(f"{title}: {name}", error)
         samples = self.clock.sample(runs, calls, self.rounds)
         self.runs += [self._rates(title, name, runs[name], taken) for name, taken in samples.items()]
         return samples
 
     def fail(self, title: str, error: Exception) -> None:
-        """Note what failed, and say at once where."""
+        """Record a failure, and print it at once."""
         self.failures[title] = f"{type(error).__name__}: {error}"[:2000]
         traceback.print_exception(error)
 
@@ -166,7 +166,7 @@ class Bench:
         self, what: str, samples: Samples, above: str, below: str, *, most: float | None = None,
         least: float | None = None,
     ) -> None:  # fmt: skip
-        """A row: the ratio of two runs of one group, against its goal; none where a run failed."""
+        """Add a row with the ratio of two runs of one group and its goal, unless a run failed."""
         if above not in samples or below not in samples:
             return
         found = ratio(samples, above, below)
@@ -176,5 +176,5 @@ class Bench:
 
 
 def fastest(samples: Samples) -> str:
-    """The run with the least median."""
+    """Return the run with the smallest median."""
     return min(samples, key=lambda name: statistics.median(samples[name]))

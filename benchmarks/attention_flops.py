@@ -1,18 +1,18 @@
 """FLOPs of self-attention under DiTFastAttn's strategies, beside its table 2: python -m benchmarks.attention_flops
 
-Each figure is a share of what the raw model spends in a self-attention module, its four projections included, on both
-halves of the guidance. The three models have 16 heads of 72 and no key compression. Columns:
+Each figure is a share of the FLOPs of the raw model's self-attention module, its four projections included, on both
+halves of the guidance. The three models have 16 heads of size 72 and no key compression. Columns:
 
 - paper: table 2 as printed, in whole percent.
-- counted: what torch's FlopCounterMode counts while diffusers' own attention module runs on meta tensors; the window is
-  the op `window_reuse`, with the FLOPs that it registers.
-- formula: (8 N D^2 + 4 D P) times the halves that compute, for N tokens of width D = 1152 and P pairs of query and key
-  that see each other: N^2, or N (2 w + 1) - w (w + 1) in a window of w = N / 8 tokens on each side, 23 % of N^2.
-- unclipped: the same with P = 2 w N, 25 % of N^2, which is how the authors' published code counts a window: as if it
-  did not end where the sequence does.
+- counted: the count of torch's FlopCounterMode while diffusers' own attention module runs on meta tensors; the window
+  is the op `window_reuse` with its registered FLOP formula.
+- formula: (8 N D^2 + 4 D P) times the halves that compute, for N tokens of width D = 1152 and P pairs of query and
+  key: N^2, or N (2 w + 1) - w (w + 1) in a window of w = N / 8 tokens on each side, 23 % of N^2.
+- unclipped: the same with P = 2 w N, 25 % of N^2. The authors' published code counts a window in this way, without
+  clipping it at the ends of the sequence.
 
-Steps are counted that reuse. One that computes the residual anew (equation 1) spends the raw FLOPs and the window's.
-AST is zero as its value is the output of the module, so that the projections go too.
+The figures are for steps that reuse. A step that recomputes the residual (equation 1) spends the raw FLOPs plus those
+of the window. AST is zero because its value is the output of the module, which includes the projections.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ from benchmarks.timing import RESULTS
 from dit_rewrite.kernels.window_attention import paper_window, window_reuse
 
 WIDTH, HEADS = 1152, 16
-HALVES = 2  # of the guidance: conditional, unconditional
-GOAL = 2.0  # points
+HALVES = 2  # conditional and unconditional half of the guidance
+GOAL = 2.0  # percentage points
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ STRATEGIES = (
 
 @dataclass(frozen=True)
 class Model:
-    """A line of table 2; ``paper`` are its percentages, in the order of `STRATEGIES`."""
+    """A line of table 2; ``paper`` has its percentages in the order of `STRATEGIES`."""
 
     name: str
     build: type[DiTTransformer2DModel] | type[PixArtTransformer2DModel]
@@ -67,11 +67,11 @@ class Model:
 
     @property
     def tokens(self) -> int:
-        """Patches of 2 x 2."""
+        """The number of tokens, which are patches of 2 x 2."""
         return (self.latent // 2) ** 2
 
     def attention(self) -> Attention:
-        """The self-attention of a block, without memory."""
+        """Return the self-attention of a block on meta tensors."""
         with torch.device("meta"):
             return self.build(sample_size=self.latent, num_layers=1).transformer_blocks[0].attn1
 
@@ -84,13 +84,13 @@ MODELS = (
 
 
 class WindowProcessor:
-    """Attention in the paper's window plus the cached residual (equation 2), for diffusers' attention module."""
+    """An attention processor for diffusers: attention in the paper's window plus the cached residual (equation 2)."""
 
     def __init__(self, residual: Tensor) -> None:
         self.residual = residual
 
     def __call__(self, attn: Attention, hidden_states: Tensor, *_: object, **__: object) -> Tensor:
-        """(B, N, D) to the same; the residual is (B, heads, N, d)."""
+        """Map (B, N, D) to (B, N, D); the residual is (B, heads, N, d)."""
         projections = (attn.to_q, attn.to_k, attn.to_v)
         query, key, value = (p(hidden_states).unflatten(-1, (attn.heads, -1)).transpose(1, 2) for p in projections)
         out = window_reuse(query, key, value, self.residual, paper_window(query.shape[2]))
@@ -98,7 +98,7 @@ class WindowProcessor:
 
 
 def step(attn: Attention, states: Tensor, strategy: Strategy, cached: Tensor) -> Tensor:
-    """The module's output for both halves, (2, N, D), at a step that reuses; `cached` is that of an earlier step."""
+    """Return the module's output for both halves, (2, N, D), in a step that reuses the output `cached`."""
     if strategy.halves == 0:
         return cached
     out = attn(states[: strategy.halves])
@@ -106,7 +106,7 @@ def step(attn: Attention, states: Tensor, strategy: Strategy, cached: Tensor) ->
 
 
 def counted(model: Model, strategy: Strategy) -> int:
-    """FLOPs of `step` by torch's counter."""
+    """Return the FLOPs of `step` by torch's counter."""
     attn, states = model.attention(), torch.empty(HALVES, model.tokens, WIDTH, device="meta")
     if strategy.windowed:
         shape = (strategy.halves, HEADS, model.tokens, WIDTH // HEADS)
@@ -117,7 +117,7 @@ def counted(model: Model, strategy: Strategy) -> int:
 
 
 def by_formula(tokens: int, strategy: Strategy, *, clipped: bool = True) -> int:
-    """The same in closed form; a window that is not `clipped` goes on beyond the ends of the sequence."""
+    """Return the same in closed form; unless `clipped`, windows extend beyond the ends of the sequence."""
     (reach,) = paper_window(tokens)
     window = tokens * (2 * reach + 1) - reach * (reach + 1) if clipped else tokens * 2 * reach
     pairs = window if strategy.windowed else tokens**2
@@ -126,7 +126,7 @@ def by_formula(tokens: int, strategy: Strategy, *, clipped: bool = True) -> int:
 
 @dataclass(frozen=True)
 class Result:
-    """FLOPs of one step by each way of counting, those of the raw model, and the paper's percentage."""
+    """FLOPs of one step by each method of counting, those of the raw model, and the paper's percentage."""
 
     model: str
     tokens: int
@@ -138,22 +138,22 @@ class Result:
     paper: int
 
     def percent(self, flops: int) -> float:
-        """FLOPs as a share of the raw model's, in percent."""
+        """Return FLOPs as a share of those of the raw model, in percent."""
         return 100 * flops / self.raw
 
     @property
     def difference(self) -> float:
-        """Ours, as counted, less the paper's, in points."""
+        """The counted percentage minus the paper's, in percentage points."""
         return self.percent(self.counted) - self.paper
 
     @property
     def within(self) -> bool:
-        """Whether the goal is met."""
+        """Whether the difference is within the goal."""
         return abs(self.difference) <= GOAL
 
 
 def results() -> list[Result]:
-    """All figures of table 2."""
+    """Return all figures of table 2."""
     return [result for model in MODELS for result in _results(model)]
 
 
@@ -190,7 +190,7 @@ def report(rows: Sequence[Result]) -> None:
 
 
 def as_json(rows: Sequence[Result]) -> dict[str, Any]:
-    """What is written: FLOPs of one module at one step for both halves of the guidance; the paper's is in percent."""
+    """Convert to JSON: FLOPs of one module in one step for both halves of the guidance, and the paper's percentage."""
     written = [{**asdict(row), "difference": round(row.difference, 4), "within": row.within} for row in rows]
     return {"width": WIDTH, "heads": HEADS, "halves": HALVES, "goal": GOAL, "note": NOTE, "rows": written}
 

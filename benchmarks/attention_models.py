@@ -1,8 +1,8 @@
-"""What strategies inside attention take off a step of whole denoisers: the rows of benchmarks/attention.py end to end.
+"""Step times of whole denoisers with strategies inside attention: the end-to-end rows of benchmarks/attention.py.
 
-DiT and PixArt with random weights, as large as the published ones. In one told trajectory each step does something
-else: computes and keeps a residual, uses it, shares guidance, both, reuses the output, computes alone. Its time is
-divided by that of the same call of the model whose blocks torch.compile compiled, taken right before it.
+The models are DiT and PixArt at published size with random weights. In one explicit trajectory each step uses another
+strategy: it computes and keeps a residual, uses it, shares guidance, does both, reuses the output, or only computes.
+Its time is divided by that of the same call of the model with compiled blocks, measured right before it.
 """
 
 from __future__ import annotations
@@ -25,14 +25,17 @@ from dit_rewrite.guards import step
 from dit_rewrite.policy.strategies import Strategy
 
 BATCH = 2  # both halves of the guidance
-BLOCK = 100  # keys of a block of CachedAttention: three of them in PixArt's captions
+BLOCK = 100  # keys per block of CachedAttention; PixArt's captions have three blocks
 WARM_UP = 2  # trajectories
 
 
 @dataclass(frozen=True)
 class Geometry:
-    """A denoiser: `latent` is the side of its input, twice as many as its tokens; `text` tokens are the condition of
-    PixArt, 0 are DiT. `conditional` is the half of the batch that has the condition in its pipeline."""
+    """The sizes of a denoiser.
+
+    latent: side of its input; the side in tokens is half of it. text: number of text tokens of PixArt; 0 means DiT.
+    conditional: the half of the batch that is conditional in the model's pipeline.
+    """
 
     title: str
     latent: int
@@ -57,7 +60,7 @@ TINY = (
 
 
 def build(geometry: Geometry, like: Tensor) -> nn.Module:
-    """The denoiser, made on the device."""
+    """Build the denoiser on the device."""
     from diffusers import DiTTransformer2DModel, PixArtTransformer2DModel
 
     shared: dict[str, Any] = {
@@ -72,12 +75,12 @@ def build(geometry: Geometry, like: Tensor) -> nn.Module:
             )  # fmt: skip
         else:
             model = DiTTransformer2DModel(**shared)
-    # not diffusers' own `to`, which warns of modules to be kept in fp32 where there are none
+    # diffusers' own `to` warns about modules to keep in fp32 even if there are none
     return nn.Module.to(model, like.dtype).eval().requires_grad_(False)
 
 
 def calls(geometry: Geometry, steps: int, like: Tensor) -> list[dict[str, Any]]:
-    """The arguments of each step: latents on their way, one condition."""
+    """Return the arguments of each step: changing latents, and one condition."""
 
     def normal(*shape: int) -> Tensor:
         return torch.randn(shape, dtype=like.dtype, device=like.device)
@@ -106,9 +109,9 @@ Do = tuple[str, Strategy | tuple[Strategy, ...] | None, str]
 
 
 def plan(geometry: Geometry) -> list[Do]:
-    """What each step is called, what it does, and with which kind of attention.
+    """Return the name, strategy and kind of attention of each step.
 
-    A step before one that reads keeps what that reads; so "full" comes where nothing is read after it.
+    A step before one that reads a value keeps that value, so "full" comes where the next step reads nothing.
     """
     window, share = WindowResidual(), ShareGuidance(geometry.conditional)
     steps: list[Do] = [
@@ -129,13 +132,13 @@ def plan(geometry: Geometry) -> list[Do]:
 
 
 def policy(steps: list[Do]) -> Policy:
-    """The rules of a plan."""
+    """Return the policy of a plan."""
     rules = (Rule(Eq(step, i), do, Where((kind,))) for i, (_, do, kind) in enumerate(steps) if do is not None)
     return Policy(tuple(rules), "one strategy a step")
 
 
 def end_to_end(bench: Bench, geometry: Geometry, like: Tensor, backend: str) -> None:
-    """Measure each step's strategy. Raises ValueError where a step that computes differs from the model."""
+    """Measure each step's strategy. Raises ValueError if a computing step differs from the model."""
     torch.compiler.reset()
     torch.manual_seed(0)
     steps = plan(geometry)
@@ -143,7 +146,7 @@ def end_to_end(bench: Bench, geometry: Geometry, like: Tensor, backend: str) -> 
     rewritten = dit_rewrite.compile(copy.deepcopy(model), policy(steps), backend=backend, lowering="segments")
     for block in model.transformer_blocks:  # type: ignore[union-attr]
         block.compile(backend=backend)
-    with torch.compiler.set_stance("default"):  # for the other rows a CPU has another
+    with torch.compiler.set_stance("default"):  # the other rows set another stance on a CPU
         for name, difference in _differences(model, rewritten, steps, inputs):
             if name.startswith("full") and not difference <= TOLERANCE:
                 raise ValueError(f"{name}: |found - expected| / |expected| = {difference:.3g}")
@@ -159,7 +162,7 @@ def end_to_end(bench: Bench, geometry: Geometry, like: Tensor, backend: str) -> 
 def _differences(
     plain: nn.Module, rewritten: Any, steps: list[Do], inputs: list[dict[str, Any]]
 ) -> Iterator[tuple[str, float]]:
-    """How far each step's output is from the plain model's."""
+    """Yield the relative distance of each step's output from that of the unmodified model."""
     with rewritten.trajectory(len(steps)):
         for (name, _, _), arguments in zip(steps, inputs, strict=True):
             found = rewritten(**arguments)[0].clone()
@@ -167,7 +170,7 @@ def _differences(
 
 
 def _sample(plain: nn.Module, rewritten: Any, steps: list[Do], inputs: list[dict[str, Any]], rounds: int) -> Samples:
-    """Seconds of each step, and of the plain model's same call; a sample a trajectory."""
+    """Measure the seconds of each step and of the same call of the unmodified model, one sample per trajectory."""
     samples: Samples = {name: [] for done, _, _ in steps for name in (done, f"plain, {done}")}
     for turn in range(-WARM_UP, rounds):
         with rewritten.trajectory(len(steps)):

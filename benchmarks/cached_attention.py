@@ -1,17 +1,17 @@
 """CachedAttention against static reuse, at equal reuse: python -m benchmarks.cached_attention [--captions 64]
 
-The bundled text-to-shapes model (PixArt at toy size, cross-attention over 24 text tokens) is sampled uncached; with the
-output of cross-attention reused statically, FORA(interval, kinds=("cross",)); and with CachedAttention, which keeps or
-recomputes blocks of keys, under each of its bounds. The paper's static baseline reuses for the next 3 steps, interval
-4; interval 2 stands beside it, so that each bound has an aggressive threshold and a conservative one.
+The bundled text-to-shapes model (PixArt at toy size, cross-attention over 24 text tokens) is sampled uncached; with
+static reuse of the output of cross-attention, FORA(interval, kinds=("cross",)); and with CachedAttention, which keeps
+or recomputes blocks of keys, under each of its bounds. The paper's static baseline reuses for 3 steps, which is
+interval 4. Interval 2 is added so that each bound has an aggressive and a conservative threshold.
 
-Reuse is the share of all scores between image and text, over all steps, that were not computed anew. A threshold is
-found by bisection on captions and noise that are not measured, so that its reuse there is that of the static baseline;
-the column "reuse" says what it came to on the measured ones. Static reuse also saves the projections of queries and
-outputs, which CachedAttention computes at every step: equal reuse is not equal time. Nothing is timed, and images do
-not depend on the lowering, which is "aot_eager".
+Reuse is the share of all scores between image and text, over all steps, that were not recomputed. A threshold is found
+by bisection on other captions and noise, such that its reuse equals that of the static baseline; the column "reuse" is
+the reuse on the measured captions. Static reuse also saves the projections of queries and outputs, which
+CachedAttention computes in every step, so equal reuse is not equal time. Nothing is timed. Images do not depend on the
+lowering, which is "aot_eager".
 
-Everything is written as it comes: a rerun with the same parameters on the same machine does what is missing.
+Each result is written at once; a rerun with the same parameters on the same machine measures what is missing.
 """
 
 from __future__ import annotations
@@ -51,19 +51,19 @@ INTERVALS = (4, 2)  # aggressive, conservative
 Bound = Literal["sound", "paper"]
 BOUNDS: tuple[Bound, ...] = get_args(Bound)
 TEXT_CLASSIFIER = WEIGHTS / "text_classifier.safetensors"
-SEED, CALIBRATION_SEED = 1 << 42, (1 << 42) + 1  # of captions, beyond those that were trained on
-CALIBRATION_NOISE = 1 << 20  # the measured batches have theirs from 0 up
-TOLERANCE, EVALUATIONS = 0.005, 12  # of a bisection: points of reuse, and trajectories at most
-NEAR = 0.02  # of all scores: by how much reuse on the measured captions may miss that of the static baseline
+SEED, CALIBRATION_SEED = 1 << 42, (1 << 42) + 1  # of captions, disjoint from the training seeds
+CALIBRATION_NOISE = 1 << 20  # noise seed; the measured batches use 0, 1, …
+TOLERANCE, EVALUATIONS = 0.005, 12  # of the bisection: reuse, and maximum number of trajectories
+NEAR = 0.02  # allowed difference in reuse from the static baseline on the measured captions
 COUNTERS = State._fields.index("counters")
 
 
 @dataclass(frozen=True)
 class Row:
-    """What was measured of a policy, against the uncached images and the captions.
+    """The measurements of a policy, against the uncached images and the captions.
 
-    ``reuse`` is the share of scores that were kept, ``reuse_by_step`` that in each step; of a static policy, the share
-    of sites that reused. ``interval`` is the static baseline's that the row stands beside.
+    reuse: share of scores that were kept, or of sites that reused for a static policy. reuse_by_step: the same by step.
+    interval: the interval of the static baseline that the row is compared with.
     """
 
     name: str
@@ -79,29 +79,29 @@ class Row:
 
 
 class Kept:
-    """An observer that reads, after each call, how many scores blockwise attention has computed and seen.
+    """An observer that reads the score counters of blockwise attention after each call.
 
-    A state counts from its trajectory's second step on; the first fills it.
+    A state counts from the second step of its trajectory; the first step fills it.
     """
 
     def __init__(self, backend: Backend, steps: int) -> None:
         self._backend = backend
-        self.totals = torch.zeros(steps, 2, dtype=torch.int64)  # computed and seen up to each step, of all trajectories
+        self.totals = torch.zeros(steps, 2, dtype=torch.int64)  # scores computed and scores in total up to each step
 
     def __call__(self, observation: Observation) -> None:
         sites = self._backend.rewritten[observation.graph].partition.sites
-        for site, held in zip(sites, observation.held, strict=True):
+        for site, held in zip(sites, observation.slots, strict=True):
             if site.part is Part.HELD and held is not None:
                 self.totals[observation.record.step] += held[COUNTERS][2:].cpu()
 
     def by_step(self) -> list[float]:
-        """The share of scores kept in each step: none in the first."""
+        """Return the share of scores kept in each step; 0 in the first."""
         computed, seen = self.totals.diff(dim=0).unbind(1)
         return [0.0, *(1 - computed / seen).tolist()]
 
 
 def reused_by_step(stats: Stats, steps: int) -> list[float]:
-    """The share of sites that reused in each step."""
+    """Return the share of sites that reused in each step."""
     rows: list[list[bool]] = [[] for _ in range(steps)]
     for record in stats.records:
         rows[record.step] += record.row
@@ -109,7 +109,7 @@ def reused_by_step(stats: Stats, steps: int) -> list[float]:
 
 
 class Bench:
-    """The networks, and the captions with their pictures' scenes that all rows share."""
+    """The networks, and the captions and scenes that all rows share."""
 
     def __init__(self, arguments: argparse.Namespace) -> None:
         self.steps, self.block, self.batch = arguments.steps, arguments.block, arguments.batch
@@ -120,27 +120,27 @@ class Bench:
         self.calibration = sample_captioned(self.batch, Generator().manual_seed(CALIBRATION_SEED))[1]
 
     def sample(self, denoiser: nn.Module, captions: Sequence[str], seed: int) -> Tensor:
-        """A batch of images."""
+        """Sample a batch of images."""
         return sample_captions(denoiser, self.model.encoder, captions, steps=self.steps, seed=seed)
 
     def sample_all(self, denoiser: nn.Module) -> Tensor:
-        """The measured images; the seed of a batch is its number."""
+        """Sample the measured images; the seed of a batch is its number."""
         return torch.cat([self.sample(denoiser, captions, seed) for seed, captions in enumerate(self.batches)])
 
     @cached_property
     def uncached(self) -> Tensor:
-        """The images that the others are compared with."""
+        """The uncached images, which the others are compared with."""
         return self.sample_all(self.model.denoiser)
 
     def run(self, policy: Policy, sample: Callable[[nn.Module], Tensor]) -> tuple[Tensor, list[float]]:
-        """The images under a policy, and the share that it reused in each step."""
+        """Return the images under a policy, and its reuse in each step."""
         model = dit_rewrite.compile(twin(self.model.denoiser), policy, backend="aot_eager")
         model._backend.session.observer = kept = Kept(model._backend, self.steps)
         images = sample(model)
         return images, kept.by_step() if kept.totals.any() else reused_by_step(model.stats(), self.steps)
 
     def find_threshold(self, bound: Bound, target: float) -> dict[str, float]:
-        """The threshold under which the calibration's captions reuse that share of scores."""
+        """Find the threshold at which the calibration captions reuse that share of scores."""
 
         def reuse(threshold: float) -> float:
             policy = CachedAttention(threshold, self.block, bound)
@@ -150,7 +150,7 @@ class Bench:
         return {"threshold": threshold, "reuse": found, "target": target}
 
     def measure(self, name: str, interval: int, policy: Policy | None, threshold: float | None = None) -> Row:
-        """A row; without a policy that of the uncached model."""
+        """Measure the row of a policy, or of the uncached model if there is none."""
         images, by_step = self.uncached, [0.0] * self.steps
         if policy is not None:
             images, by_step = self.run(policy, self.sample_all)
@@ -170,9 +170,9 @@ class Bench:
 
 
 def bisect(rising: Callable[[float], float], target: float, tolerance: float, evaluations: int) -> tuple[float, float]:
-    """Where a function that rises over [0, inf) comes nearest to `target`, among so many tries, and its value there.
+    """Find the argument in [0, inf) at which an increasing function is nearest to `target`; return it and the value.
 
-    It starts at 1 and doubles until it is beyond, and stops where it is within `tolerance`.
+    The search starts at 1, doubles until the value exceeds `target`, bisects, and stops within `tolerance`.
     """
     tried: dict[float, float] = {}
     low, high, at = 0.0, math.inf, 1.0
@@ -186,7 +186,7 @@ def bisect(rising: Callable[[float], float], target: float, tolerance: float, ev
 
 
 def measure_rows(bench: Bench, record: Record, bar: Callable[..., Any]) -> list[Row]:
-    """All rows, as far as they are missing; a threshold is sought at the reuse that the static row came to."""
+    """Measure all missing rows. Thresholds are calibrated to the reuse of the static row."""
 
     def row(name: str, interval: int, policy: Policy | None, threshold: float | None = None) -> Row:
         with bar(name, 1) as tick:
@@ -209,7 +209,7 @@ def measure_rows(bench: Bench, record: Record, bar: Callable[..., Any]) -> list[
 
 
 def judge(rows: Sequence[Row]) -> list[Claim]:
-    """Whether CachedAttention is closer to the uncached images than static reuse, at a reuse that is the same."""
+    """Judge whether CachedAttention is closer to the uncached images than static reuse at equal reuse."""
     named = {row.name: row for row in rows}
     pairs = {bound: [(named[f"{bound} {k}"], named[f"static {k}"]) for k in INTERVALS] for bound in BOUNDS}
     equal = [

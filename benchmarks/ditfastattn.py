@@ -1,19 +1,19 @@
 """DiTFastAttn on the bundled shapes DiT: python -m benchmarks.ditfastattn [--samples 64] [--steps 20] [--batch 16]
 
-Table one is the paper's table 1: a plan is searched for each of its thresholds D1 to D6, on noise that no measured
-image starts from, and images under each plan are compared with the uncached ones of the same noise. Columns:
+Table one is the paper's table 1: a plan is searched for each of its thresholds D1 to D6, on separate noise, and images
+under each plan are compared with the uncached ones of the same noise. Columns:
 
-- FLOPs: of the self-attention modules, projections included, as a share of the raw model's, counted as the paper does:
-  ASC computes half, a window the pairs inside it, AST nothing.
-- run: the same on the graphs that run, where keeping the residual (equation 1) costs the window once more.
-- time: of a batch, as a share of the compiled uncached model's on the same batch, in alternation.
-- rows, pieces: different rows of the plan, and the pieces of code compiled for them, with cold caches.
-- tried, work: candidates of the search, and its runs of the network as a share of |S| |M| full ones a step.
+- FLOPs: FLOPs of the self-attention modules, projections included, as a share of the raw model's, counted as in the
+  paper: ASC computes half, a window the pairs inside it, AST nothing.
+- run: the same for the graphs that run, where keeping the residual (equation 1) computes the window once more.
+- time: time of a batch as a share of that of the compiled uncached model on the same batch, in alternation.
+- rows, pieces: distinct rows of the plan, and the segments compiled for them with cold caches.
+- tried, work: candidates of the search, and its runs of the network as a share of |S| |M| full runs per step.
 
-Table two is the paper's figure 9, right: all layers attend in a window but at every k-th step, with the residual and
-without it, at equal FLOPs but for keeping the residual. Its images do not depend on the lowering: it is "aot_eager".
+Table two is figure 9 (right) of the paper: all layers attend in a window except in every k-th step, with and without
+the residual, at equal FLOPs except for keeping the residual. The images do not depend on the lowering, "aot_eager".
 
-Everything is written as it comes: a rerun with the same parameters on the same machine does what is missing.
+Each result is written at once; a rerun with the same parameters on the same machine measures what is missing.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ from dit_rewrite.search.segment_runner import greedy_plan
 WINDOW = 0.125  # section 4.1
 INTERVALS, WINDOWS = (2, 3, 5), (0.125, 0.25)  # of table two
 PICTURED = "D4"
-CALIBRATION_SEED = 1 << 20  # the measured batches have theirs from 0 up
+CALIBRATION_SEED = 1 << 20  # the measured batches use 0, 1, …
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ class Planned(Recipe):
 
 
 def shares(denoiser: Any, window: float = WINDOW) -> dict[Choice, float]:
-    """What each choice spends in an attention of a diffusers DiT, projections included, as a share of the full one."""
+    """Return the FLOPs of each choice in an attention of a diffusers DiT, projections included, as a share of all."""
     config = denoiser.config
     tokens, heads, size = (
         (config.sample_size // config.patch_size) ** 2,
@@ -95,7 +95,7 @@ def shares(denoiser: Any, window: float = WINDOW) -> dict[Choice, float]:
 
 
 def run_flops(model: RewrittenModule) -> float:
-    """The share of attention FLOPs that the graphs have spent that ran so far; their other nodes cost the same."""
+    """Return the share of attention FLOPs of the graphs that ran so far; their other nodes cost the same."""
     (rewritten,) = model._backend.rewritten
     rows = [record.row for record in model._backend.stats.records]
     spent = {row: cost.total_flops(rewritten.straight(row).gm.graph) for row in set(rows)}
@@ -106,7 +106,7 @@ def run_flops(model: RewrittenModule) -> float:
 
 
 def find_plan(denoiser: nn.Module, name: str, arguments: argparse.Namespace, record: Record) -> Plan:
-    """The plan in the folder of plans, searched if there is none for this model, sampler and threshold."""
+    """Load the plan, or search it if there is none for this model, sampler and threshold."""
     path, delta, scheduler = arguments.plans / f"{name}.json", DELTAS[name], build_scheduler()
     if path.exists():
         plan, wanted = Plan.load(path), (fingerprint(denoiser), arguments.steps, delta, describe_scheduler(scheduler))
@@ -122,14 +122,14 @@ def find_plan(denoiser: nn.Module, name: str, arguments: argparse.Namespace, rec
         denoiser, [sample], delta, steps=arguments.steps, window=WINDOW, conditional="first", scheduler=scheduler,
         path=path, backend=arguments.search_backend,
     )  # fmt: skip
-    for section in ("searches", "plans", "rows"):  # what was said of another plan of that name
+    for section in ("searches", "plans", "rows"):  # drop the results of an older plan of that name
         record.sections.get(section, {}).pop(name, None)
     record.get("searches", name, lambda: {"seconds": time.perf_counter() - began})
     return plan
 
 
 def describe_plan(denoiser: Any, plan: Plan, steps: int) -> dict[str, Any]:
-    """What follows from a plan without images; the pieces are counted where compiling costs least."""
+    """Return the properties of a plan that need no images; compiled segments are counted with a cheap backend."""
     model, spent = dit_rewrite.compile(twin(denoiser), DiTFastAttn(plan), backend="aot_eager"), shares(denoiser)
     sample_images(model, evenly_spread(1), steps=steps, guidance=GUIDANCE, seed=CALIBRATION_SEED)
     return {
@@ -145,12 +145,12 @@ def describe_plan(denoiser: Any, plan: Plan, steps: int) -> dict[str, Any]:
 
 
 def cold(backend: str) -> AbstractContextManager[object]:
-    """An empty cache of compiled code, for Inductor."""
+    """Use an empty Inductor cache inside the context."""
     return fresh_cache() if backend == "inductor" else nullcontext()
 
 
 def measure_rows(arguments: argparse.Namespace, plans: Mapping[str, Plan], record: Record) -> list[Result]:
-    """Table one, as the fidelity benchmark measures. Where a row is missing the uncached images are sampled again."""
+    """Measure table one like the fidelity benchmark. If a row is missing, the uncached images are sampled again."""
     names = ["raw", *plans]
     if not set(names) <= set(record.sections.get("rows", {})):
         bench = Bench(arguments)
@@ -169,14 +169,14 @@ def measure_rows(arguments: argparse.Namespace, plans: Mapping[str, Plan], recor
 
 
 def windowed(interval: int, window: float, residual: bool) -> Policy:
-    """Attend in a window but at every `interval`-th step."""
+    """Return a policy that attends in a window except in every `interval`-th step."""
     when = (step > 0) & Ne(Mod(step, interval), 0)
     rule = Rule(when, WindowResidual(window, residual=residual), Where(("self",)))
     return Policy((rule,), f"window {window:g} but every {interval} steps, residual={residual}")
 
 
 def measure_pairs(arguments: argparse.Namespace, record: Record) -> list[dict[str, Any]]:
-    """Table two: relative L2 to the uncached images, with the residual and without."""
+    """Measure table two: relative L2 distance to the uncached images, with and without the residual."""
     denoiser, batches = load_denoiser(), evenly_spread(arguments.samples).split(arguments.batch)
 
     @cache

@@ -1,4 +1,4 @@
-"""What the tables of benchmarks/ditfastattn.py look like, and what they are held to say."""
+"""The tables and claims of benchmarks/ditfastattn.py."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from rich.table import Table
 from benchmarks.dqar_fidelity_rows import Result
 from benchmarks.record import Claim, Record
 
-NEAR_ACCURACY, NEAR_FRECHET = 0.02, 1.1  # what "nearly matches" is taken to mean
+NEAR_ACCURACY, NEAR_FRECHET = 0.02, 1.1  # the limits of "nearly matches"
 HEADINGS = (
     *("FLOPs", "run", "rel. L2", "SSIM", "class", "FD real", "FD unc.", "time", "quartiles", "rows", "pieces"),
     *("compile s", "tried", "work", "search s"),
@@ -20,7 +20,7 @@ HEADINGS = (
 def judge(
     rows: Sequence[Result], plans: Sequence[Mapping[str, Any]], pairs: Sequence[Mapping[str, Any]]
 ) -> list[Claim]:
-    """What the paper says of its tables, and whether it is so here."""
+    """Return the paper's claims about its tables, and whether they hold here."""
     raw, *others = rows
     near = [
         {"row": row.name, "accuracy": row.accuracy, "frechet_data": row.frechet_data,
@@ -42,7 +42,7 @@ def judge(
 
 
 def build_tables(rows: Sequence[Result], plans: Sequence[Mapping[str, Any]], record: Record) -> tuple[Table, Table]:
-    """Tables one and two, for people."""
+    """Format tables one and two."""
     one = Table("", *HEADINGS, title="DiTFastAttn, table 1: plans of rising threshold, on the bundled shapes DiT")
     for row, plan in zip(rows, [None, *plans], strict=True):
         name = "raw" if plan is None else row.name

@@ -1,17 +1,17 @@
 """Time against fidelity of DQAR's settings: python -m benchmarks.dqar_fidelity [--samples 128] [--rows PATTERN]
 
 The bundled shapes DiT is sampled by DDIM with guidance, uncached and under every policy, from the same noise and evenly
-spread labels. A row is timed on the batches that it samples, in alternation with the uncached model; its first batch is
-run once before, so that compiling is not timed. All batches have one shape: nothing recompiles.
+spread labels. A row is timed on the batches that it samples, in alternation with the uncached model, after its first
+batch has run once to compile. All batches have one shape, so nothing recompiles.
 
-The Fréchet distance that judges quality is the one to a large set of real images: that set costs no sampling, so it can
-be large, and the distance says how good the images are, not how much they resemble one model's. DQAR's tables have the
-distance to the uncached images of the same noise instead, which stands beside it; it is 0 for equal images, though the
-two sets are not independent. Both grow as the sample gets smaller: compare rows of one run only. `frechet_floor` is
-what as many other real images of the same labels get.
+Quality is measured by the Fréchet distance to a large set of real images. Such a set is cheap, and the distance does
+not depend on one model's images. DQAR's tables use the distance to the uncached images of the same noise, which is
+listed as well; it is 0 for equal images, but the two sets are not independent. Both distances grow as the sample
+shrinks, so compare rows of one run only. `frechet_floor` is the distance of as many other real images with the same
+labels.
 
-Results are written row by row. A rerun with the same parameters on the same machine measures only what is missing;
-other parameters start anew. The claims are computed from the rows.
+Results are written row by row. A rerun with the same parameters on the same machine measures what is missing; other
+parameters start a new file. The claims are computed from the rows.
 """
 
 from __future__ import annotations
@@ -50,18 +50,18 @@ Bar = Callable[..., Any]
 
 @torch.no_grad()
 def features(classifier: Classifier, images: Tensor) -> Tensor:
-    """The classifier's penultimate features ``(n, 64)``, on the CPU."""
+    """Return the classifier's penultimate features (n, 64) on the CPU."""
     return torch.cat([classifier.features(chunk).cpu() for chunk in images.split(CHUNK)])
 
 
 @lru_cache(maxsize=1)
 def real_features(count: int) -> Tensor:
-    """Those of real images, about as many of each class."""
+    """Return the features of real images, with about equally many of each class."""
     return features(load_classifier(), sample(count, torch.Generator().manual_seed(REAL_SEED))[0])
 
 
 def frechet_floor(samples: int) -> float:
-    """The distance of other real images to the real ones, of as many and with the same labels as the samples."""
+    """Return the distance between the real images and other real images with the number and labels of the samples."""
     images, classes = sample(REAL_IMAGES, torch.Generator().manual_seed(REAL_SEED + 1))
     wanted = evenly_spread(samples).bincount(minlength=NUM_CLASSES).tolist()
     chosen = torch.cat([images[classes == label][:count] for label, count in enumerate(wanted)])
@@ -69,17 +69,17 @@ def frechet_floor(samples: int) -> float:
 
 
 def evenly_spread(samples: int) -> Tensor:
-    """Labels ``(samples,)`` in turn."""
+    """Return labels (samples,) that cycle through the classes."""
     return torch.arange(samples) % NUM_CLASSES
 
 
 @dataclass
 class Run:
-    """What a model did on all batches."""
+    """The images and times of a model on all batches."""
 
     images: Tensor
     seconds: list[float]
-    uncached: list[float] = field(default_factory=list)  # of the first batches, in alternation
+    uncached: list[float] = field(default_factory=list)  # seconds of the first batches, in alternation
 
 
 class Bench:
@@ -96,7 +96,7 @@ class Bench:
         self.real = real_features(REAL_IMAGES)
 
     def sample(self, model: nn.Module, batch: int, steps: int) -> tuple[Tensor, float]:
-        """The images of one batch, whose number is its seed, and the seconds they took."""
+        """Return the images of one batch, whose number is its seed, and the seconds they took."""
         synchronise()
         began = time.perf_counter()
         images = sample_images(model, self.batches[batch], steps=steps, guidance=GUIDANCE, seed=batch)
@@ -104,7 +104,7 @@ class Bench:
         return images, time.perf_counter() - began
 
     def sample_all(self, model: nn.Module, steps: int, rounds: int, tick: Callable[[], object]) -> Run:
-        """All batches, before the first `rounds` of which the uncached model runs the same batch."""
+        """Sample all batches; before each of the first `rounds`, the uncached model runs the same batch."""
         parts, run = [], Run(torch.empty(0), [])
         for batch in range(len(self.batches)):
             if batch < rounds:
@@ -117,7 +117,7 @@ class Bench:
         return run
 
     def measure_uncached(self, bar: Bar) -> Result:
-        """The row that the others are compared with; keeps its images and their features."""
+        """Measure the uncached row, and keep its images and features to compare the others with."""
         with bar("uncached", len(self.batches)) as tick:
             _, first = self.sample(self.uncached, 0, self.steps)
             run = self.sample_all(self.uncached, self.steps, 0, tick)
@@ -126,7 +126,7 @@ class Bench:
         return self._result(uncached(self.steps), self.steps, run, compile_seconds=max(0.0, first - run.seconds[0]))
 
     def measure(self, recipe: Recipe, bar: Bar) -> Result:
-        """Compile, run the first batch, then time and judge all of them."""
+        """Compile, run the first batch, then time and evaluate all batches."""
         policy = recipe.policy()
         steps = recipe.settings["steps"] if policy is None else self.steps
         with bar(recipe.name, len(self.batches)) as tick:
@@ -171,7 +171,7 @@ class Bench:
 
 @dataclass
 class Record:
-    """The file of results: under which parameters, and the rows so far."""
+    """The results file: its parameters, and the rows so far."""
 
     path: Path
     header: dict[str, Any]
@@ -179,7 +179,7 @@ class Record:
 
     @classmethod
     def open(cls, path: Path, header: dict[str, Any]) -> Record:
-        """Resume the file, where its parameters, machine and versions are the same."""
+        """Load the file if its parameters, machine and versions are the same; otherwise start a new one."""
         record = cls(path, json.loads(json.dumps(header)))
         if path.exists():
             content = json.loads(path.read_text())
@@ -188,12 +188,12 @@ class Record:
         return record
 
     def missing(self, wanted: Iterable[Recipe]) -> list[Recipe]:
-        """Those of which there is no row, or one of another policy."""
+        """Return the recipes without a row, or whose row is of another policy."""
         keys = {name: row.key for name, row in self.rows.items()}
         return [recipe for recipe in wanted if keys.get(recipe.name) != json.loads(json.dumps(recipe.key()))]
 
     def write(self, frechet_floor: float | None = None, claims: Sequence[Claim] = ()) -> None:
-        """All rows, and in the end what they say; the file is replaced as a whole."""
+        """Write all rows, and finally the claims; the file is replaced as a whole."""
         content = {
             **self.header,
             "frechet_floor": frechet_floor,
@@ -204,7 +204,7 @@ class Record:
 
 
 def measure_rows(arguments: argparse.Namespace, wanted: Sequence[Recipe], record: Record) -> None:
-    """Measure what is missing, and write after each row."""
+    """Measure the missing rows, and write after each row."""
     missing = record.missing(wanted)
     console.print(f"{len(missing)} rows to measure, {len(record.rows)} are there", highlight=False)
     if not missing and record.rows:
@@ -220,7 +220,7 @@ def measure_rows(arguments: argparse.Namespace, wanted: Sequence[Recipe], record
 
 
 def chosen(patterns: list[str] | None, steps: int) -> list[Recipe]:
-    """The rows whose names match one of the patterns; all without any."""
+    """Return the rows whose names match one of the patterns, or all rows if there are none."""
     return [r for r in recipes(steps) if patterns is None or any(fnmatchcase(r.name, p) for p in patterns)]
 
 

@@ -1,8 +1,8 @@
-"""What the rows say about the claims of DQAR, and about packed stores.
+"""Evaluation of DQAR's claims, and of packed codecs, from the measured rows.
 
-The error of a row is its relative L2 to the uncached images. Two rows are compared batch by batch, which share their
-noise: one is better where the mean difference is beyond twice its standard error. A claim holds if all its comparisons
-do; where there is nothing to compare it is left open.
+The error of a row is its relative L2 distance to the uncached images. Two rows are compared batch by batch, with the
+same noise: one is better if the mean difference exceeds twice its standard error. A claim holds if all its comparisons
+do; without any comparison it is open.
 """
 
 from __future__ import annotations
@@ -15,12 +15,15 @@ from typing import Any
 from benchmarks.dqar_fidelity_rows import Result
 from benchmarks.record import Claim, Evidence
 
-NEAR_REUSE = 0.1  # two reuse ratios that are compared differ by no more than this share
-NEAR_ERROR = 0.1  # errors that differ by less than this share are the same for all purposes
+NEAR_REUSE = 0.1  # largest relative difference of two reuse ratios that are compared
+NEAR_ERROR = 0.1  # errors that differ by less than this share count as equal
 
 
 def beyond_noise(a: Result, b: Result) -> float:
-    """The mean over batches of a's error less b's, in standard errors; signed infinity where the batches agree."""
+    """Return the mean difference of a's and b's errors over batches, in standard errors.
+
+    If the difference is the same in all batches, the result is a signed infinity, or 0.
+    """
     differences = [x - y for x, y in zip(a.relative_l2_by_batch, b.relative_l2_by_batch, strict=True)]
     mean = statistics.fmean(differences)
     spread = statistics.stdev(differences) / math.sqrt(len(differences)) if len(differences) > 1 else math.inf
@@ -30,24 +33,24 @@ def beyond_noise(a: Result, b: Result) -> float:
 
 
 def better(a: Result, b: Result) -> bool:
-    """Whether a's error is smaller, and not by chance."""
+    """Return whether a's error is significantly smaller."""
     return beyond_noise(a, b) < -2
 
 
 def same_images(a: Result, b: Result) -> bool:
-    """Whether two rows have the same errors to the last digit: their policies decided alike."""
+    """Return whether two rows have identical errors, so that their policies made the same decisions."""
     return a.relative_l2_by_batch == b.relative_l2_by_batch
 
 
 def relative_change(a: Result, b: Result) -> float:
-    """By which share a's error is above b's; 0 where both are none."""
+    """Return the relative excess of a's error over b's; 0 if both are 0."""
     if b.relative_l2 == 0:
         return 0.0 if a.relative_l2 == 0 else math.inf
     return a.relative_l2 / b.relative_l2 - 1
 
 
 def compare(a: Result, b: Result, held: bool) -> Evidence:
-    """The figures of two rows, as evidence."""
+    """Return the figures of two rows as evidence."""
     return {
         "row": a.name,
         "against": b.name,
@@ -62,19 +65,19 @@ def compare(a: Result, b: Result, held: bool) -> Evidence:
 
 
 def nearest(row: Result, others: Sequence[Result]) -> Result | None:
-    """The row whose reuse ratio differs least, if it is near; of several, the one with the smallest error."""
+    """Return the row with the nearest reuse ratio within NEAR_REUSE, or None; of several, that of smallest error."""
     near = [other for other in others if abs(other.reuse - row.reuse) <= NEAR_REUSE * row.reuse]
     return min(near, key=lambda other: (round(abs(other.reuse - row.reuse), 4), other.relative_l2), default=None)
 
 
 def _plain_dqar(rows: Sequence[Result]) -> list[Result]:
-    """DQAR as it is: first layers first, nothing packed, outputs cached."""
+    """Return the rows of DQAR as published: first layers first, nothing packed, outputs cached."""
     found = [r for r in rows if r.family == "DQAR" and r.key["store"] is None and not r.key["kv"]]
     return [r for r in found if r.setting("order") == "linear"]
 
 
 def _gates(rows: Sequence[Result], *, snr: bool | None, entropy: bool) -> list[Result]:
-    """The plain DQAR rows with or without (None: either) an SNR gate, and with or without an entropy gate."""
+    """Return the published DQAR rows with or without (None: either) an SNR gate, and with or without entropy gate."""
     found = [r for r in _plain_dqar(rows) if (r.setting("entropy_threshold") is not None) == entropy]
     return [r for r in found if snr is None or (r.setting("snr_threshold") is not None) == snr]
 
@@ -82,13 +85,13 @@ def _gates(rows: Sequence[Result], *, snr: bool | None, entropy: bool) -> list[R
 def _matched(
     rows: Sequence[Result], others: Sequence[Result], held: Callable[[Result, Result], bool]
 ) -> list[Evidence]:
-    """Each row against the one of nearest reuse ratio, where there is one."""
+    """Compare each row with the one of the nearest reuse ratio, if there is one."""
     pairs = [(row, nearest(row, others)) for row in rows]
     return [compare(row, other, held(row, other)) for row, other in pairs if other is not None]
 
 
 def _same_but(rows: Sequence[Result], name: str, other: Any) -> list[tuple[Result, Result]]:
-    """The pairs of rows that agree in all settings but one, in which the second has the value `other`."""
+    """Return the pairs of rows that differ only in one setting, in which the second has the value `other`."""
     pairs = []
     for b in (r for r in rows if r.setting(name) == other):
         for a in rows:
@@ -115,7 +118,7 @@ def snr_gate_alone(rows: Sequence[Result]) -> Claim:
 
 
 def warmup(rows: Sequence[Result]) -> Claim:
-    """Along each axis of the static grid: how fast the error falls with the reuse that is given up, in logarithms."""
+    """Compare along each axis of the static grid how fast log error falls with decreasing log reuse."""
     static = _gates(rows, snr=False, entropy=False)
     slopes = {name: _slopes(static, name) for name in ("warmup", "layer_fraction")}
     evidence: list[Evidence] = []
@@ -127,7 +130,7 @@ def warmup(rows: Sequence[Result]) -> Claim:
 
 
 def _slopes(rows: Sequence[Result], axis: str) -> list[Evidence]:
-    """For each value of the other settings, the slope between the two rows that lie farthest apart along an axis."""
+    """Return, for each value of the other settings, the slope between the two rows farthest apart along an axis."""
     ends: dict[tuple[Any, ...], tuple[Result, Result]] = {}
     for a in rows:
         for b in rows:
@@ -184,6 +187,6 @@ def stores(rows: Sequence[Result]) -> Claim:
 
 
 def judge(rows: Sequence[Result]) -> list[Claim]:
-    """All claims, from whatever rows there are."""
+    """Return all claims, evaluated on the available rows."""
     claims = (snr_gate, snr_gate_alone, warmup, order, entropy, keys_values, stores)
     return [claim(rows) for claim in claims]

@@ -26,7 +26,7 @@ PANELS = {"relative_l2": "relative L2 to the uncached images", "frechet_data": "
 
 
 def show(rows: Sequence[Result], claims: Sequence[Claim], frechet_floor: float) -> None:
-    """Print every row, then every claim with its comparisons counted."""
+    """Print every row, then every claim with the number of its comparisons."""
     console = Console(width=140)
     console.print(build_table(rows))
     console.print(f"Fréchet distance of as many other real images: {frechet_floor:.4g}", highlight=False)
@@ -60,7 +60,7 @@ def _cells(row: Result) -> tuple[str, ...]:
 
 
 def group(row: Result) -> str:
-    """The label in the picture's legend."""
+    """Return the label of a row in the picture's legend."""
     if row.key["kv"]:
         return "keys and values"
     if row.key["store"] is not None:
@@ -75,7 +75,7 @@ def _columns(points: Sequence[tuple[float, float]]) -> tuple[list[float], list[f
 
 
 def draw(rows: Sequence[Result], path: Path) -> None:
-    """Error over time: a point for each policy, a curve for fewer steps. Raises MissingExtra without matplotlib."""
+    """Plot error over time: points for policies, a curve for fewer steps. Raises MissingExtra without matplotlib."""
     try:
         from matplotlib.figure import Figure
     except ImportError as error:

@@ -1,4 +1,4 @@
-"""The rows of the fidelity benchmark: which policy each runs, and what is measured of it."""
+"""The rows of the DQAR fidelity benchmark: the policy of each row, and its measurements."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from dit_rewrite.policy.serialise import to_json
 from dit_rewrite.policy.strategies import Reuse, ReuseKV, Store
 
 FAMILIES: dict[str, Callable[..., Policy]] = {"FORA": FORA, "DQAR": DQAR, "FirstBlockCache": FirstBlockCache}
-STEPS = "steps"  # the family of the controls: uncached, with fewer steps
-SHARES = (0.95, 0.85, 0.7, 0.5, 0.35, 0.25)  # of the steps, for the controls
+STEPS = "steps"  # the family of the controls, which are uncached with fewer steps
+SHARES = (0.95, 0.85, 0.7, 0.5, 0.35, 0.25)  # share of the steps of each control
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """One row: a policy of a family at some settings, perhaps with a packed store, or with keys and values cached."""
+    """One row: a policy of a family with its settings, optionally with a packed codec or cached keys and values."""
 
     name: str
     family: str
@@ -28,7 +28,7 @@ class Recipe:
     kv: bool = False
 
     def policy(self) -> Policy | None:
-        """The policy to compile with; None for a control."""
+        """The policy to compile with, or None for a control."""
         if self.family == STEPS:
             return None
         policy = FAMILIES[self.family](**self.settings)
@@ -38,7 +38,7 @@ class Recipe:
         return Policy(tuple(replace(rule, do=do) for rule in policy.rules), f"{policy.name} with {do}")
 
     def key(self) -> dict[str, Any]:
-        """All that the row's figures follow from, beside the benchmark's settings."""
+        """Everything that determines the row's figures, apart from the benchmark's settings."""
         policy = self.policy()
         more = {"name": self.name, "family": self.family, "settings": dict(self.settings)}
         return more | {"store": self.store, "kv": self.kv, "policy": None if policy is None else to_json(policy)}
@@ -46,12 +46,12 @@ class Recipe:
 
 @dataclass(frozen=True)
 class Result:
-    """What was measured of a row. Images are compared with the uncached ones of the same noise and labels.
+    """The measurements of a row. Images are compared with the uncached ones of the same noise and labels.
 
-    seconds_per_image: of all batches. ratio: to the uncached model's time, of batches run in alternation. reuse: site
-    decisions that reused, as a share. relative_l2_by_batch: the same error for each batch, so that two rows can be
-    compared in pairs. frechet_data, frechet_uncached: Fréchet distances of the classifier's features, to real images
-    and to the uncached ones. late_variants: compiled within the measured batches.
+    seconds_per_image: over all batches. ratio: time over that of the uncached model, on batches run in alternation.
+    reuse: share of the site decisions that reused. relative_l2_by_batch: the error of each batch, for paired
+    comparisons. frechet_data, frechet_uncached: Fréchet distances of the classifier's features to real images and to
+    the uncached ones. late_variants: variants compiled during the measured batches.
     """
 
     key: dict[str, Any]
@@ -88,12 +88,12 @@ class Result:
 
 
 def fewer(steps: int) -> Recipe:
-    """A control: uncached with fewer steps."""
+    """Return a control: uncached with fewer steps."""
     return Recipe(f"{steps} steps", STEPS, {"steps": steps})
 
 
 def uncached(steps: int) -> Recipe:
-    """The model that all are compared with."""
+    """Return the recipe of the uncached model, which all rows are compared with."""
     return Recipe("uncached", STEPS, {"steps": steps})
 
 
@@ -131,11 +131,11 @@ def _named(name: str, store: str | None = None, kv: bool = False) -> str:
 
 
 def recipes(steps: int) -> list[Recipe]:
-    """All rows of a benchmark with `steps` steps, the controls first.
+    """Return all rows of a benchmark with `steps` steps, the controls first.
 
-    The static schedules and those gated by SNR or entropy are chosen so that each gated one meets a static, or an
-    SNR-gated, one of nearly the same reuse ratio (equation 2 of DQAR on 8 layers). The entropies of the bundled model
-    lie between 3.2 and 3.9 nats, of at most ln 64 = 4.16.
+    The schedules are chosen so that each gated one has a static or SNR-gated counterpart with nearly the same reuse
+    ratio (equation 2 of DQAR on 8 layers). The entropies of the bundled model lie between 3.2 and 3.9 nats; the maximum
+    is ln 64 = 4.16.
     """
     default, aggressive = (0.4, 0.33), (0.2, 1.0)
     return [

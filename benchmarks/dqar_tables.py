@@ -1,16 +1,16 @@
 """DQAR's reuse ratios beside ours: python -m benchmarks.dqar_tables
 
 The reuse ratio is the share of (step, layer) pairs at which an attention is reused, here of 28 layers and 50 steps
-(tables 3, 4, 10 and 11 of the paper). It follows from the schedule alone: no model runs. Columns:
+(tables 3, 4, 10 and 11 of the paper). It follows from the schedule alone, so no model runs. Columns:
 
 - paper: as printed.
-- equation 2: what the policy `DQAR` decides, by the same decision machine that runs models.
-- cap first: the reading that gives the paper's figures, in floating point. It rounds the number of layers that may
-  reuse down before it is multiplied: floor((p - w) / (1 - w) * floor(l L)), where equation 2 rounds once.
-- cap first, exact: the same in fractions. Where it is above, a product that is whole was rounded to below it.
+- equation 2: the decisions of the policy `DQAR`, by the same code that makes them when a model runs.
+- cap first: the interpretation that reproduces the paper's figures, in floating point. It rounds the number of layers
+  that may reuse down before multiplying: floor((p - w) / (1 - w) * floor(l L)), where equation 2 rounds once.
+- cap first, exact: the same with fractions. Where it is larger, floating point rounded an integer product down.
 
-Signal-to-noise ratios are those of DDIM with the linear betas that DiT was trained with, at diffusers' "leading"
-timesteps. Table 11 also has entropy thresholds, which the paper finds to change nothing; they are left out.
+Signal-to-noise ratios are those of DDIM with the linear betas of DiT's training, at diffusers' "leading" timesteps.
+Table 11 also has entropy thresholds, which have no effect according to the paper; they are left out.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ LAYERS, STEPS = 28, 50
 
 @dataclass(frozen=True)
 class Setting:
-    """A row of one of the paper's tables; numbers as text, so that they are exact. ``ratio`` is in percent."""
+    """A row of one of the paper's tables. Numbers are strings, so that they are exact. ``ratio`` is in percent."""
 
     table: int
     warmup: str
@@ -72,7 +72,7 @@ SETTINGS = (
 
 
 def ddim(spacing: str = "leading", offset: int = 0) -> DDIMScheduler:
-    """The scheduler of DiT-XL/2: betas from 1e-4 to 0.02 over 1000 training steps, 50 of which are taken."""
+    """Return the scheduler of DiT-XL/2: betas from 1e-4 to 0.02 over 1000 training steps, with 50 sampling steps."""
     scheduler = DDIMScheduler(
         num_train_timesteps=1000, beta_start=1e-4, beta_end=0.02, beta_schedule="linear",
         timestep_spacing=spacing, steps_offset=offset,
@@ -82,15 +82,15 @@ def ddim(spacing: str = "leading", offset: int = 0) -> DDIMScheduler:
 
 
 def levels_of(scheduler: Any) -> NoiseLevels:
-    """The noise at each step, as the runtime reads it."""
+    """Return the noise levels as the runtime reads them. Raises ValueError if they are unknown."""
     levels = noise_levels(scheduler)
     if levels is None:
-        raise ValueError("the scheduler does not say its noise")
+        raise ValueError("the scheduler's noise levels are unknown")
     return levels
 
 
 def decided(setting: Setting, levels: NoiseLevels) -> int:
-    """How many of all (step, layer) pairs the policy reuses: 28 attentions, decided step by step."""
+    """Return how many (step, layer) pairs the policy reuses, for 28 attentions decided step by step."""
     threshold = None if setting.snr is None else float(setting.snr)
     policy = DQAR(float(setting.warmup), float(setting.fraction), threshold)
     specs = [_spec(policy, layer) for layer in range(LAYERS)]
@@ -98,7 +98,7 @@ def decided(setting: Setting, levels: NoiseLevels) -> int:
 
 
 def _spec(policy: Policy, layer: int) -> SiteSpec:
-    """The self-attention of a layer as dispatch would know it; what a policy does not read is left out."""
+    """Return the SiteSpec of a layer's self-attention, without fields that the policy does not read."""
     name = f"blocks.{layer}"
     site = Site(f"{name}.attn", Kind.SELF, ("attn",), (), name, layer)
     rules = policy.for_site(site, {"layer": layer, "num_layers": LAYERS})
@@ -106,7 +106,7 @@ def _spec(policy: Policy, layer: int) -> SiteSpec:
 
 
 def cap_first(setting: Setting, snrs: Sequence[float], number: Callable[[str], Any] = float) -> int:
-    """The same count by the other reading, in the arithmetic of `number`."""
+    """Return the same count by the "cap first" interpretation, in the arithmetic of the type `number`."""
     warmup = number(setting.warmup)
     cap = int(number(setting.fraction) * LAYERS)
     reused = 0
@@ -119,7 +119,7 @@ def cap_first(setting: Setting, snrs: Sequence[float], number: Callable[[str], A
 
 @dataclass(frozen=True)
 class Result:
-    """Reused pairs of the 1400, by each way of counting."""
+    """Reused pairs of the 1400, by each method of counting."""
 
     setting: Setting
     ours: int
@@ -128,23 +128,23 @@ class Result:
 
     @property
     def as_printed(self) -> bool:
-        """Whether the paper's figure is that of `cap_first`, to the printed digit."""
+        """Whether the paper's figure equals that of `cap_first` to the printed digit."""
         return printed(self.cap_first, self.setting) == self.setting.ratio
 
 
 def percent(reused: int) -> float:
-    """The reuse ratio in percent."""
+    """Return the reuse ratio in percent."""
     return 100 * reused / (LAYERS * STEPS)
 
 
 def printed(reused: int, setting: Setting) -> str:
-    """The ratio in as many digits as the paper gives."""
+    """Format the ratio with as many digits as the paper."""
     digits = len(setting.ratio.partition(".")[2])
     return f"{percent(reused):.{digits}f}"
 
 
 def results() -> list[Result]:
-    """All rows."""
+    """Return all rows."""
     levels = levels_of(ddim())
     snrs = levels.snrs
     return [Result(s, decided(s, levels), cap_first(s, snrs), cap_first(s, snrs, Fraction)) for s in SETTINGS]
@@ -166,7 +166,7 @@ def report(rows: Sequence[Result]) -> None:
 
 
 def as_json(rows: Sequence[Result]) -> dict[str, Any]:
-    """What is written; counts are of reused (step, layer) pairs."""
+    """Convert to JSON; counts are of reused (step, layer) pairs."""
     return {
         "layers": LAYERS,
         "steps": STEPS,

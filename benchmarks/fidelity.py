@@ -1,17 +1,17 @@
 """Policies against fewer steps of the best solver, on three toys: python -m benchmarks.fidelity [--no-time]
 
 The bundled toys are sampled with 50 steps, uncached and under each policy, and uncached with fewer steps of several
-solvers, always from the same noise. Each row has two errors, both relative L2: to the uncached images of the same
-sampler and as many steps, which is what caching approximates, and to the images of a reference with many steps, which
-is what fewer steps approximate too. Errors do not depend on the lowering and are measured under "aot_eager"; how much
-is computed is counted in calls of the denoiser at which nothing is reused, and in FLOPs.
+solvers, always from the same noise. Each row has two relative L2 errors: to the uncached images of the same sampler
+with the same number of steps, which caching approximates, and to the images of a reference with many steps, which fewer
+steps approximate too. Errors do not depend on the lowering and are measured under "aot_eager". The amount of
+computation is counted in calls of the denoiser that reuse nothing, and in FLOPs.
 
-Times are of fewer images, compiled by --backend, in alternation with the uncached model in one process. --no-time
-leaves them out; --timed says of which rows they are taken.
+Times are measured on fewer images, compiled by --backend, in alternation with the uncached model in one process.
+--no-time leaves them out; --timed selects the timed rows.
 
-Everything is written as it comes: a rerun with the same parameters and versions measures what is missing, and so does
-one with other rows or toys, or of a toy with other weights. The claims, the pictures and the page are made of the rows
-in the file.
+Each result is written at once. A rerun with the same parameters and versions measures what is missing, as does a run
+with other rows or toys, or with other weights of a toy. The claims, the pictures and the page are made from the rows in
+the file.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ ERRORS, TIMES = "errors, {}", "times, {}"  # the sections of the file, by toy
 
 
 def flops_of(model: RewrittenModule) -> tuple[int, float]:
-    """The calls so far at which nothing was reused, and the FLOPs of all calls over those of computing all of them."""
+    """Return the number of calls that reused nothing, and the FLOPs of all calls over those without reuse."""
     graphs, records = backend_of(model).rewritten, list(model.stats().records)
     rows = {(record.graph, record.row) for record in records}
     spent = {(i, row): cost.total_flops(graphs[i].straight(row).gm.graph) for i, row in rows}
@@ -72,8 +72,8 @@ class Bench:
 
     @cached_property
     def reference(self) -> Tensor:
-        """Beside the results, as it takes longer than all else: kept for the next run, and in no repository."""
-        known = {**self.toy.key(), "toy": None, "images": self.images}  # what is sampled otherwise has the same one
+        """The reference images. They take the longest, and are cached in a file that is not versioned."""
+        known = {**self.toy.key(), "toy": None, "images": self.images}  # toys that differ only in sampling share it
         path = self.out.with_suffix(f".{self.toy.weights.stem}.pt")
         found = torch.load(path) if path.exists() else {}
         if found.get("of") != known:
@@ -85,22 +85,22 @@ class Bench:
 
     @cached_property
     def compiled(self) -> Any:
-        """The uncached model, warm."""
+        """The compiled uncached model, warmed up."""
         model = isolated(self.toy.denoiser, self.backend)
         self.toy.run(model, self.timed_images, 2)
         return model
 
     def key(self, recipe: Recipe) -> Entry:
-        """What the errors of a row follow from, beside the number of images and steps."""
+        """Everything that determines the errors of a row, apart from the number of images and steps."""
         return {**recipe.key(), **self.toy.key()}
 
     def timed_key(self, recipe: Recipe) -> Entry:
-        """And what its time does."""
+        """Everything that determines the time of a row."""
         how = {"images": self.timed_images, "rounds": self.rounds, "backend": self.backend}
         return {**self.key(recipe), "timed": how}
 
     def policy(self, recipe: Recipe) -> Policy:
-        """The row's policy; one that is calibrated is on a few images of other noise."""
+        """Return the row's policy; a calibrated one is calibrated on a few images of other noise."""
         if recipe.calibrated is None:
             assert recipe.policy is not None
             return recipe.policy
@@ -111,7 +111,7 @@ class Bench:
         return calibrate(model=self.toy.denoiser, sample=sample, backend="aot_eager", **recipe.calibrated)
 
     def errors(self, recipe: Recipe) -> Entry:
-        """A row's images, judged."""
+        """Sample a row's images, and return their errors."""
         if recipe.is_control:
             assert recipe.solver is not None
             same = recipe.name == UNCACHED
@@ -135,7 +135,7 @@ class Bench:
         return asdict(Result(self.key(recipe), computed, flops, **found, **more))
 
     def time(self, recipe: Recipe) -> Entry:
-        """How long a row takes, and the uncached model beside it."""
+        """Time a row in alternation with the uncached model."""
         model: Any = self.compiled
         compiling, before = 0.0, None
         if not recipe.is_control:
@@ -156,7 +156,7 @@ class Bench:
 
 
 def measure(bench: Bench, wanted: Sequence[Recipe], arguments: argparse.Namespace, record: Record) -> None:
-    """Measure what is missing of a toy: the errors of all rows first, then the times."""
+    """Measure the missing rows of a toy: the errors of all rows first, then the times."""
     for recipe in wanted:
         entry(record, ERRORS.format(bench.toy.name), bench.key(recipe), lambda: bench.errors(recipe))  # noqa: B023
     for recipe in (r for r in wanted if arguments.time and matches(r, arguments.timed)):
@@ -165,45 +165,45 @@ def measure(bench: Bench, wanted: Sequence[Recipe], arguments: argparse.Namespac
 
 
 def entry(record: Record, section: str, key: Entry, make: Callable[[], Entry]) -> None:
-    """A row of the file, made where there is none, or what is there under that name follows from something else."""
+    """Measure a row of the file if it is missing or has another key."""
     name = key["name"]
-    if held(record, section, key) is None:
+    if find_entry(record, section, key) is None:
         record.sections.get(section, {}).pop(name, None)
         began = time.perf_counter()
         record.get(section, name, make)
         console.print(f"{section}: {name}, {time.perf_counter() - began:.0f} s", highlight=False)
 
 
-def held(record: Record, section: str, key: Entry) -> Entry | None:
-    """The row in the file that follows from this key."""
+def find_entry(record: Record, section: str, key: Entry) -> Entry | None:
+    """Return the row in the file with this key, or None."""
     found: Entry | None = record.sections.get(section, {}).get(key["name"])
     return found if found is not None and found["key"] == json.loads(json.dumps(key)) else None
 
 
 def matches(recipe: Recipe, patterns: Sequence[str] | None) -> bool:
-    """Whether a row is meant, by its name or its family."""
+    """Return whether a row is selected by its name or its family."""
     return patterns is None or any(fnmatchcase(name, p) for name in (recipe.name, recipe.family) for p in patterns)
 
 
 def read_rows(bench: Bench, wanted: Sequence[Recipe], record: Record) -> Iterator[Row]:
-    """The rows of a toy that the file holds, in their order."""
+    """Return the rows of a toy in the file, in order."""
     for recipe in wanted:
-        errors = held(record, ERRORS.format(bench.toy.name), bench.key(recipe))
-        times = held(record, TIMES.format(bench.toy.name), bench.timed_key(recipe))
+        errors = find_entry(record, ERRORS.format(bench.toy.name), bench.key(recipe))
+        times = find_entry(record, TIMES.format(bench.toy.name), bench.timed_key(recipe))
         if errors is not None:
             yield Row(bench.toy.name, Result(**errors), None if times is None else Timing.from_json(times))
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a run found."""
+    """The results of a run."""
 
     rows: list[Row]
     claims: list[Claim]
 
 
 def run(arguments: argparse.Namespace) -> Outcome:
-    """Measure, and write what the rows say."""
+    """Measure, and write the rows and the claims."""
     torch.set_num_threads(arguments.threads)
     torch._dynamo.config.recompile_limit = 1000  # torch < 2.13 counts all rows together
     settings = {"images": arguments.images, "steps": arguments.steps}

@@ -1,9 +1,9 @@
-"""What the rows of the fidelity benchmark say: policies against fewer steps, forecasts against reuse, and targets.
+"""The claims of the fidelity benchmark: policies against fewer steps, forecasts against reuse, and targets.
 
-A control is the uncached model with fewer steps, by any of the solvers. What it costs is counted as what the policy
-costs: in calls of the denoiser, in FLOPs, or in time. A policy is judged by the best control that costs as much: the
-smallest error of any that costs no more, or what the curve of a solver has between two of its numbers of steps, which
-is the line through the logarithms. A claim holds if all its comparisons do; where there are none it is open.
+A control is the uncached model with fewer steps of any solver. Its cost is counted like that of the policy: in calls of
+the denoiser, in FLOPs, or in time. A policy is compared with the best control of equal cost: the smallest error of any
+control that costs no more, or the error of a solver interpolated log-linearly between two numbers of steps. A claim
+holds if all its comparisons do; without any comparison it is open.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ from benchmarks.record import Claim, Evidence
 
 Cost = Callable[[Row], float | None]
 Error = Literal["error", "reference_error"]
-NEAR = 1.1  # errors up to so many times another are as good
-SAVING = 4  # claims against fewer steps are of policies that cost at least this share of the uncached model: 1/4
+NEAR = 1.1  # an error up to this factor above another counts as equally good
+SAVING = 4  # claims against fewer steps cover policies that cost at least 1/SAVING of the uncached model
 TARGETS: dict[str, dict[int, dict[int, float]]] = {  # toy, order, interval -> error
     "class": {1: {2: 0.011, 3: 0.017, 4: 0.031}},
     "text": {2: {2: 0.012, 3: 0.017, 4: 0.026}},
 }
-OF_CONTROL = {2: 0.5, 3: 0.5, 4: 0.77}  # and at most this share of the best control's error, of the class toy
-ABOUT = 1  # call more is about as many: policies with a warm-up compute once more
-BEST: dict[str, dict[int, float]] = {"class": {17: 0.012}}  # toy, calls -> aim for the best policy
+OF_CONTROL = {2: 0.5, 3: 0.5, 4: 0.77}  # largest share of the best control's error, class toy
+ABOUT = 1  # allowed extra calls, since policies with a warm-up compute once more
+BEST: dict[str, dict[int, float]] = {"class": {17: 0.012}}  # toy, calls -> target of the best policy
 
 
 def by_flops(row: Row) -> float:
@@ -42,14 +42,14 @@ def by_calls(row: Row) -> float:
 
 
 def best_control(rows: Sequence[Row], cost: Cost, limit: float, error: Error = "error") -> tuple[float, str] | None:
-    """The smallest error of fewer steps at that cost, and of which solver; None where none is so cheap."""
+    """Return the smallest error of fewer steps at that cost, and its solver; None if no control is that cheap."""
     solvers = {row.setting("solver") for row in rows if row.family == STEPS}
     found = [(value, s) for s in sorted(solvers) for value in _errors(rows, s, cost, limit, error)]
     return min(found, default=None)
 
 
 def _errors(rows: Sequence[Row], solver: str, cost: Cost, limit: float, error: Error) -> Iterator[float]:
-    """Of a solver: the error of each control that costs no more, and that of its curve at the cost."""
+    """Yield a solver's errors: of each control that costs no more, and interpolated at the cost."""
     points = sorted(
         (at, getattr(row.result, error))
         for row in rows
@@ -62,12 +62,12 @@ def _errors(rows: Sequence[Row], solver: str, cost: Cost, limit: float, error: E
 
 
 def between(a: float, b: float, share: float) -> float:
-    """The line through two logarithms; through the values, where one is 0."""
+    """Interpolate linearly between two logarithms, or between the values if one is 0."""
     return a ** (1 - share) * b**share if a > 0 and b > 0 else a + (b - a) * share
 
 
 def against_fewer_steps(rows: Sequence[Row], cost: Cost, error: Error) -> list[Evidence]:
-    """Each policy up to a fourfold saving against the best control that costs as much."""
+    """Compare each policy with a saving of up to SAVING with the best control of equal cost."""
     evidence = []
     for row in (r for r in rows if r.family != STEPS):
         limit = cost(row)
@@ -82,7 +82,7 @@ def against_fewer_steps(rows: Sequence[Row], cost: Cost, error: Error) -> list[E
 
 
 def fewer_steps(toy: str, rows: Sequence[Row]) -> list[Claim]:
-    """Of each family, at equal time and at equal FLOPs; and of all at equal FLOPs against the reference."""
+    """Return the claims of each family at equal time and equal FLOPs, and of all at equal FLOPs to the reference."""
     targets: dict[Error, str] = {"error": "the uncached images", "reference_error": "the reference"}
     costs: dict[str, Cost] = {"time": by_time, "FLOPs": by_flops}
     claims = []
@@ -104,7 +104,7 @@ def _forecast(rows: Sequence[Row], order: int, interval: int, place: str, basis:
 
 
 def _pair(a: Row, b: Row, share: float = 1.0) -> Evidence:
-    """Whether a's error is at most a share of b's."""
+    """Compare a's error with a share of b's."""
     errors = [a.result.error, b.result.error]
     return {"row": a.name, "against": b.name, "error": errors, "held": errors[0] <= share * errors[1]}
 
@@ -125,7 +125,7 @@ def output_as_good(toy: str, rows: Sequence[Row], other: str) -> Claim:
 
 
 def targets(toy: str, rows: Sequence[Row]) -> list[Claim]:
-    """For each order and interval the best place against a bound, and against the best control at as many calls."""
+    """Compare, for each order and interval, the best place with a bound and with the best control of equal calls."""
     claims = []
     for order, bounds in TARGETS.get(toy, {}).items():
         evidence = []
@@ -146,7 +146,7 @@ def _target(row: Row, bound: float, rows: Sequence[Row], share: float) -> Eviden
 
 
 def best_at(toy: str, rows: Sequence[Row], number: int) -> Claim:
-    """The best policy that computes at about so many calls, and spends few FLOPs at the others."""
+    """Return the best policy that computes in about so many calls, and spends few FLOPs in the others."""
     whole = next((r.result.computed for r in rows if r.name == UNCACHED), 0)
     most = number + ABOUT
     near = [
@@ -161,14 +161,14 @@ def best_at(toy: str, rows: Sequence[Row], number: int) -> Claim:
 
 
 def _met(row: Row, bound: float, control: tuple[float, str]) -> Evidence:
-    """A row against a bound, with the best control beside it."""
+    """Compare a row with a bound, and add the best control."""
     own = row.result.error
     return {"row": row.name, "calls": row.result.computed, "error": own, "bound": bound, "fewer_steps": control[0],
             "solver": control[1], "held": own <= bound}  # fmt: skip
 
 
 def judge(rows: Sequence[Row]) -> list[Claim]:
-    """All claims, toy by toy, from whatever rows there are."""
+    """Return all claims, toy by toy, evaluated on the available rows."""
     claims: list[Claim] = []
     for toy in dict.fromkeys(row.toy for row in rows):
         own = [row for row in rows if row.toy == toy]

@@ -1,4 +1,4 @@
-"""The table of the fidelity benchmark, the page that quotes it, and the pictures of what is on the front."""
+"""The table of the fidelity benchmark, its page in the docs, and the pictures of the Pareto front."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ are of one problem, and the comparison with fewer steps is fair."""
 
 
 def cells(row: Row) -> tuple[str, ...]:
-    """The figures of a row, as in the table's headings."""
+    """Format the figures of a row in the order of the table's headings."""
     result, timing = row.result, row.timing
     return (
         str(result.computed),
@@ -55,7 +55,7 @@ def cells(row: Row) -> tuple[str, ...]:
 
 
 def show(rows: Sequence[Row], claims: Sequence[Claim]) -> None:
-    """Print a table for each toy, then every claim with its comparisons counted."""
+    """Print a table for each toy, then every claim with the number of its comparisons."""
     for toy in dict.fromkeys(row.toy for row in rows):
         table = Table(title=f"{toy}: FLOPs and time over the uncached model's, errors as relative L2")
         table.add_column("row", no_wrap=True)
@@ -68,7 +68,7 @@ def show(rows: Sequence[Row], claims: Sequence[Claim]) -> None:
 
 
 def front(rows: Sequence[Row], cost: Cost, error: str) -> list[Row]:
-    """The rows than which none is both as cheap and closer (Pareto), from the cheapest on."""
+    """Return the Pareto front: the rows for which no other is as cheap and closer, by increasing cost."""
     found: list[Row] = []
     known = [(at, getattr(row.result, error), i) for i, row in enumerate(rows) if (at := cost(row)) is not None]
     for _, value, i in sorted(known):
@@ -78,13 +78,13 @@ def front(rows: Sequence[Row], cost: Cost, error: str) -> list[Row]:
 
 
 def _points(rows: Sequence[Row], cost: Cost, error: str) -> tuple[list[float], list[float]]:
-    """Sorted by cost; what has no cost or no error is left out, as its logarithm cannot be drawn."""
+    """Return the points sorted by cost; a cost or error of 0 is left out, as the axes are logarithmic."""
     points = [(at, value) for r in rows if (at := cost(r)) is not None and (value := getattr(r.result, error)) > 0]
     return [x for x, _ in sorted(points)], [y for _, y in sorted(points)]
 
 
 def draw(rows: Sequence[Row], folder: Path) -> list[Path]:
-    """A picture for each toy. Raises MissingExtra without matplotlib."""
+    """Draw a picture for each toy. Raises MissingExtra without matplotlib."""
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
@@ -103,7 +103,7 @@ def draw(rows: Sequence[Row], folder: Path) -> list[Path]:
 
 
 def _panel(axes: Any, rows: Sequence[Row], label: str, cost: Cost, error: str) -> None:
-    """Curves of the solvers, a marker for each policy, and a line along the policies' front."""
+    """Draw the curves of the solvers, a marker for each policy, and a line along the policies' Pareto front."""
     controls = [r for r in rows if r.family == STEPS]
     policies = [r for r in rows if r.family != STEPS]
     for solver in dict.fromkeys(r.setting("solver") for r in controls):
@@ -118,7 +118,7 @@ def _panel(axes: Any, rows: Sequence[Row], label: str, cost: Cost, error: str) -
 
 
 def write_page(rows: Sequence[Row], claims: Sequence[Claim], pictures: Sequence[Path], how: argparse.Namespace) -> Path:
-    """The page in the docs, made of the rows and the claims alone."""
+    """Write the page in the docs from the rows and the claims."""
     path: Path = how.docs / "fidelity.md"
     write_whole(path, "\n".join(_page(rows, claims, pictures, how)) + "\n")
     return path
@@ -159,7 +159,7 @@ def _claims(claims: Sequence[Claim], toy: str) -> Iterator[str]:
 
 
 def _figures(claim: Claim) -> str:
-    """Of a claim about a few rows, what they have."""
-    told = [e for e in claim.evidence if "bound" in e]
-    texts = (f"{e['row']} has {e['error']:.4f}, {e['solver']} {e['fewer_steps']:.4f}" for e in told)
-    return f": {'; '.join(texts)}" if told else ""
+    """Format the figures of a claim about a few rows."""
+    compared = [e for e in claim.evidence if "bound" in e]
+    texts = (f"{e['row']} has {e['error']:.4f}, {e['solver']} {e['fewer_steps']:.4f}" for e in compared)
+    return f": {'; '.join(texts)}" if compared else ""

@@ -1,4 +1,4 @@
-"""The rows of the fidelity benchmark: policies by their text or as objects, and the controls with fewer steps."""
+"""The rows of the fidelity benchmark: policies (as text or objects), and the controls with fewer steps."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from dit_rewrite.policy.where import Where
 
 STEPS = "fewer steps"  # the family of the controls
 UNCACHED = "uncached"
-NUMBERS = (8, 10, 11, 13, 14, 17, 18, 25, 26, 34)  # of the denoiser's calls, for the controls of 50 steps
+NUMBERS = (8, 10, 11, 13, 14, 17, 18, 25, 26, 34)  # calls of the denoiser by the controls of 50 steps
 PLACES = {"branches": Where(), "stack": Where(span="stack"), "output": Where(span="output")}
 INTERVALS = (2, 3, 4, 5)
-PLANS = (  # found on the clipped class toy from other noise: single steps of an even plan were moved while that helped
+PLANS = (  # searched on the clipped class toy from other noise, by moving single steps of an even plan
     (0, 2, 8, 10, 14, 19, 21, 24, 28, 31, 35, 39, 42, 43, 45, 48, 49),
     (0, 1, 7, 13, 17, 22, 27, 31, 33, 39, 43, 48, 49),
     (0, 1, 11, 14, 22, 27, 32, 37, 43, 48),
@@ -30,9 +30,10 @@ PLANS = (  # found on the clipped class toy from other noise: single steps of an
 
 @dataclass(frozen=True)
 class Recipe:
-    """One row: a policy, or `solver` with `steps` and no policy. What else the claims ask of it is in `settings`.
+    """One row: a policy, or a control with `solver`, `steps` and no policy.
 
-    `calibrated` has the parameters of `policies.calibrate` where the policy is made for the toy.
+    settings: further properties that the claims select rows by. calibrated: the parameters of `policies.calibrate` if
+    the policy is calibrated on the toy.
     """
 
     name: str
@@ -45,11 +46,11 @@ class Recipe:
 
     @property
     def is_control(self) -> bool:
-        """Whether nothing is reused."""
+        """Whether the row has no policy."""
         return self.policy is None and self.calibrated is None
 
     def key(self) -> dict[str, Any]:
-        """All that the row's figures follow from, beside the benchmark's settings."""
+        """Everything that determines the row's figures, apart from the benchmark's settings."""
         policy = None if self.policy is None else repr(self.policy)
         more = {"solver": self.solver, "steps": self.steps, "settings": dict(self.settings)}
         more["calibrated"] = None if self.calibrated is None else dict(self.calibrated)
@@ -58,11 +59,12 @@ class Recipe:
 
 @dataclass(frozen=True)
 class Result:
-    """What was measured of a row, beside its time.
+    """The measurements of a row, apart from its time.
 
-    computed: calls of the denoiser at which no site was reused. flops: of all calls, over those of the uncached run.
-    error, reference_error: relative L2 to the uncached images of the same sampler and as many steps, and to those of
-    the reference; of each image too, so that two rows can be compared in pairs.
+    computed: calls of the denoiser in which no site was reused. flops: FLOPs of all calls over those of the uncached
+    run. error: relative L2 distance to the uncached images of the same sampler with the same number of steps.
+    reference_error: relative L2 distance to the images of the reference. Both also exist for each image, for paired
+    comparisons.
     """
 
     key: dict[str, Any]
@@ -78,7 +80,7 @@ class Result:
 
 @dataclass(frozen=True)
 class Timing:
-    """ratio: to the uncached model's time, of runs in alternation. late_variants: compiled within the timed runs."""
+    """ratio: time over that of the uncached model in alternating runs. late_variants: compiled during timed runs."""
 
     seconds: Spread
     ratio: Spread
@@ -93,7 +95,7 @@ class Timing:
 
 @dataclass(frozen=True)
 class Row:
-    """A line of the table: of which toy, its errors, and its time where that was measured."""
+    """A line of the table: its toy, its errors, and its time if that was measured."""
 
     toy: str
     result: Result
@@ -109,7 +111,7 @@ class Row:
 
     @property
     def time(self) -> float | None:
-        """Over that of the uncached model."""
+        """Time over that of the uncached model."""
         return None if self.timing is None else self.timing.ratio.median
 
     def setting(self, name: str) -> Any:
@@ -117,23 +119,23 @@ class Row:
 
 
 def control(solver: str, steps: int) -> Recipe:
-    """The uncached model, with another solver and fewer steps."""
+    """Return a control: the uncached model with another solver and fewer steps."""
     return Recipe(f"{solver}, {steps} steps", STEPS, solver=solver, steps=steps, settings={"solver": solver})
 
 
 def controls(toy: Toy, steps: int) -> list[Recipe]:
-    """Each solver at each number of calls below that of the uncached model, as near as it comes from above."""
+    """Return each solver with the fewest steps that reach each number of calls below that of the uncached model."""
     numbers = [n for n in NUMBERS if n < steps]
     return [control(solver, n) for solver in toy.solvers for n in sorted({_steps(solver, n) for n in numbers})]
 
 
 def _steps(solver: str, number: int) -> int:
-    """The least steps of a solver that call the denoiser that often."""
+    """Return the fewest steps of a solver that call the denoiser at least so often."""
     return next(n for n in range(1, number + 1) if calls(solver, n) >= number)
 
 
 def forecast(interval: int, order: int, place: str, basis: str = "taylor") -> Recipe:
-    """Compute at every `interval`-th step, forecast in between; order 0 is reuse."""
+    """Return a policy that computes in every `interval`-th step and forecasts in between; order 0 is reuse."""
     do = Forecast(order, basis)
     name = f"{'reuse' if order == 0 else f'order {order}'}, {place}, {interval}"
     name += "" if basis == "taylor" else f", {basis}"
@@ -143,7 +145,7 @@ def forecast(interval: int, order: int, place: str, basis: str = "taylor") -> Re
 
 
 def forecasts() -> list[Recipe]:
-    """Each place at each order and interval by polynomials; from order 2 on, where they differ, by the other bases."""
+    """Return polynomial forecasts of each place, order and interval, and other bases where they differ (order 2)."""
     plain = [forecast(i, order, place) for place in PLACES for order in (0, 1, 2) for i in INTERVALS]
     others = [("taylorseer", INTERVALS), ("hermite", (3, 5)), ("chebyshev", (3, 5))]
     places = ("branches", "output")
@@ -151,23 +153,23 @@ def forecasts() -> list[Recipe]:
 
 
 def from_text(*texts: str) -> list[Recipe]:
-    """Rows of policies as on the command line."""
+    """Return the rows of policies in command line syntax."""
     return [Recipe(text, text.partition(":")[0], as_policy(text)) for text in texts]
 
 
 def calibrated(method: str, **parameters: Any) -> Recipe:
-    """A row of a policy whose table is measured on the toy."""
+    """Return a row whose policy is calibrated on the toy."""
     name = ",".join(f"{key}={value}" for key, value in parameters.items())
     return Recipe(f"{method}:{name}", method, calibrated={"method": method, **parameters})
 
 
 def even_plan(count: int, steps: int = 50) -> str:
-    """So many computed steps, evenly from the first to the last; forecasts of the output between them."""
+    """Return a plan of so many evenly spaced computed steps, with forecasts of the output between them."""
     return _plan(tuple(round(i * (steps - 1) / (count - 1)) for i in range(count)), steps)
 
 
 def found_plan(computed: tuple[int, ...]) -> str:
-    """A plan of `PLANS`."""
+    """Return a plan of `PLANS`."""
     return _plan(computed, 50)
 
 
@@ -177,7 +179,7 @@ def _plan(computed: tuple[int, ...], steps: int) -> str:
 
 
 def policies() -> list[Recipe]:
-    """The policies, whatever the toy. To add one is a line; `settings` are what the claims ask of forecasts."""
+    """Return the policies of all toys. `settings` are the properties of forecasts that the claims select by."""
     return [
         *forecasts(),
         *from_text("dqar:snr_threshold=None", "dqar", "dqar:warmup=0.2,layer_fraction=1.0"),
@@ -195,10 +197,10 @@ def policies() -> list[Recipe]:
 
 
 def uncached(toy: Toy, steps: int) -> Recipe:
-    """What all rows are compared with; against the reference it has an error too."""
+    """Return the uncached row. It has an error to the reference too."""
     return Recipe(UNCACHED, STEPS, solver=toy.sampler, steps=steps, settings={"solver": toy.sampler})
 
 
 def recipes(toy: Toy, steps: int) -> list[Recipe]:
-    """All rows of a toy: the uncached model, the controls, the policies."""
+    """Return all rows of a toy: the uncached model, the controls, the policies."""
     return [uncached(toy, steps), *controls(toy, steps), *policies()]

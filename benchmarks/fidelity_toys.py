@@ -30,11 +30,11 @@ from dit_rewrite.demo.shapes.text_model import load_text_model
 from dit_rewrite.demo.shapes.text_sampling import TEXT_GUIDANCE, sample_captions
 
 CAPTION_SEED = NOISE_SEED = 7
-CALIBRATION_SEED = 8  # of noise, for policies that are calibrated
+CALIBRATION_SEED = 8  # noise seed for the calibration of policies
 
 
 class EvenEuler(FlowMatchEulerDiscreteScheduler):
-    """Euler's method at the noise levels 1 - i/n: diffusers' own n-th step goes from 0.001 to 0, and is wasted."""
+    """Euler's method at the noise levels 1 - i/n. In diffusers' own, the last step from 0.001 to 0 is wasted."""
 
     def set_timesteps(self, num_inference_steps: int, *args: Any, **kwargs: Any) -> None:  # type: ignore[override]
         self.sigma_min = 1 / num_inference_steps
@@ -42,7 +42,7 @@ class EvenEuler(FlowMatchEulerDiscreteScheduler):
 
 
 class EvenHeun(FlowMatchHeunDiscreteScheduler):
-    """Heun's method at the noise levels 1 - i/n; two calls a step but for the last, which is Euler's."""
+    """Heun's method at the noise levels 1 - i/n: two calls per step except the last, which is an Euler step."""
 
     def set_timesteps(self, num_inference_steps: int, *args: Any, **kwargs: Any) -> None:
         self.sigma_min = 1 / num_inference_steps
@@ -54,11 +54,11 @@ Sample = Callable[[nn.Module, int, int, int, Any], Tensor]
 
 @dataclass(frozen=True)
 class Toy:
-    """A denoiser, and how images are sampled with it.
+    """A denoiser and its sampler.
 
-    ``sample(denoiser, count, steps, seed, scheduler)`` gives the first `count` images, from the same noise as far as
-    `count` is the same. The first of `solvers` samples the uncached model and the policies. The reference, which is
-    near to the solution that all solvers approximate, is that of `reference` with `reference_steps`.
+    ``sample(denoiser, count, steps, seed, scheduler)`` returns `count` images; equal `count` and `seed` give equal
+    noise. The first of `solvers` samples the uncached model and the policies. The reference uses the solver `reference`
+    with `reference_steps`, which is close to the exact solution that all solvers approximate.
     """
 
     name: str
@@ -71,7 +71,7 @@ class Toy:
     reference_steps: int
 
     def key(self) -> dict[str, Any]:
-        """What its images follow from, beside the solver and the steps."""
+        """Everything that determines its images, apart from the solver and the steps."""
         known = {
             "weights": digest(self.weights),
             "guidance": self.guidance,
@@ -89,12 +89,12 @@ class Toy:
     def run(
         self, denoiser: nn.Module, count: int, steps: int, solver: str | None = None, seed: int = NOISE_SEED
     ) -> Tensor:
-        """Images of the denoiser, or of what was made of it."""
+        """Sample images with the denoiser or a compiled version of it."""
         return self.sample(denoiser, count, steps, seed, self.solvers[solver or self.sampler]())
 
 
 def calls(solver: str, steps: int) -> int:
-    """How often a solver calls the denoiser."""
+    """Return how often a solver calls the denoiser."""
     return 2 * steps - 1 if solver == "Heun" else steps
 
 
@@ -105,7 +105,7 @@ def _plus_plus(order: int) -> Callable[[], Any]:
 
 
 def _ddim() -> DDIMScheduler:
-    """Without the clipping of predictions, which the other solvers do not have."""
+    """Return DDIM without clipping of predictions, which the other solvers do not have."""
     return DDIMScheduler(**SCHEDULE, timestep_spacing="trailing", clip_sample=False)
 
 
@@ -117,7 +117,7 @@ DIFFUSION_SOLVERS: Mapping[str, Callable[[], Any]] = {
     "DPM-Solver++ 3M": _plus_plus(3),
     "UniPC": lambda: UniPCMultistepScheduler(**SCHEDULE, timestep_spacing="trailing"),
 }
-DIFFUSION_REFERENCE = 500  # steps of DDIM; they must divide 1000, else diffusers steps to other times than it calls at
+DIFFUSION_REFERENCE = 500  # DDIM steps; must divide 1000, or diffusers steps to other times than it calls at
 FLOW_REFERENCE = 400
 _FLOW: dict[str, Any] = {"use_flow_sigmas": True, "prediction_type": "flow_prediction", "flow_shift": 1.0}
 FLOW_SOLVERS: Mapping[str, Callable[[], Any]] = {
@@ -129,7 +129,7 @@ FLOW_SOLVERS: Mapping[str, Callable[[], Any]] = {
 
 
 def class_toy(sampler: str) -> Toy:
-    """Shapes of classes: DiT."""
+    """Class-conditional shapes: DiT."""
 
     def sample(denoiser: nn.Module, count: int, steps: int, seed: int, scheduler: Any) -> Tensor:
         labels = torch.arange(count) % NUM_CLASSES
@@ -139,7 +139,7 @@ def class_toy(sampler: str) -> Toy:
 
 
 def text_toy(sampler: str) -> Toy:
-    """Shapes of captions: PixArt."""
+    """Captioned shapes: PixArt."""
     model = load_text_model()
 
     def sample(denoiser: nn.Module, count: int, steps: int, seed: int, scheduler: Any) -> Tensor:
@@ -150,7 +150,7 @@ def text_toy(sampler: str) -> Toy:
 
 
 def _diffusion(name: str, sampler: str, weights: Path, guidance: float, denoiser: nn.Module, sample: Sample) -> Toy:
-    """Where the sampler does not clip, a control that does would be of another problem."""
+    """Return a diffusion toy. If its sampler does not clip, neither may the controls, or they solve another problem."""
     solvers = {sampler: DIFFUSION_SOLVERS[sampler]}
     solvers |= {name: make for name, make in DIFFUSION_SOLVERS.items() if name != CLIPPED}
     name = name if sampler == CLIPPED else f"{name}_unclipped"

@@ -1,7 +1,7 @@
-"""What hoisting saves, with no caching at all: python -m benchmarks.hoisting [--rounds 20] [--device cuda]
+"""Savings of hoisting without any caching: python -m benchmarks.hoisting [--rounds 20] [--device cuda]
 
-PixArt-alpha and STDiT, a few blocks at their real widths with 120 text tokens and random weights. FLOPs are counted on
-the captured graph; the step is timed with and without hoisting in alternation, in told trajectories.
+The models are PixArt-alpha and STDiT with a few blocks at their real widths, 120 text tokens and random weights. FLOPs
+are counted on the captured graph; steps with and without hoisting are timed in alternation, in explicit trajectories.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ Workload = tuple[torch.nn.Module, dict[str, Any]]
 
 
 def pixart(device: str) -> Workload:
-    """PixArt-alpha 256: 16 x 16 tokens of width 1152, T5 states of 4096 channels."""
+    """Build PixArt-alpha 256: 16 x 16 tokens of width 1152, T5 states of 4096 channels."""
     model = PixArtTransformer2DModel(
         num_attention_heads=16, attention_head_dim=72, in_channels=4, out_channels=8, num_layers=BLOCKS,
         cross_attention_dim=1152, sample_size=32, caption_channels=4096, use_additional_conditions=False,
@@ -43,7 +43,7 @@ def pixart(device: str) -> Workload:
 
 
 def stdit(device: str) -> Workload:
-    """STDiT-XL/2: 4 frames of 8 x 8 tokens of width 1152."""
+    """Build STDiT-XL/2: 4 frames of 8 x 8 tokens of width 1152."""
     model = STDiT(STDiTConfig(depth=BLOCKS)).to(device).eval().requires_grad_(False)
     call = {
         "latent": torch.randn(2, 4, 4, 16, 16, device=device),
@@ -54,7 +54,7 @@ def stdit(device: str) -> Workload:
 
 
 def measure(name: str, build: Callable[[str], Workload], device: str, rounds: int) -> list[Row]:
-    """FLOPs that leave the step, and the time of a step with and without."""
+    """Measure the FLOPs that leave the step, and the time of a step with and without hoisting."""
     torch._dynamo.reset()
     model, call = build(device)
     calls = [{**call, "timestep": call["timestep"] - i} for i in range(400)]

@@ -1,7 +1,7 @@
-"""What is found in each named model: python -m benchmarks.models
+"""The sites of each named model: python -m benchmarks.models
 
-The models are diffusers' own classes at toy size with random weights, so that only the structure counts. For each: the
-sites by kind, the share of the FLOPs that lies in them, and how many ops a computing and a fully reusing variant run.
+The models are diffusers' classes at toy size with random weights; only the structure matters. The table has the sites
+by kind, their share of the FLOPs, and the number of ops of a computing and of a fully reusing variant.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ KINDS = ("self", "cross", "joint", "parallel", "mlp")
 
 
 def inspect(case: Case) -> dict[str, Any]:
-    """Compile one model with FORA, call it twice, and look."""
+    """Compile one model with FORA, call it twice, and return its row."""
     torch._dynamo.reset()
     model = dit_rewrite.compile(case.build(), dit_rewrite.policies.FORA(2), backend="aot_eager")
     with torch.no_grad(), model.trajectory(num_steps=2):

@@ -1,8 +1,9 @@
-"""What rewriting costs and saves: python -m benchmarks.overhead [--rounds 40] [--device cuda]
+"""Costs and savings of rewriting: python -m benchmarks.overhead [--rounds 40] [--device cuda]
 
-A 6-layer DiT of width 384 on 2 x 256 tokens. Reuse 0 against plain torch.compile, a fully reusing step against a
-computing one, FORA(3) over 50 steps against its ideal, compile time, and the host time that dispatch adds. Every ratio
-is of alternating runs in one process; an A/A run of plain torch.compile against itself is the noise floor.
+The model is a 6-layer DiT of width 384 on 2 x 256 tokens. The benchmark compares reuse 0 with plain torch.compile, a
+fully reusing step with a computing one, and FORA(3) over 50 steps with its ideal; it also measures the compile time and
+the host time that dispatch adds. Ratios are those of alternating runs in one process; the ratio of plain torch.compile
+to itself (A/A) is the noise floor.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ FORECASTS = {
 
 
 def measure_steps(device: str, rounds: int) -> list[Row]:
-    """Reuse 0 and a reusing step, against plain torch.compile; and steps that forecast every branch."""
+    """Measure reuse 0 and a reusing step against plain torch.compile, and steps that forecast every branch."""
     model, inputs, lower = build(device), calls(device), Lowering()
     plain = isolated(model, "inductor")
     computing = attach(twin(model), Backend(model, ALWAYS, lower, force=True))
@@ -64,7 +65,7 @@ _PAIRS = (("plain again", "plain"), ("reuse 0", "plain"), ("reusing", "reuse 0")
 
 
 def measure_trajectory(device: str, rounds: int) -> list[Row]:
-    """FORA over a whole trajectory, against plain torch.compile and the ideal of steps / computed steps."""
+    """Measure FORA over a whole trajectory, against plain torch.compile and the ideal of steps / computed steps."""
     model, inputs = build(device), calls(device)
     plain, rewritten = isolated(model, "inductor"), dit_rewrite.compile(twin(model), FORA(INTERVAL))
 
@@ -90,14 +91,14 @@ def measure_trajectory(device: str, rounds: int) -> list[Row]:
 
 
 def measure_compile(device: str, rounds: int) -> list[Row]:
-    """Seconds of the first call, all caches empty: FORA's two variants against plain torch.compile's one."""
+    """Measure the first call with empty caches: FORA's two variants against the one graph of plain torch.compile."""
     model, (first, *_) = build(device), calls(device)
 
     runs = {
         "plain": cold(lambda: isolated(model, "inductor"), first),
         "FORA": cold(lambda: dit_rewrite.compile(twin(model), FORA(INTERVAL)), first),
     }
-    seconds(runs["plain"])  # the process's first compile also loads the compiler
+    seconds(runs["plain"])  # the first compile of a process also loads the compiler
     samples = alternate(runs, rounds)
     found = ratio(samples, "FORA", "plain")
     return [
@@ -107,20 +108,24 @@ def measure_compile(device: str, rounds: int) -> list[Row]:
 
 
 def measure_host(device: str, rounds: int) -> list[Row]:
-    """Host time that dispatch adds to a call: models whose compiled pieces return ready results at once."""
+    """Measure the host time that dispatch adds to a call, with compiled code that returns precomputed results."""
     model, inputs = build(device), calls(device)
 
     plain = Stepper(isolated(model, instant), inputs)
-    told = Stepper(dit_rewrite.compile(twin(model), FORA(INTERVAL), backend=instant), inputs, STEPS)
-    untold = dit_rewrite.compile(twin(model), FORA(INTERVAL), backend=instant)
+    explicit = Stepper(dit_rewrite.compile(twin(model), FORA(INTERVAL), backend=instant), inputs, STEPS)
+    inferred = dit_rewrite.compile(twin(model), FORA(INTERVAL), backend=instant)
     each = itertools.cycle(inputs)
-    runs: dict[str, Callable[[], object]] = {"plain": plain, "told": told, "watched": lambda: untold(**next(each))}
+    runs: dict[str, Callable[[], object]] = {
+        "plain": plain,
+        "explicit trajectory": explicit,
+        "inferred trajectory": lambda: inferred(**next(each)),
+    }
     for run in runs.values():
         run()
     samples = alternate(runs, rounds * 25)
-    told.close()
+    explicit.close()
     rows = []
-    for name, bound in (("told", 100.0), ("watched", None)):
+    for name, bound in (("explicit trajectory", 100.0), ("inferred trajectory", None)):
         added = Spread.of([(a - b) * 1e6 for a, b in zip(samples[name], samples["plain"], strict=True)])
         held = bound is None or added.median <= bound
         rows.append(Row(f"host time added to a call, {name}", added, "µs", f"<= {bound:.0f}" if bound else "", held))

@@ -1,8 +1,8 @@
-"""What a cache costs in memory, predicted and measured: python -m benchmarks.peak_memory [--layers 16] [--device cuda]
+"""Predicted and measured memory of the cache: python -m benchmarks.peak_memory [--layers 16] [--device cuda]
 
-A DiT of many blocks, at toy width, through a told trajectory. Predicted is what `explain()` says after the first call;
-measured is the greatest sum of live allocations (each of torch's own on a CPU, the caching allocator's count on CUDA)
-beyond the run under policies.Never(), which holds nothing. "in the slots" is stats().peak_bytes.
+The model is a DiT of many blocks at toy width, in an explicit trajectory. The prediction is that of `explain()` after
+the first call. The measurement is the peak of live allocations (each of torch's on a CPU, the caching allocator's count
+on CUDA) minus that under policies.Never(), which caches nothing. "in the slots" is stats().peak_bytes.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ POLICIES: dict[str, Policy] = {
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes: the peak of all allocations during a trajectory, and the cache's, as predicted and as counted."""
+    """Bytes: the peak of all allocations during a trajectory, and the predicted and counted size of the cache."""
 
     peak: int
     predicted: int = 0
@@ -40,7 +40,7 @@ class Memory:
 
 
 def build(layers: int, device: str) -> torch.nn.Module:
-    """A class-conditional DiT with random weights."""
+    """Build a class-conditional DiT with random weights."""
     torch.manual_seed(0)
     model = DiTTransformer2DModel(
         num_attention_heads=4, attention_head_dim=32, in_channels=4, out_channels=4, num_layers=layers,
@@ -50,7 +50,7 @@ def build(layers: int, device: str) -> torch.nn.Module:
 
 
 def peak(run: Callable[[], object], device: str) -> int:
-    """The greatest sum of what is allocated during a run and still alive."""
+    """Return the peak in bytes of the live allocations made during a run."""
     if device != "cpu":
         torch.cuda.synchronize()
         before = torch.cuda.memory_allocated()
@@ -70,7 +70,7 @@ def peak(run: Callable[[], object], device: str) -> int:
 
 
 def measure(policy: Policy, layers: int, device: str, backend: str) -> Memory:
-    """The memory of a trajectory under a policy; the one before it compiled the code."""
+    """Return the memory of a trajectory under a policy, after a first trajectory that compiles."""
     torch._dynamo.reset()
     model = dit_rewrite.compile(build(layers, device), policy, backend=backend)
     labels = torch.zeros(BATCH, dtype=torch.long, device=device)
@@ -87,7 +87,7 @@ def measure(policy: Policy, layers: int, device: str, backend: str) -> Memory:
 
 
 def rows(name: str, policy: Policy, never: Memory, arguments: argparse.Namespace) -> list[Row]:
-    """Predicted against measured for one policy."""
+    """Return the rows of one policy: predicted against measured."""
     found = measure(policy, arguments.layers, arguments.device, arguments.backend)
     measured = found.peak - never.peak
     off = found.predicted / measured - 1

@@ -1,4 +1,4 @@
-"""What benchmarks of many rows share: claims, a file of results that grows as they come, how a run begins and ends."""
+"""Helpers of benchmarks with many rows: claims, an incremental results file, and the setup of a run."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ VERDICTS = {True: "held", False: "NOT held", None: "open"}
 
 @dataclass(frozen=True)
 class Claim:
-    """A claim, when it is said to hold, and the comparisons behind it; held is None where there are none."""
+    """A claim, its criterion, and its comparisons. ``held`` is None if there are no comparisons."""
 
     claim: str
     bound: str
@@ -35,7 +35,7 @@ class Claim:
 
 @dataclass
 class Record:
-    """A file of results: a header, and sections of named entries that are written as they come."""
+    """A results file: a header, and sections of named entries. Each entry is written at once."""
 
     path: Path
     header: dict[str, Any]
@@ -43,7 +43,7 @@ class Record:
 
     @classmethod
     def open(cls, path: Path, header: Mapping[str, Any]) -> Record:
-        """Resume the file, where its header is the same."""
+        """Load the file if its header is the same; otherwise start a new one."""
         record = cls(path, json.loads(json.dumps(header)))
         content = json.loads(path.read_text()) if path.exists() else {}
         if all(content.get(name) == value for name, value in record.header.items()):
@@ -51,7 +51,7 @@ class Record:
         return record
 
     def get(self, section: str, name: str, make: Callable[[], Mapping[str, Any]]) -> dict[str, Any]:
-        """The entry, made and written if it is not there."""
+        """Return the entry; it is computed and written if it is missing."""
         entries = self.sections.setdefault(section, {})
         if name not in entries:
             entries[name] = json.loads(json.dumps(make()))
@@ -60,13 +60,16 @@ class Record:
         return found
 
     def write(self, claims: Sequence[Claim] = ()) -> None:
-        """All of it; the file is replaced as a whole."""
+        """Write the whole file, replacing it atomically."""
         content = {**self.header, "claims": [asdict(claim) for claim in claims], "sections": self.sections}
         write_whole(self.path, json.dumps(content, indent=1) + "\n")
 
 
 def prepare(parser: argparse.ArgumentParser, arguments: argparse.Namespace, counted: str) -> None:
-    """Refuse batches of more than one shape, and set PyTorch up; `counted` is the option that says how many samples."""
+    """Exit with an error if batches would have several shapes, and configure PyTorch.
+
+    counted: the name of the option with the number of samples.
+    """
     count: int = getattr(arguments, counted)
     if arguments.batch < 1 or count < 1 or count % arguments.batch:
         parser.error(f"--batch must divide --{counted}, so that all batches have one shape")
@@ -75,12 +78,12 @@ def prepare(parser: argparse.ArgumentParser, arguments: argparse.Namespace, coun
 
 
 def print_claims(claims: Sequence[Claim]) -> None:
-    """A line for each claim, its comparisons counted."""
+    """Print a line for each claim with the number of its comparisons."""
     for claim in claims:
         count = f"{sum(e['held'] for e in claim.evidence)} of {len(claim.evidence)} comparisons"
         console.print(f"{VERDICTS[claim.held]}: {claim.claim} ({claim.bound}; {count})", highlight=False)
 
 
 def digest(path: Path) -> str:
-    """Which weights these are."""
+    """Return a digest of the weights."""
     return hashlib.sha256(path.read_bytes()).hexdigest()[:16]

@@ -21,12 +21,12 @@ from dit_rewrite.policy.strategies import Reuse
 from dit_rewrite.policy.where import Where
 
 DEEP = 28
-THRESHOLD = 0.15  # of the first block's change, at which about half of the steps reuse
+THRESHOLD = 0.15  # of the first block's change; about half of the steps reuse
 BEHIND_THE_FIRST = Where(span="stack", layers=(1, None))
 
 
 def measure_segment_steps(device: str, rounds: int) -> list[Row]:
-    """Segments at reuse 0 against plain torch.compile, and at full reuse against variants."""
+    """Measure segments at reuse 0 against plain torch.compile, and at full reuse against variants."""
     model, inputs = build(device), calls(device)
     segments = Lowering(form="segments")
     plain = isolated(model, "inductor")
@@ -45,7 +45,7 @@ def measure_segment_steps(device: str, rounds: int) -> list[Row]:
 
 
 def measure_segment_compile(device: str, rounds: int) -> list[Row]:
-    """Seconds of the first call of a deep DiT by segments, FORA's reusing pieces included, all caches empty."""
+    """Measure the first call of a deep DiT by segments with empty caches, including FORA's reusing segments."""
     model, (first, *_) = build(device, DEEP), calls(device)
 
     runs = {
@@ -61,7 +61,7 @@ def measure_segment_compile(device: str, rounds: int) -> list[Row]:
 
 
 def measure_first_block(device: str, rounds: int) -> list[Row]:
-    """FirstBlockCache, which decides in the middle of each call, against a plan of the same decisions."""
+    """Measure FirstBlockCache, which decides in the middle of each call, against a plan with the same decisions."""
     model, inputs = build(device), calls(device)
     measured = dit_rewrite.compile(twin(model), FirstBlockCache(THRESHOLD))
     trajectory(measured, inputs)
@@ -76,14 +76,14 @@ def measure_first_block(device: str, rounds: int) -> list[Row]:
 
 
 def trajectory(model: RewrittenModule, inputs: list[dict[str, Any]]) -> None:
-    """One told trajectory."""
+    """Run one explicit trajectory."""
     with model.trajectory(num_steps=len(inputs)):
         for kwargs in inputs:
             model(**kwargs)
 
 
 def measure_segment_host(device: str, rounds: int) -> list[Row]:
-    """Host time of a segment: the same graph in segments and whole, with code that returns ready results at once."""
+    """Measure the host time per segment: one graph in segments and whole, with precomputed results."""
     model, inputs = build(device), calls(device)
     policy = FORA(3)
     whole = dit_rewrite.compile(twin(model), policy, backend=instant)
@@ -100,8 +100,8 @@ def measure_segment_host(device: str, rounds: int) -> list[Row]:
     return [Row(f"host time of a further segment ({pieces} in all)", added, "µs", "", True)]
 
 
-def measure_stores(device: str) -> list[Row]:
-    """Bytes that the slots hold after a step in bfloat16, packed and as they are."""
+def measure_codecs(device: str) -> list[Row]:
+    """Measure the bytes in the slots after a bfloat16 step, packed and unpacked."""
     inputs = [{k: _half(v) for k, v in kwargs.items()} for kwargs in itertools.islice(calls(device), 1)]
     model = build(device).bfloat16()
     held = {}
@@ -123,13 +123,13 @@ def _half(value: Any) -> Any:
 
 
 def measure_all(device: str, rounds: int, compiles: int) -> list[Row]:
-    """All rows of this file."""
+    """Measure all rows of this file."""
     with torch.no_grad():
         seconds(lambda: None)
         return [
             *measure_segment_steps(device, rounds),
             *measure_first_block(device, max(rounds // 8, 3)),
             *measure_segment_host(device, rounds),
-            *measure_stores(device),
+            *measure_codecs(device),
             *measure_segment_compile(device, compiles),
         ]

@@ -1,4 +1,4 @@
-"""Timing as ratios of alternating runs in one process, and how a benchmark writes what it measured."""
+"""Timing by ratios of alternating runs in one process, and the output of a benchmark."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ RESULTS = Path(__file__).parent / "results"
 
 @dataclass(frozen=True)
 class Spread:
-    """The median of some runs and their quartiles, in seconds (or of a ratio, in none)."""
+    """The median and the quartiles of several runs, in seconds, or without a unit for ratios."""
 
     median: float
     low: float
@@ -32,13 +32,13 @@ class Spread:
 
 
 def synchronise() -> None:
-    """Wait for the GPU, where there is one."""
+    """Synchronise with the GPU, if there is one."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
 
 
 def seconds(run: Callable[[], object]) -> float:
-    """How long one run takes, the device's work included."""
+    """Return the seconds of one run, including the work of the device."""
     synchronise()
     began = time.perf_counter()
     run()
@@ -47,7 +47,7 @@ def seconds(run: Callable[[], object]) -> float:
 
 
 def alternate(runs: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
-    """Time every run once a round, so that a slow moment of the machine falls on all of them."""
+    """Time every run once per round, so that a slow phase of the machine affects all of them."""
     samples: dict[str, list[float]] = {name: [] for name in runs}
     for _ in range(rounds):
         for name, run in runs.items():
@@ -56,12 +56,12 @@ def alternate(runs: Mapping[str, Callable[[], object]], rounds: int) -> dict[str
 
 
 def ratio(samples: Mapping[str, list[float]], above: str, below: str) -> Spread:
-    """The ratio of two runs, taken within each round."""
+    """Return the ratio of two runs, computed within each round."""
     return Spread.of([a / b for a, b in zip(samples[above], samples[below], strict=True)])
 
 
 def machine() -> dict[str, Any]:
-    """Hardware and versions, to stand beside every figure."""
+    """Return the hardware and the versions, which are recorded with every figure."""
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     return {
         "cpu": _cpu_name(),
@@ -81,7 +81,7 @@ def _cpu_name() -> str:
 
 @dataclass(frozen=True)
 class Row:
-    """A line of a benchmark's table: what was measured, against which bound."""
+    """A line of a benchmark's table: the measurement, its bound, and whether that is met."""
 
     what: str
     value: Spread
@@ -99,7 +99,7 @@ def report(name: str, rows: list[Row], details: Mapping[str, Any]) -> None:
 
 
 def show(title: str, rows: list[Row]) -> None:
-    """Print the table, by rich where it is installed."""
+    """Print the table, with rich if it is installed."""
     header = ("measured", "median", "quartiles", "bound", "held")
     lines = [_cells(row) for row in rows]
     try:
@@ -120,6 +120,6 @@ def _cells(row: Row) -> tuple[str, ...]:
 
 
 def _columns(lines: list[tuple[str, ...]], title: str) -> list[str]:
-    """The cells in columns, without any package."""
+    """Format the cells in columns without rich."""
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     return [title] + ["  ".join(map(str.ljust, line, widths)).rstrip() for line in lines]

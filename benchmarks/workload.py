@@ -1,4 +1,4 @@
-"""What the benchmarks of overhead run: a DiT, the calls of a trajectory, and how to step through them."""
+"""The workload of the overhead benchmarks: a DiT, the calls of a trajectory, and a stepper through them."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ ALWAYS = Policy((Rule(sympy.true),), "reuse always")
 
 
 def build(device: str, layers: int = 6) -> DiTTransformer2DModel:
-    """The benchmark's denoiser; random weights, gates among them, as they are drawn."""
+    """Build the benchmark's denoiser with random weights; the gates are random too, not zero-initialised."""
     torch.manual_seed(0)
     model = DiTTransformer2DModel(
         num_attention_heads=6, attention_head_dim=64, in_channels=4, out_channels=4, num_layers=layers, sample_size=32
@@ -30,7 +30,7 @@ def build(device: str, layers: int = 6) -> DiTTransformer2DModel:
 
 
 def calls(device: str) -> list[dict[str, Any]]:
-    """The keyword arguments of each step: one conditioning, latents that go on."""
+    """Return the keyword arguments of each step, with one conditioning and continuing latents."""
     labels = torch.tensor([1, 2], device=device)
     latent = torch.randn(2, 4, 32, 32, device=device)
     drift = torch.randn(2, 4, 32, 32, device=device) / STEPS
@@ -46,7 +46,7 @@ def calls(device: str) -> list[dict[str, Any]]:
 
 
 class Stepper:
-    """Calls a model with the next step's inputs, in told trajectories of `steps` steps without end."""
+    """Calls a model with the inputs of the next step, in endless explicit trajectories of `steps` steps."""
 
     def __init__(self, model: Any, inputs: Sequence[dict[str, Any]], steps: int = 1 << 30) -> None:
         self.model, self.steps, self.inputs = model, steps, itertools.cycle(inputs)
@@ -69,7 +69,7 @@ class Stepper:
 
 
 def alternate_steps(runs: Mapping[str, Stepper], rounds: int) -> dict[str, list[float]]:
-    """Seconds of single steps, in turn; a few of each come before, that compile and warm up."""
+    """Return the seconds of single steps in alternation, after a few warm-up steps of each."""
     for run in runs.values():
         for _ in range(5):
             run()
@@ -80,7 +80,7 @@ def alternate_steps(runs: Mapping[str, Stepper], rounds: int) -> dict[str, list[
 
 
 def cold(make: Callable[[], Any], kwargs: dict[str, Any]) -> Callable[[], None]:
-    """The first call of what `make` compiles, as on a machine where nothing was compiled before: with empty caches."""
+    """Run the first call of the model that `make` compiles, with empty compiler caches."""
 
     def run() -> None:
         torch._dynamo.reset()
@@ -91,12 +91,12 @@ def cold(make: Callable[[], Any], kwargs: dict[str, Any]) -> Callable[[], None]:
 
 
 def _ready(gm: torch.fx.GraphModule, _: Sequence[Any]) -> Callable[..., list[Any]]:
-    """A lowering whose code returns results that were there before."""
+    """A lowering whose code returns precomputed results."""
     outputs = [node.meta["val"] for node in gm.graph.output_node().args[0]]  # type: ignore[union-attr]
     real: list[torch.Tensor] = []
 
     def run(_: list[Any]) -> list[Any]:
-        if not real:  # at the first call: what is made while Dynamo traces is fake
+        if not real:  # created at the first call, since tensors are fake while Dynamo traces
             real.extend(torch.empty(out.shape, dtype=out.dtype, device=out.device) for out in outputs)
         return list(real)
 
@@ -104,5 +104,5 @@ def _ready(gm: torch.fx.GraphModule, _: Sequence[Any]) -> Callable[..., list[Any
     return run
 
 
-# AOTAutograd around it as Inductor has, so that whoever is compared pays its wrapper where it would
+# wrapped in AOTAutograd like Inductor, so that all compared models have the same wrapper
 instant = aot_autograd(fw_compiler=_ready, inference_compiler=_ready)

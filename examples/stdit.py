@@ -1,8 +1,8 @@
-"""A spatial-temporal diffusion transformer in the style of Open-Sora: a model of your own, without any framework.
+"""A spatial-temporal diffusion transformer in the style of Open-Sora, as an example of a custom model.
 
-Video tokens go through blocks of four residual branches: attention inside each frame, attention along each
-position's frames, cross-attention to the text, and an MLP. One small network of the timestep modulates all blocks;
-each block adds its own learnt table to it.
+Video tokens go through blocks of four residual branches: attention within each frame, attention over the frames at each
+position, cross-attention to the text, and an MLP. A small network of the timestep modulates all blocks; each block adds
+a learnt table to its output.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class STDiTConfig:
 
 
 def sincos(positions: Tensor, width: int) -> Tensor:
-    """Sine-cosine embedding of `positions` (N,), in float32: (N, width)."""
+    """Return the float32 sine-cosine embedding (N, width) of `positions` (N,)."""
     half = width // 2
     rates = torch.exp(-math.log(10000.0) / half * torch.arange(half, device=positions.device, dtype=torch.float32))
     angles = positions.float()[:, None] * rates[None, :]
@@ -50,7 +50,7 @@ def sincos(positions: Tensor, width: int) -> Tensor:
 
 
 def spatial_embedding(rows: int, columns: int, width: int, device: torch.device) -> Tensor:
-    """Embedding of a grid of positions, half of the channels for each axis: (rows * columns, width)."""
+    """Return the embedding (rows * columns, width) of a grid; each axis has half of the channels."""
     row = sincos(torch.arange(rows, device=device), width // 2)
     column = sincos(torch.arange(columns, device=device), width // 2)
     grid = [row[:, None].expand(rows, columns, -1), column[None, :].expand(rows, columns, -1)]
@@ -63,7 +63,7 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
 
 
 def split_heads(x: Tensor, heads: int) -> Tensor:
-    """(B, N, heads * d) to (B, heads, N, d)."""
+    """Reshape (B, N, heads * d) to (B, heads, N, d)."""
     return x.unflatten(-1, (heads, -1)).transpose(1, 2)
 
 
@@ -98,7 +98,7 @@ class CrossAttention(nn.Module):
 
 
 class MLP(nn.Module):
-    """Two layers with a GELU between; also the projections of text and timestep."""
+    """Two linear layers with a GELU in between; also used to project the text and the timestep."""
 
     def __init__(self, in_width: int, hidden: int, out_width: int) -> None:
         super().__init__()
@@ -110,7 +110,7 @@ class MLP(nn.Module):
 
 
 class TimestepEmbedder(nn.Module):
-    """The timestep as a vector, computed in float32 up to the first layer."""
+    """Embeds the timestep; the sinusoids are computed in float32."""
 
     def __init__(self, frequency_width: int, width: int) -> None:
         super().__init__()
@@ -124,7 +124,7 @@ class TimestepEmbedder(nn.Module):
 
 
 class STDiTBlock(nn.Module):
-    """Spatial attention, temporal attention, cross-attention, MLP; all but the cross-attention are gated."""
+    """Spatial attention, temporal attention, cross-attention and MLP; all except the cross-attention are gated."""
 
     def __init__(self, config: STDiTConfig) -> None:
         super().__init__()
@@ -163,7 +163,7 @@ class STDiTBlock(nn.Module):
 
 
 class FinalLayer(nn.Module):
-    """Modulated norm and the projection from tokens to patches."""
+    """Modulated norm and projection from tokens to patches."""
 
     def __init__(self, config: STDiTConfig) -> None:
         super().__init__()
@@ -177,7 +177,7 @@ class FinalLayer(nn.Module):
 
 
 class STDiT(nn.Module):
-    """The denoiser: a video latent, a timestep and a text to a prediction of the latent's size."""
+    """The denoiser: maps a video latent, a timestep and a text to a prediction with the size of the latent."""
 
     def __init__(self, config: STDiTConfig | None = None) -> None:
         super().__init__()
@@ -197,7 +197,7 @@ class STDiT(nn.Module):
             latent: noisy video, (B, in_channels, T, H, W); T, H and W are multiples of the patch.
             timestep: (B,)
             text: states of the text encoder, (B, L, text_width)
-            text_mask: (B, L), true where a token counts
+            text_mask: (B, L), True for tokens that take part
         """
         x = self.patch_embed(latent)
         frames, rows, columns = x.shape[2:]
@@ -214,7 +214,7 @@ class STDiT(nn.Module):
         return self.unpatchify(self.final_layer(x, time), frames, rows, columns)
 
     def unpatchify(self, x: Tensor, frames: int, rows: int, columns: int) -> Tensor:
-        """Tokens (B, frames * rows * columns, patch) back to a video."""
+        """Reshape tokens (B, frames * rows * columns, patch) to a video."""
         t, h, w = self.config.patch_size
         x = x.unflatten(2, (t, h, w, -1)).unflatten(1, (frames, rows, columns))
         x = x.permute(0, 7, 1, 4, 2, 5, 3, 6)

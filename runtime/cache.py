@@ -138,9 +138,9 @@ class Cache:
 
     def release(self, site: int, width: int, depth: int) -> None:
         """Free the oldest of the `depth` values of a slot before a new one is computed. A value has `width` tensors."""
-        held = self.values[site]
-        if held is not None:
-            self.values[site] = held[: width * (depth - 1)] or None
+        tensors = self.values[site]
+        if tensors is not None:
+            self.values[site] = tensors[: width * (depth - 1)] or None
 
     def fill(self, site: int, values: tuple[Tensor, ...] | None, now: Computed, depth: int = 1) -> None:
         """Put a computed value into the slot of `site`, and keep at most `depth` values in all.
@@ -162,9 +162,9 @@ class Cache:
         The newest value replaces every value of weight 0, which may be missing or not finite. A value lent by another
         stream comes before the slot's own values.
         """
-        held = (*self.lent.get(site, ()), *(self.values[site] or ()))
-        values = (held[width * k * (w != 0) : width * (k * (w != 0) + 1)] for k, w in enumerate(weights))
-        return (*(tensor for value in values for tensor in value), vector(weights, held[0].device))
+        tensors = (*self.lent.get(site, ()), *(self.values[site] or ()))
+        values = (tensors[width * k * (w != 0) : width * (k * (w != 0) + 1)] for k, w in enumerate(weights))
+        return (*(tensor for value in values for tensor in value), vector(weights, tensors[0].device))
 
     def borrow(self, site: int, lender: Cache | None, step: int) -> None:
         """Fill a slot with the value of `lender`, if that was computed in this step from inputs with the same stamp."""

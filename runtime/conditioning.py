@@ -23,7 +23,7 @@ class TensorKind(Enum):
     VARYING = "another one in each step"
 
 
-class _Held:
+class _Entry:
     """One tensor: a weak reference to the object, and an alias of its memory to compare its content with.
 
     The reference is weak because a tensor that was freed cannot be passed again.
@@ -54,68 +54,71 @@ class Conditioning:
 
     def __init__(self, inputs: Inputs) -> None:
         self.rest = inputs.rest
-        self._held = [_Held(tensor, TensorKind.NEW) for tensor in inputs.conditioning]
+        self._entries = [_Entry(tensor, TensorKind.NEW) for tensor in inputs.conditioning]
 
     def __len__(self) -> int:
-        return len(self._held)
+        return len(self._entries)
 
     def is_like(self, inputs: Inputs) -> bool:
         """Return whether everything except the tensors themselves equals that of `inputs`."""
-        return self.rest == inputs.rest and len(self._held) == len(inputs.conditioning)
+        return self.rest == inputs.rest and len(self._entries) == len(inputs.conditioning)
 
     def differing(self, inputs: Inputs) -> list[int]:
         """Return the places at which `inputs` have a different or modified tensor. Varying tensors are ignored."""
-        pairs = enumerate(zip(self._held, inputs.conditioning, strict=True))
-        return [i for i, (held, tensor) in pairs if held.kind is not TensorKind.VARYING and not held.is_(tensor)]
+        pairs = enumerate(zip(self._entries, inputs.conditioning, strict=True))
+        return [i for i, (entry, tensor) in pairs if entry.kind is not TensorKind.VARYING and not entry.is_(tensor)]
 
     def pair(self, inputs: Inputs, place: int) -> Pair:
         """Return the old and the new tensor at a place, for `equal` to compare."""
-        before = self._held[place].comparable(inputs.conditioning[place])
+        before = self._entries[place].comparable(inputs.conditioning[place])
         return None if before is None else (before, inputs.conditioning[place])
 
     @property
     def varying(self) -> list[int]:
         """The places of varying tensors."""
-        return [i for i, held in enumerate(self._held) if held.kind is TensorKind.VARYING]
+        return [i for i, entry in enumerate(self._entries) if entry.kind is TensorKind.VARYING]
 
     def is_new(self, places: Sequence[int]) -> bool:
         """Return whether the tensors at `places` were seen in one step only."""
-        return all(self._held[i].kind is TensorKind.NEW for i in places)
+        return all(self._entries[i].kind is TensorKind.NEW for i in places)
 
     def shares(self, other: Conditioning, places: Sequence[int]) -> bool:
         """Return whether both have the same tensor objects at `places`, even if these were freed."""
-        return all(self._held[i].ref is other._held[i].ref for i in places)  # a tensor has one weak reference
+        return all(self._entries[i].ref is other._entries[i].ref for i in places)  # a tensor has one weak reference
 
     def are_gone(self, places: Sequence[int]) -> bool:
         """Return whether the tensors at `places` were seen in one step only and were freed."""
-        return self.is_new(places) and all(self._held[i].ref() is None for i in places)
+        return self.is_new(places) and all(self._entries[i].ref() is None for i in places)
 
     def is_gone(self) -> bool:
         """Return whether some tensor was freed and has no alias, so that no call can match this conditioning again."""
         return any(
-            held.ref() is None and held.alias is None and held.kind is not TensorKind.VARYING for held in self._held
+            entry.ref() is None and entry.alias is None and entry.kind is not TensorKind.VARYING
+            for entry in self._entries
         )
 
     def hold(self, inputs: Inputs, varying: Sequence[int] = ()) -> None:
         """Replace the tensors by those of `inputs`, and mark the changed ones at the places `varying` as varying."""
         for i in self.differing(inputs):
-            self._held[i] = _Held(inputs.conditioning[i], TensorKind.VARYING if i in varying else self._held[i].kind)
+            self._entries[i] = _Entry(
+                inputs.conditioning[i], TensorKind.VARYING if i in varying else self._entries[i].kind
+            )
 
     def settle(self) -> None:
         """Mark all tensors that are not varying by the second step as invariant."""
-        for held in self._held:
-            if held.kind is TensorKind.NEW:
-                held.kind = TensorKind.INVARIANT
+        for entry in self._entries:
+            if entry.kind is TensorKind.NEW:
+                entry.kind = TensorKind.INVARIANT
 
     def release(self) -> None:
         """Release the memory; from now on tensors are compared by identity only."""
-        for held in self._held:
-            held.alias = None
+        for entry in self._entries:
+            entry.alias = None
 
     def invariant(self, inputs: Inputs) -> tuple[Tensor, ...]:
         """Return the tensors of `inputs` that do not vary."""
-        pairs = zip(self._held, inputs.conditioning, strict=True)
-        return tuple(tensor for held, tensor in pairs if held.kind is not TensorKind.VARYING)
+        pairs = zip(self._entries, inputs.conditioning, strict=True)
+        return tuple(tensor for entry, tensor in pairs if entry.kind is not TensorKind.VARYING)
 
 
 def equal(pairs: Sequence[Pair]) -> list[bool]:

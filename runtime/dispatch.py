@@ -138,8 +138,8 @@ class CompiledGraph:
             index = self.sites[site].entropy
             if symbol != "entropy" or index is None:
                 return meter.read(site, symbol)
-            held = cache.values[site]
-            return None if held is None else float(held[index].item())
+            values = cache.values[site]
+            return None if values is None else float(values[index].item())
 
         decider = Decider(self.sites, *state, measure=measure)
         fresh = self._run_segments(args, wires, cache, decider.settle, decider.weigh, state[0].stream)
@@ -244,8 +244,8 @@ class CompiledGraph:
         )
         self.session.stats.count(record, decided.misses)
         if self.session.observer is not None:
-            position, held = len(call.graphs) - 1, tuple(cache.values)
-            self.session.observer(Observation(self.index, position, record, tuple(args), tuple(outputs), held))
+            position, slots = len(call.graphs) - 1, tuple(cache.values)
+            self.session.observer(Observation(self.index, position, record, tuple(args), tuple(outputs), slots))
 
     def add_variant(self, segment: int, row: Row, late: bool = False) -> Executable | None:
         """Compile a segment for a row of decisions, unless it is compiled already.
@@ -306,8 +306,8 @@ class CompiledGraph:
         """Return the outputs. Outputs that share storage with a slot are copied, as the caller may modify them."""
         shared = self._shared.get(row)
         if shared is None:  # a variant always aliases the same outputs
-            held = [value for values in cache.all for value in values]
-            slots = {value.untyped_storage().data_ptr() for value in held}
+            cached = [value for values in cache.all for value in values]
+            slots = {value.untyped_storage().data_ptr() for value in cached}
             tensors = ((i, out) for i, out in enumerate(outputs) if isinstance(out, Tensor))
             shared = self._shared[row] = tuple(i for i, out in tensors if out.untyped_storage().data_ptr() in slots)
         return [out.clone() if i in shared else out for i, out in enumerate(outputs)] if shared else outputs

@@ -141,8 +141,8 @@ def _contents(value: Any) -> dict[Hashable, Any] | None:
 def _state(value: Any) -> dict[Hashable, Any]:
     """Return the attributes of an object, including its slots."""
     slots = [name for kind in type(value).__mro__ for name in _slots(kind)]
-    held = {name: getattr(value, name) for name in slots if hasattr(value, name)}
-    return {**held, **getattr(value, "__dict__", {})}
+    attributes = {name: getattr(value, name) for name in slots if hasattr(value, name)}
+    return {**attributes, **getattr(value, "__dict__", {})}
 
 
 def _slots(kind: type) -> Sequence[str]:

@@ -97,7 +97,7 @@ class Track:
     rate: Tensor | None = None  # relative change of that output over the change of the probe
 
     @property
-    def held(self) -> tuple[Tensor, ...]:
+    def tensors(self) -> tuple[Tensor, ...]:
         return (self.reference,) if self.output is None else (self.reference, self.output)
 
 
@@ -111,7 +111,7 @@ class Tracked:
     @property
     def tensors(self) -> tuple[Tensor, ...]:
         """All tensors that are kept for comparison."""
-        return (*(t for track in self.tracks.values() for t in track.held), *self.last.values())
+        return (*(t for track in self.tracks.values() for t in track.tensors), *self.last.values())
 
 
 class Meter:

@@ -91,11 +91,11 @@ def _sigma_parameterised(scheduler: Any, timesteps: Sequence[float], sigmas: Seq
     """Return the levels of a sigma-parameterised scheduler, or None if its sigmas and timesteps do not match."""
     if len(sigmas) != len(timesteps) + 1 or setting(scheduler, "prediction_type") == "flow_prediction":
         return None
-    held = sigmas[:-1]
-    pairs = zip(pairwise(held), pairwise(timesteps), strict=True)
-    if not all(sigma >= 0 for sigma in held) or any(s == s1 and t != t1 for (s, s1), (t, t1) in pairs):
+    levels = sigmas[:-1]
+    pairs = zip(pairwise(levels), pairwise(timesteps), strict=True)
+    if not all(sigma >= 0 for sigma in levels) or any(s == s1 and t != t1 for (s, s1), (t, t1) in pairs):
         return None
-    return NoiseLevels(tuple(held), tuple(_squared_ratio(1.0, sigma) for sigma in held))
+    return NoiseLevels(tuple(levels), tuple(_squared_ratio(1.0, sigma) for sigma in levels))
 
 
 def _variance_preserving(timesteps: Sequence[float], table: Sequence[float]) -> NoiseLevels | None:

@@ -46,7 +46,7 @@ class Segment:
 
 @dataclass(frozen=True)
 class Wiring:
-    """The wires of a graph. Wires below ``num_inputs`` are its inputs: the arguments, then ``num_hoisted`` hoisted values.
+    """The wires of a graph. Wires below ``num_inputs`` are its inputs, the last ``num_hoisted`` of them hoisted.
 
     ``outputs`` has an entry for each result: a wire, or a 1-tuple with a constant. Among the inputs, ``static`` are
     weights, ``steady`` trajectory-invariant conditioning, and ``ambient`` tensor attributes of the model.

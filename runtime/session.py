@@ -82,14 +82,14 @@ class Call:
 
 @dataclass(frozen=True)
 class Observation:
-    """A finished call of a graph: its inputs, its outputs, and the values in its slots (``held``) after it."""
+    """A finished call of a graph: its inputs, its outputs, and the values in its slots (``slots``) after it."""
 
     graph: int
     position: int
     record: Record
     args: tuple[Any, ...]
     outputs: tuple[Any, ...]
-    held: tuple[tuple[Tensor, ...] | None, ...]
+    slots: tuple[tuple[Tensor, ...] | None, ...]
 
 
 class Session(threading.local):

@@ -296,7 +296,7 @@ def _size(tensor: Tensor) -> float:
 def _found(graph: Rewritten, observation: Observation) -> dict[str, Tensor]:
     """What the rewritten model returned and held, by the same names."""
     found = {f"output {i}": out for i, out in enumerate(observation.outputs) if isinstance(out, Tensor)}
-    for i, held in zip(graph.reached, observation.held, strict=True):
+    for i, held in zip(graph.reached, observation.slots, strict=True):
         site, (codec, _) = graph.found.sites[i], graph.bound.formats[i]
         if not isinstance(codec, Store):
             continue

@@ -164,7 +164,7 @@ class Growth:
     def see(self, observation: Observation) -> None:
         """A call has ended, and its slots hold what it computed."""
         record = observation.record
-        held = [value for slot in observation.held if slot is not None for value in slot]
+        held = [value for slot in observation.slots if slot is not None for value in slot]
         if not held or observation.position or record.stream is None:
             return
         key = (record.trajectory, record.stream)

@@ -1,7 +1,7 @@
 """A factory for ``python -m dit_rewrite verify --model examples.ci.shapes_dit:build``.
 
-Write one like it for your model: it takes the number of steps and returns the model and, for each step, the keyword
-arguments of its call. Conditioning tensors are the same objects at every step, as in a pipeline.
+Write a similar factory for your model. It takes the number of steps, and returns the model and the keyword arguments of
+the call in each step. Conditioning tensors must be the same objects in every step, as in a pipeline.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from dit_rewrite.demo.shapes import SIZE, load_denoiser
 
 
 def build(steps: int) -> tuple[torch.nn.Module, list[dict[str, Any]]]:
-    """The bundled denoiser and one trajectory of it: two images on the way from noise to a fixed picture."""
+    """Return the bundled denoiser and the inputs of one trajectory: two images between noise and a fixed picture."""
     generator = torch.Generator().manual_seed(0)
     noise, picture = torch.randn(2, 2, 3, SIZE, SIZE, generator=generator)
     labels = torch.tensor([1, 8])

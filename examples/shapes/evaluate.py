@@ -1,8 +1,8 @@
-"""Choose the guidance scale: how often the classifier reads the class that was asked for, scale by scale.
+"""Choose the guidance scale by how often the classifier recognises the requested class.
 
     python examples/shapes/evaluate.py [--weights FILE] [--per-class 25] [--steps 50] [--out evaluation.png]
 
-The denoiser runs in plain eager mode. The picture has a row for each scale and a column for each class.
+The denoiser runs in eager mode. The picture has a row for each scale and a column for each class.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ SCALES = (1.0, 1.25, 1.5, 2.0, 3.0)
 
 
 def sample_in_batches(denoiser: nn.Module, labels: Tensor, steps: int, guidance: float, batch: int) -> Tensor:
-    """The images of all labels, batch after batch; the seed of a batch is its number."""
+    """Sample the images of all labels batch by batch; the seed of a batch is its number."""
     parts = [
         sample_images(denoiser, part, steps=steps, guidance=guidance, seed=seed)
         for seed, part in enumerate(labels.split(batch))
@@ -32,7 +32,7 @@ def sample_in_batches(denoiser: nn.Module, labels: Tensor, steps: int, guidance:
 
 
 def worst_class(classifier: nn.Module, images: Tensor, labels: Tensor) -> str:
-    """The class that is read right least often, with its accuracy."""
+    """Return the class with the lowest accuracy, and that accuracy."""
     right = {name: accuracy(classifier, images[labels == k], labels[labels == k]) for k, name in enumerate(CLASSES)}
     name = min(right, key=right.__getitem__)
     return f"{name} {right[name]:.0%}"

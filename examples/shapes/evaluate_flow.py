@@ -1,11 +1,11 @@
-"""Choose the guidance scale for two shapes in relation: how often the images show what was asked for, scale by scale.
+"""Choose the guidance scale for two shapes in relation by how often the images match their captions.
 
     python examples/shapes/evaluate_flow.py [--weights FILE] [--captions 500] [--steps 50] [--out flow_evaluation.png]
 
-PairReader reads the images. An image is "all" right if both objects have the shape and the colour that were asked for
-and lie as was asked. "shape" and "colour" are those of both objects, wherever they lie; "relation" counts among the
-images that show both objects. The first line says how well all this reads real images. The picture has a row for each
-scale and a column for each of the first captions, which are printed below.
+PairReader reads the images. "all" counts images in which both objects have the requested shape, colour and relation.
+"shape" and "colour" count both objects at any position; "relation" is a fraction of the images that show both objects.
+The first line has the scores of real images. The picture has a row for each scale and a column for each of the first
+captions, which are printed below.
 """
 
 from __future__ import annotations
@@ -26,17 +26,17 @@ from dit_rewrite.demo.shapes.picture import save_rows
 from dit_rewrite.demo.shapes.relations import Objects, Pairs, sample_related
 
 SCALES = (1.0, 1.5, 2.0, 3.0, 4.0)
-SEED = 1 << 31  # beyond every training step's seed; generators look at 32 bits
+SEED = 1 << 31  # disjoint from the training seeds; generators use 32 bits
 SHOWN = 12
 
 
 def same_two(seen: Tensor, asked: Tensor) -> Tensor:
-    """Where ``(n,)`` two values ``(n, 2)`` are those that were asked for, in either order."""
+    """Return (n,) whether two values (n, 2) are the requested ones in either order."""
     return (seen.sort(1).values == asked.sort(1).values).all(1)
 
 
 def grade(seen: Objects, asked: Pairs) -> dict[str, float]:
-    """The fractions of images that are right; of the relation, among those that show both objects."""
+    """Return the fractions of correct images; that of the relation is among the images that show both objects."""
     shown, lying = seen.show(asked), seen.lie(asked)
     classes, wanted = seen.classes, torch.stack([asked.first, asked.second], 1)
     right = {
@@ -49,7 +49,7 @@ def grade(seen: Objects, asked: Pairs) -> dict[str, float]:
 
 
 def sample_in_batches(model: FlowModel, captions: Sequence[str], steps: int, guidance: float, batch: int) -> Tensor:
-    """The images of all captions, batch after batch; the seed of a batch is its number."""
+    """Sample the images of all captions batch by batch; the seed of a batch is its number."""
     parts = [captions[i : i + batch] for i in range(0, len(captions), batch)]
     images = [
         sample_relations(model.denoiser, model.encoder, part, steps=steps, guidance=guidance, seed=seed)

@@ -1,10 +1,10 @@
-"""Choose the guidance scale for captions: how often the images show what was asked for, scale by scale.
+"""Choose the guidance scale for captions by how often the images match them.
 
     python examples/shapes/evaluate_text.py [--weights FILE] [--captions 500] [--steps 50] [--out text_evaluation.png]
 
-A classifier reads shape and colour; size and place are measured on the pixels, and count only where the caption names
-them. The first line says how well all this reads real images. The picture has a row for each scale and a column for
-each of the first captions, which are printed below.
+A classifier reads shape and colour. Size and place are measured on the pixels, and count only if the caption names
+them. The first line has the scores of real images. The picture has a row for each scale and a column for each of the
+first captions, which are printed below.
 """
 
 from __future__ import annotations
@@ -25,20 +25,20 @@ from dit_rewrite.demo.shapes.text_model import TextModel, load_text_model
 from dit_rewrite.demo.shapes.text_sampling import sample_captions
 
 SCALES = (1.0, 1.25, 1.5, 2.0)
-SEED = 1 << 41  # beyond every training step's seed
+SEED = 1 << 41  # disjoint from the training seeds
 SHOWN = 12
 WIDE = 7.6  # pixels: the widest small shape is 7.3 wide (triangle), the narrowest large one 8.0 (square)
 
 
 def measure(images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Indices ``(n,)`` into SIZES, ROWS and COLUMNS of the one shape on each image, from its width and centre.
+    """Return indices (n,) into SIZES, ROWS and COLUMNS of the shape in each image, from its width and centre.
 
-    A pixel's share of the shape is its distance from the ground, the median pixel, over the largest such distance.
+    A pixel's weight is its distance from the background (the median pixel), relative to the largest such distance.
     """
     ground = images.flatten(2).median(2).values[:, :, None, None]
     share = (images - ground).abs().amax(1)
     share = share / share.amax((1, 2), keepdim=True).clamp_min(1e-6)
-    share = share * (share > 0.1)  # what is left of the noise on the ground has no weight
+    share = share * (share > 0.1)  # remaining noise on the background has no weight
     size = (share.amax(1).sum(1) > WIDE).long()
     pixel = torch.arange(SIZE) + 0.5
     mass = share.sum((1, 2)).clamp_min(1e-6)
@@ -49,13 +49,13 @@ def measure(images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def names(captions: Sequence[str], words: Sequence[str]) -> Tensor:
-    """Which captions ``(n,)`` use one of the words."""
+    """Return (n,) whether captions use one of the words."""
     return torch.tensor([not set(words).isdisjoint(caption.split()) for caption in captions])
 
 
 @torch.no_grad()
 def grade(classifier: nn.Module, images: Tensor, captions: Sequence[str], scenes: Scenes) -> dict[str, float]:
-    """The fractions of images that are right; of size and place, among the captions that name them."""
+    """Return the fractions of correct images; those of size and place are among the captions that name them."""
     read = classifier(images).argmax(1)
     size, row, column = measure(images)
     sized = names(captions, [word for words in SIZES for word in words])
@@ -71,7 +71,7 @@ def grade(classifier: nn.Module, images: Tensor, captions: Sequence[str], scenes
 
 
 def sample_in_batches(model: TextModel, captions: Sequence[str], steps: int, guidance: float, batch: int) -> Tensor:
-    """The images of all captions, batch after batch; the seed of a batch is its number."""
+    """Sample the images of all captions batch by batch; the seed of a batch is its number."""
     parts = [captions[i : i + batch] for i in range(0, len(captions), batch)]
     images = [
         sample_captions(model.denoiser, model.encoder, part, steps=steps, guidance=guidance, seed=seed)

@@ -2,8 +2,8 @@
 
     python examples/shapes/train.py --out DIR [--steps 7500] [--batch 64] [--threads 2]
 
-A checkpoint (model, EMA, optimiser, step) is written every --save-every steps, and beside it, in
-DIR/denoiser.safetensors, the EMA weights in fp16. The rate rises for 500 steps and falls linearly.
+A checkpoint (model, EMA, optimiser, step) and the EMA weights in fp16 (DIR/denoiser.safetensors) are written every
+--save-every steps. The learning rate increases for 500 steps and then decreases linearly.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ LABEL_DROP = 0.1
 
 
 def initialise(model: DiTTransformer2DModel) -> None:
-    """adaLN-zero: gates and head start at zero, so that every block starts as the identity (DiT, section 3.2)."""
+    """Initialise gates and head to zero (adaLN-zero), so that every block starts as the identity (DiT, section 3.2)."""
     for block in model.transformer_blocks:
         torch.nn.init.zeros_(block.norm1.linear.weight)
         torch.nn.init.zeros_(block.norm1.linear.bias)
@@ -34,8 +34,11 @@ def initialise(model: DiTTransformer2DModel) -> None:
 def loss_of(
     model: Callable[..., Any], scheduler: DDPMScheduler, batch: int, generator: torch.Generator
 ) -> torch.Tensor:
-    """The mean squared error of the predicted v. Labels are dropped here, once for all blocks: diffusers'
-    own dropout draws anew in each block, and the unconditional model would never be trained."""
+    """Return the mean squared error of the predicted v.
+
+    Labels are dropped here, once for all blocks, because diffusers' own dropout is sampled independently in each block,
+    so that the unconditional model would never be trained.
+    """
     images, labels = sample(batch, generator)
     noise = torch.randn(images.shape, generator=generator)
     timestep = torch.randint(scheduler.config.num_train_timesteps, (batch,), generator=generator)
@@ -54,7 +57,7 @@ def main() -> None:
     torch.manual_seed(0)
     model = build_denoiser()
     initialise(model)
-    model.eval()  # no module has dropout of its own to train with; see loss_of
+    model.eval()  # no dropout in the modules; see loss_of
     optimiser = torch.optim.AdamW(model.parameters(), lr=0.0, weight_decay=0.0, betas=(0.9, 0.99))
     scheduler, run = DDPMScheduler(**SCHEDULE), model if given.eager else torch.compile(model)
     trainer = Trainer(

@@ -1,10 +1,10 @@
-"""Train the classifier that reads the class of a shapes image, and measure it on images it has not seen.
+"""Train the classifier of shapes images, and measure its accuracy on held-out images.
 
     python examples/shapes/train_classifier.py --out dit_rewrite/shapes/weights [--captioned] [--steps 2500]
 
-Every batch is drawn anew, so there is no training set to remember; the held-out images come from other seeds.
-Half of each batch is slightly noisy, since the images that it will read are sampled, not drawn. With --captioned
-the images are those of the captions, which have small shapes too, and the file is text_classifier.safetensors.
+Every batch is drawn at random, so there is no training set to overfit; held-out images use other seeds. Half of each
+batch is slightly noisy, because the classifier will read sampled images. With --captioned, the images are those of the
+captions, which have small shapes too, and the file is text_classifier.safetensors.
 """
 
 from __future__ import annotations
@@ -24,20 +24,20 @@ from dit_rewrite.demo.shapes.model import Classifier, accuracy, load_classifier,
 from dit_rewrite.demo.shapes.training import fit, roughen
 
 HELD_OUT = 5000
-HELD_OUT_SEED = 1 << 40  # beyond every training step's seed
+HELD_OUT_SEED = 1 << 40  # disjoint from the training seeds
 NEEDED = 0.99
 
 Sample = Callable[[int, torch.Generator], tuple[Tensor, Tensor]]
 
 
 def sample_of_captions(n: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Images ``(n, 3, SIZE, SIZE)`` of the captions' scenes and their labels ``(n,)``, as data.sample's."""
+    """Return images (n, 3, SIZE, SIZE) of the captions' scenes and labels (n,), in the format of data.sample."""
     images, _, scenes = sample_captioned(n, generator)
     return images, scenes.labels
 
 
 def loss_of(classifier: Classifier, draw: Sample, batch: int, generator: torch.Generator) -> Tensor:
-    """The cross-entropy of the classes of a batch."""
+    """Return the cross-entropy of the classes of a batch."""
     images, labels = draw(batch, generator)
     return F.cross_entropy(classifier(roughen(images, generator)), labels)
 

@@ -2,10 +2,10 @@
 
     python examples/shapes/train_flow.py --out DIR [--steps 3600] [--batch 48] [--threads 1]
 
-A checkpoint (model, EMA, optimisers, step) is written every --save-every steps, and beside it, in
-DIR/flow_denoiser.safetensors, the EMA weights in fp16. The word vectors are trained with the denoiser.
+A checkpoint (model, EMA, optimisers, step) and the EMA weights in fp16 (DIR/flow_denoiser.safetensors) are written
+every --save-every steps. The word vectors are trained with the denoiser.
 
-The bundled weights were made by
+The bundled weights were trained with
 
     python examples/shapes/train_flow.py --out DIR --steps 3600 --hold 2200 --batch 48 --rate 2e-3
 """
@@ -27,20 +27,22 @@ CAPTION_DROP = 0.1
 
 
 def initialise(model: FlowModel) -> None:
-    """adaLN-zero: gates and head start at zero, so that every block starts as the identity (DiT, section 3.2)."""
+    """Initialise gates and head to zero (adaLN-zero), so that every block starts as the identity (DiT, section 3.2)."""
     for name, parameter in model.denoiser.named_parameters():
         if "norm1" in name or name.startswith(("proj_out", "norm_out")):
             torch.nn.init.zeros_(parameter)
 
 
 def draw_sigmas(n: int, generator: Generator) -> Tensor:
-    """Noise levels ``(n,)`` in (0, 1), logit-normal (Esser et al. 2024, section 3.1), a little to the noisy side:
-    objects get their kinds and places early."""
+    """Return logit-normal noise levels (n,) in (0, 1) (Esser et al. 2024, section 3.1).
+
+    The distribution is shifted towards noise, because shapes and places are determined early.
+    """
     return torch.sigmoid(torch.randn(n, generator=generator) + 0.3)
 
 
 def loss_of(model: Callable[..., Any], batch: int, generator: Generator) -> Tensor:
-    """The mean squared error of the predicted velocity; one caption in ten is replaced by the empty one."""
+    """Return the mean squared error of the predicted velocity; one caption in ten is replaced by the empty one."""
     images, captions, _ = sample_related(batch, generator)
     dropped = (torch.rand(batch, generator=generator) < CAPTION_DROP).tolist()
     tokens = tokenise([NULL_CAPTION if drop else text for text, drop in zip(captions, dropped, strict=True)])
@@ -51,7 +53,7 @@ def loss_of(model: Callable[..., Any], batch: int, generator: Generator) -> Tens
 
 
 def build_optimisers(model: FlowModel) -> list[torch.optim.Optimizer]:
-    """Muon for the matrices of attention and MLP, AdamW for the others."""
+    """Return Muon for the matrices of attention and MLP, and AdamW for the other parameters."""
     blocks = model.denoiser.transformer_blocks.named_modules()
     hidden = [m.weight for name, m in blocks if isinstance(m, torch.nn.Linear) and "norm" not in name]
     rest = [x for x in model.parameters() if not any(x is matrix for matrix in hidden)]
@@ -66,7 +68,7 @@ def main() -> None:
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
     torch.manual_seed(0)
-    model = FlowModel().eval()  # no module has dropout to train with
+    model = FlowModel().eval()  # no dropout in the modules
     initialise(model)
     run = model if given.eager else torch.compile(model)
     trainer = Trainer(

@@ -1,9 +1,9 @@
-"""Train the reader of two shapes in relation, and measure it on pictures that it has not seen.
+"""Train the reader of two shapes in relation, and measure its accuracy on held-out pictures.
 
     python examples/shapes/train_pair_reader.py --out dit_rewrite/shapes/weights [--steps 4000] [--batch 128]
 
-Every batch is drawn anew, so there is no training set to remember; the held-out pictures come from other seeds. Half of
-each batch is slightly noisy, since the pictures that it will read are sampled, not drawn.
+Every batch is drawn at random, so there is no training set to overfit; held-out pictures use other seeds. Half of each
+batch is slightly noisy, because the reader will read sampled pictures.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from dit_rewrite.demo.shapes.relations import draw_pairs, lay_out, render, sampl
 from dit_rewrite.demo.shapes.training import fit, roughen
 
 HELD_OUT = 5000
-HELD_OUT_SEED = 1 << 31  # beyond every training step's seed; generators look at 32 bits
+HELD_OUT_SEED = 1 << 31  # disjoint from the training seeds; generators use 32 bits
 NEEDED = 0.99
 PLACE_WEIGHT = 0.05  # per square pixel
 
 
 def loss_of(reader: PairReader, batch: int, generator: Generator) -> Tensor:
-    """The cross-entropy of the two classes, each half of what there is, and the squared error of their places."""
+    """Return the mean cross-entropy of the two classes plus the weighted squared error of their places."""
     pairs = draw_pairs(batch, generator)
     layout = lay_out(pairs, generator)
     logits, places = reader(roughen(render(pairs, layout), generator))
@@ -39,7 +39,7 @@ def loss_of(reader: PairReader, batch: int, generator: Generator) -> Tensor:
 
 
 def accuracy(reader: PairReader) -> float:
-    """The fraction of held-out pictures that are read entirely right: both objects, and how they lie."""
+    """Return the fraction of held-out pictures for which both objects and their relation are read correctly."""
     images, _, pairs = sample_related(HELD_OUT, Generator().manual_seed(HELD_OUT_SEED))
     seen = read_objects(reader, images)
     return (seen.show(pairs) & seen.lie(pairs)).float().mean().item()

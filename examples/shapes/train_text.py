@@ -2,19 +2,20 @@
 
     python examples/shapes/train_text.py --out DIR [--start WEIGHTS] [--steps 12000] [--batch 16] [--threads 1]
 
-A checkpoint (model, EMA, optimisers, step) is written every --save-every steps, and beside it, in
-DIR/text_denoiser.safetensors, the EMA weights in fp16. The word vectors are trained with the denoiser. --start begins
-a new stage from such weights; its optimisers and its EMA start afresh. --seed gives each stage batches of its own.
+A checkpoint (model, EMA, optimisers, step) and the EMA weights in fp16 (DIR/text_denoiser.safetensors) are written
+every --save-every steps. The word vectors are trained with the denoiser. --start begins a new stage from such weights,
+with new optimisers and a new EMA. --seed gives each stage different batches.
 
-The bundled weights were made in three stages, A/text_denoiser.safetensors being those bundled before (AdamW; 71.0 % of
-500 captions right in shape and colour); both stages below were stopped early, so the rate never fell from its peak:
+The bundled weights were trained in three stages. A/text_denoiser.safetensors are the previously bundled weights (AdamW;
+71.0 % of 500 captions correct in shape and colour). Stages B and C were stopped early, so the learning rate stayed at
+its peak:
 
     B: --out B --start A/text_denoiser.safetensors --batch 32 --rate 1.5e-3 --steps 6500 --hold 2500 --seed 1000000
        --stop 2250
     C: --out C --start B/text_denoiser.safetensors --batch 32 --rate 2.5e-3 --steps 4000 --hold 1500 --seed 2000000
        --stop 1000 --optimiser muon
 
-C is right in 80.6 %: evaluate_text.py at guidance 1.25 and 50 steps.
+C is correct for 80.6 % of the captions (evaluate_text.py at guidance 1.25 and 50 steps).
 """
 
 from __future__ import annotations
@@ -35,22 +36,23 @@ CAPTION_DROP = 0.1
 
 
 def initialise(model: TextModel) -> None:
-    """Start from a prediction of zero and a modulation that does not depend on the timestep yet."""
+    """Initialise the prediction to zero, and the modulation to be independent of the timestep."""
     for linear in (model.denoiser.adaln_single.linear, model.denoiser.proj_out):
         torch.nn.init.zeros_(linear.weight)
         torch.nn.init.zeros_(linear.bias)
 
 
 def draw_timesteps(n: int, last: int, generator: Generator) -> Tensor:
-    """Timesteps ``(n,)`` int64 in [0, last], logit-normal (Esser et al. 2024, section 3.1): most where shapes form.
+    """Return logit-normal timesteps (n,) int64 in [0, last] (Esser et al. 2024, section 3.1).
 
-    Above 0.7 of the linear schedule a picture is all noise, and there is little to learn from it but the caption.
+    Most are at the noise levels where shapes form. Above 0.7 of the linear schedule a picture is almost pure noise, and
+    only the caption is informative.
     """
     return (torch.sigmoid(torch.randn(n, generator=generator) - 0.6) * (last + 1)).long().clamp(max=last)
 
 
 def loss_of(model: torch.nn.Module, scheduler: DDPMScheduler, batch: int, generator: Generator) -> Tensor:
-    """The mean squared error of the predicted v; one caption in ten is replaced by the empty one."""
+    """Return the mean squared error of the predicted v; one caption in ten is replaced by the empty one."""
     images, captions, _ = sample_captioned(batch, generator)
     dropped = (torch.rand(batch, generator=generator) < CAPTION_DROP).tolist()
     tokens, mask = tokenise([NULL_CAPTION if drop else text for text, drop in zip(captions, dropped, strict=True)])
@@ -62,7 +64,7 @@ def loss_of(model: torch.nn.Module, scheduler: DDPMScheduler, batch: int, genera
 
 
 def build_optimisers(model: TextModel, name: str) -> list[torch.optim.Optimizer]:
-    """AdamW for all parameters, or, for "muon", Muon for the blocks' matrices and AdamW for the others."""
+    """Return AdamW for all parameters, or for "muon", Muon for the blocks' matrices and AdamW for the others."""
     layers = model.denoiser.transformer_blocks.modules()
     hidden = [layer.weight for layer in layers if isinstance(layer, torch.nn.Linear)]
     chosen = set(hidden) if name == "muon" else set()
@@ -80,7 +82,7 @@ def main() -> None:
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
     torch.manual_seed(0)
-    model, scheduler = TextModel().eval(), DDPMScheduler(**SCHEDULE)  # no module has dropout to train with
+    model, scheduler = TextModel().eval(), DDPMScheduler(**SCHEDULE)  # no dropout in the modules
     initialise(model)
     if given.start is not None:
         load(model, given.start).requires_grad_(True)

@@ -227,7 +227,7 @@ def test_a_state_is_filled_once_and_then_changed_in_place() -> None:
 
 def counters(observed: Observation) -> list[list[int]]:
     """Of each state that is held: pairs of tile and block recomputed since it was filled, and pairs seen."""
-    states = (held for held in observed.held if held is not None and len(held) == len(State._fields) - 3)
+    states = (held for held in observed.slots if held is not None and len(held) == len(State._fields) - 3)
     return [held[State._fields.index("counters")][:2].tolist() for held in states]
 
 

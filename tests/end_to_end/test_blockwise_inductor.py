@@ -71,10 +71,10 @@ def test_a_state_is_not_copied() -> None:
 
     (graph,) = compiled._backend.rewritten
     held = [i for i, site in enumerate(graph.guarded.sites) if site.part is Part.HELD]
-    places = [[tensor.data_ptr() for i in held for tensor in seen.held[i] or ()] for seen in observed]
+    places = [[tensor.data_ptr() for i in held for tensor in seen.slots[i] or ()] for seen in observed]
     assert [len(place) for place in places] == [LAYERS * TENSORS] * STEPS
     assert places[0] == places[1] == places[2]
-    counts = [[(seen.held[i] or ())[State._fields.index("counters")] for i in held] for seen in observed]
+    counts = [[(seen.slots[i] or ())[State._fields.index("counters")] for i in held] for seen in observed]
     assert all(count[1].item() == (STEPS - 1) * 2 * 2 * 2 for count in counts[-1]), "pairs: batch, heads, blocks, steps"
 
     eager = tiny.rewritten(Attentions(), policy)

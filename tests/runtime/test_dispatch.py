@@ -178,7 +178,7 @@ def test_observer() -> None:
         (0, 0, 1, (True,)),
     ]
     assert [(o.args[0].item(), o.outputs[0].item()) for o in seen] == [(1, 4), (10, 13)]
-    first, second = (o.held[0] for o in seen)
+    first, second = (o.slots[0] for o in seen)
     assert first is not None and second is not None and first[0] is second[0]
 
 
@@ -227,7 +227,7 @@ def test_segments_run_in_order_and_fill_slots_together() -> None:
     run.session.observer = seen.append
     assert run(1.0)[0].item() == 12
     assert run.ran == ["a", "b", "c"]
-    assert [[v.item() for v in held] for held in seen[0].held if held is not None] == [[3, 4], [12]]
+    assert [[v.item() for v in held] for held in seen[0].slots if held is not None] == [[3, 4], [12]]
     assert run(10.0)[0].item() == 12, "all are reused"
     assert run.ran[3:] == ["c"]
     assert run(20.0)[0].item() == 12, "the second is computed from the value of the first"
