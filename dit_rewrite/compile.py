@@ -50,7 +50,7 @@ def compile(
     trajectory hold together; by default it is half of the memory of the model's device.
 
     The model is compiled at its first call, for inference only. Raises NotAModule for an object that is no model,
-    BadParameter for other arguments that do not fit, PlanMismatch for a policy that was searched for another model.
+    BadArgument for other arguments that do not fit, PlanMismatch for a policy that was searched for another model.
     """
     given: dict[str, Any] = {
         "backend": backend,

@@ -10,7 +10,7 @@ import torch
 
 from dit_rewrite.compiler.backend import Backend
 from dit_rewrite.compiler.lowering import InnerBackend, Lowering
-from dit_rewrite.errors import NotAModule, PlanMismatch
+from dit_rewrite.errors import NotAModule, PolicyForOtherModel
 from dit_rewrite.module import attach, detach, unwrapped
 from dit_rewrite.policies import as_policy
 from dit_rewrite.policy.plan import fingerprint
@@ -37,7 +37,7 @@ def compile_denoiser(
     model = _module(model)
     policy = as_policy(policy)
     if policy.made_for is not None and fingerprint(model) != policy.made_for.model:
-        raise PlanMismatch(f"{policy} was made for another model.", "Search a plan for this one, in its dtype.")
+        raise PolicyForOtherModel(policy)
     lower = Lowering.of(backend, mode, options, lowering, max_variants)
     dumps = Dump(Path(dump)) if dump is not None else None
     made = Backend(model, policy, lower, watcher=dumps, disable_passes=disable_passes, cache_limit=cache_limit)

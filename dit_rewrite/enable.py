@@ -18,7 +18,15 @@ from typing import Any
 from torch import nn
 
 from dit_rewrite.denoiser import compile_denoiser
-from dit_rewrite.errors import NoTransformer, NotRewritten, Reason
+from dit_rewrite.errors import (
+    DecisionReason,
+    MissReason,
+    NoTransformer,
+    NotRewritten,
+    Reason,
+    StreamReason,
+    UnreachedReason,
+)
 from dit_rewrite.module import RewrittenModule, backend_of, detach, inside, needs_noise, unwrapped
 from dit_rewrite.policies import as_policy
 from dit_rewrite.policy.rules import Policy
@@ -152,12 +160,13 @@ def _report(state: _Enabled, models: list[RewrittenModule], before: list[Stats])
         print(line, file=sys.stderr)
 
 
-_REMEDY = {
-    Reason.NEW_CONDITIONING: "make the prompt embeddings once, before the sampler's loop",
-    Reason.NOT_CAPTURED: "find out why Dynamo recompiles (TORCH_LOGS=recompiles), or raise its recompile_limit",
-    Reason.UNREADABLE_INPUT: "pass tensors, numbers, containers or dataclasses of them",
-    Reason.NOISE_UNKNOWN: "use a scheduler with alphas_cumprod or sigmas",
-    Reason.TOTAL_UNKNOWN: "tell the number of steps: model.trajectory(num_steps=...)",
+_REMEDY: dict[Reason, str] = {
+    StreamReason.NEW_CONDITIONING: "make the prompt embeddings once, before the sampler's loop",
+    StreamReason.UNREADABLE_INPUT: "pass tensors, numbers, containers or dataclasses of them",
+    MissReason.NOT_CAPTURED: "find out why Dynamo recompiles (TORCH_LOGS=recompiles), or raise its recompile_limit",
+    MissReason.NOISE_UNKNOWN: "use a scheduler with alphas_cumprod or sigmas",
+    DecisionReason.NOISE_UNKNOWN: "use a scheduler with alphas_cumprod or sigmas",
+    DecisionReason.TOTAL_UNKNOWN: "give the number of steps: model.trajectory(num_steps=...)",
 }
 
 
@@ -169,5 +178,5 @@ def why_nothing(runs: list[Stats]) -> str:
             reason = together.most_common(1)[0][0]
             return f"{reason}; {_REMEDY.get(reason, 'print(pipe.transformer.stats()) lists all reasons')}"
     decided = Counter(reason for run in runs for record in run.records for reason in record.reasons)
-    reason = decided.most_common(1)[0][0] if decided else Reason.UNREACHED
+    reason = decided.most_common(1)[0][0] if decided else UnreachedReason.NO_RULE
     return f"{reason}; {_REMEDY.get(reason, 'print(pipe.transformer.explain()) shows the guards')}"

@@ -25,11 +25,12 @@ from dit_rewrite.compiler.lowering import isolated
 from dit_rewrite.errors import (
     DitRewriteError,
     GradientsNeeded,
+    MissReason,
     NoiseUnknown,
     NotCaptured,
     NotRewritten,
-    PlanMismatch,
-    Reason,
+    PolicyForOtherSteps,
+    TrajectoryReason,
 )
 from dit_rewrite.passes.capture.capture import one_graph
 from dit_rewrite.passes.guards.symbols import reads_noise
@@ -121,7 +122,7 @@ class RewrittenModule(nn.Module, metaclass=_IsRewritten):
     def reset(self) -> None:
         """Forget all trajectories and their cached values (of the calling thread)."""
         self._backend.session.forget()
-        self._backend.stats.begin(Reason.RESET)
+        self._backend.stats.begin(TrajectoryReason.RESET)
 
 
 def _call(model: nn.Module, rewrite: Rewrite, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -163,7 +164,7 @@ def _check_policy(model: nn.Module, backend: Backend, trajectory: Trajectory) ->
         return
     name = type(model).__name__
     if not backend.rewritten:
-        warnings.warn(f"{backend.policy} can do nothing in {name}: {Reason.NOT_CAPTURED}", stacklevel=4)
+        warnings.warn(f"{backend.policy} can do nothing in {name}: {MissReason.NOT_CAPTURED}", stacklevel=4)
         return
     if not any(r.found.sites for r in backend.rewritten):
         raise why_no_sites(model, backend.rewritten, backend.breaks)
@@ -201,9 +202,7 @@ def inside(model: nn.Module, clock: Clock) -> Iterator[None]:
     if clock.scheduler is None and "snr" in policy.reads:
         raise NoiseUnknown(policy, clock.scheduler)
     if policy.made_for is not None and clock.explicit_num_steps not in (None, policy.made_for.steps):
-        raise PlanMismatch(
-            f"{policy} was made for {policy.made_for.steps} steps, not {clock.explicit_num_steps}.", "Search again."
-        )
+        raise PolicyForOtherSteps(policy, policy.made_for.steps, clock.explicit_num_steps)
     backend.session.enter(clock)
     try:
         yield

@@ -13,7 +13,7 @@ from typing import Any, Protocol, TypeVar
 
 from torch import fx
 
-from dit_rewrite.errors import BadParameter, DitRewriteError, PassFailed
+from dit_rewrite.errors import BadArgument, DitRewriteError, PassFailed
 
 T = TypeVar("T")
 
@@ -68,11 +68,11 @@ class Watch(Protocol):
 
 
 def check_disabled(names: Collection[str], passes: Iterable[Pass]) -> frozenset[str]:
-    """The names as a set. Raises BadParameter for one that no pass has, or whose pass cannot be left out."""
+    """The names as a set. Raises BadArgument for one that no pass has, or whose pass cannot be left out."""
     optional = sorted(each.name for each in passes if each.optional)
     for name in (names,) if isinstance(names, str) else names:
         if name not in optional:
-            raise BadParameter("compile", "disable_passes", name, f"a tuple of {', '.join(optional)}")
+            raise BadArgument("compile", "disable_passes", name, f"a tuple of {', '.join(optional)}")
     return frozenset((names,) if isinstance(names, str) else names)
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dit_rewrite.errors import Reason
+from dit_rewrite.errors import MissReason
 from dit_rewrite.runtime.decide import NEVER, Computed, Past, Weights, pushed
 from dit_rewrite.runtime.measure import Tracked
 from dit_rewrite.runtime.tensors import version
@@ -88,7 +88,7 @@ class Cache:
         self.weights: tuple[Any, ...] = ()
         self.ambient: tuple[tuple[Any, int | None], ...] = ()
 
-    def fit(self, stamp: Stamp, weights: tuple[Any, ...], ambient: Sequence[Tensor] = ()) -> Reason | None:
+    def fit(self, stamp: Stamp, weights: tuple[Any, ...], ambient: Sequence[Tensor] = ()) -> MissReason | None:
         """Compare the cache with a call's inputs and clear it if they differ. Returns the reason, or None.
 
         stamp: shapes, dtypes and devices of the inputs (see `stamp_of`). weights: the model's parameters, compared by
@@ -96,13 +96,13 @@ class Cache:
         """
         reason = None
         if self.stamp is None:
-            reason = Reason.EMPTY
+            reason = MissReason.EMPTY
         elif self.stamp != stamp:
-            reason = Reason.CHANGED_INPUT
+            reason = MissReason.CHANGED_INPUT
         elif not all(map(operator.is_, self.weights, weights)):
-            reason = Reason.CHANGED_WEIGHTS
+            reason = MissReason.CHANGED_WEIGHTS
         elif ambient and not self._knows(ambient):
-            reason = Reason.AMBIENT_CHANGED
+            reason = MissReason.CHANGED_ATTRIBUTE
         if reason is not None:
             self.clear()
             self.stamp, self.weights = stamp, weights
@@ -123,7 +123,7 @@ class Cache:
 
     def validate_conditioning(
         self, conditioning: Sequence[Tensor], explicit: bool, sites: Sequence[int]
-    ) -> Reason | None:
+    ) -> MissReason | None:
         """Clear the slots of `sites` if `conditioning` is not the one they were filled under.
 
         Returns the reason if the conditioning changed, or None if it did not or was not known.
@@ -134,7 +134,7 @@ class Cache:
         self.conditioning = Memoized.of(conditioning, ())
         for site in sites:
             self.values[site], self.past[site] = None, NEVER
-        return None if before is None else Reason.CHANGED_CONDITIONING
+        return None if before is None else MissReason.CHANGED_CONDITIONING
 
     def release(self, site: int, width: int, depth: int) -> None:
         """Free the oldest of the `depth` values of a slot before a new one is computed. A value has `width` tensors."""

@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor
 
-from dit_rewrite.errors import BadTrajectory, Reason
+from dit_rewrite.errors import NoSteps, NoTimesteps, NumStepsNotWhole, TrajectoryReason
 from dit_rewrite.runtime.schedule import Schedule, is_uneven, on_host
 from dit_rewrite.runtime.tensors import version
 
@@ -43,7 +43,7 @@ class Reading:
     value: float | None
     same_step: bool | None
     repeats: bool | None = None
-    restart: Reason | None = None
+    restart: TrajectoryReason | None = None
 
 
 class Clock:
@@ -55,17 +55,11 @@ class Clock:
 
     def __init__(self, num_steps: int | None = None, scheduler: Any = None, noise: bool = False) -> None:
         if num_steps is not None and (not isinstance(num_steps, int) or isinstance(num_steps, bool)):
-            raise BadTrajectory(
-                f"trajectory(num_steps={type(num_steps).__name__}) is not a number.",
-                "Pass num_steps as an integer, or the scheduler by keyword: trajectory(scheduler=pipe.scheduler).",
-            )
+            raise NumStepsNotWhole(type(num_steps).__name__)
         if num_steps is not None and num_steps < 1:
-            raise BadTrajectory(f"num_steps={num_steps} is not positive.", "Pass num_steps >= 1.")
+            raise NoSteps(num_steps)
         if scheduler is not None and not hasattr(scheduler, "timesteps"):
-            raise BadTrajectory(
-                f"trajectory(scheduler={type(scheduler).__name__}) has no timesteps.",
-                "Pass a diffusers scheduler, or an object with `timesteps` (and `sigmas` or `alphas_cumprod`).",
-            )
+            raise NoTimesteps(type(scheduler).__name__)
         self.explicit_num_steps, self.scheduler, self.noise = num_steps, scheduler, noise
         self.run = 0
         self.begin()
@@ -104,7 +98,7 @@ class Clock:
     def read(self, timestep: Tensor | float | None, named: Named) -> Reading:
         """Return the time of a call. Updates only the schedule, and whether frames are at different steps."""
         started = self.started
-        restart = Reason.SCHEDULE_SET if self._read_schedule() and started else None
+        restart = TrajectoryReason.SCHEDULE_SET if self._read_schedule() and started else None
         time = timestep if timestep is not None else named.timestep
         self._uneven = self._uneven or is_uneven(time)
         entry = None if self.schedule is None or self._uneven else self.schedule.entry(time, self._entry)
@@ -114,7 +108,7 @@ class Clock:
         repeats = None if self.schedule is None else entry is not None and self.schedule.repeats(entry)
         same, turned = self._compared(entry, value, timestep, named) if started else (False, False)
         if turned and restart is None:
-            restart = Reason.TIMESTEP_TURNED
+            restart = TrajectoryReason.TIMESTEP_TURNED
         return Reading(entry, value, same, repeats, restart)
 
     def _compared(

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import NamedTuple, Protocol
 
-from dit_rewrite.errors import Reason
+from dit_rewrite.errors import DecisionReason, MissReason, Reason
 from dit_rewrite.runtime.measure import Measured
 
 NO_SLOT = -1
@@ -77,14 +77,14 @@ def pushed(past: Past, now: Computed, depth: int) -> Past:
 class Weigh(Protocol):
     """Returns the weights with which a strategy sums the values in a slot, or the reason why it cannot."""
 
-    def __call__(self, past: Past, moment: Moment) -> Weights | Reason: ...
+    def __call__(self, past: Past, moment: Moment) -> Weights | MissReason: ...
 
 
 class Choice(NamedTuple):
     """Whether a site is reused, and why. `weigh` is set if the strategy uses more than the newest value."""
 
     reuse: bool
-    reason: Reason
+    reason: DecisionReason
     weigh: Weigh | None = None
 
 
@@ -176,7 +176,7 @@ class Decider:
         self._past, self._streak, self._holds = past, streak, holds
         self._beyond = moment.num_steps is not None and moment.step >= moment.num_steps
         self.row: list[bool | None] = [None] * len(sites)
-        self._reasons: list[Reason] = [Reason.NO_RULE] * len(sites)
+        self._reasons: list[Reason] = [DecisionReason.NO_RULE] * len(sites)
         self._misses: list[Reason] = []
         self._weights: list[Weights | None] = [None] * len(sites)
         self._read: dict[int, dict[str, float]] = {}
@@ -188,10 +188,13 @@ class Decider:
             return settled
         parent = self._sites[i].parent
         serves = self._sites[i].serves
+        reason: Reason
         if parent is not None and self.settle(parent):
-            reused, reason = True, Reason.COVERED
+            reused, reason = True, DecisionReason.COVERED
         elif serves is not None:
-            reused, reason = (False, Reason.WILL_BE_READ) if self._will_be_read(serves) else (True, Reason.UNREAD)
+            reused, reason = (
+                (False, DecisionReason.WILL_BE_READ) if self._will_be_read(serves) else (True, DecisionReason.UNREAD)
+            )
         else:
             reused, reason = self._ask(i)
         self.row[i], self._reasons[i] = reused, reason
@@ -200,15 +203,15 @@ class Decider:
     def _ask(self, i: int) -> tuple[bool, Reason]:
         site, moment = self._sites[i], self._moment
         if site.borrows is not None and site.borrows == moment.stream:
-            return False, Reason.NO_RULE  # this is the lending stream
+            return False, DecisionReason.NO_RULE  # this is the lending stream
         holds = site.reads == NO_SLOT or self._holds[i if site.reads is None else site.reads]
         age = self._past[i].age(moment.step) if holds else None
         layer = moment.layer_offset + site.layer
         choice = site.choose(moment, layer, age, self._streak[i], lambda name: self._noted(i, name))
-        missing = Reason.BEYOND_END if self._beyond else (None if holds else self._unfit or Reason.EMPTY)
+        missing = MissReason.BEYOND_END if self._beyond else (None if holds else self._unfit or MissReason.EMPTY)
         if choice.reuse and missing is None and choice.weigh is not None:
             weights = choice.weigh(self._past[i], moment)
-            if isinstance(weights, Reason):
+            if isinstance(weights, MissReason):
                 missing = weights
             else:
                 self._weights[i] = weights

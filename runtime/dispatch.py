@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
-from dit_rewrite.errors import Reason
+from dit_rewrite.errors import DecisionReason, MissReason, Reason
 from dit_rewrite.runtime.cache import Cache, Memoized, stamp_of
 from dit_rewrite.runtime.decide import Computed, Decider, Decisions, Moment, Past, SiteSpec, Weights
 from dit_rewrite.runtime.measure import Distance, Meter
@@ -85,8 +85,8 @@ class CompiledGraph:
         occurrence, cache, changed = call.enter(self.index, len(self.sites))
         stamp = stamp_of([args[i] for i in self._data], not isinstance(call.inputs.timestep, (int, float)))
         weights = tuple(map(args.__getitem__, self._weights))
-        unfit = cache.fit(stamp, weights, [args[i] for i in self._ambient])
-        if unfit is Reason.EMPTY and call.fresh is not None:
+        unfit: Reason | None = cache.fit(stamp, weights, [args[i] for i in self._ambient])
+        if unfit is MissReason.EMPTY and call.fresh is not None:
             unfit = call.fresh
         if self._conditioned:
             steady = [args[i] for i in self._steady]
@@ -100,7 +100,7 @@ class CompiledGraph:
         try:
             decided, outputs = run(inputs, call, cache, changed or unfit)
         except SizesNotCompiled:
-            decided, outputs = self._run(inputs, call, cache, Reason.SIZES_NOT_COMPILED)
+            decided, outputs = self._run(inputs, call, cache, MissReason.SIZES_NOT_COMPILED)
         outputs = self._owned(decided.row, outputs, cache)
         self._note(call, occurrence, decided, args, outputs, cache)
         for site, lender in self._borrowing:
@@ -285,9 +285,9 @@ class CompiledGraph:
                 made = tuple(tensors[k] for k in range(len(tensors))) or None
                 made = self._difference(site, made, cache, moment)
                 cache.fill(site, made, now, self.sites[site].kept(moment.stream))
-            elif reason is Reason.UNREAD:
+            elif reason is DecisionReason.UNREAD:
                 cache.fill(site, None, now)  # the old value belongs to an earlier computation
-            elif reason is not Reason.COVERED:
+            elif reason is not DecisionReason.COVERED:
                 cache.streak[site] += 1
         if fresh:
             self.session.note_bytes()
@@ -314,7 +314,7 @@ class CompiledGraph:
 
     def _outside(self, args: list[Any]) -> Sequence[Any]:
         """Compute without caching, because the graph was called outside a call of the compiled model."""
-        self.session.stats.miss(Reason.OUTSIDE_CALL)
+        self.session.stats.miss(MissReason.OUTSIDE_CALL)
         cache = Cache(len(self.sites))
         wires = self.start([*args, *self._hoisted(args, cache, explicit=False)])
         for segment in self.segments:

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
-from dit_rewrite.errors import BadTrajectory, Reason
+from dit_rewrite.errors import MissReason, NestedTrajectory, StreamReason
 from dit_rewrite.runtime.cache import Cache
 from dit_rewrite.runtime.decide import Moment
 from dit_rewrite.runtime.inputs import Inputs
@@ -38,7 +38,7 @@ class Call:
     stream: Stream
     inputs: Inputs
     explicit: bool = False
-    fresh: Reason | None = None
+    fresh: StreamReason | None = None
     graphs: list[int] = field(default_factory=list)
     layers: int = 0
     _occurrences: Counter[int] = field(default_factory=Counter)
@@ -56,7 +56,7 @@ class Call:
         sigma, snr = trajectory.noise(trajectory.step)
         return Moment(trajectory.step, trajectory.num_steps, self.layers, stream.num_layers, sigma, snr, stream.name)
 
-    def enter(self, graph: int, num_sites: int) -> tuple[int, Cache, Reason | None]:
+    def enter(self, graph: int, num_sites: int) -> tuple[int, Cache, MissReason | None]:
         """Count a call of `graph`.
 
         Returns its occurrence number within this call, its cache, and the reason why the cache was cleared: the graph
@@ -71,7 +71,7 @@ class Call:
         if before is not None and before[position : position + 1] != (graph,):
             cache.clear()
             cache.stamp = None
-            return occurrence, cache, Reason.CHANGED_GRAPH
+            return occurrence, cache, MissReason.CHANGED_GRAPH
         return occurrence, cache, None
 
     def lent(self, name: str, graph: int, occurrence: int) -> Cache | None:
@@ -124,7 +124,7 @@ class Session(threading.local):
         if place.why is not None:
             self.stats.streams[place.why] += 1
         if place.lapsed:
-            self.stats.streams[Reason.CALLED_ONCE] += place.lapsed
+            self.stats.streams[StreamReason.CALLED_ONCE] += place.lapsed
 
     def end(self, call: Call) -> None:
         """End a call that returned: record its graph sequence, and evict slots if the cache exceeds its limit."""
@@ -135,10 +135,10 @@ class Session(threading.local):
         self.stats.called()
         self.call = None
         if not call.graphs:
-            self.stats.miss(Reason.NOT_CAPTURED)
+            self.stats.miss(MissReason.NOT_CAPTURED)
         if stream.calls == 1 and len(call.trajectory.streams.all) > 1:
             for _ in call.trajectory.streams.evict(self._limit(), stream):
-                self.stats.streams[Reason.EVICTED] += 1
+                self.stats.streams[StreamReason.EVICTED] += 1
 
     def abandon(self, call: Call) -> None:
         """End a call that raised: clear the slots of its stream."""
@@ -148,7 +148,7 @@ class Session(threading.local):
     def enter(self, clock: Clock) -> None:
         """Begin an explicit trajectory. Raises BadTrajectory inside another one."""
         if self.explicit is not None:
-            raise BadTrajectory("A trajectory was opened inside another.", "Leave the outer context first.")
+            raise NestedTrajectory
         self.forget()
         self.explicit = ExplicitTrajectory(clock)
 

@@ -8,7 +8,7 @@ from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from dit_rewrite.errors import Reason
+from dit_rewrite.errors import DecisionReason, Reason, StreamReason, TrajectoryReason
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,10 @@ class Decision:
     measured: dict[str, dict[str, float]]
 
 
-_SLOTS = {Reason.WILL_BE_READ: "fill", Reason.UNREAD: "leave"}  # for sites that only keep a value for another site
+_SLOTS: dict[Reason, str] = {
+    DecisionReason.WILL_BE_READ: "fill",
+    DecisionReason.UNREAD: "leave",
+}  # for sites that only keep a value for another site
 
 
 @dataclass(frozen=True)
@@ -89,8 +92,8 @@ class Stats:
     hoists: int = 0
     misses: Counter[Reason] = field(default_factory=Counter)
     num_trajectories: int = 0
-    trajectories: Counter[Reason] = field(default_factory=Counter)
-    streams: Counter[Reason] = field(default_factory=Counter)
+    trajectories: Counter[TrajectoryReason] = field(default_factory=Counter)
+    streams: Counter[StreamReason] = field(default_factory=Counter)
     records: deque[Record] = field(default_factory=lambda: deque(maxlen=10_000), repr=False)
     records_seen: int = 0
     lock: threading.Lock = field(default_factory=threading.Lock, repr=False, compare=False)
@@ -110,8 +113,8 @@ class Stats:
         """Record the decisions of one call of a graph."""
         reused = sum(record.row)
         with self.lock:
-            self.reused += reused - record.reasons.count(Reason.UNREAD)
-            self.computed += len(record.row) - reused - record.reasons.count(Reason.WILL_BE_READ)
+            self.reused += reused - record.reasons.count(DecisionReason.UNREAD)
+            self.computed += len(record.row) - reused - record.reasons.count(DecisionReason.WILL_BE_READ)
             if misses:
                 self.misses.update(misses)
             self.records.append(record)
@@ -127,7 +130,7 @@ class Stats:
         with self.lock:
             self.misses[reason] += 1
 
-    def begin(self, why: Reason | None) -> None:
+    def begin(self, why: TrajectoryReason | None) -> None:
         """Count a new trajectory. `why` is None if the caller marked it."""
         with self.lock:
             self.num_trajectories += 1

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from dit_rewrite.errors import Reason
+from dit_rewrite.errors import StreamReason
 from dit_rewrite.runtime.cache import Cache
 from dit_rewrite.runtime.clock import Reading
 from dit_rewrite.runtime.conditioning import Conditioning, equal
@@ -120,14 +120,14 @@ class Streams:
 
     def match(
         self, inputs: Inputs, name: Hashable, reading: Reading, step: int, first: bool
-    ) -> tuple[Stream, Reason | None]:
+    ) -> tuple[Stream, StreamReason | None]:
         """Return the stream of a call, and a reason if it is a new one.
 
         step: the current step. first: whether it is the first step of the trajectory. A returned stream that is not in
         ``all`` is used for this call only.
         """
         if inputs.opaque:
-            return Stream(name), Reason.UNREADABLE_INPUT
+            return Stream(name), StreamReason.UNREADABLE_INPUT
         differing = self.differing(self.alike(inputs, name), inputs)
         group = self._conditioned(differing)
         if not group:
@@ -181,7 +181,7 @@ class Streams:
         name: Hashable,
         reading: Reading,
         first: bool,
-    ) -> tuple[Stream, Reason | None]:
+    ) -> tuple[Stream, StreamReason | None]:
         """Choose among the streams in `group`, which share name and conditioning; `now` were called in this evaluation.
 
         Reads the device once, for the relative change of the latent since each stream's last call.
@@ -202,7 +202,7 @@ class Streams:
         if expected in unclaimed:
             return expected, None
         if len(nearest) > 1 or any(change[s] < MARGIN * least for s in near if s is not nearest[0]):
-            return Stream(name), Reason.AMBIGUOUS_STREAM
+            return Stream(name), StreamReason.AMBIGUOUS_STREAM
         if unclaimed or self._is_evaluated_again(nearest[0], reading, least):
             return nearest[0], None
         return self._join(group, name)
@@ -213,15 +213,15 @@ class Streams:
         further = reading.entry is None or stream.entry is None or reading.entry >= stream.entry
         return reading.repeats is not False and further and change > 0
 
-    def _join(self, group: list[Stream], name: Hashable) -> tuple[Stream, Reason | None]:
+    def _join(self, group: list[Stream], name: Hashable) -> tuple[Stream, StreamReason | None]:
         """Add a stream to a group, unless it has MAX_PLACES streams, so that the timestep does not advance."""
         if len(group) >= MAX_PLACES:
-            return Stream(name), Reason.TIMESTEP_STILL
-        return self.add(name, 1 + max(stream.place for stream in group)), Reason.NEW_STREAM
+            return Stream(name), StreamReason.TOO_MANY_CALLS
+        return self.add(name, 1 + max(stream.place for stream in group)), StreamReason.NEW_STREAM
 
     def _moved(
         self, differing: Differing, inputs: Inputs, name: Hashable, reading: Reading, step: int
-    ) -> tuple[Stream, Reason | None]:
+    ) -> tuple[Stream, StreamReason | None]:
         """Return the stream of a call with unknown conditioning: one whose varying tensors changed, or a new one."""
         waiting = [s for s in differing if step - s.step == 1 or s.step == step and reading.same_step is not True]
         following = [stream for stream in waiting if self.follows(stream, differing[stream], name is not None)]
@@ -234,7 +234,7 @@ class Streams:
             return stream, None
         added = self.add(name)
         added.suspect = self._suspect(self._going_on(waiting, inputs, reading), differing)
-        return added, Reason.NEW_CONDITIONING if differing else Reason.NEW_STREAM
+        return added, StreamReason.NEW_CONDITIONING if differing else StreamReason.NEW_STREAM
 
     @staticmethod
     def _going_on(streams: Sequence[Stream], inputs: Inputs, reading: Reading) -> list[Stream]:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from dit_rewrite.errors import Reason
+from dit_rewrite.errors import StreamReason, TrajectoryReason
 from dit_rewrite.runtime.clock import Clock, Named
 from dit_rewrite.runtime.inputs import Inputs
 from dit_rewrite.runtime.streams import CONTINUES, Differing, Stream, Streams
@@ -27,7 +27,7 @@ _numbers = itertools.count()
 class Trajectory:
     """One run of the sampler. `why` is the reason for which it was begun; None means the caller began it."""
 
-    why: Reason | None
+    why: TrajectoryReason | None
     clock: Clock | None = None
     step: int = 0
     first_step: int = 0
@@ -57,7 +57,7 @@ class Place:
 
     trajectory: Trajectory
     stream: Stream
-    why: Reason | None = None
+    why: StreamReason | None = None
     lapsed: int = 0
 
 
@@ -104,7 +104,7 @@ class ExplicitTrajectory:
         expected = first and stream in streams.all
         return Place(trajectory, stream, None if expected else why, len(lapsed))
 
-    def _follow_clock(self, why: Reason | None) -> None:
+    def _follow_clock(self, why: TrajectoryReason | None) -> None:
         self._run = self.clock.run
         self.trajectory = Trajectory(why, self.clock)
 
@@ -119,7 +119,7 @@ class InferredTrajectory:
     """
 
     def __init__(self) -> None:
-        self.trajectory = Trajectory(Reason.FIRST_CALL)
+        self.trajectory = Trajectory(TrajectoryReason.FIRST_CALL)
         self._direction = 0.0
         self._latest: Stream | None = None
         self._crowded = False  # the trajectory began at the timestep of the last one: a step may have several calls
@@ -137,9 +137,9 @@ class InferredTrajectory:
             stream = moved
         why = self._misfit(stream, inputs, timestep, change)
         if named.step_index is not None and named.step_index < self.trajectory.step:
-            why = why or Reason.TIMESTEP_TURNED
+            why = why or TrajectoryReason.TIMESTEP_TURNED
         later = why is None and self._latest is not None and timestep != self._latest.timestep
-        again = why is Reason.REPEATED and stream is not None and timestep == stream.timestep
+        again = why is TrajectoryReason.REPEATED and stream is not None and timestep == stream.timestep
         twin = why is None and stream is not None and stream.repeats
         if why is not None:
             self._crowded = self._latest is not None and timestep == self._latest.timestep
@@ -150,7 +150,7 @@ class InferredTrajectory:
             stream = self.trajectory.streams.renew(stream, named.name)
         stream.repeats = again
         self._note(stream, inputs, named, timestep, later)
-        return Place(self.trajectory, stream, Reason.AMBIGUOUS_STREAM if twin else None)
+        return Place(self.trajectory, stream, StreamReason.AMBIGUOUS_STREAM if twin else None)
 
     def _note(self, stream: Stream, inputs: Inputs, named: Named, timestep: float, later: bool) -> None:
         trajectory = self.trajectory
@@ -170,23 +170,23 @@ class InferredTrajectory:
         following = [s for s, places in differing.items() if Streams.follows(s, places, named.name is not None)]
         return following[0] if len(following) == 1 else None
 
-    def _misfit(self, stream: Stream | None, inputs: Inputs, timestep: float, change: float) -> Reason | None:
+    def _misfit(self, stream: Stream | None, inputs: Inputs, timestep: float, change: float) -> TrajectoryReason | None:
         """Return why a call does not belong to the current trajectory, or None if it does. NaN never belongs."""
         if self._latest is None:
-            return Reason.FIRST_CALL
+            return TrajectoryReason.FIRST_CALL
         if inputs.opaque:
-            return Reason.UNREADABLE_INPUT
+            return TrajectoryReason.UNREADABLE_INPUT
         if stream is None:  # another stream of the current step has the same latent and timestep
             joins = change < CONTINUES and timestep == self._latest.timestep
-            return None if joins else Reason.NEW_CONDITIONING
+            return None if joins else TrajectoryReason.NEW_CONDITIONING
         if change == 0:  # the same noise again, whatever the timestep: a sampler changes its latent between steps
-            return Reason.REPEATED
+            return TrajectoryReason.REPEATED
         if not change < CONTINUES:
-            return Reason.NEW_LATENT
+            return TrajectoryReason.NEW_LATENT
         ahead = timestep - stream.timestep
         if ahead == 0 and not self._direction:
-            return Reason.TIMESTEP_STILL
-        return None if ahead * self._direction >= 0 else Reason.TIMESTEP_TURNED
+            return TrajectoryReason.TIMESTEP_STILL
+        return None if ahead * self._direction >= 0 else TrajectoryReason.TIMESTEP_TURNED
 
 
 def _read(inputs: Inputs, before: Tensor | None) -> tuple[float, float]:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 import dit_rewrite
-from dit_rewrite.errors import BadParameter, HubUnreachable, MissingExtra, PipelineNotLoaded, WrongInput
+from dit_rewrite.errors import BadOption, HubUnreachable, MissingExtra, PipelineNotLoaded, WrongInput
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -48,7 +48,7 @@ def choose_device(device: str, dtype: str) -> tuple[torch.device, torch.dtype]:
     kind = device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
     name = dtype if dtype != "auto" else "bfloat16" if kind == "cuda" else "float32"
     if kind == "cuda" and not torch.cuda.is_available():
-        raise BadParameter("generate", "device", device, '"cpu" or "auto": torch sees no GPU here')
+        raise BadOption("generate", "device", device, '"cpu" or "auto": torch sees no GPU here')
     return torch.device(kind), getattr(torch, name)
 
 
@@ -85,12 +85,12 @@ def call_arguments(pipeline: DiffusionPipeline, arguments: argparse.Namespace) -
 
 
 def _check_labels(pipeline: DiffusionPipeline, labels: Sequence[int]) -> None:
-    """Raise BadParameter for a class that the denoiser does not have, where its configuration says how many it has."""
+    """Raise BadOption for a class that the denoiser does not have, where its configuration says how many it has."""
     config = getattr(getattr(pipeline, "transformer", None), "config", None)
     classes = getattr(config, "num_embeds_ada_norm", None)
     for label in labels:
         if classes is not None and not 0 <= label < classes:
-            raise BadParameter("generate", "label", label, f"class numbers from 0 to {classes - 1}")
+            raise BadOption("generate", "label", label, f"class numbers from 0 to {classes - 1}")
 
 
 def pictures_of(output: Any) -> list[list[Any]]:

@@ -26,7 +26,7 @@ import torch
 from torch import nn
 
 from dit_rewrite.cli.generate import choose_device
-from dit_rewrite.errors import BadParameter, MissingExtra
+from dit_rewrite.errors import BadOption, MissingExtra
 
 HEAD_SIZE = 72  # PixArt's
 BATCH = 2  # both halves of the guidance
@@ -43,7 +43,7 @@ Call = Mapping[str, Any]
 class Geometry:
     """Sizes of the model: channels, image tokens and blocks.
 
-    Raises BadParameter for a width that is no multiple of 72 (the size of a head) or tokens that fill no square.
+    Raises BadOption for a width that is no multiple of 72 (the size of a head) or tokens that fill no square.
     """
 
     width: int
@@ -52,11 +52,11 @@ class Geometry:
 
     def __post_init__(self) -> None:
         if self.width < 1 or self.width % HEAD_SIZE:
-            raise BadParameter("latency", "width", self.width, f"a multiple of {HEAD_SIZE}, the size of a head")
+            raise BadOption("latency", "width", self.width, f"a multiple of {HEAD_SIZE}, the size of a head")
         if self.tokens < 1 or self.side**2 != self.tokens:
-            raise BadParameter("latency", "tokens", self.tokens, "a square number, as 256 or 4096")
+            raise BadOption("latency", "tokens", self.tokens, "a square number, as 256 or 4096")
         if self.layers < 1:
-            raise BadParameter("latency", "layers", self.layers, "a whole number >= 1")
+            raise BadOption("latency", "layers", self.layers, "a whole number >= 1")
 
     @property
     def side(self) -> int:
@@ -259,13 +259,13 @@ def require_extras() -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """`python -m dit_rewrite latency`. Raises BadParameter for sizes or a device that cannot be."""
+    """`python -m dit_rewrite latency`. Raises BadOption for sizes or a device that cannot be."""
     require_extras()
     from dit_rewrite.demo.report import hardware, versions
 
     geometry = Geometry(arguments.width, arguments.tokens, arguments.layers)
     if arguments.device == "cuda" and not torch.cuda.is_available():
-        raise BadParameter("latency", "device", "cuda", "cpu: PyTorch finds no CUDA device here")
+        raise BadOption("latency", "device", "cuda", "cpu: PyTorch finds no CUDA device here")
     device, dtype = choose_device(arguments.device, arguments.dtype)
     torch.set_num_threads(arguments.threads)
     torch.manual_seed(0)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from dit_rewrite.errors import Reason
+from dit_rewrite.errors import RefusalReason
 from dit_rewrite.kernels.blockwise_attention.graph_ops import blockwise_fill, blockwise_step
 from dit_rewrite.kernels.blockwise_attention.state import DTYPES, HEAD_SIZES
 from dit_rewrite.kernels.window_attention import window_reuse
@@ -86,7 +86,7 @@ def _narrow(tensor: Tensor) -> Tensor:
     return tensor.float() if tensor.dtype is torch.float64 else tensor
 
 
-def codec(strategy: Core, core: fx.Node, image: int | None, static: bool, steady_mask: bool) -> Codec | Reason:
+def codec(strategy: Core, core: fx.Node, image: int | None, static: bool, steady_mask: bool) -> Codec | RefusalReason:
     """What a strategy puts in the place of the attention op `core`, or why it cannot.
 
     `image` is the number of tokens of the stream from which the model's output is made; `static`: keys and values are
@@ -94,19 +94,19 @@ def codec(strategy: Core, core: fx.Node, image: int | None, static: bool, steady
     """
     given = arguments(core)
     if isinstance(strategy, BlockwiseReuse):
-        return _blockwise(strategy, given, static) if steady_mask else Reason.MOVING_MASK
+        return _blockwise(strategy, given, static) if steady_mask else RefusalReason.MOVING_MASK
     if not is_of_one_sequence(core):
-        return Reason.OTHER_TOKENS
+        return RefusalReason.OTHER_TOKENS
     text, last = (0, False) if image is None else text_tokens(core, image)
     shape: Any = core.meta["val"].shape
     tokens = shape[2] - text
     return Windowed(strategy.reach(tokens), strategy.grid, text, last, given["scale"], strategy.residual)
 
 
-def _blockwise(strategy: BlockwiseReuse, given: dict[str, Any], static: bool) -> Codec | Reason:
+def _blockwise(strategy: BlockwiseReuse, given: dict[str, Any], static: bool) -> Codec | RefusalReason:
     query, key = given["query"].meta["val"], given["key"].meta["val"]
     if query.dtype not in DTYPES or query.shape[-1] not in HEAD_SIZES:
-        return Reason.HEAD_SIZE
+        return RefusalReason.HEAD_SIZE
     if strategy.bound == "paper" and not static:
-        return Reason.MOVING_KEYS
+        return RefusalReason.MOVING_KEYS
     return Blockwise(replace(strategy, block=min(strategy.block, key.shape[2])), given["scale"], static)

@@ -11,7 +11,7 @@ from torch import fx
 import dit_rewrite.kernels.attention_entropy  # noqa: F401  # registers the op
 from dit_rewrite.compiler.request import Request
 from dit_rewrite.compiler.slot_formats import SlotFormat, SlotFormats
-from dit_rewrite.errors import Reason
+from dit_rewrite.errors import RefusalReason
 from dit_rewrite.passes.analysis.attention_sites import find_cores, find_shared
 from dit_rewrite.passes.analysis.branches import Refusal
 from dit_rewrite.passes.analysis.output_sites import find_delta, find_output
@@ -136,13 +136,13 @@ def _outside(policy: Policy, spans: Mapping[Where, Spans], stacks: Stacks, whole
     for where in dict.fromkeys(rule.where for rule in policy.rules if rule.where.part is Part.SPAN):
         meant = spans.get(where)
         if meant is None:
-            refused[Refusal("", f"{where.span} of layers", Reason.SPAN_IN_PART)] = None
+            refused[Refusal("", f"{where.span} of layers", RefusalReason.SPAN_IN_PART)] = None
             continue
         refused.update(dict.fromkeys(stacks.find(where.stack).refused))
         if not meant and stacks.find(where.stack).layers:
-            refused[Refusal("", f"{where.span} of layers", Reason.NO_BLOCKS)] = None
+            refused[Refusal("", f"{where.span} of layers", RefusalReason.NO_BLOCKS)] = None
         elif meant and not whole:
-            refused[Refusal("", f"{where.span} of layers", Reason.SPAN_PER_GRAPH)] = None
+            refused[Refusal("", f"{where.span} of layers", RefusalReason.SPAN_PER_GRAPH)] = None
     return list(refused)
 
 
@@ -151,7 +151,7 @@ def _refuse_early(sites: Sequence[Site], rules: list[SiteRules], gm: fx.GraphMod
     refused = []
     for i in sorted(_early(sites, gm)):
         if rules[i].reachable:
-            refused.append(Refusal(sites[i].values[0], sites[i].name, Reason.PROBE_WITHIN))
+            refused.append(Refusal(sites[i].values[0], sites[i].name, RefusalReason.PROBE_WITHIN))
             rules[i] = SiteRules(())
     return refused
 
@@ -169,10 +169,12 @@ def _formats(
     """The slot format of each reachable site; a site without one loses its rules."""
     formats, refused = dict[int, SlotFormat](), list[Refusal]()
     for i, site in enumerate(sites):
-        chosen = known.of(site, rules[i]) if rules[i].reachable else Reason.UNREACHED
-        if not isinstance(chosen, Reason):
+        if not rules[i].reachable:
+            continue
+        chosen = known.of(site, rules[i])
+        if not isinstance(chosen, RefusalReason):
             formats[i] = chosen
-        elif rules[i].reachable:
+        else:
             rules[i] = SiteRules(())
             refused += [Refusal(site.values[0], site.name, chosen)] if site.part is not Part.HELD else []
     return formats, refused
@@ -206,15 +208,15 @@ class _Measuring:
         had = [{probe.symbol for probe in site.probes} | ({ENTROPY} if site.entropy else set()) for site in measuring]
         return measuring, [r.measuring(h) for r, h in zip(rules, had, strict=True)], refused
 
-    def _measure(self, site: Site, rules: SiteRules) -> tuple[Site, list[Reason]]:
+    def _measure(self, site: Site, rules: SiteRules) -> tuple[Site, list[RefusalReason]]:
         """The site with what its guards measure, and why that lacks something."""
         asked = [found for name in sorted(rules.needs) if (found := measurement(name)) is not None]
         probes = [self.probes.measured(each, site) for each in asked]
         site = replace(site, probes=tuple(probe for probe in probes if isinstance(probe, Probe)))
-        reasons = list(dict.fromkeys(probe for probe in probes if isinstance(probe, Reason)))
+        reasons = list(dict.fromkeys(probe for probe in probes if isinstance(probe, RefusalReason)))
         if ENTROPY in rules.needs:
             site = add_entropy(self.gm, site, torch.ops.dit_rewrite.attention_entropy.default)
-            reasons += [Reason.NO_KEYS] if site.entropy is None else []
+            reasons += [RefusalReason.NO_KEYS] if site.entropy is None else []
         return site, reasons
 
 
@@ -223,7 +225,7 @@ def _before(site: Site, position: Mapping[str, int], refused: list[Refusal]) -> 
     begin = min(position[value] for value in site.values)
     probes = tuple(probe for probe in site.probes if not probe.waits or position[probe.node] < begin)
     if probes != site.probes:
-        refused.append(Refusal(site.values[0], site.name, Reason.PROBE_WITHIN))
+        refused.append(Refusal(site.values[0], site.name, RefusalReason.PROBE_WITHIN))
     return replace(site, probes=probes)
 
 

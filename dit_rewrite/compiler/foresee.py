@@ -10,7 +10,7 @@ from torch import fx
 
 from dit_rewrite.compiler.bind import Bound
 from dit_rewrite.compiler.request import Noise, Request, unknown_noise
-from dit_rewrite.errors import Reason
+from dit_rewrite.errors import DecisionReason
 from dit_rewrite.passes.analysis.site import Part
 from dit_rewrite.passes.guards.symbols import measured
 from dit_rewrite.passes.pipeline import Context
@@ -110,6 +110,6 @@ def _rows(
         for i, (reused, reason) in enumerate(zip(decided.row, decided.reasons, strict=True)):
             if not reused:
                 past[i], streak[i] = pushed(past[i], Computed(step, sigma, snr), specs[i].depth), 0
-            elif reason is not Reason.COVERED:
+            elif reason is not DecisionReason.COVERED:
                 streak[i] += 1
     return rows

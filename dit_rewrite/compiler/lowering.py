@@ -13,7 +13,7 @@ import torch
 from torch import fx
 
 from dit_rewrite import torch_compat
-from dit_rewrite.errors import BadParameter
+from dit_rewrite.errors import BadArgument
 from dit_rewrite.passes.analysis import unbacked
 from dit_rewrite.torch_compat import FakeTensorMode
 
@@ -28,7 +28,7 @@ class Lowering:
 
     `form` is "variants" (a straight-line graph for each row of decisions), "segments" (pieces that the host strings
     together), or "auto": variants where these are at most `max_variants`, and no decision waits for a measurement of
-    its own call. Raises BadParameter for an unknown backend or form, or options that a backend cannot take.
+    its own call. Raises BadArgument for an unknown backend or form, or options that a backend cannot take.
     """
 
     backend: InnerBackend = "inductor"
@@ -38,9 +38,9 @@ class Lowering:
 
     def __post_init__(self) -> None:
         if self.form not in FORMS:
-            raise BadParameter("compile", "lowering", self.form, f"one of {', '.join(FORMS)}")
+            raise BadArgument("compile", "lowering", self.form, f"one of {', '.join(FORMS)}")
         if self.max_variants < 1:
-            raise BadParameter("compile", "max_variants", self.max_variants, "a whole number >= 1")
+            raise BadArgument("compile", "max_variants", self.max_variants, "a whole number >= 1")
 
     @classmethod
     def of(
@@ -53,11 +53,11 @@ class Lowering:
     ) -> Lowering:
         """As torch.compile takes them: `mode` is a named set of Inductor options."""
         if not callable(backend) and backend not in ("inductor", "aot_eager"):
-            raise BadParameter("compile", "backend", backend, '"inductor", "aot_eager" or a callable')
+            raise BadArgument("compile", "backend", backend, '"inductor", "aot_eager" or a callable')
         patches = dict(torch_compat.inductor_options(mode)) if mode is not None else {}
         patches.update(options or {})
         if patches and backend != "inductor":
-            raise BadParameter("compile", "mode or options", patches, 'none, unless backend is "inductor"')
+            raise BadArgument("compile", "mode or options", patches, 'none, unless backend is "inductor"')
         return cls(backend, patches, form, max_variants)
 
     @property

@@ -11,7 +11,7 @@ from torch import fx
 from dit_rewrite.compiler.bind import Bound
 from dit_rewrite.compiler.foresee import Foreseen
 from dit_rewrite.compiler.lowering import Lowering
-from dit_rewrite.errors import NeedsSegments, Reason
+from dit_rewrite.errors import LoweringReason, NeedsSegments
 from dit_rewrite.passes.analysis.site import Probe, Site
 from dit_rewrite.passes.capture.capture import Captured
 from dit_rewrite.passes.guards.measurements import measurement
@@ -39,7 +39,7 @@ class Partition:
     gm: fx.GraphModule
     sites: tuple[Site, ...]
     segments: Segments
-    why: Reason
+    why: LoweringReason
     depends: tuple[tuple[int, ...], ...]
     max_variants: int
 
@@ -53,9 +53,9 @@ class Partition:
         now = policy.lag == 0 and any(site.awaited for site in sites)
         if now and lowering.form == "variants":
             raise NeedsSegments(policy)
-        why = Reason.MANY_ROWS if len(set(rows)) > lowering.max_variants else Reason.FEW_ROWS
-        why = Reason.ASKED if lowering.form != "auto" else Reason.MEASURES_NOW if now else why
-        if lowering.form == "segments" or why in (Reason.MANY_ROWS, Reason.MEASURES_NOW):
+        why = LoweringReason.MANY_ROWS if len(set(rows)) > lowering.max_variants else LoweringReason.FEW_ROWS
+        why = LoweringReason.ASKED if lowering.form != "auto" else LoweringReason.MEASURES_NOW if now else why
+        if lowering.form == "segments" or why in (LoweringReason.MANY_ROWS, LoweringReason.MEASURES_NOW):
             segments = cut(gm, bound.found, sites, now)
         else:
             segments = whole(gm, sites)

@@ -10,7 +10,7 @@ from torch import fx
 
 from dit_rewrite import torch_compat
 from dit_rewrite.compiler.attention_codecs import Blockwise, codec
-from dit_rewrite.errors import Reason
+from dit_rewrite.errors import RefusalReason
 from dit_rewrite.passes.analysis.output_sites import find_latent
 from dit_rewrite.passes.analysis.probes import Probes
 from dit_rewrite.passes.analysis.site import Site
@@ -35,11 +35,11 @@ class SlotFormats:
         self.graph = probes.gm.graph
         self.nodes = {node.name: node for node in self.graph.nodes}
 
-    def of(self, site: Site, rules: SiteRules) -> SlotFormat | Reason:
+    def of(self, site: Site, rules: SiteRules) -> SlotFormat | RefusalReason:
         """The form of a site under its rules."""
         form = rules.form
         if any(self._moves(self.nodes[name]) for name in (*site.values, *site.inputs)):
-            return Reason.MOVING_SIZE
+            return RefusalReason.MOVING_SIZE
         if isinstance(form, ShareGuidance | GuidanceDelta):
             return self._shared(site, form)
         if form is None or isinstance(form, str):
@@ -47,7 +47,7 @@ class SlotFormats:
         core = self.nodes[site.values[0]]
         keys, mask = (all(self.nodes[n] in self._still for n in names) for names in (site.inputs[1:3], site.inputs[3:]))
         found = codec(form, core, self._image, keys, mask)
-        return found if isinstance(found, Reason) else (found, None)
+        return found if isinstance(found, RefusalReason) else (found, None)
 
     @cached_property
     def _image(self) -> int | None:
@@ -83,15 +83,15 @@ class SlotFormats:
         labels = batch_labels(self.graph, self._batch, self.captured.static)
         return {node.name: label for node, label in labels.items()}
 
-    def _shared(self, site: Site, form: ShareGuidance | GuidanceDelta) -> SlotFormat | Reason:
+    def _shared(self, site: Site, form: ShareGuidance | GuidanceDelta) -> SlotFormat | RefusalReason:
         store = form.do.store if isinstance(form, GuidanceDelta) else None
         if form.half is None:
             return Store(store), None
         if self._batch == 0 or self._batch % 2:
-            return Reason.ODD_BATCH
+            return RefusalReason.ODD_BATCH
         inside = (self._labels[name] for name in site.closure)
         together = all(self._labels[name] is Batch.LEADING for name in site.values)
         if Batch.MIXED in inside or not together:
-            return Reason.MIXES_SAMPLES
+            return RefusalReason.MIXES_SAMPLES
         codec = Delta(store, form.half) if isinstance(form, GuidanceDelta) else Store()
         return codec, Guidance(self._labels, self._batch, form.half)

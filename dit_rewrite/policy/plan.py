@@ -19,7 +19,7 @@ from typing import Any, Literal, TypeGuard
 
 from torch import Tensor, nn
 
-from dit_rewrite.errors import BadParameter, BadPlan, PlanMismatch
+from dit_rewrite.errors import BadParameter, BadPlan, PlanForOtherModel, PlanForOtherSteps
 
 VERSION = 2
 SINCE = {"grid": 2, "notes": 2}  # the first version that has a field
@@ -128,16 +128,9 @@ class Plan:
         """
         found = fingerprint(model)
         if found != self.model:
-            raise PlanMismatch(
-                f"The plan was made for another model (fingerprint {self.model[:12]}, and this "
-                f"{type(_original(model)).__name__} has {found[:12]}).",
-                "Load the plan of this model, in the dtype that it runs in, or search one.",
-            )
+            raise PlanForOtherModel(self.model, type(_original(model)).__name__, found)
         if num_steps != self.steps:
-            raise PlanMismatch(
-                f"The plan has {self.steps} steps, and the trajectory has {num_steps}.",
-                f"Sample with {self.steps} steps, or search a plan for {num_steps}.",
-            )
+            raise PlanForOtherSteps(self.steps, num_steps)
 
     def save(self, path: str | Path) -> None:
         """Write the plan as JSON, whole or not at all, and remove what an unfinished search left beside it."""

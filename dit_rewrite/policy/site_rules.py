@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from functools import lru_cache
 
-from dit_rewrite.errors import Reason
+from dit_rewrite.errors import DecisionReason
 from dit_rewrite.passes.guards import symbols
 from dit_rewrite.passes.guards.notation import show
 from dit_rewrite.passes.guards.symbols import Predicate, Value, is_known
@@ -109,19 +109,20 @@ def _chooser(site: SiteRules) -> Choose:
             known = {**_symbols(moment, layer, age, streak), **measured}
             if rule.predicate.holds(known):
                 weigh = rule.do.weights if isinstance(rule.do, WEIGHING) and rule.mine else None
-                return Choice(rule.mine, Reason.RULE, weigh)
+                return Choice(rule.mine, DecisionReason.RULE, weigh)
             unproven |= None in measured.values()
             if not rule.mine and not all(is_known(name, known.get(name)) for name in rule.predicate.needs):
                 break
             i = first(moment, layer, age, streak, i + 1)
         blind = unproven and (moment.sigma, moment.snr) == (None, None) and symbols.reads_noise(site.needs)
-        return Choice(False, Reason.NOT_MEASURED if unproven and not blind else _lacking(moment))
+        return Choice(False, DecisionReason.NOT_MEASURED if unproven and not blind else _lacking(moment))
 
     @lru_cache(maxsize=1024)
-    def _lacking(moment: Moment) -> Reason:
+    def _lacking(moment: Moment) -> DecisionReason:
         if moment.num_steps is None and site.needs & symbols.TOTALS:
-            return Reason.TOTAL_UNKNOWN
-        return Reason.NOISE_UNKNOWN if moment.snr is None and symbols.reads_noise(site.needs) else Reason.NO_RULE
+            return DecisionReason.TOTAL_UNKNOWN
+        blind = moment.snr is None and symbols.reads_noise(site.needs)
+        return DecisionReason.NOISE_UNKNOWN if blind else DecisionReason.NO_RULE
 
     return choose
 
@@ -147,4 +148,4 @@ def _form(do: Strategy) -> str | None | ShareGuidance | GuidanceDelta | Core:
 
 def forced(*_: object, **__: object) -> Choice:
     """The chooser of reuse 0: every decision computes."""
-    return Choice(False, Reason.FORCED)
+    return Choice(False, DecisionReason.FORCED)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from numbers import Real
 from typing import Any, Literal, get_args
 
-from dit_rewrite.errors import BadParameter, Reason
+from dit_rewrite.errors import BadParameter, MissReason
 from dit_rewrite.passes.analysis.sites import Part
 from dit_rewrite.passes.rewrite.codec import STORES
 from dit_rewrite.policy.bases import BASES, Basis
@@ -92,13 +92,13 @@ class Forecast:
         basis = _basis(self.basis)
         return basis.history(self.order) if isinstance(basis, Basis) else self.order + 1
 
-    def weights(self, past: Past, moment: Moment) -> Weights | Reason:
+    def weights(self, past: Past, moment: Moment) -> Weights | MissReason:
         """The weights of the values that a slot holds, newest first; why there are none."""
         places = [self._place(computed) for computed in past.computed[: self.depth]]
         place = self._place(Computed(moment.step, moment.sigma, moment.snr))
         known = [p for p in places if p is not None]
         if place is None or len(known) < len(places):
-            return Reason.NOISE_UNKNOWN
+            return MissReason.NOISE_UNKNOWN
         basis = _basis(self.basis)
         weigh = basis.weights if isinstance(basis, Basis) else basis
         try:
@@ -106,7 +106,7 @@ class Forecast:
         except (ArithmeticError, ValueError):
             found = ()
         if not found or len(found) > len(known) or not all(map(math.isfinite, found)):
-            return Reason.NO_WEIGHTS
+            return MissReason.NO_WEIGHTS
         return found + (0.0,) * (self.depth - len(found))
 
     def _place(self, computed: Computed) -> float | None:
@@ -242,10 +242,10 @@ class GuidanceDelta:
         """How many values its reader takes: the differences and, of two calls, the conditional output."""
         return (self.do.depth if isinstance(self.do, Forecast) else 1) + (self.half is None)
 
-    def weights(self, past: Past, moment: Moment) -> Weights | Reason:
+    def weights(self, past: Past, moment: Moment) -> Weights | MissReason:
         """The weights of these values."""
         found = self.do.weights(past, moment) if isinstance(self.do, Forecast) else (1.0,)
-        return found if isinstance(found, Reason) or self.half is not None else (1.0, *found)
+        return found if isinstance(found, MissReason) or self.half is not None else (1.0, *found)
 
 
 @dataclass(frozen=True)

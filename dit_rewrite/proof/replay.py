@@ -19,7 +19,7 @@ from torch import Tensor
 from dit_rewrite import torch_compat
 from dit_rewrite.compiler.backend import Rewritten
 from dit_rewrite.compiler.slot_formats import SlotFormat
-from dit_rewrite.errors import Reason
+from dit_rewrite.errors import DecisionReason
 from dit_rewrite.passes.analysis.site import Part, Site
 from dit_rewrite.passes.rewrite.codec import Codec, Delta, Store
 from dit_rewrite.passes.rewrite.guarded_graph import Guidance
@@ -207,7 +207,7 @@ def _replay(
     weights = record.weights or (None,) * len(record.row)
     for i, reuse, reason, each in zip(graph.reached, record.row, record.reasons, weights, strict=True):
         depths.update(dict.fromkeys(graph.found.sites[i].values, graph.rules[i].depth))
-        if reason is not Reason.COVERED:
+        if reason is not DecisionReason.COVERED:
             shared = graph.rules[i].form
             lender = shared.stream if isinstance(shared, ShareGuidance) and reuse else None
             where = (lender or stream, observation.position)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from dit_rewrite.compiler.backend import Backend
 from dit_rewrite.compiler.lowering import InnerBackend, Lowering, isolated
-from dit_rewrite.errors import BadParameter, UnreachedPolicy
+from dit_rewrite.errors import BadArgument, UnreachedPolicy
 from dit_rewrite.module import RewrittenModule, attach, twin
 from dit_rewrite.passes.analysis.sites import Site
 from dit_rewrite.passes.capture.capture import one_graph
@@ -109,7 +109,7 @@ def verify(
     the captured graphs that keeps values in a dictionary. Outputs and held values must be equal; lowered by Inductor,
     their RMS distance from a float64 replay may be at most twice the interpreter's own.
 
-    Raises UnreachedPolicy where the policy reaches no site, BadParameter for arguments that are no trajectory.
+    Raises UnreachedPolicy where the policy reaches no site, BadArgument for arguments that are no trajectory.
     """
     policy = as_policy(policy)
     trajectory = Trajectory(_calls(model, inputs), _names(inputs, streams), scheduler)
@@ -129,15 +129,15 @@ def verify(
 def _calls(model: object, inputs: object) -> tuple[Mapping[str, Any], ...]:
     """The calls, once they are known to be some. Values stay out of messages: they are models and tensors."""
     if not isinstance(model, torch.nn.Module):
-        raise BadParameter("verify", "model", type(model).__name__, "the denoiser, a torch.nn.Module")
+        raise BadArgument("verify", "model", type(model).__name__, "the denoiser, a torch.nn.Module")
     allowed = "a list with one mapping of keyword arguments for each call: [{…}, {…}]"
     if not isinstance(inputs, Sequence) or isinstance(inputs, str):
-        raise BadParameter("verify", "inputs", type(inputs).__name__, allowed)
+        raise BadArgument("verify", "inputs", type(inputs).__name__, allowed)
     for i, call in enumerate(inputs):
         if not isinstance(call, Mapping) or not all(isinstance(name, str) for name in call):
-            raise BadParameter("verify", f"inputs[{i}]", type(call).__name__, "a mapping of keyword arguments")
+            raise BadArgument("verify", f"inputs[{i}]", type(call).__name__, "a mapping of keyword arguments")
     if not inputs:
-        raise BadParameter("verify", "inputs", len(inputs), allowed)
+        raise BadArgument("verify", "inputs", len(inputs), allowed)
     return tuple(inputs)
 
 
@@ -146,7 +146,7 @@ def _names(inputs: Sequence[object], streams: Sequence[str] | None) -> tuple[str
         return ("main",) * len(inputs)
     named = isinstance(streams, Sequence) and all(isinstance(name, str) for name in streams)
     if not named or isinstance(streams, str) or len(streams) != len(inputs):
-        raise BadParameter("verify", "streams", streams, f"a list of {len(inputs)} names, one for each call, or None")
+        raise BadArgument("verify", "streams", streams, f"a list of {len(inputs)} names, one for each call, or None")
     return tuple(streams)
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from dit_rewrite import torch_compat
 from dit_rewrite.compiler.backend import Rewritten, row_name
-from dit_rewrite.errors import Reason
+from dit_rewrite.errors import UnreachedReason
 from dit_rewrite.passes.analysis import cost
 from dit_rewrite.passes.analysis.branches import Refusal
 from dit_rewrite.passes.analysis.site import Site
@@ -137,7 +137,7 @@ class Report:
                 site.name,
                 str(site.kind),
                 str(site.layer),
-                place.guard if place.reachable else f"({Reason.UNREACHED})",
+                place.guard if place.reachable else f"({UnreachedReason.NO_RULE})",
                 str(len(site.values)),
                 _quantity(site.flops),
                 _quantity(place.bytes, 1024),

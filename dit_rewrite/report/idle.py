@@ -9,7 +9,7 @@ from fractions import Fraction
 import sympy
 
 from dit_rewrite.compiler.backend import Rewritten
-from dit_rewrite.errors import Reason
+from dit_rewrite.errors import UnreachedReason
 from dit_rewrite.passes.analysis.site import Kind, Part, Site
 from dit_rewrite.passes.guards.satisfiability import Verdict, verdict
 from dit_rewrite.passes.guards.symbols import NOISE, TOTALS, Predicate, Value, mentions, reads_noise
@@ -34,9 +34,9 @@ def idle_reason(rewritten: Sequence[Rewritten], num_steps: int | None, noise: No
         return None
     needs = frozenset[str]().union(*(rules.needs for _, rules in reached))
     if num_steps is None and needs & TOTALS:
-        return f"{Reason.TOTAL_UNKNOWN}: use `with model.trajectory(num_steps=…)`"
+        return f"{UnreachedReason.TOTAL_UNKNOWN}: use `with model.trajectory(num_steps=…)`"
     if noise is not None and reads_noise(needs) and noise(0) == (None, None):
-        return f"{Reason.NOISE_UNKNOWN}: use `with model.trajectory(scheduler=…)`"
+        return f"{UnreachedReason.NOISE_UNKNOWN}: use `with model.trajectory(scheduler=…)`"
     return _never(rewritten, [site for site, _ in reached], num_steps)
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from dit_rewrite.compiler.backend import Backend
 from dit_rewrite.compiler.lowering import InnerBackend, Lowering
-from dit_rewrite.errors import BadParameter, NotAModule, NotCalibrated
+from dit_rewrite.errors import BadParameter, NotAModule, PoorFit, TooFewChanges, TooFewSteps, UnevenStreams
 from dit_rewrite.module import attach, twin, unwrapped
 from dit_rewrite.passes.analysis.probes import Probes
 from dit_rewrite.passes.guards.symbols import drift, similarity, step
@@ -76,14 +76,12 @@ def _teacache(
 ) -> Policy:
     pairs = _changes(model, sample, backend)
     if len(pairs) < LEAST:
-        problem = f"{len(pairs)} changes of the modulated input and the output were seen, and {LEAST} are needed"
-        raise NotCalibrated("TeaCache", problem, "Call the denoiser that `sample` is given, at more steps.")
+        raise TooFewChanges(len(pairs), LEAST)
     changes, outcomes = zip(*pairs, strict=True)
     coefficients = tuple(float(f"{c:.{DIGITS}g}") for c in polyfit(changes, outcomes, DEGREE))
     r2 = explained(coefficients, pairs)
     if not r2 >= min_r2:
-        problem = f"the polynomial explains R² = {r2:.3f} of the output's changes, and min_r2 is {min_r2}"
-        raise NotCalibrated("TeaCache", problem, "Sample more pictures or steps, or take another policy.")
+        raise PoorFit(r2, min_r2)
     policy = TeaCache(threshold, coefficients, **parameters)
     return replace(policy, name=f"{policy.name} (R² {r2:.3f})")
 
@@ -137,11 +135,9 @@ def _magcache(
     _run(attach(twin(model), made), sample)
     tables = list(growth.tables.values())
     if not tables or len(tables[0]) < 2:
-        problem = "no value of a stack was seen at two steps" if not tables else "one step was seen"
-        raise NotCalibrated("MagCache", problem, "Call the denoiser that `sample` is given, at every step.")
+        raise TooFewSteps(len(tables[0]) if tables else 0)
     if len({len(table) for table in tables}) > 1:
-        counts = " and ".join(str(n) for n in sorted({len(table) for table in tables}))
-        raise NotCalibrated("MagCache", f"its streams were called at {counts} steps", "Let all have as many.")
+        raise UnevenStreams(" and ".join(str(n) for n in sorted({len(table) for table in tables})))
     ratios = tuple(statistics.fmean(column) for column in zip(*tables, strict=True))
     return MagCache(ratios, threshold, **parameters)
 

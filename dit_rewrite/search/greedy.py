@@ -22,7 +22,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from dit_rewrite.errors import BadParameter, BadPlan, MissingExtra, PlanMismatch
+from dit_rewrite.errors import BadParameter, BadPlan, MissingExtra, OtherSearch
 from dit_rewrite.policy.plan import (
     Choice,
     Row,
@@ -230,10 +230,7 @@ def _read(path: Path, search: Search) -> Found:
     content = read_fields(path, {"search", *(field.name for field in fields(Found))}, VERSION)
     wanted = json.loads(json.dumps(asdict(search)))
     if content["search"] != wanted:
-        raise PlanMismatch(
-            f"{path} is of another search than this one ({_differences(content['search'], wanted)}).",
-            "Search with the same settings to go on with it, or delete it.",
-        )
+        raise OtherSearch(path, _differences(content["search"], wanted))
     rows, tried, work = content["table"], content["evaluations"], content["work"]
     if not (isinstance(rows, list) and 1 <= len(rows) <= search.steps and is_whole(tried, 0) and is_real(work)):
         raise BadPlan(path, f"a table of 1 to {search.steps} rows, or a count, is missing")

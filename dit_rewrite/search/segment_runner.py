@@ -15,7 +15,16 @@ from torch import Tensor, nn
 
 from dit_rewrite.compiler.backend import Backend
 from dit_rewrite.compiler.lowering import InnerBackend, Lowering
-from dit_rewrite.errors import BadParameter, BadTrajectory, NoSites, Reason
+from dit_rewrite.errors import (
+    BadParameter,
+    DecisionReason,
+    NoSites,
+    SearchCalledTwice,
+    SearchOutsideTrajectory,
+    SearchOverGraphs,
+    SearchRecompiled,
+    SearchRestarted,
+)
 from dit_rewrite.guards import step as step_symbol
 from dit_rewrite.module import RewrittenModule, attach, twin
 from dit_rewrite.passes.analysis.site import Found
@@ -156,7 +165,7 @@ class _Pieces:
         self._graph = self._waiting[0].graph
         rewritten = self.compiled._backend.rewritten[self._graph.index]
         if not rewritten.captured.complete:
-            raise _broken()
+            raise SearchOverGraphs
         candidates = Candidates(rewritten, self.strategies)
         self.places = candidates.places
         if not self.places:
@@ -196,17 +205,14 @@ class _Pieces:
     def _refuse(self, arrival: Arrival, first: Arrival, before: Call | None) -> None:
         call, found = arrival.call, arrival.call.trajectory.step
         if not call.explicit:
-            raise BadTrajectory("A plan is searched within told trajectories.", "Use `with model.trajectory(…)`.")
+            raise SearchOutsideTrajectory
         if call is before:
-            raise _broken()
+            raise SearchOverGraphs
         if found != self.step:
             again = before is not None and call.trajectory is before.trajectory
-            raise _called_twice(self.step - 1) if again else _restarted(self.step, found)
+            raise SearchCalledTwice(self.step - 1) if again else SearchRestarted(self.step, found)
         if arrival.graph is not (first.graph if self.step == 0 else self._graph):
-            raise BadTrajectory(
-                f"At step {found} the denoiser was compiled anew, for other shapes or arguments.",
-                "Search over trajectories that call it with the same batch, resolution and arguments.",
-            )
+            raise SearchRecompiled(found)
 
     def close(self) -> None:
         """End the samplers."""
@@ -267,27 +273,4 @@ class _Pieces:
     def _decisions(self) -> Decisions:
         decide = self._decide(self.row)
         row = tuple(map(decide, range(len(self._sites))))
-        return Decisions(row, tuple(Reason.RULE if reused else Reason.NO_RULE for reused in row), ())
-
-
-def _broken() -> BadTrajectory:
-    return BadTrajectory(
-        "The denoiser runs in several graphs (graph breaks), and a plan is searched over one.",
-        "Find the breaks with dit_rewrite.compile(model, policy, fullgraph=True), and mend them.",
-    )
-
-
-def _called_twice(step: int) -> BadTrajectory:
-    return BadTrajectory(
-        f"The denoiser is called more than once at step {step}: guidance takes a call for each of its streams, or the "
-        f"solver evaluates twice. A plan has one choice for each step.",
-        'Give both halves of the guidance in one batch, with conditional="first" or "second", and take a solver that '
-        "calls once a step.",
-    )
-
-
-def _restarted(expected: int, found: int) -> BadTrajectory:
-    return BadTrajectory(
-        f"The sampler's call for step {expected} is of step {found} of another trajectory.",
-        "Sample once, with a single `with model.trajectory(num_steps=…)` around all steps.",
-    )
+        return Decisions(row, tuple(DecisionReason.RULE if reused else DecisionReason.NO_RULE for reused in row), ())

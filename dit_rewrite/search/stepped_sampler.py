@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from dit_rewrite.errors import BadTrajectory
+from dit_rewrite.errors import SamplerEnded
 from dit_rewrite.module import RewrittenModule
 from dit_rewrite.runtime.cache import Cache
 from dit_rewrite.runtime.decide import Decisions
@@ -90,12 +90,12 @@ class Sampling:
         self._thread = threading.Thread(target=self._run, daemon=True)
 
     def next(self) -> Arrival:
-        """The next call. Raises what the sampler raised, and BadTrajectory where it has ended."""
+        """The next call. Raises what the sampler raised, and SamplerEnded where it has ended."""
         if self._thread.ident is None:  # not started yet; one that has ended has said so
             self._thread.start()
         arrival = self._arrivals.get()
         if arrival is None:
-            raise BadTrajectory("The sampler has ended before its steps were done.", "Give the number that it takes.")
+            raise SamplerEnded
         if isinstance(arrival, BaseException):
             raise arrival
         return arrival

@@ -38,7 +38,7 @@ def attention_entropy(
     scale: defaults to 1/sqrt(d). is_causal, enable_gqa: as for `scaled_dot_product_attention`.
 
     Fully masked rows are left out of the mean; if all rows are, the result is NaN. NaN and inf in an input propagate
-    to a result of NaN. The full score matrix is never allocated. Raises BadParameter if shapes, dtypes or devices do
+    to a result of NaN. The full score matrix is never allocated. Raises BadOpArgument if shapes, dtypes or devices do
     not match, or if `is_causal` is combined with `attn_mask`.
     """
     _check(query, key, attn_mask, is_causal, enable_gqa)

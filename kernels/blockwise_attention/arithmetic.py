@@ -9,7 +9,7 @@ the output: 4 d s.
 
 from __future__ import annotations
 
-from dit_rewrite.errors import BadParameter
+from dit_rewrite.errors import BadOpArgument
 
 BLOCK_WORDS = 8  # bytes of the two float32 sums m and l per row and block
 
@@ -20,7 +20,7 @@ def flops(batch: int, heads: int, queries: int, keys: int, head_size: int, kept:
     kept: the fraction of scores that are not recomputed, see `kept_fraction`. Raises BadParameter outside 0 to 1.
     """
     if not 0 <= kept <= 1:
-        raise BadParameter("flops", "kept", kept, "a fraction from 0 to 1")
+        raise BadOpArgument("flops", "kept", kept, "a fraction from 0 to 1")
     scores = batch * heads * queries * keys
     return 4 * head_size * (scores - round(kept * scores))
 

@@ -50,7 +50,7 @@ def blockwise_step(
     scale: float | None,
     kv_static: bool,
 ) -> Tensor:
-    """Call `blockwise_attention` with the tensors of a state, which it updates in place. Raises BadParameter."""
+    """Call `blockwise_attention` with the tensors of a state, which it updates in place. Raises BadOpArgument."""
     found, _ = blockwise_attention(
         q,
         k,

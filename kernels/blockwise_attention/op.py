@@ -57,7 +57,7 @@ def blockwise_attention(
     - certify: the second result is a bound on max |output - exact attention| of each query tile, (B, H, T) float32,
       which includes rounding (see certificate.py). Otherwise it is None.
 
-    Fully masked rows give 0, as in PyTorch's attention. Raises BadParameter.
+    Fully masked rows give 0, as in PyTorch's attention. Raises BadOpArgument.
     """
     scale = default_scale(q, scale)
     _check(q, k, v, state, attn_mask, threshold, block, bound, scale, kv_static)

@@ -69,7 +69,7 @@ def new_state(q: Tensor, k: Tensor, v: Tensor, block: int, tile: int = 128, *, k
 
     block: keys per block, 1 to M; the last block may be shorter. tile: queries that share a decision, a power of two of
     at least 16. With `kv_static`, every call must pass the same k, v and mask (cross-attention), and the summaries of K
-    and V are computed here, once. Raises BadParameter.
+    and V are computed here, once. Raises BadOpArgument.
     """
     check_inputs(q, k, v, block)
     checks.require(tile >= 16 and tile & (tile - 1) == 0, NAME, "tile", tile, "a power of two from 16 up")

@@ -24,7 +24,7 @@ def relative_l1(current: Tensor, reference: Tensor) -> Tensor:
     Both tensors have the same shape, floating-point dtype and device, and any strides. Sums are taken in float32
     (float64 for float64 inputs) and in a fixed order, so the result is deterministic. 0/0 (also of empty tensors) is
     NaN, x/0 is inf, and NaN and inf in an input propagate, so that no comparison with a threshold takes such tensors
-    for similar. Raises BadParameter if shape, dtype or device differ.
+    for similar. Raises BadOpArgument if shape, dtype or device differ.
     """
     _check(current, reference)
     return naive.relative_l1(current, reference)

@@ -50,7 +50,7 @@ class Window:
 
 
 def make_window(where: str, tokens: int, window: Sequence[int], grid: Sequence[int] | None, prefix: int) -> Window:
-    """Return the window over `tokens` tokens. Raises BadParameter, for the op `where`, if the arguments conflict."""
+    """Return the window over `tokens` tokens. Raises BadOpArgument, for the op `where`, if the arguments conflict."""
     require(0 <= prefix < tokens, where, "prefix", prefix, f"0 or more, and less than the number of tokens, {tokens}")
     sizes = (tokens - prefix,) if grid is None else tuple(grid)
     require(1 <= len(sizes) <= AXES, where, "grid", sizes, "(H, W), (T, H, W), or None for a sequence")

@@ -39,7 +39,7 @@ def window_refresh(
     attn_mask: bool (True takes part) or floating point (added to the scores); expands to (B, H, N, N). The mask and
     `scale`, 1/sqrt(d) by default, apply to O and to W.
 
-    A fully masked row gives O = 0; a row whose window is fully masked gives W = 0 and R = O. Raises BadParameter if
+    A fully masked row gives O = 0; a row whose window is fully masked gives W = 0 and R = O. Raises BadOpArgument if
     the arguments conflict.
     """
     shape = _check("window_refresh", query, key, value, None, window, grid, prefix, attn_mask)

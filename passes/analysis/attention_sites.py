@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import fx
 
-from dit_rewrite.errors import Reason
+from dit_rewrite.errors import RefusalReason
 from dit_rewrite.passes.analysis import cost
 from dit_rewrite.passes.analysis.branches import Refusal
 from dit_rewrite.passes.analysis.graph import aten, operands, packet
@@ -53,12 +53,12 @@ def find_shared(sites: Sequence[Site]) -> list[Site]:
     return [replace(s, name=f"{s.name}.{Part.GUIDANCE}", part=Part.GUIDANCE, sums=(), probes=()) for s in attention]
 
 
-def _refusal(inside: Sequence[fx.Node]) -> Reason | None:
+def _refusal(inside: Sequence[fx.Node]) -> RefusalReason | None:
     """Why attention ops are no core that something else could stand for."""
     if len(inside) != 1:
-        return Reason.NO_CORE
+        return RefusalReason.NO_CORE
     given = arguments(inside[0])
-    return Reason.CAUSAL if given["is_causal"] or given["enable_gqa"] or given["dropout_p"] else None
+    return RefusalReason.CAUSAL if given["is_causal"] or given["enable_gqa"] or given["dropout_p"] else None
 
 
 def _core(site: Site, core: fx.Node, part: Part) -> Site:

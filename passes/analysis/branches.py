@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from torch import fx
 
-from dit_rewrite.errors import Reason
+from dit_rewrite.errors import RefusalReason
 from dit_rewrite.passes.analysis.graph import Dependence, aten, is_constant_scale, is_copy, is_view, operands, packet
 from dit_rewrite.passes.capture import module_paths, opaque_attention
 
@@ -23,10 +23,10 @@ class Refusal:
 
     node: str
     path: str
-    reason: Reason
+    reason: RefusalReason
 
     @classmethod
-    def of(cls, node: fx.Node, reason: Reason) -> Refusal:
+    def of(cls, node: fx.Node, reason: RefusalReason) -> Refusal:
         return cls(node.name, module_paths.module_path(node), reason)
 
 
@@ -126,7 +126,7 @@ def _split(
         if _base(summand) is stream:
             continue
         if not dependence.depends(summand, stream):
-            refused.setdefault(summand, Refusal.of(summand, Reason.NOT_FROM_STREAM))
+            refused.setdefault(summand, Refusal.of(summand, RefusalReason.NOT_FROM_STREAM))
             continue
         value = _peel(dependence, summand, stream)
         region = dependence.between(stream, value)
@@ -135,7 +135,7 @@ def _split(
             cores = tuple(c for c in contractions if _is_core(dependence, c))
             branches.setdefault(value, Branch(stream, value, _meeting(node, stream, summand), region, cores))
         else:
-            refused.setdefault(summand, Refusal.of(summand, Reason.NO_CONTRACTION))
+            refused.setdefault(summand, Refusal.of(summand, RefusalReason.NO_CONTRACTION))
 
 
 def _stream(dependence: Dependence, bases: list[fx.Node]) -> fx.Node | None:

@@ -11,7 +11,7 @@ from dataclasses import replace
 
 from torch import Tensor, fx
 
-from dit_rewrite.errors import Reason
+from dit_rewrite.errors import RefusalReason
 from dit_rewrite.passes.analysis import cost
 from dit_rewrite.passes.analysis.branches import Refusal
 from dit_rewrite.passes.analysis.site import Kind, Part, Site
@@ -39,7 +39,7 @@ def find_output(gm: fx.GraphModule, known: Collection[int], less_latent: bool) -
         return [], []
     base = find_latent(gm.graph, known) if less_latent else None
     if less_latent and (base is None or not all(_alike(value, base) for value in values)):
-        return [], [Refusal(values[0].name, name, Reason.NO_LATENT)]
+        return [], [Refusal(values[0].name, name, RefusalReason.NO_LATENT)]
     bases = (base.name,) * len(values) if base is not None else ()
     names = tuple(node.name for node in values)
     return [Site(name, Kind.SPAN, names, (), "", 0, part=Part.OUTPUT, bases=bases)], []

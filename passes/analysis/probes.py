@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import Tensor, fx
 
-from dit_rewrite.errors import Reason
+from dit_rewrite.errors import RefusalReason
 from dit_rewrite.passes.analysis import cost
 from dit_rewrite.passes.analysis.attention_sites import arguments, cores
 from dit_rewrite.passes.analysis.branches import Refusal
@@ -55,7 +55,7 @@ def find_keys(gm: fx.GraphModule, sites: Sequence[Site], steady: frozenset[int])
             named = tuple(node.name for node in values)
             found.append(replace(site, name=f"{site.name}.kv", values=named, part=Part.KV))
         else:
-            reason = Reason.STEADY if pairs else Reason.NO_KEYS
+            reason = RefusalReason.STEADY if pairs else RefusalReason.NO_KEYS
             refused.append(Refusal(site.values[0], site.name, reason))
     return found, refused
 
@@ -106,24 +106,24 @@ class Probes:
         self.stream = Stream(gm.graph, found)
         self._known: dict[str, str | None] = {}
 
-    def measured(self, asked: Measurement, site: Site) -> Probe | Reason:
+    def measured(self, asked: Measurement, site: Site) -> Probe | RefusalReason:
         """What is measured for a site, or why it cannot be."""
         if not self.whole and (asked.reads_output or asked.probe == "latent" or asked.filter is not None):
-            return Reason.PROBE_IN_PART
+            return RefusalReason.PROBE_IN_PART
         found, output = self.of(asked.probe, site), self.of("output", site) if asked.reads_output else None
         if found is None or (asked.reads_output and output is None):
-            return Reason.NO_PROBE
+            return RefusalReason.NO_PROBE
         inputs = {node.name for node in self.gm.graph.find_nodes(op="placeholder")}
         probe = Probe(asked.name, found, found != output and found not in inputs, output)
         return probe if asked.filter is None else self._on_grid(probe)
 
-    def _on_grid(self, probe: Probe) -> Probe | Reason:
+    def _on_grid(self, probe: Probe) -> Probe | RefusalReason:
         """A probe with the patch of the latent that each of its tokens covers."""
         nodes = {node.name: node for node in self.gm.graph.nodes}
         latent = find_latent(self.gm.graph, self.static | self.steady)
         patch = None if latent is None else find_patch(self.gm.graph, latent, nodes[probe.node])
         if latent is None or patch is None:
-            return Reason.NO_GRID
+            return RefusalReason.NO_GRID
         return probe._replace(latent=latent.name, patch=patch)
 
     def of(self, probe: str, site: Site) -> str | None:

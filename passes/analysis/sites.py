@@ -13,7 +13,7 @@ from collections import defaultdict
 import networkx as nx
 from torch import fx
 
-from dit_rewrite.errors import Reason
+from dit_rewrite.errors import RefusalReason
 from dit_rewrite.passes.analysis.branches import Branch, Refusal, find_branches, summands
 from dit_rewrite.passes.analysis.graph import Dependence, aten, operands, packet
 from dit_rewrite.passes.analysis.site import Found, Kind, Part, Site, close
@@ -34,8 +34,8 @@ def find_sites(gm: fx.GraphModule, static: frozenset[int] = frozenset(), steady:
     branches, refused = find_branches(gm.graph, dependence)
     moved = {branch.value for branch in branches if any(dependence.depends(v, branch.value) for v in invariant)}
     groups, entangled = _group(dependence, [branch for branch in branches if branch.value not in moved])
-    refused.update({value: Refusal.of(value, Reason.STEADY) for value in moved})
-    refused.update({branch.value: Refusal.of(branch.value, Reason.ENTANGLED) for branch in entangled})
+    refused.update({value: Refusal.of(value, RefusalReason.STEADY) for value in moved})
+    refused.update({branch.value: Refusal.of(branch.value, RefusalReason.ENTANGLED) for branch in entangled})
     return Found(_describe(gm.graph, dependence, groups), tuple(refused.values()))
 
 

@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import Tensor, fx
 
-from dit_rewrite.errors import Reason
+from dit_rewrite.errors import RefusalReason
 from dit_rewrite.passes.analysis import cost
 from dit_rewrite.passes.analysis.branches import Refusal, stream_side
 from dit_rewrite.passes.analysis.crops import Crop, crop_of, is_all, part_of
@@ -260,7 +260,7 @@ def find_spans(stream: Stream, wanted: Mapping[Span, Collection[int]]) -> tuple[
         pairs = stream.pairs(first, end, among)
         name = block_range(stream.found, first, end - 1)
         if pairs is None:
-            refused.append(Refusal("", name, Reason.NO_COUNTERPART))
+            refused.append(Refusal("", name, RefusalReason.NO_COUNTERPART))
             continue
         values, bases = (tuple(node.name for node in side) for side in zip(*pairs, strict=True))
         block = _block(stream.found, first)

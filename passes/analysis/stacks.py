@@ -15,7 +15,7 @@ from functools import cached_property
 
 from torch import fx
 
-from dit_rewrite.errors import Reason
+from dit_rewrite.errors import RefusalReason
 from dit_rewrite.passes.analysis.branches import Refusal
 from dit_rewrite.passes.analysis.spans import Stream, block_range, is_shape_only
 from dit_rewrite.passes.capture import module_paths
@@ -100,10 +100,10 @@ class Stacks:
             meant, lambda b: (module_paths.container_of(self._blocks[b]), b in same)
         ):
             blocks = list(run)
-            reason = Reason.NO_COUNTERPART if is_same else Reason.OTHER_STACK
+            reason = RefusalReason.NO_COUNTERPART if is_same else RefusalReason.OTHER_STACK
             yield Refusal("", block_range(self.stream.found, blocks[0], blocks[-1]), reason)
         if not layers and not meant:
-            yield Refusal("", container or "", Reason.NO_STACK)
+            yield Refusal("", container or "", RefusalReason.NO_STACK)
 
 
 def _once(layers: Iterable[int]) -> Iterator[int]:

@@ -13,7 +13,7 @@ from typing import Any, cast
 
 from torch import Tensor, fx
 
-from dit_rewrite.errors import BadParameter
+from dit_rewrite.errors import BadArgument
 from dit_rewrite.passes.analysis.graph import attribute
 from dit_rewrite.passes.rewrite.batch_rules import Call, repeats, rows_of, rule_of, tensor
 from dit_rewrite.passes.rewrite.cache_or_compute import cache_or_compute
@@ -37,10 +37,10 @@ def batch_labels(graph: fx.Graph, batch: int, static: Iterable[int] = ()) -> dic
     """The label of every node of a captured graph, whose nodes carry values without data in ``meta["val"]``.
 
     Placeholders at the positions `static` are weights. Any other tensor whose dim 0 is `batch` is taken to hold one
-    sample in each row: of the inputs only the caller can know. Raises BadParameter for a batch below 1.
+    sample in each row: of the inputs only the caller can know. Raises BadArgument for a batch below 1.
     """
     if batch < 1:
-        raise BadParameter("batch_labels", "batch", batch, "an integer from 1 on")
+        raise BadArgument("batch_labels", "batch", batch, "an integer from 1 on")
     weights = set(static)
     inputs = enumerate(graph.find_nodes(op="placeholder"))
     given = [Batch.LEADING if i not in weights and rows_of(node) == batch else Batch.SAME for i, node in inputs]

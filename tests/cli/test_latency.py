@@ -19,7 +19,7 @@ pytest.importorskip("matplotlib")
 from dit_rewrite.cli import latency  # noqa: E402
 from dit_rewrite.cli.latency import BATCH, WARM_UP, Breakdown, Geometry, build, make_call, measure, split, watch  # noqa: E402
 from dit_rewrite.cli.main import FAILED, build_parser, lengths, main  # noqa: E402
-from dit_rewrite.errors import BadParameter  # noqa: E402
+from dit_rewrite.errors import BadOption  # noqa: E402
 
 TINY = Geometry(width=72, tokens=16, layers=2)
 CPU = torch.device("cpu")
@@ -166,7 +166,7 @@ def test_parts_lie_within_their_block_one_after_the_other(model: nn.Module) -> N
     ],
 )
 def test_a_geometry_that_cannot_be(sizes: tuple[int, int, int], match: str) -> None:
-    with pytest.raises(BadParameter, match=match):
+    with pytest.raises(BadOption, match=match):
         Geometry(*sizes)
 
 

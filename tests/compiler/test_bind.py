@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import dit_rewrite
 from dit_rewrite import Policy, Reuse, ReuseKV, Rule, Where
-from dit_rewrite.errors import LayersOutside, NeedsSegments, OverlappingSpans, Reason, TwoStores
+from dit_rewrite.errors import LayersOutside, LoweringReason, NeedsSegments, OverlappingSpans, RefusalReason, TwoStores
 from dit_rewrite.guards import drift, entropy, similarity, step
 from dit_rewrite.module import twin
 from dit_rewrite.policies import FORA, FirstBlockCache
@@ -91,20 +91,24 @@ def test_what_must_be_cut_cannot_be_variants() -> None:
     late = rewritten(tiny.build(), FirstBlockCache(0.1, lag=1), lowering="variants")
     outputs(late, calls(4))
     (graph,) = late._backend.rewritten
-    assert (graph.partition.segments.count, graph.partition.why) == (1, Reason.ASKED)
+    assert (graph.partition.segments.count, graph.partition.why) == (1, LoweringReason.ASKED)
 
 
 @pytest.mark.parametrize(
     ("policy", "why", "segments"),
     [
-        (FORA(3), Reason.FEW_ROWS, 1),
-        (FirstBlockCache(0.1), Reason.MEASURES_NOW, 3),
-        (FirstBlockCache(0.1, lag=1), Reason.FEW_ROWS, 1),
-        (Policy((Rule(entropy < 1),)), Reason.FEW_ROWS, 1),  # what is held is the last computed one: nothing waits
+        (FORA(3), LoweringReason.FEW_ROWS, 1),
+        (FirstBlockCache(0.1), LoweringReason.MEASURES_NOW, 3),
+        (FirstBlockCache(0.1, lag=1), LoweringReason.FEW_ROWS, 1),
+        (
+            Policy((Rule(entropy < 1),)),
+            LoweringReason.FEW_ROWS,
+            1,
+        ),  # what is held is the last computed one: nothing waits
     ],
     ids=["by steps", "now", "late", "entropy"],
 )
-def test_why_it_is_laid_out_so(policy: Policy, why: Reason, segments: int) -> None:
+def test_why_it_is_laid_out_so(policy: Policy, why: LoweringReason, segments: int) -> None:
     compiled = rewritten(tiny.build(), policy)
     outputs(compiled, calls(3))
     (graph,) = compiled._backend.rewritten
@@ -119,12 +123,12 @@ def test_what_is_refused_is_reported() -> None:
     )
     outputs(compiled, steps("post-norm", 2))
     reasons = [refusal.reason for refusal in compiled.explain().refused]
-    assert reasons.count(Reason.OTHER_STACK) == 1
+    assert reasons.count(RefusalReason.OTHER_STACK) == 1
     compiled = dit_rewrite.compile(
         denoiser("single"), Policy((Rule(similarity("first_block") < 1),)), backend="aot_eager"
     )
     outputs(compiled, steps("single", 2))
-    refused = [refusal.path for refusal in compiled.explain().refused if refusal.reason is Reason.PROBE_WITHIN]
+    refused = [refusal.path for refusal in compiled.explain().refused if refusal.reason is RefusalReason.PROBE_WITHIN]
     assert refused == ["toy.blocks.0.attn", "toy.blocks.0.ff"]
 
 

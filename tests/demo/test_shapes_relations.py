@@ -10,7 +10,7 @@ from dit_rewrite.demo.shapes import relations
 from dit_rewrite.demo.shapes.data import CLASSES, COLOURS
 from dit_rewrite.demo.shapes.flow_model import load_pair_reader, read_objects
 from dit_rewrite.demo.shapes.relations import MAX_TOKENS, SIZE, Objects, Pairs
-from dit_rewrite.errors import BadParameter
+from dit_rewrite.errors import BadArgument
 
 CAPTION = "a red circle left of a blue square"
 
@@ -30,7 +30,7 @@ def test_tokens_by_hand() -> None:
 def test_too_many_words_or_an_unknown_one_are_refused(caption: str) -> None:
     assert len(CAPTION.split()) == MAX_TOKENS - 1, "the longest caption fits"
     relations.tokenise([CAPTION])
-    with pytest.raises(BadParameter, match="caption=.*at most 8 of the words a, left"):
+    with pytest.raises(BadArgument, match="caption=.*at most 8 of the words a, left"):
         relations.tokenise([CAPTION, caption])
 
 

@@ -24,7 +24,7 @@ from dit_rewrite.demo.shapes.data import COLOURS, SHAPES, SIZE  # noqa: E402
 from dit_rewrite.demo.shapes.model import WEIGHTS  # noqa: E402
 from dit_rewrite.demo.shapes.text_model import TEXT_CHANNELS, TextEncoder, TextModel, encode, load_text_model  # noqa: E402
 from dit_rewrite.demo.shapes.text_sampling import sample_captions  # noqa: E402
-from dit_rewrite.errors import BadParameter, DamagedWeights  # noqa: E402
+from dit_rewrite.errors import BadArgument, DamagedWeights
 from dit_rewrite.module import twin
 
 SCRIPTS = Path(__file__).parent.parent / "examples" / "shapes"
@@ -56,13 +56,13 @@ def test_tokens_by_hand() -> None:
 def test_the_longest_caption_fits_and_a_longer_one_is_refused() -> None:
     most = captions.MAX_TOKENS - 1
     assert captions.tokenise(["a " * most])[1].all()
-    with pytest.raises(BadParameter, match="at most 23 of the words"):
+    with pytest.raises(BadArgument, match="at most 23 of the words"):
         captions.tokenise(["a " * (most + 1)])
 
 
 @pytest.mark.parametrize("caption", ["a pink circle", "<pad>", "<start> red circle", "red circle."])
 def test_an_unknown_word_is_refused(caption: str) -> None:
-    with pytest.raises(BadParameter, match="caption="):
+    with pytest.raises(BadArgument, match="caption="):
         captions.tokenise(["red circle", caption])
 
 

@@ -14,7 +14,7 @@ import torch
 from dit_rewrite import BlockwiseReuse, Policy, Rule, Where, WindowResidual
 from dit_rewrite.compiler.backend import Backend, Rewritten
 from dit_rewrite.compiler.lowering import Lowering
-from dit_rewrite.errors import Reason
+from dit_rewrite.errors import DecisionReason, RefusalReason
 from dit_rewrite.guards import step
 from dit_rewrite.module import attach, twin
 from dit_rewrite.passes.analysis.site import Part
@@ -26,7 +26,7 @@ from tests.helpers.models import MODELS, Case
 
 slow = pytest.mark.slow
 
-CROSS = Reason.OTHER_TOKENS
+CROSS = RefusalReason.OTHER_TOKENS
 
 
 @dataclass(frozen=True)
@@ -35,8 +35,8 @@ class Figures:
 
     attentions: int
     windowed: int
-    refused: Mapping[Reason, int]
-    refused_inside: Mapping[Reason, int]
+    refused: Mapping[RefusalReason, int]
+    refused_inside: Mapping[RefusalReason, int]
     marks: tuple[Any, ...] = (slow,)
 
 
@@ -51,10 +51,10 @@ FIGURES = {
     "wan": Figures(4, 2, {CROSS: 2}, {CROSS: 1}),
     "stdit": Figures(6, 4, {CROSS: 2}, {CROSS: 1}),
     # Behind a graph break a block's mask is an input that nothing proves to be the last call's.
-    "omnigen": Figures(3, 3, {}, {Reason.MOVING_MASK: 2}),
+    "omnigen": Figures(3, 3, {}, {RefusalReason.MOVING_MASK: 2}),
     # A joint attention has a core for each sample, as the text tokens that the mask keeps differ in number: none stands
     # for the whole, and a sample's tokens are picked out of the batch.
-    "mochi": Figures(3, 0, {Reason.NO_CORE: 3, Reason.MIXES_SAMPLES: 3}, {Reason.NO_CORE: 3}),
+    "mochi": Figures(3, 0, {RefusalReason.NO_CORE: 3, RefusalReason.MIXES_SAMPLES: 3}, {RefusalReason.NO_CORE: 3}),
 }
 assert FIGURES.keys() == MODELS.keys()
 
@@ -78,7 +78,7 @@ def replayed(case: Case, policy: Policy, lowering: str, steps: int, exact: bool)
             compiled(**arguments)
     check = Check()
     check_replay(check, backend.rewritten, observed, ["main"] * len(observed), exact)
-    reused = {(o.graph, i) for o in observed for i, why in enumerate(o.record.reasons) if why is Reason.RULE}
+    reused = {(o.graph, i) for o in observed for i, why in enumerate(o.record.reasons) if why is DecisionReason.RULE}
     reached = [(g, r.found.sites[i]) for g, r in enumerate(backend.rewritten) for i in r.reached]
     indices = [(g, k) for g, r in enumerate(backend.rewritten) for k in range(len(r.reached))]
     asked = {where for where, (_, site) in zip(indices, reached, strict=True) if site.part is not Part.HELD}
@@ -91,7 +91,7 @@ def parts(graphs: Sequence[Rewritten]) -> dict[Part, int]:
     return dict(Counter(graph.found.sites[i].part for graph in graphs for i in graph.reached))
 
 
-def refusals(graphs: Sequence[Rewritten]) -> dict[Reason, int]:
+def refusals(graphs: Sequence[Rewritten]) -> dict[RefusalReason, int]:
     """How many attentions were refused, by reason."""
     places = re.compile(r".*(attn|core|guidance)[^/]*")
     named = (r for graph in graphs for r in graph.found.refused if places.fullmatch(r.path))
@@ -103,7 +103,7 @@ def test_all_of_ditfastattn_is_replayed(case: Case, figures: Figures) -> None:
     """Half of a batch may round in another way, so that outputs are as near to float64 as the interpreter's."""
     graphs, check = replayed(case, scheduled("FAXSW", QUARTER, 1), "variants", 5, exact=False)
     cores = {Part.CORE: figures.windowed, Part.HELD: figures.windowed} if figures.windowed else {}
-    shared = {} if Reason.MIXES_SAMPLES in figures.refused else {Part.GUIDANCE: figures.attentions}
+    shared = {} if RefusalReason.MIXES_SAMPLES in figures.refused else {Part.GUIDANCE: figures.attentions}
     assert parts(graphs) == {Part.BRANCH: figures.attentions, **cores, **shared}
     assert refusals(graphs) == figures.refused
     assert check.within, check.first_difference

@@ -11,7 +11,7 @@ from torch import Generator, Tensor, nn
 
 import dit_rewrite
 from dit_rewrite import BlockwiseReuse, Policy, Rule, Where
-from dit_rewrite.errors import Reason
+from dit_rewrite.errors import RefusalReason
 from dit_rewrite.guards import step
 from dit_rewrite.module import twin
 
@@ -73,7 +73,7 @@ def test_a_mask_that_depends_on_the_step_is_refused() -> None:
     with pytest.warns(UserWarning, match="reaches no site"), rewritten.trajectory(STEPS):
         errors = [largest_error(rewritten(**kwargs), plain(**kwargs)) for kwargs in calls()]
     assert max(errors) == 0
-    assert Reason.MOVING_MASK in {refusal.reason for refusal in rewritten.explain().refused}
+    assert RefusalReason.MOVING_MASK in {refusal.reason for refusal in rewritten.explain().refused}
 
 
 @torch.no_grad()

@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import dit_rewrite
 from dit_rewrite import BlockwiseReuse, Policy, Reuse, Rule, ShareGuidance, Where, WindowResidual
-from dit_rewrite.errors import BadParameter, Reason
+from dit_rewrite.errors import BadOpArgument, RefusalReason
 from dit_rewrite.guards import step
 from dit_rewrite.kernels.blockwise_attention.state import State
 from dit_rewrite.module import twin
@@ -342,14 +342,14 @@ def test_layers_that_become_known_with_the_first_call() -> None:
 @pytest.mark.parametrize(
     ("model", "batch", "do", "reasons"),
     [
-        (Small(), 3, ShareGuidance("first"), {Reason.ODD_BATCH: 1}),
-        (Small(), 2, BlockwiseReuse(0.1, 4, "paper"), {Reason.MOVING_KEYS: 1}),
-        (Small(causal=True), 2, BlockwiseReuse(0.1, 4), {Reason.CAUSAL: 1}),
-        (Small(causal=True), 2, WindowResidual(0.25), {Reason.CAUSAL: 1}),
+        (Small(), 3, ShareGuidance("first"), {RefusalReason.ODD_BATCH: 1}),
+        (Small(), 2, BlockwiseReuse(0.1, 4, "paper"), {RefusalReason.MOVING_KEYS: 1}),
+        (Small(causal=True), 2, BlockwiseReuse(0.1, 4), {RefusalReason.CAUSAL: 1}),
+        (Small(causal=True), 2, WindowResidual(0.25), {RefusalReason.CAUSAL: 1}),
     ],
     ids=["odd batch", "moving keys", "causal blocks", "causal window"],
 )
-def test_refusals(model: nn.Module, batch: int, do: Strategy, reasons: dict[Reason, int]) -> None:
+def test_refusals(model: nn.Module, batch: int, do: Strategy, reasons: dict[RefusalReason, int]) -> None:
     """A strategy that cannot be is refused with a reason, and the model computes."""
     inputs = small_calls(2, batch)
     compiled = tiny.rewritten(model, Policy((Rule(step > 0, do),)))
@@ -365,7 +365,7 @@ def test_heads_that_are_too_narrow() -> None:
     compiled = tiny.rewritten(tiny.build(), Policy((Rule(step > 0, BlockwiseReuse(0.1, 4)),)))
     with pytest.warns(UserWarning, match="reaches no site"):
         tiny.outputs(compiled, tiny.calls(1))
-    assert [refusal.reason for refusal in compiled.explain().refused] == [Reason.HEAD_SIZE] * 2
+    assert [refusal.reason for refusal in compiled.explain().refused] == [RefusalReason.HEAD_SIZE] * 2
 
 
 @pytest.mark.parametrize(
@@ -386,5 +386,5 @@ def test_windows_that_do_not_fit(window: WindowResidual, name: str | None) -> No
         assert len(tiny.outputs(compiled, small_calls(2))) == 2
         assert compiled.stats().reused > 0
         return
-    with pytest.raises(BadParameter, match=rf"window_reuse: {name}="):
+    with pytest.raises(BadOpArgument, match=rf"window_reuse: {name}="):
         tiny.outputs(compiled, small_calls(1))

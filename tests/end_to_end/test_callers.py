@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from dit_rewrite import RewrittenModule
-from dit_rewrite.errors import Reason
+from dit_rewrite.errors import StreamReason, TrajectoryReason
 from tests.helpers import tiny
 from tests.helpers.models import prepare
 from tests.helpers.tiny import TinyDiT, calls, condition, rewritten, same
@@ -187,7 +187,7 @@ def test_a_condition_on_the_module() -> None:
 
 def test_ten_streams() -> None:
     compiled = sample(tiny.build(), in_turn(*((i, path(1, condition(i))) for i in range(10))))
-    assert Reason.EVICTED not in compiled.stats().streams
+    assert StreamReason.EVICTED not in compiled.stats().streams
 
 
 # --- several runs in one context --------------------------------------------------------------------------------------
@@ -206,7 +206,7 @@ def test_runs_in_one_context(told: str) -> None:
             expect(compiled, plain, in_turn((number, arguments)), FORA_3[: len(arguments)])
     steps = [decision.step for decision in compiled.stats().decisions]
     assert steps == [step for arguments in runs for step in range(len(arguments))]
-    assert compiled.stats().trajectories == {Reason.TIMESTEP_TURNED: 3}
+    assert compiled.stats().trajectories == {TrajectoryReason.TIMESTEP_TURNED: 3}
 
 
 # --- inputs that move -------------------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ from sympy import Eq, Mod, Ne
 from torch import Tensor, nn
 
 from dit_rewrite import RewrittenModule, compile
-from dit_rewrite.errors import BadParameter, Reason
+from dit_rewrite.errors import BadParameter, MissReason
 from dit_rewrite.guards import step
 from dit_rewrite.module import twin
 from dit_rewrite.policy.bases import TaylorSeer
@@ -217,7 +217,7 @@ def test_no_weights_no_forecast() -> None:
         ours = rewritten(model, every(2, Forecast(1, basis)))
         assert all(torch.equal(a, b) for a, b in zip(told(ours, 4), plain, strict=True))
         stats = ours.stats()
-        assert (stats.reused, stats.misses[Reason.NO_WEIGHTS]) == (0, 2 * 4)
+        assert (stats.reused, stats.misses[MissReason.NO_WEIGHTS]) == (0, 2 * 4)
 
 
 def test_places_that_nobody_knows() -> None:
@@ -225,7 +225,7 @@ def test_places_that_nobody_knows() -> None:
     model = rewritten(build(), every(2, Forecast(1, over="sigma")))
     told(model, 4)
     assert model.stats().reused == 0
-    assert model.stats().misses[Reason.NOISE_UNKNOWN] == 2 * 4
+    assert model.stats().misses[MissReason.NOISE_UNKNOWN] == 2 * 4
 
 
 def test_over_the_noise_level() -> None:

@@ -10,7 +10,7 @@ from sympy import Mod, Ne
 from torch import Tensor
 
 from dit_rewrite import RewrittenModule, compile
-from dit_rewrite.errors import BadParameter, Reason
+from dit_rewrite.errors import BadParameter, MissReason
 from dit_rewrite.guards import step
 from dit_rewrite.module import twin
 from dit_rewrite.policy.rules import Policy, Rule
@@ -154,7 +154,7 @@ def test_the_unconditional_call_alone_computes() -> None:
                 output = model(LATENT, time(i, 2), CONDITIONS[2:])
             assert torch.equal(output, plain(LATENT, time(i, 2), CONDITIONS[2:]))
     assert model.stats().reused == 0
-    assert set(model.stats().misses) == {Reason.EMPTY}
+    assert set(model.stats().misses) == {MissReason.EMPTY}
 
 
 @pytest.mark.parametrize("do", [Reuse(), Forecast(1), Forecast(1, store="int8")])

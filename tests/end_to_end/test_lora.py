@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 import dit_rewrite
-from dit_rewrite.errors import Reason
+from dit_rewrite.errors import MissReason
 from dit_rewrite.policies import FORA, FirstBlockCache
 from dit_rewrite.policy.rules import Policy
 from tests.end_to_end.pipelines.registry import PIPELINES
@@ -166,14 +166,14 @@ def grow(model: Any) -> None:
 @pytest.mark.parametrize(
     ("change", "row", "misses"),
     [
-        (lambda model: model.set_adapters("one", 0.3), "CRCCCR", {Reason.CHANGED_GRAPH: 4}),
-        (lambda model: model.disable_lora(), "CRCCCR", {Reason.CHANGED_GRAPH: 4}),
-        (lambda model: model.fuse_lora(), "CRCCCR", {Reason.CHANGED_GRAPH: 4}),
+        (lambda model: model.set_adapters("one", 0.3), "CRCCCR", {MissReason.CHANGED_GRAPH: 4}),
+        (lambda model: model.disable_lora(), "CRCCCR", {MissReason.CHANGED_GRAPH: 4}),
+        (lambda model: model.fuse_lora(), "CRCCCR", {MissReason.CHANGED_GRAPH: 4}),
         (grow, "CRCRCR", {}),
     ],
     ids=["set scale", "disable", "fuse", "in place"],
 )
-def test_adapters_change_within_a_trajectory(change: Action, row: str, misses: dict[Reason, int]) -> None:
+def test_adapters_change_within_a_trajectory(change: Action, row: str, misses: dict[MissReason, int]) -> None:
     """Before the fourth step, which was to reuse: another graph computes, and so does the next step of the policy.
 
     Weights that are changed in place keep the graph, and what is hoisted of the text is computed again.

@@ -10,7 +10,7 @@ import torch
 from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
 from diffusers.hooks.sea_cache import _apply_sea_filter
 
-from dit_rewrite.errors import NoiseUnknown, Reason
+from dit_rewrite.errors import DecisionReason, NoiseUnknown, Reason, RefusalReason
 from dit_rewrite.guards import drift, sigma, snr
 from dit_rewrite.policy.rules import Policy, Rule
 from dit_rewrite.policy.where import Where
@@ -61,12 +61,12 @@ def test_the_snr_without_a_scheduler_is_an_error() -> None:
 def test_a_scheduler_that_does_not_say_it_proves_nothing() -> None:
     """Its steps are known and their noise is not: computed, with the reason."""
     mute = SimpleNamespace(timesteps=list(range(STEPS, 0, -1)))
-    assert decisions(Policy((Rule(snr > 0.0),)), scheduler=mute) == [(False, Reason.NOISE_UNKNOWN)] * STEPS
+    assert decisions(Policy((Rule(snr > 0.0),)), scheduler=mute) == [(False, DecisionReason.NOISE_UNKNOWN)] * STEPS
 
 
 def test_without_a_scheduler_nothing_is_proven() -> None:
     """A told number of steps says nothing of sigma (a cache_context could): computed, with the reason."""
-    assert decisions(Policy((Rule(sigma > 0.0),)), num_steps=STEPS) == [(False, Reason.NOISE_UNKNOWN)] * STEPS
+    assert decisions(Policy((Rule(sigma > 0.0),)), num_steps=STEPS) == [(False, DecisionReason.NOISE_UNKNOWN)] * STEPS
 
 
 @torch.no_grad()
@@ -102,8 +102,8 @@ def test_a_filter_without_noise_or_grid_proves_nothing() -> None:
         for k in range(3):
             model(torch.ones(2, 3, 8, 8) + k, torch.full((2,), 3 - k), tiny.condition())
     for decision in model.stats().decisions:
-        assert set(decision.reasons.values()) == {Reason.NOISE_UNKNOWN}
+        assert set(decision.reasons.values()) == {DecisionReason.NOISE_UNKNOWN}
         assert decision.measured == {}
     packed = tiny.rewritten(tiny.build(), filtered)
     tiny.outputs(packed, tiny.calls(2))
-    assert {refusal.reason for refusal in packed.explain().refused} >= {Reason.NO_GRID}
+    assert {refusal.reason for refusal in packed.explain().refused} >= {RefusalReason.NO_GRID}

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import dit_rewrite
 from dit_rewrite import Compute, Policy, Rule, Where
-from dit_rewrite.errors import Reason
+from dit_rewrite.errors import DecisionReason, LoweringReason
 from dit_rewrite.guards import age, layer, num_layers, num_steps, step, streak
 from dit_rewrite.passes.analysis.sites import Kind, Part, Site
 from dit_rewrite.policies import FORA, Never
@@ -169,11 +169,11 @@ def test_many_rows() -> None:
     assert len(rows) == 10
     expected = scheduled(model, inputs, intervals)
     for options, late, why in [
-        ({"lowering": "variants"}, 2, Reason.ASKED),
-        ({"lowering": "variants", "max_variants": 10}, 0, Reason.ASKED),
-        ({"max_variants": 10}, 0, Reason.FEW_ROWS),
-        ({}, 0, Reason.MANY_ROWS),
-        ({"lowering": "segments"}, 0, Reason.ASKED),
+        ({"lowering": "variants"}, 2, LoweringReason.ASKED),
+        ({"lowering": "variants", "max_variants": 10}, 0, LoweringReason.ASKED),
+        ({"max_variants": 10}, 0, LoweringReason.FEW_ROWS),
+        ({}, 0, LoweringReason.MANY_ROWS),
+        ({"lowering": "segments"}, 0, LoweringReason.ASKED),
     ]:
         compiled = rewritten(model, policy, **options)
         for _ in range(2):
@@ -194,7 +194,9 @@ def test_guards_see_no_total_while_watched() -> None:
     compiled = rewritten(tiny.build(), FORA(3, anchor="paper"))
     outputs(compiled, calls(4))
     assert row(compiled, 4) == "CCCC"
-    assert {reason for d in compiled.stats().decisions for reason in d.reasons.values()} == {Reason.TOTAL_UNKNOWN}
+    assert {reason for d in compiled.stats().decisions for reason in d.reasons.values()} == {
+        DecisionReason.TOTAL_UNKNOWN
+    }
     with compiled.trajectory(4):
         outputs(compiled, calls(4))
     assert row(compiled, 4) == "CRRC"

@@ -13,7 +13,7 @@ from torch import Generator, Tensor
 
 import dit_rewrite
 from dit_rewrite import Policy, Rule, Where
-from dit_rewrite.errors import Reason
+from dit_rewrite.errors import RefusalReason
 from dit_rewrite.guards import step
 from dit_rewrite.module import twin
 from dit_rewrite.passes.analysis.site import Part
@@ -154,7 +154,7 @@ def test_first_block_cache(case: Class) -> None:
     spans = [place.site.name for place in compiled.explain().sites if place.site.part is Part.SPAN]
     assert spans == [case.span]
     reasons = {refusal.reason for refusal in compiled.explain().refused}
-    assert (Reason.OTHER_STACK in reasons) == (case.name != "BriaFiboTransformer2DModel")
+    assert (RefusalReason.OTHER_STACK in reasons) == (case.name != "BriaFiboTransformer2DModel")
 
 
 class Halves(torch.nn.Module):
@@ -180,11 +180,11 @@ class Halves(torch.nn.Module):
 @pytest.mark.parametrize(
     ("behind", "reused", "reasons"),
     [
-        (2, 2, [Reason.SPAN_PER_GRAPH, Reason.SPAN_PER_GRAPH]),
-        (1, 1, [Reason.SPAN_PER_GRAPH, Reason.NO_BLOCKS]),
+        (2, 2, [RefusalReason.SPAN_PER_GRAPH, RefusalReason.SPAN_PER_GRAPH]),
+        (1, 1, [RefusalReason.SPAN_PER_GRAPH, RefusalReason.NO_BLOCKS]),
     ],
 )
-def test_a_break_between_blocks(behind: int, reused: int, reasons: list[Reason]) -> None:
+def test_a_break_between_blocks(behind: int, reused: int, reasons: list[RefusalReason]) -> None:
     """Each graph decides of its own blocks behind its first one, and says so; or that it has but one."""
     model, policy = Halves(behind).eval().requires_grad_(False), FirstBlockCache(threshold=1e9)
     calls = [{"x": normal(Generator().manual_seed(i), 2, 4, 8)} for i in range(STEPS)]
@@ -204,5 +204,5 @@ def test_spans_of_numbered_blocks_in_a_part() -> None:
     compiled = dit_rewrite.compile(Halves(2).eval().requires_grad_(False), policy, backend="aot_eager")
     with torch.no_grad():
         compiled(normal(Generator(), 2, 4, 8))
-    assert {refusal.reason for refusal in compiled.explain().refused} >= {Reason.SPAN_IN_PART}
+    assert {refusal.reason for refusal in compiled.explain().refused} >= {RefusalReason.SPAN_IN_PART}
     assert not any(place.site.part is Part.SPAN for place in compiled.explain().sites)

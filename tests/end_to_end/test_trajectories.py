@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 import dit_rewrite
-from dit_rewrite.errors import Reason
+from dit_rewrite.errors import StreamReason, TrajectoryReason
 from dit_rewrite.policies import FORA
 from tests.helpers import tiny
 from tests.helpers.tiny import calls, condition, fora, outputs, rewritten, row, same
@@ -101,11 +101,11 @@ def test_the_same_noise_again_starts_anew(mode: str, moved: int) -> None:
     if mode == "inferred" and not moved:  # the pair may be two calls of one step: the next step computes, to see
         assert row(compiled, 4) == "CCRC"
         assert same(found[:1] + found[1:3], fora(model, b[:1]) + fora(model, b[1:3]))
-        assert compiled.stats().streams == {Reason.AMBIGUOUS_STREAM: 1}
+        assert compiled.stats().streams == {StreamReason.AMBIGUOUS_STREAM: 1}
     else:
         assert same(found, fora(model, b))
     if mode == "inferred":
-        assert compiled.stats().trajectories == {Reason.FIRST_CALL: 1, Reason.REPEATED: 1}
+        assert compiled.stats().trajectories == {TrajectoryReason.FIRST_CALL: 1, TrajectoryReason.REPEATED: 1}
 
 
 @MODES
@@ -127,7 +127,7 @@ def test_a_timestep_that_turns_starts_anew() -> None:
     a[5]["timestep"] = at(a[4]["timestep"][0] + 1)
     outputs(compiled, a)
     assert row(compiled, 8) == "CRRCRCRR"
-    assert compiled.stats().trajectories == {Reason.FIRST_CALL: 1, Reason.TIMESTEP_TURNED: 1}
+    assert compiled.stats().trajectories == {TrajectoryReason.FIRST_CALL: 1, TrajectoryReason.TIMESTEP_TURNED: 1}
 
 
 @MODES
@@ -167,7 +167,7 @@ def test_guidance_that_pauses_keeps_its_steps_when_watched() -> None:
     uncond = [{**arguments, "condition": given} for arguments in cond]
     outputs(compiled, [uncond[0], cond[0], uncond[1], cond[1], cond[2], uncond[3], cond[3]])
     assert [decision.step for decision in compiled.stats().decisions] == [0, 0, 1, 1, 2, 3, 3]
-    assert compiled.stats().trajectories == {Reason.FIRST_CALL: 1}
+    assert compiled.stats().trajectories == {TrajectoryReason.FIRST_CALL: 1}
 
 
 @MODES

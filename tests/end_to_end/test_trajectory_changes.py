@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from dit_rewrite import Policy, Rule
-from dit_rewrite.errors import Reason
+from dit_rewrite.errors import DecisionReason, MissReason, TrajectoryReason
 from dit_rewrite.guards import num_steps, progress, step
 from dit_rewrite.policies import FORA
 from tests.helpers import tiny
@@ -45,10 +45,10 @@ def test_resolution_changed_midway(mode: str, dynamic: bool, reuse: str) -> None
     stats = compiled.stats()
     if reuse == "FORA":
         assert row(compiled, 9) == "CRRCRRCRR"
-        lost = Reason.CHANGED_INPUT if dynamic else Reason.CHANGED_GRAPH
+        lost = MissReason.CHANGED_INPUT if dynamic else MissReason.CHANGED_GRAPH
         assert stats.misses == ({lost: 2 * tiny.SITES} if mode == "explicit" else {})
     if mode == "inferred":
-        assert stats.trajectories == {Reason.FIRST_CALL: 1, Reason.NEW_LATENT: 2}
+        assert stats.trajectories == {TrajectoryReason.FIRST_CALL: 1, TrajectoryReason.NEW_LATENT: 2}
     assert stats.recompiles == (0 if dynamic else 1)
 
 
@@ -136,7 +136,7 @@ def test_conditioning_changed_in_place(mode: str) -> None:
     with torch.no_grad():
         assert torch.equal(found[2], model(**{**inputs[2], "condition": given}))
     if mode == "inferred":
-        assert compiled.stats().trajectories == {Reason.FIRST_CALL: 1, Reason.NEW_CONDITIONING: 1}
+        assert compiled.stats().trajectories == {TrajectoryReason.FIRST_CALL: 1, TrajectoryReason.NEW_CONDITIONING: 1}
 
 
 @MODES
@@ -246,8 +246,8 @@ def test_calls_beyond_the_end_compute() -> None:
         found = outputs(compiled, inputs)
     assert row(compiled, 5) == "CRRCC"
     assert same(found[3:], outputs(model, inputs[3:]))
-    assert compiled.stats().misses == {Reason.BEYOND_END: 2 * tiny.SITES}
-    assert set(compiled.stats().decisions[-1].reasons.values()) == {Reason.BEYOND_END}
+    assert compiled.stats().misses == {MissReason.BEYOND_END: 2 * tiny.SITES}
+    assert set(compiled.stats().decisions[-1].reasons.values()) == {MissReason.BEYOND_END}
 
 
 @pytest.mark.parametrize("guard", [step < num_steps, progress >= 0], ids=str)
@@ -255,7 +255,7 @@ def test_guards_on_totals_are_false_while_watched(guard: Any) -> None:
     compiled = rewritten(tiny.build(), Policy((Rule(guard),)))
     outputs(compiled, calls(3))
     assert row(compiled, 3) == "CCC"
-    assert {r for d in compiled.stats().decisions for r in d.reasons.values()} == {Reason.TOTAL_UNKNOWN}
+    assert {r for d in compiled.stats().decisions for r in d.reasons.values()} == {DecisionReason.TOTAL_UNKNOWN}
     with compiled.trajectory(3):
         outputs(compiled, calls(3))
     assert row(compiled, 3) == "CRR"
@@ -289,7 +289,7 @@ def test_inference_mode_and_no_grad_mixed(mode: str) -> None:
                     found.append(compiled(**arguments).clone())
         with torch.no_grad():
             assert same(found, expected)
-    assert compiled.stats().misses == {Reason.CHANGED_GRAPH: 2 * 4 * tiny.SITES}
+    assert compiled.stats().misses == {MissReason.CHANGED_GRAPH: 2 * 4 * tiny.SITES}
     assert compiled.stats().recompiles == 2
 
 

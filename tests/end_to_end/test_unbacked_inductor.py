@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
 import dit_rewrite
-from dit_rewrite.errors import Reason
+from dit_rewrite.errors import RefusalReason
 from dit_rewrite.module import twin
 from dit_rewrite.policies import FORA
 
@@ -155,4 +155,4 @@ def test_a_value_is_refused_whose_size_the_latent_decides() -> None:
         model, errors = run(ragged, backend="aot_eager")
     assert max(errors) == 0
     assert model.stats().reused == 0
-    assert [refusal.reason for refusal in model.explain().refused].count(Reason.MOVING_SIZE) == 4
+    assert [refusal.reason for refusal in model.explain().refused].count(RefusalReason.MOVING_SIZE) == 4

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor, fx, nn
 
-from dit_rewrite.errors import Reason
+from dit_rewrite.errors import RefusalReason
 from dit_rewrite.passes.analysis.graph import is_view
 from dit_rewrite.passes.analysis.sites import Found, find_sites
 from dit_rewrite.passes.capture.capture import Captured, Runner, capture
@@ -133,7 +133,7 @@ class Look:
     """What a test says of a model: its sites in order, and the refused summands by op."""
 
     sites: list[Shown]
-    refused: list[tuple[str, Reason]] = field(default_factory=list)
+    refused: list[tuple[str, RefusalReason]] = field(default_factory=list)
 
 
 def look(model: Callable[..., Any], *inputs: Any) -> Look:

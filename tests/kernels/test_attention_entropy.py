@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Generator, Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from dit_rewrite.errors import BadParameter
+from dit_rewrite.errors import BadOpArgument
 from dit_rewrite.kernels.attention_entropy import attention_entropy, naive
 from tests.kernels.largest_tensor import LargestTensor
 
@@ -209,7 +209,7 @@ QUERY = torch.ones(2, 6, 4, 8)
     ],
 )
 def test_mismatch(name: str, given: dict[str, Any]) -> None:
-    with pytest.raises(BadParameter, match=f"attention_entropy: {name}="):
+    with pytest.raises(BadOpArgument, match=f"attention_entropy: {name}="):
         attention_entropy(**{"query": QUERY, "key": QUERY, **given})
 
 

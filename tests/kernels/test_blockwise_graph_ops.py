@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Generator, Tensor
 from torch._subclasses import FakeTensorMode
 
-from dit_rewrite.errors import BadParameter
+from dit_rewrite.errors import BadOpArgument
 from dit_rewrite.kernels.blockwise_attention import blockwise_attention, new_state
 from dit_rewrite.kernels.blockwise_attention.graph_ops import blockwise_fill, blockwise_step
 from dit_rewrite.kernels.blockwise_attention.state import State
@@ -133,12 +133,12 @@ def test_fake(dtype: torch.dtype, static: bool) -> None:
 def test_errors() -> None:
     """Invalid arguments raise the errors of the op, already when the state is filled."""
     q, k, v = qkv(20, 20, 16)
-    with pytest.raises(BadParameter, match="block=21"):
+    with pytest.raises(BadOpArgument, match="block=21"):
         blockwise_fill(q, k, v, None, 21, None, True)
-    with pytest.raises(BadParameter, match=r"q\.shape\[-1\]=8"):
+    with pytest.raises(BadOpArgument, match=r"q\.shape\[-1\]=8"):
         blockwise_fill(q[..., :8], k[..., :8], v[..., :8], None, BLOCK, None, True)
     tensors = blockwise_fill(q, k, v, None, BLOCK, None, False)
-    with pytest.raises(BadParameter, match="bound='paper'"):
+    with pytest.raises(BadOpArgument, match="bound='paper'"):
         blockwise_step(q, k, v, tensors, None, 0.1, BLOCK, "paper", None, False)
-    with pytest.raises(BadParameter, match=r"state\.row_max\.shape=\(2, 2, 1, 3, 128\)"):
+    with pytest.raises(BadOpArgument, match=r"state\.row_max\.shape=\(2, 2, 1, 3, 128\)"):
         blockwise_step(q, k, v, tensors, None, 0.1, 4, "sound", None, False)

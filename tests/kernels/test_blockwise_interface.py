@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Generator, Tensor
 
 import dit_rewrite.kernels.blockwise_attention as package
-from dit_rewrite.errors import BadParameter
+from dit_rewrite.errors import BadOpArgument
 from dit_rewrite.kernels.blockwise_attention import blockwise_attention, new_state, state_bytes
 
 INF = math.inf
@@ -111,14 +111,14 @@ def test_errors(name: str, changes: dict) -> None:
     static = changes.get("bound") != "paper"
     arguments = {"q": q, "k": k, "v": v, "threshold": 0.1, "block": 10, "bound": "sound", **changes}
     state = state if static else new_state(q, k, v, 10, 16, kv_static=False)
-    with pytest.raises(BadParameter, match=rf"blockwise_attention: {name}".replace("[", r"\[")):
+    with pytest.raises(BadOpArgument, match=rf"blockwise_attention: {name}".replace("[", r"\[")):
         blockwise_attention(state=state, **arguments)
 
 
 @pytest.mark.parametrize("tile", [8, 24, 0])
 def test_invalid_tiles(tile: int) -> None:
     q, k, v = qkv(20, 20, 16)
-    with pytest.raises(BadParameter, match="tile"):
+    with pytest.raises(BadOpArgument, match="tile"):
         new_state(q, k, v, 10, tile)
 
 
@@ -149,5 +149,5 @@ def test_flops() -> None:
     assert package.flops(2, 3, 70, 50, 24) == sdpa_flop_count(shape, other, other)
     assert package.flops(2, 3, 70, 50, 24, 1.0) == 0
     assert package.flops(1, 1, 10, 10, 16, 0.37) == 4 * 16 * 63
-    with pytest.raises(BadParameter, match="kept"):
+    with pytest.raises(BadOpArgument, match="kept"):
         package.flops(1, 1, 1, 1, 16, 1.5)

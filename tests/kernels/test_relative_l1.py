@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Generator, Tensor
 
-from dit_rewrite.errors import BadParameter
+from dit_rewrite.errors import BadOpArgument
 from dit_rewrite.kernels.relative_l1 import naive, relative_l1
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
@@ -144,7 +144,7 @@ def test_naive_sums_by_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     ],
 )
 def test_mismatch(current: Tensor, reference: Tensor, name: str) -> None:
-    with pytest.raises(BadParameter, match=f"relative_l1: {name}="):
+    with pytest.raises(BadOpArgument, match=f"relative_l1: {name}="):
         relative_l1(current, reference)
 
 

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from torch import Generator, Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from dit_rewrite.errors import BadParameter
+from dit_rewrite.errors import BadOpArgument
 from dit_rewrite.kernels.window_attention import naive, paper_window, window_flops, window_refresh, window_reuse
 from dit_rewrite.kernels.window_attention.geometry import make_window
 from tests.kernels.largest_tensor import LargestTensor
@@ -337,15 +337,15 @@ QUERY = torch.ones(1, 2, 12, 8)
 )
 def test_mismatch(name: str, given: dict[str, Any]) -> None:
     arguments = {"query": QUERY, "key": QUERY, "value": QUERY, "window": (1,), **given}
-    with pytest.raises(BadParameter, match=f"window_refresh: {name}="):
+    with pytest.raises(BadOpArgument, match=f"window_refresh: {name}="):
         window_refresh(**arguments)
-    with pytest.raises(BadParameter, match=f"window_reuse: {name}="):
+    with pytest.raises(BadOpArgument, match=f"window_reuse: {name}="):
         window_reuse(residual=QUERY, **arguments)
 
 
 @pytest.mark.parametrize("residual", [QUERY[:, :1], QUERY.double(), QUERY.to("meta")])
 def test_residual_mismatch(residual: Tensor) -> None:
-    with pytest.raises(BadParameter, match="window_reuse: residual"):
+    with pytest.raises(BadOpArgument, match="window_reuse: residual"):
         window_reuse(QUERY, QUERY, QUERY, residual, (1,))
 
 

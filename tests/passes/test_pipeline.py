@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import fx
 
-from dit_rewrite.errors import BadParameter, DitRewriteError, PassFailed
+from dit_rewrite.errors import BadArgument, DitRewriteError, PassFailed
 from dit_rewrite.passes.pipeline import Context, Pass, PassRun, check_disabled, run_passes
 
 
@@ -21,7 +21,7 @@ class Count:
 
 
 class Refused(DitRewriteError):
-    """An error with a message for users."""
+    template = "No such place."
 
 
 def graph(calls: int = 2) -> fx.GraphModule:
@@ -46,7 +46,7 @@ def fail(gm: fx.GraphModule, ctx: Context) -> Count:
 
 
 def refuse(gm: fx.GraphModule, ctx: Context) -> Count:
-    raise Refused("No such place.")
+    raise Refused
 
 
 def run(
@@ -107,7 +107,7 @@ def test_a_result_that_no_pass_made() -> None:
 @pytest.mark.parametrize("names", [("count",), ("nothing",), "count"])
 def test_which_passes_can_be_disabled(names: tuple[str, ...] | str) -> None:
     passes = [Pass("count", count), Pass("shorten", shorten, optional=True), Pass("again", count, optional=True)]
-    with pytest.raises(BadParameter, match=r"disable_passes=.* is out of range.*again, shorten"):
+    with pytest.raises(BadArgument, match=r"disable_passes=.* is out of range.*again, shorten"):
         check_disabled(names, passes)
     assert check_disabled("shorten", passes) == {"shorten"}
     assert check_disabled(["again", "shorten"], passes) == {"again", "shorten"}

@@ -17,7 +17,15 @@ from hypothesis import strategies as st
 from sympy import Eq, Mod, Ne, Rational
 from sympy.logic.boolalg import Boolean
 
-from dit_rewrite.errors import BadParameter, NotBoolean, OverlappingSpans, Reason, TwoStores, UnknownSymbol
+from dit_rewrite.errors import (
+    BadParameter,
+    DecisionReason,
+    MissReason,
+    NotBoolean,
+    OverlappingSpans,
+    TwoStores,
+    UnknownSymbol,
+)
 from dit_rewrite.guards import age, drift, entropy, num_steps, progress, sigma, similarity, step, streak
 from dit_rewrite.passes.analysis.site import Kind, Part, Site
 from dit_rewrite.passes.guards import symbols
@@ -339,9 +347,9 @@ def test_a_measurement_is_asked_for_where_it_matters_alone() -> None:
 
     policy = Policy((Rule((step > 2) & (similarity("self") < 1)), Rule(step > 5), Rule(drift("self") < 0.1)))
     choose = policy.for_site(site(), {}).chooser()
-    assert choose(Moment(1, 9), 0, 1, 0, read) == Choice(False, Reason.NO_RULE)
+    assert choose(Moment(1, 9), 0, 1, 0, read) == Choice(False, DecisionReason.NO_RULE)
     assert asked == ["drift(self)"]
-    assert choose(Moment(3, 9), 0, 1, 0, read) == Choice(True, Reason.RULE)
+    assert choose(Moment(3, 9), 0, 1, 0, read) == Choice(True, DecisionReason.RULE)
     assert asked[1:] == ["similarity(self)"]
 
 
@@ -543,7 +551,7 @@ def test_any_policy_under_any_measurement(machine: Machine, data: st.DataObject)
             return numbers.get((i, name))
 
         past = [Past((Computed(step),)) for step in computed_at]
-        given = (specs, moment, past, run, holds, Reason.CHANGED_INPUT if lost else None, read)
+        given = (specs, moment, past, run, holds, MissReason.CHANGED_INPUT if lost else None, read)
         found, shuffled = Decider(*given).decisions(), Decider(*given)
         for i in random.Random(now).sample(range(count), count):
             shuffled.settle(i)
@@ -554,16 +562,16 @@ def test_any_policy_under_any_measurement(machine: Machine, data: st.DataObject)
                 around = machine.parents[around]
             wanted = expected(machine, i, moment, holds[i], computed_at[i], run[i], lambda n, i=i: read(i, n))  # type: ignore[misc]
             if around is not None:
-                assert (found.row[i], found.reasons[i]) == (True, Reason.COVERED)
+                assert (found.row[i], found.reasons[i]) == (True, DecisionReason.COVERED)
             else:
                 may = holds[i] and not (of is not None and now >= of)
                 assert found.row[i] is (wanted and may)
-                assert found.reasons[i] is not Reason.COVERED
-                assert not found.row[i] or found.reasons[i] is Reason.RULE
+                assert found.reasons[i] is not DecisionReason.COVERED
+                assert not found.row[i] or found.reasons[i] is DecisionReason.RULE
         for i, (reused, reason) in enumerate(zip(found.row, found.reasons, strict=True)):
             if not reused:
                 computed_at[i], run[i], filled[i] = now, 0, True
-            elif reason is not Reason.COVERED:
+            elif reason is not DecisionReason.COVERED:
                 run[i] += 1
         limits = [law.max_streak for law in machine.laws if not isinstance(law.rule.do, Compute)]
         if None not in limits:

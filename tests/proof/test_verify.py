@@ -13,7 +13,7 @@ from torch import fx
 
 from dit_rewrite import Policy, Rule, Verification
 from dit_rewrite.compiler import backend
-from dit_rewrite.errors import BadParameter, NotAPolicy, Reason, UnreachedPolicy
+from dit_rewrite.errors import BadArgument, MissReason, NotAPolicy, UnreachedPolicy
 from dit_rewrite.passes.rewrite.cache_or_compute import cache_or_compute
 from dit_rewrite.passes.rewrite.guarded_graph import GuardedGraph
 from dit_rewrite.passes.rewrite.specialise import Variant
@@ -164,7 +164,7 @@ def test_layers_that_collide_behind_a_break(monkeypatch: pytest.MonkeyPatch, wei
         call._occurrences.clear()
         return enter(call, *args)
 
-    def unchecked(cache: Cache, stamp: Any, weights: Any, ambient: Any) -> Reason | None:
+    def unchecked(cache: Cache, stamp: Any, weights: Any, ambient: Any) -> MissReason | None:
         return fit(cache, stamp, (), ambient)
 
     monkeypatch.setattr(Call, "enter", first)
@@ -214,13 +214,13 @@ def test_inputs_that_are_no_trajectory_are_refused() -> None:
         ([{1: 2}], r"verify: inputs\[0\]='dict'"),
     ]
     for inputs, says in several:
-        with pytest.raises(BadParameter, match=says) as caught:
+        with pytest.raises(BadArgument, match=says) as caught:
             verify(model, inputs, policy=FORA(3), backend="aot_eager")
         assert len(str(caught.value)) < 200, "without the tensors"
     for streams in (["cond"], "co", [1, 2]):
-        with pytest.raises(BadParameter, match="verify: streams=.*a list of 2 names"):
+        with pytest.raises(BadArgument, match="verify: streams=.*a list of 2 names"):
             verify(model, [call, call], policy=FORA(3), backend="aot_eager", streams=streams)  # type: ignore[arg-type]
-    with pytest.raises(BadParameter, match="verify: model='list'"):
+    with pytest.raises(BadArgument, match="verify: model='list'"):
         verify([call], model, policy=FORA(3))  # type: ignore[arg-type]
     with pytest.raises(NotAPolicy, match=r"Call it: `FORA\(interval=3\)`"):
         verify(model, [call], FORA)  # type: ignore[arg-type]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from dit_rewrite.errors import Reason
+from dit_rewrite.errors import MissReason
 from dit_rewrite.runtime.cache import Cache, stamp_of
 from dit_rewrite.runtime.decide import Computed
 
@@ -24,7 +24,7 @@ def filled(*inputs: object) -> Cache:
 
 def test_a_new_bank_is_empty() -> None:
     cache = Cache(2)
-    assert cache.fit(stamp_of([torch.ones(2, 3)]), WEIGHTS) is Reason.EMPTY
+    assert cache.fit(stamp_of([torch.ones(2, 3)]), WEIGHTS) is MissReason.EMPTY
     assert cache.values == [None, None]
     assert cache.fit(stamp_of([torch.ones(2, 3)]), WEIGHTS) is None
 
@@ -49,7 +49,7 @@ def test_matching_inputs_fit() -> None:
 )
 def test_another_input_empties_it(other: tuple[object, ...]) -> None:
     cache = filled(torch.ones(2, 3), 7)
-    assert cache.fit(stamp_of(other), WEIGHTS) is Reason.CHANGED_INPUT
+    assert cache.fit(stamp_of(other), WEIGHTS) is MissReason.CHANGED_INPUT
     assert cache.values == [None, None]
     assert cache.fit(stamp_of(other), WEIGHTS) is None, "the cache takes the new stamp"
 
@@ -57,7 +57,7 @@ def test_another_input_empties_it(other: tuple[object, ...]) -> None:
 def test_other_weights_empty_it() -> None:
     cache = filled(1)
     equal = (WEIGHTS[0], WEIGHTS[1].clone())
-    assert cache.fit(stamp_of([1]), equal) is Reason.CHANGED_WEIGHTS
+    assert cache.fit(stamp_of([1]), equal) is MissReason.CHANGED_WEIGHTS
     assert cache.values == [None, None]
     assert cache.fit(stamp_of([1]), equal) is None
 
@@ -113,7 +113,7 @@ def test_another_shape_forgets_the_history() -> None:
     cache = Cache(1)
     cache.fit(stamp_of([torch.ones(2)]), WEIGHTS)
     cache.fill(0, (torch.ones(2),), Computed(0), depth=2)
-    assert cache.fit(stamp_of([torch.ones(3)]), WEIGHTS) is Reason.CHANGED_INPUT
+    assert cache.fit(stamp_of([torch.ones(3)]), WEIGHTS) is MissReason.CHANGED_INPUT
     cache.fill(0, (torch.ones(3),), Computed(5), depth=2)
     assert cache.values[0] is not None and len(cache.values[0]) == 1
     assert [computed.step for computed in cache.past[0].computed] == [5]

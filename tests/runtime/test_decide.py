@@ -8,10 +8,10 @@ from typing import Any
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dit_rewrite.errors import Reason
+from dit_rewrite.errors import DecisionReason, MissReason, Reason
 from dit_rewrite.runtime.decide import HORIZON, NO_SLOT, Choice, Computed, Decider, Decisions, Moment, Past, SiteSpec
 
-YES, NO = Reason.RULE, Reason.NO_RULE
+YES, NO = DecisionReason.RULE, DecisionReason.NO_RULE
 
 
 def since(step: int) -> Past:
@@ -48,17 +48,19 @@ def test_a_rule_reuses_a_filled_slot() -> None:
 
 def test_a_missing_value_is_a_miss_only_where_a_rule_wanted_it() -> None:
     found = decided([site(), site(never), site()], at(1), [False, False, True])
-    assert found == Decisions((False, False, True), (Reason.EMPTY, NO, YES), (Reason.EMPTY,))
+    assert found == Decisions((False, False, True), (MissReason.EMPTY, NO, YES), (MissReason.EMPTY,))
 
 
 def test_the_reason_of_unfit_slots_is_reported() -> None:
-    found = decided([site(), site()], at(1), [False, True], Reason.CHANGED_INPUT)
-    assert found == Decisions((False, True), (Reason.CHANGED_INPUT, YES), (Reason.CHANGED_INPUT,))
+    found = decided([site(), site()], at(1), [False, True], MissReason.CHANGED_INPUT)
+    assert found == Decisions((False, True), (MissReason.CHANGED_INPUT, YES), (MissReason.CHANGED_INPUT,))
 
 
 def test_steps_beyond_the_end_compute() -> None:
     assert decided([site()], at(2, of=3), [True]) == Decisions((True,), (YES,), ())
-    assert decided([site()], at(3, of=3), [True]) == Decisions((False,), (Reason.BEYOND_END,), (Reason.BEYOND_END,))
+    assert decided([site()], at(3, of=3), [True]) == Decisions(
+        (False,), (MissReason.BEYOND_END,), (MissReason.BEYOND_END,)
+    )
     assert decided([site(never)], at(3, of=3), [True]) == Decisions((False,), (NO,), ())
     assert decided([site()], at(10_000), [True]).row == (True,)
 
@@ -67,12 +69,14 @@ def test_a_covered_site_follows_its_parent_in_any_order() -> None:
     """Sites 0 and 2 are inside site 1, and 3 inside 2; their slots are empty and no rule applies to them."""
     sites = [site(never, 1), site(), site(never, 1), site(never, 2)]
     found = decided(sites, at(1), [False, True, False, False])
-    assert found == Decisions((True,) * 4, (Reason.COVERED, YES, Reason.COVERED, Reason.COVERED), ())
+    assert found == Decisions(
+        (True,) * 4, (DecisionReason.COVERED, YES, DecisionReason.COVERED, DecisionReason.COVERED), ()
+    )
 
 
 def test_within_a_computing_parent_each_site_decides() -> None:
     found = decided([site(always, 1), site(never), site(always, 0)], at(1), [True, True, False])
-    assert found == Decisions((True, False, True), (YES, NO, Reason.COVERED), ())
+    assert found == Decisions((True, False, True), (YES, NO, DecisionReason.COVERED), ())
 
 
 def test_arguments_of_a_rule() -> None:
@@ -121,11 +125,11 @@ def test_only_proof_permits_reuse(
         while around is not None and not found.row[around]:
             around = sites[around].parent
         if around is not None:
-            expected = (True, Reason.COVERED)
+            expected = (True, DecisionReason.COVERED)
         elif not wanted[i]:
             expected = (False, NO)
         elif beyond or not holds[i]:
-            expected = (False, Reason.BEYOND_END if beyond else Reason.EMPTY)
+            expected = (False, MissReason.BEYOND_END if beyond else MissReason.EMPTY)
             misses.append(expected[1])
         else:
             expected = (True, YES)
@@ -168,18 +172,18 @@ def test_a_site_that_reads_the_slot_of_another() -> None:
     sites = [replace(site(ask), reads=1), site(never)]
     for own, others in ((False, True), (True, False)):
         found = Decider(sites, at(5), [since(2), since(4)], [0, 0], [own, others]).decisions()
-        reason = YES if others else Reason.EMPTY
-        assert found == Decisions((others, False), (reason, NO), () if others else (Reason.EMPTY,))
+        reason = YES if others else MissReason.EMPTY
+        assert found == Decisions((others, False), (reason, NO), () if others else (MissReason.EMPTY,))
     assert asked == [3, None]
 
 
 def test_a_site_that_reads_no_slot() -> None:
     """It does not depend on the slots, but beyond the explicit number of steps it computes like other sites."""
     sites = [replace(site(), reads=NO_SLOT)]
-    for unfit in (None, Reason.CHANGED_INPUT, Reason.EMPTY):
+    for unfit in (None, MissReason.CHANGED_INPUT, MissReason.EMPTY):
         assert decided(sites, at(0), [False], unfit) == Decisions((True,), (YES,), ())
     beyond = decided(sites, at(3, of=3), [False])
-    assert beyond == Decisions((False,), (Reason.BEYOND_END,), (Reason.BEYOND_END,))
+    assert beyond == Decisions((False,), (MissReason.BEYOND_END,), (MissReason.BEYOND_END,))
 
 
 # --- slots that are filled only if they will be read ------------------------------------------------------------------
@@ -210,8 +214,8 @@ def fills(schedule: str, of: int | None, steps: int) -> str:
     for step in range(steps):
         found = decided(sites, at(step, of), holds)
         reason = found.reasons[HELD]
-        letters += {Reason.WILL_BE_READ: "f", Reason.UNREAD: "-", Reason.COVERED: "."}[reason]
-        assert found.row[HELD] is (reason is not Reason.WILL_BE_READ)
+        letters += {DecisionReason.WILL_BE_READ: "f", DecisionReason.UNREAD: "-", DecisionReason.COVERED: "."}[reason]
+        assert found.row[HELD] is (reason is not DecisionReason.WILL_BE_READ)
         assert found.misses == (), "a slot that is read was filled"
         holds = [held or not reused for held, reused in zip(holds, found.row, strict=True)]
     return letters
@@ -237,12 +241,12 @@ def test_without_a_known_end_it_may_be_read() -> None:
 def test_unpredictable_slots_are_filled() -> None:
     """If a guard of the core or of an enclosing site is measured, the slot is always filled."""
     moment, holds = at(0, of=4), [True] * 3
-    assert decided(attention("CCCC"), moment, holds).reasons[HELD] is Reason.UNREAD
+    assert decided(attention("CCCC"), moment, holds).reasons[HELD] is DecisionReason.UNREAD
     unknown = attention("CCCC", foreseen=False)
-    assert decided(unknown, moment, holds) == Decisions((False,) * 3, (YES, YES, Reason.WILL_BE_READ), ())
+    assert decided(unknown, moment, holds) == Decisions((False,) * 3, (YES, YES, DecisionReason.WILL_BE_READ), ())
     branch, core, held = attention("CCCC")
     around = [replace(branch, foreseen=False), core, held]
-    assert decided(around, moment, holds).reasons[HELD] is Reason.WILL_BE_READ
+    assert decided(around, moment, holds).reasons[HELD] is DecisionReason.WILL_BE_READ
 
 
 @given(st.text("CWB", min_size=1, max_size=12), st.none() | st.integers(1, 12), st.integers(0, 11))

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dit_rewrite.errors import Reason
+from dit_rewrite.errors import DecisionReason, MissReason
 from dit_rewrite.runtime.decide import Choice, Choose, Moment, SiteSpec
 from dit_rewrite.runtime.dispatch import CompiledGraph
 from dit_rewrite.runtime.inputs import Inputs
@@ -23,7 +23,7 @@ W = torch.tensor([3.0])
 
 
 def after_first(moment: Moment, *_: object) -> Choice:
-    return Choice(moment.step > 0, Reason.RULE if moment.step > 0 else Reason.NO_RULE)
+    return Choice(moment.step > 0, DecisionReason.RULE if moment.step > 0 else DecisionReason.NO_RULE)
 
 
 def unmeasured(now: Tensor, before: Tensor) -> Tensor:
@@ -103,7 +103,7 @@ def test_a_state_is_decided_once() -> None:
     assert asked == [0, 1, 2]
     run(torch.tensor([10.0, 20.0]))
     assert asked == [0, 1, 2, 3]
-    assert run.session.stats.misses == {Reason.CHANGED_INPUT: 1}
+    assert run.session.stats.misses == {MissReason.CHANGED_INPUT: 1}
 
 
 def test_a_precompiled_variant_is_not_late() -> None:
@@ -119,14 +119,14 @@ def test_another_shape_computes() -> None:
     run = Doubling()
     run(1.0)
     assert run(torch.tensor([10.0, 20.0]))[0].tolist() == [40, 80]
-    assert run.session.stats.misses == {Reason.CHANGED_INPUT: 1}
+    assert run.session.stats.misses == {MissReason.CHANGED_INPUT: 1}
 
 
 def test_other_weights_compute() -> None:
     run = Doubling()
     run(1.0)
     assert values(run(10.0, torch.tensor([5.0]))) == [60]
-    assert run.session.stats.misses == {Reason.CHANGED_WEIGHTS: 1}
+    assert run.session.stats.misses == {MissReason.CHANGED_WEIGHTS: 1}
 
 
 @pytest.mark.parametrize("fits", [True, False])
@@ -136,7 +136,7 @@ def test_a_variant_for_other_sizes_is_not_run(fits: bool) -> None:
     run(1.0)
     assert values(run(10.0)) == ([13] if fits else [40])
     assert seen == [[10, 3]]
-    assert run.session.stats.misses == ({} if fits else {Reason.SIZES_NOT_COMPILED: 1})
+    assert run.session.stats.misses == ({} if fits else {MissReason.SIZES_NOT_COMPILED: 1})
     (decision,) = run.session.stats.decisions[1:]
     assert decision.strategies == {"product": "reuse" if fits else "compute"}
 
@@ -164,7 +164,7 @@ def test_outside_of_a_call_everything_is_computed_and_nothing_kept() -> None:
     run = Doubling()
     run(1.0)
     assert values(list(run.graph([torch.tensor([10.0]), W]))) == [40]
-    assert run.session.stats.misses == {Reason.OUTSIDE_CALL: 1}
+    assert run.session.stats.misses == {MissReason.OUTSIDE_CALL: 1}
     assert values(run(20.0)) == [23]
 
 
@@ -200,7 +200,7 @@ class InSegments:
 
     @staticmethod
     def choose(site: int, reuse: Callable[[int, int], bool]) -> Any:
-        return lambda moment, *_: Choice(reuse(site, moment.step), Reason.RULE)
+        return lambda moment, *_: Choice(reuse(site, moment.step), DecisionReason.RULE)
 
     def compile(self, segment: int, row: Row) -> Executable | None:
         admits = self.admits if True in row else None
@@ -254,7 +254,7 @@ def test_a_late_segment_for_other_sizes_starts_the_call_over() -> None:
     assert run(2.0)[0].item() == 12
     assert run(10.0)[0].item() == 93
     assert run.ran == ["a", "b", "c", "a", "b", "c", "a", "b", "a", "b", "c"]
-    assert run.session.stats.misses == {Reason.SIZES_NOT_COMPILED: 1}
+    assert run.session.stats.misses == {MissReason.SIZES_NOT_COMPILED: 1}
     assert run(3.0)[0].item() == 93, "the slots were filled again"
 
 
@@ -284,7 +284,7 @@ class Recording(Doubling):
     """Records at each computation whether the old value of the slot is still alive, and fails on request."""
 
     def __init__(self) -> None:
-        super().__init__(choose=lambda moment, *_: Choice(moment.step % 2 == 1, Reason.RULE))
+        super().__init__(choose=lambda moment, *_: Choice(moment.step % 2 == 1, DecisionReason.RULE))
         self.old: weakref.ref[Tensor] | None = None
         self.alive: list[bool] = []
         self.fails = False
@@ -316,7 +316,7 @@ def test_after_a_failure_that_the_model_catches_the_slot_is_a_miss() -> None:
     run.session.end(call)
     run.fails = False
     assert run(4.0)[0].item() == 16, "the rule asks for reuse, but the slot is empty"
-    assert run.session.stats.misses == {Reason.EMPTY: 1}
+    assert run.session.stats.misses == {MissReason.EMPTY: 1}
 
 
 def test_peak_bytes_outlive_the_trajectory() -> None:
@@ -346,4 +346,4 @@ def test_conditioned_slots_are_cleared_with_new_conditioning(conditioned: bool, 
     second.fill_(15.0)
     found.append(run(5.0, second))
     assert [outputs[0].item() for outputs in found] == expected
-    assert run.session.stats.misses == ({Reason.CHANGED_CONDITIONING: 2} if conditioned else {})
+    assert run.session.stats.misses == ({MissReason.CHANGED_CONDITIONING: 2} if conditioned else {})

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from dit_rewrite.errors import BadTrajectory, Reason
+from dit_rewrite.errors import BadTrajectory, DecisionReason, MissReason, TrajectoryReason
 from dit_rewrite.runtime.decide import Computed, Moment
 from dit_rewrite.runtime.inputs import Inputs
 from dit_rewrite.runtime.session import Call, Session
@@ -23,7 +23,7 @@ def given(x: float, time: float) -> Inputs:
     return Inputs((torch.tensor([1.0, x]),), time, (C,))
 
 
-def ran(session: Session, *graphs: int, layers: int = 0) -> list[Reason | None]:
+def ran(session: Session, *graphs: int, layers: int = 0) -> list[MissReason | None]:
     """Call the model so that it runs these graphs; return why the slots of each cannot be used."""
     ran.time -= 1.0  # type: ignore[attr-defined]
     under_way = session.begin(given(0.0, ran.time))  # type: ignore[attr-defined]
@@ -55,10 +55,10 @@ def test_another_graph_at_a_place_is_a_miss_from_there_on() -> None:
     session = explicit()
     assert ran(session, 0, 1, 1) == [None] * 3
     assert ran(session, 0, 1, 1) == [None] * 3
-    assert ran(session, 0, 2, 1) == [None, Reason.CHANGED_GRAPH, None]
-    assert ran(session, 0, 1, 1) == [None, Reason.CHANGED_GRAPH, None]
+    assert ran(session, 0, 2, 1) == [None, MissReason.CHANGED_GRAPH, None]
+    assert ran(session, 0, 1, 1) == [None, MissReason.CHANGED_GRAPH, None]
     assert ran(session, 0, 1) == [None] * 2
-    assert ran(session, 0, 1, 1) == [None, None, Reason.CHANGED_GRAPH]
+    assert ran(session, 0, 1, 1) == [None, None, MissReason.CHANGED_GRAPH]
 
 
 def test_a_changed_place_is_emptied() -> None:
@@ -70,7 +70,7 @@ def test_a_changed_place_is_emptied() -> None:
     session.end(under_way)
     ran(session, 1)
     under_way = session.begin(given(0.0, ran.time - 1))  # type: ignore[attr-defined]
-    assert under_way.enter(0, 1) == (0, cache, Reason.CHANGED_GRAPH)
+    assert under_way.enter(0, 1) == (0, cache, MissReason.CHANGED_GRAPH)
     assert (cache.values, cache.stamp) == ([None], None)
 
 
@@ -104,7 +104,7 @@ def test_a_call_without_any_graph_is_counted() -> None:
     ran(session)
     ran(session, 0)
     assert session.stats.calls == 2
-    assert session.stats.misses == {Reason.NOT_CAPTURED: 1}
+    assert session.stats.misses == {MissReason.NOT_CAPTURED: 1}
     assert session.ran == (0,)
 
 
@@ -112,10 +112,12 @@ def test_trajectories_are_counted_by_why_they_began() -> None:
     session = Session(Stats())
     for x, time in ((0.0, 9.0), (0.1, 8.0), (0.2, 9.0), (0.3, 8.0)):
         session.end(session.begin(given(x, time)))
-    assert session.stats.trajectories == {Reason.FIRST_CALL: 1, Reason.TIMESTEP_TURNED: 1}
+    assert session.stats.trajectories == {TrajectoryReason.FIRST_CALL: 1, TrajectoryReason.TIMESTEP_TURNED: 1}
     session.enter(Clock(2))
     session.end(session.begin(given(0.0, 9.0)))
-    assert session.stats.trajectories == {Reason.FIRST_CALL: 1, Reason.TIMESTEP_TURNED: 1}, "explicit ones have none"
+    assert session.stats.trajectories == {TrajectoryReason.FIRST_CALL: 1, TrajectoryReason.TIMESTEP_TURNED: 1}, (
+        "explicit ones have none"
+    )
 
 
 def test_telling_twice() -> None:
@@ -154,17 +156,26 @@ def test_bytes_are_those_of_all_streams() -> None:
 
 
 def record(row: tuple[bool, ...], step: int = 3) -> Record:
-    return Record(2, step, "cond", 0, 1, ("a", "b", "c"), row, (Reason.RULE, Reason.NO_RULE, Reason.COVERED))
+    return Record(
+        2,
+        step,
+        "cond",
+        0,
+        1,
+        ("a", "b", "c"),
+        row,
+        (DecisionReason.RULE, DecisionReason.NO_RULE, DecisionReason.COVERED),
+    )
 
 
 def test_counting() -> None:
     stats = Stats()
     assert stats.recomputed_fraction == 1.0, "nothing was reused"
     stats.count(record((True, False, True)), ())
-    stats.count(record((False, False, False)), (Reason.EMPTY, Reason.EMPTY, Reason.BEYOND_END))
+    stats.count(record((False, False, False)), (MissReason.EMPTY, MissReason.EMPTY, MissReason.BEYOND_END))
     assert (stats.computed, stats.reused) == (4, 2)
     assert stats.recomputed_fraction == pytest.approx(4 / 6)
-    assert stats.misses == {Reason.EMPTY: 2, Reason.BEYOND_END: 1}
+    assert stats.misses == {MissReason.EMPTY: 2, MissReason.BEYOND_END: 1}
 
 
 def test_decisions_are_rows_in_words() -> None:
@@ -173,7 +184,7 @@ def test_decisions_are_rows_in_words() -> None:
     (row,) = stats.decisions
     assert (row.trajectory, row.step, row.stream, row.occurrence) == (2, 3, "cond", 1)
     assert row.strategies == {"a": "reuse", "b": "compute", "c": "reuse"}
-    assert row.reasons == {"a": Reason.RULE, "b": Reason.NO_RULE, "c": Reason.COVERED}
+    assert row.reasons == {"a": DecisionReason.RULE, "b": DecisionReason.NO_RULE, "c": DecisionReason.COVERED}
 
 
 def test_the_last_ten_thousand_decisions_are_kept_and_all_are_counted() -> None:
@@ -185,8 +196,8 @@ def test_the_last_ten_thousand_decisions_are_kept_and_all_are_counted() -> None:
 
 def test_stats_print() -> None:
     stats = Stats(calls=2, variants=3, late_variants=1, cache_bytes=2**20)
-    stats.count(record((True, False, False)), (Reason.BEYOND_END,))
+    stats.count(record((True, False, False)), (MissReason.BEYOND_END,))
     text = str(stats)
     assert "2 calls: 1 values reused, 2 computed (Recomp 66.7%)" in text
     assert "3 variants (1 compiled late), 0 recompiles, 0 graph breaks, 0.00 MiB cached at most" in text
-    assert f"missed 1 times: {Reason.BEYOND_END}" in text
+    assert f"missed 1 times: {MissReason.BEYOND_END}" in text

@@ -11,7 +11,7 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 from torch import Tensor
 
-from dit_rewrite.errors import BadTrajectory, Reason
+from dit_rewrite.errors import BadTrajectory, TrajectoryReason
 from dit_rewrite.runtime.inputs import Inputs
 from dit_rewrite.runtime.trajectory import Clock, ExplicitTrajectory, InferredTrajectory, Named, Trajectory
 
@@ -75,7 +75,7 @@ def test_a_timestep_that_goes_back_begins_another_trajectory() -> None:
     see = explicit(9)
     see(inputs(0, 9.0))
     see(inputs(0.1, 8.0))
-    assert see(inputs(0, 9.0)) == (Reason.TIMESTEP_TURNED, 0, 0)
+    assert see(inputs(0, 9.0)) == (TrajectoryReason.TIMESTEP_TURNED, 0, 0)
     assert see(inputs(0.1, 8.0)) == (1, 0)
 
 
@@ -84,7 +84,7 @@ def test_steps_by_index() -> None:
     assert see(inputs(0, 9.0), Named("cond", step_index=0)) == (None, 0, "cond")
     assert see(inputs(0, 9.0), Named("cond", step_index=4)) == (4, "cond")
     assert see(inputs(0, 9.0), Named("uncond", step_index=4)) == (4, "uncond")
-    assert see(inputs(0, 9.0), Named("cond", step_index=2)) == (Reason.TIMESTEP_TURNED, 2, "cond")
+    assert see(inputs(0, 9.0), Named("cond", step_index=2)) == (TrajectoryReason.TIMESTEP_TURNED, 2, "cond")
 
 
 def test_the_number_of_steps() -> None:
@@ -158,7 +158,7 @@ def test_a_denoiser_that_joins_late_shares_the_clock() -> None:
     assert first(inputs(0.1, t[1])) == (1, 0)
     assert second(inputs(0.2, t[2])) == (None, 2, 0)
     assert second(inputs(0.3, t[3])) == (3, 0)
-    assert first(inputs(0.0, t[0])) == (Reason.TIMESTEP_TURNED, 0, 0)
+    assert first(inputs(0.0, t[0])) == (TrajectoryReason.TIMESTEP_TURNED, 0, 0)
     assert second(inputs(0.2, t[2])) == (None, 2, 0)
 
 
@@ -172,7 +172,7 @@ def inferred() -> Seen:
 def test_inferred_falls_and_rises() -> None:
     for times in ((9.0, 8.0, 6.0), (0.0, 0.1, 0.5)):
         see = inferred()
-        assert see(inputs(0.0, times[0])) == (Reason.FIRST_CALL, 0, 0)
+        assert see(inputs(0.0, times[0])) == (TrajectoryReason.FIRST_CALL, 0, 0)
         assert see(inputs(0.1, times[1])) == (1, 0)
         assert see(inputs(0.2, times[2])) == (2, 0)
 
@@ -181,23 +181,23 @@ def test_inferred_falls_and_rises() -> None:
 def test_inferred_timesteps_of_any_kind(timestep: Any) -> None:
     """A timestep that never changes proves nothing, because each call may be a trajectory of one step."""
     see = inferred()
-    assert see(Inputs((latent(0),), timestep, (C,))) == (Reason.FIRST_CALL, 0, 0)
-    assert see(Inputs((latent(0.1),), timestep, (C,))) == (Reason.TIMESTEP_STILL, 0, 0)
+    assert see(Inputs((latent(0),), timestep, (C,))) == (TrajectoryReason.FIRST_CALL, 0, 0)
+    assert see(Inputs((latent(0.1),), timestep, (C,))) == (TrajectoryReason.TIMESTEP_STILL, 0, 0)
 
 
 @pytest.mark.parametrize(
     ("turn", "time", "why"),
     [
-        (0.2, 8.5, Reason.TIMESTEP_TURNED),
-        (0.2, math.nan, Reason.TIMESTEP_TURNED),
-        (0.1, 8.0, Reason.REPEATED),
-        (0.1, 7.0, Reason.REPEATED),
-        (math.pi / 2, 7.0, Reason.NEW_LATENT),
-        (math.nan, 7.0, Reason.NEW_LATENT),
+        (0.2, 8.5, TrajectoryReason.TIMESTEP_TURNED),
+        (0.2, math.nan, TrajectoryReason.TIMESTEP_TURNED),
+        (0.1, 8.0, TrajectoryReason.REPEATED),
+        (0.1, 7.0, TrajectoryReason.REPEATED),
+        (math.pi / 2, 7.0, TrajectoryReason.NEW_LATENT),
+        (math.nan, 7.0, TrajectoryReason.NEW_LATENT),
         (0.2, 7.0, None),
     ],
 )
-def test_inferred_third_call(turn: float, time: float, why: Reason | None) -> None:
+def test_inferred_third_call(turn: float, time: float, why: TrajectoryReason | None) -> None:
     see = inferred()
     see(inputs(0.0, 9.0))
     see(inputs(0.1, 8.0))
@@ -216,26 +216,26 @@ def test_inferred_second_evaluation() -> None:
 def test_inferred_conditioning() -> None:
     see, given = inferred(), torch.zeros(3)
     see(inputs(0.0, 9.0, given))
-    assert see(inputs(0.1, 8.0, given.clone())) == (Reason.NEW_CONDITIONING, 0, 0)
+    assert see(inputs(0.1, 8.0, given.clone())) == (TrajectoryReason.NEW_CONDITIONING, 0, 0)
     see(inputs(0.0, 9.0, given))
     given.add_(1)
-    assert see(inputs(0.1, 8.0, given)) == (Reason.NEW_CONDITIONING, 0, 0)
+    assert see(inputs(0.1, 8.0, given)) == (TrajectoryReason.NEW_CONDITIONING, 0, 0)
     assert see(inputs(0.2, 7.0, given)) == (1, 0)
 
 
 def test_inferred_latent_of_another_shape() -> None:
     see = inferred()
     see(inputs(0.0, 9.0))
-    assert see(Inputs((torch.ones(3),), torch.tensor(8.0), (C,))) == (Reason.NEW_LATENT, 0, 0)
+    assert see(Inputs((torch.ones(3),), torch.tensor(8.0), (C,))) == (TrajectoryReason.NEW_LATENT, 0, 0)
     assert see(Inputs((1.1 * torch.ones(3),), torch.tensor(7.0), (C,))) == (1, 0)
-    assert see(Inputs((torch.ones(3).double(),), torch.tensor(6.0), (C,))) == (Reason.NEW_LATENT, 0, 0)
+    assert see(Inputs((torch.ones(3).double(),), torch.tensor(6.0), (C,))) == (TrajectoryReason.NEW_LATENT, 0, 0)
 
 
 def test_inferred_latent_of_zeros_proves_nothing() -> None:
     """The change relative to a latent of zeros is 0 / 0."""
     see = inferred()
     see(Inputs((torch.zeros(3),), torch.tensor(9.0), (C,)))
-    assert see(Inputs((torch.zeros(3),), torch.tensor(8.0), (C,))) == (Reason.NEW_LATENT, 0, 0)
+    assert see(Inputs((torch.zeros(3),), torch.tensor(8.0), (C,))) == (TrajectoryReason.NEW_LATENT, 0, 0)
 
 
 def test_inferred_streams_share_latent_and_timestep() -> None:
@@ -244,13 +244,13 @@ def test_inferred_streams_share_latent_and_timestep() -> None:
     assert see(inputs(0.0, 9.0, U)) == (0, 1)
     assert see(inputs(0.1, 8.0, C)) == (1, 0)
     assert see(inputs(0.1, 8.0, U)) == (1, 1)
-    assert see(inputs(0.1, 7.0, torch.ones(3))) == (Reason.NEW_CONDITIONING, 0, 0), "another timestep"
+    assert see(inputs(0.1, 7.0, torch.ones(3))) == (TrajectoryReason.NEW_CONDITIONING, 0, 0), "another timestep"
 
 
 def test_inferred_stream_of_another_noise_is_a_new_trajectory() -> None:
     see = inferred()
     see(inputs(0.0, 9.0, C))
-    assert see(inputs(2.0, 9.0, U)) == (Reason.NEW_CONDITIONING, 0, 0)
+    assert see(inputs(2.0, 9.0, U)) == (TrajectoryReason.NEW_CONDITIONING, 0, 0)
 
 
 def test_inferred_stream_that_pauses_keeps_its_step() -> None:
@@ -264,27 +264,31 @@ def test_inferred_stream_that_pauses_keeps_its_step() -> None:
 
 def test_inferred_streams_by_name() -> None:
     see = inferred()
-    assert see(inputs(0.0, 9.0, C), Named("cond")) == (Reason.FIRST_CALL, 0, "cond")
+    assert see(inputs(0.0, 9.0, C), Named("cond")) == (TrajectoryReason.FIRST_CALL, 0, "cond")
     assert see(inputs(0.0, 9.0, C), Named("uncond")) == (0, "uncond")
     assert see(inputs(0.1, 8.0, C), Named("cond")) == (1, "cond")
-    assert see(inputs(0.2, 7.0, U), Named("cond")) == (Reason.NEW_CONDITIONING, 0, "cond")
+    assert see(inputs(0.2, 7.0, U), Named("cond")) == (TrajectoryReason.NEW_CONDITIONING, 0, "cond")
 
 
 def test_inferred_step_that_goes_back_is_another_trajectory() -> None:
     see = inferred()
     see(inputs(0.0, 9.0), Named("cond", step_index=3))
     assert see(inputs(0.1, 8.0), Named("cond", step_index=4)) == (4, "cond")
-    assert see(inputs(0.2, 7.0), Named("cond", step_index=0)) == (Reason.TIMESTEP_TURNED, 0, "cond")
+    assert see(inputs(0.2, 7.0), Named("cond", step_index=0)) == (TrajectoryReason.TIMESTEP_TURNED, 0, "cond")
 
 
 def test_inferred_keeps_a_copy_of_the_latent() -> None:
     see, x = inferred(), latent(0.0)
-    for turn, expected in ((0.0, (Reason.FIRST_CALL, 0, 0)), (0.1, (1, 0)), (2.0, (Reason.NEW_LATENT, 0, 0))):
+    for turn, expected in (
+        (0.0, (TrajectoryReason.FIRST_CALL, 0, 0)),
+        (0.1, (1, 0)),
+        (2.0, (TrajectoryReason.NEW_LATENT, 0, 0)),
+    ):
         x.copy_(latent(turn))
         assert see(Inputs((x,), torch.tensor(9.0 - turn), (C,))) == expected
 
 
 def test_inferred_without_any_tensor_never_goes_on() -> None:
     see = inferred()
-    assert see(Inputs((), None, ())) == (Reason.FIRST_CALL, 0, 0)
-    assert see(Inputs((), None, ())) == (Reason.NEW_LATENT, 0, 0)
+    assert see(Inputs((), None, ())) == (TrajectoryReason.FIRST_CALL, 0, 0)
+    assert see(Inputs((), None, ())) == (TrajectoryReason.NEW_LATENT, 0, 0)

@@ -138,8 +138,8 @@ def test_runs_that_show_nothing() -> None:
     for method, steps, says in [
         ("teacache", 9, "7 changes .* were seen, and 10 are needed"),
         ("teacache", 0, "0 changes"),
-        ("magcache", 1, "one step was seen"),
-        ("magcache", 0, "no value of a stack was seen"),
+        ("magcache", 1, "is 1, and 2 are needed"),
+        ("magcache", 0, "is 0, and 2 are needed"),
     ]:
         with pytest.raises(NotCalibrated, match=says):
             calibrate(method, model, sampler(*[0][:steps], steps=steps), threshold=0.2, backend="aot_eager")  # type: ignore[arg-type]

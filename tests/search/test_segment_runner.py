@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 import dit_rewrite
-from dit_rewrite.errors import BadParameter, BadTrajectory, NoSites, PlanMismatch, Reason
+from dit_rewrite.errors import BadParameter, BadTrajectory, NoSites, PlanMismatch, RefusalReason
 from dit_rewrite.policies import DiTFastAttn, parse
 from dit_rewrite.policy.plan import SHARED, WINDOWED, Choice, Plan, Row
 from dit_rewrite.policy.serialise import from_json, to_json
@@ -118,7 +118,7 @@ def test_a_place_that_refuses_a_choice() -> None:
     assert {choice for site, choice in chosen.items() if site.endswith("attn2")} == {Choice.AST}
 
     assert plan.evaluations == 3 * 2 * (3 - 1), "what it cannot do is not even tried"
-    assert plan.notes == (f"WA-RS refused at 3: {Reason.OTHER_TOKENS}",)
+    assert plan.notes == (f"WA-RS refused at 3: {RefusalReason.OTHER_TOKENS}",)
 
 
 # --- candidates in ascending cost -------------------------------------------------------------------------------------

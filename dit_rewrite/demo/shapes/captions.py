@@ -13,7 +13,7 @@ import torch
 from torch import Generator, Tensor
 
 from dit_rewrite.demo.shapes.data import COLOURS, SHAPES, SIZE, _distances
-from dit_rewrite.errors import BadParameter
+from dit_rewrite.errors import BadArgument
 
 SIZES = (("small", "little"), ("large", "big"))  # the words of each
 RADII = ((2.7, 3.4), (4.7, 5.4))  # in pixels
@@ -112,7 +112,7 @@ def sample_captioned(n: int, generator: Generator) -> tuple[Tensor, list[str], S
 def tokenise(captions: Sequence[str]) -> tuple[Tensor, Tensor]:
     """Tokens ``(n, MAX_TOKENS)`` int64 of the captions, and their mask: bool, True where there is a token.
 
-    Each row is a start, the words, and padding. Raises BadParameter for a word outside WORDS or too many words.
+    Each row is a start, the words, and padding. Raises BadArgument for a word outside WORDS or too many words.
     """
     tokens = number_words(captions, WORDS, PAD, MAX_TOKENS)
     return tokens, tokens != WORDS.index(PAD)
@@ -121,7 +121,7 @@ def tokenise(captions: Sequence[str]) -> tuple[Tensor, Tensor]:
 def number_words(captions: Sequence[str], vocabulary: Sequence[str], padding: str, length: int) -> Tensor:
     """Tokens ``(n, length)`` int64 of the captions: a start, the words, and padding.
 
-    The vocabulary begins with the start and the padding, in either order, which no caption may use. Raises BadParameter
+    The vocabulary begins with the start and the padding, in either order, which no caption may use. Raises BadArgument
     for a word outside of it or too many words.
     """
     number = {word: i for i, word in enumerate(vocabulary)}
@@ -130,6 +130,6 @@ def number_words(captions: Sequence[str], vocabulary: Sequence[str], padding: st
         words = caption.lower().split()
         if len(words) >= length or not set(words) <= set(vocabulary[2:]):
             allowed = f"at most {length - 1} of the words {', '.join(vocabulary[2:])}"
-            raise BadParameter("tokenise", "caption", caption, allowed)
+            raise BadArgument("tokenise", "caption", caption, allowed)
         row[: len(words) + 1] = torch.tensor([number[word] for word in (START, *words)])
     return tokens

@@ -85,7 +85,7 @@ class FlowModel(nn.Module):
 def encode_relations(encoder: nn.Module, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
     """SD3's ``encoder_hidden_states`` and ``pooled_projections`` of captions, on the encoder's device.
 
-    Raises BadParameter as `relations.tokenise` does.
+    Raises BadArgument as `relations.tokenise` does.
     """
     tokens = tokenise(captions).to(next(encoder.parameters()).device)
     states, pooled = encoder(tokens)

@@ -29,7 +29,7 @@ def sample_relations(
 
     The denoiser is `flow_model.FlowModel`'s or what a compiler made of it, and is called with both halves of the
     guidance. ``guidance`` 1 is none. ``scheduler`` is Euler's method, or another one of flow matching (see
-    `sampling.sample`). ``progress`` is called after each call of the denoiser. Raises BadParameter for captions that
+    `sampling.sample`). ``progress`` is called after each call of the denoiser. Raises BadArgument for captions that
     `relations.tokenise` refuses.
     """
     both = [*captions, *[NULL_CAPTION] * len(captions)]

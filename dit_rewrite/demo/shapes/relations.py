@@ -130,6 +130,6 @@ def sample_related(n: int, generator: Generator) -> tuple[Tensor, list[str], Pai
 def tokenise(captions: Sequence[str]) -> Tensor:
     """Tokens ``(n, MAX_TOKENS)`` int64 of the captions: a start, the words, and the null token as padding.
 
-    Raises BadParameter for a word outside WORDS or too many words.
+    Raises BadArgument for a word outside WORDS or too many words.
     """
     return number_words(captions, WORDS, NULL, MAX_TOKENS)

@@ -75,7 +75,7 @@ class TextModel(nn.Module):
 def encode(encoder: nn.Module, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
     """Text states ``(n, MAX_TOKENS, TEXT_CHANNELS)`` and their mask ``(n, MAX_TOKENS)``, on the encoder's device.
 
-    They are PixArt's ``encoder_hidden_states`` and ``encoder_attention_mask``. Raises BadParameter as `tokenise` does.
+    They are PixArt's ``encoder_hidden_states`` and ``encoder_attention_mask``. Raises BadArgument as `tokenise` does.
     """
     device = next(encoder.parameters()).device
     tokens, mask = (part.to(device) for part in tokenise(captions))

@@ -30,7 +30,7 @@ def sample_captions(
 
     The denoiser is `text_model.TextModel`'s or what a compiler made of it, and is called with both halves of the
     guidance. ``guidance`` 1 is none. ``scheduler`` is as in `sampling.sample`. ``progress`` is called after each call
-    of the denoiser. Raises BadParameter for captions that `captions.tokenise` refuses.
+    of the denoiser. Raises BadArgument for captions that `captions.tokenise` refuses.
     """
     with torch.no_grad():
         states, mask = encode(encoder, [*captions, *[NULL_CAPTION] * len(captions)])  # one object for all steps

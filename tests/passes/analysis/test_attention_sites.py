@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx
 from torch._subclasses import FakeTensorMode
 
-from dit_rewrite.errors import Reason
+from dit_rewrite.errors import RefusalReason
 from dit_rewrite.passes.analysis.attention_sites import (
     arguments,
     find_cores,
@@ -118,16 +118,16 @@ def by_samples(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     ("core", "reason"),
     [
         (F.scaled_dot_product_attention, None),
-        (causal, Reason.CAUSAL),
-        (shared_heads, Reason.CAUSAL),
-        (dropping, Reason.CAUSAL),
-        (by_hand, Reason.NO_CORE),
-        (linear_attention, Reason.NO_CORE),
-        (by_samples, Reason.NO_CORE),
+        (causal, RefusalReason.CAUSAL),
+        (shared_heads, RefusalReason.CAUSAL),
+        (dropping, RefusalReason.CAUSAL),
+        (by_hand, RefusalReason.NO_CORE),
+        (linear_attention, RefusalReason.NO_CORE),
+        (by_samples, RefusalReason.NO_CORE),
     ],
     ids=["plain", "causal", "shared heads", "dropout", "by hand", "linear", "by samples"],
 )
-def test_refusals(core: Core, reason: Reason | None) -> None:
+def test_refusals(core: Core, reason: RefusalReason | None) -> None:
     """An attention has one op of softmax attention over all, or says why nothing can stand for it."""
 
     def body(m: Toy, x: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 import dit_rewrite.kernels.attention_entropy  # noqa: F401  # registers the op
-from dit_rewrite.errors import Reason
+from dit_rewrite.errors import RefusalReason
 from dit_rewrite.passes.analysis.graph import aten
 from dit_rewrite.passes.analysis.output_sites import find_latent
 from dit_rewrite.passes.analysis.probes import Probes, add_entropy, copied, find_keys, measurable
@@ -36,7 +36,7 @@ def values_of(of: Traced, gm: fx.GraphModule, step: int = 0) -> dict[str, Any]:
 # --- keys and values --------------------------------------------------------------------------------------------------
 
 
-def keys_of(of: Traced, steady: frozenset[int] = frozenset()) -> tuple[list[Site], list[tuple[str, Reason]]]:
+def keys_of(of: Traced, steady: frozenset[int] = frozenset()) -> tuple[list[Site], list[tuple[str, RefusalReason]]]:
     found, refused = find_keys(of.gm, of.sites().sites, of.captured.static | steady)
     return found, [(refusal.path, refusal.reason) for refusal in refused]
 
@@ -88,7 +88,7 @@ def test_steady_keys_are_refused() -> None:
     of = cross()
     found, refused = keys_of(of, frozenset({of_input(of, 1)}))
     assert [site.name for site in found] == ["attn.kv"]
-    assert refused == [("cross", Reason.STEADY)]
+    assert refused == [("cross", RefusalReason.STEADY)]
 
 
 def test_a_steady_half() -> None:
@@ -131,7 +131,7 @@ def test_attention_by_hand_has_no_keys() -> None:
     of = trace(Toy(body, **{name: linear() for name in "qkvo"}), (tokens(),))
     (site,) = of.sites().sites
     assert str(site.kind) == "self"
-    assert keys_of(of) == ([], [(site.name, Reason.NO_KEYS)])
+    assert keys_of(of) == ([], [(site.name, RefusalReason.NO_KEYS)])
 
 
 @pytest.mark.parametrize("store", [None, "bf16", "int8", "fp8"])
@@ -361,7 +361,7 @@ def test_latent_and_output() -> None:
         assert returned[output.node] == max(returned.values())
         part = Probes(gm, of.sites(), of.captured.static, whole=False)
         for statistic in (Measurement("drift", "latent"), Measurement("similarity", "output")):
-            assert part.measured(statistic, site) is Reason.PROBE_IN_PART
+            assert part.measured(statistic, site) is RefusalReason.PROBE_IN_PART
         assert isinstance(part.measured(Measurement("drift", "first_block"), site), Probe)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from dit_rewrite.errors import Reason
+from dit_rewrite.errors import RefusalReason
 from dit_rewrite.passes.analysis.sites import Kind
 from tests.helpers.tracing import WIDTH, Attention, Look, Toy, linear, look, mlp, norm, tokens, trace
 
@@ -166,13 +166,13 @@ def test_positional_add() -> None:
 def test_controlnet_add() -> None:
     """What comes from outside into a residual sum is refused, and the branches beside it are found."""
     model = Toy(lambda m, x, control: (x + m.ff(x)) + control, ff=mlp())
-    assert look(model, tokens(), tokens(1)) == Look([MLP], [("input", Reason.NOT_FROM_STREAM)])
+    assert look(model, tokens(), tokens(1)) == Look([MLP], [("input", RefusalReason.NOT_FROM_STREAM)])
 
 
 def test_branch_without_contraction() -> None:
     """`x + norm(x)` costs too little to be a site."""
     assert look(Toy(lambda m, x: x + m.norm(x), norm=norm()), tokens()) == Look(
-        [], [("getitem", Reason.NO_CONTRACTION)]
+        [], [("getitem", RefusalReason.NO_CONTRACTION)]
     )
 
 
@@ -193,7 +193,7 @@ def test_bias_of_the_last_projection() -> None:
 def test_input_beside_a_branch() -> None:
     """An input that is added to a branch's output is refused, and the value stays free of it."""
     model = Toy(lambda m, x, control: x + (m.ff(x) + control), ff=mlp())
-    assert look(model, tokens(), tokens(1)) == Look([MLP], [("input", Reason.NOT_FROM_STREAM)])
+    assert look(model, tokens(), tokens(1)) == Look([MLP], [("input", RefusalReason.NOT_FROM_STREAM)])
 
 
 def test_no_residual() -> None:
@@ -277,7 +277,7 @@ def test_values_that_share_and_feed_each_other() -> None:
         return x + first, y + second, z + third
 
     model = Toy(body, shared=linear(inner=3 * WIDTH), a=linear(), b=linear(), c=linear())
-    refused = [("addmm", Reason.ENTANGLED)] * 3
+    refused = [("addmm", RefusalReason.ENTANGLED)] * 3
     assert look(model, tokens(), tokens(1), tokens(2)) == Look([MLP, MLP, MLP], refused)
 
 
@@ -303,4 +303,4 @@ def test_groups_that_wait_for_each_other() -> None:
     parts = {name: linear() for name in "abcd"}
     model = Toy(body, left=linear(inner=2 * WIDTH), right=linear(inner=2 * WIDTH), **parts)
     inputs = [tokens(seed) for seed in range(4)]
-    assert look(model, *inputs) == Look([MLP] * 4, [("addmm", Reason.ENTANGLED)] * 4)
+    assert look(model, *inputs) == Look([MLP] * 4, [("addmm", RefusalReason.ENTANGLED)] * 4)

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dit_rewrite.errors import Reason
+from dit_rewrite.errors import RefusalReason
 from tests.helpers.tracing import WIDTH, Attention, Look, Toy, heads, linear, look, merged, mlp, norm, tokens
 
 Core = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -196,4 +196,4 @@ def test_self_and_cross_attention_of_a_block() -> None:
 def test_attention_without_projection_of_the_stream() -> None:
     """A core on the bare stream is a branch, less the copy that follows; a bare norm beside it is refused."""
     model = Toy(lambda m, x: x + merged(by_hand(heads(x), heads(x), heads(x))) + m.norm(x), norm=norm())
-    assert look(model, tokens()) == Look([("self", ("bmm",))], [("getitem", Reason.NO_CONTRACTION)])
+    assert look(model, tokens()) == Look([("self", ("bmm",))], [("getitem", RefusalReason.NO_CONTRACTION)])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from dit_rewrite.errors import Reason
+from dit_rewrite.errors import RefusalReason
 from dit_rewrite.passes.analysis.sites import Kind
 from tests.helpers.tracing import Attention, Look, Toy, look, mlp, norm, tokens, trace
 
@@ -38,7 +38,7 @@ def test_input_that_is_added_after_two_blocks() -> None:
         ("two.ff", Kind.MLP),
     ]
     assert [site.parent for site in found.sites] == [None] * 4
-    assert {refusal.reason for refusal in found.refused} == {Reason.NOT_FROM_STREAM}
+    assert {refusal.reason for refusal in found.refused} == {RefusalReason.NOT_FROM_STREAM}
 
 
 def test_embedding_that_each_block_adds_first() -> None:
@@ -50,7 +50,7 @@ def test_embedding_that_each_block_adds_first() -> None:
         return x
 
     model = Toy(body, blocks=nn.ModuleList(Block() for _ in range(3)))
-    assert look(model, tokens(), tokens(1)) == Look([SELF, MLP] * 3, [("input", Reason.NOT_FROM_STREAM)])
+    assert look(model, tokens(), tokens(1)) == Look([SELF, MLP] * 3, [("input", RefusalReason.NOT_FROM_STREAM)])
 
 
 def test_earlier_stream_that_is_added_again() -> None:
@@ -60,7 +60,7 @@ def test_earlier_stream_that_is_added_again() -> None:
         return m.two(m.one(x) + x)
 
     model = Toy(body, one=Block(), two=Block())
-    assert look(model, tokens()) == Look([SELF, MLP] * 2, [("input", Reason.NOT_FROM_STREAM)])
+    assert look(model, tokens()) == Look([SELF, MLP] * 2, [("input", RefusalReason.NOT_FROM_STREAM)])
 
 
 def test_branch_of_a_branch_beside_it() -> None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import fx
 
-from dit_rewrite.errors import Reason
+from dit_rewrite.errors import RefusalReason
 from dit_rewrite.passes.analysis.sites import find_sites
 from dit_rewrite.passes.analysis.spans import Stream, find_spans
 from dit_rewrite.passes.rewrite.printing import op_counts
@@ -172,7 +172,7 @@ def test_no_counterpart(name: str, blocks: tuple[int, int], path: str) -> None:
     """Where a norm, a projection or a cat stands in the way nothing is guessed: the place is refused with its name."""
     found, refused = find_spans(stream_of(name), {blocks: range(*blocks)})
     assert found == []
-    assert [(refusal.path, refusal.reason) for refusal in refused] == [(path, Reason.NO_COUNTERPART)]
+    assert [(refusal.path, refusal.reason) for refusal in refused] == [(path, RefusalReason.NO_COUNTERPART)]
 
 
 def test_spans_within_one_another() -> None:

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dit_rewrite.errors import Reason
+from dit_rewrite.errors import RefusalReason
 from dit_rewrite.passes.analysis.probes import Probes
 from dit_rewrite.passes.analysis.spans import Stream
 from dit_rewrite.passes.analysis.stacks import Stacks
@@ -251,7 +251,7 @@ def test_a_stack_by_its_container() -> None:
     assert named["layers"].refused == ()
     for name in ("refiner", "layers.0"):
         assert named[name].layers == ()
-        assert [refusal.reason for refusal in named[name].refused] == [Reason.NO_STACK]
+        assert [refusal.reason for refusal in named[name].refused] == [RefusalReason.NO_STACK]
 
 
 def test_a_part_of_a_chain_by_its_container() -> None:
@@ -267,7 +267,7 @@ def test_a_graph_without_sums() -> None:
     graph = trace(toy, (tokens(0),))
     stack = Stacks(Stream(graph.gm.graph, graph.sites())).find()
     assert stack.layers == ()
-    assert [refusal.reason for refusal in stack.refused] == [Reason.NO_STACK]
+    assert [refusal.reason for refusal in stack.refused] == [RefusalReason.NO_STACK]
 
 
 @pytest.mark.parametrize("name", [name for name in TOYS if name not in ("post-norm",)])

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, fx
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from dit_rewrite.errors import BadParameter
+from dit_rewrite.errors import BadArgument
 from dit_rewrite.passes.rewrite.batch import Batch, batch_labels
 from tests.helpers.batches import BATCH, HEADS, OPS, SQUARE, TABLE, Op, Recorded, X, chained, drawn, ours, traced
 
@@ -149,5 +149,5 @@ def test_symbolic_sizes() -> None:
 
 
 def test_batch_below_1() -> None:
-    with pytest.raises(BadParameter, match="batch=0"):
+    with pytest.raises(BadArgument, match="batch=0"):
         batch_labels(fx.Graph(), 0)

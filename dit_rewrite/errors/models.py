@@ -1,0 +1,109 @@
+"""Models that cannot be captured, rewritten or called, and what compiling, verifying and loading one was given."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+
+from dit_rewrite.errors.base import DitRewriteError, joined
+
+
+class ModelError(DitRewriteError):
+    """A model, or an argument beside one, that cannot be used."""
+
+
+class BadArgument(ModelError, ValueError):
+    template = "{where}: {name}={value!r} is out of range. Give {name} as {allowed}."
+
+
+class NotAModule(ModelError, TypeError):
+    template = "{what} is no model. Give compile a torch.nn.Module such as pipe.transformer, or a diffusers pipeline."
+
+    def __init__(self, given: object) -> None:
+        kind = given.__name__ if isinstance(given, type) else type(given).__name__
+        super().__init__(f"the class {kind}" if isinstance(given, type) else f"an object of class {kind}")
+
+
+class NoTransformer(ModelError, ValueError):
+    template = (
+        "{pipeline} has no component called transformer, so that there is no diffusion transformer to rewrite; its "
+        "modules are {components}. Give dit_rewrite.compile a denoiser itself, if it has one."
+    )
+
+    def __init__(self, pipeline: str, components: Iterable[str]) -> None:
+        super().__init__(pipeline=pipeline, components=joined(components))
+
+
+class NotRewritten(ModelError, ValueError):
+    template = "{what} was not given to dit_rewrite.compile or enable. Give a policy: enable(pipe, policy)."
+
+
+class NotCaptured(ModelError, RuntimeError):
+    template = (
+        "{what} needs the captured graph, and the model was not called yet. Call the compiled model once, under "
+        "torch.no_grad()."
+    )
+
+
+class GradientsNeeded(ModelError, RuntimeError):
+    template = (
+        "Gradients are enabled and {what} requires them, but a rewritten denoiser is for inference only: reused values "
+        "carry no gradient. Call it under torch.no_grad() or torch.inference_mode(), or use "
+        "model.requires_grad_(False)."
+    )
+
+
+class NoSites(ModelError, RuntimeError):
+    template = (
+        "{model} has no residual branch that could be reused, so that the policy can change nothing. Places seen:\n"
+        "  {places}\n"
+        "Compile a denoiser whose blocks add branches to a stream (x + f(x)), or use policies.Never()."
+    )
+
+    def __init__(self, model: str, refused: Sequence[str]) -> None:
+        super().__init__(model=model, places="\n  ".join(refused) or "no residual sum at all")
+
+
+class BrokenUp(NoSites):
+    template = (
+        "{model} has no residual branch that could be reused in any of the {graphs} graphs that Dynamo broke it up "
+        "into, so that the policy can change nothing. Of {total} graph breaks {most} are at {place}. {remedy}"
+    )
+
+    def __init__(self, model: str, graphs: int, breaks: Mapping[str, int], hooks: Mapping[str, int]) -> None:
+        place = max(breaks, key=breaks.__getitem__)
+        inner = joined(f"{name} around {count} modules" for name, count in hooks.items())
+        remedy = (
+            f"Its layers run in hooks ({inner}). Offload the whole model or whole blocks instead of each layer, and "
+            f"quantize by torchao instead of layerwise casting."
+            if hooks
+            else "Remove the breaks: TORCH_LOGS=graph_breaks lists them, and fullgraph=True makes them errors."
+        )
+        counts = {"graphs": graphs, "total": sum(breaks.values()), "most": breaks[place]}
+        DitRewriteError.__init__(self, model=model, place=place, remedy=remedy, **counts)
+
+
+class TorchChanged(ModelError, RuntimeError):
+    template = (
+        "torch {version} has no {name} any more, which dit_rewrite reads. Install a torch that dit_rewrite was tested "
+        "with (see its pyproject.toml), or a newer dit_rewrite."
+    )
+
+    def __init__(self, name: str, version: str) -> None:
+        super().__init__(name=name, version=version)
+
+
+class PassFailed(ModelError, RuntimeError):
+    template = (
+        "The pass {name} failed: {kind}: {cause}. compile(dump='folder') writes the graphs that led up to it; please "
+        "report them. An optional pass can be left out with disable_passes."
+    )
+
+    def __init__(self, name: str, cause: Exception) -> None:
+        super().__init__(name=name, kind=type(cause).__name__, cause=cause)
+
+
+class DamagedWeights(ModelError, OSError):
+    template = (
+        "The weights in {path} cannot be used ({cause.__class__.__name__}: {cause!s:.200}). Restore the file, or train "
+        "it again (examples/shapes/train.py)."
+    )
