@@ -192,9 +192,8 @@ class Decider:
         if parent is not None and self.settle(parent):
             reused, reason = True, DecisionReason.COVERED
         elif serves is not None:
-            reused, reason = (
-                (False, DecisionReason.WILL_BE_READ) if self._will_be_read(serves) else (True, DecisionReason.UNREAD)
-            )
+            reused = not self._will_be_read(serves)
+            reason = DecisionReason.UNREAD if reused else DecisionReason.WILL_BE_READ
         else:
             reused, reason = self._ask(i)
         self.row[i], self._reasons[i] = reused, reason

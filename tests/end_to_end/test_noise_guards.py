@@ -54,7 +54,7 @@ def test_a_guard_on_sigma_under_flow_matching() -> None:
 
 def test_the_snr_without_a_scheduler_is_an_error() -> None:
     """A told trajectory could never reuse: it says so, and what to do."""
-    with pytest.raises(NoiseUnknown, match=r"no scheduler was told.*Give trajectory\(scheduler="):
+    with pytest.raises(NoiseUnknown, match=r"no scheduler was given.*Give trajectory\(scheduler="):
         decisions(Policy((Rule(snr > 0.0),)), num_steps=STEPS)
 
 

@@ -67,13 +67,13 @@ def test_parse(text: str, guard: Boolean) -> None:
 
 
 FOREIGN = {
-    "__import__('os')": "'__import__' is no function",
-    "eval('1')": "'eval' is no function",
-    "exp(step) > 1": "'exp' is no function",
-    "snr(step) > 1": "'snr' is no function",
-    "step > foo": "'foo' is no symbol",
-    "__builtins__": "'__builtins__' is no symbol",
-    "Mod > 1": "'Mod' is no symbol",
+    "__import__('os')": "'__import__' is not a function",
+    "eval('1')": "'eval' is not a function",
+    "exp(step) > 1": "'exp' is not a function",
+    "snr(step) > 1": "'snr' is not a function",
+    "step > foo": "'foo' is not a symbol",
+    "__builtins__": "'__builtins__' is not a symbol",
+    "Mod > 1": "'Mod' is not a symbol",
 }
 
 
@@ -147,7 +147,7 @@ def test_measured_symbols() -> None:
         "rescale=(1e999,)",
         "scale=(2.0,)",
     ):
-        with pytest.raises(ForeignName, match="'drift' is no function"):
+        with pytest.raises(ForeignName, match="'drift' is not a function"):
             parse_guard(f"drift(self, {options}) < 1")
 
 
@@ -162,7 +162,7 @@ def test_later_symbols(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(symbols.SYMBOLS, later.name, later)
     guard = (later < 0.1) & (step > 2)
     assert parse_guard(guard_text(guard)) == guard
-    with pytest.raises(ForeignName, match="'similarity' is no function"):
+    with pytest.raises(ForeignName, match="'similarity' is not a function"):
         parse_guard("similarity(other) < 0.1")
 
 

@@ -275,7 +275,7 @@ def test_an_interrupted_search_goes_on(tmp_path: Path) -> None:
     ("build", "error", "says"),
     [
         (lambda: search([Sampler(0)], 0.1, conditional=None), BadParameter, "conditional=None"),
-        (lambda: search([Sampler(0, told=None)], 0.1), BadTrajectory, "searched within told trajectories"),
+        (lambda: search([Sampler(0, told=None)], 0.1), BadTrajectory, "searched inside marked trajectories"),
         (lambda: search([Sampler(0, steps=2)], 0.1), BadTrajectory, "has ended before its steps were done"),
     ],
     ids=["no half", "not told", "too short"],
@@ -314,8 +314,8 @@ def resized(model: Any) -> None:
         ([guided(named=False)], "called more than once at step 0: .*Give both halves of the guidance in one batch"),
         ([guided(named=True)], "called more than once at step 0: .*Give both halves of the guidance in one batch"),
         ([restarted], "call for step 1 is of step 0 of another trajectory"),
-        ([resized], "At step 2 the denoiser was compiled anew, for other shapes"),
-        ([sampling(tiny.calls(3)), sampling(tiny.calls(3, tokens=12))], "At step 0 the denoiser was compiled anew"),
+        ([resized], "At step 2 the denoiser was compiled again, for other shapes"),
+        ([sampling(tiny.calls(3)), sampling(tiny.calls(3, tokens=12))], "At step 0 the denoiser was compiled again"),
     ],
     ids=["two calls", "two named calls", "two trajectories", "another size", "another size of another sampler"],
 )
