@@ -94,8 +94,8 @@ class TorchChanged(ModelError, RuntimeError):
 
 class PassFailed(ModelError, RuntimeError):
     template = (
-        "The pass {name} failed: {kind}: {cause}. compile(dump='folder') writes the graphs that led up to it; please "
-        "report them. An optional pass can be left out with disable_passes."
+        "The pass {name} failed ({kind}: {cause}). Write the graphs that led up to it with compile(dump='folder') and "
+        "report them; an optional pass can be left out with disable_passes."
     )
 
     def __init__(self, name: str, cause: Exception) -> None:
