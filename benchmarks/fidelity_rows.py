@@ -188,7 +188,11 @@ def policies() -> list[Recipe]:
         *from_text("taylorseer:interval=3,order=2,warmup=3", "taylorseer:interval=5,order=2,warmup=3"),
         *from_text(*map(even_plan, (10, 13, 17, 25)), *map(found_plan, PLANS)),
         *from_text("hicache:interval=3", "hicache:interval=5", "foca:interval=3", "foca:interval=5"),
-        *from_text("spectrum", "spectrum:span=output", "pyramid_attention_broadcast", "dicache"),
+        *from_text("spectrum", "spectrum:span=output", "pyramid_attention_broadcast"),
+        *from_text(*(f"dicache:threshold={t}" for t in (0.1, 0.2, 0.4))),
+        *from_text(
+            *(f"speca:error=mean,threshold={t},decay=0.3,max_streak=8,order=2" for t in (0.1, 0.2, 0.4)), "speca"
+        ),
         *from_text(*(f"seacache:threshold={t},max_streak=None" for t in (0.05, 0.1, 0.25))),
         *from_text(*(f"easycache:threshold={t}" for t in (0.025, 0.05, 0.1))),
         *(calibrated("magcache", threshold=t) for t in (0.06, 0.12, 0.24)),

@@ -17,6 +17,7 @@ from dit_rewrite.policy.strategies import (
     Reuse,
     ReuseKV,
     ShareGuidance,
+    Verify,
     WindowResidual,
 )
 from dit_rewrite.policy.where import Where
@@ -35,6 +36,7 @@ __all__ = [
     "Rule",
     "ShareGuidance",
     "Verification",
+    "Verify",
     "Where",
     "WindowResidual",
     "bases",

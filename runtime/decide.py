@@ -8,7 +8,7 @@ from functools import lru_cache
 from typing import NamedTuple, Protocol
 
 from dit_rewrite.errors import DecisionReason, MissReason, Reason
-from dit_rewrite.runtime.measure import Measured
+from dit_rewrite.runtime.measure import ForecastError, Measured
 
 NO_SLOT = -1
 HORIZON = 32  # steps to look ahead if the number of steps is unknown
@@ -74,14 +74,22 @@ def pushed(past: Past, now: Computed, depth: int) -> Past:
     return Past((now, *past.computed)[:depth])
 
 
-class Weigh(Protocol):
-    """Returns the weights with which a strategy sums the values in a slot, or the reason why it cannot."""
+def unmeasured(symbol: str) -> None:
+    """Nothing is measured."""
 
-    def __call__(self, past: Past, moment: Moment) -> Weights | MissReason: ...
+
+class Weigh(Protocol):
+    """Returns the weights with which a strategy sums the values in a slot, or the reason why it cannot.
+
+    `read` gives what it asks to have measured."""
+
+    def __call__(self, past: Past, moment: Moment, read: Read = unmeasured) -> Weights | Reason: ...
 
 
 class Choice(NamedTuple):
-    """Whether a site is reused, and why. `weigh` is set if the strategy uses more than the newest value."""
+    """Whether a site is reused, and why. `weigh` is set if the strategy uses more than the newest value.
+
+    VERIFIED: it computes, and what `weigh` would have made of its slot is compared with that."""
 
     reuse: bool
     reason: DecisionReason
@@ -99,7 +107,9 @@ class SiteSpec:
     """A guarded site as dispatch sees it.
 
     layer: index of its block within the graph. parent: the enclosing site. choose: the rules of the policy.
-    measured: the measured symbols of its guard. entropy: the index in its slot of its attention's entropy.
+    measured: the symbols that its guard and its weights measure at probes. errors: the symbols of its guard that are
+    errors of forecasts. foretell: the weights of its own forecast, for those errors.
+    entropy: the index in its slot of its attention's entropy.
     reads: the site whose slot the strategy reads; None means its own, NO_SLOT none.
     serves: this site only fills its slot for that site, and only if that site will read it.
     foreseen: for future steps, `choose` depends on the step alone.
@@ -116,6 +126,8 @@ class SiteSpec:
     parent: int | None
     choose: Choose
     measured: tuple[Measured, ...] = ()
+    errors: Mapping[str, ForecastError] = field(default_factory=dict)
+    foretell: Weigh | None = None
     entropy: int | None = None
     reads: int | None = None
     serves: int | None = None
@@ -149,6 +161,17 @@ class Decisions:
     def weigh(self, i: int) -> Weights | None:
         """Return the weights of the values in the slot of site `i`, or None if it uses the newest."""
         return self.weights[i] if self.weights else None
+
+    def settle(self, i: int) -> bool:
+        """Whether a site is reused."""
+        return self.row[i]
+
+    def is_verified(self, i: int) -> bool:
+        """Whether a site computes for its forecast to be compared with, and leaves its slot as it is."""
+        return self.reasons[i] is DecisionReason.VERIFIED
+
+    def foretell(self, i: int) -> None:
+        """Where nothing is measured, nobody asks for a forecast that is not taken."""
 
 
 def _unknown(site: int, symbol: str) -> float | None:
@@ -206,22 +229,38 @@ class Decider:
         holds = site.reads == NO_SLOT or self._holds[i if site.reads is None else site.reads]
         age = self._past[i].age(moment.step) if holds else None
         layer = moment.layer_offset + site.layer
-        choice = site.choose(moment, layer, age, self._streak[i], lambda name: self._noted(i, name))
+        choice = site.choose(moment, layer, age, self._streak[i], self._reader(i))
         missing = MissReason.BEYOND_END if self._beyond else (None if holds else self._unfit or MissReason.EMPTY)
-        if choice.reuse and missing is None and choice.weigh is not None:
-            weights = choice.weigh(self._past[i], moment)
-            if isinstance(weights, MissReason):
+        applies = choice.reuse or choice.reason is DecisionReason.VERIFIED
+        if applies and missing is None and choice.weigh is not None:
+            weights = choice.weigh(self._past[i], moment, self._reader(i))
+            if isinstance(weights, Reason):
                 missing = weights
             else:
                 self._weights[i] = weights
-        if choice.reuse and missing is not None:
-            self._misses.append(missing)
+        if applies and missing is not None:
+            self._misses += [missing] if choice.reuse else []
             return False, missing
         return choice.reuse, choice.reason
+
+    def is_verified(self, i: int) -> bool:
+        """Whether a settled site computes for its forecast to be compared with, and leaves its slot as it is."""
+        return self._reasons[i] is DecisionReason.VERIFIED
+
+    def foretell(self, i: int) -> Weights | None:
+        """The weights of a forecast that a site which computes could have taken; None where it could take none."""
+        weigh = self._sites[i].foretell
+        if self._weights[i] is not None or weigh is None or not self._holds[i]:
+            return self._weights[i]
+        weights = weigh(self._past[i], self._moment, self._reader(i))
+        return None if isinstance(weights, Reason) else weights
 
     def weigh(self, i: int) -> Weights | None:
         """Return the weights of the values in the slot of a settled site, or None if it uses the newest."""
         return self._weights[i]
+
+    def _reader(self, i: int) -> Read:
+        return lambda name: self._noted(i, name)
 
     def _noted(self, i: int, name: str) -> float | None:
         """Return a measurement of a site. Each number is read once in a call, and recorded."""

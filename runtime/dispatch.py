@@ -15,6 +15,7 @@ from torch import Tensor
 from dit_rewrite.errors import DecisionReason, MissReason, Reason
 from dit_rewrite.runtime.cache import Cache, Memoized, stamp_of
 from dit_rewrite.runtime.decide import Computed, Decider, Decisions, Moment, Past, SiteSpec, Weights
+from dit_rewrite.runtime.forecast_errors import ForecastErrors, Fresh
 from dit_rewrite.runtime.measure import Distance, Meter
 from dit_rewrite.runtime.segments import Executable, Row, Segment, SizesNotCompiled, Wiring, execute
 from dit_rewrite.runtime.session import Call, Observation, Session
@@ -63,7 +64,8 @@ class CompiledGraph:
         self._compile = compile_variant
         self._lag, self._distance = lag, distance
         self._measured = tuple(site.measured for site in self.sites)
-        self._measures = any(site.measured or site.entropy is not None for site in self.sites)
+        self._errors = ForecastErrors(self.sites, distance)
+        self._measures = any(site.measured or site.errors or site.entropy is not None for site in self.sites)
         self._decided = lru_cache(maxsize=PLANS)(self._decide)
         self._borrowing = tuple((i, site.borrows) for i, site in enumerate(self.sites) if site.borrows is not None)
         self._conditioned = tuple(i for i, site in enumerate(self.sites) if site.conditioned)
@@ -75,7 +77,7 @@ class CompiledGraph:
         self._forecasting = tuple(tuple(i for i in segment.sites if i in forecasting) for segment in self.segments)
         self._compiling = threading.RLock()
         self._room = [None] * (wiring.num_wires - wiring.num_inputs)
-        self._shared: dict[Row, tuple[int, ...]] = {}  # outputs that alias a slot, by row
+        self._shared: dict[tuple[Row, Row], tuple[int, ...]] = {}  # outputs that alias a slot, by row
 
     def __call__(self, args: list[Any]) -> Sequence[Any]:
         """Run the graph on its flat inputs; this is the calling convention of AOTAutograd. Clears `args`."""
@@ -101,7 +103,7 @@ class CompiledGraph:
             decided, outputs = run(inputs, call, cache, changed or unfit)
         except SizesNotCompiled:
             decided, outputs = self._run(inputs, call, cache, MissReason.SIZES_NOT_COMPILED)
-        outputs = self._owned(decided.row, outputs, cache)
+        outputs = self._owned(decided, outputs, cache)
         self._note(call, occurrence, decided, args, outputs, cache)
         for site, lender in self._borrowing:
             cache.lent.pop(site, None)  # do not keep the lender's old values alive while it computes new ones
@@ -122,7 +124,7 @@ class CompiledGraph:
             decided, fresh = self._measuring(args, wires, cache, state)
         else:
             decided = self._decided(*state)
-            fresh = self._run_segments(args, wires, cache, decided.row.__getitem__, decided.weigh, moment.stream)
+            fresh = self._run_segments(args, wires, cache, decided, moment.stream)
         self.commit(fresh, cache, moment, decided)
         return decided, self.results(wires)
 
@@ -135,14 +137,16 @@ class CompiledGraph:
         meter = Meter(cache.tracked, self._measured, wires, inputs, self._lag, self._distance, noise)
 
         def measure(site: int, symbol: str) -> float | None:
-            index = self.sites[site].entropy
+            index, errors = self.sites[site].entropy, self.sites[site].errors
+            if symbol in errors:
+                return cache.tracked.error(errors[symbol])
             if symbol != "entropy" or index is None:
                 return meter.read(site, symbol)
             values = cache.values[site]
             return None if values is None else float(values[index].item())
 
         decider = Decider(self.sites, *state, measure=measure)
-        fresh = self._run_segments(args, wires, cache, decider.settle, decider.weigh, state[0].stream)
+        fresh = self._run_segments(args, wires, cache, decider, state[0].stream)
         decided = decider.decisions()
         meter.close(decided.row)
         return decided, fresh
@@ -166,19 +170,24 @@ class CompiledGraph:
         return found
 
     def _run_segments(
-        self, args: list[Any], wires: list[Any], cache: Cache, decide: Decide, weigh: Weigh, stream: Hashable
-    ) -> list[tuple[tuple[int, int], Tensor]]:
+        self, args: list[Any], wires: list[Any], cache: Cache, by: Decider | Decisions, stream: Hashable
+    ) -> Fresh:
         """Run the segments in order, and return their new slot tensors.
 
         The oldest value of a site that computes is freed first, since nothing reads it any more and it would occupy
-        memory beside the new value. If the call fails, the slots of the stream are cleared.
+        memory beside the new value; its forecast is made before. If the call fails, the stream's slots are cleared.
         """
-        fresh: list[tuple[tuple[int, int], Tensor]] = []
+        fresh, foretold = Fresh(), dict[int, list[Tensor]]()
         for number, segment in enumerate(self.segments):
             for site in segment.sites:
-                if not decide(site):
+                if by.settle(site) or site in foretold:
+                    continue
+                if site in self._errors:
+                    foretold[site] = self._errors.foretell(site, cache.values[site], by.foretell(site))
+                if not by.is_verified(site):
                     cache.release(site, self.sites[site].width, self.sites[site].kept(stream))
-            fresh += self.run_segment(number, decide, args, wires, cache, weigh)
+            fresh += self.run_segment(number, by.settle, args, wires, cache, by.weigh)
+        self._errors.note(foretold, fresh, cache.tracked)
         return fresh
 
     def start(self, args: list[Any]) -> list[Any]:
@@ -187,7 +196,7 @@ class CompiledGraph:
 
     def run_segment(
         self, number: int, decide: Decide, args: list[Any], wires: list[Any], cache: Cache, weigh: Weigh = newest
-    ) -> list[tuple[tuple[int, int], Tensor]]:
+    ) -> Fresh:
         """Run one segment, write its outputs to `wires`, free spent wires, and return its new slot tensors.
 
         Raises SizesNotCompiled if the segment was compiled for other sizes.
@@ -195,7 +204,7 @@ class CompiledGraph:
         segment = self.segments[number]
         row = tuple([decide(site) for site in segment.sites])
         executable = segment.variants[row] if row in segment.variants else self.add_variant(number, row, late=True)
-        fresh: list[tuple[tuple[int, int], Tensor]] = []
+        fresh: Fresh = []
         if executable is not None:
             if executable.admits is not None and not executable.admits(args):
                 raise SizesNotCompiled
@@ -229,11 +238,10 @@ class CompiledGraph:
         cache: Cache,
     ) -> None:
         """Record the decisions of a call in the statistics, and call the observer if there is one."""
-        trajectory, stream = call.trajectory.number, call.stream.name
         record = Record(
-            trajectory,
+            call.trajectory.number,
             call.trajectory.step,
-            stream,
+            call.stream.name,
             self.index,
             occurrence,
             self.names,
@@ -280,7 +288,9 @@ class CompiledGraph:
         for (site, index), value in fresh:
             values.setdefault(site, {})[index] = value
         for site, reason in enumerate(decided.reasons):
-            if not decided.row[site]:
+            if reason is DecisionReason.VERIFIED:
+                cache.streak[site] += 1
+            elif not decided.row[site]:
                 tensors = values.get(site, {})
                 made = tuple(tensors[k] for k in range(len(tensors))) or None
                 made = self._difference(site, made, cache, moment)
@@ -302,14 +312,15 @@ class CompiledGraph:
         lent = cache.lent.get(site)
         return None if lent is None else tuple(a - b for a, b in zip(made, lent, strict=True))
 
-    def _owned(self, row: Row, outputs: Sequence[Any], cache: Cache) -> Sequence[Any]:
+    def _owned(self, decided: Decisions, outputs: Sequence[Any], cache: Cache) -> Sequence[Any]:
         """Return the outputs. Outputs that share storage with a slot are copied, as the caller may modify them."""
-        shared = self._shared.get(row)
+        key = decided.row, tuple([reason is DecisionReason.VERIFIED for reason in decided.reasons])
+        shared = self._shared.get(key)
         if shared is None:  # a variant always aliases the same outputs
             cached = [value for values in cache.all for value in values]
             slots = {value.untyped_storage().data_ptr() for value in cached}
             tensors = ((i, out) for i, out in enumerate(outputs) if isinstance(out, Tensor))
-            shared = self._shared[row] = tuple(i for i, out in tensors if out.untyped_storage().data_ptr() in slots)
+            shared = self._shared[key] = tuple(i for i, out in tensors if out.untyped_storage().data_ptr() in slots)
         return [out.clone() if i in shared else out for i, out in enumerate(outputs)] if shared else outputs
 
     def _outside(self, args: list[Any]) -> Sequence[Any]:

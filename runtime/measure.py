@@ -6,6 +6,7 @@ asynchronously.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal, NamedTuple
@@ -19,10 +20,11 @@ Distance = Callable[[Tensor, Tensor], Tensor]  # (now, before) -> relative L1 ch
 
 
 class Measured(NamedTuple):
-    """A measured symbol that a site's guard reads.
+    """A measured symbol that a site's guard, or its weights, read.
 
-    statistic: "similarity" (relative L1 change of the probe since the site was last computed) or "drift" (sum of the
-    relative L1 changes from call to call since then). wire: the wire of the probe.
+    statistic: "similarity" (relative L1 change of the probe since the site was last computed), "drift" (sum of the
+    relative L1 changes from call to call since then), or "advance" (the probe's change since the site was last
+    computed, over its change between the two last computed calls). wire: the wire of the probe.
     rescale: coefficients, highest power first, of a polynomial that is applied to each change; or "rate", which
     multiplies each change by the last known ratio of the output's relative change to the probe's change (EasyCache).
     output: the wire of the model's output, if it is read. grid: if given, the probe is filtered by the noise of its
@@ -45,6 +47,15 @@ class Measured(NamedTuple):
     def place(self) -> tuple[int, Grid | None]:
         """The key of the probe: symbols with the same wire and grid share it."""
         return self.wire, self.grid
+
+
+@dataclass(frozen=True)
+class ForecastError:
+    """A symbol that a site's guard reads: the largest error of the forecasts of these sites, each when it was computed
+    last; the ratio of the means, or the mean of the ratios."""
+
+    sites: tuple[int, ...]
+    elementwise: bool = False
 
 
 def polynomial(coefficients: Sequence[float], x: Tensor) -> Tensor:
@@ -95,23 +106,34 @@ class Track:
     value: Number | None = None
     output: Tensor | None = None  # the output of the last computed call, for a rate
     rate: Tensor | None = None  # relative change of that output over the change of the probe
+    before: Tensor | None = None  # the probe of the last computed call but one, for an advance
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
-        return (self.reference,) if self.output is None else (self.reference, self.output)
+        return tuple(tensor for tensor in (self.reference, self.before, self.output) if tensor is not None)
 
 
 @dataclass
 class Tracked:
-    """The tracks of a cache by site and symbol, and the last value of each probe."""
+    """The tracks of a cache by site and symbol, the last value of each probe, and of each site whose forecasts are
+    compared the error when it was computed last: the ratio of the means, or the mean of the ratios."""
 
     tracks: dict[tuple[int, str], Track] = field(default_factory=dict)
+    errors: dict[tuple[int, bool], Number] = field(default_factory=dict)
     last: dict[tuple[int, Grid | None], Tensor] = field(default_factory=dict)
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
         """All tensors that are kept for comparison."""
         return (*(t for track in self.tracks.values() for t in track.tensors), *self.last.values())
+
+    def error(self, asked: ForecastError) -> float | None:
+        """The largest of the errors that are asked for; None where one of them is not known, NaN where one is."""
+        found = [self.errors.get((site, asked.elementwise)) for site in asked.sites]
+        numbers = [number.read() for number in found if number is not None]
+        if not numbers or len(numbers) < len(found):
+            return None
+        return math.nan if any(map(math.isnan, numbers)) else max(numbers)
 
 
 class Meter:
@@ -149,12 +171,22 @@ class Meter:
 
     def _now(self, track: Track, measured: Measured) -> Number | None:
         """Measure up to this call."""
+        if measured.statistic == "advance":
+            return self._advance(track, measured)
         now, similar = self._value(measured), measured.statistic == "similarity"
         before = track.reference if similar else self._tracked.last.get(measured.place)
         change = self._change(now, before, measured, track.rate)
         if change is not None and not similar and track.value is not None:
             change = track.value.tensor + change
         return None if change is None else Number(change, ahead=bool(self._lag))
+
+    def _advance(self, track: Track, measured: Measured) -> Number | None:
+        """How far the probe is along the way between the last two computed calls."""
+        now = self._value(measured)
+        if now is None or track.before is None:
+            return None
+        way = self._once(mean_change, track.reference, track.before)
+        return Number(self._once(mean_change, now, track.before) / way, ahead=bool(self._lag))
 
     def _value(self, measured: Measured) -> Tensor | None:
         """Return the probe's value in this call, filtered if it has a grid, or None if it is not computed yet."""
@@ -208,6 +240,8 @@ class Meter:
             change = None if track is None else self._change(now, track.reference, measured, None)
             return Track(now, None if change is None else Number(change, ahead=True), self._output(measured, reused))
         following = track if reused else self._computed(track, measured, now)
+        if measured.statistic == "advance":
+            return replace(following, value=self._advance(following, measured) if self._lag else None)
         if measured.statistic == "similarity":
             return replace(following, value=self._now(track, measured) if self._lag else None)
         if reused:
@@ -219,7 +253,8 @@ class Meter:
         output, rate = self._output(measured, False), None
         if output is not None and track.output is not None:
             rate = self._once(self._distance, track.output, output) / self._once(mean_change, now, track.reference)
-        return Track(now, output=output, rate=rate)
+        before = track.reference if measured.statistic == "advance" else None
+        return Track(now, output=output, rate=rate, before=before)
 
     def _output(self, measured: Measured, reused: bool) -> Tensor | None:
         """Return the output of this call if a rate needs it and the call computed it."""

@@ -15,9 +15,9 @@ from dit_rewrite.errors import DecisionReason, Reason, StreamReason, TrajectoryR
 class Decision:
     """The decisions of one call of one graph: a row of `Stats.decisions`.
 
-    strategies: maps each guarded site to "compute", "reuse" or "forecast"; a site that only keeps a value for another
-    site has "fill" or "leave". reasons: maps each site to the reason. measured: maps each site whose guard read
-    measurements to their values by symbol.
+    strategies: maps each guarded site to "compute", "reuse", "forecast" or "verify"; a site that only keeps a value for
+    another site has "fill" or "leave". reasons: maps each site to the reason. measured: maps each site whose guard or
+    forecast read measurements to their values by symbol.
     """
 
     trajectory: int
@@ -30,9 +30,10 @@ class Decision:
 
 
 _SLOTS: dict[Reason, str] = {
-    DecisionReason.WILL_BE_READ: "fill",
+    DecisionReason.WILL_BE_READ: "fill",  # a site that only keeps a value for another site
     DecisionReason.UNREAD: "leave",
-}  # for sites that only keep a value for another site
+    DecisionReason.VERIFIED: "verify",  # computes, and leaves its slot as it is
+}
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from torch import fx
 import dit_rewrite.kernels.attention_entropy  # noqa: F401  # registers the op
 from dit_rewrite.compiler.request import Request
 from dit_rewrite.compiler.slot_formats import SlotFormat, SlotFormats
-from dit_rewrite.errors import RefusalReason
+from dit_rewrite.errors import Reason, RefusalReason
 from dit_rewrite.passes.analysis.attention_sites import find_cores, find_shared
 from dit_rewrite.passes.analysis.branches import Refusal
 from dit_rewrite.passes.analysis.output_sites import find_delta, find_output
@@ -20,7 +20,7 @@ from dit_rewrite.passes.analysis.site import Found, Part, Probe, Site, close
 from dit_rewrite.passes.analysis.spans import Stream, find_spans
 from dit_rewrite.passes.analysis.stacks import Stacks
 from dit_rewrite.passes.capture.capture import Captured
-from dit_rewrite.passes.guards.measurements import measurement
+from dit_rewrite.passes.guards.measurements import ERROR, Measurement, measurement
 from dit_rewrite.passes.guards.symbols import ENTROPY, Value, measured
 from dit_rewrite.passes.pipeline import Context
 from dit_rewrite.passes.rewrite.guarded_graph import Guarded
@@ -197,6 +197,7 @@ class _Measuring:
     ) -> tuple[list[Site], list[SiteRules], list[Refusal]]:
         refused: list[Refusal] = []
         measuring: list[Site] = []
+        self._verifies = any(site_rules.verifies for site_rules in rules)
         for site, site_rules in zip(sites, rules, strict=True):
             if site_rules.reachable and site.part is not Part.HELD:
                 site, reasons = self._measure(site, site_rules)
@@ -206,18 +207,30 @@ class _Measuring:
             position = {node.name: i for i, node in enumerate(self.gm.graph.nodes)}
             measuring = [_before(site, position, refused) for site in measuring]
         had = [{probe.symbol for probe in site.probes} | ({ENTROPY} if site.entropy else set()) for site in measuring]
+        for known, site_rules in zip(had, rules, strict=True):
+            known |= {e.name for e in site_rules.errors if self._lacks(e, site_rules) is None}
         return measuring, [r.measuring(h) for r, h in zip(rules, had, strict=True)], refused
 
     def _measure(self, site: Site, rules: SiteRules) -> tuple[Site, list[RefusalReason]]:
         """The site with what its guards measure, and why that lacks something."""
         asked = [found for name in sorted(rules.needs) if (found := measurement(name)) is not None]
-        probes = [self.probes.measured(each, site) for each in asked]
+        probes: list[Probe | Reason | None] = [
+            self._lacks(each, rules) if each.statistic == ERROR else self.probes.measured(each, site) for each in asked
+        ]
         site = replace(site, probes=tuple(probe for probe in probes if isinstance(probe, Probe)))
         reasons = list(dict.fromkeys(probe for probe in probes if isinstance(probe, RefusalReason)))
         if ENTROPY in rules.needs:
             site = add_entropy(self.gm, site, torch.ops.dit_rewrite.attention_entropy.default)
             reasons += [RefusalReason.NO_KEYS] if site.entropy is None else []
         return site, reasons
+
+    def _lacks(self, error: Measurement, rules: SiteRules) -> Reason | None:
+        """Why a site whose guard asks for that error of a forecast cannot have it."""
+        if error.probe == "self":
+            return RefusalReason.NO_FORECAST if rules.forecast is None else None
+        if not self.probes.whole:
+            return RefusalReason.PROBE_IN_PART
+        return None if self._verifies else RefusalReason.NOT_VERIFIED
 
 
 def _before(site: Site, position: Mapping[str, int], refused: list[Refusal]) -> Site:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import fx
 
@@ -19,6 +19,7 @@ from dit_rewrite.policy.rules import Policy
 from dit_rewrite.policy.site_rules import SiteRules, forced
 from dit_rewrite.policy.strategies import GuidanceDelta, ShareGuidance
 from dit_rewrite.runtime.decide import NEVER, NO_SLOT, Choose, Computed, Decider, Moment, SiteSpec, pushed
+from dit_rewrite.runtime.measure import ForecastError
 
 FORESEEN_STEPS = 64  # how many steps to look ahead if their number is not known
 LONGEST = 1000  # and at most
@@ -43,9 +44,19 @@ class Foreseen:
 def run(gm: fx.GraphModule, ctx: Context) -> Foreseen:
     """The pass: simulate the decisions of the policy on the guarded sites."""
     bound, guarded, policy, request = ctx[Bound], ctx[GuardedGraph], ctx[Policy], ctx[Request]
-    specs = tuple(_spec(guarded, k, bound.rules[label.site], request.force) for k, label in enumerate(bound.labels))
+    rules = [bound.rules[label.site] for label in bound.labels]
+    specs = tuple(
+        replace(_spec(guarded, k, each, request.force), errors=_errors(k, rules)) for k, each in enumerate(rules)
+    )
     measures = bool(measured(policy.mentions))
     return Foreseen(specs, tuple(simulate(specs, request.num_steps, request.noise, policy.streams, measures)))
+
+
+def _errors(index: int, rules: Sequence[SiteRules]) -> dict[str, ForecastError]:
+    """For each symbol of a site's guard that is an error of forecasts, the sites whose error it is."""
+    verified = tuple(i for i, each in enumerate(rules) if each.verifies)
+    asked = {error: (index,) if error.probe == "self" else verified for error in rules[index].errors}
+    return {error.name: ForecastError(sites, error.elementwise) for error, sites in asked.items()}
 
 
 def _spec(guarded: GuardedGraph, index: int, rules: SiteRules, force: bool) -> SiteSpec:
@@ -67,12 +78,12 @@ def _spec(guarded: GuardedGraph, index: int, rules: SiteRules, force: bool) -> S
         site.layer,
         parent,
         choose,
-        (),
-        entropy,
-        reads,
-        serves,
-        rules.foreseen,
-        borrows,
+        foretell=None if rules.forecast is None else rules.forecast.weights,
+        entropy=entropy,
+        reads=reads,
+        serves=serves,
+        foreseen=rules.foreseen,
+        borrows=borrows,
         width=guarded.held[index],
         depth=guarded.depths[index],
         differs=isinstance(rules.form, GuidanceDelta) and borrows is not None,
@@ -108,7 +119,9 @@ def _rows(
         decided = Decider(specs, moment, past, streak, holds, measure=lambda _, __: answer).decisions()
         rows.append(decided.row)
         for i, (reused, reason) in enumerate(zip(decided.row, decided.reasons, strict=True)):
-            if not reused:
+            if reason is DecisionReason.VERIFIED:
+                streak[i] += 1
+            elif not reused:
                 past[i], streak[i] = pushed(past[i], Computed(step, sigma, snr), specs[i].depth), 0
             elif reason is not DecisionReason.COVERED:
                 streak[i] += 1

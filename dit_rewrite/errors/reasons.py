@@ -46,7 +46,9 @@ class RefusalReason(Reason):
     NO_PROBE = "the graph has no probe of this name"
     PROBE_WITHIN = "the probe is computed after the value that it decides on: give the policy lag=1"
     NO_GRID = "the probe is filtered, and the places of its tokens on a grid cannot be found"
-    PROBE_IN_PART = "the graph is a part of the model, so that its inputs and outputs are not the model's"
+    NOT_VERIFIED = "the guard asks for the error of verified sites, and no rule verifies one"
+    NO_FORECAST = "the guard asks for the error of its forecast, and no rule forecasts the site with store None or bf16"
+    PROBE_IN_PART = "the graph is a part of the model, and the guard measures a value of the whole model"
 
 
 class UnreachedReason(Reason):
@@ -73,8 +75,9 @@ class DecisionReason(Reason):
     NO_RULE = "no rule applies"
     TOTAL_UNKNOWN = "the guard needs the number of steps, which is not known"
     NOISE_UNKNOWN = "the guard needs the noise level, which is not known"
-    NOT_MEASURED = "the guard needs a measurement, and there is none yet"
+    NOT_MEASURED = "the guard or the forecast needs a measurement, and there is none yet"
     COVERED = "an enclosing site is reused"
+    VERIFIED = "a rule compares the computed value with its forecast: the slot stays as it was"
     FORCED = "every decision is forced to compute"
     WILL_BE_READ = "a later step reads the slot that this step fills"
     UNREAD = "no step reads the slot before it is filled again"

@@ -1,8 +1,8 @@
 """Policies of the literature, each in a few lines of the language of guards.
 
-static.py and schedules.py follow from the step alone, measured.py asks what has changed, attention.py is of attention
-ops, guidance.py of guidance. published.py has the tables that sources print for named models, and calibrate.py measures
-them on yours. text.py reads policies from text.
+static.py and schedules.py follow from the step alone, measured.py asks what has changed, verified.py how wrong a
+forecast was, attention.py is of attention ops, guidance.py of guidance. published.py has the tables that sources print
+for named models, and calibrate.py measures them on yours. text.py reads policies from text.
 """
 
 from dit_rewrite.policies.attention import DQAR, CachedAttention, DiTFastAttn, strategies_of
@@ -19,6 +19,7 @@ from dit_rewrite.policies.measured import (
 from dit_rewrite.policies.schedules import DPCache, MeanCache, Spectrum, StepMask
 from dit_rewrite.policies.static import FORA, FoCa, HiCache, Never, PyramidAttentionBroadcast, TaylorSeer, TGate
 from dit_rewrite.policies.text import as_policy, parse
+from dit_rewrite.policies.verified import SpeCa
 
 __all__ = [
     "DQAR",
@@ -38,6 +39,7 @@ __all__ = [
     "Never",
     "PyramidAttentionBroadcast",
     "SeaCache",
+    "SpeCa",
     "Spectrum",
     "StepMask",
     "TGate",

@@ -14,11 +14,13 @@ from dit_rewrite.passes.guards.tables import MAX_VALUES
 from dit_rewrite.policies.checks import numbers, one_of, real, reuse_or_forecast, threshold_of, title, whole
 from dit_rewrite.policies.published import MAGCACHE, TEACACHE
 from dit_rewrite.policy.bases import BASES
+from dit_rewrite.policy.measured_bases import Aligned
 from dit_rewrite.policy.rules import Policy, Rule
 from dit_rewrite.policy.strategies import Forecast, Reuse, Store
 from dit_rewrite.policy.where import Where
 
 Lag = Literal[0, 1]
+MOST_BLOCKS = 9999  # that a probe may lie behind
 
 
 def FirstBlockCache(threshold: float = 0.08, warmup: int = 0, max_streak: int | None = None, lag: Lag = 0) -> Policy:
@@ -189,15 +191,20 @@ def DiCache(
     """Run the first blocks, and go on from them only once the changes of what they give have added up (DiCache).
 
     The relative L1 changes, from step to step, of the stream behind the first `depth` blocks of the main stack; while
-    their sum since the last computed step is below `threshold`, the cached change across the other blocks is added to
-    it. The first steps up to the share `retention`, and the last, compute; it needs num_steps. The source adds the
-    change across the whole stack to its input, extrapolated along the last two computed ones by a ratio that is
-    measured on the probe; here it is the newest one as it is. Its "delta_minus" is not there. Raises BadParameter.
+    their sum since the last computed step is below `threshold`, the other blocks do not run. Instead the change across
+    the whole stack is added to its input, the last two computed ones extrapolated by as much as what the first blocks
+    add has gone on since (`Aligned`, which clips that to 1 … 1.5 as the source does); of one, it is that. The first
+    steps up to the share `retention`, and the last, compute; it needs num_steps.
+
+    Where the first blocks added the same at the last two computed steps the source divides by zero, and goes on with
+    NaN; here such a step computes. The source's text stream is left as it enters the stack; here it is had like the
+    image's, where anything behind reads it. Its "delta_minus" is not there. Raises BadParameter.
     """
     threshold_of("DiCache", threshold)
-    whole("DiCache", "depth", depth, 1)
+    whole("DiCache", "depth", depth, 1, MOST_BLOCKS)
     real("DiCache", "retention", retention, lambda r: 0 <= r <= 1, "a share of the steps, 0 to 1")
-    when = (drift("self") < threshold) & (step > floor(Rational(str(retention)) * num_steps))
-    rule = Rule(when, Reuse(store), Where(span="stack", layers=(depth, None)))
+    first = "first_block" if depth == 1 else f"first_{depth}_blocks"
+    when = (drift(f"behind_{first}") < threshold) & (step > floor(Rational(str(retention)) * num_steps))
+    rule = Rule(when, Forecast(1, Aligned(first), store=store), Where(span="stack"))
     name = title("DiCache", threshold=threshold, depth=depth, retention=retention, lag=lag)
     return Policy((rule,), name, lag=lag, cooldown=1)

@@ -24,6 +24,7 @@ from dit_rewrite.policies.measured import (
 )
 from dit_rewrite.policies.schedules import DPCache, MeanCache, Spectrum, StepMask
 from dit_rewrite.policies.static import FORA, FoCa, HiCache, Never, PyramidAttentionBroadcast, TaylorSeer, TGate
+from dit_rewrite.policies.verified import SpeCa
 from dit_rewrite.policy.plan import Plan
 from dit_rewrite.policy.rules import Policy, Rule
 from dit_rewrite.policy.serialise import from_json
@@ -47,6 +48,7 @@ _POLICIES: dict[str, Callable[..., Policy]] = {
     "meancache": MeanCache,
     "pyramid_attention_broadcast": PyramidAttentionBroadcast,
     "seacache": SeaCache,
+    "speca": SpeCa,
     "spectrum": Spectrum,
     "step_mask": StepMask,
     "taylorseer": TaylorSeer,

@@ -211,6 +211,8 @@ class _Reader:
 
     def power(self, node: ast.BinOp) -> sympy.Expr:
         base, exponent = self.number(node.left), self.number(node.right)
+        if base.is_Float and base > 0 and not exponent.is_Number:  # a float overflows, and does not grow
+            return base**exponent
         if not exponent.is_Number or not _degree(base) * abs(exponent) <= MAX_DEGREE:
             self.refuse(f"the power `{ast.unparse(node)}` could grow too large")
         return base**exponent
@@ -231,6 +233,8 @@ def _degree(expression: sympy.Expr) -> float:
         return 1.0
     if expression.is_Rational:
         return math.log(max(abs(expression.p), expression.q, 2), 1000)
+    if expression.is_Pow and not expression.exp.is_Number:
+        return 1.0  # of a float, which is all that such a power is read of
     if expression.is_Pow:
         return _degree(expression.base) * abs(float(expression.exp))
     degrees = [_degree(part) for part in expression.args]

@@ -19,7 +19,7 @@ from dit_rewrite.passes.analysis.spans import Span
 from dit_rewrite.passes.guards import symbols
 from dit_rewrite.passes.guards.satisfiability import Verdict, verdict
 from dit_rewrite.passes.guards.symbols import Predicate, Value
-from dit_rewrite.policy.site_rules import SiteRule, SiteRules
+from dit_rewrite.policy.site_rules import WEIGHING, SiteRule, SiteRules
 from dit_rewrite.policy.strategies import (
     PLACES,
     Compute,
@@ -126,8 +126,9 @@ class Policy:
 
     @property
     def mentions(self) -> frozenset[str]:
-        """The symbols that its guards mention."""
-        return frozenset[str]().union(*(symbols.mentions(rule.when) for rule in self.rules))
+        """The symbols that its guards mention, and those that its forecasts have measured."""
+        weighed = (do.measures for rule in self.rules for do in rule.strategies if isinstance(do, WEIGHING))
+        return frozenset[str]().union(*(symbols.mentions(rule.when) for rule in self.rules), *weighed)
 
     @property
     def reads(self) -> frozenset[str]:

@@ -22,6 +22,7 @@ from dit_rewrite.policy.strategies import (
     ReuseKV,
     ShareGuidance,
     Strategy,
+    Verify,
     WindowResidual,
 )
 from dit_rewrite.policy.where import Where
@@ -30,6 +31,7 @@ VERSION = 1
 STRATEGIES: dict[str, type[Strategy]] = {
     "compute": Compute, "reuse": Reuse, "forecast": Forecast, "reuse_kv": ReuseKV, "window_residual": WindowResidual,
     "share_guidance": ShareGuidance, "guidance_delta": GuidanceDelta, "blockwise_reuse": BlockwiseReuse,
+    "verify": Verify,
 }  # fmt: skip
 
 _JSON: dict[Any, type] = {tuple: list, typing.Literal: str}
@@ -104,21 +106,22 @@ def _one_strategy(value: object, where: str) -> Strategy:
     name = fields.pop("strategy", None)
     if not isinstance(name, str) or name not in STRATEGIES:
         raise BadPolicyText(where, f"has the strategy {name!r:.100}, and not one of {', '.join(STRATEGIES)}")
-    if isinstance(fields.get("basis"), dict):
-        return _forecast(fields, f"{where}.basis")
+    kind = STRATEGIES[name]
+    if isinstance(fields.get("basis"), dict) and issubclass(kind, Forecast):
+        return _forecast(fields, kind, f"{where}.basis")
     if isinstance(fields.get("do"), dict):
         do: Any = _one_strategy(fields.pop("do"), f"{where}.do")  # the strategy checks what it is
         return replace(_record(fields, GuidanceDelta, where), do=do)
-    return _record(fields, STRATEGIES[name], where)
+    return _record(fields, kind, where)
 
 
-def _forecast(fields: dict[str, Any], where: str) -> Strategy:
+def _forecast(fields: dict[str, Any], kind: type[Forecast], where: str) -> Strategy:
     """A forecast whose basis has parameters."""
     given = dict(fields.pop("basis"))
     name = given.pop("basis", None)
     if not isinstance(name, str) or name not in KINDS:
         raise BadPolicyText(where, f"has the basis {name!r:.100}, and not one of {', '.join(KINDS)}")
-    read = _record(fields, Forecast, where)
+    read = _record(fields, kind, where)
     return replace(read, basis=_record(given, KINDS[name], where))
 
 

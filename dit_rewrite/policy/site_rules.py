@@ -9,9 +9,10 @@ from functools import lru_cache
 
 from dit_rewrite.errors import DecisionReason
 from dit_rewrite.passes.guards import symbols
+from dit_rewrite.passes.guards.measurements import ERROR, Measurement, measurement
 from dit_rewrite.passes.guards.notation import show
 from dit_rewrite.passes.guards.symbols import Predicate, Value, is_known
-from dit_rewrite.policy.strategies import Core, Forecast, GuidanceDelta, ShareGuidance, Strategy
+from dit_rewrite.policy.strategies import COMPARABLE, Core, Forecast, GuidanceDelta, ShareGuidance, Strategy, Verify
 from dit_rewrite.policy.where import Where
 from dit_rewrite.runtime.decide import Choice, Choose, Moment, Read
 
@@ -27,6 +28,12 @@ class SiteRule:
     mine: bool
     where: Where
 
+    @property
+    def measured(self) -> tuple[str, ...]:
+        """The symbols that must be measured: of its guard, and of the weights of its forecast."""
+        weighed = self.do.measures if self.mine and isinstance(self.do, WEIGHING) else ()
+        return (*self.predicate.measured, *weighed)
+
 
 @dataclass(frozen=True)
 class SiteRules:
@@ -41,7 +48,7 @@ class SiteRules:
 
     def measuring(self, known: Container[str]) -> SiteRules:
         """Less the rules for reuse whose measurements are not all `known` to be had: they can never be proven."""
-        provable = (rule for rule in self.rules if not rule.mine or all(n in known for n in rule.predicate.measured))
+        provable = (rule for rule in self.rules if not rule.mine or all(n in known for n in rule.measured))
         return SiteRules(tuple(provable))
 
     @property
@@ -66,7 +73,24 @@ class SiteRules:
     @property
     def needs(self) -> frozenset[str]:
         """The symbols that must be known when it is decided."""
-        return frozenset[str]().union(*(rule.predicate.needs for rule in self.rules))
+        return frozenset[str]().union(*((*rule.predicate.needs, *rule.measured) for rule in self.rules))
+
+    @property
+    def errors(self) -> tuple[Measurement, ...]:
+        """The errors of forecasts that its guards ask for."""
+        asked = (measurement(name) for name in sorted(self.needs))
+        return tuple(found for found in asked if found is not None and found.statistic == ERROR)
+
+    @property
+    def forecast(self) -> Forecast | None:
+        """The first forecast that some rule makes of it, in numbers that can be compared."""
+        mine = (rule.do for rule in self.rules if rule.mine)
+        return next((do for do in mine if isinstance(do, Forecast) and do.store in COMPARABLE), None)
+
+    @property
+    def verifies(self) -> bool:
+        """Whether some rule has it computed to be compared with its forecast."""
+        return any(isinstance(rule.do, Verify) for rule in self.rules)
 
     @property
     def guard(self) -> str:
@@ -109,6 +133,8 @@ def _chooser(site: SiteRules) -> Choose:
             known = {**_symbols(moment, layer, age, streak), **measured}
             if rule.predicate.holds(known):
                 weigh = rule.do.weights if isinstance(rule.do, WEIGHING) and rule.mine else None
+                if isinstance(rule.do, Verify):
+                    return Choice(False, DecisionReason.VERIFIED, weigh)
                 return Choice(rule.mine, DecisionReason.RULE, weigh)
             unproven |= None in measured.values()
             if not rule.mine and not all(is_known(name, known.get(name)) for name in rule.predicate.needs):

@@ -8,14 +8,15 @@ from dataclasses import dataclass, field
 from numbers import Real
 from typing import Any, Literal, get_args
 
-from dit_rewrite.errors import BadParameter, MissReason
+from dit_rewrite.errors import BadParameter, DecisionReason, MissReason, Reason
 from dit_rewrite.passes.analysis.sites import Part
 from dit_rewrite.passes.rewrite.codec import STORES
 from dit_rewrite.policy.bases import BASES, Basis
-from dit_rewrite.runtime.decide import Computed, Moment, Past, Weights
+from dit_rewrite.runtime.decide import Computed, Moment, Past, Read, Weights, unmeasured
 
 Store = Literal["bf16", "fp8", "int8"] | None
 MOST = 8  # the highest order of a forecast: above, its weights grow beyond what fp32 can sum
+COMPARABLE = (None, "bf16")  # stores whose numbers are the value's
 LONGEST = 64  # computed values that a slot may keep
 
 
@@ -82,7 +83,7 @@ class Forecast:
 
     def _require(self, name: str, fits: object, allowed: str) -> None:
         if not fits:
-            raise BadParameter("Forecast", name, getattr(self, name), allowed)
+            raise BadParameter(type(self).__name__, name, getattr(self, name), allowed)
 
     @property
     def depth(self) -> int:
@@ -92,22 +93,35 @@ class Forecast:
         basis = _basis(self.basis)
         return basis.history(self.order) if isinstance(basis, Basis) else self.order + 1
 
-    def weights(self, past: Past, moment: Moment) -> Weights | MissReason:
-        """The weights of the values that a slot holds, newest first; why there are none."""
+    @property
+    def measures(self) -> tuple[str, ...]:
+        """The symbols of what its weights follow from, beside the places."""
+        return tuple(getattr(_basis(self.basis), "measures", ()))
+
+    def weights(self, past: Past, moment: Moment, read: Read = unmeasured) -> Weights | Reason:
+        """The weights of the values that a slot holds, newest first; why there are none. `read` measures."""
         places = [self._place(computed) for computed in past.computed[: self.depth]]
         place = self._place(Computed(moment.step, moment.sigma, moment.snr))
         known = [p for p in places if p is not None]
         if place is None or len(known) < len(places):
             return MissReason.NOISE_UNKNOWN
+        order = min(self.order, len(known) - 1)
+        asked = self.measures if order else ()  # order 0 is reuse, which needs none
+        measured = [value for name in asked if (value := read(name)) is not None]
+        if len(measured) < len(asked):
+            return DecisionReason.NOT_MEASURED
+        found = self._weigh(known, place, order, measured)
+        if not found or len(found) > len(known) or not all(map(math.isfinite, (*found, *measured))):
+            return MissReason.NO_WEIGHTS
+        return found + (0.0,) * (self.depth - len(found))
+
+    def _weigh(self, places: Sequence[float], place: float, order: int, measured: Sequence[Any]) -> Weights:
         basis = _basis(self.basis)
         weigh = basis.weights if isinstance(basis, Basis) else basis
         try:
-            found = tuple(map(float, weigh(known, place, min(self.order, len(known) - 1))))
+            return tuple(map(float, weigh(places, place, order, *measured)))
         except (ArithmeticError, ValueError):
-            found = ()
-        if not found or len(found) > len(known) or not all(map(math.isfinite, found)):
-            return MissReason.NO_WEIGHTS
-        return found + (0.0,) * (self.depth - len(found))
+            return ()
 
     def _place(self, computed: Computed) -> float | None:
         if self.over == "step":
@@ -115,6 +129,19 @@ class Forecast:
         if self.over == "sigma":
             return computed.sigma
         return math.log(computed.snr) if computed.snr is not None and 0 < computed.snr < math.inf else None
+
+
+@dataclass(frozen=True)
+class Verify(Forecast):
+    """Compute, and compare what that gives with this forecast: see `guards.forecast_error`.
+
+    The step goes on with the computed value. What the slot holds stays as it is, and the step counts in `streak` and
+    `age` as one that forecasts, so that the error is that of the sites which do. Raises BadParameter.
+    """
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._require("store", self.store in COMPARABLE, 'None or "bf16"')
 
 
 def _basis(basis: str | Basis | Callable[..., Any]) -> Basis | Callable[..., Any]:
@@ -221,7 +248,7 @@ class GuidanceDelta:
     def __post_init__(self) -> None:
         if not isinstance(self.conditional, str) or not self.conditional:
             raise BadParameter("GuidanceDelta", "conditional", self.conditional, '"first", "second", or a stream')
-        if not isinstance(self.do, Reuse | Forecast):
+        if not isinstance(self.do, Reuse | Forecast) or isinstance(self.do, Verify):
             raise BadParameter("GuidanceDelta", "do", self.do, "Reuse() or Forecast()")
         if self.half is None and self.do.store is not None:
             allowed = "one with store=None, where guidance takes two calls"
@@ -242,9 +269,14 @@ class GuidanceDelta:
         """How many values its reader takes: the differences and, of two calls, the conditional output."""
         return (self.do.depth if isinstance(self.do, Forecast) else 1) + (self.half is None)
 
-    def weights(self, past: Past, moment: Moment) -> Weights | MissReason:
+    @property
+    def measures(self) -> tuple[str, ...]:
+        """The symbols of what its weights follow from."""
+        return self.do.measures if isinstance(self.do, Forecast) else ()
+
+    def weights(self, past: Past, moment: Moment, read: Read = unmeasured) -> Weights | Reason:
         """The weights of these values."""
-        found = self.do.weights(past, moment) if isinstance(self.do, Forecast) else (1.0,)
+        found = self.do.weights(past, moment, read) if isinstance(self.do, Forecast) else (1.0,)
         return found if isinstance(found, MissReason) or self.half is not None else (1.0, *found)
 
 

@@ -207,7 +207,7 @@ def _replay(
     weights = record.weights or (None,) * len(record.row)
     for i, reuse, reason, each in zip(graph.reached, record.row, record.reasons, weights, strict=True):
         depths.update(dict.fromkeys(graph.found.sites[i].values, graph.rules[i].depth))
-        if reason is not DecisionReason.COVERED:
+        if reason not in (DecisionReason.COVERED, DecisionReason.VERIFIED):
             shared = graph.rules[i].form
             lender = shared.stream if isinstance(shared, ShareGuidance) and reuse else None
             where = (lender or stream, observation.position)

@@ -26,7 +26,7 @@ from dit_rewrite.passes.analysis.site import Found, Kind, Part, Probe, Site
 from dit_rewrite.passes.analysis.spans import Stream
 from dit_rewrite.passes.analysis.stacks import Stacks
 from dit_rewrite.passes.analysis.trajectory_invariant import invariant_nodes
-from dit_rewrite.passes.guards.measurements import Measurement, first_blocks
+from dit_rewrite.passes.guards.measurements import Measurement, blocks
 
 
 def copied(gm: fx.GraphModule) -> fx.GraphModule:
@@ -140,8 +140,8 @@ class Probes:
                 "latent": lambda: find_latent(self.gm.graph, self.static | self.steady),
                 "output": lambda: _largest(self.gm.graph.output_node().all_input_nodes),
             }
-            count = first_blocks(probe)
-            node = find[probe]() if count is None else self._first_blocks(count)
+            first = blocks(probe)
+            node = find[probe]() if first is None else self._first_blocks(*first)
             self._known[probe] = None if node is None else node.name
         return self._known[probe]
 
@@ -169,9 +169,11 @@ class Probes:
         ways = (self.stream.walk(node, bases.__contains__) for node in self.stream.behind(stack))
         return next((bases[way[-1]] for way in ways if way is not None), pairs[0])
 
-    def _first_blocks(self, count: int) -> fx.Node | None:
+    def _first_blocks(self, count: int, behind: bool) -> fx.Node | None:
         pair = self._across(count)
-        return None if pair is None else _after(self.gm.graph, pair[0], aten.sub.Tensor, *pair)
+        if pair is None or behind:
+            return None if pair is None else pair[0]
+        return _after(self.gm.graph, pair[0], aten.sub.Tensor, *pair)
 
     def _modulated_input(self) -> fx.Node | None:
         """What the first contraction of the first attention branch reads, below views and casts."""

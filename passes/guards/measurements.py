@@ -17,9 +17,12 @@ import sympy
 
 from dit_rewrite.errors import BadParameter
 
-PROBES = ("first_block", "modulated_input", "self", "latent", "output")
-STATISTICS = ("similarity", "drift")
-_FIRST_BLOCKS = re.compile(r"first_([2-9]|[1-9]\d{1,3})_blocks")
+PROBES = ("first_block", "behind_first_block", "modulated_input", "self", "latent", "output")
+ERRORS = ("verified", "self")  # whose forecast's error there is
+ERROR: Final = "forecast_error"
+CHANGES = ("similarity", "drift")
+STATISTICS = (*CHANGES, "advance", ERROR)
+_FIRST_BLOCKS = re.compile(r"(behind_)?first_(?:([2-9]|[1-9]\d{1,3})_blocks|block)")
 MAX_COEFFICIENTS = 16  # of a polynomial
 
 RATE: Final = "rate"
@@ -34,26 +37,35 @@ class Measurement:
 
     ``rescale`` are the coefficients, highest power first, of a polynomial that each change is put through, or "rate":
     each change as the output's, at the rate at which it changed between the last two computed steps.
-    ``filter`` is what the probe is put through before.
+    ``filter`` is what the probe is put through before. ``elementwise``: of an error, the mean of the ratios, and not
+    the ratio of the means.
     """
 
     statistic: str
     probe: str
     rescale: Rescale | None = None
     filter: Filter | None = None
+    elementwise: bool = False
 
     @classmethod
-    def of(cls, statistic: str, probe: object, rescale: object = None, filter: object = None) -> Measurement:
+    def of(
+        cls, statistic: str, probe: object, rescale: object = None, filter: object = None, elementwise: object = False
+    ) -> Measurement:
         """Checked: raises BadParameter for what there is none of."""
-        if not isinstance(probe, str) or not (probe in PROBES or first_blocks(probe)):
-            raise BadParameter(statistic, "probe", probe, f"one of {', '.join(PROBES)}, or such as first_8_blocks")
-        if statistic == "drift" and probe == "output":
+        _check_probe(statistic, probe)
+        allowed = {"rescale": statistic in CHANGES, "filter": statistic in CHANGES, "elementwise": statistic == ERROR}
+        for name, value in (("rescale", rescale), ("filter", filter), ("elementwise", elementwise)):
+            if value not in (None, False) and not allowed[name]:
+                raise BadParameter(statistic, name, value, f"none: {statistic} has no such option")
+        if not isinstance(elementwise, bool):
+            raise BadParameter(statistic, "elementwise", elementwise, "True or False")
+        if statistic in ("drift", "advance") and probe == "output":
             raise BadParameter(statistic, "probe", probe, "another: between two computed steps there is no output")
         if rescale == RATE and probe == "output":
             raise BadParameter(statistic, "rescale", rescale, "a polynomial, or None: it is the output itself")
         if filter not in (None, "sea"):
             raise BadParameter(statistic, "filter", filter, '"sea", or None')
-        return cls(statistic, probe, _rescale(statistic, rescale), filter)  # type: ignore[arg-type]
+        return cls(statistic, probe, _rescale(statistic, rescale), filter, elementwise)  # type: ignore[arg-type]
 
     @property
     def name(self) -> str:
@@ -61,6 +73,7 @@ class Measurement:
         rescale = self.rescale if self.rescale == RATE else repr(self.rescale)
         options = [] if self.filter is None else [f"filter={self.filter}"]
         options += [] if self.rescale is None else [f"rescale={rescale}"]
+        options += ["elementwise=True"] if self.elementwise else []
         return f"{self.statistic}({', '.join([self.probe, *options])})"
 
     @property
@@ -79,10 +92,19 @@ class Measurement:
         return isinstance(self.rescale, tuple)
 
 
-def first_blocks(probe: str) -> int | None:
-    """Of how many blocks, from the first on, a probe is what they add to the stream; None where it is another."""
+def _check_probe(statistic: str, probe: object) -> None:
+    """Raise BadParameter unless the statistic has such a probe."""
+    if statistic == ERROR and probe not in ERRORS:
+        raise BadParameter(statistic, "probe", probe, f"one of {', '.join(ERRORS)}")
+    if statistic != ERROR and (not isinstance(probe, str) or not (probe in PROBES or blocks(probe))):
+        raise BadParameter(statistic, "probe", probe, f"one of {', '.join(PROBES)}, or such as first_8_blocks")
+
+
+def blocks(probe: str) -> tuple[int, bool] | None:
+    """Of how many blocks, from the first on, a probe is what they add to the stream, or the stream `behind` them; None
+    where it is another."""
     found = _FIRST_BLOCKS.fullmatch(probe)
-    return 1 if probe == "first_block" else None if found is None else int(found[1])
+    return None if found is None else (int(found[2] or 1), found[1] is not None)
 
 
 def _rescale(statistic: str, value: object) -> Rescale | None:

@@ -18,7 +18,7 @@ from sympy.logic.boolalg import Boolean, BooleanFunction
 from sympy.printing.pycode import PythonCodePrinter
 
 from dit_rewrite.errors import NotBoolean, UnknownSymbol
-from dit_rewrite.passes.guards.measurements import PROBES, STATISTICS, Filter, Measurement, measurement
+from dit_rewrite.passes.guards.measurements import ERROR, ERRORS, PROBES, STATISTICS, Filter, Measurement, measurement
 from dit_rewrite.passes.guards.tables import errors_since, look_up, table
 
 step, num_steps, layer, num_layers, age, streak = sympy.symbols(
@@ -33,7 +33,7 @@ TOTALS = frozenset({"num_steps", "progress"})
 NOISE = frozenset({"sigma", "snr"})
 FORESEEN = frozenset({"step", "num_steps", "progress", "layer"})  # known of a step before it comes
 ENTROPY = "entropy"
-KNOWN = (*SYMBOLS, *(f"{statistic}({', '.join(PROBES)})" for statistic in STATISTICS))  # for messages
+KNOWN = (*SYMBOLS, *(f"{s}({', '.join(ERRORS if s == ERROR else PROBES)})" for s in STATISTICS))  # for messages
 
 Value = int | float | Fraction | None
 
@@ -43,14 +43,14 @@ def similarity(
 ) -> sympy.Symbol:
     """The symbol of a probe's relative L1 change since the site was last computed; 0 is no change at all.
 
-    Probes: "first_block", what the first block adds to the stream, or "first_8_blocks" and so on; "modulated_input",
-    what its attention is computed from; "self", the stream that the site itself reads; "latent", the model's input,
-    known before anything runs; "output", what the model returns: the change between the last two steps that computed
-    the site. `rescale`: the coefficients, highest power first, of a polynomial that the change is put through (what
-    that makes of it may be negative); or "rate", as EasyCache has it: mean |change of the probe|, times (mean |change
-    of the output| / mean |change of the probe|) of the last two computed steps, over mean |output of the last one|.
-    `filter`="sea": the probe is put through SeaCache's filter of its step's noise before, which must be known. Raises
-    BadParameter for another.
+    Probes: "first_block", what the first block adds to the stream, or "first_8_blocks" and so on; "behind_first_block",
+    or "behind_first_8_blocks" and so on, the stream behind them; "modulated_input", what its attention is computed
+    from; "self", the stream that the site itself reads; "latent", the model's input, known before anything runs;
+    "output", what the model returns: the change between the last two steps that computed the site. `rescale`: the
+    coefficients, highest power first, of a polynomial that the change is put through (what that makes of it may be
+    negative); or "rate", as EasyCache has it: mean |change of the probe|, times (mean |change of the output| / mean
+    |change of the probe|) of the last two computed steps, over mean |output of the last one|. `filter`="sea": the probe
+    is put through SeaCache's filter of its step's noise before, which must be known. Raises BadParameter for another.
     """
     return Measurement.of("similarity", probe, rescale, filter).symbol
 
@@ -61,6 +61,27 @@ def drift(
     """The symbol of a probe's relative L1 changes from call to call, each filtered and rescaled as in `similarity`,
     added up since the site was last computed."""
     return Measurement.of("drift", probe, rescale, filter).symbol
+
+
+def advance(probe: str) -> sympy.Symbol:
+    """The symbol of how far a probe has gone along the way of the last two computed steps.
+
+    mean |the probe now - at the last computed step but one| over mean |at the last computed step - at that before|: 1
+    is where it was at the last computed step. Before two steps have computed the site there is none. Probes are those
+    of `similarity`, less "output". Raises BadParameter for another.
+    """
+    return Measurement.of("advance", probe).symbol
+
+
+def forecast_error(probe: str = "verified", *, elementwise: bool = False) -> sympy.Symbol:
+    """The symbol of how far the forecast of a value was from what was computed, when it was computed last.
+
+    The value and its forecast, from the same slot, at the same step: mean |forecast - computed| / mean |computed|, or
+    with `elementwise` the mean of |forecast - computed| / |computed|. It is known from the next call on. "self" is of
+    the site itself, "verified" of the sites that a rule has do `Verify`; of several values the largest. Where one of
+    them could not be forecast there is none. Raises BadParameter.
+    """
+    return Measurement.of(ERROR, probe, elementwise=elementwise).symbol
 
 
 def accumulated_error(ratios: Sequence[float], reach: int) -> sympy.Expr:

@@ -15,6 +15,7 @@ from dit_rewrite.policies import (
     MeanCache,
     PyramidAttentionBroadcast,
     SeaCache,
+    SpeCa,
     Spectrum,
     StepMask,
     TaylorSeer,
@@ -47,6 +48,10 @@ from dit_rewrite.policy.serialise import from_json, to_json
         DualBlockCache(4, 2, max_streak=3),
         DualBlockCache(forecast="taylorseer"),
         DiCache(),
+        DiCache(depth=3, store="bf16"),
+        SpeCa(),
+        SpeCa(7, 0.3, 0.1, max_streak=8, span="block", error="mean"),
+        SpeCa(decay=1, layer=3, store="bf16"),
     ],
     ids=str,
 )

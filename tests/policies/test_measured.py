@@ -18,6 +18,7 @@ from dit_rewrite.policies import (
     parse,
 )
 from dit_rewrite.policies.published import MAGCACHE, TEACACHE
+from dit_rewrite.policy.measured_bases import Aligned
 from dit_rewrite.policy.rules import Policy
 from dit_rewrite.policy.strategies import Forecast, Reuse
 from dit_rewrite.policy.where import Where
@@ -230,7 +231,7 @@ def test_magcache_of_another_number_of_steps() -> None:
         (MagCache(RATIOS), Reuse(), Where(span="stack")),
         (DualBlockCache(), Reuse(), Where(span="stack", layers=(8, None))),
         (DualBlockCache(2, 3, forecast="hermite"), Forecast(1, "hermite"), Where(span="stack", layers=(2, -3))),
-        (DiCache(depth=3), Reuse(), Where(span="stack", layers=(3, None))),
+        (DiCache(depth=3), Forecast(1, Aligned("first_3_blocks")), Where(span="stack")),
     ],
     ids=str,
 )
@@ -260,7 +261,7 @@ BAD: list[tuple[Any, dict[str, Any]]] = [
     *[(DualBlockCache, {"front": n}) for n in (0, 1.0, None, True)],
     *[(DualBlockCache, {"back": n}) for n in (-1, 1.0, None, True)],
     *[(DualBlockCache, {"forecast": n}) for n in ("dmd", 1, Reuse())],
-    *[(DiCache, {"depth": n}) for n in (0, 1.0, None)],
+    *[(DiCache, {"depth": n}) for n in (0, 1.0, None, 10_000)],
     *[(DiCache, {"retention": n}) for n in (-0.1, 1.1, None)],
 ]  # fmt: skip
 

@@ -156,7 +156,7 @@ def test_probes(statistic: Any) -> None:
         assert statistic(probe).name == f"{statistic.__name__}({probe})"
         assert Rule(statistic(probe) < 0.1).when.free_symbols == {statistic(probe)}
     for probe in ("first", "", None, 3):
-        with pytest.raises(BadParameter, match="one of first_block, modulated_input, self, latent, output"):
+        with pytest.raises(BadParameter, match="one of first_block, behind_first_block, modulated_input, self, latent"):
             statistic(probe)
     with pytest.raises(UnknownSymbol):
         Rule(sympy.Symbol("similarity(first_block)") < 0.1)

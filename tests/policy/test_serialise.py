@@ -54,6 +54,7 @@ WRITTEN: list[tuple[str, Boolean]] = [
     ("log(num_layers) - 1 > 0", sympy.log(num_layers) - 1 > 0),
     ("1/(2*(age + 1/2)) < 1", sympy.Mul(Rational(1, 2), 1 / (age + Rational(1, 2))) < 1),
     ("floor(step/2) <= ceiling(age**-0.5)", floor(step / 2) <= ceiling(age**-0.5)),
+    ("(0.3**(step/num_steps))**2 < 0.5**-age", (0.3 ** (step / num_steps)) ** 2 < 0.5**-age),
     ("true", sympy.true),
     ("False", sympy.false),
 ]  # fmt: skip
@@ -103,6 +104,7 @@ REFUSED = {
     "null bytes": ["step > 0\0"],
     "could grow too large": [
         "10**10**10 > step", "(step**64)**64 > 3", "((step**8 + 1)**8 + 1)**8 > 1", "2**step > 3",
+        "(-0.5)**step > 1", "(0.5*age)**step > 1", "0.0**step > 1",
     ],
     "too large|Exceeds the limit": ["9" * 400 + " > step", "9" * 5000 + " > step"],
     "nested|recursion": ["(" * 3000 + "step > 0" + ")" * 3000, "~" * 60 + "(step > 0)", "-" * 3000 + "step > 0"],

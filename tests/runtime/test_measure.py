@@ -117,6 +117,19 @@ def test_five_calls(measured: Measured, lag: int, expected: list[float | None]) 
         assert agree(by_hand, expected[k]), k
 
 
+@pytest.mark.parametrize(("lag", "expected"), [(0, (1 + 1.2) / 2), (1, 1.0)])
+def test_an_advance(lag: int, expected: float) -> None:
+    """Of the way from the first to the fourth call; late, how far the probe was at the last call."""
+    advance = Measured("advance", "advance", 1)
+    tracked, read = Tracked(), []
+    for now, reused in zip(PROBES, COMPUTED, strict=True):
+        wires = [torch.zeros(1), torch.tensor(now, dtype=torch.float64)]
+        meter = Meter(tracked, [(advance,)], wires, NUM_INPUTS, lag, distance)
+        read.append(meter.read(0, "advance"))
+        meter.close([reused])
+    assert read[:4] == [None] * 4 and agree(read[4], expected)
+
+
 def test_each_change_is_rescaled_before_it_is_added() -> None:
     """Each change is rescaled by a polynomial, highest power first, before it is added; values may be negative."""
     changes = [0.2 / 2, 0.2 / 2.2, 1.6 / 2.4]

@@ -12,20 +12,24 @@ from hypothesis import strategies as st
 
 from dit_rewrite.errors import BadParameter, UnknownSymbol
 from dit_rewrite.passes.guards import symbols
-from dit_rewrite.passes.guards.measurements import PROBES, Measurement, first_blocks, measurement
+from dit_rewrite.passes.guards.measurements import ERRORS, PROBES, Measurement, blocks, measurement
 from dit_rewrite.passes.guards.satisfiability import verdict
 from dit_rewrite.passes.guards.symbols import Predicate, drift, similarity, step
 from dit_rewrite.policy.guard_text import guard_text, parse_guard
 
 COEFFICIENTS = st.lists(st.floats(allow_nan=False, allow_infinity=False) | st.integers(-5, 5), min_size=1, max_size=6)
-BLOCKS = ("first_2_blocks", "first_10_blocks")
+BLOCKS = ("first_2_blocks", "first_10_blocks", "behind_first_2_blocks")
 KINDS = [(statistic, probe) for statistic in ("similarity", "drift") for probe in (*PROBES, *BLOCKS)]
 KINDS.remove(("drift", "output"))
+NEITHER = [("advance", probe) for probe in (*PROBES, *BLOCKS) if probe != "output"]  # rescaled nor filtered
+NEITHER += [("forecast_error", probe) for probe in ERRORS]
 RESCALES = st.none() | st.just("rate") | COEFFICIENTS
 MEASUREMENTS = (
     st.tuples(st.sampled_from(KINDS), RESCALES, st.sampled_from([None, "sea"]))
     .filter(lambda asked: asked[:2] != (("similarity", "output"), "rate"))
     .map(lambda asked: Measurement.of(*asked[0], *asked[1:]))
+    | st.sampled_from(NEITHER).map(lambda asked: Measurement.of(*asked))
+    | st.sampled_from(ERRORS).map(lambda of: Measurement.of("forecast_error", of, elementwise=True))
 )
 
 
@@ -61,9 +65,39 @@ def test_what_cannot_rescale(value: Any) -> None:
 @pytest.mark.parametrize("probe", [f"first_{n}_blocks" for n in ("0", "1", "02", "x", "99999")])
 def test_names_of_first_blocks(probe: str) -> None:
     """One number has one name, and the first block is called the first block."""
-    assert [first_blocks(name) for name in ("first_block", *BLOCKS, "latent")] == [1, 2, 10, None]
+    assert [blocks(name) for name in ("first_block", *BLOCKS, "latent")] == [
+        (1, False),
+        (2, False),
+        (10, False),
+        (2, True),
+        None,
+    ]
+    assert blocks("behind_first_block") == (1, True)
     with pytest.raises(BadParameter, match="or such as first_8_blocks"):
         similarity(probe)
+
+
+@pytest.mark.parametrize(
+    ("statistic", "given"),
+    [
+        ("advance", {"probe": "output"}),
+        ("advance", {"probe": "verified"}),
+        ("advance", {"rescale": "rate"}),
+        ("advance", {"filter": "sea"}),
+        ("advance", {"elementwise": True}),
+        ("drift", {"elementwise": True}),
+        ("drift", {"probe": "verified"}),
+        ("forecast_error", {"probe": "latent"}),
+        ("forecast_error", {"probe": "self", "rescale": (1.0,)}),
+        ("forecast_error", {"probe": "self", "filter": "sea"}),
+        ("forecast_error", {"probe": "self", "elementwise": 1}),
+    ],
+)
+def test_options_of_other_statistics(statistic: str, given: dict[str, Any]) -> None:
+    """Each has its own; a text that names another's is no measurement."""
+    with pytest.raises(BadParameter, match=f"{list(given)[-1]}="):
+        Measurement.of(statistic, **{"probe": "self", **given})
+    assert measurement("advance(self, elementwise=True)") is measurement("forecast_error(latent)") is None
 
 
 def test_the_output_has_no_drift() -> None:
