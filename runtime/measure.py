@@ -59,7 +59,7 @@ class ForecastError:
 
 
 def polynomial(coefficients: Sequence[float], x: Tensor) -> Tensor:
-    """Evaluate a polynomial, highest power first, in float64. NaN and inf propagate even if all powers are constant."""
+    """Evaluate a polynomial, highest power first, in float64. NaN and inf in `x` always propagate."""
     x = x.double()
     value = x * 0
     for coefficient in coefficients:
