@@ -227,8 +227,8 @@ def test_kept_scores_by_step_by_hand() -> None:
     assert kept.by_step() == pytest.approx([0, 1 - 15 / 20, 1 - 2 / 20])
 
 
-def observed(step: int, held: Any) -> Any:
-    return SimpleNamespace(graph=0, record=SimpleNamespace(step=step), held=held)
+def observed(step: int, slots: Any) -> Any:
+    return SimpleNamespace(graph=0, record=SimpleNamespace(step=step), slots=slots)
 
 
 def test_reused_sites_by_step_by_hand() -> None:
