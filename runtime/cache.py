@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from dit_rewrite.errors import MissReason
-from dit_rewrite.runtime.decide import NEVER, Computed, Past, Weights, pushed
+from dit_rewrite.runtime.decide import NEVER, Computed, Past, Weights
 from dit_rewrite.runtime.measure import Tracked
+from dit_rewrite.runtime.slots import Transition, after
 from dit_rewrite.runtime.tensors import version
 
 Stamp = tuple[Any, ...]
@@ -142,19 +143,22 @@ class Cache:
         if tensors is not None:
             self.values[site] = tensors[: width * (depth - 1)] or None
 
-    def fill(self, site: int, values: tuple[Tensor, ...] | None, now: Computed, depth: int = 1) -> None:
-        """Put a computed value into the slot of `site`, and keep at most `depth` values in all.
+    def update(
+        self, site: int, change: Transition, value: tuple[Tensor, ...] | None, now: Computed, depth: int = 1
+    ) -> None:
+        """Apply what a step does to the slot of `site`. A filled slot gets `value`, and keeps at most `depth` values.
 
-        If `values` is None the slot is emptied, and only the step is recorded.
+        A slot that should be filled is emptied if `value` is None.
         """
-        if values is None:
-            self.values[site], self.past[site] = None, pushed(NEVER, now, 1)
-        else:
-            older = self.values[site] or ()
-            past = self.past[site] if older else NEVER
-            self.values[site] = (*values, *older[: len(values) * (depth - 1)])
-            self.past[site] = pushed(past, now, depth)
-        self.streak[site] = 0
+        if change is Transition.FILL and value is None:
+            change = Transition.EMPTY
+        older = self.values[site] or ()
+        past = self.past[site] if older or change is not Transition.FILL else NEVER
+        self.past[site], self.streak[site] = after(change, past, self.streak[site], now, depth)
+        if change is Transition.FILL and value is not None:
+            self.values[site] = (*value, *older[: len(value) * (depth - 1)])
+        elif change is Transition.EMPTY:
+            self.values[site] = None
 
     def weighted(self, site: int, weights: Weights, width: int) -> tuple[Tensor, ...]:
         """Return the inputs of a weighted sum over a slot: one value for each weight, then the weights as a tensor.
@@ -180,6 +184,17 @@ class Cache:
             self.lent[site] = values
         else:
             self.lent.pop(site, None)
+
+    def less_lent(self, site: int, value: tuple[Tensor, ...] | None) -> tuple[Tensor, ...] | None:
+        """Return the difference between a value and the one lent by another stream; None without either."""
+        lent = self.lent.get(site)
+        return None if lent is None or value is None else tuple(a - b for a, b in zip(value, lent, strict=True))
+
+    def aliased(self, outputs: Sequence[Any]) -> tuple[int, ...]:
+        """Return the indices of the tensors among `outputs` that share their storage with a cached tensor."""
+        cached = {tensor.untyped_storage().data_ptr() for values in self.all for tensor in values}
+        tensors = ((i, out) for i, out in enumerate(outputs) if isinstance(out, Tensor))
+        return tuple(i for i, out in tensors if out.untyped_storage().data_ptr() in cached)
 
     @property
     def all(self) -> list[tuple[Tensor, ...]]:

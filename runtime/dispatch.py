@@ -19,6 +19,7 @@ from dit_rewrite.runtime.forecast_errors import ForecastErrors, Fresh
 from dit_rewrite.runtime.measure import Distance, Meter
 from dit_rewrite.runtime.segments import Executable, Row, Segment, SizesNotCompiled, Wiring, execute
 from dit_rewrite.runtime.session import Call, Observation, Session
+from dit_rewrite.runtime.slots import transition
 from dit_rewrite.runtime.spectral import noise_share
 from dit_rewrite.runtime.stats import Record
 
@@ -288,39 +289,21 @@ class CompiledGraph:
         for (site, index), value in fresh:
             values.setdefault(site, {})[index] = value
         for site, reason in enumerate(decided.reasons):
-            if reason is DecisionReason.VERIFIED:
-                cache.streak[site] += 1
-            elif not decided.row[site]:
-                tensors = values.get(site, {})
-                made = tuple(tensors[k] for k in range(len(tensors))) or None
-                made = self._difference(site, made, cache, moment)
-                cache.fill(site, made, now, self.sites[site].kept(moment.stream))
-            elif reason is DecisionReason.UNREAD:
-                cache.fill(site, None, now)  # the old value belongs to an earlier computation
-            elif reason is not DecisionReason.COVERED:
-                cache.streak[site] += 1
+            tensors = values.get(site, {})
+            made = tuple(tensors[k] for k in range(len(tensors))) or None
+            if self.sites[site].differs and self.sites[site].borrows != moment.stream:
+                made = cache.less_lent(site, made)
+            change = transition(decided.row[site], reason)
+            cache.update(site, change, made, now, self.sites[site].kept(moment.stream))
         if fresh:
             self.session.note_bytes()
-
-    def _difference(
-        self, site: int, made: tuple[Tensor, ...] | None, cache: Cache, moment: Moment
-    ) -> tuple[Tensor, ...] | None:
-        """Return the value to put into a slot: for a site with `differs`, the difference from the lending stream."""
-        spec = self.sites[site]
-        if not spec.differs or spec.borrows == moment.stream or made is None:
-            return made
-        lent = cache.lent.get(site)
-        return None if lent is None else tuple(a - b for a, b in zip(made, lent, strict=True))
 
     def _owned(self, decided: Decisions, outputs: Sequence[Any], cache: Cache) -> Sequence[Any]:
         """Return the outputs. Outputs that share storage with a slot are copied, as the caller may modify them."""
         key = decided.row, tuple([reason is DecisionReason.VERIFIED for reason in decided.reasons])
         shared = self._shared.get(key)
         if shared is None:  # a variant always aliases the same outputs
-            cached = [value for values in cache.all for value in values]
-            slots = {value.untyped_storage().data_ptr() for value in cached}
-            tensors = ((i, out) for i, out in enumerate(outputs) if isinstance(out, Tensor))
-            shared = self._shared[key] = tuple(i for i, out in tensors if out.untyped_storage().data_ptr() in slots)
+            shared = self._shared[key] = cache.aliased(outputs)
         return [out.clone() if i in shared else out for i, out in enumerate(outputs)] if shared else outputs
 
     def _outside(self, args: list[Any]) -> Sequence[Any]:

@@ -10,7 +10,6 @@ from torch import fx
 
 from dit_rewrite.compiler.bind import Bound
 from dit_rewrite.compiler.request import Noise, Request, unknown_noise
-from dit_rewrite.errors import DecisionReason
 from dit_rewrite.passes.analysis.site import Part
 from dit_rewrite.passes.guards.symbols import measured
 from dit_rewrite.passes.pipeline import Context
@@ -18,8 +17,9 @@ from dit_rewrite.passes.rewrite.guarded_graph import GuardedGraph
 from dit_rewrite.policy.rules import Policy
 from dit_rewrite.policy.site_rules import SiteRules, forced
 from dit_rewrite.policy.strategies import GuidanceDelta, ShareGuidance
-from dit_rewrite.runtime.decide import NEVER, NO_SLOT, Choose, Computed, Decider, Moment, SiteSpec, pushed
+from dit_rewrite.runtime.decide import NEVER, NO_SLOT, Choose, Computed, Decider, Moment, SiteSpec
 from dit_rewrite.runtime.measure import ForecastError
+from dit_rewrite.runtime.slots import Transition, after, transition
 
 FORESEEN_STEPS = 64  # how many steps to look ahead if their number is not known
 LONGEST = 1000  # and at most
@@ -110,19 +110,15 @@ def simulate(
 def _rows(
     specs: Sequence[SiteSpec], num_steps: int | None, noise: Noise, stream: str | None, answer: float | None
 ) -> list[Row]:
-    past, streak = [NEVER] * len(specs), [0] * len(specs)
+    past, streak, holds = [NEVER] * len(specs), [0] * len(specs), [False] * len(specs)
     rows = []
     for step in range(min(num_steps or FORESEEN_STEPS, LONGEST)):
-        holds = [step > 0] * len(specs)
         sigma, snr = noise(step)
-        moment = Moment(step, num_steps, sigma=sigma, snr=snr, stream=stream)
+        moment, now = Moment(step, num_steps, sigma=sigma, snr=snr, stream=stream), Computed(step, sigma, snr)
         decided = Decider(specs, moment, past, streak, holds, measure=lambda _, __: answer).decisions()
         rows.append(decided.row)
-        for i, (reused, reason) in enumerate(zip(decided.row, decided.reasons, strict=True)):
-            if reason is DecisionReason.VERIFIED:
-                streak[i] += 1
-            elif not reused:
-                past[i], streak[i] = pushed(past[i], Computed(step, sigma, snr), specs[i].depth), 0
-            elif reason is not DecisionReason.COVERED:
-                streak[i] += 1
+        for i, spec in enumerate(specs):
+            change = transition(decided.row[i], decided.reasons[i])
+            past[i], streak[i] = after(change, past[i], streak[i], now, spec.depth)
+            holds[i] = change is Transition.FILL or (holds[i] and change is not Transition.EMPTY)
     return rows

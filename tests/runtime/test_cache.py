@@ -8,6 +8,7 @@ import torch
 from dit_rewrite.errors import MissReason
 from dit_rewrite.runtime.cache import Cache, stamp_of
 from dit_rewrite.runtime.decide import Computed
+from dit_rewrite.runtime.slots import Transition
 
 WEIGHTS = (torch.ones(1), torch.ones(1))
 
@@ -16,8 +17,8 @@ def filled(*inputs: object) -> Cache:
     """A cache of two sites that a call with these inputs filled."""
     cache = Cache(2)
     cache.fit(stamp_of(inputs), WEIGHTS)
-    cache.fill(0, (torch.ones(3),), Computed(4))
-    cache.fill(1, (torch.ones(3), torch.ones(2)), Computed(4))
+    cache.update(0, Transition.FILL, (torch.ones(3),), Computed(4))
+    cache.update(1, Transition.FILL, (torch.ones(3), torch.ones(2)), Computed(4))
     cache.streak[1] = 2
     return cache
 
@@ -65,7 +66,7 @@ def test_other_weights_empty_it() -> None:
 def test_store_begins_a_new_age_and_streak() -> None:
     cache = filled(1)
     value = torch.zeros(2)
-    cache.fill(1, (value,), Computed(9))
+    cache.update(1, Transition.FILL, (value,), Computed(9))
     assert cache.values[1] is not None and cache.values[1][0] is value
     assert ([past.age(9) for past in cache.past], cache.streak) == ([5, 0], [0, 0])
 
@@ -74,9 +75,9 @@ def test_bytes_count_shared_storage_once_and_whole() -> None:
     cache = Cache(3)
     assert cache.bytes == 0
     whole = torch.ones(10, dtype=torch.float32)
-    cache.fill(0, (whole[:2], whole[5:]), Computed(0))
+    cache.update(0, Transition.FILL, (whole[:2], whole[5:]), Computed(0))
     assert cache.bytes == 40, "views keep their whole storage alive"
-    cache.fill(1, (torch.ones(3, dtype=torch.float16),), Computed(0))
+    cache.update(1, Transition.FILL, (torch.ones(3, dtype=torch.float16),), Computed(0))
     assert cache.bytes == 46
     cache.clear()
     assert cache.bytes == 0
@@ -87,7 +88,7 @@ def test_a_history_keeps_the_newest_values_and_when_they_were_computed() -> None
     values = [torch.full((2,), float(i)) for i in range(4)]
     for step, value in enumerate(values):
         cache.release(0, width=1, depth=3)
-        cache.fill(0, (value,), Computed(10 * step), depth=3)
+        cache.update(0, Transition.FILL, (value,), Computed(10 * step), depth=3)
     held = cache.values[0]
     assert (
         held is not None and [tensor is value for tensor, value in zip(held, values[:0:-1], strict=True)] == [True] * 3
@@ -101,7 +102,7 @@ def test_a_value_of_weight_0_is_not_read() -> None:
     cache = Cache(1)
     poison, newest = torch.full((2,), float("nan")), torch.ones(2)
     for step, value in enumerate((poison, newest)):
-        cache.fill(0, (value,), Computed(step), depth=3)
+        cache.update(0, Transition.FILL, (value,), Computed(step), depth=3)
     *values, weights = cache.weighted(0, (1.0, 0.0, 0.0), width=1)
     assert all(value is newest for value in values)
     assert weights.tolist() == [1, 0, 0] and weights.dtype is torch.float32
@@ -112,8 +113,8 @@ def test_a_value_of_weight_0_is_not_read() -> None:
 def test_another_shape_forgets_the_history() -> None:
     cache = Cache(1)
     cache.fit(stamp_of([torch.ones(2)]), WEIGHTS)
-    cache.fill(0, (torch.ones(2),), Computed(0), depth=2)
+    cache.update(0, Transition.FILL, (torch.ones(2),), Computed(0), depth=2)
     assert cache.fit(stamp_of([torch.ones(3)]), WEIGHTS) is MissReason.CHANGED_INPUT
-    cache.fill(0, (torch.ones(3),), Computed(5), depth=2)
+    cache.update(0, Transition.FILL, (torch.ones(3),), Computed(5), depth=2)
     assert cache.values[0] is not None and len(cache.values[0]) == 1
     assert [computed.step for computed in cache.past[0].computed] == [5]

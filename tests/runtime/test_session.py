@@ -9,6 +9,7 @@ from dit_rewrite.errors import BadTrajectory, DecisionReason, MissReason, Trajec
 from dit_rewrite.runtime.decide import Computed, Moment
 from dit_rewrite.runtime.inputs import Inputs
 from dit_rewrite.runtime.session import Call, Session
+from dit_rewrite.runtime.slots import Transition
 from dit_rewrite.runtime.stats import Record, Stats
 from dit_rewrite.runtime.trajectory import Clock, Named, Stream, Trajectory
 
@@ -66,7 +67,7 @@ def test_a_changed_place_is_emptied() -> None:
     under_way = session.begin(given(0.0, 0.0))
     _, cache, _ = under_way.enter(0, 1)
     cache.fit((), ())
-    cache.fill(0, (C,), Computed(0))
+    cache.update(0, Transition.FILL, (C,), Computed(0))
     session.end(under_way)
     ran(session, 1)
     under_way = session.begin(given(0.0, ran.time - 1))  # type: ignore[attr-defined]
@@ -132,7 +133,7 @@ def test_forgetting(mode: str) -> None:
     for x in (0.0, 0.1):
         under_way = session.begin(given(x, 9.0 - x))
         _, cache, _ = under_way.enter(0, 1)
-        cache.fill(0, (torch.zeros(5),), Computed(0))
+        cache.update(0, Transition.FILL, (torch.zeros(5),), Computed(0))
         session.end(under_way)
     assert (under_way.trajectory.step, session.cache_bytes()) == (1, 20)
     session.forget()
@@ -147,7 +148,7 @@ def test_bytes_are_those_of_all_streams() -> None:
     for name in ("cond", "uncond"):
         session.named = Named(name)
         under_way = session.begin(given(0.0, 0.0))
-        under_way.enter(0, 1)[1].fill(0, (torch.zeros(5),), Computed(0))
+        under_way.enter(0, 1)[1].update(0, Transition.FILL, (torch.zeros(5),), Computed(0))
         session.end(under_way)
     assert session.cache_bytes() == 40
 
