@@ -10,8 +10,8 @@ from dataclasses import asdict, replace
 from typing import Any
 
 from dit_rewrite.errors import BadPolicyText, UnknownVersion, UnwritableBasis
-from dit_rewrite.policy.bases import KINDS
 from dit_rewrite.policy.guard_text import guard_text, parse_guard
+from dit_rewrite.policy.measured_bases import MEASURED_KINDS as KINDS
 from dit_rewrite.policy.rules import MadeFor, Policy, Rule
 from dit_rewrite.policy.strategies import (
     BlockwiseReuse,

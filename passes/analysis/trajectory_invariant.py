@@ -20,18 +20,18 @@ _SHAPED = {aten.full_like, aten.zeros_like, aten.ones_like, aten.new_full, aten.
 
 
 def invariant_values(graph: fx.Graph, steady_inputs: Iterable[int]) -> tuple[fx.Node, ...]:
-    """The nodes to compute once per trajectory; `steady_inputs` are the positions of weights and steady inputs.
+    """Return the nodes to compute once per trajectory; `steady_inputs` are the positions of weights and conditioning.
 
-    Hoisted is what pays: what took a matrix product to make, and is read by something unsteady. Only products
-    themselves (and views of them) are handed over. What is made of them element by element is left to each step: in a
-    kernel of its own it could be rounded otherwise than fused with its reader, and hoisting is to change no bit.
+    Hoist only values derived from a contraction that a node outside the invariant ones reads, and only the results of
+    contractions themselves: elementwise ops on them stay in each step, since a kernel of their own could round
+    differently from one that fuses them with their reader, and hoisting must not change a bit.
     """
     steady = invariant_nodes(graph, steady_inputs)
     while True:
         frontier = [node for node in _dear(steady) if any(user not in steady for user in node.users)]
         refused = [node for node in frontier if not is_contraction(_storage(node))]
         if not refused:
-            return tuple(frontier)
+            return tuple(dict.fromkeys(map(_storage, frontier)))  # views of them are free in each step
         steady = _without(steady, refused)
 
 

@@ -46,7 +46,7 @@ def hoist(gm: fx.GraphModule, invariant_inputs: Iterable[int]) -> tuple[fx.Graph
     placeholders = gm.graph.find_nodes(op="placeholder")
     taken = [i for i, node in enumerate(placeholders) if node in needed or not hasattr(node.meta.get("val"), "dtype")]
     prologue = _graph(gm, [placeholders[i] for i in taken], (), needed, values)
-    ends = [node for node in gm.graph.nodes if node.op == "output" or node.is_impure()]
+    ends = [node for node in gm.graph.nodes if not node.users or node.is_impure()]  # guards measure some of them
     rest = _graph(gm, placeholders, values, _needed(ends, values), None)
     paths = tuple(dict.fromkeys(module_paths.module_path(node) or node.name for node in values))
     size = sum(cost.stored_bytes(node) for node in values)

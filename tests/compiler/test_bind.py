@@ -10,12 +10,11 @@ from sympy import Eq, Mod
 from torch import Tensor, nn
 
 import dit_rewrite
-from dit_rewrite import Policy, Reuse, ReuseKV, Rule, Where
+from dit_rewrite import Policy, Reuse, ReuseKV, Rule, Where, verify
 from dit_rewrite.errors import LayersOutside, LoweringReason, NeedsSegments, OverlappingSpans, RefusalReason, TwoStores
 from dit_rewrite.guards import drift, entropy, similarity, step
 from dit_rewrite.module import twin
 from dit_rewrite.policies import FORA, FirstBlockCache
-from dit_rewrite.proof import verify
 from tests.helpers import tiny
 from tests.helpers.streams import SHAPES, Plain, single
 from tests.helpers.tiny import calls, outputs, rewritten, row, same

@@ -11,7 +11,7 @@ import torch
 from sympy import Eq, Mod, Ne
 from torch import Tensor, nn
 
-from dit_rewrite import RewrittenModule, compile
+from dit_rewrite import RewrittenModule, compile, verify
 from dit_rewrite.errors import BadParameter, MissReason
 from dit_rewrite.guards import step
 from dit_rewrite.module import twin
@@ -19,7 +19,6 @@ from dit_rewrite.policy.bases import TaylorSeer
 from dit_rewrite.policy.rules import Policy, Rule
 from dit_rewrite.policy.strategies import Forecast, Reuse, Strategy
 from dit_rewrite.policy.where import Where
-from dit_rewrite.proof import verify
 from tests.helpers.tiny import CHANNELS, WIDTH, TinyDiT, build
 
 PLACES = {

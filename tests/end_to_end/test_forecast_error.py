@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 import torch
 from sympy import Eq, Mod, Ne
-from tests.broken import broken_blocks
 from torch import Tensor
 
 from dit_rewrite import RewrittenModule
@@ -16,12 +15,13 @@ from dit_rewrite.errors import BadParameter, BadPolicyText, DecisionReason, Miss
 from dit_rewrite.guards import advance, forecast_error, similarity, step, streak
 from dit_rewrite.policy.measured_bases import Aligned
 from dit_rewrite.policy.rules import Policy, Rule
+from dit_rewrite.policy.serialise import from_json, to_json
 from dit_rewrite.policy.strategies import Forecast, GuidanceDelta, Reuse, Verify
 from dit_rewrite.policy.where import Where
 from dit_rewrite.runtime.decide import Computed, Moment, Past
 from dit_rewrite.runtime.measure import ForecastError, Number, Tracked
-from dit_rewrite.serialise import from_json, to_json
 from tests.helpers import tiny
+from tests.helpers.broken import broken_blocks
 from tests.helpers.records import relative
 
 OUTPUT = Where(span="output")

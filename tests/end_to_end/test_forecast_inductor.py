@@ -9,12 +9,11 @@ import torch
 from torch._inductor import metrics
 from torch._inductor.utils import fresh_cache
 
-from dit_rewrite import compile
+from dit_rewrite import compile, verify
 from dit_rewrite.module import twin
 from dit_rewrite.policy.rules import Policy
 from dit_rewrite.policy.strategies import Forecast, Reuse
 from dit_rewrite.policy.where import Where
-from dit_rewrite.proof import verify
 from tests.end_to_end.test_forecast import every, inputs, sample
 from tests.helpers.tiny import build
 

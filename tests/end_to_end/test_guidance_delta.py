@@ -9,14 +9,13 @@ import torch
 from sympy import Mod, Ne
 from torch import Tensor
 
-from dit_rewrite import RewrittenModule, compile
+from dit_rewrite import RewrittenModule, compile, verify
 from dit_rewrite.errors import BadParameter, MissReason
 from dit_rewrite.guards import step
 from dit_rewrite.module import twin
 from dit_rewrite.policy.rules import Policy, Rule
 from dit_rewrite.policy.strategies import Forecast, GuidanceDelta, Reuse
 from dit_rewrite.policy.where import Where
-from dit_rewrite.proof import verify
 from tests.helpers.tiny import CHANNELS, WIDTH, build
 
 STEPS = 7

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from dit_rewrite import verify
 from dit_rewrite.policies import FORA
-from dit_rewrite.proof import verify
 from tests.helpers import tiny
 from tests.helpers.broken import BrokenAttention
 from tests.helpers.models import prepare

@@ -11,14 +11,13 @@ import sympy
 import torch
 from torch import fx
 
-from dit_rewrite import Policy, Rule, Verification
-from dit_rewrite.compiler import backend
+from dit_rewrite import Policy, Rule, Verification, verify
+from dit_rewrite.compiler import backend, pipeline
 from dit_rewrite.errors import BadArgument, MissReason, NotAPolicy, UnreachedPolicy
 from dit_rewrite.passes.rewrite.cache_or_compute import cache_or_compute
 from dit_rewrite.passes.rewrite.guarded_graph import GuardedGraph
 from dit_rewrite.passes.rewrite.specialise import Variant
 from dit_rewrite.policies import FORA, Never
-from dit_rewrite.proof import verify
 from dit_rewrite.proof.compare import Check, Difference, equal, max_abs_error, rms
 from dit_rewrite.runtime.cache import Cache
 from dit_rewrite.runtime.session import Call, Session
@@ -52,9 +51,9 @@ def test_nothing_is_broken() -> None:
 
 
 def test_two_layers_caches_swapped(monkeypatch: pytest.MonkeyPatch) -> None:
-    store = Cache.fill
+    store = Cache.update
     other = {0: 2, 2: 0}  # the attentions of both blocks
-    monkeypatch.setattr(Cache, "fill", lambda cache, site, *args: store(cache, other.get(site, site), *args))
+    monkeypatch.setattr(Cache, "update", lambda cache, site, *args: store(cache, other.get(site, site), *args))
     found = verified()
     assert found.reuse0.exact
     assert is_seen(found, 0, "replay")
@@ -107,7 +106,7 @@ def test_an_op_lost_in_dead_code_elimination(monkeypatch: pytest.MonkeyPatch, re
 
 def test_a_wrong_live_in(monkeypatch: pytest.MonkeyPatch) -> None:
     """The first MLP is computed from the stream before the attention, not after it."""
-    guard = backend.guard
+    guard = pipeline.insert_guards
 
     def guarded(*args: Any) -> GuardedGraph:
         result = guard(*args)
@@ -120,7 +119,7 @@ def test_a_wrong_live_in(monkeypatch: pytest.MonkeyPatch) -> None:
         result.gm.recompile()
         return result
 
-    monkeypatch.setattr(backend, "guard", guarded)
+    monkeypatch.setattr(pipeline, "insert_guards", guarded)
     assert is_seen(verified(), 0, "reuse 0")
 
 
@@ -242,6 +241,8 @@ def test_what_the_dump_holds(tmp_path: Path) -> None:
         "graph0/05_foresee.txt",
         "graph0/06_partition.txt",
         "graph0/07_variant0_all_compute.py",
+        "graph0/07_variant0_all_compute_unmark_attention.diff",
+        "graph0/07_variant0_all_compute_unmark_attention.py",
         "graph0/07_variant1_all_reuse.py",
     ]
     assert (tmp_path / "graph0/04_insert_guards.py").read_text().count("cache_or_compute(") == tiny.SITES
