@@ -17,7 +17,7 @@ from dit_rewrite.errors import RefusalReason
 from dit_rewrite.passes.analysis.branches import Branch, Refusal, find_branches, summands
 from dit_rewrite.passes.analysis.graph import Dependence, aten, operands, packet
 from dit_rewrite.passes.analysis.site import Found, Kind, Part, Site, close
-from dit_rewrite.passes.analysis.trajectory_invariant import invariant_values
+from dit_rewrite.passes.analysis.trajectory_invariant import invariant_values, storage
 from dit_rewrite.passes.capture import module_paths, opaque_attention
 
 __all__ = ["Found", "Kind", "Part", "Site", "find_sites"]
@@ -32,7 +32,9 @@ def find_sites(gm: fx.GraphModule, static: frozenset[int] = frozenset(), steady:
     dependence = Dependence(gm.graph, static)
     invariant = invariant_values(gm.graph, static | steady)
     branches, refused = find_branches(gm.graph, dependence)
-    moved = {branch.value for branch in branches if any(dependence.depends(v, branch.value) for v in invariant)}
+    moved = {
+        branch.value for branch in branches if any(dependence.depends(v, storage(branch.value)) for v in invariant)
+    }
     groups, entangled = _group(dependence, [branch for branch in branches if branch.value not in moved])
     refused.update({value: Refusal.of(value, RefusalReason.STEADY) for value in moved})
     refused.update({branch.value: Refusal.of(branch.value, RefusalReason.ENTANGLED) for branch in entangled})

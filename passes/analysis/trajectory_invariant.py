@@ -29,9 +29,9 @@ def invariant_values(graph: fx.Graph, steady_inputs: Iterable[int]) -> tuple[fx.
     steady = invariant_nodes(graph, steady_inputs)
     while True:
         frontier = [node for node in _dear(steady) if any(user not in steady for user in node.users)]
-        refused = [node for node in frontier if not is_contraction(_storage(node))]
+        refused = [node for node in frontier if not is_contraction(storage(node))]
         if not refused:
-            return tuple(dict.fromkeys(map(_storage, frontier)))  # views of them are free in each step
+            return tuple(dict.fromkeys(map(storage, frontier)))  # views of them are free in each step
         steady = _without(steady, refused)
 
 
@@ -44,8 +44,8 @@ def _without(steady: dict[fx.Node, None], refused: list[fx.Node]) -> dict[fx.Nod
     return dict.fromkeys(node for node in steady if node not in gone)
 
 
-def _storage(node: fx.Node) -> fx.Node:
-    """The node whose memory a view shows."""
+def storage(node: fx.Node) -> fx.Node:
+    """Return the node whose memory `node` is a view of; the node itself if it is no view."""
     while is_view(node):
         node = node.all_input_nodes[0]
     return node

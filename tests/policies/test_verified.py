@@ -319,7 +319,7 @@ BAD: list[tuple[Any, dict[str, Any]]] = [
 ]
 
 
-@pytest.mark.parametrize(("build", "given"), BAD, ids=str)
+@pytest.mark.parametrize(("build", "given"), BAD, ids=lambda each: getattr(each, "__name__", str(each)))
 def test_out_of_range(build: Any, given: dict[str, Any]) -> None:
     with pytest.raises(BadParameter, match=f"{next(iter(given))}="):
         build(**given)
