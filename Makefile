@@ -5,7 +5,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
-VERIFY_MODEL ?= examples.ci.shapes_dit:build
+VERIFY_MODEL ?= dit_rewrite.demo.shapes.calls:build
 VERIFY_POLICY ?= fora:interval=3
 WORKERS ?= auto
 

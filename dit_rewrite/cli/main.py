@@ -10,6 +10,7 @@ from pathlib import Path
 
 from dit_rewrite.errors import DitRewriteError
 
+BUNDLED = "dit_rewrite.demo.shapes.calls:build"  # the denoiser that comes with the package
 FAILED = 2  # the exit code of what could not be done; argparse's own for a wrong command line
 
 
@@ -82,7 +83,7 @@ def _add_latency(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_verify(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", required=True, help="module:factory, a folder, or a hub id")
+    parser.add_argument("--model", default=BUNDLED, help="module:factory, a folder, or a hub id")
     parser.add_argument("--policy", default="fora:interval=3", help="for instance fora:interval=3")
     parser.add_argument("--backend", default="aot_eager", help="what lowers the graphs: aot_eager or inductor")
     parser.add_argument("--lowering", default="auto", help="auto, variants or segments")

@@ -15,7 +15,7 @@ def test_the_bundled_denoiser_is_proven_and_its_graphs_are_left(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The command that a user's CI runs: exit code 0, one line, numbered graphs and diffs."""
-    command = ["verify", "--model", "examples.ci.shapes_dit:build", "--steps", "4", "--dump", str(tmp_path)]
+    command = ["verify", "--model", "dit_rewrite.demo.shapes.calls:build", "--steps", "4", "--dump", str(tmp_path)]
     assert main(command) == 0
     assert capsys.readouterr().out.startswith("ok: reuse 0 exact (16 sites forced, 16 values exported), replay exact")
     names = sorted(path.name for path in (tmp_path / "graph0").iterdir())
@@ -38,7 +38,7 @@ def test_what_fails_the_proof_exits_with_1(monkeypatch: pytest.MonkeyPatch) -> N
         return result
 
     monkeypatch.setattr("dit_rewrite.cli.verify.verify", failing)
-    assert main(["verify", "--model", "examples.ci.shapes_dit:build", "--steps", "2"]) == 1
+    assert main(["verify", "--model", "dit_rewrite.demo.shapes.calls:build", "--steps", "2"]) == 1
 
 
 @pytest.mark.parametrize("model", ["no.such.module:build", "examples.ci.shapes_dit:nothing", "math:pi"])
@@ -52,6 +52,6 @@ def test_a_factory_that_cannot_be_used_is_named(model: str, capsys: pytest.Captu
 
 def test_a_policy_that_reaches_nothing_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     """There would be nothing to verify."""
-    command = ["verify", "--model", "examples.ci.shapes_dit:build", "--policy", "fora:interval=3,kinds=cross"]
+    command = ["verify", "--model", "dit_rewrite.demo.shapes.calls:build", "--policy", "fora:interval=3,kinds=cross"]
     assert main([*command, "--steps", "2"]) == FAILED
     assert "reaches none of the model's 16 sites" in capsys.readouterr().err
