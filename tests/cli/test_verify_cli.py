@@ -41,7 +41,7 @@ def test_what_fails_the_proof_exits_with_1(monkeypatch: pytest.MonkeyPatch) -> N
     assert main(["verify", "--model", "dit_rewrite.demo.shapes.calls:build", "--steps", "2"]) == 1
 
 
-@pytest.mark.parametrize("model", ["no.such.module:build", "examples.ci.shapes_dit:nothing", "math:pi"])
+@pytest.mark.parametrize("model", ["no.such.module:build", "dit_rewrite.demo.shapes.calls:nothing", "math:pi"])
 def test_a_factory_that_cannot_be_used_is_named(model: str, capsys: pytest.CaptureFixture[str]) -> None:
     """The message says which model, and what a factory must give."""
     assert main(["verify", "--model", model]) == FAILED
