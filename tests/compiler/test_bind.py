@@ -89,7 +89,7 @@ def test_what_must_be_cut_cannot_be_variants() -> None:
         outputs(compiled, calls(1))
     late = rewritten(tiny.build(), FirstBlockCache(0.1, lag=1), lowering="variants")
     outputs(late, calls(4))
-    (graph,) = late._backend.rewritten
+    (graph,) = late.explain().rewritten
     assert (graph.partition.segments.count, graph.partition.why) == (1, LoweringReason.ASKED)
 
 
@@ -110,7 +110,7 @@ def test_what_must_be_cut_cannot_be_variants() -> None:
 def test_why_it_is_laid_out_so(policy: Policy, why: LoweringReason, segments: int) -> None:
     compiled = rewritten(tiny.build(), policy)
     outputs(compiled, calls(3))
-    (graph,) = compiled._backend.rewritten
+    (graph,) = compiled.explain().rewritten
     assert (graph.partition.why, graph.partition.segments.count) == (why, segments)
     assert str(why) in str(compiled.explain())
 
@@ -180,7 +180,7 @@ def test_what_a_reused_stack_costs() -> None:
     compiled = rewritten(tiny.build(4), FirstBlockCache(10.0))
     outputs(compiled, calls(3))
     assert row(compiled, 3) == "CRR"
-    (graph,) = compiled._backend.rewritten
+    (graph,) = compiled.explain().rewritten
     assert [site.span for site in graph.partition.sites] == [(1, 4)]
     inside = [graph.variants[k, (True,)] for k in (1, 2)]
     assert all(not (variant.outputs or variant.fresh) for variant in inside)
@@ -285,7 +285,7 @@ def test_a_measured_stack_beside_rules_for_what_lies_in_it(name: str, probe: str
         with compiled.trajectory(4):
             for arguments in steps(name, 4):
                 compiled(**arguments)
-        (span,) = [site.name for site in compiled._backend.rewritten[0].partition.sites if site.span is not None]
+        (span,) = [site.name for site in compiled.explain().rewritten[0].partition.sites if site.span is not None]
         assert [decision[span] for decision in strategies(compiled, 4)] == ["compute", "reuse", "reuse", "reuse"]
 
 
@@ -379,5 +379,5 @@ def test_shared_code_is_compiled_once() -> None:
     for layers in (4, 8):
         compiled = rewritten(tiny.build(layers), FORA(3), lowering="segments")
         outputs(compiled, calls(4))
-        counts.append((len(compiled._backend.rewritten[0].compiled), compiled.stats().variants))
+        counts.append((len(compiled.explain().rewritten[0].compiled), compiled.stats().variants))
     assert counts[0] == counts[1]

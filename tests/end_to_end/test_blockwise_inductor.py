@@ -69,7 +69,7 @@ def test_a_state_is_not_copied() -> None:
         kinds = [next((kind for kind in ALLOWED if re.search(kind, use)), use) for use in uses]
         assert sorted(kinds) == sorted(ALLOWED), uses
 
-    (graph,) = compiled._backend.rewritten
+    (graph,) = compiled.explain().rewritten
     held = [i for i, site in enumerate(graph.guarded.sites) if site.part is Part.HELD]
     places = [[tensor.data_ptr() for i in held for tensor in seen.slots[i] or ()] for seen in observed]
     assert [len(place) for place in places] == [LAYERS * TENSORS] * STEPS

@@ -327,7 +327,7 @@ def test_the_output_site_runs_nothing() -> None:
     ours = rewritten(model, every(2, Reuse(), Where(span="output")))
     found, plain = told(ours, 4), sample(model, 1)
     assert torch.equal(found[0], plain[0]) and torch.equal(found[1], found[0])
-    (graph,) = ours._backend.rewritten
+    (graph,) = ours.explain().rewritten
     (reusing,) = [variant for (_, row), variant in graph.variants.items() if any(row)]
     assert [node for node in reusing.gm.graph.nodes if node.op == "call_function"] == []
 

@@ -116,7 +116,7 @@ def test_half_of_the_work_is_gone() -> None:
     model = rewritten("first")
     with model.trajectory(num_steps=STEPS):
         one_call(model, 0)
-    (graph,) = model._backend.rewritten
+    (graph,) = model.explain().rewritten
     rows = {True: set[int](), False: set[int]()}
     for (_, row), variant in graph.variants.items():
         for node in variant.gm.graph.nodes:
@@ -137,7 +137,7 @@ def test_two_calls(order: int, lowering: str) -> None:
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
     did = [d.strategies["output.delta"] for d in model.stats().decisions]
     assert did == [what for i in range(STEPS) for what in ("compute", "forecast" if i % 3 else "compute")]
-    (graph,) = model._backend.rewritten
+    (graph,) = model.explain().rewritten
     reusing = [variant for (_, row), variant in graph.variants.items() if any(row)]
     ops = {str(n.target) for variant in reusing for n in variant.gm.graph.nodes if n.op == "call_function"}
     assert not any(name in op for op in ops for name in ("mm", "attention", "softmax", "gelu"))

@@ -47,7 +47,7 @@ def test_text_projections_leave_every_variant(policy: Policy) -> None:
                 found = run(model, calls)
     with plain.trajectory(num_steps=4):
         assert same(found, run(plain, calls))
-    (ours,), (theirs,) = hoisting._backend.rewritten, plain._backend.rewritten
+    (ours,), (theirs,) = hoisting.explain().rewritten, plain.explain().rewritten
     computing = min(ours.variants)
     linears = [
         op_counts(variant.gm)["aten.addmm"] for variant in (ours.variants[computing], theirs.variants[computing])
@@ -125,7 +125,7 @@ def test_what_is_hoisted_is_reported_and_held() -> None:
     run(rewritten, PIXART.inputs(2))
     (line,) = [line for line in str(rewritten.explain()).splitlines() if line.startswith("hoisted")]
     assert "transformer_blocks.2.attn2" in line
-    assert rewritten.stats().cache_bytes == rewritten._backend.rewritten[0].hoisted.bytes > 0
+    assert rewritten.stats().cache_bytes == rewritten.explain().rewritten[0].hoisted.bytes > 0
 
 
 class Refined(torch.nn.Module):
@@ -170,7 +170,7 @@ def test_products_are_handed_over_and_what_follows_them_is_not() -> None:
     """The cosine stays in every step: in a kernel of its own it could be rounded otherwise."""
     rewritten = dit_rewrite.compile(Waved().eval().requires_grad_(False), FORA(2), backend="aot_eager")
     rewritten(torch.randn(2, 4, 8), torch.full((2,), 0.5), torch.randn(2, 4, 8))
-    (graph,) = rewritten._backend.rewritten
+    (graph,) = rewritten.explain().rewritten
     assert op_counts(graph.hoisted.prologue)["aten.addmm"] == 1
     assert op_counts(graph.hoisted.prologue)["aten.cos"] == 0
     assert all(op_counts(variant.gm)["aten.cos"] == 1 for variant in graph.variants.values())

@@ -65,7 +65,7 @@ def test_many_rows_through_inductor_equal_the_guarded_graph_run_as_it_is() -> No
     model._backend.session.observer = seen.append
     with model.trajectory(num_steps=8):
         tiny.outputs(model, tiny.calls(8))
-    (graph,) = model._backend.rewritten
+    (graph,) = model.explain().rewritten
     gm, sites = graph.guarded.gm, graph.guarded.sites
     opaque_attention.unmark(gm)
     held: list[torch.Tensor | None] = [None] * sum(len(site.values) for site in sites)

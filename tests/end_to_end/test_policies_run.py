@@ -182,7 +182,7 @@ def test_many_rows() -> None:
             stats = compiled.stats()
             assert stats.late_variants == late
             assert (stats.recompiles, dict(stats.misses)) == (0, {})
-            (graph,) = compiled._backend.rewritten
+            (graph,) = compiled.explain().rewritten
             assert graph.partition.why is why
             if graph.partition.segments.count == 1:
                 assert stats.variants == 10

@@ -28,7 +28,7 @@ def rewritten(policy: Policy, model: torch.nn.Module | None = None, calls: Any =
     compiled = tiny.rewritten(model or tiny.build(), policy)
     with torch.no_grad(), compiled.trajectory(steps, Scheduler()):
         compiled(**(calls or tiny.calls(1))[0])
-    return compiled._backend.rewritten
+    return compiled.explain().rewritten
 
 
 class Scheduler:

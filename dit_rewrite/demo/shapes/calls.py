@@ -1,8 +1,8 @@
 """The factory that ``dit-rewrite verify`` uses by default: the bundled denoiser and the calls of one trajectory.
 
-Write a similar factory for your model: ``--model my_package.models:build``. It takes the number of steps, and returns the
-model and the keyword arguments of the call in each step. Conditioning tensors must be the same objects in every step, as
-in a pipeline.
+Write a similar factory for your model: ``--model my_package.models:build``. It takes the number of steps, and returns
+the model and the keyword arguments of the call in each step. Conditioning tensors must be the same objects in every
+step, as in a pipeline.
 """
 
 from __future__ import annotations
