@@ -1,7 +1,8 @@
 """Every private API of torch that the project uses, each behind a small function or a name of its own.
 
-torch may rename one in any release. Then TorchChanged is raised, at import or where it is asked for: a silent default
-would let a part of a model count as all of it, a weight as data, an assumed size as checked.
+torch may rename one in any release. Then TorchChanged is raised, at import or at the first use: a silent default could
+take a part of a model for all of it, a weight for data, or an assumed size for a checked one. All of them are the same
+in the versions of `TESTED`; where versions differ, the function says so.
 """
 
 from __future__ import annotations
@@ -18,6 +19,9 @@ import torch
 from torch import SymInt, Tensor, fx, nn
 
 from dit_rewrite.errors import TorchChanged
+
+# All tests run with the first of these versions, and the tests without diffusers with the second.
+TESTED = ("2.13.0", "2.14.1")
 
 
 def _find(module: str, name: str) -> Any:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ast
 import types
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -67,6 +69,22 @@ def test_a_renamed_attribute_is_said(
         monkeypatch.delattr(owner, name)
     with pytest.raises(TorchChanged, match=name):
         ask()
+
+
+PRIVATE = sorted(
+    {
+        (str(module), str(name))
+        for node in ast.walk(ast.parse(Path(torch_compat.__file__).read_text(encoding="utf-8")))
+        if isinstance(node, ast.Call) and ast.unparse(node.func) == "_find"
+        for module, name in [[ast.literal_eval(argument) for argument in node.args]]
+    }
+)
+
+
+@pytest.mark.parametrize(("module", "name"), PRIVATE, ids=".".join)
+def test_each_private_name_is_there(module: str, name: str) -> None:
+    """With a torch that lacks one, this says which, before a user's model does."""
+    assert torch_compat._find(module, name) is not None
 
 
 def test_without_metadata_the_weights_are_not_known() -> None:
