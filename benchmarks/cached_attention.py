@@ -91,7 +91,7 @@ class Kept:
     def __call__(self, observation: Observation) -> None:
         sites = self._backend.rewritten[observation.graph].partition.sites
         for site, held in zip(sites, observation.slots, strict=True):
-            if site.part is Part.HELD and held is not None:
+            if site.part is Part.CORE_STATE and held is not None:
                 self.totals[observation.record.step] += held[COUNTERS][2:].cpu()
 
     def by_step(self) -> list[float]:

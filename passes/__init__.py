@@ -1,5 +1,5 @@
-"""Graph in, graph out: capture, guards, analysis, rewrite. Knows torch.fx, sympy and networkx; holds no run-time state.
+"""Passes over FX graphs. They use torch.fx, sympy and networkx, and hold no run-time state.
 
-Each pass is one file. A pass imports `errors`, `torch_compat` and other passes; anything but `runtime` and `kernels`
-may import it. The rooms, lowest first: guards, capture, analysis, rewrite.
+Each pass is one file. A pass may import `errors`, `torch_compat` and other passes. Every package except `runtime` and
+`kernels` may import passes. The subpackages, lowest layer first: guards, capture, analysis, rewrite.
 """

@@ -1,7 +1,7 @@
-"""The pipeline: an ordered tuple of passes over one graph, one contract for all of them, and one runner.
+"""The pass pipeline: an ordered tuple of passes over one graph, and the function that runs them.
 
-A pass is a function ``(gm, ctx) -> result``. If the result is a graph module, the passes behind it get that graph. Any
-other result is an analysis: it stands in the context by its class, and a later pass reads it with ``ctx[Found]``.
+A pass is a function ``(gm, ctx) -> result``. If the result is a graph module, it becomes the input of the next pass.
+Any other result is stored in the context under its class; a later pass reads it with, for example, ``ctx[Found]``.
 """
 
 from __future__ import annotations
@@ -19,22 +19,22 @@ T = TypeVar("T")
 
 
 class Context:
-    """The facts that passes share beside the graph: settings and results of earlier passes, each by its class."""
+    """Settings and results of earlier passes, stored under their classes."""
 
     def __init__(self, *known: object) -> None:
         self._known: dict[type, object] = {type(value): value for value in known}
 
     def put(self, value: object) -> None:
-        """Add a result, or replace the one of the same class."""
+        """Store `value` under its class. Replaces an earlier value of that class."""
         self._known[type(value)] = value
 
     def get(self, kind: type[T]) -> T | None:
-        """The result of that class; None if no pass made one."""
+        """Return the value of class `kind`, or None if there is none."""
         found: Any = self._known.get(kind)
         return found
 
     def __getitem__(self, kind: type[T]) -> T:
-        """The result of that class. Raises LookupError if no earlier pass made one."""
+        """Return the value of class `kind`. Raises LookupError if there is none."""
         found = self.get(kind)
         if found is None:
             raise LookupError(f"no pass before this one made a {kind.__name__}")
@@ -43,7 +43,7 @@ class Context:
 
 @dataclass(frozen=True)
 class Pass:
-    """A named step of the pipeline. Only an ``optional`` one can be disabled: later ones need the results of others."""
+    """A named pass. Only an ``optional`` pass can be disabled, because later passes need the results of the others."""
 
     name: str
     run: Callable[[fx.GraphModule, Context], object]
@@ -52,7 +52,7 @@ class Pass:
 
 @dataclass(frozen=True)
 class PassRun:
-    """One run of a pass: its seconds, the graph's node counts, and how many places it refused."""
+    """Statistics of one run of a pass: time in seconds, node counts of the graph, and the number of refused places."""
 
     name: str
     seconds: float
@@ -62,13 +62,13 @@ class PassRun:
 
 
 class Watch(Protocol):
-    """Is called after each pass with its number in the tuple, counted from 1, its name, the graph and its result."""
+    """A callback that runs after each pass. `number` is the position of the pass in the tuple, starting at 1."""
 
     def __call__(self, number: int, name: str, gm: fx.GraphModule, result: object) -> None: ...
 
 
 def check_disabled(names: Collection[str], passes: Iterable[Pass]) -> frozenset[str]:
-    """The names as a set. Raises BadArgument for one that no pass has, or whose pass cannot be left out."""
+    """Return `names` as a set. Raises BadArgument for a name that is not the name of an optional pass."""
     optional = sorted(each.name for each in passes if each.optional)
     for name in (names,) if isinstance(names, str) else names:
         if name not in optional:
@@ -84,10 +84,10 @@ def run_passes(
     disabled: Collection[str] = (),
     watch: Watch | None = None,
 ) -> fx.GraphModule:
-    """Run the passes in their order and return the last graph.
+    """Run the passes in order and return the last graph.
 
-    Each run is appended to `runs`, and shown to `watch` before the next pass starts. Errors of this package name the
-    pass in `DitRewriteError.during`; any other exception is raised as PassFailed.
+    Appends a PassRun to `runs` and calls `watch` after each pass. If a pass raises a DitRewriteError, its `during` is
+    set to the name of the pass; any other exception is raised as PassFailed.
     """
     for number, each in enumerate(passes, 1):
         if each.name in disabled:

@@ -101,7 +101,7 @@ class Rewritten:
     @property
     def slot_bytes(self) -> dict[int, int]:
         """For each guarded site, by its index among all sites, the bytes that its slot holds of a stream."""
-        slots = zip(self.reached, self.guarded.stored, strict=True)
+        slots = zip(self.reached, self.guarded.slot_tensors, strict=True)
         return {i: sum(map(cost.stored_bytes, slot)) for i, slot in slots}
 
     def straight(self, row: Row) -> Variant:

@@ -84,7 +84,7 @@ def bind(captured: Captured, found: Found, policy: Policy, whole: bool, hoist: b
     asked = frozenset[Part]().union(*(rule.parts for rule in policy.rules))
     adds = asked - {Part.BRANCH, Part.SPAN} or any(spans.values()) or measured(policy.mentions)
     gm = copied(captured.gm) if adds else captured.gm
-    steady = captured.static | captured.steady if hoist else captured.static
+    steady = captured.static | captured.conditioning if hoist else captured.static
     wheres = [rule.where for rule in policy.rules if Part.OUTPUT in rule.parts]
     sites, refused = _asked(gm, found, asked, spans, steady, {where.minus for where in wheres})
     rules = [policy.for_site(site, known(found, site.layer, whole), spans) for site in sites]
@@ -117,7 +117,7 @@ def _asked(
     finders: tuple[tuple[bool, Callable[[], tuple[Sequence[Site], Sequence[Refusal]]]], ...] = (
         (Part.KV in asked, lambda: find_keys(gm, found.sites, steady)),
         (Part.CORE in asked, lambda: find_cores(gm, found.sites)),
-        (Part.GUIDANCE in asked, lambda: (find_shared(found.sites), [])),
+        (Part.CFG_SHARED in asked, lambda: (find_shared(found.sites), [])),
         (bool(wanted), lambda: find_spans(Stream(gm.graph, found), wanted)),
         (Part.DELTA in asked, lambda: find_delta(gm)),
         (None in outputs, lambda: find_output(gm, steady, less_latent=False)),
@@ -159,7 +159,7 @@ def _refuse_early(sites: Sequence[Site], rules: list[SiteRules], gm: fx.GraphMod
 def _go_with_cores(sites: Sequence[Site], rules: list[SiteRules]) -> None:
     """What is held for a core has its rules; the core stands before it."""
     for i, site in enumerate(sites):
-        if site.part is Part.HELD:
+        if site.part is Part.CORE_STATE:
             rules[i] = rules[i - 1]
 
 
@@ -176,7 +176,7 @@ def _formats(
             formats[i] = chosen
         else:
             rules[i] = SiteRules(())
-            refused += [Refusal(site.values[0], site.name, chosen)] if site.part is not Part.HELD else []
+            refused += [Refusal(site.values[0], site.name, chosen)] if site.part is not Part.CORE_STATE else []
     return formats, refused
 
 
@@ -190,7 +190,7 @@ class _Measuring:
 
     def __init__(self, gm: fx.GraphModule, found: Found, captured: Captured, whole: bool, lag: int) -> None:
         self.gm, self.lag = gm, lag
-        self.probes = Probes(gm, found, captured.static, captured.steady, whole)
+        self.probes = Probes(gm, found, captured.static, captured.conditioning, whole)
 
     def add(
         self, sites: Sequence[Site], rules: Sequence[SiteRules]
@@ -199,7 +199,7 @@ class _Measuring:
         measuring: list[Site] = []
         self._verifies = any(site_rules.verifies for site_rules in rules)
         for site, site_rules in zip(sites, rules, strict=True):
-            if site_rules.reachable and site.part is not Part.HELD:
+            if site_rules.reachable and site.part is not Part.CORE_STATE:
                 site, reasons = self._measure(site, site_rules)
                 refused += [Refusal(site.values[0], site.name, reason) for reason in reasons]
             measuring.append(site)

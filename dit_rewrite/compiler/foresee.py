@@ -63,14 +63,14 @@ def _spec(guarded: GuardedGraph, index: int, rules: SiteRules, force: bool) -> S
     """A guarded site as the run time knows it."""
     site = guarded.sites[index]
     choose: Choose = forced if force else rules.chooser()
-    entropy = None if site.entropy is None else guarded.held[index] - 1
+    entropy = None if site.entropy is None else guarded.widths[index] - 1
     parent, reads, serves = guarded.parents[index], None, None
     borrows = rules.form.stream if isinstance(rules.form, ShareGuidance | GuidanceDelta) else None
     if site.part is Part.CORE:
         reads = guarded.parents.index(index)
-    elif site.part is Part.GUIDANCE and borrows is None:
+    elif site.part is Part.CFG_SHARED and borrows is None:
         reads = NO_SLOT
-    elif site.part is Part.HELD and not force:
+    elif site.part is Part.CORE_STATE and not force:
         serves = parent
     return SiteSpec(
         site.name,
@@ -84,7 +84,7 @@ def _spec(guarded: GuardedGraph, index: int, rules: SiteRules, force: bool) -> S
         serves=serves,
         foreseen=rules.foreseen,
         borrows=borrows,
-        width=guarded.held[index],
+        width=guarded.widths[index],
         depth=guarded.depths[index],
         differs=isinstance(rules.form, GuidanceDelta) and borrows is not None,
     )

@@ -89,7 +89,7 @@ class Partition:
             for out in returned  # type: ignore[union-attr]
         )
         num_inputs = sum(node.op == "placeholder" for node in self._nodes)
-        held = captured.static, captured.steady, captured.ambient
+        held = captured.static, captured.conditioning, captured.ambient
         return Wiring(len(self._wires), num_inputs, outputs, *held, num_hoisted)
 
     def wired(self, specs: Sequence[SiteSpec]) -> list[SiteSpec]:

@@ -19,11 +19,11 @@ from dit_rewrite.passes.rewrite.insert_guards import insert_guards
 
 def _find_sites(gm: fx.GraphModule, ctx: Context) -> Found:
     captured = ctx[Captured]
-    return find_sites(gm, captured.static, captured.steady if ctx[Request].hoist else frozenset())
+    return find_sites(gm, captured.static, captured.conditioning if ctx[Request].hoist else frozenset())
 
 
 def _hoist(gm: fx.GraphModule, ctx: Context) -> fx.GraphModule:
-    split = hoist(gm, ctx[Captured].static | ctx[Captured].steady)
+    split = hoist(gm, ctx[Captured].static | ctx[Captured].conditioning)
     if split is None:
         return gm
     rest, hoisted = split

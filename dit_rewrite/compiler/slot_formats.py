@@ -17,7 +17,7 @@ from dit_rewrite.passes.analysis.site import Site
 from dit_rewrite.passes.analysis.trajectory_invariant import invariant_nodes
 from dit_rewrite.passes.analysis.unbacked import moving_sizes
 from dit_rewrite.passes.capture.capture import Captured
-from dit_rewrite.passes.rewrite.codec import Codec, Delta, Store
+from dit_rewrite.passes.rewrite.codec import Codec, DeltaCodec, ValueCodec
 from dit_rewrite.passes.rewrite.guarded_graph import Guidance
 from dit_rewrite.passes.rewrite.half_batch import Batch, batch_labels
 from dit_rewrite.policy.site_rules import SiteRules
@@ -31,7 +31,7 @@ class SlotFormats:
 
     def __init__(self, captured: Captured, probes: Probes) -> None:
         self.captured, self.probes = captured, probes
-        self.steady = captured.static | captured.steady  # dispatch asks whether it still is (Site.conditioned)
+        self.steady = captured.static | captured.conditioning  # dispatch asks whether it still is (Site.conditioned)
         self.graph = probes.gm.graph
         self.nodes = {node.name: node for node in self.graph.nodes}
 
@@ -43,7 +43,7 @@ class SlotFormats:
         if isinstance(form, ShareGuidance | GuidanceDelta):
             return self._shared(site, form)
         if form is None or isinstance(form, str):
-            return Store(form), None
+            return ValueCodec(form), None
         core = self.nodes[site.values[0]]
         keys, mask = (all(self.nodes[n] in self._still for n in names) for names in (site.inputs[1:3], site.inputs[3:]))
         found = codec(form, core, self._image, keys, mask)
@@ -86,12 +86,12 @@ class SlotFormats:
     def _shared(self, site: Site, form: ShareGuidance | GuidanceDelta) -> SlotFormat | RefusalReason:
         store = form.do.store if isinstance(form, GuidanceDelta) else None
         if form.half is None:
-            return Store(store), None
+            return ValueCodec(store), None
         if self._batch == 0 or self._batch % 2:
             return RefusalReason.ODD_BATCH
         inside = (self._labels[name] for name in site.closure)
         together = all(self._labels[name] is Batch.LEADING for name in site.values)
         if Batch.MIXED in inside or not together:
             return RefusalReason.MIXES_SAMPLES
-        codec = Delta(store, form.half) if isinstance(form, GuidanceDelta) else Store()
+        codec = DeltaCodec(store, form.half) if isinstance(form, GuidanceDelta) else ValueCodec()
         return codec, Guidance(self._labels, self._batch, form.half)

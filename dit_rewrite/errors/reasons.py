@@ -22,7 +22,7 @@ class RefusalReason(Reason):
     NOT_FROM_STREAM = "the summand is not computed from the stream"
     NO_CONTRACTION = "the summand is computed from the stream without any matrix product"
     ENTANGLED = "the branches share a contraction, and one feeds another's input: each became a site of its own"
-    STEADY = "the value does not depend on the step: it is computed once per trajectory anyway"
+    TRAJECTORY_INVARIANT = "the value does not depend on the step: it is computed once per trajectory anyway"
     # a span
     NO_COUNTERPART = "the stream behind the span has no counterpart of its shape before it"
     SPAN_IN_PART = "the graph is a part of the model, so that the positions of its layers are not known"

@@ -21,17 +21,17 @@ WEIGHING = (Forecast, GuidanceDelta)  # the strategies that take a weighted sum 
 
 @dataclass(frozen=True)
 class SiteRule:
-    """A rule as one site sees it; ``mine``: it replaces this very part of the place, and does not compute it."""
+    """A rule as one site sees it; ``replaces_part``: it replaces this very part of the place, and does not compute it."""
 
     predicate: Predicate
     do: Strategy
-    mine: bool
+    replaces_part: bool
     where: Where
 
     @property
     def measured(self) -> tuple[str, ...]:
         """The symbols that must be measured: of its guard, and of the weights of its forecast."""
-        weighed = self.do.measures if self.mine and isinstance(self.do, WEIGHING) else ()
+        weighed = self.do.measures if self.replaces_part and isinstance(self.do, WEIGHING) else ()
         return (*self.predicate.measured, *weighed)
 
 
@@ -44,17 +44,17 @@ class SiteRules:
     @property
     def reachable(self) -> bool:
         """Whether some step could do anything but compute."""
-        return any(rule.mine for rule in self.rules)
+        return any(rule.replaces_part for rule in self.rules)
 
     def measuring(self, known: Container[str]) -> SiteRules:
         """Less the rules for reuse whose measurements are not all `known` to be had: they can never be proven."""
-        provable = (rule for rule in self.rules if not rule.mine or all(n in known for n in rule.measured))
+        provable = (rule for rule in self.rules if not rule.replaces_part or all(n in known for n in rule.measured))
         return SiteRules(tuple(provable))
 
     @property
     def forms(self) -> frozenset[str | None | ShareGuidance | GuidanceDelta | Core]:
         """What its slot is asked to hold, or how else it is done: a store's name, or a strategy."""
-        return frozenset(_form(rule.do) for rule in self.rules if rule.mine)
+        return frozenset(_form(rule.do) for rule in self.rules if rule.replaces_part)
 
     @property
     def form(self) -> str | None | ShareGuidance | GuidanceDelta | Core:
@@ -63,7 +63,9 @@ class SiteRules:
     @property
     def depth(self) -> int:
         """How many computed values its slot keeps."""
-        return max((rule.do.depth for rule in self.rules if rule.mine and isinstance(rule.do, WEIGHING)), default=1)
+        return max(
+            (rule.do.depth for rule in self.rules if rule.replaces_part and isinstance(rule.do, WEIGHING)), default=1
+        )
 
     @property
     def foreseen(self) -> bool:
@@ -84,8 +86,8 @@ class SiteRules:
     @property
     def forecast(self) -> Forecast | None:
         """The first forecast that some rule makes of it, in numbers that can be compared."""
-        mine = (rule.do for rule in self.rules if rule.mine)
-        return next((do for do in mine if isinstance(do, Forecast) and do.store in COMPARABLE), None)
+        replacing = (rule.do for rule in self.rules if rule.replaces_part)
+        return next((do for do in replacing if isinstance(do, Forecast) and do.store in COMPARABLE), None)
 
     @property
     def verifies(self) -> bool:
@@ -119,7 +121,7 @@ def _chooser(site: SiteRules) -> Choose:
         symbols = _symbols(moment, layer, age, streak)
         for i, rule in enumerate(site.rules[start:], start):
             proven = rule.predicate.may_hold if rule.predicate.measured else rule.predicate.holds
-            unknown = not rule.mine and rule.predicate.lacks(symbols)
+            unknown = not rule.replaces_part and rule.predicate.missing_inputs(symbols)
             if rule.where.in_stream(moment.stream) and (unknown or proven(symbols)):
                 return i
         return None
@@ -132,12 +134,12 @@ def _chooser(site: SiteRules) -> Choose:
             measured = {name: read(name) for name in rule.predicate.measured}
             known = {**_symbols(moment, layer, age, streak), **measured}
             if rule.predicate.holds(known):
-                weigh = rule.do.weights if isinstance(rule.do, WEIGHING) and rule.mine else None
+                weigh = rule.do.weights if isinstance(rule.do, WEIGHING) and rule.replaces_part else None
                 if isinstance(rule.do, Verify):
                     return Choice(False, DecisionReason.VERIFIED, weigh)
-                return Choice(rule.mine, DecisionReason.RULE, weigh)
+                return Choice(rule.replaces_part, DecisionReason.RULE, weigh)
             unproven |= None in measured.values()
-            if not rule.mine and not all(is_known(name, known.get(name)) for name in rule.predicate.needs):
+            if not rule.replaces_part and not all(is_known(name, known.get(name)) for name in rule.predicate.needs):
                 break
             i = first(moment, layer, age, streak, i + 1)
         blind = unproven and (moment.sigma, moment.snr) == (None, None) and symbols.reads_noise(site.needs)

@@ -10,7 +10,7 @@ from typing import Any, Literal, get_args
 
 from dit_rewrite.errors import BadParameter, DecisionReason, MissReason, Reason
 from dit_rewrite.passes.analysis.sites import Part
-from dit_rewrite.passes.rewrite.codec import STORES
+from dit_rewrite.passes.rewrite.codec import FORMATS
 from dit_rewrite.policy.bases import BASES, Basis
 from dit_rewrite.runtime.decide import Computed, Moment, Past, Read, Weights, unmeasured
 
@@ -26,8 +26,8 @@ class Compute:
 
 
 def _check_store(strategy: object, store: object) -> None:
-    if store is not None and store not in STORES:
-        raise BadParameter(type(strategy).__name__, "store", store, f"None or one of {', '.join(STORES)}")
+    if store is not None and store not in FORMATS:
+        raise BadParameter(type(strategy).__name__, "store", store, f"None or one of {', '.join(FORMATS)}")
 
 
 @dataclass(frozen=True)
@@ -306,10 +306,10 @@ Core = WindowResidual | BlockwiseReuse  # what is done in the place of an attent
 Strategy = Compute | Reuse | Forecast | ReuseKV | ShareGuidance | GuidanceDelta | Core
 _PARTS = {
     ReuseKV: frozenset({Part.KV}),
-    ShareGuidance: frozenset({Part.GUIDANCE}),
+    ShareGuidance: frozenset({Part.CFG_SHARED}),
     GuidanceDelta: frozenset({Part.DELTA}),
-    WindowResidual: frozenset({Part.CORE, Part.HELD}),
-    BlockwiseReuse: frozenset({Part.CORE, Part.HELD}),
+    WindowResidual: frozenset({Part.CORE, Part.CORE_STATE}),
+    BlockwiseReuse: frozenset({Part.CORE, Part.CORE_STATE}),
 }
 
 

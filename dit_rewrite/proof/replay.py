@@ -21,7 +21,7 @@ from dit_rewrite.compiler.backend import Rewritten
 from dit_rewrite.compiler.slot_formats import SlotFormat
 from dit_rewrite.errors import DecisionReason
 from dit_rewrite.passes.analysis.site import Part, Site
-from dit_rewrite.passes.rewrite.codec import Codec, Delta, Store
+from dit_rewrite.passes.rewrite.codec import Codec, DeltaCodec, ValueCodec
 from dit_rewrite.passes.rewrite.guarded_graph import Guidance
 from dit_rewrite.policy.strategies import GuidanceDelta, ShareGuidance
 from dit_rewrite.proof.compare import Check, Difference, equal, max_abs_error, rms
@@ -105,19 +105,19 @@ class _Step:
         codec, guidance = form
         if guidance is not None:
             self.shared.update(dict.fromkeys(site.closure, guidance) if reuse else {})
-        if isinstance(codec, Delta):
+        if isinstance(codec, DeltaCodec):
             self._add_delta(site, codec, reuse, where, kept, weights)
             return
         if guidance is not None:
             return
-        if site.part is Part.HELD and reuse or site.part is Part.CORE and not reuse:
+        if site.part is Part.CORE_STATE and reuse or site.part is Part.CORE and not reuse:
             return  # the one keeps what it has, the other is computed
-        place = site.name if site.part is not Part.CORE else f"{site.place}.{Part.HELD}"
+        place = site.name if site.part is not Part.CORE else f"{site.place}.{Part.CORE_STATE}"
         for value, base in itertools.zip_longest(site.values, site.bases):
             key = (*where, place, value)
             read = (base,) if base else site.inputs
             self.read.update(read)
-            if isinstance(codec, Store):
+            if isinstance(codec, ValueCodec):
                 self.held.append(key)
             lender = None if differs is None else (differs, *key[1:])
             if lender is not None:
@@ -133,7 +133,7 @@ class _Step:
     def _add_delta(
         self,
         site: Site,
-        codec: Delta,
+        codec: DeltaCodec,
         reuse: bool,
         where: tuple[str, int],
         kept: Held,
@@ -166,7 +166,7 @@ def _from_kept(
     def make(seen: Read, guidance: Guidance | None) -> Tensor:
         tensors = kept if guidance is None else [twice(tensor, guidance) for tensor in kept]
         now = seen(read)
-        if isinstance(codec, Store):
+        if isinstance(codec, ValueCodec):
             value = tensors[0] if weights is None else weighted(tensors, weights)
             return now[0] + value if now else value
         return codec.decode(tensors, now, now[0].dtype)
@@ -190,11 +190,11 @@ def _keep(
     value: Tensor, codec: Codec, read: Sequence[Tensor], older: Sequence[Tensor], depth: int
 ) -> tuple[Tensor, ...]:
     """What is kept of a value: by the definition of each store, or as a strategy inside attention has it."""
-    if isinstance(codec, Delta):
+    if isinstance(codec, DeltaCodec):
         halves = value.chunk(2)
-        return (rounded(halves[1 - codec.half] - halves[codec.half], codec.name), *older)[:depth]
-    if isinstance(codec, Store):
-        return (rounded(value - read[0] if read else value, codec.name), *older)[:depth]
+        return (rounded(halves[1 - codec.half] - halves[codec.half], codec.format), *older)[:depth]
+    if isinstance(codec, ValueCodec):
+        return (rounded(value - read[0] if read else value, codec.format), *older)[:depth]
     return tuple(codec.encode(value, read))
 
 
@@ -298,12 +298,12 @@ def _found(graph: Rewritten, observation: Observation) -> dict[str, Tensor]:
     found = {f"output {i}": out for i, out in enumerate(observation.outputs) if isinstance(out, Tensor)}
     for i, held in zip(graph.reached, observation.slots, strict=True):
         site, (codec, _) = graph.found.sites[i], graph.bound.formats[i]
-        if not isinstance(codec, Store):
+        if not isinstance(codec, ValueCodec):
             continue
         rest = list(held or ())
         for name in site.values if held is not None else ():
             value = rest.pop(0)
-            if codec.name in ("int8", "fp8") and value.ndim >= 2:
+            if codec.format in ("int8", "fp8") and value.ndim >= 2:
                 value = value.float() * rest.pop(0)
             found[f"{site.name}: {name}"] = value
     return found

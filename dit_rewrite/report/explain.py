@@ -148,7 +148,7 @@ def _held_bytes(rewritten: Rewritten) -> int:
     """Bytes that the slots of one graph hold for one stream, memory that values share counted once."""
     guarded, nodes = rewritten.guarded, {node.name: node for node in rewritten.gm.graph.nodes}
     hoisted = [] if rewritten.hoisted is None else [nodes[name] for name in rewritten.hoisted.values]
-    stored = (*hoisted, *(node for slot in guarded.stored for node in slot))
+    stored = (*hoisted, *(node for slot in guarded.slot_tensors for node in slot))
     storages = {torch_compat.storage_id(node.meta["val"]): cost.stored_bytes(node) for node in stored}
     compared = sum(cost.stored_bytes(nodes[name]) for name in _probes(rewritten))
     return sum(storages.values()) + 2 * compared  # a probe as it was when its site was computed, and in the last call

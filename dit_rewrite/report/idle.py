@@ -45,7 +45,9 @@ def _never(rewritten: Sequence[Rewritten], sites: Sequence[Site], num_steps: int
     blocks = sorted({site.layer for site in sites})
     count = sum(graph.found.num_layers for graph in rewritten)
     where = f"its {len(sites)} sites, in block{'s' * (len(blocks) > 1)} {_ranges(blocks)} of 0 to {count - 1}"
-    reached = {rule.where for graph in rewritten for i in graph.reached for rule in graph.rules[i].rules if rule.mine}
+    reached = {
+        rule.where for graph in rewritten for i in graph.reached for rule in graph.rules[i].rules if rule.replaces_part
+    }
     return f"no guard can hold {when} at {where}{left_out(reached, rewritten)}"
 
 
@@ -67,9 +69,12 @@ def left_out(wheres: Iterable[Where], rewritten: Iterable[Rewritten]) -> str:
 
 def _may_reuse(site: Site, rules: SiteRules, num_steps: int | None, noise: Noise | None) -> bool:
     """Whether some step may reuse the site. Only what shares the guidance needs no earlier step."""
-    first = 0 if site.part is Part.GUIDANCE else 1
+    first = 0 if site.part is Part.CFG_SHARED else 1
     known = {} if num_steps is None else {"num_steps": num_steps}
-    if all(verdict(rule.predicate.guard, known) is Verdict.NEVER for rule in rules.rules if rule.mine) and first:
+    if (
+        all(verdict(rule.predicate.guard, known) is Verdict.NEVER for rule in rules.rules if rule.replaces_part)
+        and first
+    ):
         return False
     knowable = _TOLD | (NOISE if noise is not None else frozenset())
     tried = [_Tried.of(rule, knowable) for rule in rules.rules]
@@ -81,7 +86,7 @@ def _may_reuse(site: Site, rules: SiteRules, num_steps: int | None, noise: Noise
 class _Tried:
     """A rule, and those parts of its guard that must hold and follow from what is known of a step."""
 
-    mine: bool
+    replaces_part: bool
     whole: bool
     needs: frozenset[str]
     parts: tuple[Predicate, ...]
@@ -91,7 +96,7 @@ class _Tried:
         parts = [part for part in sympy.And.make_args(rule.predicate.guard) if mentions(part) <= knowable]
         needs = frozenset(rule.predicate.needs)
         noise = {"snr"} if reads_noise(needs) else frozenset[str]()
-        return cls(rule.mine, needs <= knowable, (needs | noise) & knowable, tuple(map(Predicate.of, parts)))
+        return cls(rule.replaces_part, needs <= knowable, (needs | noise) & knowable, tuple(map(Predicate.of, parts)))
 
     def may_hold(self, symbols: dict[str, Value]) -> bool:
         known = all(symbols.get(name) is not None for name in self.needs)
@@ -101,8 +106,8 @@ class _Tried:
 def _applies(tried: Sequence[_Tried], symbols: dict[str, Value]) -> bool:
     """Whether a rule that reuses may be the first that holds."""
     for rule in tried:
-        if rule.may_hold(symbols) and (rule.mine or rule.whole):
-            return rule.mine
+        if rule.may_hold(symbols) and (rule.replaces_part or rule.whole):
+            return rule.replaces_part
     return False
 
 

@@ -13,12 +13,12 @@ from dit_rewrite.policy.plan import Choice
 
 REPLACED: dict[Choice, frozenset[Part]] = {  # the parts of a place that are not computed
     Choice.FULL: frozenset(),
-    Choice.AST: frozenset({Part.BRANCH, Part.GUIDANCE, Part.CORE, Part.HELD}),
-    Choice.ASC: frozenset({Part.GUIDANCE}),
-    Choice.WA_RS: frozenset({Part.CORE, Part.HELD}),
-    Choice.WA_RS_ASC: frozenset({Part.GUIDANCE, Part.CORE, Part.HELD}),
+    Choice.AST: frozenset({Part.BRANCH, Part.CFG_SHARED, Part.CORE, Part.CORE_STATE}),
+    Choice.ASC: frozenset({Part.CFG_SHARED}),
+    Choice.WA_RS: frozenset({Part.CORE, Part.CORE_STATE}),
+    Choice.WA_RS_ASC: frozenset({Part.CFG_SHARED, Part.CORE, Part.CORE_STATE}),
 }
-_CHOICE = {Part.CORE: Choice.WA_RS, Part.GUIDANCE: Choice.ASC}  # what a part is needed for
+_CHOICE = {Part.CORE: Choice.WA_RS, Part.CFG_SHARED: Choice.ASC}  # what a part is needed for
 
 
 class Candidates:
@@ -56,7 +56,8 @@ class Candidates:
         key = (self._likeness[place], choice)
         if key not in self._costs:
             row = tuple(
-                site.part is Part.HELD or (site.place == place and site.part in REPLACED[choice]) for site in self.sites
+                site.part is Part.CORE_STATE or (site.place == place and site.part in REPLACED[choice])
+                for site in self.sites
             )
             self._costs[key] = cost.total_flops(self.rewritten.straight(row).gm.graph)
         return self._costs[key]

@@ -1,4 +1,4 @@
-"""Analyses: questions to a captured graph that change nothing, from dependence and cost to sites, spans and probes.
+"""Analyses of a captured graph, from dependence and cost to sites, spans and probes. They do not change the graph.
 
 They import capture and guards; rewrite and the compiler may import them.
 """

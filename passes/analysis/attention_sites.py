@@ -1,4 +1,4 @@
-"""Attention cores as sites: what a strategy inside attention replaces, and what it keeps for that."""
+"""Sites inside attention: the core that a strategy replaces, and the state that its slot stores for that."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ _POSITIONAL = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
 
 
 def arguments(core: fx.Node) -> dict[str, Any]:
-    """The arguments of an attention op by name."""
+    """Return the arguments of an attention op by name, defaults included."""
     return {**_DEFAULTS, **dict(zip(_POSITIONAL, core.args, strict=False)), **core.kwargs}
 
 
 def cores(nodes: dict[str, fx.Node], site: Site) -> list[fx.Node]:
-    """The attention ops that lie in a site."""
+    """Return the attention ops in the closure of `site`."""
     return [nodes[name] for name in site.closure if nodes[name].target is opaque_attention.OP]
 
 
 def find_cores(gm: fx.GraphModule, sites: Sequence[Site]) -> tuple[list[Site], list[Refusal]]:
-    """For each attention among `sites` a site for its core and one, inside it, for what is held for the core."""
+    """Return a CORE site and, inside it, a CORE_STATE site for each attention among `sites`, and the refusals."""
     nodes = {node.name: node for node in gm.graph.nodes}
     found, refused = list[Site](), list[Refusal]()
     for site in sites:
@@ -42,19 +42,19 @@ def find_cores(gm: fx.GraphModule, sites: Sequence[Site]) -> tuple[list[Site], l
         if reason is not None:
             refused.append(Refusal(site.values[0], site.name, reason))
             continue
-        for part in (Part.CORE, Part.HELD):
+        for part in (Part.CORE, Part.CORE_STATE):
             found.append(_core(site, inside[0], part))
     return found, refused
 
 
 def find_shared(sites: Sequence[Site]) -> list[Site]:
-    """For each attention among `sites` a site that may be computed for one half of a guided batch."""
+    """Return a CFG_SHARED site, which may be computed for half of a guided batch, for each attention among `sites`."""
     attention = (site for site in sites if site.kind is not Kind.MLP)
-    return [replace(s, name=f"{s.name}.{Part.GUIDANCE}", part=Part.GUIDANCE, sums=(), probes=()) for s in attention]
+    return [replace(s, name=f"{s.name}.{Part.CFG_SHARED}", part=Part.CFG_SHARED, sums=(), probes=()) for s in attention]
 
 
 def _refusal(inside: Sequence[fx.Node]) -> RefusalReason | None:
-    """Why attention ops are no core that something else could stand for."""
+    """Return the reason why no strategy can replace the attention ops of a site, or None."""
     if len(inside) != 1:
         return RefusalReason.NO_CORE
     given = arguments(inside[0])
@@ -70,16 +70,16 @@ def _core(site: Site, core: fx.Node, part: Part) -> Site:
 
 
 def is_of_one_sequence(core: fx.Node) -> bool:
-    """Whether queries and keys are the same tokens, as far as their number tells."""
+    """Return whether queries and keys have equal shapes, which suggests that they come from the same tokens."""
     query, key = (cost.shape(node.meta["val"]) for node in operands(core)[:2])
     return query == key
 
 
 def text_tokens(core: fx.Node, image: int) -> tuple[int, bool]:
-    """How many tokens an attention has beside an image of `image` tokens, and whether they are the last.
+    """Return how many tokens an attention has besides the `image` image tokens, and whether they come last.
 
-    They are known by the nearest cat before the values, along tokens, that puts the image and others together. (0,
-    False) where there is none.
+    Looks for the nearest cat before the values that concatenates the image tokens and others along the token dimension.
+    Returns (0, False) if there is none.
     """
     total = cost.shape(operands(core)[2].meta["val"])[2]
     for dim, parts in _concatenations(operands(core)[2]):
@@ -90,7 +90,7 @@ def text_tokens(core: fx.Node, image: int) -> tuple[int, bool]:
 
 
 def _concatenations(node: fx.Node) -> Iterator[tuple[int, list[fx.Node]]]:
-    """The cats before a node, the nearest first, back to other attentions: dimension and parts."""
+    """Yield the dimension and the parts of each cat that `node` depends on, nearest first, up to other attentions."""
     waiting, seen = deque([node]), set[fx.Node]()
     while waiting:
         node = waiting.popleft()

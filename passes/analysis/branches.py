@@ -1,8 +1,8 @@
-"""Pass 02, first half: residual sums and their branches.
+"""Residual sums and their branches, the first part of finding sites.
 
-A chain of adds is one n-ary sum. Its oldest summand that others depend on is the residual stream; every other summand
-that is computed from the stream through a contraction is a branch. The branch's value is what is left when casts,
-constant scales and gates that do not depend on the stream are peeled off.
+A chain of adds is one n-ary sum. Its earliest summand that other summands depend on is the residual stream. Each other
+summand that is computed from the stream through a contraction is a branch. The value of the branch is the summand
+without casts, constant scales and gates that do not depend on the stream.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from dit_rewrite.passes.capture import module_paths, opaque_attention
 
 @dataclass(frozen=True)
 class Refusal:
-    """A summand of a residual sum that is no site, and why."""
+    """A place of the graph that is no site, with the reason."""
 
     node: str
     path: str
@@ -32,7 +32,10 @@ class Refusal:
 
 @dataclass(frozen=True)
 class Branch:
-    """One summand `value` (gate peeled) of the residual sum `total` over `stream`; `region` holds the nodes between."""
+    """A branch of the residual sum `total`. `value` is the summand without its gate.
+
+    `region` is a bit set (see Dependence) of the nodes between `stream` and `value`. `cores` are its attention cores.
+    """
 
     stream: fx.Node
     value: fx.Node
@@ -42,7 +45,7 @@ class Branch:
 
 
 def find_branches(graph: fx.Graph, dependence: Dependence) -> tuple[list[Branch], dict[fx.Node, Refusal]]:
-    """The branches of all residual sums, and the summands that are none."""
+    """Return the branches of all residual sums, and a refusal for each other summand."""
     branches: dict[fx.Node, Branch] = {}
     refused: dict[fx.Node, Refusal] = {}
     for node in graph.nodes:
@@ -56,7 +59,7 @@ def _is_transparent(node: fx.Node) -> bool:
 
 
 def _base(node: fx.Node) -> fx.Node:
-    """What a node is a cast, view, copy or constant multiple of."""
+    """Return the node of which `node` is a view, cast, copy or constant multiple."""
     while _is_transparent(node):
         node = node.args[0]  # type: ignore[assignment]
     return node
@@ -67,7 +70,7 @@ def _is_sum(node: fx.Node) -> bool:
 
 
 def _is_inner(node: fx.Node) -> bool:
-    """Whether an add serves another add alone, and so is a part of that sum."""
+    """Return whether `node` is read only by another add, and is therefore a part of that sum."""
     while len(node.users) == 1:
         (node,) = node.users
         if packet(node) is aten.add:
@@ -78,9 +81,9 @@ def _is_inner(node: fx.Node) -> bool:
 
 
 def summands(node: fx.Node, whole: Callable[[fx.Node], bool] = lambda _: False) -> Iterator[fx.Node]:
-    """The summands of the n-ary sum that ends in `node`.
+    """Yield the summands of the n-ary sum that ends in `node`.
 
-    Nested adds that serve it alone are looked through, but for those that are to stay `whole`.
+    An add that only this sum reads is replaced by its summands, unless `whole` returns True for it.
     """
     for argument in node.args[:2]:
         if isinstance(argument, fx.Node):
@@ -92,12 +95,12 @@ def summands(node: fx.Node, whole: Callable[[fx.Node], bool] = lambda _: False) 
 
 
 def stream_side(total: fx.Node, stream: fx.Node) -> fx.Node:
-    """The summand of a residual sum that is the stream: it, or the view or cast of it that is added to."""
+    """Return the summand of `total` that is `stream`, or a view or cast of it."""
     return next((summand for summand in summands(total) if _base(summand) is stream), stream)
 
 
 def _nested(argument: fx.Node) -> fx.Node | None:
-    """The sum below an argument that serves it alone."""
+    """Return the sum of which `argument` is a view, cast or copy, if nothing else reads it."""
     base = argument
     while _is_transparent(base) and len(base.users) == 1:
         base = base.args[0]  # type: ignore[assignment]
@@ -105,12 +108,12 @@ def _nested(argument: fx.Node) -> fx.Node | None:
 
 
 def _meeting(total: fx.Node, stream: fx.Node, summand: fx.Node) -> fx.Node:
-    """The innermost add of a nested sum that holds both the stream and a summand."""
+    """Return the innermost add of a nested sum that contains both the stream and `summand`."""
     for argument in total.args[:2]:
         inner = _nested(argument) if isinstance(argument, fx.Node) else None
         if inner is not None:
-            held = list(summands(inner))
-            if summand in held and stream in map(_base, held):
+            inside = list(summands(inner))
+            if summand in inside and stream in map(_base, inside):
                 return _meeting(inner, stream, summand)
     return total
 
@@ -139,9 +142,9 @@ def _split(
 
 
 def _stream(dependence: Dependence, bases: list[fx.Node]) -> fx.Node | None:
-    """The oldest summand that another is computed from; None where there is none, and so no residual sum.
+    """Return the earliest summand that another is computed from, or None if this is no residual sum.
 
-    A tensor that is in another summand already, as it was added to the stream some blocks earlier, is not the stream.
+    A tensor that was already added to another summand, for example some blocks earlier, is not the stream.
     """
     for base in sorted(bases, key=dependence.position.__getitem__):
         later = [other for other in bases if other is not base and dependence.depends(other, base)]
@@ -151,7 +154,7 @@ def _stream(dependence: Dependence, bases: list[fx.Node]) -> fx.Node | None:
 
 
 def _is_added(dependence: Dependence, term: fx.Node, total: fx.Node) -> bool:
-    """Whether `total` is a sum, of sums again, that `term` was added to."""
+    """Return whether `total` is a nested sum that contains `term`."""
     seen, pending = {total}, [total]
     while pending:
         node = pending.pop()
@@ -164,10 +167,10 @@ def _is_added(dependence: Dependence, term: fx.Node, total: fx.Node) -> bool:
 
 
 def _is_one_branch(dependence: Dependence, add: fx.Node, stream: fx.Node) -> bool:
-    """Whether the sum of two sides of a nested add is one summand, rather than each of them.
+    """Return whether a nested add is one summand, instead of two.
 
-    It is where one side is a bias, or where both come side by side from one contraction behind the stream: of a
-    projection and its LoRA two values would be held otherwise.
+    It is if one side is a bias, or if both sides are computed independently from one contraction after the stream.
+    Otherwise a slot would store two values for a projection and its LoRA.
     """
     if stream in map(_base, summands(add)):
         return False
@@ -180,7 +183,7 @@ def _is_one_branch(dependence: Dependence, add: fx.Node, stream: fx.Node) -> boo
 
 
 def _peel(dependence: Dependence, summand: fx.Node, stream: fx.Node) -> fx.Node:
-    """The value of a branch: below the last cast, constant scale or gate that does not depend on the stream."""
+    """Return `summand` without casts, constant scales and gates that do not depend on the stream."""
     value = node = summand
     while True:
         if _is_transparent(node):
@@ -198,5 +201,5 @@ def _peel(dependence: Dependence, summand: fx.Node, stream: fx.Node) -> fx.Node:
 
 
 def _is_core(dependence: Dependence, node: fx.Node) -> bool:
-    """An attention core multiplies data by data: SDPA, or a product no operand of which is made of weights alone."""
+    """Return whether `node` is SDPA, or a product whose operands all depend on inputs that are not weights."""
     return node.target is opaque_attention.OP or all(dependence.is_data(operand) for operand in operands(node))

@@ -1,4 +1,4 @@
-"""What a node costs: FLOPs by ATen's own formulas, bytes by storage."""
+"""Costs of nodes: FLOPs by ATen's formulas, bytes by storage."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from dit_rewrite.torch_compat import tree_map
 
 
 def hint(size: int | torch.SymInt) -> int:
-    """A size as a number: that of the trace where it is symbolic. Adds no guard."""
+    """Return `size`, or its hint from the trace if it is symbolic (0 if there is none). Adds no Dynamo guard."""
     if isinstance(size, int):
         return size
     return int(size.node.hint) if size.node.hint is not None else 0
 
 
 def position(index: int | torch.SymInt | fx.Node | None, size: int) -> int:
-    """An index along an axis of that size as a number from its beginning; None, or one beyond the end, is the end."""
+    """Return `index` along an axis of length `size`, normalised to 0 .. size. None means the end."""
     if index is None:
         return size
     number = hint(index.meta["val"] if isinstance(index, fx.Node) else index)
@@ -30,12 +30,12 @@ def position(index: int | torch.SymInt | fx.Node | None, size: int) -> int:
 
 
 def shape(value: Tensor) -> tuple[int, ...]:
-    """The shape of the trace."""
+    """Return the shape of `value`, with hints for symbolic sizes."""
     return tuple(map(hint, value.shape))
 
 
 def flops(nodes: Iterable[fx.Node]) -> int:
-    """Floating-point operations of the contractions among `nodes`, a multiply-add counted as two."""
+    """Return the floating-point operations of the contractions among `nodes`. A multiply-add counts as two."""
     return sum(_flops(node) for node in nodes)
 
 
@@ -58,17 +58,17 @@ def _numel(node: fx.Node) -> int:
 
 
 def _shapes(argument: Any) -> Any:
-    """FLOP formulas take shapes in the place of tensors."""
+    """Replace a tensor by its shape, because FLOP formulas take shapes."""
     value = argument.meta.get("val") if isinstance(argument, fx.Node) else argument
     return torch.Size(shape(value)) if isinstance(value, Tensor) else argument
 
 
 def stored_bytes(node: fx.Node) -> int:
-    """Bytes that holding the node's value keeps alive: its storage's, which may exceed those of a view."""
+    """Return the bytes of the storage of the node's value, which a slot keeps alive. It may exceed those of a view."""
     value = node.meta["val"]
     return hint(value.untyped_storage().nbytes())
 
 
 def total_flops(graph: fx.Graph) -> int:
-    """FLOPs of the whole graph."""
+    """Return the FLOPs of a graph."""
     return flops(graph.nodes)

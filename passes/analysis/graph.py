@@ -1,4 +1,4 @@
-"""Questions to a functional graph: who depends on whom, what belongs to a value alone, what an op is."""
+"""Queries on a functional graph: dependence, closures of values, and classes of ops."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ _EXIT = "exit"
 
 
 def packet(node: fx.Node) -> Any:
-    """The overload packet of a call (``aten.add`` for ``aten.add.Tensor``), or None."""
+    """Return the overload packet of a call (``aten.add`` for ``aten.add.Tensor``), or None."""
     return getattr(node.target, "overloadpacket", None) if node.op == "call_function" else None
 
 
 def attribute(gm: fx.GraphModule, node: fx.Node) -> Any:
-    """What a get_attr node refers to."""
+    """Return the attribute of `gm` that a get_attr node refers to."""
     value: Any = gm
     for part in str(node.target).split("."):
         value = getattr(value, part)
@@ -40,37 +40,38 @@ def attribute(gm: fx.GraphModule, node: fx.Node) -> Any:
 
 
 def is_view(node: fx.Node) -> bool:
-    """A view of its first operand that holds all of its elements."""
+    """Return whether `node` is a view of all elements of its first operand."""
     return packet(node) in _VIEWS
 
 
 def is_copy(node: fx.Node) -> bool:
-    """A cast or copy of its first operand."""
+    """Return whether `node` is a cast or copy of its first operand."""
     return packet(node) in _COPIES
 
 
 def is_constant_scale(node: fx.Node) -> bool:
-    """A product or quotient of a tensor and a Python number."""
+    """Return whether `node` multiplies or divides a tensor by a Python number."""
     return packet(node) in (aten.mul, aten.div) and not isinstance(node.args[1], fx.Node)
 
 
 def is_contraction(node: fx.Node) -> bool:
-    """A matrix product, convolution or attention core: whatever ATen has a FLOP formula for, and `PRODUCTS`."""
+    """Return whether `node` is a matrix product, convolution or attention: an op with a FLOP formula, or in `PRODUCTS`."""
     return node.target is opaque_attention.OP or packet(node) in flop_registry or packet(node) in PRODUCTS
 
 
 def operands(node: fx.Node) -> list[fx.Node]:
-    """The two data operands of a contraction, addmm's bias and attention's mask left out."""
+    """Return the operands of a contraction without addmm's bias: two, or query, key and value of an attention."""
     if node.target is opaque_attention.OP:
-        return list(node.args[:3])  # type: ignore[arg-type]  # and no `all_input_nodes`: key and value may be one node
+        return list(node.args[:3])  # type: ignore[arg-type]  # not `all_input_nodes`: key and value may be one node
     tensors = [a for a in node.args if isinstance(a, fx.Node)]
     return tensors[1:3] if packet(node) in (aten.addmm, aten.baddbmm) else tensors[:2]
 
 
 class Dependence:
-    """Ancestors and descendants of every node of a graph, as bit sets: constant time a question.
+    """Ancestors and descendants of every node of a graph as bit sets.
 
-    ``static`` are the positions of the placeholders that hold parameters and buffers.
+    A bit set is an int whose bit i stands for node i of the graph. ``static`` are the positions of the placeholders
+    that are parameters or buffers.
     """
 
     def __init__(self, graph: fx.Graph, static: Iterable[int] = ()) -> None:
@@ -96,14 +97,14 @@ class Dependence:
         return self._close([list(node.users) for node in self.nodes], reversed(range(len(self.nodes))))
 
     def mask(self, nodes: Iterable[fx.Node]) -> int:
-        """A bit set of nodes."""
+        """Return `nodes` as a bit set."""
         bits = 0
         for node in nodes:
             bits |= 1 << self.position[node]
         return bits
 
     def members(self, mask: int) -> list[fx.Node]:
-        """The nodes of a bit set, in the order of the graph."""
+        """Return the nodes of a bit set in graph order."""
         found = []
         while mask:
             low = mask & -mask
@@ -112,25 +113,25 @@ class Dependence:
         return found
 
     def depends(self, node: fx.Node, on: fx.Node) -> bool:
-        """Whether `node` is computed from `on` (or is it)."""
+        """Return whether `node` is, or is computed from, the node `on`."""
         return bool(self._ancestors[self.position[node]] >> self.position[on] & 1)
 
     def is_data(self, node: fx.Node) -> bool:
-        """Whether `node` depends on an input that is neither parameter nor buffer."""
+        """Return whether `node` depends on an input that is neither a parameter nor a buffer."""
         return bool(self._ancestors[self.position[node]] & self._data)
 
     def between(self, start: fx.Node, end: fx.Node) -> int:
-        """The nodes on the ways from `start` (left out) to `end`, as a bit set."""
+        """Return the nodes on the paths from `start` (excluded) to `end` (included) as a bit set."""
         ways = self._descendants[self.position[start]] & self._ancestors[self.position[end]]
         return ways & ~(1 << self.position[start])
 
     def contractions(self, mask: int) -> list[fx.Node]:
-        """The contractions in a bit set."""
+        """Return the contractions in a bit set."""
         return self.members(mask & self._contractions)
 
 
 def needed(graph: fx.Graph, nodes: Iterable[fx.Node]) -> set[fx.Node]:
-    """`nodes`, the outputs, what must run for its effect, and what these are computed from."""
+    """Return `nodes`, the output, impure nodes, and all their ancestors."""
     found: set[fx.Node] = set()
     stack = [*nodes, *(node for node in graph.nodes if node.is_impure())]
     while stack:
@@ -144,16 +145,15 @@ def needed(graph: fx.Graph, nodes: Iterable[fx.Node]) -> set[fx.Node]:
 def closures(
     graph: fx.Graph, groups: Sequence[Sequence[fx.Node]], operands: Sequence[Sequence[fx.Node]] = ()
 ) -> list[frozenset[fx.Node]]:
-    """For each group of values the nodes that serve nothing else: every way from them to an output passes the group.
+    """Return the closure of each group of values: the nodes from which every path to an output passes the group.
 
-    These are the nodes that the group post-dominates. The groups' own nodes are among them; placeholders and
-    attributes are not, nor is an item of a tuple that others use too: what is handed over is a tensor. One
-    dominator tree of the reversed graph serves all groups: a group of several values is given a node of its own,
-    through which all that leaves the values must pass. Groups that share a value lie within one another, the inner
-    first.
+    These are the nodes that the group post-dominates, including the values. A closure contains no placeholders and
+    attributes, and no getitem of a tuple that is computed outside of it, because only tensors are passed in. One
+    dominator tree of the reversed graph serves all groups: each group gets an artificial node that all paths from its
+    values pass. If groups share a value, they must be nested, with the inner group first.
 
-    `operands` are, for each group, nodes that are read in the place of its values when these are taken from a cache
-    (a span's input, a probe): whoever uses the values needs them too.
+    `operands` has for each group the nodes that are read even if its values come from a slot (the input of a span, a
+    probe). The users of the values count as users of these nodes.
     """
     gates: dict[fx.Node, list[Any]] = {}
     for i, group in enumerate(groups):

@@ -55,7 +55,7 @@ def find_keys(gm: fx.GraphModule, sites: Sequence[Site], steady: frozenset[int])
             named = tuple(node.name for node in values)
             found.append(replace(site, name=f"{site.name}.kv", values=named, part=Part.KV))
         else:
-            reason = RefusalReason.STEADY if pairs else RefusalReason.NO_KEYS
+            reason = RefusalReason.TRAJECTORY_INVARIANT if pairs else RefusalReason.NO_KEYS
             refused.append(Refusal(site.values[0], site.name, reason))
     return found, refused
 

@@ -147,7 +147,7 @@ def close(graph: fx.Graph, sites: Sequence[Site]) -> tuple[Site, ...]:
     """The sites with what vanishes with each, its cost, and which contains which. Sites that share a value, inner
     first."""
     nodes = {node.name: node for node in graph.nodes}
-    solid = [site.part is not Part.HELD for site in sites]  # what is held for a core is no node of the graph
+    solid = [site.part is not Part.CORE_STATE for site in sites]  # what is held for a core is no node of the graph
     values = [[nodes[name] for name in site.values] if s else [] for site, s in zip(sites, solid, strict=True)]
     read = [[nodes[name] for name in site.operands] if s else [] for site, s in zip(sites, solid, strict=True)]
     closed = closures(graph, values, read)

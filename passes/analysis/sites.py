@@ -36,7 +36,7 @@ def find_sites(gm: fx.GraphModule, static: frozenset[int] = frozenset(), steady:
         branch.value for branch in branches if any(dependence.depends(v, storage(branch.value)) for v in invariant)
     }
     groups, entangled = _group(dependence, [branch for branch in branches if branch.value not in moved])
-    refused.update({value: Refusal.of(value, RefusalReason.STEADY) for value in moved})
+    refused.update({value: Refusal.of(value, RefusalReason.TRAJECTORY_INVARIANT) for value in moved})
     refused.update({branch.value: Refusal.of(branch.value, RefusalReason.ENTANGLED) for branch in entangled})
     return Found(_describe(gm.graph, dependence, groups), tuple(refused.values()))
 

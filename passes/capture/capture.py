@@ -1,6 +1,6 @@
-"""Pass 00: Dynamo's graph to the functional ATen graph that every other pass works on.
+"""Capture: trace Dynamo's graph to the functional ATen graph that every other pass works on.
 
-On that graph there are no in-place ops, no autocast regions and no copies that lose metadata (design.md).
+The functional graph has no in-place ops, no autocast regions and no copies that lose metadata.
 """
 
 from __future__ import annotations
@@ -25,18 +25,18 @@ Runner = Callable[[list[Any]], Sequence[Any]]
 
 @dataclass(frozen=True)
 class Captured:
-    """A functional ATen graph and what is known about it.
+    """A functional ATen graph with facts about its inputs.
 
-    ``static`` are the positions of the placeholders that are parameters or buffers; ``parameter_names`` are theirs,
-    as seen from the module whose forward was traced (``blocks.0.attn.to_q.weight`` from the model,
-    ``attn.to_q.weight`` from a block). ``steady`` are the positions of inputs that are tensors of the call's
-    conditioning, ``ambient`` those of tensors that the model has as attributes, or that are global: no parameters, no
-    arguments. ``complete`` is False when Dynamo left a part of that forward to another graph.
+    ``static``, ``conditioning`` and ``ambient`` are sets of placeholder positions. ``static``: parameters and buffers.
+    ``conditioning``: tensors of the call's conditioning. ``ambient``: attributes of the model and global tensors that
+    are neither parameters nor arguments. ``parameter_names`` are the names of the parameters relative to the traced
+    module: ``blocks.0.attn.to_q.weight`` for the model, ``attn.to_q.weight`` for a block. ``complete`` is False if
+    Dynamo put a part of the module's forward into another graph.
     """
 
     gm: fx.GraphModule
     static: frozenset[int]
-    steady: frozenset[int]
+    conditioning: frozenset[int]
     ambient: frozenset[int]
     parameter_names: frozenset[str]
     complete: bool
@@ -48,16 +48,16 @@ class Captured:
 
 
 class one_graph:
-    """Let Dynamo capture a model in as few graphs as possible, should it compile inside.
+    """Context manager under which Dynamo captures a model in as few graphs as possible.
 
-    By default `nonzero` breaks the graph, in Mochi inside of every attention branch, and a number (a time) is a
-    constant, so that each step, or the second, compiles anew. `number` names the argument that is the time. A
-    plain context manager, and no config.patch: it is entered at each call of a model.
+    By default `nonzero` breaks the graph (Mochi calls it in every attention branch), and Dynamo treats a Python number
+    such as the time as a constant, so that it recompiles when the number changes. `number` names the argument that is
+    the time. This class does not use config.patch, because it is entered at each call of a model and must be fast.
     """
 
     __slots__ = ("number",)
     _lock = threading.Lock()
-    _inside = 0  # calls under way, in all threads: the settings are shared by them
+    _inside = 0  # number of active contexts in all threads, because threads share the settings
     _before: tuple[bool, bool, str]
 
     def __init__(self, number: str | None = None) -> None:
@@ -91,18 +91,18 @@ def capture(
     conditioning: Sequence[torch.Tensor] = (),
     arguments: Sequence[torch.Tensor] = (),
 ) -> Callable[..., Any]:
-    """Trace `gm` to functional ATen and call `then` with it, under Dynamo's fake inputs; what runs in its place.
+    """Trace `gm` to a functional ATen graph, call `then` with it, and return the compiled callable.
 
-    Those of `example_inputs` that are tensors of `conditioning` are expected to be the same ones at the next call;
-    `arguments` are all tensors that the call was given.
-    Raises GradientsNeeded where autograd would have to differentiate the graph.
+    `then` runs under Dynamo's fake inputs. Elements of `example_inputs` that are in `conditioning` become
+    `Captured.conditioning`. `arguments` are all tensors among the arguments of the call. Raises GradientsNeeded if
+    autograd has to differentiate the graph.
     """
     opaque_attention.mark(gm)
     keep_floats(gm)
     inputs = [module_paths.input_name(str(node.target)) for node in gm.graph.find_nodes(op="placeholder")]
     names = torch_compat.parameter_names(gm)
-    held = set(map(id, conditioning))
-    steady = frozenset(i for i, value in enumerate(example_inputs) if id(value) in held)
+    conditioning_ids = set(map(id, conditioning))
+    invariant = frozenset(i for i, value in enumerate(example_inputs) if id(value) in conditioning_ids)
     given = set(map(id, arguments))
     ambient = [i for i in _attributes(gm) if isinstance(example_inputs[i], torch.Tensor)]
     ambient = [i for i in ambient if id(example_inputs[i]) not in given]
@@ -115,7 +115,7 @@ def capture(
         captured = Captured(
             functional,
             torch_compat.static_inputs(),
-            steady if same else frozenset(),
+            invariant if same else frozenset(),
             frozenset(ambient) if same else frozenset(),
             names,
             complete,
@@ -132,9 +132,9 @@ def capture(
 
 
 def _rename_inputs(gm: fx.GraphModule, names: Sequence[str]) -> bool:
-    """Give the inputs of a graph the names that they had at Dynamo's level; AOTAutograd only numbers them.
+    """Rename the inputs of a graph to `names`, because AOTAutograd only numbers them.
 
-    False where AOTAutograd took some apart or away: which is which is not known then.
+    Returns False if AOTAutograd split or removed inputs, because then the correspondence is unknown.
     """
     placeholders = gm.graph.find_nodes(op="placeholder")
     if len(placeholders) != len(names):
@@ -149,7 +149,7 @@ _ROOT = re.compile(r"[LG]\['[^']+'\]")
 
 
 def _attributes(gm: fx.GraphModule) -> list[int]:
-    """The positions of inputs that Dynamo read from attributes of the module that has the parameters, or globals."""
+    """Return the positions of inputs that Dynamo read from globals, or from attributes of a module with parameters."""
     sources = [torch_compat.source_of(node) for node in gm.graph.find_nodes(op="placeholder")]
     roots = [match[0] if (match := _ROOT.match(source)) else "" for source in sources]
     weights = ["._parameters[" in source or "._buffers[" in source for source in sources]

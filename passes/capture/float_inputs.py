@@ -1,8 +1,8 @@
-"""Keep a float argument an input: a sampler whose time is a Python number is compiled once, and not at each step.
+"""Keep float arguments as graph inputs, so that a model whose time is a Python number does not recompile at each step.
 
-Dynamo hands a float over as a tensor of no dimensions and reads its `item`. AOTAutograd turns arithmetic on that number
-into arithmetic on the tensor, but makes the number a constant where an op that fills a tensor takes it. Such ops are
-written as a sum of zeros and the number here, which gives the same values.
+Dynamo passes a float as a 0-dimensional tensor and calls its `item`. AOTAutograd turns arithmetic on the number into
+arithmetic on the tensor, but makes the number a constant if an op fills a tensor with it. This pass replaces such an op
+by a sum of zeros and the number, which gives the same values.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _LIST = (torch.tensor, torch.scalar_tensor, *scalar_tensor_decompositions)
 
 
 def keep_floats(gm: fx.GraphModule) -> int:
-    """Rewrite the fills by float inputs in Dynamo's graph; the number of those rewritten."""
+    """Rewrite the ops of Dynamo's graph that fill a tensor with a float input. Returns how many were rewritten."""
     items = [node for node in gm.graph.find_nodes(op="call_method", target="item") if _is_input(node.args[0])]
     count = 0
     for item in items:
@@ -40,20 +40,20 @@ def _is_input(node: Any) -> bool:
 
 
 def _is_float(node: fx.Node) -> bool:
-    """Whether an op makes a tensor of floats: the sum of whole numbers and a float would be another one."""
+    """Return whether an op makes a floating-point tensor. Adding a float to an integer tensor would give another dtype."""
     value = node.meta.get("example_value")
     return isinstance(value, torch.Tensor) and value.is_floating_point()
 
 
 def _expanded(graph: fx.Graph, node: fx.Node, item: fx.Node, shape: Any, dtype: Any, device: Any) -> fx.Node:
-    """The float as a new tensor of a shape."""
+    """Return a node that makes a tensor of the given shape filled with `item`."""
     with graph.inserting_before(node):
         zeros = graph.call_function(torch.zeros, (shape,), {"dtype": dtype, "device": device})
         return graph.call_function(torch.add, (zeros, item))
 
 
 def _like(graph: fx.Graph, node: fx.Node, item: fx.Node, like: fx.Node, shape: Any = None) -> fx.Node:
-    """The float as a new tensor that resembles `like`."""
+    """Return a node that makes a tensor with the dtype, device and shape of `like`, filled with `item`."""
     with graph.inserting_before(node):
         shape = graph.call_method("size", (like,)) if shape is None else shape
         kwargs = {k: node.kwargs.get(k) or graph.call_function(getattr, (like, k)) for k in ("dtype", "device")}
@@ -61,7 +61,7 @@ def _like(graph: fx.Graph, node: fx.Node, item: fx.Node, like: fx.Node, shape: A
 
 
 def _default(node: fx.Node) -> tuple[Any, Any]:
-    """The dtype and device that an op is asked for, or torch's defaults."""
+    """Return the dtype and device arguments of an op, or torch's defaults."""
     return node.kwargs.get("dtype") or torch.get_default_dtype(), node.kwargs.get(
         "device"
     ) or torch.get_default_device()

@@ -1,4 +1,4 @@
-"""Names of sites, from module paths. They are labels for people and for `layer`; the match never reads them."""
+"""Names of sites from module paths. They serve as labels and give `layer`; matching of sites never reads them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _BLOCK = re.compile(r"^(?:[^.]+\.)*?\d+(?=\.|$)")
 
 
 def module_path(node: fx.Node) -> str:
-    """The path of the module that a node was traced in: ``transformer_blocks.0.attn1.to_q``, or ``""``."""
+    """Return the path of the module that `node` was traced in, such as ``blocks.0.attn1.to_q``, or ``""``."""
     stack = node.meta.get("nn_module_stack") or {}
     path = next(reversed(list(stack.values())), ("",))[0]
     path = _MODULES.sub("", path.removeprefix("L['self']"))
@@ -23,14 +23,16 @@ def module_path(node: fx.Node) -> str:
 
 
 def input_name(dynamo_name: str) -> str:
-    """What Dynamo calls an input, without its own words: ``blocks_0_norm_weight`` for
-    ``L_self_modules_blocks_modules_0_modules_norm_parameters_weight_``."""
+    """Return Dynamo's name of an input without Dynamo's own words.
+
+    For example, ``L_self_modules_blocks_modules_0_modules_norm_parameters_weight_`` gives ``blocks_0_norm_weight``.
+    """
     bare = _DYNAMO.sub("_", f"_{dynamo_name.removeprefix('L_')}").strip("_")
     return bare.removeprefix("self_") or dynamo_name
 
 
 def common_path(nodes: Iterable[fx.Node]) -> str:
-    """The innermost module that all `nodes` were traced in; that of a single node without its last part."""
+    """Return the longest common prefix of the module paths of `nodes`."""
     paths = sorted({module_path(node) for node in nodes})
     if not paths:
         return ""
@@ -41,18 +43,18 @@ def common_path(nodes: Iterable[fx.Node]) -> str:
 
 
 def block_of(path: str) -> str:
-    """The block that a path lies in, up to its outermost number: ``transformer_blocks.0``; ``""`` outside of any."""
+    """Return `path` up to its first number, such as ``transformer_blocks.0``, or ``""`` if it has none."""
     match = _BLOCK.match(path)
     return match.group() if match else ""
 
 
 def container_of(block: str) -> str:
-    """The path of the list of modules that holds a block: ``transformer_blocks``; ``""`` outside of any."""
+    """Return the path of the module list that contains `block`, such as ``transformer_blocks``, or ``""``."""
     return block.rpartition(".")[0]
 
 
 def unique(names: Sequence[str]) -> list[str]:
-    """`names`, those that stand more than once numbered: ``mlp, mlp`` -> ``mlp, mlp#1``."""
+    """Return `names` with repeated names numbered: ``mlp, mlp`` gives ``mlp, mlp#1``."""
     seen: Counter[str] = Counter()
     result = []
     for name in names:

@@ -1,7 +1,8 @@
-"""Keep attention cores whole: scaled dot product attention as one opaque op between Dynamo and lowering.
+"""Represent scaled dot product attention (SDPA) by one opaque op between Dynamo and lowering.
 
-AOTAutograd decomposes SDPA by backend and mask. A marker op with the same signature passes through it, with the
-strides that SDPA itself would give, and is turned back before the graph is lowered, so that Inductor treats it as ever.
+AOTAutograd decomposes SDPA depending on backend and mask. It does not decompose this marker op, which has the same
+signature and whose result has the strides of SDPA's. Before lowering, the marker is replaced by SDPA again, so that
+Inductor compiles it as in an untouched model.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ def _attention(query: Tensor, key: Tensor, value: Tensor, *args: object, **kwarg
 
 
 def _autocast(device: str) -> None:
-    """SDPA stands in autocast's list of low-precision ops, so its marker casts its operands likewise."""
+    """Register a kernel that casts the operands under autocast, as autocast does for SDPA."""
 
     def kernel(*args: object, **kwargs: object) -> Tensor:
         dtype = torch.get_autocast_dtype(device.lower())
@@ -50,12 +51,12 @@ for _device in ("CPU", "CUDA"):
 
 
 def mark(gm: fx.GraphModule) -> int:
-    """Replace each SDPA in Dynamo's graph (and in its subgraphs) by the marker; the number replaced."""
+    """Replace each SDPA call in `gm` and its subgraphs by the marker op. Returns the number of replaced calls."""
     return _swap(gm, F.scaled_dot_product_attention, OP)
 
 
 def unmark(gm: fx.GraphModule) -> int:
-    """Turn each marker back into SDPA, before lowering; the number replaced."""
+    """Replace each marker op in `gm` and its subgraphs by SDPA. Returns the number of replaced calls."""
     return _swap(gm, OP, F.scaled_dot_product_attention)
 
 

@@ -1,4 +1,4 @@
-"""The language of guards: symbols, measurements, tables, their notation, and whether a guard can hold.
+"""Guards: symbols, measurements, tables, notation, and satisfiability.
 
-It knows sympy and no graph. Everything above, policies included, may import it.
+This subpackage uses sympy and no graphs. Every higher layer, policies included, may import it.
 """

@@ -1,7 +1,7 @@
-"""Measurements that guards may ask for, and the symbols that stand for them.
+"""Measurements that guards may use, and their symbols.
 
-A symbol's name is its measurement's text, such as ``drift(modulated_input, rescale=(1.5, 0.0))``: from either the other
-follows, so that no table of symbols is kept.
+The name of a symbol is the text of its measurement, such as ``drift(modulated_input, rescale=(1.5, 0.0))``. Each
+determines the other, so no table of symbols is needed.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import sympy
 from dit_rewrite.errors import BadParameter
 
 PROBES = ("first_block", "behind_first_block", "modulated_input", "self", "latent", "output")
-ERRORS = ("verified", "self")  # whose forecast's error there is
+ERRORS = ("verified", "self")  # the probes of forecast_error
 ERROR: Final = "forecast_error"
 CHANGES = ("similarity", "drift")
 STATISTICS = (*CHANGES, "advance", ERROR)
@@ -33,12 +33,12 @@ Rescale = tuple[float, ...] | Literal["rate"]
 
 @dataclass(frozen=True)
 class Measurement:
-    """What is measured: a ``statistic`` of a ``probe``.
+    """A ``statistic`` of a ``probe``.
 
-    ``rescale`` are the coefficients, highest power first, of a polynomial that each change is put through, or "rate":
-    each change as the output's, at the rate at which it changed between the last two computed steps.
-    ``filter`` is what the probe is put through before. ``elementwise``: of an error, the mean of the ratios, and not
-    the ratio of the means.
+    ``rescale`` is applied to each change: the coefficients of a polynomial, highest power first, or "rate", which
+    multiplies the change by the ratio of the output's change to the probe's change between the last two computed steps.
+    ``filter`` is applied to the probe before. ``elementwise`` selects the mean of ratios instead of the ratio of means
+    for a forecast error.
     """
 
     statistic: str
@@ -51,7 +51,7 @@ class Measurement:
     def of(
         cls, statistic: str, probe: object, rescale: object = None, filter: object = None, elementwise: object = False
     ) -> Measurement:
-        """Checked: raises BadParameter for what there is none of."""
+        """Return a measurement. Raises BadParameter unless `statistic` has this probe and these options."""
         _check_probe(statistic, probe)
         allowed = {"rescale": statistic in CHANGES, "filter": statistic in CHANGES, "elementwise": statistic == ERROR}
         for name, value in (("rescale", rescale), ("filter", filter), ("elementwise", elementwise)):
@@ -60,16 +60,16 @@ class Measurement:
         if not isinstance(elementwise, bool):
             raise BadParameter(statistic, "elementwise", elementwise, "True or False")
         if statistic in ("drift", "advance") and probe == "output":
-            raise BadParameter(statistic, "probe", probe, "another: between two computed steps there is no output")
+            raise BadParameter(statistic, "probe", probe, "another probe: reused steps have no output to measure")
         if rescale == RATE and probe == "output":
-            raise BadParameter(statistic, "rescale", rescale, "a polynomial, or None: it is the output itself")
+            raise BadParameter(statistic, "rescale", rescale, "a polynomial, or None: the probe is the output itself")
         if filter not in (None, "sea"):
             raise BadParameter(statistic, "filter", filter, '"sea", or None')
         return cls(statistic, probe, _rescale(statistic, rescale), filter, elementwise)  # type: ignore[arg-type]
 
     @property
     def name(self) -> str:
-        """Its text, which `parse` reads; equal measurements have equal names, and no others."""
+        """The text that `parse` reads. Two measurements are equal if and only if their names are equal."""
         rescale = self.rescale if self.rescale == RATE else repr(self.rescale)
         options = [] if self.filter is None else [f"filter={self.filter}"]
         options += [] if self.rescale is None else [f"rescale={rescale}"]
@@ -83,17 +83,17 @@ class Measurement:
 
     @property
     def reads_output(self) -> bool:
-        """Whether it is of what the model returned at steps before."""
+        """Whether the measurement reads outputs of the model at earlier steps."""
         return self.probe == "output" or self.rescale == RATE
 
     @property
     def may_be_negative(self) -> bool:
-        """A change is never negative; what a polynomial makes of it may be."""
+        """Whether the value may be negative. A change is never negative, but a polynomial of it may be."""
         return isinstance(self.rescale, tuple)
 
 
 def _check_probe(statistic: str, probe: object) -> None:
-    """Raise BadParameter unless the statistic has such a probe."""
+    """Raise BadParameter unless `probe` is a probe of `statistic`."""
     if statistic == ERROR and probe not in ERRORS:
         raise BadParameter(statistic, "probe", probe, f"one of {', '.join(ERRORS)}")
     if statistic != ERROR and (not isinstance(probe, str) or not (probe in PROBES or blocks(probe))):
@@ -101,8 +101,10 @@ def _check_probe(statistic: str, probe: object) -> None:
 
 
 def blocks(probe: str) -> tuple[int, bool] | None:
-    """Of how many blocks, from the first on, a probe is what they add to the stream, or the stream `behind` them; None
-    where it is another."""
+    """Return (number of first blocks, whether the name starts with ``behind_``) for a probe of the first blocks.
+
+    Returns None for any other probe.
+    """
     found = _FIRST_BLOCKS.fullmatch(probe)
     return None if found is None else (int(found[2] or 1), found[1] is not None)
 
@@ -116,7 +118,7 @@ def _rescale(statistic: str, value: object) -> Rescale | None:
     if not all(_is_finite(number) for number in numbers):
         allowed = f'up to {MAX_COEFFICIENTS} coefficients of a polynomial, highest power first, or "rate", or None'
         raise BadParameter(statistic, "rescale", value, allowed)
-    return tuple(float(number) + 0.0 for number in numbers)  # -0.0 is 0.0, and is written like it
+    return tuple(float(number) + 0.0 for number in numbers)  # adding 0.0 turns -0.0 into 0.0, so that names are equal
 
 
 def _is_finite(value: object) -> bool:
@@ -130,7 +132,7 @@ def _is_finite(value: object) -> bool:
 
 @lru_cache(maxsize=4096)
 def parse(text: str) -> Measurement | None:
-    """The measurement that a text names, in whichever spelling; None where it names none."""
+    """Return the measurement that `text` names, in any spelling, or None."""
     try:
         node = ast.parse(text, mode="eval").body
         return _read(node) if isinstance(node, ast.Call) else None
@@ -139,7 +141,7 @@ def parse(text: str) -> Measurement | None:
 
 
 def _read(node: ast.Call) -> Measurement | None:
-    """A call such as ``similarity(self, rescale=(2.0, 0.0))``; raises ValueError where it names no measurement."""
+    """Read a call such as ``similarity(self, rescale=(2.0, 0.0))``. Raises ValueError if an option is not valid."""
     if not isinstance(node.func, ast.Name) or node.func.id not in STATISTICS or len(node.args) != 1:
         return None
     options = {keyword.arg: _option(keyword.value) for keyword in node.keywords}
@@ -147,12 +149,12 @@ def _read(node: ast.Call) -> Measurement | None:
 
 
 def _option(node: ast.expr) -> object:
-    """A word, or a tuple of numbers."""
+    """Read a name or a literal."""
     return node.id if isinstance(node, ast.Name) else ast.literal_eval(node)
 
 
 @lru_cache(maxsize=4096)
 def measurement(name: str) -> Measurement | None:
-    """The measurement whose symbol has exactly this name; None where there is none."""
+    """Return the measurement whose symbol is called exactly `name`, or None."""
     found = parse(name)
     return found if found is not None and found.name == name else None

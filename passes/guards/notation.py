@@ -1,4 +1,4 @@
-"""Guards as mathematics, for people: ``snr > 0.5 ∧ step mod 3 ≠ 0``."""
+"""Print guards in mathematical notation: ``snr > 0.5 ∧ step mod 3 ≠ 0``."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from sympy.printing.str import StrPrinter
 
 from dit_rewrite.passes.guards.tables import numbers, table
 
-SHOWN = 6  # the most values of a table that are written out
+SHOWN = 6  # a table with more values is abbreviated
 _RELATIONS = {"==": "=", "!=": "≠", "<": "<", "<=": "≤", ">": ">", ">=": "≥"}
 
 
 def show(guard: Boolean) -> str:
-    """The guard in one line. Not to be read back: `serialise.guard_text` is."""
+    """Return `guard` as one line of text. To save a guard, use `serialise.guard_text`, which can be parsed again."""
     text: str = _Notation().doprint(guard)
     return text
 

@@ -1,12 +1,12 @@
-"""Whether a guard can hold at all: linear arithmetic over its symbols, in exact numbers.
+"""Satisfiability of guards, by exact linear arithmetic over their symbols.
 
-The disjunctive normal form of a guard is a list of conjunctions of linear inequalities. With what holds of the symbols
-themselves, each is decided by eliminating one unknown after the other (Fourier-Motzkin elimination; Schrijver, "Theory
-of Linear and Integer Programming", 1986, section 12.2). What is not linear (floor, Mod, products, ...) is an unknown of
-its own, of which only bounds are kept: that can hide a contradiction, but never make one up. A comparison of which
-Python's arithmetic could round or raise is not looked into.
+A guard in disjunctive normal form is a list of conjunctions of linear inequalities. Together with the bounds of the
+symbols, each conjunction is decided by Fourier-Motzkin elimination (Schrijver, "Theory of Linear and Integer
+Programming", 1986, section 12.2). A nonlinear term (floor, Mod, a product, ...) becomes an unknown of its own with
+bounds. This can hide a contradiction, but cannot introduce one. A comparison that Python's arithmetic may round, or for
+which it may raise, is left undecided.
 
-sympy's `satisfiable(..., use_lra_theory=True)` decides the same, but more slowly, and without a limit.
+sympy's `satisfiable(..., use_lra_theory=True)` decides the same question, but is slower and has no limit on its work.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ from sympy.logic.boolalg import Boolean
 from dit_rewrite.passes.guards import symbols
 from dit_rewrite.passes.guards.symbols import age, layer, num_layers, num_steps, progress, step, streak
 
-MAX_NODES = 200  # of a guard's expression
-MAX_CUBES = 32  # conjunctions of its normal form
-MAX_TERMS = 64  # of a sum that is multiplied out
-MAX_ROWS = 4000  # inequalities looked at for one verdict, some 10 us each
+MAX_NODES = 200  # nodes of a guard's expression
+MAX_CUBES = 32  # conjunctions of its disjunctive normal form
+MAX_TERMS = 64  # terms of an expanded product
+MAX_ROWS = 4000  # inequalities processed for one verdict, about 10 us each
 
 Linear = dict[Expr, Fraction]  # unknown -> coefficient; that of 1 is the constant
 Row = tuple[Linear, bool]  # (form, strict): form <= 0, or < 0
@@ -39,39 +39,44 @@ Rows = dict[frozenset[tuple[Expr, int]], tuple[Fraction, bool]]  # terms -> (c, 
 
 _ONE = sympy.S.One
 _EXACT = frozenset({step, num_steps, progress, layer, num_layers, age, streak})
-_LEAST: dict[Expr, int] = {step: 1, num_steps: 2, num_layers: 1, age: 1}  # of the others 0
+_LEAST: dict[Expr, int] = {step: 1, num_steps: 2, num_layers: 1, age: 1}  # lower bounds; 0 for other symbols
 _SCHEDULE = (step >= 1, step < num_steps, progress > 0, progress <= 1, Eq(num_steps * progress - progress, step))
 _TIME = (*_SCHEDULE, age >= 1, age <= step, streak < age)
 _PLACE = (layer < num_layers,)
 
 
 class Verdict(str, Enum):
-    """What is certain of a guard before anything runs."""
+    """A property of a guard that holds for every schedule."""
 
     NEVER = "no schedule can make it true"
-    ALWAYS = "it is true wherever it is asked"
+    ALWAYS = "it is true at every step"
 
     def __str__(self) -> str:
         return self.value
 
 
 class _Undecided(Exception):
-    """Linear arithmetic cannot tell, or not in time."""
+    """Raised if the guard is not linear or the work exceeds its limits."""
 
 
 def verdict(guard: Boolean, known: Mapping[str, symbols.Value] = MappingProxyType({})) -> Verdict | None:
-    """What is certain of `guard` (that `symbols.check` passes) with what is `known` put in; None: nothing.
+    """Return whether `guard` is NEVER or ALWAYS true after partial evaluation with `known`, or None if undecided.
 
-    It speaks of `Predicate.of(guard, known)` where a slot holds a value, and where all symbols that the guard mentions
-    are known and finite. These hold there: 1 <= step < num_steps; progress = step / (num_steps - 1); 0 <= layer <
-    num_layers; 1 <= age <= step, since each step asks once; 0 <= streak < age, since each step after the computation
-    reuses at most once, and a covered one does not count; sigma, snr and changes are >= 0. A guard that could hold
-    at step 0 alone is NEVER: no slot holds a value there. `known` must agree with all of this. Who tells one step_index
-    twice asks a step twice, at age 0: for that this is no proof, so that NEVER may make a site compute, which is always
-    right, and ALWAYS is for reports.
+    The verdict is about `Predicate.of(guard, known)` at steps where the slot has a value and all symbols of the guard
+    are known and finite. It assumes, and `known` must agree with:
 
-    Sound, not complete: None where the guard is too large, and often where it is not linear. Raises nothing
-    for a guard that `symbols.check` passes.
+    * 1 <= step < num_steps and progress = step / (num_steps - 1)
+    * 0 <= layer < num_layers
+    * 1 <= age <= step, because a site is decided once per step
+    * 0 <= streak < age, because a site is reused at most once per step since it was computed
+    * sigma, snr and changes are >= 0
+
+    A guard that can hold only at step 0 is NEVER, because no slot has a value there. If a caller passes the same
+    step_index twice, age may be 0, and the verdict is not a proof. NEVER may therefore only make a site compute, which
+    is always correct, and ALWAYS may only be reported.
+
+    The check is sound but not complete: it returns None for large guards and for many nonlinear ones. It does not raise
+    for a guard that `symbols.check` accepts.
     """
     if any(True for _ in itertools.islice(sympy.preorder_traversal(guard), MAX_NODES, None)):
         return None
@@ -81,7 +86,7 @@ def verdict(guard: Boolean, known: Mapping[str, symbols.Value] = MappingProxyTyp
         facts = tuple(symbols.partially_evaluate(fact, known) for group in groups for fact in group)
         return _verdict(left, facts)
     except (ArithmeticError, AttributeError, NotImplementedError, RecursionError, TypeError, ValueError):
-        return None  # sympy's own limits, such as a comparison with what is not a number
+        return None  # sympy raises, for example, for a comparison with a complex number
 
 
 @lru_cache(maxsize=4096)
@@ -96,7 +101,7 @@ def _verdict(guard: Boolean, facts: tuple[Boolean, ...]) -> Verdict | None:
 
 
 def _possible(guard: Boolean, holds: bool, facts: Sequence[Boolean]) -> bool:
-    """Whether the guard may be true (or, unless it `holds`, anything but true). Raises _Undecided."""
+    """Return whether the guard may be true, or with `holds` False, whether it may be not true. Raises _Undecided."""
     work = itertools.count(1)
     given = [_cubes(fact, True, lenient=True) for fact in facts]
     for cubes in itertools.product(*given, _cubes(guard, holds, lenient=holds)):
@@ -110,10 +115,10 @@ def _possible(guard: Boolean, holds: bool, facts: Sequence[Boolean]) -> bool:
 
 
 def _cubes(formula: Boolean, holds: bool, lenient: bool) -> list[list[Row]]:
-    """The disjunctive normal form of `formula`, or of its negation unless it `holds`.
+    """Return the disjunctive normal form of `formula`, or of its negation if `holds` is False.
 
-    A part that is not understood may hold where `lenient`. Else it raises _Undecided: where Python raises in evaluating
-    such a part neither it nor its negation holds, nor does the guard around it.
+    If `lenient`, an undecided part counts as possibly true. Otherwise it raises _Undecided: if Python raises while it
+    evaluates such a part, neither the part nor its negation nor the enclosing guard holds.
     """
     if formula in (sympy.true, sympy.false):
         return [[]] if bool(formula) == holds else []
@@ -134,7 +139,7 @@ def _cubes(formula: Boolean, holds: bool, lenient: bool) -> list[list[Row]]:
 
 
 def _comparison(formula: Boolean, holds: bool) -> list[list[Row]]:
-    """A comparison, or its negation, as conjunctions of inequalities; "other than" has two. Raises _Undecided."""
+    """Return a comparison, or its negation, as a list of conjunctions; `Ne` gives two. Raises _Undecided."""
     if not isinstance(formula, Relational):
         raise _Undecided
     relation = formula if holds else formula.negated
@@ -155,8 +160,11 @@ def _comparison(formula: Boolean, holds: bool) -> list[list[Row]]:
 
 
 def _side(side: Expr) -> Linear:
-    """One side of a comparison. Python compares a float with an int, a Fraction or a float exactly, but rounds what it
-    computes of floats: they are understood only where they stand alone."""
+    """Return the linear form of one side of a comparison. Raises _Undecided.
+
+    Python compares floats with ints, Fractions and floats exactly, but rounds when it computes with floats. A float is
+    therefore accepted only if it is the whole side.
+    """
     if isinstance(side, Symbol) and side not in _EXACT:
         return {side: Fraction(1)}
     if isinstance(side, sympy.Float):
@@ -165,7 +173,7 @@ def _side(side: Expr) -> Linear:
 
 
 def _linear(expr: Expr) -> Linear:
-    """An expression that Python evaluates in exact numbers, without fail. Raises _Undecided for any other."""
+    """Return the linear form of an expression that Python evaluates exactly. Raises _Undecided for any other."""
     if isinstance(expr, Rational):
         return {_ONE: Fraction(int(expr.p), int(expr.q))}
     if expr in _EXACT:
@@ -196,17 +204,17 @@ def _negative(form: Linear) -> Linear:
 
 
 def _times(a: Linear, b: Linear) -> Linear:
-    """The product, multiplied out; a product of unknowns is an unknown."""
+    """Return the expanded product. A product of unknowns becomes an unknown."""
     if len(a) * len(b) > MAX_TERMS:
         raise _Undecided
     return _sum(*({x * y: p * q} for (x, p), (y, q) in itertools.product(a.items(), b.items())))
 
 
-# What holds of unknowns
+# Bounds of unknowns
 
 
 def _bounds(rows: Iterable[Row]) -> list[Row]:
-    """The bounds of the unknowns in `rows`, of those in these bounds, and so on."""
+    """Return the bounds of the unknowns in `rows`, and of the unknowns in these bounds, recursively."""
     found: list[Row] = []
     fresh, seen = list(rows), {_ONE}
     while fresh:
@@ -224,7 +232,7 @@ def _bounds_of(unknown: Expr) -> tuple[Row, ...]:
 
 
 def _function_bounds(unknown: Expr) -> Iterator[tuple[Expr, Expr, bool]]:
-    """(low, high, strict) for each low <= high, or low < high, that a function's definition implies."""
+    """Yield (low, high, strict) for each low <= high, or low < high if strict, that defines a function."""
     if isinstance(unknown, floor):
         yield from ((unknown, unknown.args[0], False), (unknown.args[0], unknown + 1, True))
     elif isinstance(unknown, ceiling):
@@ -241,7 +249,7 @@ def _function_bounds(unknown: Expr) -> Iterator[tuple[Expr, Expr, bool]]:
 
 
 def _product_bounds(unknown: Expr) -> Iterator[tuple[Expr, Expr, bool]]:
-    """A product of symbols, none of which is negative: it grows with each of them."""
+    """Yield bounds of a product of symbols. None of them is negative, so the product grows with each factor."""
     factors = unknown.as_powers_dict() if isinstance(unknown, (sympy.Mul, sympy.Pow)) else {}
     if all(isinstance(factor, Symbol) for factor in factors):
         for factor in factors:
@@ -255,7 +263,7 @@ def _product_bounds(unknown: Expr) -> Iterator[tuple[Expr, Expr, bool]]:
 
 
 def _tightest(rows: Iterable[Row], work: Iterator[int]) -> Rows:
-    """The rows scaled to coprime coefficients, of those with equal ones the tightest."""
+    """Return the rows scaled to coprime coefficients. Of rows with equal coefficients, keep the tightest."""
     found: Rows = {}
     for form, strict in rows:
         if next(work) > MAX_ROWS:
@@ -274,7 +282,7 @@ def _tightest(rows: Iterable[Row], work: Iterator[int]) -> Rows:
 
 
 def _feasible(rows: Rows, work: Iterator[int]) -> bool:
-    """Whether some real numbers meet all rows; False is also proven where only integers would not."""
+    """Return whether some real numbers satisfy all rows. May also return False if no integers satisfy them."""
     while True:
         constant, strict = rows.pop(frozenset(), (Fraction(-1), False))
         if constant > 0 or (constant == 0 and strict):
@@ -285,7 +293,7 @@ def _feasible(rows: Rows, work: Iterator[int]) -> bool:
 
 
 def _eliminate(rows: Rows, work: Iterator[int]) -> Rows:
-    """The rows that are left without the unknown that makes the fewest: each upper bound of it meets each lower one."""
+    """Eliminate the unknown that gives the fewest new rows: combine each upper bound of it with each lower bound."""
     signs = Counter((unknown, q > 0) for terms in rows for unknown, q in terms)
     unknown = min((u for u, _ in signs), key=lambda u: signs[u, True] * signs[u, False])
     kept, sides = list[Row](), (list[Row](), list[Row]())

@@ -1,7 +1,8 @@
-"""The language of guards: sympy Booleans over a few symbols, partially evaluated, then compiled for the steps.
+"""Guards: sympy Booleans over a few symbols, which are partially evaluated and compiled to Python functions.
 
-A guard says when a site may do its strategy. Only proof permits: an unknown or non-finite symbol that the guard
-*as written* mentions makes it False, and never reaches sympy (simplification could turn it into True).
+A guard decides when a site may use its strategy. If a symbol that the guard *as written* mentions is unknown or not
+finite, the guard does not hold. Such a value never reaches sympy, because simplification could turn the guard into
+True.
 """
 
 from __future__ import annotations
@@ -31,9 +32,9 @@ entropy = sympy.Symbol("entropy", nonnegative=True)
 SYMBOLS = {s.name: s for s in (step, num_steps, progress, sigma, snr, layer, num_layers, age, streak, entropy)}
 TOTALS = frozenset({"num_steps", "progress"})
 NOISE = frozenset({"sigma", "snr"})
-FORESEEN = frozenset({"step", "num_steps", "progress", "layer"})  # known of a step before it comes
+FORESEEN = frozenset({"step", "num_steps", "progress", "layer"})  # known for future steps
 ENTROPY = "entropy"
-KNOWN = (*SYMBOLS, *(f"{s}({', '.join(ERRORS if s == ERROR else PROBES)})" for s in STATISTICS))  # for messages
+KNOWN = (*SYMBOLS, *(f"{s}({', '.join(ERRORS if s == ERROR else PROBES)})" for s in STATISTICS))  # for error messages
 
 Value = int | float | Fraction | None
 
@@ -41,16 +42,22 @@ Value = int | float | Fraction | None
 def similarity(
     probe: str, *, filter: Filter | None = None, rescale: Sequence[float] | Literal["rate"] | None = None
 ) -> sympy.Symbol:
-    """The symbol of a probe's relative L1 change since the site was last computed; 0 is no change at all.
+    """Return the symbol of the relative L1 change of `probe` since the site was last computed. 0 means no change.
 
-    Probes: "first_block", what the first block adds to the stream, or "first_8_blocks" and so on; "behind_first_block",
-    or "behind_first_8_blocks" and so on, the stream behind them; "modulated_input", what its attention is computed
-    from; "self", the stream that the site itself reads; "latent", the model's input, known before anything runs;
-    "output", what the model returns: the change between the last two steps that computed the site. `rescale`: the
-    coefficients, highest power first, of a polynomial that the change is put through (what that makes of it may be
-    negative); or "rate", as EasyCache has it: mean |change of the probe|, times (mean |change of the output| / mean
-    |change of the probe|) of the last two computed steps, over mean |output of the last one|. `filter`="sea": the probe
-    is put through SeaCache's filter of its step's noise before, which must be known. Raises BadParameter for another.
+    Probes:
+
+    * "first_block", "first_8_blocks" and so on: the change that the first blocks add to the stream
+    * "behind_first_block", "behind_first_8_blocks" and so on: the stream after these blocks
+    * "modulated_input": the input of the projections of the first attention
+    * "self": the stream that the site reads
+    * "latent": the latent input of the model, which is known before any op runs
+    * "output": the output of the model; its change is that between the last two steps that computed the site
+
+    `rescale` gives the coefficients, highest power first, of a polynomial that is applied to the change (its value may
+    be negative). "rate" predicts the relative change of the output as in EasyCache: mean |change of the probe| times
+    (mean |change of the output| / mean |change of the probe|) of the last two computed steps, divided by mean |output|
+    of the last one. `filter`="sea" first applies SeaCache's filter for the noise level of the step, which must be
+    known. Raises BadParameter for any other value.
     """
     return Measurement.of("similarity", probe, rescale, filter).symbol
 
@@ -58,44 +65,49 @@ def similarity(
 def drift(
     probe: str, *, filter: Filter | None = None, rescale: Sequence[float] | Literal["rate"] | None = None
 ) -> sympy.Symbol:
-    """The symbol of a probe's relative L1 changes from call to call, each filtered and rescaled as in `similarity`,
-    added up since the site was last computed."""
+    """Return the symbol of the sum of the relative L1 changes of `probe` since the site was last computed.
+
+    A change is that from one call to the next, filtered and rescaled as in `similarity`. Raises BadParameter as
+    `similarity` does, and for the probe "output".
+    """
     return Measurement.of("drift", probe, rescale, filter).symbol
 
 
 def advance(probe: str) -> sympy.Symbol:
-    """The symbol of how far a probe has gone along the way of the last two computed steps.
+    """Return the symbol of the distance of `probe` relative to its change between the last two computed steps.
 
-    mean |the probe now - at the last computed step but one| over mean |at the last computed step - at that before|: 1
-    is where it was at the last computed step. Before two steps have computed the site there is none. Probes are those
-    of `similarity`, less "output". Raises BadParameter for another.
+    With the probe p now, p1 at the last computed step and p2 at the one before: mean |p - p2| / mean |p1 - p2|, so 1
+    means the distance of the last computed step. The value is unknown until two steps have computed the site. Takes the
+    probes of `similarity` except "output", and raises BadParameter for any other.
     """
     return Measurement.of("advance", probe).symbol
 
 
 def forecast_error(probe: str = "verified", *, elementwise: bool = False) -> sympy.Symbol:
-    """The symbol of how far the forecast of a value was from what was computed, when it was computed last.
+    """Return the symbol of the relative error of a forecast at the last step that computed the value.
 
-    The value and its forecast, from the same slot, at the same step: mean |forecast - computed| / mean |computed|, or
-    with `elementwise` the mean of |forecast - computed| / |computed|. It is known from the next call on. "self" is of
-    the site itself, "verified" of the sites that a rule has do `Verify`; of several values the largest. Where one of
-    them could not be forecast there is none. Raises BadParameter.
+    The error is mean |forecast - computed| / mean |computed|, or with `elementwise` the mean of
+    |forecast - computed| / |computed|, where the forecast is made from the site's slot at the same step. It is known
+    from the next call on. `probe` "self" takes the site itself, "verified" the sites with the strategy `Verify`; of
+    several values the largest error counts, and if one has no forecast, the error is unknown. Raises BadParameter for
+    any other probe.
     """
     return Measurement.of(ERROR, probe, elementwise=elementwise).symbol
 
 
 def accumulated_error(ratios: Sequence[float], reach: int) -> sympy.Expr:
-    """The sum, over the steps since the site was last computed, of |1 - the product of the ratios from there on|.
+    """Return MagCache's estimate of the error of reuse, as a table indexed by step and age.
 
-    MagCache's estimate of the error: `ratios[i]` is by how much the magnitude of what is reused changes from step i - 1
-    to step i, as it was calibrated. It is a table of step and age; more than `reach` steps after the last computed one
-    it has no value, and proves nothing. Raises BadParameter for what is out of range.
+    If the site was last computed at step c, the estimate at step s is the sum over t = c + 1 .. s of
+    |1 - ratios[c + 1] · … · ratios[t]|. `ratios[i]` is the calibrated ratio of the magnitudes of the reused value at
+    steps i and i - 1. More than `reach` steps after the last computed step the table has no value, and the guard does
+    not hold. Raises BadParameter unless `ratios` are finite numbers and `reach` is a positive integer.
     """
     return table(errors_since(ratios, reach), step, age - 1)
 
 
 def symbol(name: str) -> sympy.Symbol | None:
-    """The symbol of that name; None where guards have none."""
+    """Return the guard symbol called `name`, or None."""
     if name in SYMBOLS:
         return SYMBOLS[name]
     found = measurement(name)
@@ -103,19 +115,20 @@ def symbol(name: str) -> sympy.Symbol | None:
 
 
 def is_measured(name: str) -> bool:
-    """Whether a symbol's value is measured while the model runs."""
+    """Return whether the value of the symbol `name` is measured while the model runs."""
     return name == ENTROPY or measurement(name) is not None
 
 
 def measured(names: Iterable[str]) -> frozenset[str]:
-    """Those of the symbols that are measured."""
+    """Return those of `names` that are measured."""
     return frozenset(filter(is_measured, names))
 
 
 def check(guard: object) -> Boolean:
-    """`guard` as a Boolean over the symbols of guards; raises NotBoolean or UnknownSymbol.
+    """Return `guard` as a sympy Boolean over guard symbols. Raises NotBoolean or UnknownSymbol.
 
-    Python's True and False are welcome. Text is refused: sympy would evaluate it, and its symbols would not be ours.
+    Python's True and False are accepted. Text is refused: sympy would evaluate it, and would make symbols with other
+    assumptions than the guard symbols.
     """
     try:
         expression = sympy.sympify(guard, strict=True)
@@ -131,30 +144,29 @@ def check(guard: object) -> Boolean:
 
 
 def _is_proposition(expression: object) -> bool:
-    """Whether this is true or false. (A symbol of sympy counts as Boolean, but each of ours is a number.)"""
+    """Return whether an expression is a proposition. A Symbol is a sympy Boolean, but guard symbols are numbers."""
     if not isinstance(expression, Boolean) or isinstance(expression, sympy.Symbol):
         return False
     return not isinstance(expression, BooleanFunction) or all(map(_is_proposition, expression.args))
 
 
 def mentions(guard: Boolean) -> frozenset[str]:
-    """The names of the symbols that a guard mentions."""
+    """Return the names of the symbols that a guard mentions."""
     return frozenset(s.name for s in guard.free_symbols)
 
 
 def partially_evaluate(guard: Boolean, known: Mapping[str, Value]) -> Boolean:
-    """`guard` with what is known put in, and simplified by sympy's own rules of evaluation."""
+    """Return `guard` with the `known` values substituted, simplified by sympy's automatic evaluation."""
     return guard.subs({symbol(name): value for name, value in known.items() if value is not None})
 
 
 def unreachable(guard: Boolean) -> bool:
-    """True when no step can make the guard hold: it *is* False. (What merely cannot be decided is reachable.)"""
+    """Return whether the guard has simplified to False. A guard that cannot be decided counts as reachable."""
     return guard == sympy.false
 
 
 class _ExactPrinter(PythonCodePrinter):
-    """Rational numbers as exact fractions: a floor must not depend on how a product was rounded. Floats by all their
-    digits."""
+    """Prints rational numbers as exact fractions, because rounding could change a floor, and floats with all digits."""
 
     def _print_Float(self, expr: sympy.Float) -> str:
         return repr(float(expr))
@@ -179,12 +191,12 @@ def _compiled(names: tuple[str, ...], parts: Sequence[sympy.Basic]) -> Callable[
 
 
 def is_known(name: str, value: Any) -> bool:
-    """Whether a symbol's value can prove anything: there is one, it is finite, and no change is negative."""
+    """Return whether `value` is valid for the symbol `name`: finite, and not negative if the symbol cannot be."""
     return value is not None and math.isfinite(value) and not (value < 0 and _is_never_negative(name))
 
 
 def reads_noise(names: Collection[str]) -> bool:
-    """Whether the noise level must be known for one of these symbols to be."""
+    """Return whether one of these symbols needs the noise level of the step."""
     found = map(measurement, names)
     return not NOISE.isdisjoint(names) or any(each is not None and each.filter is not None for each in found)
 
@@ -198,9 +210,9 @@ def _is_never_negative(name: str) -> bool:
 class Predicate:
     """A guard compiled to plain Python.
 
-    ``needs`` are the symbols of the guard as written; each of them must be known and finite for it to hold. So must all
-    tables of the guard as written have a value: they are looked up first, whatever simplification or Python's `or`
-    would have left out.
+    ``needs`` are the symbols of the guard as written. The guard holds only if each of them is known and finite and each
+    table of the guard as written has a value. Tables are therefore looked up first, because simplification or Python's
+    short-circuit `or` could skip them.
     """
 
     guard: Boolean
@@ -210,7 +222,7 @@ class Predicate:
 
     @classmethod
     def of(cls, written: Boolean, known: Mapping[str, Value] | None = None) -> Predicate:
-        """Compile `written` after partial evaluation by `known`."""
+        """Compile `written` after partial evaluation with the `known` values."""
         known = {name: value for name, value in (known or {}).items() if value is not None}
         guard = partially_evaluate(written, known)
         needs = tuple(sorted(mentions(written) - known.keys()))
@@ -222,26 +234,23 @@ class Predicate:
 
     @property
     def measured(self) -> tuple[str, ...]:
-        """The symbols it needs that must be measured."""
+        """The measured symbols among ``needs``."""
         return tuple(filter(is_measured, self.needs))
 
-    def lacks(self, symbols: Mapping[str, Value]) -> bool:
-        """Whether it needs something, other than a measurement, that is not known."""
+    def missing_inputs(self, symbols: Mapping[str, Value]) -> bool:
+        """Return whether a needed symbol that is not measured is unknown."""
         return any(not is_known(name, symbols.get(name)) for name in self.needs if not is_measured(name))
 
     def may_hold(self, symbols: Mapping[str, Value]) -> bool:
-        """Whether measuring could still prove the guard: no part of it that needs no measurement is unproven."""
+        """Return whether the guard may still hold: all its conjuncts that need no measurement hold."""
         return self._before is None or self._before.holds(symbols)
 
     def holds(self, symbols: Mapping[str, Any]) -> bool:
-        """Whether the guard is proven by `symbols`; a missing, None or non-finite one that it needs is no proof.
-
-        Nor is a negative change: none can be.
-        """
+        """Return whether the guard holds. It does not if a needed value is missing, None, not finite or invalid."""
         values = [symbols.get(name) for name in self.needs]
         if not all(map(is_known, self.needs, values)):
             return False
         try:
             return bool(self._function(*values)[-1])
-        except (ArithmeticError, ValueError, TypeError):  # 1/0, log(0), a complex root: no value proves nothing
+        except (ArithmeticError, ValueError, TypeError):  # 1/0, log(0), a complex root: the guard has no value
             return False

@@ -1,6 +1,6 @@
 """Tables of numbers in guards: ``table((1.0, 0.97, 0.95), step) > 0.96``.
 
-Outside of its rows a table has no value, and a guard that mentions it is not proven there.
+If an index is out of range, the table has no value, and a guard that mentions it does not hold.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from dit_rewrite.errors import BadParameter
 
 MAX_VALUES = 4096
 
-Rows = tuple[Any, ...]  # of floats, or of further rows
+Rows = tuple[Any, ...]  # of floats, or of Rows
 
 
 class Values(sympy.Atom):  # type: ignore[misc]  # sympy has no types
-    """The numbers of a table, as one leaf of an expression: thousands of nodes would be walked again and again."""
+    """The numbers of a table as one leaf of an expression, because sympy walks every node of an expression often."""
 
     __slots__ = ("rows",)
 
@@ -40,11 +40,11 @@ class Values(sympy.Atom):  # type: ignore[misc]  # sympy has no types
 
 
 class table(sympy.Function):  # type: ignore[misc]  # written like sympy's own functions
-    """The number of `values` at a place: ``table((0.1, 0.2), step)``, with rows ``table(((0.1,), (0.2, 0.3)), step,
-    age - 1)``. Rows may be of different lengths; outside of them a guard is not proven.
+    """An element of `values`: ``table((0.1, 0.2), step)``, or ``table(((0.1,), (0.2, 0.3)), step, age - 1)``.
 
-    Raises BadParameter unless the values are at most 4096 finite numbers, in rows as deep as there are indices, and
-    each index is a whole number by what it is made of.
+    Rows may have different lengths. If an index is out of range, the guard does not hold. Raises BadParameter unless
+    `values` are at most 4096 finite numbers, nested as deep as there are indices, and each index is an integer
+    expression.
     """
 
     is_real = True
@@ -60,7 +60,7 @@ class table(sympy.Function):  # type: ignore[misc]  # written like sympy's own f
 
     @classmethod
     def eval(cls, values: Values, *indices: sympy.Expr) -> sympy.Float | None:
-        """The value at known places; None, which leaves it as it is, elsewhere and outside."""
+        """Return the element if all indices are numbers within range. None keeps the call unevaluated."""
         if not all(index.is_Integer for index in indices):
             return None
         try:
@@ -71,7 +71,7 @@ class table(sympy.Function):  # type: ignore[misc]  # written like sympy's own f
 
 def _rows(values: object, depth: int) -> Rows:
     allowed = f"at most {MAX_VALUES} finite numbers, in rows as deep as there are indices"
-    budget = iter(range(2 * MAX_VALUES))  # rows count too: none of them is free
+    budget = iter(range(2 * MAX_VALUES))  # rows count too, because empty rows take memory
 
     def read(value: Any, level: int) -> Any:
         if next(budget, None) is None:
@@ -79,7 +79,7 @@ def _rows(values: object, depth: int) -> Rows:
         if level == depth:
             if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
                 raise ValueError
-            return float(value) + 0.0  # -0.0 is 0.0, and is written like it
+            return float(value) + 0.0  # adding 0.0 turns -0.0 into 0.0
         if not isinstance(value, tuple | list):
             raise ValueError
         return tuple(read(item, level + 1) for item in value)
@@ -94,7 +94,7 @@ def _rows(values: object, depth: int) -> Rows:
 
 
 def numbers(rows: Rows) -> Iterator[float]:
-    """All the numbers of a table."""
+    """Yield the numbers of a table."""
     for row in rows:
         if isinstance(row, tuple):
             yield from numbers(row)
@@ -103,7 +103,7 @@ def numbers(rows: Rows) -> Iterator[float]:
 
 
 def look_up(rows: Any, *indices: int) -> float:
-    """The number at a place; raises ValueError outside, TypeError for what is no whole number."""
+    """Return the element at `indices`. Raises ValueError if one is out of range, TypeError if one is not an integer."""
     for index in map(operator.index, indices):
         if not 0 <= index < len(rows):
             raise ValueError(f"the table has no row {index}")
@@ -112,8 +112,10 @@ def look_up(rows: Any, *indices: int) -> float:
 
 
 def errors_since(ratios: Sequence[float], reach: int) -> Rows:
-    """For each step, and each of the last `reach` steps that may have computed before it: see
-    `guards.accumulated_error`."""
+    """Return the table of `symbols.accumulated_error`, indexed by step and age - 1.
+
+    Raises BadParameter unless `ratios` are finite numbers and `reach` is a positive integer.
+    """
     if isinstance(reach, bool) or not isinstance(reach, int) or reach < 1:
         raise BadParameter("accumulated_error", "reach", reach, "a whole number >= 1")
     known = _rows(ratios, 1)
@@ -122,7 +124,7 @@ def errors_since(ratios: Sequence[float], reach: int) -> Rows:
 
 
 def _error(ratios: Sequence[float]) -> float:
-    """Summed in the order in which the steps come."""
+    """Return the sum of |1 - product of the ratios so far|, in the order of the steps."""
     product, total = 1.0, 0.0
     for ratio in ratios:
         product *= ratio

@@ -17,7 +17,7 @@ from dit_rewrite.passes.analysis.unbacked import is_dense
 
 _LARGEST = {"int8": 127.0, "fp8": 448.0}  # of e4m3
 _DTYPES = {"bf16": torch.bfloat16, "int8": torch.int8, "fp8": torch.float8_e4m3fn}
-STORES = tuple(_DTYPES)
+FORMATS = tuple(_DTYPES)
 
 
 class Codec(Protocol):
@@ -38,7 +38,7 @@ class Codec(Protocol):
 
 
 @dataclass(frozen=True)
-class Store:
+class ValueCodec:
     """The codec of branches and spans: the value, less the base that is read, if one is; in numbers of `name`.
 
     "int8" and "fp8" have one fp32 scale for each token, so that the token's largest absolute value is the largest
@@ -51,11 +51,11 @@ class Store:
         return repr(self.name)
 
     def is_plain(self, value: Tensor, read: Sequence[Tensor]) -> bool:
-        return not read and not is_packed(value, self.name) and is_dense(value)
+        return not read and not is_converted(value, self.name) and is_dense(value)
 
     def encode(self, value: Tensor, read: Sequence[Tensor]) -> tuple[Tensor, ...]:
         held = value - read[0] if read else value
-        name = self.name if is_packed(value, self.name) else None
+        name = self.name if is_converted(value, self.name) else None
         if name is None or name not in _LARGEST:
             held = held if name is None else held.to(_DTYPES[name])
             return (held if is_dense(held) else held.clone(),)  # keys beside queries and values would hold all three
@@ -79,7 +79,7 @@ class Store:
 
 
 @dataclass(frozen=True)
-class Delta(Store):
+class DeltaCodec(ValueCodec):
     """The codec of a guided batch: the half that is not computed, less the one that is, number `half`.
 
     What is read when it is had again is the computed half, twice.
@@ -102,7 +102,7 @@ class Delta(Store):
 
 
 def combine(
-    codec: Store, history: Sequence[Sequence[Tensor]], weights: Tensor, read: Sequence[Tensor], dtype: torch.dtype
+    codec: ValueCodec, history: Sequence[Sequence[Tensor]], weights: Tensor, read: Sequence[Tensor], dtype: torch.dtype
 ) -> Tensor:
     """The sum of held values, newest first, by `weights` ``(len(history),)``; plus the base that is read, if one is.
 
@@ -116,7 +116,7 @@ def combine(
     return codec.join(sum(terms[1:], terms[0]).to(dtype), read)
 
 
-def is_packed(value: Tensor, store: str | None) -> bool:
+def is_converted(value: Tensor, store: str | None) -> bool:
     """Whether `store` changes what is held of a value: of tokens, and not of a mere number."""
     return store is not None and value.is_floating_point() and value.ndim >= 2
 

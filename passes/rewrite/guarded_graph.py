@@ -11,7 +11,7 @@ from torch import fx
 
 from dit_rewrite.passes.analysis.site import Site
 from dit_rewrite.passes.rewrite.batch import Batch
-from dit_rewrite.passes.rewrite.codec import Codec, Store
+from dit_rewrite.passes.rewrite.codec import Codec, ValueCodec
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Guarded:
     site: int
     guard: str
     strategy: str
-    codec: Codec = Store()
+    codec: Codec = ValueCodec()
     guidance: Guidance | None = None
     depth: int = 1
 

@@ -61,7 +61,7 @@ class _Rewriter:
         self.slugs = [re.sub(r"\W", "_", site.name) for site in sites]
         self.nodes = {node.name: node for node in gm.graph.nodes}
         self.position = {node: i for i, node in enumerate(gm.graph.nodes)}
-        self.solid = [site.part is not Part.HELD for site in sites]
+        self.solid = [site.part is not Part.CORE_STATE for site in sites]
         self.values = [[self.nodes[n] for n in site.values] if self.solid[i] else [] for i, site in enumerate(sites)]
         kept = (self.nodes[name] for site in sites for name in (*site.values, *site.operands))
         self.needed = needed(gm.graph, kept)  # the rest may read what lies in a site and is not there when it is reused

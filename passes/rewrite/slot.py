@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor, fx
 
-from dit_rewrite.passes.rewrite.codec import Codec, Store, combine, inline
+from dit_rewrite.passes.rewrite.codec import Codec, ValueCodec, combine, inline
 
 BEHIND = 2.0**-7  # behind both halves of a value (half_batch.py)
 
@@ -78,7 +78,7 @@ class Slot:
         count, dtype = self.width, self.value.meta["val"].dtype
         if self.depth == 1:
             return self.codec.decode(tensors[:count], tensors[count:], dtype)
-        assert isinstance(self.codec, Store), "what stands in the place of attention holds one state"
+        assert isinstance(self.codec, ValueCodec), "what stands in the place of attention holds one state"
         end = count * self.depth
         history = [tensors[k : k + count] for k in range(0, end, count)]
         return combine(self.codec, history, tensors[end], tensors[end + 1 :], dtype)

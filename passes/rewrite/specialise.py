@@ -146,7 +146,7 @@ class _Piece:
 
     def _fresh(self, store: Sequence[bool] | None) -> dict[tuple[int, int], fx.Node]:
         """The slots that this segment fills."""
-        pairs = [(i, k) for i, count in enumerate(self.guarded.held) for k in range(count)]
+        pairs = [(i, k) for i, count in enumerate(self.guarded.widths) for k in range(count)]
         held = zip(pairs, self.flat.outputs[self.guarded.num_outputs :], strict=True)
         stored = [not reused and (store is None or store[i]) for i, reused in enumerate(self.flat.row)]
         return {pair: node for pair, node in held if stored[pair[0]] and self._is_own(node)}

@@ -217,7 +217,7 @@ def test_bisection_ends_with_the_nearest_of_what_it_tried() -> None:
 
 def test_kept_scores_by_step_by_hand() -> None:
     """Two trajectories of 3 steps of a core with 10 scores: the counters go on within each."""
-    sites = [SimpleNamespace(part=Part.CORE), SimpleNamespace(part=Part.HELD)]
+    sites = [SimpleNamespace(part=Part.CORE), SimpleNamespace(part=Part.CORE_STATE)]
     backend: Any = SimpleNamespace(rewritten=[SimpleNamespace(partition=SimpleNamespace(sites=sites))])
     kept = Kept(backend, 3)
     for computed in ([0, 5, 7], [0, 10, 10]):

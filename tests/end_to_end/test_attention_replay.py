@@ -81,7 +81,7 @@ def replayed(case: Case, policy: Policy, lowering: str, steps: int, exact: bool)
     reused = {(o.graph, i) for o in observed for i, why in enumerate(o.record.reasons) if why is DecisionReason.RULE}
     reached = [(g, r.found.sites[i]) for g, r in enumerate(backend.rewritten) for i in r.reached]
     indices = [(g, k) for g, r in enumerate(backend.rewritten) for k in range(len(r.reached))]
-    asked = {where for where, (_, site) in zip(indices, reached, strict=True) if site.part is not Part.HELD}
+    asked = {where for where, (_, site) in zip(indices, reached, strict=True) if site.part is not Part.CORE_STATE}
     assert asked <= reused
     return backend.rewritten, check
 
@@ -102,8 +102,8 @@ def refusals(graphs: Sequence[Rewritten]) -> dict[RefusalReason, int]:
 def test_all_of_ditfastattn_is_replayed(case: Case, figures: Figures) -> None:
     """Half of a batch may round in another way, so that outputs are as near to float64 as the interpreter's."""
     graphs, check = replayed(case, scheduled("FAXSW", QUARTER, 1), "variants", 5, exact=False)
-    cores = {Part.CORE: figures.windowed, Part.HELD: figures.windowed} if figures.windowed else {}
-    shared = {} if RefusalReason.MIXES_SAMPLES in figures.refused else {Part.GUIDANCE: figures.attentions}
+    cores = {Part.CORE: figures.windowed, Part.CORE_STATE: figures.windowed} if figures.windowed else {}
+    shared = {} if RefusalReason.MIXES_SAMPLES in figures.refused else {Part.CFG_SHARED: figures.attentions}
     assert parts(graphs) == {Part.BRANCH: figures.attentions, **cores, **shared}
     assert refusals(graphs) == figures.refused
     assert check.within, check.first_difference
@@ -122,6 +122,6 @@ def test_what_is_inside_attention_is_replayed(case: Case, figures: Figures) -> N
     """Windows and blocks of keys, bit for bit."""
     graphs, check = replayed(case, inside(0.05), "segments", 3, exact=True)
     count = figures.attentions - sum(figures.refused_inside.values())
-    assert parts(graphs) == ({Part.CORE: count, Part.HELD: count} if count else {})
+    assert parts(graphs) == ({Part.CORE: count, Part.CORE_STATE: count} if count else {})
     assert refusals(graphs) == figures.refused_inside
     assert check.exact, check.first_difference

@@ -70,7 +70,7 @@ def test_a_state_is_not_copied() -> None:
         assert sorted(kinds) == sorted(ALLOWED), uses
 
     (graph,) = compiled.explain().rewritten
-    held = [i for i, site in enumerate(graph.guarded.sites) if site.part is Part.HELD]
+    held = [i for i, site in enumerate(graph.guarded.sites) if site.part is Part.CORE_STATE]
     places = [[tensor.data_ptr() for i in held for tensor in seen.slots[i] or ()] for seen in observed]
     assert [len(place) for place in places] == [LAYERS * TENSORS] * STEPS
     assert places[0] == places[1] == places[2]

@@ -150,7 +150,7 @@ def test_a_branch_of_the_conditioning_is_hoisted_and_no_site() -> None:
     calls = [{"hidden_states": torch.randn(2, 4, 8), "timestep": torch.full((2,), 0.5), "text": text}]
     assert torch.equal(rewritten(**calls[0]), model(**calls[0]))
     assert [str(place.site.kind) for place in rewritten.explain().sites] == ["mlp"]
-    assert [refusal.reason for refusal in rewritten.explain().refused].count(RefusalReason.STEADY) == 1
+    assert [refusal.reason for refusal in rewritten.explain().refused].count(RefusalReason.TRAJECTORY_INVARIANT) == 1
 
 
 class Waved(torch.nn.Module):

@@ -82,12 +82,12 @@ def test_keys_of_a_span() -> None:
 
 def test_parts() -> None:
     """What each strategy replaces; two of different parts go together."""
-    core = {Part.CORE, Part.HELD}
+    core = {Part.CORE, Part.CORE_STATE}
     both = (WindowResidual(), ShareGuidance("second"))
     strategies = (Reuse(), ReuseKV(), Compute(), WindowResidual(), BlockwiseReuse(0.1), ShareGuidance("first"), both)
     found = [Rule(step > 2, do).parts for do in strategies]
-    assert found == [{Part.BRANCH}, {Part.KV}, set(), core, core, {Part.GUIDANCE}, {*core, Part.GUIDANCE}]
-    assert Rule(step > 2, both).strategy(Part.GUIDANCE) == ShareGuidance("second")
+    assert found == [{Part.BRANCH}, {Part.KV}, set(), core, core, {Part.CFG_SHARED}, {*core, Part.CFG_SHARED}]
+    assert Rule(step > 2, both).strategy(Part.CFG_SHARED) == ShareGuidance("second")
     assert Rule(step > 2, both).strategy(Part.BRANCH) == Compute()
 
 
@@ -281,7 +281,7 @@ def test_layers_that_no_step_can_reuse_are_out_of_reach(order: str, reached: ran
 def test_what_reads_no_earlier_step_is_in_reach_at_the_first() -> None:
     """No slot is filled before step 0; one half of a guided batch stands for both at any step."""
     assert not Policy((Rule(step < 1),)).for_site(site(), {}).reachable
-    assert Policy((Rule(step < 1, ShareGuidance("first")),)).for_site(site(Part.GUIDANCE), {}).reachable
+    assert Policy((Rule(step < 1, ShareGuidance("first")),)).for_site(site(Part.CFG_SHARED), {}).reachable
 
 
 def test_two_stores() -> None:
@@ -305,8 +305,8 @@ def test_rules_for_another_part() -> None:
     """A rule for keys and values says of the branch that it computes, where it comes first; and the other way round."""
     policy = Policy((Rule(step > 3, ReuseKV()), Rule(step > 1, Reuse())))
     branch, keys = policy.for_site(site(), {}), policy.for_site(site(Part.KV), {})
-    assert [rule.mine for rule in branch.rules] == [False, True]
-    assert [rule.mine for rule in keys.rules] == [True, False]
+    assert [rule.replaces_part for rule in branch.rules] == [False, True]
+    assert [rule.replaces_part for rule in keys.rules] == [True, False]
     chosen = [tuple(rules.chooser()(Moment(s, 9), 0, 1, 0, unknown)[0] for rules in (branch, keys)) for s in (1, 2, 4)]
     assert chosen == [(False, False), (True, False), (False, True)]
     assert not Policy((Rule(step > 3, ReuseKV()),)).for_site(site(), {}).reachable

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, fx
 
 from dit_rewrite.passes.analysis.site import Found, Part, Site, close
-from dit_rewrite.passes.rewrite.codec import Codec, Store
+from dit_rewrite.passes.rewrite.codec import Codec, ValueCodec
 from dit_rewrite.passes.rewrite.guarded_graph import Guarded, GuardedGraph, Guidance
 from dit_rewrite.passes.rewrite.insert_guards import insert_guards
 from dit_rewrite.passes.rewrite.segments import Segments, cut, relevant, whole
@@ -102,13 +102,13 @@ class Rewritten:
         """What a core's value is made of: what is held for it, and what it reads."""
         site, codec = self.sites[core], cast("Codec", self.forms[core])
         source = next(i for i in self.held_for_cores if self.sites[i].values == site.values)
-        held = [kept[source, str(k)] for k in range(self.guarded.held[source])]
+        held = [kept[source, str(k)] for k in range(self.guarded.widths[source])]
         dtype = next(node.meta["val"].dtype for node in self.gm.graph.nodes if node.name == site.values[0])
         return lambda seen: codec.decode(held, [seen[name] for name in site.inputs], dtype)
 
     @property
     def held_for_cores(self) -> list[int]:
-        return [i for i, site in enumerate(self.sites) if site.part is Part.HELD]
+        return [i for i, site in enumerate(self.sites) if site.part is Part.CORE_STATE]
 
     def _recalled(self, row: Sequence[bool], sites: Sequence[int], kept: Values) -> dict[str, Recall]:
         """How the values of these sites are had where `row` reuses them."""
@@ -198,7 +198,7 @@ class Rewritten:
     @cached_property
     def slots(self) -> list[tuple[int, int]]:
         """What is held: for each guarded site the numbers of its tensors."""
-        return [(i, k) for i, count in enumerate(self.guarded.held) for k in range(count)]
+        return [(i, k) for i, count in enumerate(self.guarded.widths) for k in range(count)]
 
     def name(self, slot: tuple[int, int]) -> str:
         """The node whose value a slot holds as it is."""
@@ -211,7 +211,7 @@ class Rewritten:
         """What is held, put together to the values that it stands for."""
         values: Values = {}
         for i, site in enumerate(self.sites):
-            held = [slots[i, k] for k in range(self.guarded.held[i])]
+            held = [slots[i, k] for k in range(self.guarded.widths[i])]
             if i in self.held_for_cores:
                 values.update({(i, str(k)): tensor for k, tensor in enumerate(held)})
                 continue
@@ -272,7 +272,7 @@ def label(i: int, form: Form) -> Guarded:
     """A guarded site as pass 03 takes it."""
     if isinstance(form, Guidance):
         return Guarded(i, f"step > {i}", "half", guidance=form)
-    return Guarded(i, f"step > {i}", "reuse", Store(form) if isinstance(form, str | None) else form)
+    return Guarded(i, f"step > {i}", "reuse", ValueCodec(form) if isinstance(form, str | None) else form)
 
 
 LARGEST = {"int8": 127.0, "fp8": 448.0}

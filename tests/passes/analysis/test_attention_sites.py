@@ -55,7 +55,7 @@ def test_cores() -> None:
     self_attention, cross_attention, _ = of.sites().sites
     found, refused = find_cores(of.gm, of.sites().sites)
     assert refused == []
-    assert [site.part for site in found] == [Part.CORE, Part.HELD] * 2
+    assert [site.part for site in found] == [Part.CORE, Part.CORE_STATE] * 2
     assert [site.name for site in found[:2]] == ["attn.core", "attn.held"]
     assert [site.place for site in found] == [self_attention.name] * 2 + [cross_attention.name] * 2
     assert [site.kind for site in found] == [Kind.SELF] * 2 + [Kind.CROSS] * 2
@@ -248,10 +248,10 @@ def test_parts_of_a_branch() -> None:
     expected: dict[str, str | None] = {}
     for name in (first, second):
         expected |= {
-            f"{name}.{Part.HELD}": f"{name}.{Part.CORE}",
-            f"{name}.{Part.KV}": f"{name}.{Part.GUIDANCE}",
-            f"{name}.{Part.CORE}": f"{name}.{Part.GUIDANCE}",
-            f"{name}.{Part.GUIDANCE}": name,
+            f"{name}.{Part.CORE_STATE}": f"{name}.{Part.CORE}",
+            f"{name}.{Part.KV}": f"{name}.{Part.CFG_SHARED}",
+            f"{name}.{Part.CORE}": f"{name}.{Part.CFG_SHARED}",
+            f"{name}.{Part.CFG_SHARED}": name,
             name: None,
         }
     assert within == expected
@@ -260,12 +260,12 @@ def test_parts_of_a_branch() -> None:
 def test_what_each_part_takes_with_it() -> None:
     """A core is the op alone, as what it reads is still read; guidance is the whole branch; what is held is no node."""
     sites = all_parts(three())
-    shared, branches = ([s.closure for s in sites if s.part is part] for part in (Part.GUIDANCE, Part.BRANCH))
+    shared, branches = ([s.closure for s in sites if s.part is part] for part in (Part.CFG_SHARED, Part.BRANCH))
     assert shared == branches
     assert all(len(closure) > 5 for closure in branches)
     cores = [site for site in sites if site.part is Part.CORE]
     assert [site.closure for site in cores] == [frozenset(site.values) for site in cores]
-    held = [site for site in sites if site.part is Part.HELD]
+    held = [site for site in sites if site.part is Part.CORE_STATE]
     assert [(site.closure, site.flops, site.bytes) for site in held] == [(frozenset(), 0, 0)] * 2
     # two samples of two heads of 4 x 4 and 4 x 3 scores, of 4 channels: 2 d for each score, and 2 d for its value
     assert [site.flops for site in cores] == [4 * 2 * 2 * 16 * 4, 4 * 2 * 2 * 12 * 4]
@@ -277,7 +277,7 @@ def test_reuse_around_covers_and_half_of_a_batch_does_not(half: bool) -> None:
     of = three()
     sites = close(of.gm.graph, [site for site in all_parts(of) if site.part is not Part.KV])
     labels = {node.name: label for node, label in batch_labels(of.gm.graph, 2, of.captured.static).items()}
-    shared = {Part.GUIDANCE: Guidance(labels, 2, 0)} if half else {}
+    shared = {Part.CFG_SHARED: Guidance(labels, 2, 0)} if half else {}
     with of.captured.fake_mode:
         guarded = insert_guards(
             of.gm, sites, [Guarded(i, "true", "", guidance=shared.get(site.part)) for i, site in enumerate(sites)]
@@ -288,8 +288,8 @@ def test_reuse_around_covers_and_half_of_a_batch_does_not(half: bool) -> None:
     }
     expected: dict[str, str | None] = {}
     for name in (site.name for site in sites if site.part is Part.BRANCH):
-        guidance, core = f"{name}.{Part.GUIDANCE}", f"{name}.{Part.CORE}"
-        expected |= {f"{name}.{Part.HELD}": core, core: name if half else guidance, guidance: name, name: None}
+        guidance, core = f"{name}.{Part.CFG_SHARED}", f"{name}.{Part.CORE}"
+        expected |= {f"{name}.{Part.CORE_STATE}": core, core: name if half else guidance, guidance: name, name: None}
     assert covering == expected
 
 
@@ -298,6 +298,6 @@ def test_shared() -> None:
     sites = three().sites().sites
     shared = find_shared(sites)
     assert [(site.place, site.values, site.part) for site in shared] == [
-        (site.name, site.values, Part.GUIDANCE) for site in sites[:2]
+        (site.name, site.values, Part.CFG_SHARED) for site in sites[:2]
     ]
     assert sites[2].kind is Kind.MLP

@@ -88,7 +88,7 @@ def test_steady_keys_are_refused() -> None:
     of = cross()
     found, refused = keys_of(of, frozenset({of_input(of, 1)}))
     assert [site.name for site in found] == ["attn.kv"]
-    assert refused == [("cross", RefusalReason.STEADY)]
+    assert refused == [("cross", RefusalReason.TRAJECTORY_INVARIANT)]
 
 
 def test_a_steady_half() -> None:
@@ -214,7 +214,7 @@ def test_entropy(kind: str) -> None:
     measured = add_entropy(gm, site, ENTROPY)
     assert (measured.values[:-1], measured.entropy) == (site.values, len(site.values))
     rewritten = Rewritten.with_parts(of, gm, [measured], {0: "int8"})
-    assert rewritten.guarded.held == (2 + 1,), "packed numbers, their scale, and the entropy as it is"
+    assert rewritten.guarded.widths == (2 + 1,), "packed numbers, their scale, and the entropy as it is"
     for step in range(3):
         x = of.arguments[step][of_input(of, 0)]
         q, k = (heads(getattr(toy, name)(x)) for name in "qk")

@@ -105,7 +105,7 @@ def test_the_output_has_no_drift() -> None:
     assert similarity("output").name == "similarity(output)"
     with pytest.raises(BadParameter, match="there is no output"):
         drift("output")
-    with pytest.raises(BadParameter, match="it is the output itself"):
+    with pytest.raises(BadParameter, match="the probe is the output itself"):
         similarity("output", rescale="rate")
     assert measurement("drift(output)") is None
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor, fx
 from torch._subclasses import FakeTensorMode
 
-from dit_rewrite.passes.rewrite.codec import STORES, Store, inline, is_packed
+from dit_rewrite.passes.rewrite.codec import FORMATS, ValueCodec, inline, is_converted
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 UNIT = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}  # half a unit in the last place
@@ -20,9 +20,9 @@ SMALLEST = {torch.float32: 2.0**-149, torch.bfloat16: 2.0**-133, torch.float16: 
 
 def through(value: Tensor, store: str | None, base: Tensor | None = None, later: Tensor | None = None) -> Tensor:
     """A value put into a slot, and taken out of it; `later` is what its base is by then."""
-    held = Store(store).encode(value, read(base))
+    held = ValueCodec(store).encode(value, read(base))
     assert len(held) == (2 if store in ("int8", "fp8") and value.ndim >= 2 else 1)
-    return Store(store).decode(held, read(base if later is None else later), value.dtype)
+    return ValueCodec(store).decode(held, read(base if later is None else later), value.dtype)
 
 
 def read(base: Tensor | None) -> list[Tensor]:
@@ -66,7 +66,7 @@ def tensors(dtype: torch.dtype, low: int = -12, high: int = 12) -> st.SearchStra
 
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
-@pytest.mark.parametrize("store", STORES)
+@pytest.mark.parametrize("store", FORMATS)
 @settings(max_examples=40, deadline=None)
 @given(data=st.data())
 def test_error(store: str, dtype: torch.dtype, data: st.DataObject) -> None:
@@ -79,7 +79,7 @@ def test_error(store: str, dtype: torch.dtype, data: st.DataObject) -> None:
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.sampled_from(FLOATS).flatmap(tensors), st.sampled_from([None, *STORES]))
+@given(st.sampled_from(FLOATS).flatmap(tensors), st.sampled_from([None, *FORMATS]))
 def test_twice(value: Tensor, store: str | None) -> None:
     """What came out of a slot comes out of it again: in whole numbers exactly, in others within the same rounding."""
     once = through(value, store)
@@ -94,18 +94,18 @@ def test_twice(value: Tensor, store: str | None) -> None:
 def test_whole_numbers(dtype: torch.dtype) -> None:
     """A token whose largest number is 127 has the scale 1: whole numbers are held exactly in int8; halves to even."""
     value = torch.tensor([[-127.0, -1, 0, 1, 2, 126], [127, 0, 0, 0, 0, 0]], dtype=dtype)
-    numbers, scale = Store("int8").encode(value, [])
+    numbers, scale = ValueCodec("int8").encode(value, [])
     assert (numbers.dtype, scale.dtype, scale.tolist()) == (torch.int8, torch.float32, [[1], [1]])
     assert numbers.tolist() == value.tolist()
     assert torch.equal(through(value, "int8"), value)
     halves = torch.tensor([[127.0, 0.5, 1.5, -0.5, -2.5]])
-    assert Store("int8").encode(halves, [])[0].tolist() == [[127, 0, 2, 0, -2]]
+    assert ValueCodec("int8").encode(halves, [])[0].tolist() == [[127, 0, 2, 0, -2]]
 
 
 def test_eight_bits_of_floating_point() -> None:
     """A token whose largest number is 448 has the scale 1, and e4m3 has these numbers."""
     exact = torch.tensor([[448.0, -416, 240, 1.125, 0.0625, 2.0**-6, 2.0**-9, 0]])
-    numbers, scale = Store("fp8").encode(exact, [])
+    numbers, scale = ValueCodec("fp8").encode(exact, [])
     assert (numbers.dtype, scale.item()) == (torch.float8_e4m3fn, 1)
     assert torch.equal(through(exact, "fp8"), exact)
     between = torch.tensor([[448.0, 1.0625, 1.1875, 2.0**-10]])  # each between two of them: to the even one
@@ -117,7 +117,7 @@ def test_eight_bits_of_floating_point() -> None:
 def test_tokens_have_scales_of_their_own(store: str, dtype: torch.dtype) -> None:
     """A token that is all zero stays so, and a large one takes no digits from a small one beside it."""
     value = torch.tensor([[0.0, 0, 0], [1e-4, -2e-4, 0], [3e4, -1e4, 5]], dtype=dtype)
-    scale = Store(store).encode(value, [])[1]
+    scale = ValueCodec(store).encode(value, [])[1]
     assert scale.shape == (3, 1)
     assert scale[0].item() == 1
     found = through(value, store)
@@ -127,7 +127,7 @@ def test_tokens_have_scales_of_their_own(store: str, dtype: torch.dtype) -> None
 
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
-@pytest.mark.parametrize("store", STORES)
+@pytest.mark.parametrize("store", FORMATS)
 def test_extremes_of_a_dtype(store: str, dtype: torch.dtype) -> None:
     """Near the largest number nothing becomes infinite, at the smallest nothing becomes large."""
     info = torch.finfo(dtype)
@@ -142,7 +142,7 @@ def test_extremes_of_a_dtype(store: str, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
-@pytest.mark.parametrize("store", STORES)
+@pytest.mark.parametrize("store", FORMATS)
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 def test_what_is_not_finite_stays_so(store: str, bad: float, dtype: torch.dtype) -> None:
     """A number that is none is not made one, and spoils no other token."""
@@ -154,7 +154,7 @@ def test_what_is_not_finite_stays_so(store: str, bad: float, dtype: torch.dtype)
     assert not with_base[0, 1].isfinite()
 
 
-@pytest.mark.parametrize("store", [None, *STORES])
+@pytest.mark.parametrize("store", [None, *FORMATS])
 def test_a_change_is_held(store: str | None) -> None:
     """Of a span the change is held, and added to what its base is by then."""
     base, later = torch.tensor([[100.0, 200, 300]]), torch.tensor([[1.0, 2, 3]])
@@ -164,7 +164,7 @@ def test_a_change_is_held(store: str | None) -> None:
     assert bool(((found - (later + change)).abs() <= allowed).all())
 
 
-@pytest.mark.parametrize("store", [None, *STORES])
+@pytest.mark.parametrize("store", [None, *FORMATS])
 @pytest.mark.parametrize(
     ("value", "packed"),
     [
@@ -179,19 +179,19 @@ def test_a_change_is_held(store: str | None) -> None:
 )
 def test_what_is_packed(value: Tensor, packed: bool, store: str | None) -> None:
     """Tokens of floating-point numbers; mere numbers, such as an entropy, and other dtypes are held as they are."""
-    assert is_packed(value, store) is (packed and store is not None)
-    held = Store(store).encode(value, [])
+    assert is_converted(value, store) is (packed and store is not None)
+    held = ValueCodec(store).encode(value, [])
     assert len(held) == (2 if packed and store in ("int8", "fp8") else 1)
-    if not is_packed(value, store):
+    if not is_converted(value, store):
         assert held[0] is value
-    assert torch.equal(Store(store).decode(held, [], value.dtype), value)
+    assert torch.equal(ValueCodec(store).decode(held, [], value.dtype), value)
 
 
 def test_a_part_of_a_tensor_is_copied() -> None:
     """Held as it is it would keep the whole: one of three projections made at once. A transposed one has no gaps."""
     three = torch.randn(2, 5, 3, 4)
     part, turned = three[:, :, 0], three.transpose(0, 1)
-    codec = Store()
+    codec = ValueCodec()
     assert codec.is_plain(turned, ()) and not codec.is_plain(part, ())
     (held,) = codec.encode(part, ())
     assert torch.equal(held, part) and held.untyped_storage().nbytes() == part.numel() * part.element_size()
@@ -202,11 +202,11 @@ def test_a_part_of_a_tensor_is_copied() -> None:
 def test_bytes_held() -> None:
     """A number of 4 bytes is held in 2 or 1, and a token has 4 bytes for its scale."""
     value = torch.randn(2, 16, 64)
-    held = {store: sum(t.nbytes for t in Store(store).encode(value, [])) for store in (None, *STORES)}
+    held = {store: sum(t.nbytes for t in ValueCodec(store).encode(value, [])) for store in (None, *FORMATS)}
     assert held == {None: 8192, "bf16": 4096, "fp8": 2048 + 128, "int8": 2048 + 128}
 
 
-@pytest.mark.parametrize("store", STORES)
+@pytest.mark.parametrize("store", FORMATS)
 def test_written_into_a_graph(store: str) -> None:
     """`inline` writes the same arithmetic, node by node, in an order of its own beside the node it belongs to."""
     with FakeTensorMode() as mode:
@@ -216,10 +216,14 @@ def test_written_into_a_graph(store: str) -> None:
     for node, example in zip(inputs, examples, strict=True):
         node.meta = {"val": example}
     with mode:
-        held = inline(graph, lambda v, b: Store(store).encode(v, [b]), inputs, 7, home=7)
+        held = inline(graph, lambda v, b: ValueCodec(store).encode(v, [b]), inputs, 7, home=7)
         count = len(held)
         (out,) = inline(
-            graph, lambda *a: (Store(store).decode(a[:count], a[count:], torch.float32),), [*held, inputs[1]], 8, home=9
+            graph,
+            lambda *a: (ValueCodec(store).decode(a[:count], a[count:], torch.float32),),
+            [*held, inputs[1]],
+            8,
+            home=9,
         )
     graph.output((*held, out))
     written = [node for node in graph.nodes if node.op == "call_function"]
@@ -229,6 +233,6 @@ def test_written_into_a_graph(store: str) -> None:
     assert {(int(node.meta["position"]), node.meta["home"]) for node in written} <= {(7, 7), (8, 9)}
     value, base = torch.randn(2, 3), torch.randn(2, 3)
     found = fx.GraphModule({}, graph)(value, base)
-    expected = Store(store).encode(value, [base])
+    expected = ValueCodec(store).encode(value, [base])
     assert all(torch.equal(a.float(), b.float()) for a, b in zip(found, expected, strict=False))
-    assert torch.equal(found[-1], Store(store).decode(expected, [base], torch.float32))
+    assert torch.equal(found[-1], ValueCodec(store).decode(expected, [base], torch.float32))

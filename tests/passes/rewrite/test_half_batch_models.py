@@ -15,7 +15,7 @@ from dit_rewrite.passes.analysis.sites import find_sites
 from dit_rewrite.passes.capture.capture import Captured, capture, one_graph
 from dit_rewrite.passes.rewrite.batch import Batch, batch_labels
 from dit_rewrite.passes.rewrite.cache_or_compute import cache_or_compute
-from dit_rewrite.passes.rewrite.codec import Store
+from dit_rewrite.passes.rewrite.codec import ValueCodec
 from dit_rewrite.passes.rewrite.guarded_graph import Guarded
 from dit_rewrite.passes.rewrite.half_batch import halve
 from dit_rewrite.passes.rewrite.insert_guards import insert_guards
@@ -92,7 +92,7 @@ def test_guarded(example: Example, store: str | None) -> None:
     sites = traced.sites().sites
     with traced.captured.fake_mode:
         guarded = insert_guards(
-            traced.gm, sites, [Guarded(i, "step > 0", "reuse", Store(store)) for i in range(len(sites))]
+            traced.gm, sites, [Guarded(i, "step > 0", "reuse", ValueCodec(store)) for i in range(len(sites))]
         )
     labels = {node.name: label for node, label in batch_labels(traced.gm.graph, BATCH, traced.captured.static).items()}
     seen = {node.name: value for node, value in Recorded(traced.gm, *traced.arguments[0]).seen.items()}

@@ -157,7 +157,9 @@ class Drawn:
         """Some parts, and a form of each; a core goes with what is held for it. Of halves of the batch only if asked:
         these are not computed in the same order, and what a store rounds could fall on the other side."""
         places = [
-            i for i, s in enumerate(self.parts) if s.part is not Part.HELD and (s.part is not Part.GUIDANCE or halves)
+            i
+            for i, s in enumerate(self.parts)
+            if s.part is not Part.CORE_STATE and (s.part is not Part.CFG_SHARED or halves)
         ]
         chosen = self.data.draw(st.lists(st.sampled_from(places), unique=True, min_size=1))
         labels = batch_labels(self.gm.graph, 2, self.static)
@@ -167,7 +169,7 @@ class Drawn:
             part = self.parts[i].part
             if part is Part.CORE:
                 forms[i] = forms[i + 1] = Beyond()
-            elif part is Part.GUIDANCE:
+            elif part is Part.CFG_SHARED:
                 forms[i] = Guidance(named, 2, self.data.draw(st.sampled_from([0, 1])))
             else:
                 forms[i] = self.data.draw(st.sampled_from([None] if halves else [None, None, "int8", "bf16", "fp8"]))
