@@ -21,7 +21,7 @@ WEIGHING = (Forecast, GuidanceDelta)  # the strategies that take a weighted sum 
 
 @dataclass(frozen=True)
 class SiteRule:
-    """A rule as one site sees it; ``replaces_part``: it replaces this very part of the place, and does not compute it."""
+    """A rule as one site sees it. ``replaces_part``: its strategy replaces this part of the place."""
 
     predicate: Predicate
     do: Strategy

@@ -55,7 +55,7 @@ def is_constant_scale(node: fx.Node) -> bool:
 
 
 def is_contraction(node: fx.Node) -> bool:
-    """Return whether `node` is a matrix product, convolution or attention: an op with a FLOP formula, or in `PRODUCTS`."""
+    """Return whether `node` is a matrix product, convolution or attention (has a FLOP formula or is in `PRODUCTS`)."""
     return node.target is opaque_attention.OP or packet(node) in flop_registry or packet(node) in PRODUCTS
 
 

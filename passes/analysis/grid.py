@@ -1,4 +1,4 @@
-"""Where on the latent's grid the tokens of a signal are."""
+"""The patch of the latent that a token covers."""
 
 from __future__ import annotations
 
@@ -12,16 +12,17 @@ from dit_rewrite.passes.analysis.graph import aten
 
 
 def find_patch(graph: fx.Graph, latent: fx.Node, signal: fx.Node) -> tuple[int, ...] | None:
-    """The patch of a latent ``(batch, channels, [frames,] height, width)`` that one token of `signal` covers.
+    """Return the patch size of a latent ``(batch, channels, [frames,] height, width)`` per token of `signal`.
 
-    () where that is a latent itself, None where it cannot be told. A convolution to as many places as there are tokens
-    tells, or else the count: tokens cover square patches of whole frames or several, and one size alone must fit.
+    Returns () if `signal` has the shape of the latent, and None if the patch size is unknown. If the graph has a
+    convolution with as many output positions as there are tokens, its strides follow from that. Otherwise the patch is
+    square and covers one or more whole frames, and exactly one patch size must give the number of tokens.
     """
     sizes = cost.shape(latent.meta["val"])[2:]
     shape = cost.shape(signal.meta["val"])
     convolved = [places for node in graph.nodes if (places := _places(node)) and len(places) == len(sizes)]
     if len(sizes) not in (2, 3) or (len(sizes) == 3 and signal is latent and not convolved):
-        return None  # the frames may stand before the channels
+        return None  # the order of frames and channels is unknown
     if shape == cost.shape(latent.meta["val"]):
         return ()
     if len(shape) != 3:
@@ -34,7 +35,7 @@ def find_patch(graph: fx.Graph, latent: fx.Node, signal: fx.Node) -> tuple[int, 
 
 
 def _places(node: fx.Node) -> tuple[int, ...]:
-    """The places of a convolution's result along its axes; none of another node."""
+    """Return the spatial shape of a convolution's result, or () for another node."""
     value = node.meta.get("val")
     if node.target is not aten.convolution.default or not isinstance(value, Tensor):
         return ()
@@ -42,7 +43,7 @@ def _places(node: fx.Node) -> tuple[int, ...]:
 
 
 def _patches(sizes: tuple[int, ...]) -> list[tuple[int, ...]]:
-    """Square patches that divide the latent; of a video with the frames that they cover."""
+    """Return the square patches that divide the latent. For a video, a patch starts with its number of frames."""
     *frames, height, width = sizes
     spans = [n for n in range(1, frames[0] + 1) if frames[0] % n == 0] if frames else [1]
     sides = [n for n in range(1, min(height, width) + 1) if height % n == width % n == 0]

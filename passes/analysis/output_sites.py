@@ -1,6 +1,6 @@
-"""The output site, all that a graph returns and computes: reusing it runs nothing of the model.
+"""The output site, whose values are the outputs of the graph. If it is reused, no op of the model runs.
 
-Its sibling holds how the two sides of the guidance differ: reusing that runs one of them.
+The delta site stores the difference between the two halves of classifier-free guidance. If it is reused, one half runs.
 """
 
 from __future__ import annotations
@@ -17,27 +17,28 @@ from dit_rewrite.passes.analysis.branches import Refusal
 from dit_rewrite.passes.analysis.site import Kind, Part, Site
 
 
-def find_latent(graph: fx.Graph, known: Collection[int]) -> fx.Node | None:
-    """The largest floating-point input that changes from step to step; `known` are the positions of those that do not.
+def find_latent(graph: fx.Graph, invariant: Collection[int]) -> fx.Node | None:
+    """Return the largest floating-point input that changes from step to step, or None.
 
-    None where there is none.
+    `invariant` are the positions of trajectory-invariant inputs.
     """
     inputs = enumerate(graph.find_nodes(op="placeholder"))
-    moving = [node for i, node in inputs if i not in known and _is_floating(node) and node.meta["val"].ndim]
+    moving = [node for i, node in inputs if i not in invariant and _is_floating(node) and node.meta["val"].ndim]
     return max(moving, key=lambda node: math.prod(cost.shape(node.meta["val"])), default=None)
 
 
-def find_output(gm: fx.GraphModule, known: Collection[int], less_latent: bool) -> tuple[list[Site], list[Refusal]]:
-    """The output site of a graph, if it computes any output; `less_latent`: what is held is the change of the latent.
+def find_output(gm: fx.GraphModule, invariant: Collection[int], less_latent: bool) -> tuple[list[Site], list[Refusal]]:
+    """Return the output site of a graph (none if it computes no output), and the refusals.
 
-    `known` are the positions of inputs that stay the same from step to step.
+    With `less_latent`, the slot stores output minus latent. `invariant` are the positions of trajectory-invariant
+    inputs.
     """
     name = "output-latent" if less_latent else "output"
     results = dict.fromkeys(gm.graph.output_node().all_input_nodes)
     values = [node for node in results if node.op == "call_function" and isinstance(node.meta.get("val"), Tensor)]
     if not values:
         return [], []
-    base = find_latent(gm.graph, known) if less_latent else None
+    base = find_latent(gm.graph, invariant) if less_latent else None
     if less_latent and (base is None or not all(_alike(value, base) for value in values)):
         return [], [Refusal(values[0].name, name, RefusalReason.NO_LATENT)]
     bases = (base.name,) * len(values) if base is not None else ()
@@ -46,7 +47,7 @@ def find_output(gm: fx.GraphModule, known: Collection[int], less_latent: bool) -
 
 
 def find_delta(gm: fx.GraphModule) -> tuple[list[Site], list[Refusal]]:
-    """The site of what a graph returns as the difference between the two sides of the guidance."""
+    """Return the site whose slot stores the difference between the two halves of guidance in the output."""
     sites, refused = find_output(gm, (), less_latent=False)
     return [replace(site, name="output.delta", part=Part.DELTA) for site in sites], refused
 

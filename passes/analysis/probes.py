@@ -1,8 +1,7 @@
-"""What a policy asks for beyond branches: spans, keys and values, probes and entropy.
+"""Sites for keys and values, and the probes and entropies that guards measure.
 
-Each is found by structure like the branches, and becomes a site, or a node that a site's guard reads. Nodes that the
-model does not have (what the first block adds, an attention's entropy) are put into a copy of the graph; nothing else
-in it changes.
+All are found by structure, like branches. Nodes that the model does not have (the change across the first block, the
+entropy of an attention) are added to a copy of the graph, which is otherwise unchanged.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ from dit_rewrite.passes.guards.measurements import Measurement, blocks
 
 
 def copied(gm: fx.GraphModule) -> fx.GraphModule:
-    """A copy of a graph whose nodes have the same names."""
+    """Return a copy of a graph. Its nodes have the same names."""
     graph = fx.Graph()
     env: dict[fx.Node, fx.Node] = {}
     for node in gm.graph.nodes:
@@ -38,19 +37,20 @@ def copied(gm: fx.GraphModule) -> fx.GraphModule:
     return fx.GraphModule(gm, graph)
 
 
-def find_keys(gm: fx.GraphModule, sites: Sequence[Site], steady: frozenset[int]) -> tuple[list[Site], list[Refusal]]:
-    """A site for the keys and values of each attention among `sites`.
+def find_keys(gm: fx.GraphModule, sites: Sequence[Site], invariant: frozenset[int]) -> tuple[list[Site], list[Refusal]]:
+    """Return a site for the keys and values of each attention among `sites`, and the refusals.
 
-    `steady` are the positions of inputs that stay the same within a trajectory: what depends on them alone is no site.
+    `invariant` are the positions of trajectory-invariant inputs. Keys and values that depend on these inputs alone are
+    left out.
     """
     nodes = {node.name: node for node in gm.graph.nodes}
-    still = invariant_nodes(gm.graph, steady)
+    not_moving = invariant_nodes(gm.graph, invariant)
     found, refused = [], []
     for site in sites:
         if site.kind is Kind.MLP:
             continue
         pairs = [operands(core)[1:] for core in cores(nodes, site)]
-        values = dict.fromkeys(node for pair in pairs for node in pair if node not in still)
+        values = dict.fromkeys(node for pair in pairs for node in pair if node not in not_moving)
         if values:
             named = tuple(node.name for node in values)
             found.append(replace(site, name=f"{site.name}.kv", values=named, part=Part.KV))
@@ -61,7 +61,10 @@ def find_keys(gm: fx.GraphModule, sites: Sequence[Site], steady: frozenset[int])
 
 
 def add_entropy(gm: fx.GraphModule, site: Site, op: Any) -> Site:
-    """The site with the mean row entropy of its attention as one more value: `op` (query, key, mask, scale, …)."""
+    """Return `site` with the mean row entropy of its attention as an additional value.
+
+    Adds a call of `op` (query, key, mask, scale, is_causal, enable_gqa) to the graph for each attention of the site.
+    """
     nodes = {node.name: node for node in gm.graph.nodes}
     inside = sorted(cores(nodes, site), key=list(gm.graph.nodes).index)
     if not inside:
@@ -76,13 +79,13 @@ def add_entropy(gm: fx.GraphModule, site: Site, op: Any) -> Site:
 
 
 def _entropy_arguments(core: fx.Node) -> tuple[Any, ...]:
-    """Query, key, mask, scale, is_causal and enable_gqa of an attention op."""
+    """Return query, key, mask, scale, is_causal and enable_gqa of an attention op."""
     given = arguments(core)
     return tuple(given[name] for name in ("query", "key", "attn_mask", "scale", "is_causal", "enable_gqa"))
 
 
 def _after(graph: fx.Graph, place: fx.Node, target: Any, *arguments: Any) -> fx.Node:
-    """A new node right behind another."""
+    """Insert a node right after `place`."""
     with graph.inserting_after(place):
         node = graph.call_function(target, arguments)
     values = fx.node.map_arg(arguments, lambda n: n.meta["val"])
@@ -91,23 +94,24 @@ def _after(graph: fx.Graph, place: fx.Node, target: Any, *arguments: Any) -> fx.
 
 
 class Probes:
-    """The nodes that guards measure, put into `gm` where the model does not have them."""
+    """Finds the nodes that guards measure, and adds them to `gm` if the model does not have them."""
 
     def __init__(
         self,
         gm: fx.GraphModule,
         found: Found,
         static: frozenset[int],
-        steady: frozenset[int] = frozenset(),
+        conditioning: frozenset[int] = frozenset(),
         whole: bool = True,
     ) -> None:
-        """`static` and `steady` are the inputs that are weights, and conditioning; `whole`: it is all of the model."""
-        self.gm, self.found, self.static, self.steady, self.whole = gm, found, static, steady, whole
+        """`static` and `conditioning` are positions of inputs. `whole`: the graph contains all of the model."""
+        self.gm, self.found, self.whole = gm, found, whole
+        self.static, self.conditioning = static, conditioning
         self.stream = Stream(gm.graph, found)
         self._known: dict[str, str | None] = {}
 
     def measured(self, asked: Measurement, site: Site) -> Probe | RefusalReason:
-        """What is measured for a site, or why it cannot be."""
+        """Return the probe for the measurement `asked` at `site`, or the reason why there is none."""
         if not self.whole and (asked.reads_output or asked.probe == "latent" or asked.filter is not None):
             return RefusalReason.PROBE_IN_PART
         found, output = self.of(asked.probe, site), self.of("output", site) if asked.reads_output else None
@@ -118,26 +122,26 @@ class Probes:
         return probe if asked.filter is None else self._on_grid(probe)
 
     def _on_grid(self, probe: Probe) -> Probe | RefusalReason:
-        """A probe with the patch of the latent that each of its tokens covers."""
+        """Return `probe` with the latent and the patch that each token covers, or the reason why they are unknown."""
         nodes = {node.name: node for node in self.gm.graph.nodes}
-        latent = find_latent(self.gm.graph, self.static | self.steady)
+        latent = find_latent(self.gm.graph, self.static | self.conditioning)
         patch = None if latent is None else find_patch(self.gm.graph, latent, nodes[probe.node])
         if latent is None or patch is None:
             return RefusalReason.NO_GRID
         return probe._replace(latent=latent.name, patch=patch)
 
     def of(self, probe: str, site: Site) -> str | None:
-        """The node that a probe of that name measures for a site; None where there is none."""
+        """Return the name of the node that the probe called `probe` measures for `site`, or None."""
         found = self._own(site) if probe == "self" else self._shared(probe)
         nodes = {node.name: node for node in self.gm.graph.nodes}
         return found if found is not None and measurable(nodes[found].meta["val"]) else None
 
     def _shared(self, probe: str) -> str | None:
-        """The node of a probe that is the same for every site; found, or put into the graph, once."""
+        """Return the node of a probe that all sites share, or None. Finds or inserts the node once."""
         if probe not in self._known:
             find = {
                 "modulated_input": self._modulated_input,
-                "latent": lambda: find_latent(self.gm.graph, self.static | self.steady),
+                "latent": lambda: find_latent(self.gm.graph, self.static | self.conditioning),
                 "output": lambda: _largest(self.gm.graph.output_node().all_input_nodes),
             }
             first = blocks(probe)
@@ -146,12 +150,12 @@ class Probes:
         return self._known[probe]
 
     def _own(self, site: Site) -> str | None:
-        """The stream that the site reads; the larger one of two."""
+        """Return the largest stream that the site reads."""
         sizes = {name: self.stream.nodes[name].meta["val"].numel() for name in site.streams}
         return max(sizes, key=lambda name: int(sizes[name]), default=None)
 
     def image_tokens(self) -> int | None:
-        """How many tokens the stream has from which the model's output is made; None where no block shows it."""
+        """Return the number of tokens of the stream that the model's output is computed from, or None if unknown."""
         pair = self._main
         return None if pair is None or pair[1].meta["val"].ndim != 3 else cost.shape(pair[1].meta["val"])[1]
 
@@ -160,7 +164,10 @@ class Probes:
         return self._across(1)
 
     def _across(self, count: int) -> tuple[fx.Node, fx.Node] | None:
-        """Value and base of the main stack's first blocks, of the stream from which the model's output is made."""
+        """Return the stream after and before the first `count` blocks of the main stack, or None.
+
+        Of several streams, takes the one that the model's output is computed from.
+        """
         stack = Stacks(self.stream).find().layers
         pairs = self.stream.pairs(stack[0], stack[count - 1] + 1, stack) if len(stack) >= count else None
         if not pairs:
@@ -176,7 +183,7 @@ class Probes:
         return _after(self.gm.graph, pair[0], aten.sub.Tensor, *pair)
 
     def _modulated_input(self) -> fx.Node | None:
-        """What the first contraction of the first attention branch reads, below views and casts."""
+        """Return the operand of the first contraction of the first attention branch, without views and casts."""
         dependence = Dependence(self.gm.graph, self.static)
         attention = (s for s in self.found.sites if s.kind in (Kind.SELF, Kind.JOINT, Kind.PARALLEL))
         site = next(attention, None)
@@ -193,7 +200,7 @@ class Probes:
 
 
 def _largest(nodes: Sequence[fx.Node]) -> fx.Node | None:
-    """The largest tensor of real numbers, of more than one."""
+    """Return the largest floating-point tensor among `nodes` that has at least one dimension, or None."""
     tensors = [node for node in nodes if measurable(node.meta.get("val")) and node.meta["val"].ndim]
     return max(tensors, key=lambda node: math.prod(cost.shape(node.meta["val"])), default=None)
 
@@ -205,5 +212,5 @@ def _base(node: fx.Node) -> fx.Node:
 
 
 def measurable(value: object) -> bool:
-    """Whether a probe's node can be measured."""
+    """Return whether `value` can be measured: it must be a floating-point tensor."""
     return isinstance(value, Tensor) and value.is_floating_point()

@@ -1,4 +1,4 @@
-"""What a site is: a place of the graph whose values may be reused together."""
+"""Sites: places of a graph whose values may be reused together."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from dit_rewrite.passes.analysis.graph import closures
 
 
 class Kind(str, Enum):
-    """What a branch is, by the attention core that lies in it; a SPAN holds branches."""
+    """The kind of a branch, determined by its attention core. A SPAN contains branches."""
 
     SELF = "self"
     CROSS = "cross"
@@ -29,17 +29,18 @@ class Kind(str, Enum):
 
 
 class Part(str, Enum):
-    """What of a place a strategy replaces, inner parts first.
+    """The part of a place that a strategy replaces, inner parts first.
 
-    HELD is what is held for an attention CORE, KV its keys and values; GUIDANCE is a branch for both halves of a
-    guided batch, BRANCH its output, SPAN the change of the stream across blocks, OUTPUT
-    what the graph returns, DELTA how that differs between the two sides of the guidance.
+    CORE_STATE: the state that a strategy stores to replace an attention CORE. CORE: the attention op. KV: its keys and
+    values. CFG_SHARED: a branch that is computed for one half of a guided batch and used for both. BRANCH: the output
+    of a branch. SPAN: the change of the stream across blocks. DELTA: the difference between the two halves of guidance
+    in the output. OUTPUT: the outputs of the graph.
     """
 
-    HELD = "held"
+    CORE_STATE = "core_state"
     CORE = "core"
     KV = "kv"
-    GUIDANCE = "guidance"
+    CFG_SHARED = "cfg_shared"
     BRANCH = "branch"
     SPAN = "span"
     DELTA = "delta"
@@ -50,11 +51,11 @@ class Part(str, Enum):
 
 
 class Probe(NamedTuple):
-    """A node that a guard measures, and the symbol that it is measured for.
+    """A node that a guard measures for `symbol`.
 
-    ``waits``: a decision of the same call waits for it, as it is neither an input nor what the call returns.
-    ``output`` is the node of what the model returns, where the measurement reads it. ``latent`` is that of the latent
-    where the probe is filtered on its grid, and ``patch`` what of it a token covers; none: it is the latent.
+    ``waits``: a decision of the same call must wait for the node, because it is neither an input nor an output.
+    ``output``: the output of the model, if the measurement reads it. ``latent``: the latent, if the probe is filtered
+    on its grid; ``patch`` is the patch of the latent that a token covers, () if the probe has the latent's shape.
     """
 
     symbol: str
@@ -67,16 +68,17 @@ class Probe(NamedTuple):
 
 @dataclass(frozen=True)
 class Site:
-    """A place whose values may be reused together.
+    """A place whose values may be reused together. Nodes are given by name.
 
-    ``values`` names the nodes that are cached: one, or several that share a contraction (joint attention).
-    ``closure`` are the nodes that vanish with them, ``flops`` their cost, ``bytes`` what holding the values takes.
-    ``parent`` is the index of the innermost site that contains this one; ``layer`` counts blocks in graph order.
-    ``sums`` are the residual sums that the values go into, over ``streams``. A span has the blocks ``span``, from the
-    first up to the second, and ``bases``: the stream before it, for each of its values. ``probes`` are what
-    its guard measures, ``entropy`` is the index of the value that holds the attention's
-    entropy. ``inputs`` are what a core reads: query, key, value and perhaps a mask. ``conditioned``: what its slot
-    holds is good for the same conditioning alone.
+    ``values``: the nodes that a slot stores; several if they share a contraction (joint attention).
+    ``streams``: the residual stream of each value. ``sums``: the residual sum that each value is added to.
+    ``block``: the module path of the block. ``layer``: the index of the block in graph order.
+    ``span``: for a span, the first block and the block after the last. ``bases``: the tensors that the slot subtracts
+    from the values, such as the stream before a span. ``inputs``: query, key, value and mask of a core.
+    ``probes``: the nodes that the guard measures. ``entropy``: the index of the value that is the attention's entropy.
+    ``conditioned``: the slot is valid only under the conditioning that it was filled with.
+    ``closure``: the nodes that a reusing step does not need, with ``flops`` operations; the values take ``bytes``.
+    ``parent``: the index of the innermost enclosing site.
     """
 
     name: str
@@ -100,39 +102,39 @@ class Site:
 
     @property
     def operands(self) -> tuple[str, ...]:
-        """What is read even when the values are taken from the cache."""
+        """The nodes that are read even if the site is reused."""
         return (*self.bases, *self.inputs, *(probe.node for probe in self.probes if probe.node != probe.output))
 
     @property
     def measured(self) -> tuple[str, ...]:
-        """The nodes that its measurements read."""
+        """The nodes that the measurements read."""
         return tuple(node for probe in self.probes for node in (probe.node, probe.output) if node is not None)
 
     @property
     def awaited(self) -> tuple[str, ...]:
-        """The nodes that must be computed before it is decided by what changed up to this call."""
+        """The probe nodes that must be computed before the site is decided, if measured in the same call."""
         return tuple(probe.node for probe in self.probes if probe.waits)
 
     @property
     def place(self) -> str:
-        """The name of the branch or span that this is a part of."""
+        """The name of the branch or span that this site is a part of."""
         return self.name.removesuffix(f".{self.part}")
 
     @property
-    def depth(self) -> int:
-        """How far out its part is, among parts of the same values."""
+    def nesting(self) -> int:
+        """The order of the part among parts with the same values; an enclosing part has a larger number."""
         return list(Part).index(self.part)
 
 
 @dataclass(frozen=True)
 class Found:
-    """The result of `find_sites`: sites in the order of the graph, and refused places."""
+    """The result of `find_sites`: sites in graph order, and refused places."""
 
     sites: tuple[Site, ...]
     refused: tuple[Refusal, ...]
 
     def describe(self) -> Iterator[str]:
-        """A line for each site and each refused place."""
+        """Yield a line for each site and each refused place."""
         for site in self.sites:
             yield f"{site.name}  {site.kind}  layer {site.layer}  values {', '.join(site.values)}"
         for refusal in self.refused:
@@ -144,12 +146,11 @@ class Found:
 
 
 def close(graph: fx.Graph, sites: Sequence[Site]) -> tuple[Site, ...]:
-    """The sites with what vanishes with each, its cost, and which contains which. Sites that share a value, inner
-    first."""
+    """Return `sites` with their closures, costs and parents. Of sites that share a value, the inner one comes first."""
     nodes = {node.name: node for node in graph.nodes}
-    solid = [site.part is not Part.CORE_STATE for site in sites]  # what is held for a core is no node of the graph
-    values = [[nodes[name] for name in site.values] if s else [] for site, s in zip(sites, solid, strict=True)]
-    read = [[nodes[name] for name in site.operands] if s else [] for site, s in zip(sites, solid, strict=True)]
+    has_nodes = [site.part is not Part.CORE_STATE for site in sites]  # the captured graph does not compute this state
+    values = [[nodes[name] for name in site.values] if has else [] for site, has in zip(sites, has_nodes, strict=True)]
+    read = [[nodes[name] for name in site.operands] if has else [] for site, has in zip(sites, has_nodes, strict=True)]
     closed = closures(graph, values, read)
     return tuple(
         replace(
@@ -157,21 +158,24 @@ def close(graph: fx.Graph, sites: Sequence[Site]) -> tuple[Site, ...]:
             closure=frozenset(node.name for node in closed[i]),
             flops=cost.flops(closed[i]),
             bytes=sum(cost.stored_bytes(node) for node in values[i]),
-            parent=_parent(i, sites, values, closed) if solid[i] else _core(site, sites),
+            parent=_parent(i, sites, values, closed) if has_nodes[i] else _core(site, sites),
         )
         for i, site in enumerate(sites)
     )
 
 
-def _core(held: Site, sites: Sequence[Site]) -> int:
-    """The core for which a site holds something."""
-    return next(j for j, site in enumerate(sites) if site.part is Part.CORE and site.values == held.values)
+def _core(state: Site, sites: Sequence[Site]) -> int:
+    """Return the index of the CORE site that a CORE_STATE site belongs to."""
+    return next(j for j, site in enumerate(sites) if site.part is Part.CORE and site.values == state.values)
 
 
 def _parent(
     i: int, sites: Sequence[Site], values: Sequence[Sequence[fx.Node]], closed: Sequence[frozenset[fx.Node]]
 ) -> int | None:
-    """The innermost other site whose closure holds all values of this one; of two of the same values, the larger."""
+    """Return the innermost other site whose closure contains all values of site `i`.
+
+    If two sites have the same values, the one with the larger closure encloses the other.
+    """
 
     def around(j: int) -> bool:
         if j == i or not set(values[i]) <= closed[j]:
@@ -180,6 +184,6 @@ def _parent(
         return not mutual or order(j) > order(i)
 
     def order(j: int) -> tuple[int, int, int]:
-        return len(closed[j]), sites[j].depth, j
+        return len(closed[j]), sites[j].nesting, j
 
     return min(filter(around, range(len(values))), key=order, default=None)

@@ -1,6 +1,6 @@
-"""Pass 02: find the sites of a functional graph by its structure: branches that are reused together.
+"""Find sites: group the branches of a functional graph that must be reused together.
 
-Nothing here knows a model's class.
+Sites are found by the structure of the graph, never by the class of the model.
 """
 
 from __future__ import annotations
@@ -23,14 +23,16 @@ from dit_rewrite.passes.capture import module_paths, opaque_attention
 __all__ = ["Found", "Kind", "Part", "Site", "find_sites"]
 
 
-def find_sites(gm: fx.GraphModule, static: frozenset[int] = frozenset(), steady: frozenset[int] = frozenset()) -> Found:
-    """The sites of a functional graph whose placeholders at the positions `static` are parameters or buffers.
+def find_sites(
+    gm: fx.GraphModule, static: frozenset[int] = frozenset(), conditioning: frozenset[int] = frozenset()
+) -> Found:
+    """Return the sites of a functional graph, in graph order, and the refused places.
 
-    `steady` are the positions of other inputs that stay the same within a trajectory. A branch that depends on those
-    alone is no site.
+    `static` are the positions of parameters and buffers among the placeholders, `conditioning` those of other
+    trajectory-invariant inputs. A branch that is hoisted, because it depends on these inputs alone, is refused.
     """
     dependence = Dependence(gm.graph, static)
-    invariant = invariant_values(gm.graph, static | steady)
+    invariant = invariant_values(gm.graph, static | conditioning)
     branches, refused = find_branches(gm.graph, dependence)
     moved = {
         branch.value for branch in branches if any(dependence.depends(v, storage(branch.value)) for v in invariant)
@@ -42,11 +44,11 @@ def find_sites(gm: fx.GraphModule, static: frozenset[int] = frozenset(), steady:
 
 
 def _group(dependence: Dependence, branches: list[Branch]) -> tuple[list[tuple[Branch, ...]], list[Branch]]:
-    """Put branches that share a contraction, and do not contain one another, into one group.
+    """Group branches that share a contraction and do not contain one another.
 
-    These are the modalities of joint attention, or two slices of one projection: reusing one of them alone would leave
-    what they share to be computed. Also returns the branches of groups that had to be taken apart again, because one's
-    value feeds another's input.
+    Such branches are the modalities of joint attention, or slices of one projection. To reuse only one of them would
+    still compute the contraction. Also returns the branches of groups that were split again, because the value of one
+    branch is an input of another.
     """
     sharing: dict[fx.Node, list[int]] = defaultdict(list)
     for i, branch in enumerate(branches):
@@ -65,12 +67,12 @@ def _group(dependence: Dependence, branches: list[Branch]) -> tuple[list[tuple[B
 
 
 def _reads(dependence: Dependence, a: Branch, b: Branch) -> bool:
-    """Whether the value of `a` is computed from that of `b`, another branch."""
+    """Return whether the value of `a` is computed from the value of another branch `b`."""
     return a is not b and dependence.depends(a.value, b.value)
 
 
 def _waiting_for_themselves(dependence: Dependence, groups: list[tuple[Branch, ...]]) -> set[int]:
-    """The groups that cannot be computed at one place: a way leads from one's value, through others, back into it."""
+    """Return the groups that cannot be computed at one place, because a path leads from a group back into it."""
     indices = range(len(groups))
     waits: nx.DiGraph[int] = nx.DiGraph(
         (i, j)
@@ -82,29 +84,29 @@ def _waiting_for_themselves(dependence: Dependence, groups: list[tuple[Branch, .
 
 
 def _kinds(dependence: Dependence, groups: list[tuple[Branch, ...]]) -> list[Kind]:
-    """The kind of each group, by its own nodes and by the groups on its ways from stream to value (they precede it)."""
+    """Return the kind of each group, from its own nodes and from the groups inside it, which precede it."""
     regions = [functools.reduce(operator.or_, (branch.region for branch in group)) for group in groups]
     values = [dependence.mask(branch.value for branch in group) for group in groups]
     kinds: list[Kind] = []
     for i, group in enumerate(groups):
         inside = [j for j in range(i) if values[j] & ~regions[i] == 0]
         taken = functools.reduce(operator.or_, (regions[j] for j in inside), 0)
-        held = {kinds[j] for j in inside}
+        found = {kinds[j] for j in inside}
         if dependence.contractions(regions[i] & ~taken):
-            held.add(_kind(dependence, group, taken))
-        kinds.append(_together(held))
+            found.add(_kind(dependence, group, taken))
+        kinds.append(_together(found))
     return kinds
 
 
 def _together(kinds: set[Kind]) -> Kind:
-    """What to call a site that holds all of these."""
+    """Return the kind of a site that contains branches of all `kinds`."""
     if len(kinds) > 1 and kinds & {Kind.MLP, Kind.PARALLEL}:
         return Kind.PARALLEL
     return next(kind for kind in (Kind.JOINT, Kind.SELF, Kind.CROSS, Kind.MLP, Kind.PARALLEL) if kind in kinds)
 
 
 def _kind(dependence: Dependence, group: tuple[Branch, ...], taken: int) -> Kind:
-    """The kind of a group by its own nodes, those `taken` by groups inside it left out."""
+    """Return the kind of a group, without the nodes in `taken`, which belong to groups inside it."""
     own = dependence.members(dependence.mask(core for branch in group for core in branch.cores) & ~taken)
     cores = [(core, branch) for branch in group for core in branch.cores if core in own]
     if not cores:
@@ -117,7 +119,7 @@ def _kind(dependence: Dependence, group: tuple[Branch, ...], taken: int) -> Kind
 
 
 def _core_kind(dependence: Dependence, core: fx.Node, branch: Branch) -> Kind:
-    """Whose tokens are attended to: the stream's, a condition's, or both put together by a cat."""
+    """Return SELF if keys and values come from the stream, CROSS if from a condition, JOINT if a cat joins both."""
     keys = operands(core)[1:] if core.target is opaque_attention.OP else operands(core)
     if not all(dependence.depends(key, branch.stream) for key in keys):
         return Kind.CROSS
@@ -130,7 +132,7 @@ def _core_kind(dependence: Dependence, core: fx.Node, branch: Branch) -> Kind:
 
 
 def _joins_attention_with_mlp(dependence: Dependence, branch: Branch) -> bool:
-    """A cat in the branch, or the sum that is its value, puts attention beside a projection that passes no core."""
+    """Return whether a cat in the branch, or the sum that is its value, joins an attention with an MLP."""
 
     def from_core(node: fx.Node) -> bool:
         return any(dependence.depends(node, core) for core in branch.cores)
@@ -151,7 +153,7 @@ def _cats(dependence: Dependence, region: int) -> list[fx.Node]:
 
 
 def _describe(graph: fx.Graph, dependence: Dependence, groups: list[tuple[Branch, ...]]) -> tuple[Site, ...]:
-    """Name, place and price the groups, in the order of their last values."""
+    """Return a site for each group, in the order of their last values."""
     groups = sorted(groups, key=lambda g: max(dependence.position[b.value] for b in g))
     kinds = _kinds(dependence, groups)
     paths = [module_paths.common_path(_own_contractions(dependence, group)) for group in groups]

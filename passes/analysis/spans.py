@@ -1,8 +1,8 @@
-"""Spans: pieces of the residual stream from one block to another, and what the stream changes across them.
+"""Spans: sequences of blocks across which the change of the residual stream is reused.
 
-A span's values are the streams behind it that its blocks compute: of joint models two, one for each modality. Each has
-a base, the same stream before the span, found by walking the residual sums back. Where one has no base of its shape
-there is no span.
+The values of a span are the streams after it that its blocks compute; joint models have two, one per modality. The base
+of a value is the same stream before the span, found by walking the residual sums back. If a value has no base of its
+shape, there is no span.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from dit_rewrite.passes.analysis.graph import Dependence, aten, is_copy, is_view
 from dit_rewrite.passes.analysis.site import Found, Kind, Part, Site
 
 _SELECTIONS = {aten.slice, aten.split, aten.split_with_sizes, aten.chunk}
-_ELEMENTWISE = {aten.add: None, aten.where: 0, aten.masked_fill: 1}  # and which operand is a mask
-Span = tuple[int, int]  # the first block, and the one behind the last
-Way = list[fx.Node]  # from a node back along the stream
+_ELEMENTWISE = {aten.add: None, aten.where: 0, aten.masked_fill: 1}  # op -> index of its mask operand
+Span = tuple[int, int]  # the first block, and the block after the last
+Way = list[fx.Node]  # a path from a node back along the stream
 
 
 def _is_selection(node: fx.Node) -> bool:
@@ -33,20 +33,23 @@ def _is_selection(node: fx.Node) -> bool:
 
 
 def is_shape_only(node: fx.Node) -> bool:
-    """A view, a cast or a selection."""
+    """Return whether `node` is a view, cast or selection."""
     return is_view(node) or is_copy(node) or _is_selection(node)
 
 
 @dataclass(frozen=True)
 class Boundary:
-    """A place between two blocks: the position of its last node, and the moving nodes that are read behind it."""
+    """A boundary between two blocks: the position of the last node before it, and the moving nodes read after it."""
 
     position: int
     streams: tuple[fx.Node, ...]
 
 
 class Stream:
-    """The residual stream of a graph whose sites are `found`, and its boundaries."""
+    """The residual stream of a graph with the sites `found`, and its block boundaries.
+
+    ``under`` maps each residual sum to the stream that it adds to, ``layer`` each residual sum to its block.
+    """
 
     def __init__(self, graph: fx.Graph, found: Found) -> None:
         self.found = found
@@ -55,12 +58,12 @@ class Stream:
         self.position = {node: i for i, node in enumerate(graph.nodes)}
         self._ends = [(site.layer, self.nodes[total]) for site in branches for total in site.sums]
         pairs = ((s, b) for site in branches for s, b in zip(site.sums, site.streams, strict=True))
-        self.under = {self.nodes[s]: self.nodes[b] for s, b in pairs}  # the stream under each residual sum
+        self.under = {self.nodes[s]: self.nodes[b] for s, b in pairs}
         self.layer = {total: layer for layer, total in self._ends}
 
     @cached_property
     def moving(self) -> dict[fx.Node, None]:
-        """The nodes that are computed from the stream, in order; its beginnings too."""
+        """The moving nodes, in graph order: the roots of the stream and all nodes that are computed from them."""
         moving: dict[fx.Node, None] = dict.fromkeys(self.roots)
         for node in self.position:
             if any(argument in moving for argument in node.all_input_nodes):
@@ -69,7 +72,7 @@ class Stream:
 
     @cached_property
     def roots(self) -> list[fx.Node]:
-        """The streams that no residual sum made."""
+        """The streams that are not computed from a residual sum."""
         made: set[fx.Node] = set()
         for node in self.position:
             if node in self.under or any(argument in made for argument in node.all_input_nodes):
@@ -78,7 +81,7 @@ class Stream:
 
     @cached_property
     def boundaries(self) -> tuple[Boundary, ...]:
-        """Before the first block, and behind each: the one behind block i has the index i + 1."""
+        """The boundaries before the first block and after each block; index i + 1 is after block i."""
         if not self.under:
             return ()
         ends = [-1] * self.found.num_layers
@@ -91,14 +94,14 @@ class Stream:
         return tuple(Boundary(p, self.live(p)) for p in positions)
 
     def _behind_views(self, end: int) -> int:
-        """The position behind `end` up to which nothing happens but views, casts and selections of what lives there."""
+        """Return the position of the last of the views, casts and selections that directly follow `end`."""
         order = list(self.position)
         while end + 1 < len(order) and order[end + 1] in self.moving and is_shape_only(order[end + 1]):
             end += 1
         return end
 
     def live(self, position: int) -> tuple[fx.Node, ...]:
-        """The moving nodes up to a position that are read behind it."""
+        """Return the moving nodes up to `position` that are read after it."""
         return tuple(node for node, last in self._last_read.items() if self.position[node] <= position < last)
 
     @cached_property
@@ -118,18 +121,18 @@ class Stream:
         return Dependence(next(iter(self.position)).graph)
 
     def _is_of(self, node: fx.Node, sums: Iterable[fx.Node]) -> bool:
-        """Whether a node is computed from one of these sums."""
+        """Return whether `node` is computed from one of `sums`."""
         return any(self._dependence.depends(node, total) for total in sums)
 
     def _begin(self, layer: int) -> int:
-        """The position up to which the streams that a block adds to are computed."""
+        """Return the position at which all streams that a block adds to have been computed."""
         sums = self._sums[layer]
         return max(self.position[base] for base in map(self.under.__getitem__, sums) if not self._is_of(base, sums))
 
     def pairs(self, first: int, end: int, among: Iterable[int] | None = None) -> list[tuple[fx.Node, fx.Node]] | None:
-        """Value and base of each stream across the blocks from `first` up to `end`; None where one has no base.
+        """Return (value, base) of each stream across the blocks `first` .. `end` - 1, or None if one has no base.
 
-        Only blocks `among` these are meant, if given: some of another stack may run in between.
+        If `among` is given, other blocks are ignored, because blocks of another stack may run in between.
         """
         meant = range(self.found.num_layers) if among is None else sorted(among)
         blocks = [block for block in meant if first <= block < end]
@@ -137,7 +140,7 @@ class Stream:
         begin = self._begin(blocks[0])
         pairs: dict[fx.Node, fx.Node] = {}
         for node in self.behind(blocks):
-            if self.position[node] <= begin or not self._is_of(node, sums):  # passed by, or another stack's
+            if self.position[node] <= begin or not self._is_of(node, sums):  # not computed by these blocks
                 continue
             pair = next((p for value in _forms(node) if (p := self._pair(value, begin)) is not None), None)
             if pair is None:
@@ -146,12 +149,12 @@ class Stream:
         return list(pairs.items()) or None
 
     def behind(self, blocks: Iterable[int]) -> tuple[fx.Node, ...]:
-        """The moving nodes that are read behind these blocks."""
+        """Return the moving nodes that are read after `blocks`."""
         return self.live(self._behind_views(max(self.position[total] for b in blocks for total in self._sums[b])))
 
     def _pair(self, value: fx.Node, begin: int) -> tuple[fx.Node, fx.Node] | None:
         way = self.walk(value, lambda node: self.position[node] <= begin)
-        base = None  # the last form of the stream before anything is added: in the layout in which that is done
+        base = None  # the last view or cast of the stream before the first sum, because it has the layout of the sum
         for node in reversed(way or ()):
             if node is value or not (self.position[node] <= begin or is_shape_only(node)):
                 break
@@ -160,11 +163,11 @@ class Stream:
         return None if base is None else (value, base)
 
     def walk(self, node: fx.Node, is_end: Callable[[fx.Node], bool]) -> Way | None:
-        """The way back along the residual sums from a node to an end; both are in it. None if it ends elsewhere."""
+        """Return the path back along the residual sums from `node` to a node for which `is_end` is true, or None."""
         return self._walk(node, (), is_end, {})
 
     def way(self, node: fx.Node) -> Way:
-        """The way back along the residual sums from a node, as far as it goes."""
+        """Return the longest path back along the residual sums from `node`."""
         return self._walk(node, (), None, {}) or []
 
     def _walk(
@@ -174,14 +177,15 @@ class Stream:
         is_end: Callable[[fx.Node], bool] | None,
         known: dict[Any, Way | None],
     ) -> Way | None:
-        """`crops` are the selections that wait for the cat or pad which they undo.
+        """Walk back from `node`. `crops` are the selections whose cat or pad has not been reached yet.
 
-        From a sum of several streams it goes on along the one that passes most residual sums.
+        If the stream of a sum is ambiguous, follows the summand whose path has most residual sums. `known` caches the
+        paths from such summands.
         """
         way = [node]
         while crops or is_end is None or not is_end(node):
             if is_end is not None and is_end(node) and node in self.under:
-                return None  # a part of the stream at the end: there is no node of it alone
+                return None  # no node of the graph is this crop of the stream
             below, crops = self._below(node, crops)
             if len(below) > 1:
                 rests = []
@@ -198,14 +202,14 @@ class Stream:
         return way
 
     def _entered_by(self, total: fx.Node) -> fx.Node:
-        """What stands in a sum for the stream under it, as far as it is but a view or cast of that."""
+        """Return the summand of `total` that is the stream, or the node before it that is not a view or cast."""
         side = form = stream_side(total, self.under[total])
         while form is not self.under[total] and (is_view(form) or is_copy(form)):
             form = form.all_input_nodes[0]
         return side if form is self.under[total] else form
 
     def _below(self, node: fx.Node, crops: tuple[Crop, ...]) -> tuple[list[fx.Node], tuple[Crop, ...]]:
-        """One step back, or several where it cannot be told which is the stream; and the selections that wait then."""
+        """Return the candidates for the next node on the path, and the crops that are pending after this step."""
         if node in self.under:
             return [self._entered_by(node)], crops
         if is_copy(node) or (is_view(node) and not crops):
@@ -222,7 +226,7 @@ class Stream:
         return [source], crops if is_all(source, crop) else (*crops, crop)
 
     def _moving(self, node: fx.Node) -> list[fx.Node]:
-        """The moving summands, or the moving sides of a choice by a mask that does not move."""
+        """Return the moving operands of an elementwise op, or none if its mask is moving."""
         mask = _ELEMENTWISE[packet(node)]
         if mask is not None and node.args[mask] in self.moving:
             return []
@@ -230,7 +234,8 @@ class Stream:
 
 
 def _forms(node: fx.Node) -> Iterator[fx.Node]:
-    """The views, casts and selections of a node that alone are read, the last first; it; what it is one of."""
+    """Yield the views, casts and selections that are the only users of `node`, last first, then `node`, then those
+    that it is computed from."""
     yield from _later(node)
     while is_shape_only(node):
         node = node.all_input_nodes[0]
@@ -246,15 +251,17 @@ def _later(node: fx.Node) -> Iterator[fx.Node]:
 
 
 def _alike(a: fx.Node, b: fx.Node) -> bool:
-    mine, other = a.meta.get("val"), b.meta.get("val")
-    if not (isinstance(mine, Tensor) and isinstance(other, Tensor)):
+    first, second = a.meta.get("val"), b.meta.get("val")
+    if not (isinstance(first, Tensor) and isinstance(second, Tensor)):
         return False
-    return mine.dtype == other.dtype and cost.shape(mine) == cost.shape(other)
+    return first.dtype == second.dtype and cost.shape(first) == cost.shape(second)
 
 
 def find_spans(stream: Stream, wanted: Mapping[Span, Collection[int]]) -> tuple[list[Site], list[Refusal]]:
-    """A site for each wanted span, smaller ones first, and those that are none. With each the blocks that it may hold:
-    some of another stack may run in between."""
+    """Return a site for each wanted span, shorter spans first, and the refusals.
+
+    `wanted` maps a span to the blocks that belong to it, because blocks of another stack may run in between.
+    """
     sites, refused = [], []
     for (first, end), among in sorted(wanted.items(), key=lambda item: item[0][1] - item[0][0]):
         pairs = stream.pairs(first, end, among)
@@ -273,5 +280,5 @@ def _block(found: Found, layer: int) -> str:
 
 
 def block_range(found: Found, first: int, last: int) -> str:
-    """The name of the blocks from one to another."""
+    """Return the name of the blocks `first` .. `last`."""
     return _block(found, first) if first == last else f"{_block(found, first)}..{_block(found, last)}"

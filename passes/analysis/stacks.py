@@ -1,8 +1,8 @@
-"""Stacks: chains of blocks over one residual stream. The main one holds most FLOPs.
+"""Stacks: chains of blocks over one residual stream. The main stack has the most FLOPs.
 
-A chain is found by walking a stream back from its last residual sum; the blocks of a text refiner or a control branch,
-whose stream only feeds another, are a chain of their own. A stack is the run of blocks of a chain whose streams have
-counterparts before it: double and single blocks are one stack where a cat and a slice can be walked through.
+A chain is found by walking a stream back from its last residual sum. The blocks of a text refiner or a control branch,
+whose stream only feeds another one, are a chain of their own. A stack is the run of blocks of a chain whose streams
+have counterparts before it. Double and single blocks form one stack if the walk can pass the cat and slice in between.
 """
 
 from __future__ import annotations
@@ -23,21 +23,24 @@ from dit_rewrite.passes.capture import module_paths
 
 @dataclass(frozen=True)
 class Stack:
-    """The blocks of a stack in order, by their layers; and those that it leaves out, with the reason."""
+    """The layers of the blocks of a stack, in order, and refusals for the blocks that it leaves out."""
 
     layers: tuple[int, ...] = ()
     refused: tuple[Refusal, ...] = ()
 
 
 class Stacks:
-    """The stacks of a graph whose residual stream is known."""
+    """Finds the stacks of a graph from its residual stream."""
 
     def __init__(self, stream: Stream) -> None:
         self.stream = stream
         self._known: dict[str | None, Stack] = {}
 
     def find(self, container: str | None = None) -> Stack:
-        """The stack with most FLOPs; with a pattern, of the blocks whose module's container has such a path."""
+        """Return the stack with the most FLOPs.
+
+        If `container` is given, considers only blocks whose module list has a path that matches this glob pattern.
+        """
         if container not in self._known:
             chains = [part for chain in self.chains for part in self._parts(chain, container)]
             layers = self._largest(chains)
@@ -46,7 +49,7 @@ class Stacks:
 
     @cached_property
     def chains(self) -> list[tuple[int, ...]]:
-        """For each stream the blocks that it passes, from its beginning to its end."""
+        """For each stream, the blocks that it passes in order."""
         seen: set[fx.Node] = set()
         chains: dict[tuple[int, ...], None] = {}
         for total in sorted(self.stream.under, key=self.stream.position.__getitem__, reverse=True):
@@ -57,7 +60,7 @@ class Stacks:
         return list(chains)
 
     def _parts(self, chain: tuple[int, ...], container: str | None) -> Iterator[tuple[int, ...]]:
-        """The parts of a chain that lie in a container."""
+        """Yield the contiguous parts of a chain that lie in `container`."""
         for inside, part in itertools.groupby(chain, lambda layer: self._lies_in(layer, container)):
             if inside:
                 yield tuple(part)
@@ -72,8 +75,10 @@ class Stacks:
 
     @cached_property
     def _flops(self) -> dict[int, int]:
-        """The FLOPs of each block's branches, less those of other blocks within them: a skip around all of the blocks
-        makes one branch of these."""
+        """The FLOPs of the branches of each block, without those of other blocks inside these branches.
+
+        A skip connection around all blocks is a branch that contains them.
+        """
         sites = self.stream.found.sites
         flops = dict.fromkeys(self._blocks, 0)
         for site in sites:
@@ -83,7 +88,7 @@ class Stacks:
         return flops
 
     def _largest(self, chains: Iterable[tuple[int, ...]]) -> tuple[int, ...]:
-        """Of all runs of blocks of the chains that are spans, the one with most FLOPs."""
+        """Return the run of blocks of a chain that is a span and has the most FLOPs."""
         runs = {c[i:j] for c in chains for i, j in itertools.combinations(range(len(c) + 1), 2)}
         for run in sorted(runs, key=lambda run: (-sum(map(self._flops.__getitem__, run)), len(run), run)):
             if self.stream.pairs(min(run), max(run) + 1, run) is not None:
@@ -93,7 +98,7 @@ class Stacks:
     def _left_out(
         self, layers: Sequence[int], chains: Sequence[tuple[int, ...]], container: str | None
     ) -> Iterator[Refusal]:
-        """The blocks outside of a stack: of the same stream, or of another."""
+        """Yield a refusal for each run of blocks outside of the stack `layers`."""
         same = {layer for chain in chains if not layers or set(chain) & set(layers) for layer in chain}
         meant = [layer for layer in sorted(self._blocks) if self._lies_in(layer, container) and layer not in layers]
         for (_, is_same), run in itertools.groupby(
@@ -107,13 +112,13 @@ class Stacks:
 
 
 def _once(layers: Iterable[int]) -> Iterator[int]:
-    """Each block at its place; one to which the stream comes back (sums outside of any block) is left out."""
+    """Yield the blocks in order, without blocks that the stream enters more than once (sums outside of any block)."""
     runs = [layer for layer, _ in itertools.groupby(layers)]
     yield from (layer for layer in runs if runs.count(layer) == 1)
 
 
 def _forms(total: fx.Node) -> Iterator[fx.Node]:
-    """The views, casts and selections in which a sum is read; it, where there are none."""
+    """Yield the last views, casts and selections through which `total` is read, or `total` itself."""
     later = [user for user in total.users if is_shape_only(user)]
     for user in later:
         yield from _forms(user)

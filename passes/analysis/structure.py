@@ -1,4 +1,4 @@
-"""When two straight-line graphs are the same code: identical blocks of a model share what was compiled for one."""
+"""Structural hashes of straight-line graphs, with which identical blocks of a model share compiled code."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from dit_rewrite.passes.analysis.graph import attribute
 
 
 def structure(gm: fx.GraphModule) -> Hashable:
-    """Equal for graphs that compute the same of inputs of the same shapes, strides, dtypes and devices."""
+    """Return a key that is equal for graphs with equal ops and equal shapes, strides, dtypes and devices of inputs."""
     number = {node: i for i, node in enumerate(gm.graph.nodes)}
     return tuple(_describe(gm, node, number) for node in gm.graph.nodes)
 
@@ -20,7 +20,7 @@ def _describe(gm: fx.GraphModule, node: fx.Node, number: dict[fx.Node, int]) -> 
     if node.op == "placeholder":
         return "placeholder", _value(node.meta.get("val"))
     if node.op == "get_attr":
-        return "get_attr", id(attribute(gm, node))  # held by both graphs, so that no other takes its id
+        return "get_attr", id(attribute(gm, node))  # the graphs keep the attribute alive, so the id is unique
     target = node.target if node.op == "call_function" else node.op
     return target, _freeze(node.args, number), _freeze(node.kwargs, number)
 
@@ -32,7 +32,7 @@ def _freeze(argument: Any, number: dict[fx.Node, int]) -> Hashable:
         return tuple(_freeze(item, number) for item in argument)
     if isinstance(argument, dict):
         return tuple((name, _freeze(item, number)) for name, item in argument.items())
-    return type(argument).__name__, str(argument)  # 1, 1.0 and True are equal, and not the same
+    return type(argument).__name__, str(argument)  # 1, 1.0 and True are equal but not interchangeable
 
 
 def _value(value: Any) -> Hashable:

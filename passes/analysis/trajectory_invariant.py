@@ -1,8 +1,7 @@
-"""Pass 01: what does not depend on the step is computed once per trajectory. Lossless.
+"""Trajectory-invariant nodes, which hoisting computes once per trajectory.
 
-A node is steady when it depends on nothing but weights and inputs that stay the same within a trajectory: text K and V,
-caption projections, condition encoders. The steady values that others read, and that are worth keeping, make one site
-of their own, whose guard is that those inputs are the same objects as before, unchanged.
+A node is trajectory-invariant if it depends only on weights and on inputs that stay the same within a trajectory.
+Examples are text keys and values, caption projections and condition encoders.
 """
 
 from __future__ import annotations
@@ -19,29 +18,30 @@ from dit_rewrite.passes.analysis.unbacked import is_unbacked
 _SHAPED = {aten.full_like, aten.zeros_like, aten.ones_like, aten.new_full, aten.new_zeros, aten.new_ones}
 
 
-def invariant_values(graph: fx.Graph, steady_inputs: Iterable[int]) -> tuple[fx.Node, ...]:
-    """Return the nodes to compute once per trajectory; `steady_inputs` are the positions of weights and conditioning.
+def invariant_values(graph: fx.Graph, invariant_inputs: Iterable[int]) -> tuple[fx.Node, ...]:
+    """Return the nodes to hoist; `invariant_inputs` are the positions of weights and other invariant inputs.
 
-    Hoist only values derived from a contraction that a node outside the invariant ones reads, and only the results of
-    contractions themselves: elementwise ops on them stay in each step, since a kernel of their own could round
-    differently from one that fuses them with their reader, and hoisting must not change a bit.
+    Hoist only values that are derived from a contraction and read by a node that is not invariant. Each hoisted value
+    is a contraction; views of it are free in each step. Elementwise functions of it stay in each step, because a
+    separate kernel may round differently than one that is fused with the reader, and hoisting must not change any bit.
     """
-    steady = invariant_nodes(graph, steady_inputs)
+    invariant = invariant_nodes(graph, invariant_inputs)
     while True:
-        frontier = [node for node in _dear(steady) if any(user not in steady for user in node.users)]
+        derived = _contains_contraction(invariant)
+        frontier = [node for node in derived if any(user not in invariant for user in node.users)]
         refused = [node for node in frontier if not is_contraction(storage(node))]
         if not refused:
-            return tuple(dict.fromkeys(map(storage, frontier)))  # views of them are free in each step
-        steady = _without(steady, refused)
+            return tuple(dict.fromkeys(map(storage, frontier)))
+        invariant = _without(invariant, refused)
 
 
-def _without(steady: dict[fx.Node, None], refused: list[fx.Node]) -> dict[fx.Node, None]:
-    """The steady nodes less the refused ones and all that is computed from them."""
+def _without(invariant: dict[fx.Node, None], refused: list[fx.Node]) -> dict[fx.Node, None]:
+    """Return the invariant nodes except `refused` and all nodes that are computed from these."""
     gone = set(refused)
-    for node in steady:
+    for node in invariant:
         if any(argument in gone for argument in node.all_input_nodes):
             gone.add(node)
-    return dict.fromkeys(node for node in steady if node not in gone)
+    return dict.fromkeys(node for node in invariant if node not in gone)
 
 
 def storage(node: fx.Node) -> fx.Node:
@@ -52,36 +52,36 @@ def storage(node: fx.Node) -> fx.Node:
 
 
 def invariant_nodes(graph: fx.Graph, inputs: Iterable[int]) -> dict[fx.Node, None]:
-    """The nodes that depend on these inputs and on sizes of tensors alone, in the order of the graph.
+    """Return the nodes that depend only on the inputs at the positions `inputs` and on tensor sizes, in graph order.
 
-    A number that is no size may be another one in each step, as a timestep is.
+    Other number inputs are not invariant, because they may differ in each step, as a timestep does.
     """
     inputs = set(inputs)
     placeholders = graph.find_nodes(op="placeholder")
     sizes = _sizes(placeholders)
-    steady = dict.fromkeys(node for i, node in enumerate(placeholders) if i in inputs or _is_size(node, sizes))
+    invariant = dict.fromkeys(node for i, node in enumerate(placeholders) if i in inputs or _is_size(node, sizes))
     for node in graph.nodes:
         computed = node.op == "call_function" and _may_move(node)
-        if node.op == "get_attr" or (computed and all(argument in steady for argument in _read(node))):
-            steady[node] = None
-    return steady
+        if node.op == "get_attr" or (computed and all(argument in invariant for argument in _read(node))):
+            invariant[node] = None
+    return invariant
 
 
 def _read(node: fx.Node) -> list[fx.Node]:
-    """What a node's values depend on: not the tensor of which `full_like` and its kind take nothing but the shape."""
+    """Return the nodes that the values of `node` depend on. `full_like` and similar ops read only a shape."""
     likes = node.args[0] if packet(node) in _SHAPED else None
     return [argument for argument in node.all_input_nodes if argument is not likes]
 
 
 def _sizes(placeholders: Iterable[fx.Node]) -> set[sympy.Symbol]:
-    """The symbols in the shapes and strides of the tensors among some inputs."""
+    """Return the symbols in the shapes and strides of the tensors among `placeholders`."""
     tensors = (value for node in placeholders if isinstance(value := node.meta.get("val"), Tensor))
     numbers = (number for tensor in tensors for number in (*tensor.shape, *tensor.stride()))
     return {s for number in numbers if isinstance(number, torch.SymInt) for s in number.node.expr.free_symbols}
 
 
 def _is_size(node: fx.Node, sizes: set[sympy.Symbol]) -> bool:
-    """Whether an input is no tensor, and no number but one that follows from the sizes of tensors."""
+    """Return whether an input is a number that follows from tensor sizes, or neither a tensor nor a number."""
     value = node.meta.get("val")
     if isinstance(value, torch.SymInt | torch.SymFloat):
         return value.node.expr.free_symbols <= sizes
@@ -89,7 +89,7 @@ def _is_size(node: fx.Node, sizes: set[sympy.Symbol]) -> bool:
 
 
 def _may_move(node: fx.Node) -> bool:
-    """Not what draws random numbers or acts on something, nor what has a size that only its data tell."""
+    """Return whether `node` may be hoisted: it is pure, deterministic, and has no data-dependent size."""
     tags = getattr(node.target, "tags", ())
     if node.is_impure() or torch.Tag.nondeterministic_seeded in tags or torch.Tag.dynamic_output_shape in tags:
         return False
@@ -98,10 +98,10 @@ def _may_move(node: fx.Node) -> bool:
     return all(isinstance(part, Tensor) and not is_unbacked(part) for part in parts)
 
 
-def _dear(steady: dict[fx.Node, None]) -> dict[fx.Node, None]:
-    """The steady nodes that took a contraction to make."""
-    dear: dict[fx.Node, None] = {}
-    for node in steady:
-        if node.op == "call_function" and (is_contraction(node) or any(arg in dear for arg in node.all_input_nodes)):
-            dear[node] = None
-    return dear
+def _contains_contraction(invariant: dict[fx.Node, None]) -> dict[fx.Node, None]:
+    """Return the invariant nodes that are, or are computed from, a contraction."""
+    derived: dict[fx.Node, None] = {}
+    for node in invariant:
+        if node.op == "call_function" and (is_contraction(node) or any(arg in derived for arg in node.all_input_nodes)):
+            derived[node] = None
+    return derived

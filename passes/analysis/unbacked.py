@@ -1,8 +1,8 @@
-"""Sizes that data decide (a mask selects tokens, a router counts them), as inputs of straight-line code.
+"""Data-dependent sizes (a mask selects tokens, a router counts them) as inputs of straight-line graphs.
 
-The trace names such a size by a symbol that the deciding op defines, or by a sum of such symbols. Code that takes a
-tensor of that size from a slot, or from another piece, may have that op no more, and a sum cannot be read off a tensor.
-So such code gets new symbols, each of which some input binds.
+In the trace, such a size is an unbacked symbol, which one op defines, or a sum of such symbols. A graph that takes a
+tensor of that size from a slot or from another segment may not contain this op, and a sum cannot be read off a tensor.
+Such a graph therefore gets new symbols, each of which is bound by an input.
 """
 
 from __future__ import annotations
@@ -21,14 +21,17 @@ _ONE = sympy.S.One
 
 
 def is_unbacked(value: Any) -> bool:
-    """Whether a tensor, or a number, has a size that data decide."""
+    """Return whether `value` is, or has, a data-dependent size."""
     return bool(torch_compat.unbacked_symbols(value))
 
 
-def moving_sizes(graph: fx.Graph, steady: Iterable[int]) -> frozenset[sympy.Symbol]:
-    """The symbols of sizes that other inputs than the `steady` ones decide: they may differ from call to call."""
-    placeholders, steady = graph.find_nodes(op="placeholder"), frozenset(steady)
-    moving = {node for i, node in enumerate(placeholders) if i not in steady and isinstance(node.meta["val"], Tensor)}
+def moving_sizes(graph: fx.Graph, invariant: Iterable[int]) -> frozenset[sympy.Symbol]:
+    """Return the symbols of sizes that may differ from call to call.
+
+    These depend on random numbers, or on inputs that are not at the positions `invariant`.
+    """
+    placeholders, fixed = graph.find_nodes(op="placeholder"), frozenset(invariant)
+    moving = {node for i, node in enumerate(placeholders) if i not in fixed and isinstance(node.meta["val"], Tensor)}
     found: set[sympy.Symbol] = set()
     for node in graph.nodes:
         drawn = torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
@@ -44,21 +47,21 @@ def _symbols(node: fx.Node) -> frozenset[sympy.Symbol]:
 
 
 def is_contiguous(value: Tensor) -> bool:
-    """Whether a tensor has no gaps, its dimensions in order; torch raises for a size that data decide."""
+    """Return whether `value` is contiguous. `Tensor.is_contiguous` raises for a data-dependent size."""
     return memory_order(value) == list(range(value.ndim)) if is_unbacked(value) else value.is_contiguous()
 
 
 def is_dense(value: Tensor) -> bool:
-    """Whether a tensor has no gaps and overlaps in memory, its dimensions in any order."""
+    """Return whether `value` has no gaps and no overlaps in memory, with its dimensions in any order."""
     if is_unbacked(value):
         return memory_order(value) is not None
     return bool(torch.ops.aten.is_non_overlapping_and_dense(value))
 
 
 def memory_order(value: Tensor) -> list[int] | None:
-    """The order of a dense tensor's dimensions in memory, outermost first; None where it has gaps or overlaps.
+    """Return the dimensions of a dense tensor in memory order, outermost first, or None if it has gaps or overlaps.
 
-    It is read off numbers that stand for the symbols.
+    Substitutes distinct primes for the symbols and compares the resulting sizes and strides.
     """
     symbols = {symbol for size in (*value.shape, *value.stride()) for symbol in _expression(size).free_symbols}
     tried = {symbol: sympy.prime(25 + i) for i, symbol in enumerate(sorted(symbols, key=str))}
@@ -73,7 +76,7 @@ def memory_order(value: Tensor) -> list[int] | None:
 
 
 def bind_inputs(gm: fx.GraphModule, fake_mode: FakeTensorMode | None) -> None:
-    """Name the sizes among a graph's inputs that data decide by symbols that the inputs themselves bind."""
+    """Replace the data-dependent sizes of a graph's inputs by new symbols that the inputs bind."""
     found = [node for node in gm.graph.find_nodes(op="placeholder") if is_unbacked(node.meta.get("val"))]
     if fake_mode is None or not found:
         return
@@ -83,15 +86,18 @@ def bind_inputs(gm: fx.GraphModule, fake_mode: FakeTensorMode | None) -> None:
 
 
 def _sizes(value: SymInt | Tensor) -> tuple[int | SymInt, ...]:
-    """The sizes by which an input is described; those of a dense tensor tell its strides."""
+    """Return the sizes that describe an input. The strides of a dense tensor follow from its shape and memory order."""
     if not isinstance(value, Tensor):
         return (value,)
     return tuple(value.shape) if memory_order(value) is not None else (*value.shape, *value.stride())
 
 
 class _Sizes:
-    """The new sizes by the expressions of old ones. A whole-number combination of others needs no symbol of its own:
-    that tokens and a mask over them are as many must still be seen."""
+    """Maps the expressions of old sizes to new sizes.
+
+    A size that is an integer combination of others gets no symbol of its own, so that equal sizes, for example of
+    tokens and of their mask, stay equal.
+    """
 
     def __init__(self, sizes: Iterable[int | SymInt]) -> None:
         old: dict[sympy.Expr, SymInt] = {_expression(s): s for s in sizes if isinstance(s, SymInt) and is_unbacked(s)}
@@ -111,7 +117,7 @@ class _Sizes:
         return torch_compat.unbacked_input(old)
 
     def _combined(self, expression: sympy.Expr) -> int | SymInt | None:
-        """The size by those that have symbols already, if it follows from them."""
+        """Return `expression` as an integer combination of the new sizes so far, or None."""
         terms, columns = _terms(expression), [_terms(base) for base in self.basis]
         rows = sorted({term for part in (terms, *columns) for term in part} - {_ONE}, key=str)
         matrix = sympy.Matrix(len(rows), len(columns), lambda i, j: columns[j].get(rows[i], 0))
@@ -127,7 +133,7 @@ class _Sizes:
         return sum(parts, int(constant))
 
     def rebound(self, value: SymInt | Tensor, fake_mode: FakeTensorMode) -> int | SymInt | Tensor:
-        """An input with its new sizes."""
+        """Return `value` with its new sizes."""
         if not isinstance(value, Tensor):
             return self._of(value)
         shape, order = [self._of(size) for size in value.shape], memory_order(value)
@@ -146,5 +152,5 @@ def _expression(size: int | SymInt) -> sympy.Expr:
 
 
 def _terms(expression: sympy.Expr) -> dict[sympy.Expr, Any]:
-    """The terms of a sum with their coefficients."""
+    """Return the terms of a sum with their coefficients."""
     return dict(sympy.expand(expression).as_coefficients_dict())

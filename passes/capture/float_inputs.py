@@ -40,7 +40,7 @@ def _is_input(node: Any) -> bool:
 
 
 def _is_float(node: fx.Node) -> bool:
-    """Return whether an op makes a floating-point tensor. Adding a float to an integer tensor would give another dtype."""
+    """Return whether an op makes a floating-point tensor. An integer tensor plus a float would have another dtype."""
     value = node.meta.get("example_value")
     return isinstance(value, torch.Tensor) and value.is_floating_point()
 

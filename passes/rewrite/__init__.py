@@ -1,4 +1,4 @@
-"""Rewrites: guarded graphs, half batches, slots, codecs, cuts into segments, and specialisation to straight-line code.
+"""Rewrites: hoisting, guarded graphs, half batches, slots, codecs, segments, specialisation to straight-line graphs.
 
-They import every other room of the passes; the compiler, proofs and reports may import them.
+They import every other subpackage of passes; the compiler, proofs and reports may import them.
 """

@@ -1,7 +1,7 @@
-"""What of a graph's values belongs to which sample of the batch: an analysis by one rule for each op (batch_rules.py).
+"""Batch labels: an analysis of how the values of a graph depend on the samples of the batch.
 
-Only proof counts: a node's label follows from those of its operands by the rule for its op, and an op without a rule
-proves nothing.
+The label of a node follows from the labels of its operands by the rule for its op (batch_rules.py). A value whose op
+has no rule is MIXED.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from dit_rewrite.passes.rewrite.cache_or_compute import cache_or_compute
 
 
 class Batch(Enum):
-    """What of the batch a value holds; a tuple has the label of its members.
+    """How a value depends on the samples of the batch. The label of a tuple is that of its members.
 
-    SAME: it does not depend on which sample (weights, tables). LEADING: dim 0 is a multiple of the batch, and of its
-    `batch` equal parts the i-th depends on that of sample i in other LEADING values, and on SAME ones, alone. EQUAL:
-    both, the parts being equal (a table expanded over the batch). MIXED: anything else, or not proven.
+    SAME: the value is the same for all samples (weights, tables). LEADING: the size of dim 0 is a multiple of the batch
+    size; of its `batch` equal parts, part i depends only on part i of other LEADING values, and on SAME values. EQUAL:
+    LEADING with equal parts (a table expanded over the batch). MIXED: anything else, or not proven.
     """
 
     SAME = "same"
@@ -34,10 +34,10 @@ class Batch(Enum):
 
 
 def batch_labels(graph: fx.Graph, batch: int, static: Iterable[int] = ()) -> dict[fx.Node, Batch]:
-    """The label of every node of a captured graph, whose nodes carry values without data in ``meta["val"]``.
+    """Return the label of every node of a captured graph, whose nodes have fake values in ``meta["val"]``.
 
-    Placeholders at the positions `static` are weights. Any other tensor whose dim 0 is `batch` is taken to hold one
-    sample in each row: of the inputs only the caller can know. Raises BadArgument for a batch below 1.
+    Placeholders at the positions `static` are weights. Any other input whose dim 0 has size `batch` is assumed to have
+    one row per sample; the caller must ensure this. Raises BadArgument if `batch` is below 1.
     """
     if batch < 1:
         raise BadArgument("batch_labels", "batch", batch, "an integer from 1 on")
@@ -48,11 +48,11 @@ def batch_labels(graph: fx.Graph, batch: int, static: Iterable[int] = ()) -> dic
 
 
 class Flow:
-    """The labels of a graph's nodes, `given` those of its placeholders.
+    """Computes the labels of a graph's nodes from the labels `given` for its placeholders.
 
-    ``results`` has those of each cache_or_compute node's results (guarded_graph.py), ``inner`` the flow through each
-    subgraph that it refers to, ``halved`` for each LEADING node the operands that are LEADING to
-    it: an EQUAL one may be.
+    ``results``: the labels of the results of each cache_or_compute node. ``inner``: the flow of each subgraph of such
+    a node. ``leading_operands``: for each LEADING node, the operands that its rule takes as LEADING. An EQUAL operand
+    may be taken as LEADING or as SAME.
     """
 
     def __init__(self, graph: fx.Graph, given: Sequence[Batch], batch: int) -> None:
@@ -60,7 +60,7 @@ class Flow:
         self.labels: dict[fx.Node, Batch] = {}
         self.results: dict[fx.Node, tuple[Batch, ...]] = {}
         self.inner: dict[fx.Node, Flow] = {}
-        self.halved: dict[fx.Node, frozenset[fx.Node]] = {}
+        self.leading_operands: dict[fx.Node, frozenset[fx.Node]] = {}
         for node, label in zip(graph.find_nodes(op="placeholder"), given, strict=True):
             self.labels[node] = self._proven(node, label)
         for node in graph.nodes:
@@ -72,16 +72,16 @@ class Flow:
                 self.labels[node] = self._label(node)
 
     def of(self, argument: Any) -> Batch:
-        """The label of a node's argument; of what is no node, SAME."""
+        """Return the label of a node's argument; SAME if the argument is not a node."""
         return self.labels[argument] if isinstance(argument, fx.Node) else Batch.SAME
 
     def through(self, body: fx.Node) -> tuple[Batch, ...]:
-        """The labels of what a subgraph returns."""
+        """Return the labels of the results of the subgraph that `body` refers to."""
         graph = attribute(body.graph.owning_module, body).graph  # type: ignore[arg-type]
         return tuple(map(self.inner[body].of, graph.output_node().args[0]))
 
     def _proven(self, node: fx.Node, label: Batch) -> Batch:
-        """What is said of an input, as far as its shape allows."""
+        """Return `label`, or MIXED if the shape of the input contradicts it."""
         if tensor(node) is None:
             return Batch.SAME
         rows = rows_of(node)
@@ -89,21 +89,21 @@ class Flow:
         return label if divides or label is Batch.SAME else Batch.MIXED
 
     def _label(self, node: fx.Node) -> Batch:
-        held = {self.labels[operand] for operand in node.all_input_nodes}
-        if Batch.MIXED in held:
+        labels = {self.labels[operand] for operand in node.all_input_nodes}
+        if Batch.MIXED in labels:
             return Batch.MIXED
         certain = frozenset(n for n in node.all_input_nodes if self.labels[n] is Batch.LEADING)
         either = frozenset(n for n in node.all_input_nodes if self.labels[n] is Batch.EQUAL)
         for leading in (certain | either, certain):
             if leading and rule_of(node)(Call(node, leading, self.batch)):
-                self.halved[node] = leading
+                self.leading_operands[node] = leading
                 return Batch.LEADING if certain else Batch.EQUAL
         if certain:
             return Batch.MIXED
         return Batch.EQUAL if repeats(node, self.batch) else Batch.SAME
 
     def _call(self, node: fx.Node) -> Batch:
-        """Labels the results of a site's node: what is reused and what is computed have to agree."""
+        """Label the results of a cache_or_compute node, which may be the reused or the computed values."""
         _, cached, compute, live_ins = cast("tuple[Any, ...]", node.args)
         instead: Any = node.kwargs.get("instead")
         given = [self.of(argument) for argument in live_ins]
@@ -113,7 +113,7 @@ class Flow:
         self.results[node] = tuple(_join({a, b}) for a, b in zip(self.through(compute), reused, strict=True))
         tuples = any(label is Batch.LEADING and not _is_tensor(a) for a, label in zip(live_ins, given, strict=True))
         mixed = Batch.MIXED in {*self.results[node], *map(self.of, node.all_input_nodes)}
-        return Batch.MIXED if mixed or tuples else Batch.SAME  # a tuple could not be handed in as half
+        return Batch.MIXED if mixed or tuples else Batch.SAME  # half of a tuple cannot be passed in
 
 
 def _is_tensor(node: fx.Node) -> bool:
@@ -121,7 +121,7 @@ def _is_tensor(node: fx.Node) -> bool:
 
 
 def _join(labels: set[Batch]) -> Batch:
-    """The label of a value that may be one or the other."""
+    """Return the label of a value that may have any of `labels`."""
     if len(labels) == 1:
         return next(iter(labels))
     if Batch.MIXED in labels or labels == {Batch.SAME, Batch.LEADING}:

@@ -1,6 +1,6 @@
-"""Rules of batch.py: for each op, when its result is LEADING, its operands being LEADING or SAME each.
+"""Rules of batch.py: for each op, whether its result is LEADING if its operands are LEADING or SAME.
 
-A rule holds for a batch of any size, one included: the ops are run on half of it.
+A rule must hold for every batch size including one, because the ops run on half of the batch.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from dit_rewrite.torch_compat import OpOverload
 
 @dataclass(frozen=True)
 class Call:
-    """A call, and which of its operands are LEADING; the others are SAME."""
+    """A call and its LEADING operands. The other operands are SAME."""
 
     node: fx.Node
     leading: frozenset[fx.Node]
     batch: int
 
     def argument(self, name: str) -> Any:
-        """An argument by its name in the schema."""
+        """Return the argument called `name` in the schema, or None."""
         return _arguments(self.node).get(name)
 
     @property
@@ -41,26 +41,26 @@ def _schema(node: fx.Node) -> list[Any]:
 
 
 def _arguments(node: fx.Node) -> dict[str, Any]:
-    """The arguments of a call by name, those left out by their defaults."""
+    """Return the arguments of a call by name, defaults included."""
     bound = {a.name: a.default_value for a in _schema(node) if a.has_default_value()}
     return {**bound, **dict(zip((a.name for a in _schema(node)), node.args, strict=False)), **node.kwargs}
 
 
 def tensor(node: fx.Node) -> Tensor | None:
-    """The value of a node, of a tuple its first member; None where that is no tensor."""
+    """Return the value of a node, or the first member if it is a tuple. None if that is not a tensor."""
     value = node.meta.get("val")
     value = value[0] if isinstance(value, (tuple, list)) and value else value
     return value if isinstance(value, Tensor) else None
 
 
 def rows_of(node: fx.Node) -> int | None:
-    """The size of dim 0; None where there is none, or where it is symbolic: asking would add a guard."""
+    """Return the size of dim 0, or None if there is none or it is symbolic (comparing it would add a Dynamo guard)."""
     value = tensor(node)
     return value.shape[0] if value is not None and value.ndim and isinstance(value.shape[0], int) else None
 
 
 def _aligned(call: Call) -> bool:
-    """Broadcasting leaves dim 0 in place: LEADING operands have all dims of the result, SAME ones do without dim 0."""
+    """Broadcasting keeps dim 0: LEADING operands have all dims of the result, SAME operands lack or broadcast dim 0."""
     result, rows = tensor(call.node), rows_of(call.node)
     if result is None or rows is None:
         return False
@@ -75,18 +75,18 @@ def _fits(node: fx.Node, leading: bool, rank: int, rows: int) -> bool:
 
 
 def _attends(call: Call) -> bool:
-    """Attention of each entry of dim 0 by itself: there is a batch dim before tokens and width."""
+    """Attention treats each entry of dim 0 separately if there is a batch dim before tokens and width."""
     return _aligned(call) and call.first.ndim >= 3
 
 
 def _in_order(call: Call) -> bool:
-    """A view holds all elements in row-major order, so that a sample's part stays together; it is not to be split."""
+    """A view keeps the row-major order of elements, so the elements of a sample stay contiguous along dim 0."""
     rows = rows_of(call.node)
     return rows is not None and rows % call.batch == 0
 
 
 def _behind(call: Call) -> bool:
-    """What is done along dims other than dim 0, to operands that all have it."""
+    """The op acts along dims other than dim 0, and all operands have dim 0."""
     dims = call.argument("dims") if call.argument("dim") is None else call.argument("dim")
     dims = [dims] if isinstance(dims, int) else dims
     rows, rank = rows_of(call.node), call.first.ndim
@@ -96,7 +96,7 @@ def _behind(call: Call) -> bool:
 
 
 def _slices(call: Call) -> bool:
-    """All of dim 0 may be sliced out, too."""
+    """A slice may also be along dim 0 if it selects all of it."""
     step, rows = call.argument("step"), rows_of(call.node)
     return _behind(call) or (step == 1 and rows is not None and rows == call.first.shape[0])
 
@@ -111,12 +111,12 @@ def _permutes(call: Call) -> bool:
 
 
 def _expands(call: Call) -> bool:
-    """No dim is put before dim 0."""
+    """The op inserts no dim before dim 0."""
     return tensor(call.node).ndim == call.first.ndim  # type: ignore[union-attr]
 
 
 def _multiplies(call: Call) -> bool:
-    """Rows times a matrix that is SAME, plus a bias that broadcasts."""
+    """The op multiplies LEADING rows by a SAME matrix, and adds a bias that broadcasts."""
     rows, matrix = operands(call.node)
     bias = set(call.node.all_input_nodes) - {rows, matrix}
     result, count = tensor(call.node), rows_of(rows)
@@ -126,7 +126,7 @@ def _multiplies(call: Call) -> bool:
 
 
 def _alone(name: str) -> Callable[[Call], bool]:
-    """Only the operand of that name is LEADING: rows of tokens or images that do not see each other."""
+    """Return the rule that only the operand called `name` is LEADING. The op treats its rows separately."""
     return lambda call: call.leading == {call.argument(name)}
 
 
@@ -184,12 +184,12 @@ _GROUPS: dict[Callable[[Call], bool], tuple[Any, ...]] = {
     _looks_up: (aten.index_select,),
 }  # fmt: skip
 _RULES = {op: rule for rule, ops in _GROUPS.items() for op in ops}
-_WINDOWS = ("dit_rewrite::window_refresh", "dit_rewrite::window_reuse")  # by name: kernels/ is another layer
+_WINDOWS = ("dit_rewrite::window_refresh", "dit_rewrite::window_reuse")  # by name, because passes do not import kernels
 _FACTORIES = {aten.full, aten.zeros, aten.ones}
 
 
 def rule_of(node: fx.Node) -> Callable[[Call], bool]:
-    """The rule of a node's op; one without a rule proves nothing."""
+    """Return the rule of a node's op. The rule of an unknown op is `_never`."""
     tags = getattr(node.target, "tags", ())
     if node.target is getitem:
         return _always
@@ -201,7 +201,7 @@ def rule_of(node: fx.Node) -> Callable[[Call], bool]:
 
 
 def repeats(node: fx.Node, batch: int) -> bool:
-    """Whether a call makes the same for each sample, of operands that are SAME."""
+    """Return whether a call with SAME operands gives equal values for each sample."""
     result, rows, op = tensor(node), rows_of(node), packet(node)
     if result is None or rows is None or rows % batch:
         return False

@@ -1,4 +1,4 @@
-"""The node that stands for a guarded site in a guarded graph. It runs as it is, with the decision as an input."""
+"""The function that a guarded graph calls for each guarded site. It is executable, with the decision as an input."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ def cache_or_compute(
     guard: str,
     strategy: str,
 ) -> Sequence[Any]:
-    """The values of a site and of the sites inside it: the `cached` ones, or those that `compute` makes of `live_ins`.
+    """Return the values of a site and of the sites inside it.
 
-    Where there is an `instead`, it makes them in the place of the cached ones. `site`, `guard` and `strategy` are what
-    a reader of the graph sees; they change nothing here.
+    Without `reuse`, returns ``compute(*live_ins)``. With `reuse`, returns `cached`, or ``instead(*live_ins)`` if
+    `instead` is given. `site`, `guard` and `strategy` have no effect; they are shown when the graph is printed.
     """
     if not reuse:
         return compute(*live_ins)

@@ -1,6 +1,7 @@
-"""What a slot holds in the place of a value: the stream's change across a span, numbers of fewer bits, or both.
+"""Codecs: the formats in which slots store values.
 
-Plain functions of tensors; `inline` writes what they do into a graph.
+A codec may store the difference between a value and a base tensor, convert it to fewer bits, or both. Codecs are
+functions of tensors; `inline` writes their ops into a graph.
 """
 
 from __future__ import annotations
@@ -15,74 +16,78 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from dit_rewrite.passes.analysis.unbacked import is_dense
 
-_LARGEST = {"int8": 127.0, "fp8": 448.0}  # of e4m3
+_LARGEST = {"int8": 127.0, "fp8": 448.0}  # fp8 is e4m3
 _DTYPES = {"bf16": torch.bfloat16, "int8": torch.int8, "fp8": torch.float8_e4m3fn}
 FORMATS = tuple(_DTYPES)
 
 
 class Codec(Protocol):
-    """What is held for a value, made of it and of what its place reads (a span's base; an attention's query, key, value
-    and perhaps mask), and how the value is had again from what is held and from what the place reads then."""
+    """Encodes a value as stored tensors and decodes it again.
+
+    `read` are the tensors that the site reads even if it is reused: the base of a span, or query, key, value and mask
+    of an attention. `encode` gets those of the computing step, `decode` those of the reusing step.
+    """
 
     def is_plain(self, value: Tensor, read: Sequence[Tensor]) -> bool:
-        """Whether the value itself is held."""
+        """Return whether the slot stores the value unchanged."""
         ...
 
     def encode(self, value: Tensor, read: Sequence[Tensor]) -> Sequence[Tensor]:
-        """What is held."""
+        """Return the tensors to store."""
         ...
 
-    def decode(self, held: Sequence[Tensor], read: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
-        """The value again, in its `dtype`."""
+    def decode(self, stored: Sequence[Tensor], read: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+        """Reconstruct the value, with the given `dtype`, from the stored tensors."""
         ...
 
 
 @dataclass(frozen=True)
 class ValueCodec:
-    """The codec of branches and spans: the value, less the base that is read, if one is; in numbers of `name`.
+    """The codec of branches and spans. It stores the value, minus the base if `read` has one, in `format`.
 
-    "int8" and "fp8" have one fp32 scale for each token, so that the token's largest absolute value is the largest
-    number. A token that is all zero has scale 1; one that is not finite stays so, by its scale.
+    `format` is one of `FORMATS`, or None for the dtype of the value. "int8" and "fp8" also store an fp32 scale per
+    token, with shape ``(..., 1)``, that maps the largest absolute value of the token to the largest number of the
+    format. A token of zeros has scale 1. A token that is not finite has a scale that is not finite, and stays so.
     """
 
-    name: str | None = None
+    format: str | None = None
 
     def __str__(self) -> str:
-        return repr(self.name)
+        return repr(self.format)
 
     def is_plain(self, value: Tensor, read: Sequence[Tensor]) -> bool:
-        return not read and not is_converted(value, self.name) and is_dense(value)
+        return not read and not is_converted(value, self.format) and is_dense(value)
 
     def encode(self, value: Tensor, read: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        held = value - read[0] if read else value
-        name = self.name if is_converted(value, self.name) else None
-        if name is None or name not in _LARGEST:
-            held = held if name is None else held.to(_DTYPES[name])
-            return (held if is_dense(held) else held.clone(),)  # keys beside queries and values would hold all three
-        wide = held.float()
+        difference = value - read[0] if read else value
+        format = self.format if is_converted(value, self.format) else None
+        if format is None or format not in _LARGEST:
+            stored = difference if format is None else difference.to(_DTYPES[format])
+            return (stored if is_dense(stored) else stored.clone(),)  # a view of a fused QKV would keep all of it alive
+        wide = difference.float()
         largest = wide.abs().amax(-1, keepdim=True)
-        scale = largest / _LARGEST[name]
-        scale = scale.masked_fill(scale == 0, 1.0)  # also where the quotient is too small for fp32
-        numbers = (wide / scale).clamp(-_LARGEST[name], _LARGEST[name])
-        return (numbers.round() if name == "int8" else numbers).to(_DTYPES[name]), scale
+        scale = largest / _LARGEST[format]
+        scale = scale.masked_fill(scale == 0, 1.0)  # the quotient may also underflow to 0
+        numbers = (wide / scale).clamp(-_LARGEST[format], _LARGEST[format])
+        return (numbers.round() if format == "int8" else numbers).to(_DTYPES[format]), scale
 
-    def decode(self, held: Sequence[Tensor], read: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
-        value = held[0]
-        if len(held) == 2:
-            value = value.float() * held[1]
-        value = value.to(dtype) if self.name is not None else value
+    def decode(self, stored: Sequence[Tensor], read: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+        value = stored[0]
+        if len(stored) == 2:
+            value = value.float() * stored[1]
+        value = value.to(dtype) if self.format is not None else value
         return self.join(value, read)
 
     def join(self, value: Tensor, read: Sequence[Tensor]) -> Tensor:
-        """What is held with what it is added to, if anything is read."""
+        """Add the base to a decoded difference, if `read` has one."""
         return read[0] + value if read else value
 
 
 @dataclass(frozen=True)
 class DeltaCodec(ValueCodec):
-    """The codec of a guided batch: the half that is not computed, less the one that is, number `half`.
+    """The codec of a guided batch. It stores the difference of its halves: the other half minus half number `half`.
 
-    What is read when it is had again is the computed half, twice.
+    A reusing step computes only half number `half`. `decode` reads that half repeated twice along dim 0.
     """
 
     half: Literal[0, 1] = 0
@@ -104,29 +109,31 @@ class DeltaCodec(ValueCodec):
 def combine(
     codec: ValueCodec, history: Sequence[Sequence[Tensor]], weights: Tensor, read: Sequence[Tensor], dtype: torch.dtype
 ) -> Tensor:
-    """The sum of held values, newest first, by `weights` ``(len(history),)``; plus the base that is read, if one is.
+    """Return the weighted sum of stored values, plus the base if `read` has one.
 
-    The sum is taken in fp32 (of float64 values in float64) and then rounded to `dtype`: weights (1, 0, …) give the
-    newest value bit for bit. Numbers that are no fractions are taken from the newest.
+    `history` has the stored tensors of each value, newest first; `weights` is an fp32 tensor of shape
+    ``(len(history),)``. The sum is computed in fp32 (float64 for float64 values) and rounded to `dtype`, so that
+    weights (1, 0, …) give the newest value bit for bit. If `dtype` is not floating-point, returns the newest value.
     """
     if not dtype.is_floating_point:
         return codec.decode(history[0], read, dtype)
     wide = torch.float64 if dtype is torch.float64 else torch.float32
-    terms = [weights[k].to(wide) * codec.decode(held, (), dtype).to(wide) for k, held in enumerate(history)]
+    terms = [weights[k].to(wide) * codec.decode(stored, (), dtype).to(wide) for k, stored in enumerate(history)]
     return codec.join(sum(terms[1:], terms[0]).to(dtype), read)
 
 
-def is_converted(value: Tensor, store: str | None) -> bool:
-    """Whether `store` changes what is held of a value: of tokens, and not of a mere number."""
-    return store is not None and value.is_floating_point() and value.ndim >= 2
+def is_converted(value: Tensor, format: str | None) -> bool:
+    """Return whether a slot converts `value` to `format`. It converts floating-point tensors of at least 2 dims."""
+    return format is not None and value.is_floating_point() and value.ndim >= 2
 
 
 def inline(
     graph: fx.Graph, function: Callable[..., Sequence[Tensor]], arguments: Sequence[fx.Node], position: float, home: int
 ) -> list[fx.Node]:
-    """Write into `graph` what `function` does with the values of `arguments`; the nodes of its results.
+    """Trace `function` with the values of `arguments` and append its ops to `graph`. Returns the result nodes.
 
-    They are numbered from `position` on, less than 1 further, and belong to the node at `home` (insert_guards.py).
+    The new nodes get positions between `position` and `position` + 1, and belong to the node at position `home`
+    (insert_guards.py).
     """
     traced = make_fx(function)(*(node.meta["val"] for node in arguments))
     env: dict[fx.Node, Any] = dict(zip(traced.graph.find_nodes(op="placeholder"), arguments, strict=True))

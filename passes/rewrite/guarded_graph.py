@@ -16,7 +16,7 @@ from dit_rewrite.passes.rewrite.codec import Codec, ValueCodec
 
 @dataclass(frozen=True)
 class Guidance:
-    """Which nodes carry a guided batch of that size (half_batch.py), and which of its halves is computed for both."""
+    """A guided batch: the labels of the nodes by name, the batch size, and the half that is computed for both."""
 
     labels: Mapping[str, Batch]
     batch: int
@@ -25,10 +25,11 @@ class Guidance:
 
 @dataclass(frozen=True)
 class Guarded:
-    """A site of the graph with the guard and strategy that its node shows; `site` is an index into the sites found.
+    """The guard and the strategy of a site, as text for its node. `site` is an index into the found sites.
 
-    `codec` says what its slot holds in the place of its values, `guidance` how a GUIDANCE site is done otherwise.
-    `depth` is how many computed values are held; above 1 a reusing step takes their weighted sum.
+    `codec` is the format in which the slot stores the values. `guidance` is set if a reusing step computes half of a
+    guided batch. `depth` is the number of computed values that the slot keeps; if it is above 1, a reusing step takes
+    their weighted sum.
     """
 
     site: int
@@ -41,43 +42,45 @@ class Guarded:
 
 @dataclass(frozen=True)
 class GuardedGraph:
-    """A graph whose sites are cache_or_compute nodes; ``source`` is the graph that it was made from.
+    """A graph whose guarded sites are cache_or_compute nodes, made from the captured graph ``source``.
 
-    Its inputs are those of the captured graph, then for each guarded site a decision (True: reuse), then what each of
-    its slots holds; its outputs those of the captured graph, then what each slot holds now, if its site was computed
-    (inside half of a batch a reused one gives that half twice: its slot is to be left as it is). ``sites`` are the
-    guarded ones in the order of these inputs, ``held`` the number of tensors that each one's slot gets when it
-    computes; ``depths`` how many computed values it has: if more than one, its inputs are those of the newest, then
-    older ones, then an fp32 vector of their weights. ``parents`` index into the sites: the nearest one whose reuse
-    takes this one's decision away.
-    Every node that the captured graph has too knows its ``position`` there, in its meta; those that pack and unpack
-    slots stand in between.
+    Inputs: the ``num_inputs`` inputs of the captured graph; a decision for each guarded site (True: reuse); the tensors
+    of each slot. Outputs: the ``num_outputs`` outputs of the captured graph; the new tensors of each slot, which are
+    valid only if its site was computed.
+
+    ``sites`` are the guarded sites in the order of these inputs. ``widths``: how many tensors the slot of each site
+    gets when the site computes. ``depths``: how many computed values each slot keeps. If more than one, the slot's
+    inputs are the tensors of the newest value, those of older values, and an fp32 vector ``(depth,)`` of weights.
+    ``parents``: for each site, the index of the nearest enclosing site whose reuse makes its decision irrelevant.
+
+    Nodes of the captured graph have their ``position`` there in their meta. Nodes that encode and decode slots have
+    fractional positions in between.
     """
 
     gm: fx.GraphModule
     sites: tuple[Site, ...]
     parents: tuple[int | None, ...]
-    held: tuple[int, ...]
+    widths: tuple[int, ...]
     depths: tuple[int, ...]
     num_inputs: int
     num_outputs: int
     source: fx.GraphModule
 
     @cached_property
-    def taken(self) -> tuple[int, ...]:
-        """For each site how many inputs its slot is: what it holds, and the weights."""
-        return tuple(n * depth + (depth > 1) for n, depth in zip(self.held, self.depths, strict=True))
+    def num_slot_inputs(self) -> tuple[int, ...]:
+        """For each site the number of inputs for its slot: tensors and weights."""
+        return tuple(n * depth + (depth > 1) for n, depth in zip(self.widths, self.depths, strict=True))
 
     @cached_property
-    def stored(self) -> tuple[tuple[fx.Node, ...], ...]:
-        """For each site the inputs that are what its slot holds, weights left out."""
+    def slot_tensors(self) -> tuple[tuple[fx.Node, ...], ...]:
+        """For each site the inputs that are tensors of its slot, without the weights."""
         inputs = iter(self.gm.graph.find_nodes(op="placeholder")[self.num_inputs + len(self.sites) :])
-        slots = [[next(inputs) for _ in range(count)] for count in self.taken]
-        return tuple(tuple(slot[: n * depth]) for slot, n, depth in zip(slots, self.held, self.depths, strict=True))
+        slots = [[next(inputs) for _ in range(count)] for count in self.num_slot_inputs]
+        return tuple(tuple(slot[: n * depth]) for slot, n, depth in zip(slots, self.widths, self.depths, strict=True))
 
     @cached_property
     def acting(self) -> frozenset[fx.Node]:
-        """The nodes that must run for their effect, those of subgraphs too."""
+        """The impure nodes of the graph and its subgraphs, which must run for their side effects."""
         graphs = (module.graph for module in self.gm.modules() if isinstance(module, fx.GraphModule))
         calls = (node for graph in graphs for node in graph.nodes if node.op == "call_function")
         return frozenset(node for node in calls if node.is_impure())

@@ -1,8 +1,8 @@
-"""One half of a guided batch computed for both: attention shared across classifier-free guidance (DiTFastAttn, ASC).
+"""Compute a branch for one half of a guided batch and use it for both (ASC: attention sharing across CFG, DiTFastAttn).
 
-Where a batch holds the conditional and the unconditional half, and a branch gives nearly the same for both, it is
-computed for one of them, and its result put twice. Its graph has constant sizes, and is rewritten for half the batch;
-that samples do not mix is proven (batch.py).
+A guided batch has a conditional and an unconditional half. If a branch gives nearly the same result for both, it is
+computed for one half, and the result is repeated. Because the graph of the branch has constant sizes, it is rewritten
+for half of the batch. batch.py proves that samples do not mix.
 """
 
 from __future__ import annotations
@@ -21,20 +21,20 @@ from dit_rewrite.passes.rewrite.batch import Batch, Flow, batch_labels
 
 __all__ = ["Batch", "batch_labels", "halve"]
 
-_SIZES = {  # arguments that hold the size of dim 0
+_SIZES = {  # the arguments that give the size of dim 0
     aten.view: "size", aten._unsafe_view: "size", aten.reshape: "shape", aten.expand: "size",
     aten.native_group_norm: "N",
 }  # fmt: skip
-_KEPT = ("position", "home", "values", "nn_module_stack", "stack_trace")
+_COPIED_META = ("position", "home", "values", "nn_module_stack", "stack_trace")
 
 
 def halve(body: fx.GraphModule, labels: Sequence[Batch], batch: int, half: Literal[0, 1]) -> fx.GraphModule | None:
-    """The graph that takes what `body` takes, computes one half of the batch, and returns that half's results twice.
+    """Return a graph with the inputs of `body` that computes one half of the batch and repeats it in its outputs.
 
-    `labels` are those of the placeholders; half 0 is samples 0 .. batch/2 - 1. Of the other half nothing is read, as
-    LEADING placeholders are narrowed first. None where samples mix, where the batch is odd, and where a LEADING output
-    is no tensor. New nodes have a ``position`` beside that of the node that they serve, and its as their ``home``
-    (insert_guards.py), where the nodes of `body` have one.
+    `labels` are the labels of the placeholders. Half 0 is samples 0 .. batch/2 - 1. The other half is never read,
+    because LEADING placeholders are narrowed first. Returns None if samples mix, the batch is odd, or a LEADING output
+    is not a tensor. If the nodes of `body` have a ``position``, a new node gets one next to that of the node that it
+    was made for, whose position becomes its ``home`` (insert_guards.py).
     """
     if batch < 2 or batch % 2:
         return None
@@ -49,7 +49,10 @@ def halve(body: fx.GraphModule, labels: Sequence[Batch], batch: int, half: Liter
 
 
 class _Halver:
-    """Writes a graph for half of the batch; with `half`, its inputs are whole and its outputs put twice."""
+    """Writes a graph for half of the batch. If `half` is given, inputs have the whole batch and outputs are repeated.
+
+    ``whole`` and ``halves`` map nodes of the old graph to nodes with all rows, or with the rows of one half.
+    """
 
     def __init__(self, gm: fx.GraphModule, flow: Flow, half: int | None = None) -> None:
         self.gm, self.flow, self.half = gm, flow, half
@@ -60,7 +63,7 @@ class _Halver:
         self.mode = torch_compat.detect_fake_mode([node.meta.get("val") for node in gm.graph.nodes])
 
     def run(self, wanted: Sequence[Batch]) -> fx.GraphModule:
-        """The graph; its outputs are halved where LEADING is wanted of them."""
+        """Return the graph. An output whose label in `wanted` is LEADING has half of the rows."""
         used = needed(self.gm.graph, ())
         for node in self.gm.graph.nodes:
             if node.op == "placeholder":
@@ -76,7 +79,7 @@ class _Halver:
         return fx.GraphModule(self.attributes, self.graph)
 
     def _input(self, node: fx.Node) -> None:
-        """An input: whole, or in a graph within another already halved where it is LEADING."""
+        """Copy an input. In a subgraph, a LEADING input already has half of the rows."""
         new = self.whole[node] = self.graph.node_copy(node)
         if self.half is None and self.flow.labels[node] is Batch.LEADING:
             new.meta["val"] = self._evaluate(aten.slice.Tensor, (new, 0, 0, node.meta["val"].shape[0] // 2), {})
@@ -89,21 +92,21 @@ class _Halver:
             new.meta.setdefault("val", value if self.mode is None else self.mode.from_tensor(value))
 
     def _copy(self, node: fx.Node) -> None:
-        """The node for half of the batch where it is LEADING, else as it is."""
+        """Copy a node, for half of the batch if it is LEADING."""
         if self.flow.labels[node] is not Batch.LEADING:
             self.whole[node] = self.graph.node_copy(node, self.whole.__getitem__)
             return
-        if node.target is getitem and node.args[0] not in self.halves:  # of an input: a tuple cannot be narrowed
+        if node.target is getitem and node.args[0] not in self.halves:  # an input tuple cannot be narrowed
             self.whole[node] = self.graph.node_copy(node, self.whole.__getitem__)
             return
-        leading = self.flow.halved.get(node, frozenset(node.all_input_nodes))  # the latter of a site's result
+        leading = self.flow.leading_operands.get(node, frozenset(node.all_input_nodes))  # default: a site's result
         both = (node.args, node.kwargs) if node.target is getitem else _with_half_size(node)
         args, kwargs = fx.map_arg(both, lambda n: self._half(n) if n in leading else self.whole[n])
-        self.halves[node] = self._write(node.name, node.target, args, kwargs, _kept(node))
+        self.halves[node] = self._write(node.name, node.target, args, kwargs, _copied_meta(node))
         assert _is_half(self.halves[node].meta["val"], node.meta["val"]), node.format_node()
 
     def _call(self, node: fx.Node) -> None:
-        """A site's node, with its subgraphs for half of the batch."""
+        """Copy a cache_or_compute node with its subgraphs for half of the batch."""
         reuse, cached, compute, live_ins = cast("tuple[Any, ...]", node.args)
         wanted = self.flow.results[node]
         bodies: dict[Any, fx.Node] = {}
@@ -111,23 +114,23 @@ class _Halver:
             self.attributes[str(body.target)] = _Halver(attribute(self.gm, body), flow).run(wanted)
             bodies[body] = self.graph.get_attr(str(body.target))
         instead = node.kwargs.get("instead")
-        held = tuple(map(self._either, cached, wanted if instead is None else (Batch.SAME,) * len(cached)))
-        args = self._either(reuse), held, bodies[compute], tuple(map(self._either, live_ins))
+        slots = tuple(map(self._either, cached, wanted if instead is None else (Batch.SAME,) * len(cached)))
+        args = self._either(reuse), slots, bodies[compute], tuple(map(self._either, live_ins))
         kwargs = {**node.kwargs, **({} if instead is None else {"instead": bodies[instead]})}
         new = self.graph.create_node(node.op, node.target, args, kwargs, node.name)
         results: Any = self.attributes[str(compute.target)].graph.output_node().args[0]
-        new.meta = {**_kept(node), "val": fx.map_arg(results, lambda n: n.meta["val"])}
-        self.whole[node] = self.halves[node] = new  # each of its results is one of the two
+        new.meta = {**_copied_meta(node), "val": fx.map_arg(results, lambda n: n.meta["val"])}
+        self.whole[node] = self.halves[node] = new  # its results may be of either kind
 
     def _either(self, argument: Any, wanted: Batch = Batch.SAME) -> Any:
-        """An argument of which half is taken where it is LEADING, or that is wanted."""
+        """Return the new argument: half of the rows if it is, or is wanted, LEADING, else all of them."""
         if not isinstance(argument, fx.Node):
             return argument
         is_half = Batch.LEADING in (self.flow.labels[argument], wanted)
         return self._half(argument) if is_half else self.whole[argument]
 
     def _half(self, node: fx.Node) -> fx.Node:
-        """The half of a node's value: an input's, or one of two equal ones, is taken from the whole once."""
+        """Return the half of a node's value. The half of an input or of an EQUAL value is sliced once."""
         if node not in self.halves:
             count = node.meta["val"].shape[0] // 2
             start = count if self.half and self.flow.labels[node] is Batch.LEADING else 0
@@ -142,7 +145,7 @@ class _Halver:
         return self._both(result, value)
 
     def _both(self, result: fx.Node, value: fx.Node) -> fx.Node:
-        """The half of a result twice, in memory as the result is: a slot's reader counts on that."""
+        """Repeat the half of a result, with the memory order of the result, because readers of a slot rely on it."""
         strides = result.meta["val"].stride()
         order = sorted(range(len(strides)), key=lambda dim: (-strides[dim], dim))
         back = [order.index(dim) for dim in range(len(order))]
@@ -161,7 +164,7 @@ class _Halver:
         return node
 
     def _evaluate(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """What a call gives, without data; casts of autocast stand in the graph already."""
+        """Return the fake result of a call. Autocast is off, because its casts are already in the graph."""
         values = fx.map_arg((args, kwargs), lambda n: n.meta["val"])
         with ExitStack() as modes:
             for mode in (self.mode, torch.no_grad(), torch_compat.no_autocast()):
@@ -170,7 +173,7 @@ class _Halver:
 
 
 def _with_half_size(node: fx.Node) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The arguments of a call with the size of dim 0, where one of them says it, halved."""
+    """Return the arguments of a call, with the size of dim 0 halved if one of them gives it."""
     args, kwargs = list(node.args), dict(node.kwargs)
     name = _SIZES.get(packet(node))
     names = [argument.name for argument in node.target._schema.arguments]  # type: ignore[union-attr]
@@ -181,31 +184,31 @@ def _with_half_size(node: fx.Node) -> tuple[tuple[Any, ...], dict[str, Any]]:
 
 
 def _halved(size: Any) -> Any:
-    """A size, or sizes whose first is that of dim 0; -1 is found out anew."""
+    """Return half of a size, or sizes with the first one halved. -1 stays, because torch infers it."""
     if isinstance(size, (list, tuple)):
         return [_halved(size[0]), *size[1:]]
     return size if size == -1 else size // 2
 
 
 def _is_half(new: Any, old: Any) -> bool:
-    """Whether a value has half of dim 0, and else the shape and dtype that it had."""
+    """Return whether `new` has half of the rows of `old`, and otherwise the same shape and dtype."""
     if isinstance(old, Tensor):
         return new.dtype == old.dtype and (2 * new.shape[0], *new.shape[1:]) == tuple(old.shape)
     return all(map(_is_half, new, old))
 
 
-def _kept(node: fx.Node) -> dict[str, Any]:
-    return {key: node.meta[key] for key in _KEPT if key in node.meta}
+def _copied_meta(node: fx.Node) -> dict[str, Any]:
+    return {key: node.meta[key] for key in _COPIED_META if key in node.meta}
 
 
-# --- places: where a straight-line graph has the new nodes (specialise.py) --------------------------------------------
+# --- the positions of the new nodes in a straight-line graph (specialise.py) ------------------------------------------
 
 _Place = tuple[float, int]  # position and home
-_NEXT = 2.0**-10  # right behind a node, before what packs it for a slot (codec.py)
+_NEXT = 2.0**-10  # right after a node, before the nodes that encode it for a slot (codec.py)
 
 
 def _place(node: fx.Node) -> _Place | None:
-    """Where a node stands: a site's result where its subgraph makes it."""
+    """Return the place of a node. The place of a site's result is that of the node that computes it in the subgraph."""
     if "position" in node.meta:
         return node.meta["position"], int(node.meta.get("home", node.meta["position"]))
     if node.target is getitem and "values" in node.args[0].meta:  # type: ignore[union-attr]
@@ -217,13 +220,13 @@ def _place(node: fx.Node) -> _Place | None:
 
 
 def _bodies(call: fx.Node) -> list[fx.Graph]:
-    """The subgraphs of a site's node, the one that computes it first."""
+    """Return the subgraphs of a cache_or_compute node, `compute` first."""
     nodes = filter(None, (call.args[2], call.kwargs.get("instead")))
     return [attribute(call.graph.owning_module, node).graph for node in nodes]  # type: ignore[arg-type]
 
 
 def _places(node: fx.Node) -> list[_Place]:
-    """Where a node, or what a site's subgraphs hold, stands."""
+    """Return the place of a node, or the places of the nodes in the subgraphs of a site."""
     if "values" in node.meta:
         inside = (n for body in _bodies(node) for n in body.nodes if n.op == "call_function")
         return [place for n in inside for place in _places(n)]
@@ -236,7 +239,7 @@ def _beside(place: _Place | None, distance: float) -> dict[str, Any]:
 
 
 def _before_readers(node: fx.Node) -> dict[str, Any]:
-    """Before the first reader of a node, and behind the node."""
+    """Return the meta of a place after `node` and before its first reader."""
     reader = min((place for user in node.users for place in _places(user)), default=None)
     own = _place(node)
     if own is None or reader is None:

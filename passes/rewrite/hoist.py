@@ -1,7 +1,7 @@
-"""Hoist trajectory-invariant values: compute them once per trajectory, in a graph of their own. Lossless.
+"""Hoist trajectory-invariant values: compute them once per trajectory, in a separate graph. Lossless.
 
-The rest of the graph takes them as inputs behind its own. A call reads them again as long as its conditioning and the
-weights are the same tensors, unchanged (`runtime.cache.Hoisted`).
+The rest of the graph takes them as its last inputs. A call reuses them as long as its conditioning and the weights are
+the same, unmodified tensors (`runtime.cache.Hoisted`).
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from dit_rewrite.passes.capture import module_paths
 
 @dataclass(frozen=True)
 class Hoisted:
-    """What was hoisted from a graph: ``prologue`` takes its inputs at the positions ``inputs`` and returns ``values``.
+    """The hoisted part of a graph. ``prologue`` takes the inputs at the positions ``inputs`` and returns ``values``.
 
-    ``paths`` names the modules that the values were traced in; ``flops`` and ``bytes`` are the cost of computing and of
-    holding them.
+    ``paths`` are the paths of the modules that the values were traced in. To compute the values takes ``flops``
+    floating-point operations, to store them ``bytes``.
     """
 
     prologue: fx.GraphModule
@@ -34,10 +34,10 @@ class Hoisted:
 
 
 def hoist(gm: fx.GraphModule, invariant_inputs: Iterable[int]) -> tuple[fx.GraphModule, Hoisted] | None:
-    """Split a graph into a prologue and the rest, which takes the hoisted values as its last inputs.
+    """Split a graph into a prologue and a rest, which takes the hoisted values as its last inputs.
 
-    `invariant_inputs` are the positions of weights and of conditioning. None if there is nothing worth hoisting. The
-    graph itself stays as it is, and nodes keep their names.
+    `invariant_inputs` are the positions of weights and conditioning. Returns None if no value is worth hoisting. Does
+    not modify `gm`. Nodes keep their names.
     """
     values = invariant_values(gm.graph, invariant_inputs)
     if not values:
@@ -55,7 +55,7 @@ def hoist(gm: fx.GraphModule, invariant_inputs: Iterable[int]) -> tuple[fx.Graph
 
 
 def _needed(ends: Iterable[fx.Node], given: Iterable[fx.Node]) -> set[fx.Node]:
-    """The nodes that `ends` are computed from, themselves included, up to those that are given."""
+    """Return `ends` and the nodes that they are computed from, without the `given` nodes and what lies before them."""
     stop = set(given)
     found: set[fx.Node] = set()
     stack = [node for node in ends if node not in stop]
@@ -74,8 +74,10 @@ def _graph(
     needed: set[fx.Node],
     returned: tuple[fx.Node, ...] | None,
 ) -> fx.GraphModule:
-    """A graph of the needed nodes in their order, with the given ones as further inputs; by default it returns what
-    the graph does."""
+    """Return a graph of the `needed` nodes in order, with the `given` nodes as additional inputs.
+
+    It returns the nodes `returned`, or the outputs of `gm` if that is None.
+    """
     graph = fx.Graph()
     env = {node: graph.node_copy(node) for node in inputs}
     for node in given:

@@ -1,7 +1,7 @@
-"""Insert guards: each site that some rule can reach becomes a `cache_or_compute` node.
+"""Insert guards: replace each site that a rule can reach by a `cache_or_compute` node.
 
-The node carries its guard, its strategy and, as a subgraph, what computes its values. The guarded graph runs as it is
-(decisions are inputs), and is the only input of what follows.
+The node has a guard, a strategy, and a subgraph that computes the values. The guarded graph is executable, with the
+decisions as inputs, and is the only input of the later passes.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from dit_rewrite.passes.rewrite.slot import Slot
 
 
 def insert_guards(gm: fx.GraphModule, sites: Sequence[Site], guarded: Sequence[Guarded]) -> GuardedGraph:
-    """Rewrite the captured graph `gm`, which stays as it is, so that the `guarded` sites are cache_or_compute nodes.
+    """Return a copy of the captured graph `gm` in which the `guarded` sites are cache_or_compute nodes.
 
-    These are in the order of `sites`, which has what lies within another before that.
+    `guarded` has the order of `sites`, in which inner sites precede the sites around them.
     """
     chosen = tuple(sites[g.site] for g in guarded)
     around = tuple(_parent(sites, guarded, g.site) for g in guarded)
@@ -33,7 +33,7 @@ def insert_guards(gm: fx.GraphModule, sites: Sequence[Site], guarded: Sequence[G
 
 
 def _parent(sites: Sequence[Site], guarded: Sequence[Guarded], index: int) -> int | None:
-    """The nearest enclosing site that is guarded too, as an index into `guarded`."""
+    """Return the nearest enclosing guarded site of a site, as an index into `guarded`, or None."""
     around = sites[index].parent
     positions = {g.site: i for i, g in enumerate(guarded)}
     while around is not None and around not in positions:
@@ -42,17 +42,23 @@ def _parent(sites: Sequence[Site], guarded: Sequence[Guarded], index: int) -> in
 
 
 def _input(graph: fx.Graph, name: str) -> fx.Node:
-    """A new input; numbered where the name is taken."""
+    """Add an input. fx numbers its name if the name exists."""
     node = graph.placeholder(name)
     node.target = node.name
     return node
 
 
-_KEYS = {"reuse": Batch.SAME, "cached": Batch.LEADING, "weights": Batch.SAME}  # what a subgraph takes beside nodes
+_KEYS = {"reuse": Batch.SAME, "cached": Batch.LEADING, "weights": Batch.SAME}  # batch labels of slot inputs
 
 
 class _Rewriter:
-    """Moves each site's closure into a subgraph, innermost scope by innermost scope. `around` is the scope of each."""
+    """Moves the closure of each site into a subgraph.
+
+    A scope is the graph itself (None) or a site, whose subgraph contains the sites inside it. `around` is the scope of
+    each site. The dicts called `env` map to nodes of the new graph. Their keys are nodes of the captured graph, or
+    tuples: ("reuse", i) is the decision of site i, ("cached", i, k) and ("weights", i) are inputs of its slot, and
+    ("stored", i, k) is the k-th new tensor of its slot.
+    """
 
     def __init__(
         self, gm: fx.GraphModule, sites: tuple[Site, ...], around: tuple[int | None, ...], labels: tuple[Guarded, ...]
@@ -61,18 +67,20 @@ class _Rewriter:
         self.slugs = [re.sub(r"\W", "_", site.name) for site in sites]
         self.nodes = {node.name: node for node in gm.graph.nodes}
         self.position = {node: i for i, node in enumerate(gm.graph.nodes)}
-        self.solid = [site.part is not Part.CORE_STATE for site in sites]
-        self.values = [[self.nodes[n] for n in site.values] if self.solid[i] else [] for i, site in enumerate(sites)]
+        self.has_nodes = [site.part is not Part.CORE_STATE for site in sites]
+        self.values = [
+            [self.nodes[n] for n in site.values] if self.has_nodes[i] else [] for i, site in enumerate(sites)
+        ]
         kept = (self.nodes[name] for site in sites for name in (*site.values, *site.operands))
-        self.needed = needed(gm.graph, kept)  # the rest may read what lies in a site and is not there when it is reused
+        self.needed = needed(gm.graph, kept)  # a dead node may read a node in a closure, which a reused site lacks
         self.slots = [self._slots(i) for i in range(len(sites))]
-        self.held = tuple(sum(slot.width for slot in slots) for slots in self.slots)
+        self.widths = tuple(sum(slot.width for slot in slots) for slots in self.slots)
         self.depths = tuple(max((slot.depth for slot in slots), default=1) for slots in self.slots)
         self.owner = self._owners()
         self.inside = [self._inside(i) for i in range(len(sites))]
 
     def _slots(self, i: int) -> list[Slot]:
-        """How the values of a site are held; a core's by the site inside it, those of half a batch not at all."""
+        """Return the slots of a site's values. A CORE has none (its CORE_STATE has), nor has a CFG_SHARED site."""
         site, slots = self.sites[i], list[Slot]()
         holds = site.part is Part.DELTA or (site.part is not Part.CORE and self.labels[i].guidance is None)
         for k, name in enumerate(site.values if holds else ()):
@@ -83,15 +91,15 @@ class _Rewriter:
         return slots
 
     def _owners(self) -> dict[fx.Node, int]:
-        """For each node the innermost site whose closure holds it."""
+        """Return for each node the innermost site whose closure contains it."""
         owner: dict[fx.Node, int] = {}
-        inward = [(-len(site.closure), -site.depth, -i) for i, site in enumerate(self.sites)]
+        inward = [(-len(site.closure), -site.nesting, -i) for i, site in enumerate(self.sites)]
         for i in sorted(range(len(self.sites)), key=inward.__getitem__):
             owner.update(dict.fromkeys((self.nodes[name] for name in self.sites[i].closure), i))
         return owner
 
     def _inside(self, scope: int) -> list[int]:
-        """The site itself, then all sites within it: the order of its node's results."""
+        """Return the site and all sites inside it, in the order of the results of its node."""
         children = [i for i, around in enumerate(self.around) if around == scope]
         return [scope, *(inner for child in children for inner in self._inside(child))]
 
@@ -103,23 +111,25 @@ class _Rewriter:
             env[node] = graph.node_copy(node)
         for i in range(len(self.sites)):
             env["reuse", i] = _input(graph, f"reuse_{self.slugs[i]}")
-            self.slugs[i] = env["reuse", i].name.removeprefix("reuse_")  # two sites' names may differ in a dot alone
+            self.slugs[i] = env["reuse", i].name.removeprefix("reuse_")  # unique even if site names differ only in dots
         for i in range(len(self.sites)):
             self._add_slot(graph, i, env)
         attributes = self._emit(graph, None, env)
         captured: Any = self.gm.graph.output_node().args[0]
         outputs = tuple(fx.map_arg(captured, lambda n: env[n]))
-        held = [env["held", i, k] for i in range(len(self.sites)) for k in range(self.held[i])]
-        graph.output((*outputs, *held))
+        stored = [env["stored", i, k] for i in range(len(self.sites)) for k in range(self.widths[i])]
+        graph.output((*outputs, *stored))
         gm = fx.GraphModule(attributes, graph)
         parents = tuple(map(self._covering, range(len(self.sites))))
-        return GuardedGraph(gm, self.sites, parents, self.held, self.depths, len(inputs), len(outputs), self.gm)
+        return GuardedGraph(gm, self.sites, parents, self.widths, self.depths, len(inputs), len(outputs), self.gm)
 
     def _add_slot(self, graph: fx.Graph, i: int, env: dict[Any, fx.Node]) -> None:
-        """The inputs that are the slot of a site: what it holds of each computed value, and their weights."""
+        """Add the inputs for the slot of a site: the tensors of each computed value, and the weights."""
         examples = [tensor for slot in self.slots[i] for tensor in slot.examples]
         older = [torch.empty_like(example) for _ in range(1, self.depths[i]) for example in examples]
-        for k, example in enumerate((*examples, *older)):  # tracing tells inputs apart by their examples
+        for k, example in enumerate(
+            (*examples, *older)
+        ):  # `older` are new tensors, because tracing needs distinct ones
             env["cached", i, k] = _input(graph, f"cached_{self.slugs[i]}")
             env["cached", i, k].meta = {"val": example}
         if self.depths[i] > 1:
@@ -127,21 +137,21 @@ class _Rewriter:
             env["weights", i].meta = {"val": examples[0].new_empty(self.depths[i], dtype=torch.float32)}
 
     def _slot_keys(self, i: int) -> list[Any]:
-        """The inputs that are the slot of a site, in their order."""
-        held = [("cached", i, k) for k in range(self.held[i] * self.depths[i])]
-        return [*held, ("weights", i)] if self.depths[i] > 1 else held
+        """Return the keys of the inputs for the slot of a site, in order."""
+        stored = [("cached", i, k) for k in range(self.widths[i] * self.depths[i])]
+        return [*stored, ("weights", i)] if self.depths[i] > 1 else stored
 
     def _covering(self, i: int) -> int | None:
-        """The nearest site around this one whose reuse leaves nothing of it, which half of a batch does not."""
+        """Return the nearest enclosing site whose reuse skips this one. Reuse of half of a batch does not skip it."""
         around = self.around[i]
         while around is not None and self.labels[around].guidance is not None:
             around = self.around[around]
         return around
 
     def _emit(self, graph: fx.Graph, scope: int | None, env: dict[Any, fx.Node]) -> dict[str, Any]:
-        """Write the nodes that `scope` owns and a cache_or_compute node for each site directly within it.
+        """Write the nodes of `scope` and a cache_or_compute node for each site directly inside it.
 
-        A site is written where its first value is needed. Returns the attributes that the new graph refers to.
+        A site is written before the first reader of its values. Returns the attributes that the new graph refers to.
         """
         attributes: dict[str, Any] = {}
 
@@ -165,19 +175,19 @@ class _Rewriter:
         for i, values in enumerate(self.values):
             for value in values if i == scope or self.around[i] == scope else ():
                 visit(value)
-            if not self.solid[i] and self.around[i] == scope:
+            if not self.has_nodes[i] and self.around[i] == scope:
                 self._call(graph, i, env, attributes)
         return attributes
 
     def _child(self, node: fx.Node, scope: int | None) -> int | None:
-        """The site directly within `scope` to which a node belongs, if any."""
+        """Return the site directly inside `scope` that contains `node`, or None."""
         site = self.owner.get(node)
         while site is not None and self.around[site] != scope:
             site = self.around[site]
         return None if site == scope else site
 
     def _live_ins(self, site: int) -> list[fx.Node]:
-        """What the site's closure and slots read and do not own, in the order of the graph."""
+        """Return the nodes outside of the site's closure that its closure and slots read, in graph order."""
         closure = self.sites[site].closure
         read = {arg for name in closure for arg in self.nodes[name].all_input_nodes}
         slots = [slot for i in self.inside[site] for slot in self.slots[i]]
@@ -185,24 +195,24 @@ class _Rewriter:
         return sorted((node for node in read if node.name not in closure), key=self.position.__getitem__)
 
     def _call(self, graph: fx.Graph, site: int, env: dict[Any, fx.Node], attributes: dict[str, Any]) -> None:
-        """Write the cache_or_compute node of a site, what it holds into `env`, and its subgraphs into `attributes`."""
+        """Write the cache_or_compute node of a site. Adds its results to `env` and its subgraphs to `attributes`."""
         inner = self.inside[site][1:]
         keys: list[Any] = [*self._live_ins(site)]
         for i in inner:
             keys += [("reuse", i), *self._slot_keys(i)]
         keys += self._slot_keys(site) if self._is_added(site) else []
-        held = [("held", i, k) for i in self._stored(site) for k in range(self.held[i])]
-        body = attributes[f"compute_{self.slugs[site]}"] = self._body(site, keys, held, env)
-        instead = self._instead(site, keys, held, body, env)
+        stored = [("stored", i, k) for i in self._stored_with(site) for k in range(self.widths[i])]
+        body = attributes[f"compute_{self.slugs[site]}"] = self._body(site, keys, stored, env)
+        instead = self._instead(site, keys, stored, body, env)
         if instead is not None:
             attributes[f"instead_{self.slugs[site]}"] = instead
-        values = self._unpacked(graph, site, env)
+        values = self._decoded(graph, site, env)
         label = self.labels[site]
         call = graph.call_function(
             cache_or_compute,
             (
                 env["reuse", site],
-                (*values, *(env["cached", i, k] for _, i, k in held)),
+                (*values, *(env["cached", i, k] for _, i, k in stored)),
                 graph.get_attr(f"compute_{self.slugs[site]}"),
                 tuple(env[key] for key in keys),
             ),
@@ -210,19 +220,19 @@ class _Rewriter:
         )
         call.kwargs = {**call.kwargs, "site": self.sites[site].name, "guard": label.guard, "strategy": label.strategy}
         call.meta["values"] = tuple(self.position[value] for value in self.values[site])
-        for k, key in enumerate((*self.values[site], *held)):
+        for k, key in enumerate((*self.values[site], *stored)):
             example = key if isinstance(key, fx.Node) else env["cached", key[1], key[2]]
             env[key] = graph.call_function(getitem, (call, k))
             env[key].meta = {"val": example.meta["val"], "nn_module_stack": example.meta.get("nn_module_stack")}
         if self._is_plain(site):
-            env.update({("held", site, k): env[slot.value] for k, slot in enumerate(self.slots[site])})
+            env.update({("stored", site, k): env[slot.value] for k, slot in enumerate(self.slots[site])})
 
     def _instead(
-        self, site: int, keys: list[Any], held: list[Any], body: fx.GraphModule, outer: dict[Any, fx.Node]
+        self, site: int, keys: list[Any], stored: list[Any], body: fx.GraphModule, outer: dict[Any, fx.Node]
     ) -> fx.GraphModule | None:
-        """What makes the values of a site that are not held as such: half of the batch, or what replaces attention."""
+        """Return the subgraph that a reusing step runs for a core or for half of a batch, or None."""
         if self.sites[site].part is Part.CORE:
-            return self._replaced(site, keys, held, outer)
+            return self._replaced(site, keys, stored, outer)
         guidance = self.labels[site].guidance
         if guidance is None:
             return None
@@ -231,38 +241,38 @@ class _Rewriter:
             guidance.labels[k.name] if isinstance(k, fx.Node) else Batch.SAME if k in own else _KEYS[k[0]] for k in keys
         ]
         if own:
-            body = self._body(site, keys, [key for key in held if key[1] != site], outer, pack=False)
+            body = self._body(site, keys, [key for key in stored if key[1] != site], outer, encode=False)
         halved = halve(body, labels, guidance.batch, guidance.half)
-        assert halved is not None, f"{self.sites[site].name} mixes samples, and was to be refused"
+        assert halved is not None, f"{self.sites[site].name} mixes samples and should have been refused"
         return self._added(site, keys, halved) if own else halved
 
     def _is_added(self, site: int) -> bool:
-        """What the site's slot holds is added to the computed half of a batch."""
+        """Return whether the slot's difference is added to the computed half of a batch."""
         return self.labels[site].guidance is not None and bool(self.slots[site])
 
     def _added(self, site: int, keys: list[Any], gm: fx.GraphModule) -> fx.GraphModule:
-        """The subgraph for half of a batch, with what the slot holds added to its results for the other half."""
+        """Return the subgraph for half of a batch, with the slot's difference added to give the other half."""
         graph, output = gm.graph, gm.graph.output_node()
         env: dict[Any, fx.Node] = dict(zip(keys, graph.find_nodes(op="placeholder"), strict=True))
         results: Any = list(output.args[0])  # type: ignore[arg-type]
         with graph.inserting_before(output):
             for k, slot in enumerate(self.slots[site]):
-                held, place = self._held_nodes(site, slot, env), self.position[slot.value]
-                results[k] = slot.unpack(graph, held, env, place, base=results[k])
-        own = [env["cached", site, k] for k in range(self.held[site])]
+                stored, place = self._slot_nodes(site, slot, env), self.position[slot.value]
+                results[k] = slot.decode(graph, stored, env, place, base=results[k])
+        own = [env["cached", site, k] for k in range(self.widths[site])]
         count = len(self.values[site])
         output.args = ((*results[:count], *own, *results[count:]),)
         return fx.GraphModule(gm, graph)
 
-    def _held_nodes(self, site: int, slot: Slot, env: dict[Any, fx.Node]) -> list[fx.Node]:
-        """What is held of one value: all computed ones, and their weights."""
-        first = (slot.first + age * self.held[site] for age in range(slot.depth))
-        held = [env["cached", site, f + k] for f in first for k in range(slot.width)]
-        return [*held, env["weights", site]] if slot.depth > 1 else held
+    def _slot_nodes(self, site: int, slot: Slot, env: dict[Any, fx.Node]) -> list[fx.Node]:
+        """Return the inputs for the slot of one value: tensors of all computed values, and their weights."""
+        first = (slot.first + age * self.widths[site] for age in range(slot.depth))
+        stored = [env["cached", site, f + k] for f in first for k in range(slot.width)]
+        return [*stored, env["weights", site]] if slot.depth > 1 else stored
 
     @staticmethod
     def _inputs(keys: list[Any], outer: dict[Any, fx.Node]) -> tuple[fx.Graph, dict[Any, fx.Node]]:
-        """A subgraph with its inputs."""
+        """Return a new subgraph with an input for each key, and its `env`."""
         graph = fx.Graph()
         env: dict[Any, fx.Node] = {}
         for key in keys:
@@ -271,38 +281,41 @@ class _Rewriter:
         return graph, env
 
     def _is_plain(self, site: int) -> bool:
-        """The site's slot holds its values as they are."""
+        """Return whether the slots of a site store its values unchanged."""
         return all(slot.is_plain for slot in self.slots[site])
 
-    def _stored(self, site: int) -> list[int]:
-        """The sites whose held tensors are results of a site's node beside its values."""
+    def _stored_with(self, site: int) -> list[int]:
+        """Return the sites whose slot tensors are results of the node of `site` in addition to its values."""
         return self.inside[site][1:] if self._is_plain(site) else self.inside[site]
 
-    def _unpacked(self, graph: fx.Graph, site: int, env: dict[Any, fx.Node]) -> list[fx.Node]:
-        """The cached values of a site, unpacked before the node that takes them."""
+    def _decoded(self, graph: fx.Graph, site: int, env: dict[Any, fx.Node]) -> list[fx.Node]:
+        """Decode the slots of a site, before the node that takes the values."""
         values = []
-        for slot in self.slots[site] if self.solid[site] and not self._is_added(site) else ():
-            values.append(slot.unpack(graph, self._held_nodes(site, slot, env), env, self.position[slot.value]))
+        for slot in self.slots[site] if self.has_nodes[site] and not self._is_added(site) else ():
+            values.append(slot.decode(graph, self._slot_nodes(site, slot, env), env, self.position[slot.value]))
         return values
 
-    def _replaced(self, site: int, keys: list[Any], held: list[Any], outer: dict[Any, fx.Node]) -> fx.GraphModule:
-        """The subgraph that makes a core's value of what the site inside it holds, and of what the core reads."""
+    def _replaced(self, site: int, keys: list[Any], stored: list[Any], outer: dict[Any, fx.Node]) -> fx.GraphModule:
+        """Return the subgraph that computes a core's value from the slot of its CORE_STATE and the core's inputs."""
         graph, env = self._inputs(keys, outer)
         source = self.inside[site][-1]
         (slot,) = self.slots[source]
         tensors = [env["cached", source, k] for k in range(slot.width)]
-        value = slot.unpack(graph, tensors, env, self.position[slot.value])
-        graph.output((value, *(env["cached", i, k] for _, i, k in held)))
+        value = slot.decode(graph, tensors, env, self.position[slot.value])
+        graph.output((value, *(env["cached", i, k] for _, i, k in stored)))
         return fx.GraphModule({}, graph)
 
     def _body(
-        self, site: int, keys: list[Any], held: list[Any], outer: dict[Any, fx.Node], pack: bool = True
+        self, site: int, keys: list[Any], stored: list[Any], outer: dict[Any, fx.Node], encode: bool = True
     ) -> fx.GraphModule:
-        """The subgraph that computes a site: its results are the values, then what is held; its own if `pack`."""
+        """Return the subgraph that computes a site. Its results are the values and the `stored` slot tensors.
+
+        With `encode` False, it does not encode the site's own values.
+        """
         graph, env = self._inputs(keys, outer)
         attributes = self._emit(graph, site, env)
-        for slot in self.slots[site] if pack else ():
-            packed = slot.pack(graph, env, self.position[slot.value])
-            env.update({("held", site, slot.first + k): node for k, node in enumerate(packed)})
-        graph.output((*(env[value] for value in self.values[site]), *(env[key] for key in held)))
+        for slot in self.slots[site] if encode else ():
+            encoded = slot.encode(graph, env, self.position[slot.value])
+            env.update({("stored", site, slot.first + k): node for k, node in enumerate(encoded)})
+        graph.output((*(env[value] for value in self.values[site]), *(env[key] for key in stored)))
         return fx.GraphModule(attributes, graph)

@@ -1,4 +1,4 @@
-"""Graphs that a person can read, and their differences: the only printer of dumps, reports and diffs."""
+"""Print graphs and their differences in a readable form. Dumps, reports and diffs all use this printer."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ _DTYPES = {
 
 
 def readable(gm: fx.GraphModule, indent: str = "") -> str:
-    """The graph as code: a line a node with dtype and shape, a comment where another module begins.
+    """Return the graph as code: one line per node with dtype and shape, and a comment at the start of each module.
 
-    Subgraphs stand below the node that carries them, indented.
+    A subgraph is indented below the node that refers to it.
     """
     return "\n".join(_lines(gm, indent))
 
@@ -54,7 +54,7 @@ def _line(node: fx.Node) -> str:
 
 
 def op_name(node: fx.Node) -> str:
-    """``aten.addmm`` for a call of that op; the plain name of any other target."""
+    """Return the name of a node's op, such as ``aten.addmm``, or the plain name of any other target."""
     target = packet(node)
     if target is not None:
         return str(target).replace("::", ".")
@@ -75,14 +75,14 @@ def _format(argument: object) -> str:
 
 
 def op_counts(gm: fx.GraphModule) -> Counter[str]:
-    """How often each op is called, subgraphs included."""
+    """Return how often the graph and its subgraphs call each op."""
     modules = [m for m in gm.modules() if isinstance(m, fx.GraphModule)]
     return Counter(op_name(n) for m in modules for n in m.graph.nodes if n.op == "call_function")
 
 
 @dataclass(frozen=True)
 class Snapshot:
-    """A graph as it was at some time: its text, and how often it calls each op. A pass may change a graph in place."""
+    """The text and the op counts of a graph at some time. A snapshot is needed if a pass changes the graph in place."""
 
     text: str
     ops: Counter[str]
@@ -92,7 +92,7 @@ class Snapshot:
         return cls(readable(gm), op_counts(gm))
 
     def diff(self, after: Snapshot, names: tuple[str, str]) -> str:
-        """A unified diff from this graph to another, with the change of every op's count on top."""
+        """Return a unified diff from this graph to `after`, headed by the change of each op's count."""
         old, new = self.ops, after.ops
         changed = sorted((op for op in old | new if old[op] != new[op]), key=lambda op: (new[op] - old[op], op))
         head = [f"# nodes: {old.total()} -> {new.total()} ({new.total() - old.total():+d})"]
@@ -102,5 +102,5 @@ class Snapshot:
 
 
 def diff(before: fx.GraphModule, after: fx.GraphModule, names: tuple[str, str] = ("before", "after")) -> str:
-    """A unified diff of two graphs, with the change of every op's count on top."""
+    """Return a unified diff of two graphs, headed by the change of each op's count."""
     return Snapshot.of(before).diff(Snapshot.of(after), names)

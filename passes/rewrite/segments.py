@@ -1,8 +1,8 @@
-"""Pass 04, second lowering: cut the graph at the residual stream, so that the host may decide between two pieces.
+"""Cut a graph into segments at the residual stream, so that the host can decide between two segments.
 
-Behind each block nothing that moves is alive but the stream, so a piece takes stream, conditioning and weights as
-inputs, and identical blocks become identical pieces. What does not move is computed in the piece that alone reads it,
-or in the first one.
+After each block, the stream is the only moving value that is still read. A segment therefore takes the stream,
+conditioning and weights as inputs, and identical blocks become identical segments. A node that does not depend on the
+stream belongs to the segment that reads it if there is only one, otherwise to the first segment.
 """
 
 from __future__ import annotations
@@ -21,9 +21,11 @@ from dit_rewrite.passes.analysis.spans import Stream
 
 @dataclass(frozen=True)
 class Segments:
-    """Which segment each node of the captured graph belongs to, by position; None: in each that reads it.
+    """A partition of the nodes of a captured graph into segments.
 
-    ``exports`` are, for each segment, the positions of its nodes that others read, or the call returns or measures.
+    ``of`` maps the position of a node to its segment, or to None if each segment that reads the node computes it.
+    ``exports``: for each segment, the positions of its nodes that other segments read or that the call returns or
+    measures.
     """
 
     of: tuple[int | None, ...]
@@ -34,29 +36,29 @@ class Segments:
         return len(self.exports)
 
     def holding(self, positions: Iterable[int]) -> frozenset[int]:
-        """The segments that hold these nodes."""
+        """Return the segments that contain the nodes at `positions`."""
         return frozenset(s for p in positions if (s := self.of[p]) is not None)
 
 
 def whole(gm: fx.GraphModule, sites: Sequence[Site]) -> Segments:
-    """The graph as one segment."""
+    """Return the graph as one segment."""
     return _segments(gm, sites, [0] * len(gm.graph.nodes))
 
 
 def cut(gm: fx.GraphModule, found: Found, sites: Sequence[Site], measured: bool) -> Segments:
-    """The graph cut at each block boundary and, where guards read a probe `measured` in the same call, behind it."""
+    """Cut the graph at each block boundary and, if guards read probes `measured` in the same call, after each probe."""
     stream = Stream(gm.graph, found)
     cuts = {boundary.position for boundary in stream.boundaries[1:]}  # block 0 stays with the embedding of the latent
     for site in sites if measured else ():
         for name in site.awaited:
             probe = stream.position[stream.nodes[name]]
-            cuts -= {probe - 1}  # no piece for the probe alone
+            cuts -= {probe - 1}  # avoid a segment that contains only the probe
             cuts.add(probe)
     return _segments(gm, sites, _assign(gm.graph, stream, sorted(cuts)))
 
 
 def _assign(graph: fx.Graph, stream: Stream, cuts: list[int]) -> list[int | None]:
-    """The segment of each node."""
+    """Return the segment of each node."""
     of: dict[fx.Node, int | None] = {}
     for node in reversed(list(stream.position)):
         if _is_free(node):
@@ -68,13 +70,13 @@ def _assign(graph: fx.Graph, stream: Stream, cuts: list[int]) -> list[int | None
             only = read.pop() if len(read) == 1 else 0
             of[node] = 0 if only is None else only
     for node in stream.position:
-        if node.target is getitem:  # what crosses a border is a tensor, and no tuple
+        if node.target is getitem:  # only tensors, not tuples, may cross a cut
             of[node] = of[node.all_input_nodes[0]]
     return [of[node] for node in stream.position]
 
 
 def _is_free(node: fx.Node) -> bool:
-    """A constant, or a size that follows from the inputs' sizes: no tensor is needed to have it again."""
+    """Return whether a node is an attribute or follows from input sizes, so that any segment can compute it."""
     if node.op == "get_attr":
         return True
     if node.op != "call_function" or isinstance(node.meta.get("val"), (Tensor, tuple, list)):
@@ -113,10 +115,11 @@ def _segments(gm: fx.GraphModule, sites: Sequence[Site], of: Sequence[int | None
 
 
 def relevant(gm: fx.GraphModule, segments: Segments, sites: Sequence[Site], measured: bool) -> list[tuple[int, ...]]:
-    """For each segment the sites that its code depends on: those that it holds a part of, once they can be decided.
+    """Return for each segment the sites whose decisions its code depends on.
 
-    A site is decided before the first segment that holds a part of it and, where its probes are `measured` in the same
-    call, behind the segments of these; so are the sites inside it, which must know whether it is reused.
+    These are the sites that have nodes in the segment and are already decided. A site is decided before the first
+    segment that has nodes of it and, if its probes are `measured` in the same call, after the segments of its probes.
+    The sites inside it are decided then too, because they must know whether it is reused.
     """
     named = {node.name: i for i, node in enumerate(gm.graph.nodes)}
     measuring = [segments.holding(named[node] for node in site.awaited) if measured else () for site in sites]
@@ -137,7 +140,7 @@ def _is_within(site: Site, other: Site) -> bool:
 
 
 def crossing_bytes(gm: fx.GraphModule, segments: Segments) -> int:
-    """Bytes that the cuts write: the values that one segment hands to others. They are read again at least once."""
+    """Return the bytes that cross the cuts: the values that segments write for other segments."""
     nodes = list(gm.graph.nodes)
     outputs = set(gm.graph.output_node().all_input_nodes)
     handed = (nodes[p] for exports in segments.exports for p in exports if nodes[p] not in outputs)

@@ -1,8 +1,8 @@
-"""Pass 04: partial evaluation of a guarded graph by one row of decisions: a straight-line variant.
+"""Specialise a guarded graph for one row of decisions: partial evaluation to a straight-line variant.
 
-A reused site becomes graph inputs, a computed one is put back in its place and its values become extra outputs.
-Whatever only fed a reused value is not reached from the outputs any more, and is gone. The same makes the variant of
-one segment: what another segment computes is an input, and the outputs are what others read.
+The values of a reused site become graph inputs. A computed site is inlined, and its values become additional outputs.
+Nodes that only a reused value depends on are no longer reachable from the outputs and are dropped. A variant of one
+segment takes the values of other segments as inputs and returns the values that other segments read.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ from dit_rewrite.passes.rewrite.cache_or_compute import cache_or_compute
 from dit_rewrite.passes.rewrite.guarded_graph import GuardedGraph
 from dit_rewrite.passes.rewrite.segments import Segments
 
-Row = tuple[bool, ...]  # for each guarded site: True = reused (or inside a reused one)
+Row = tuple[bool, ...]  # for each guarded site: True if it, or a site around it, is reused
 
 
 @dataclass(frozen=True)
 class Variant:
-    """A straight-line graph for one row of decisions, and how to call it.
+    """A straight-line graph for one row of decisions, with its calling convention.
 
-    Its inputs are the wires ``inputs``, then what the slots hold, ``cached``; its outputs the wires ``outputs``, then
-    the fresh contents of slots, ``fresh``. A wire is a node's position in the captured graph, so that its first wires
-    are its inputs; slots are (site, index) pairs.
+    Inputs: the wires ``inputs``, then the slot tensors ``cached``. Outputs: the wires ``outputs``, then the new slot
+    tensors ``fresh``. A wire is the position of a node in the captured graph, so the first wires are its inputs. A slot
+    tensor is a (site, index) pair.
     """
 
     gm: fx.GraphModule
@@ -42,7 +42,7 @@ class Variant:
 
 
 def normalise(row: Sequence[bool], parents: Sequence[int | None]) -> Row:
-    """The row with every site inside a reused one counted as reused: it is neither computed nor stored."""
+    """Return the row with each site inside a reused site marked as reused: it is neither computed nor stored."""
     result: list[bool] = list(row)
     for i in range(len(row)):
         around = parents[i]
@@ -57,36 +57,40 @@ def specialise(
     row: Sequence[bool],
     segments: Segments,
     segment: int = 0,
-    store: Sequence[bool] | None = None,
+    stored: Sequence[bool] | None = None,
     dense: bool = True,
 ) -> Variant:
-    """The variant of one of the guarded graph's segments for a row of decisions.
+    """Return the variant of a segment of the guarded graph for a row of decisions.
 
-    `store` says for each site whether its fresh values are returned, by default all that were computed. `dense`: what
-    goes from one segment to another is laid out anew, without gaps; ops that run as they are would round otherwise.
+    `stored`: for each site, whether its new slot tensors are returned; by default those of all computed sites. With
+    `dense`, values that cross a cut are made contiguous. Pass False if the variant is not compiled, because an eager op
+    may round differently for another memory layout.
     """
-    piece = _Piece(guarded, _Flat(guarded, normalise(row, guarded.parents)), segments.of, segment, dense=dense)
-    return piece.variant(segments.exports[segment], store)
+    flat = _Flat(guarded, normalise(row, guarded.parents))
+    return _Segment(guarded, flat, segments.of, segment, dense=dense).variant(segments.exports[segment], stored)
 
 
 class _Flat:
-    """The nodes of a guarded graph with the calls of computed sites inlined and those of reused sites resolved."""
+    """The nodes of a guarded graph, with computed sites inlined and reused sites replaced by their slot inputs.
+
+    ``meaning`` maps a placeholder of a subgraph, or a decision, to its argument. ``results`` has the results of each
+    cache_or_compute node. ``at`` maps a position of the captured graph to the node with its value. ``home`` maps each
+    node to its graph module.
+    """
 
     def __init__(self, guarded: GuardedGraph, row: Row) -> None:
-        self.meaning: dict[
-            fx.Node, Any
-        ] = {}  # a placeholder of a subgraph, or a result of a call, to what it stands for
+        self.meaning: dict[fx.Node, Any] = {}
         self.home: dict[fx.Node, fx.GraphModule] = {}
         inputs = guarded.gm.graph.find_nodes(op="placeholder")[guarded.num_inputs :]
         self.meaning.update(zip(inputs, row, strict=False))
         self.results: dict[fx.Node, list[Any]] = {}
-        self.at: dict[int, Any] = {}  # what stands at each position of the captured graph
+        self.at: dict[int, Any] = {}
         self.row = row
         self._walk(guarded.gm)
         self.outputs = [self.resolve(a) for a in guarded.gm.graph.output_node().args[0]]  # type: ignore[union-attr]
 
     def resolve(self, argument: Any) -> Any:
-        """What an argument stands for: a node that stays, or a decision."""
+        """Return the node of the straight-line graph, or the decision, that an argument refers to."""
         while isinstance(argument, fx.Node):
             if argument.target is getitem and argument.args[0] in self.results:
                 argument = self.results[argument.args[0]][argument.args[1]]  # type: ignore[index]
@@ -118,8 +122,8 @@ class _Flat:
         return self._walk(body)
 
 
-class _Piece:
-    """One segment of a flattened graph."""
+class _Segment:
+    """Builds the variant of one segment of a flattened graph."""
 
     def __init__(
         self,
@@ -136,23 +140,23 @@ class _Piece:
         results = self.flat.outputs[: guarded.num_outputs]
         self.returned = {self._wire(n) for n in results if isinstance(n, fx.Node) and n.op == "call_function"}
 
-    def variant(self, exports: Sequence[int], store: Sequence[bool] | None) -> Variant:
+    def variant(self, exports: Sequence[int], stored: Sequence[bool] | None) -> Variant:
         wires = tuple(p for p in exports if isinstance(self.flat.at.get(p), fx.Node))
-        fresh = self._fresh(store)
+        fresh = self._fresh(stored)
         outputs = (*(self.flat.at[p] for p in wires), *fresh.values())
         dense = [i for i, p in enumerate(wires) if self._is_dense(p)]
         gm, inputs, cached = self._straighten(outputs, frozenset(dense))
         return Variant(gm, self.flat.row, inputs, cached, wires, tuple(fresh))
 
-    def _fresh(self, store: Sequence[bool] | None) -> dict[tuple[int, int], fx.Node]:
-        """The slots that this segment fills."""
+    def _fresh(self, stored: Sequence[bool] | None) -> dict[tuple[int, int], fx.Node]:
+        """Return the new slot tensors that this segment computes."""
         pairs = [(i, k) for i, count in enumerate(self.guarded.widths) for k in range(count)]
-        held = zip(pairs, self.flat.outputs[self.guarded.num_outputs :], strict=True)
-        stored = [not reused and (store is None or store[i]) for i, reused in enumerate(self.flat.row)]
-        return {pair: node for pair, node in held if stored[pair[0]] and self._is_own(node)}
+        tensors = zip(pairs, self.flat.outputs[self.guarded.num_outputs :], strict=True)
+        returned = [not reused and (stored is None or stored[i]) for i, reused in enumerate(self.flat.row)]
+        return {pair: node for pair, node in tensors if returned[pair[0]] and self._is_own(node)}
 
     def _is_dense(self, wire: int) -> bool:
-        """Whether a wire is laid out anew where it goes to another segment; what the call returns is not."""
+        """Return whether a wire is made contiguous for other segments. An output of the call keeps its layout."""
         return self.dense and wire not in self.returned
 
     def _is_own(self, node: fx.Node) -> bool:
@@ -160,11 +164,11 @@ class _Piece:
 
     @staticmethod
     def _wire(node: fx.Node) -> int:
-        """The position in the captured graph that a node stands for, or stands beside."""
+        """Return the position in the captured graph of a node, or of the node that it was added for."""
         return int(node.meta.get("home", node.meta["position"]))
 
     def _is_input(self, node: fx.Node) -> bool:
-        """Whether a node comes from outside: an input, a slot, or what another segment computes."""
+        """Return whether a node is an input of this segment: a placeholder, or a node of another segment."""
         if node.op == "call_function":
             return self.of[self._wire(node)] not in (self.segment, None)
         return node.op == "placeholder"
@@ -172,11 +176,10 @@ class _Piece:
     def _straighten(
         self, outputs: tuple[fx.Node, ...], dense: frozenset[int]
     ) -> tuple[fx.GraphModule, tuple[int, ...], tuple[tuple[int, int], ...]]:
-        """One graph of what the outputs need, in the captured graph's order; the wires and slots that it takes.
+        """Return a graph that computes `outputs`, with the wires and slot tensors that it takes.
 
-        The outputs at `dense` go to other segments.
-
-        The order matters: Inductor's choices follow it, and reuse 0 must make those of the untouched graph.
+        The outputs at the indices `dense` are made contiguous. Nodes keep the order of the captured graph, because
+        Inductor's decisions depend on it, and at reuse 0 they must be those for the captured graph.
         """
         needed = self._reached(outputs)
         sizes = [n for n in self.placeholders[: self.guarded.num_inputs] if not hasattr(n.meta.get("val"), "dtype")]
@@ -199,16 +202,16 @@ class _Piece:
         return fx.GraphModule(attributes, graph), inputs, tuple(map(self._slot, slots))
 
     def _slot(self, node: fx.Node) -> tuple[int, int]:
-        """The site and index of a slot's placeholder."""
+        """Return the site and the index of a placeholder for a slot tensor."""
         index = self.number[node] - self.guarded.num_inputs - len(self.guarded.sites)
-        for i, count in enumerate(self.guarded.taken):
+        for i, count in enumerate(self.guarded.num_slot_inputs):
             if index < count:
                 return i, index
             index -= count
         raise AssertionError(node)
 
     def _reached(self, outputs: tuple[fx.Node, ...]) -> set[fx.Node]:
-        """The nodes that the outputs, and nodes that run for their effect, are computed from; themselves too."""
+        """Return the outputs and impure nodes of this segment, and the nodes that they are computed from."""
         acting = (node for node in self.flat.home if node in self.guarded.acting)
         reached: set[fx.Node] = set()
         stack = [*outputs, *filter(self._is_own, acting)]
@@ -227,7 +230,7 @@ class _Piece:
 
 
 def _placeholder(graph: fx.Graph, node: fx.Node, dense: bool = False) -> fx.Node:
-    """An input in the place of a node that is computed elsewhere, or held."""
+    """Add an input for a node that another segment computes, or for a slot tensor."""
     placeholder = graph.placeholder(node.name)
     placeholder.target = placeholder.name
     placeholder.meta = {**node.meta, "val": _without_gaps(node.meta["val"])} if dense else dict(node.meta)
@@ -235,10 +238,10 @@ def _placeholder(graph: fx.Graph, node: fx.Node, dense: bool = False) -> fx.Node
 
 
 def _dense(graph: fx.Graph, node: fx.Node) -> fx.Node:
-    """A value as it goes from one segment to another: without gaps, in the order of its dimensions.
+    """Return the contiguous form of a value that crosses a cut.
 
-    The strides of the trace may be those of an embedding's transposed output, and would bind a piece's outputs; the
-    compiler of the whole graph does not keep to them.
+    The traced strides, for example those of an embedding's transposed output, would constrain the layout of a segment's
+    outputs. Compilation of the whole graph does not have this constraint.
     """
     value = node.meta["val"]
     dense = _without_gaps(value)

@@ -79,7 +79,7 @@ class Rewritten:
 
     def variant(self, row: Sequence[bool], store: Sequence[bool] | None = None) -> Variant:
         """The straight-line graph of all of it for a row."""
-        return specialise(self.guarded, row, self.whole, store=store)
+        return specialise(self.guarded, row, self.whole, stored=store)
 
     def inside_a_reused_one(self, row: Sequence[bool], i: int) -> bool:
         """Whether a site around this one is reused, so that it is neither computed nor looked up."""
