@@ -1,4 +1,4 @@
-"""Functions of a batch of samples, one for each rule, and whether they keep the samples apart; random ones, too."""
+"""Functions of a batch of samples, one for each rule, labelled by whether they mix samples, and random ones."""
 
 from __future__ import annotations
 
@@ -25,19 +25,19 @@ aten, ours = torch.ops.aten, torch.ops.dit_rewrite
 
 
 def drawn(*shape: int) -> Tensor:
-    """Numbers that look random, the same for a shape each time: of no generator, whose state a graph would move."""
+    """Return deterministic numbers that look random. A generator would have a state that graphs must update."""
     count = math.prod(shape)
     return torch.arange(1, count + 1, dtype=torch.float64).square().mul(0.7 + count % 5).sin().view(shape)
 
 
 def traced(function: Callable[..., Any], inputs: tuple[Tensor, ...]) -> fx.GraphModule:
-    """The functional ATen graph of a function."""
+    """Return the functional ATen graph of a function."""
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
         return make_fx(function)(*map(mode.from_tensor, inputs))
 
 
 class Recorded(fx.Interpreter):
-    """Runs a graph and keeps what every node gave."""
+    """Runs a graph and records the value of every node."""
 
     def __init__(self, gm: fx.GraphModule, *inputs: Tensor) -> None:
         super().__init__(gm)
@@ -50,12 +50,12 @@ class Recorded(fx.Interpreter):
 
 
 def part(value: Any, half: int) -> Any:
-    """A half of a tensor's rows."""
+    """Return half of a tensor's rows."""
     return value.chunk(2)[half]
 
 
 def spoilt(value: Any, label: Batch, half: int) -> Any:
-    """An input, of which all but a half is not to be looked at: NaN, or another Boolean or integer."""
+    """Return an input whose other half is invalid: NaN, or other Booleans or integers."""
     if isinstance(value, (tuple, list)):
         return type(value)(spoilt(v, label, half) for v in value)
     if label is not Batch.LEADING or not isinstance(value, Tensor):
@@ -67,7 +67,7 @@ def spoilt(value: Any, label: Batch, half: int) -> Any:
 
 
 def check(body: fx.GraphModule, labels: Sequence[Batch], inputs: Sequence[Any], batch: int = BATCH) -> None:
-    """Both halves against the whole; and no call of the graph, but where it is entered and left, sees all rows."""
+    """Compare both halves with the whole batch."""
     whole = body(*inputs)
     assert all(bool(result.isfinite().all()) for result in whole)
     for half in HALVES:
@@ -81,14 +81,14 @@ def check(body: fx.GraphModule, labels: Sequence[Batch], inputs: Sequence[Any], 
 
 
 def assert_same_inputs(halved: fx.GraphModule, body: fx.GraphModule) -> None:
-    """The inputs are the body's: names, order, what is known of them."""
+    """Assert that both graphs have the same inputs: names, order and meta."""
     pairs = zip(halved.graph.find_nodes(op="placeholder"), body.graph.find_nodes(op="placeholder"), strict=True)
     assert all((a.name, a.target, a.meta) == (b.name, b.target, b.meta) for a, b in pairs)
 
 
 @dataclass(frozen=True)
 class Op:
-    """A function of two samples, its inputs, and whether it mixes the samples; those of one row are no samples."""
+    """A function of two samples, its inputs, and whether it mixes the samples."""
 
     name: str
     function: Callable[..., Any]
@@ -177,7 +177,7 @@ OPS = [
 ]  # fmt: skip
 
 
-# What a random function is made of: each takes tokens (2 * f, n, d), and most give such; some mix the samples.
+# steps of random functions; each takes tokens (2 * f, n, d), and some mix the samples
 STEPS: tuple[Callable[[Tensor], Tensor], ...] = (
     lambda x: x.transpose(0, 1),
     lambda x: x.transpose(1, 2),
@@ -205,7 +205,7 @@ STEPS: tuple[Callable[[Tensor], Tensor], ...] = (
 
 
 def chained(seed: int, length: int = 4) -> Callable[[Tensor], Tensor]:
-    """Some of the steps, one after the other."""
+    """Return a composition of some of the steps."""
     steps = random.Random(seed).choices(STEPS, k=length)
 
     def function(x: Tensor) -> Tensor:

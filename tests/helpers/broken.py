@@ -13,7 +13,7 @@ from tests.helpers.models import Case, assemble, falling, latents, prepare
 
 
 class BrokenAttention(nn.Module):
-    """Self-attention; the graph break is its block's."""
+    """Self-attention. The graph break is in its block."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()

@@ -1,7 +1,7 @@
-"""Every diffusion transformer that we name, at toy size with random weights.
+"""The supported diffusion transformers at toy size with random weights.
 
 `MODELS` maps a short name to a `Case`: how to build the model, the calls of one trajectory, and the number of sites
-of each kind, counted by hand from the architecture. What counts as one site:
+of each kind, counted by hand from the architecture. Each of these is one site:
 
 * ``self``: attention whose K and V come from the residual stream that its output is added to
 * ``cross``: attention whose K and V come from a condition alone
@@ -25,7 +25,7 @@ from torch import Generator, Tensor, nn
 from examples.stdit import STDiT, STDiTConfig
 
 BATCH = 2
-LARGEST_TURN = 0.2  # radians by which a latent turns from one call to the next, at most: a change of 20 %
+LARGEST_TURN = 0.2  # the largest rotation of a latent between two calls, in radians: a change of 20 %
 
 
 class Build(Protocol):
@@ -57,7 +57,7 @@ class Case:
 
 
 def output(result: Tensor | tuple[Tensor, ...]) -> Tensor:
-    """The prediction in what a model returned."""
+    """Return the prediction from the output of a model."""
     return result[0] if isinstance(result, tuple) else result
 
 
@@ -124,7 +124,7 @@ def padded_mask(length: int, padding: int) -> Tensor:
 
 
 def assemble(fixed: dict[str, Any], **changing: list[Tensor]) -> list[dict[str, Any]]:
-    """One dictionary per call, of what stays and the call's own tensors."""
+    """Return a dictionary per call with the fixed arguments and the changing tensors of the call."""
     return [{**fixed, **dict(zip(changing, values, strict=True))} for values in zip(*changing.values(), strict=True)]
 
 
@@ -479,11 +479,11 @@ MODELS: dict[str, Case] = {
         Case("sd3", build_sd3, sd3_calls, {"joint": 3, "mlp": 3 + 2}),
         # 2 double blocks of (joint attention, image MLP, text MLP): joint 2, MLP 2 + 2. 2 single blocks, each one
         # branch over text and image together, whose last projection takes cat(attention, MLP). The text half of the
-        # last single block is thrown away, but it is a slice of the sum: the branch is whole.
+        # last single block is dropped, but only after the sum, so the branch has both halves.
         Case("flux", build_flux, flux_calls, {"joint": 2, "mlp": 2 + 2, "parallel": 2}),
         # 3 blocks of (joint attention, MLP). One MLP runs over cat(text, video) and its output's slices go to the two
-        # streams: one site with two values, but for the last block, whose text sum nobody reads. The text value of the
-        # last joint attention is alive, as part of that MLP's input, though no video token ever sees it.
+        # streams: one site with two values, except in the last block, whose text sum is not read. The text value of the
+        # last joint attention is read as part of that MLP's input, although no video token depends on it.
         Case("cogvideox", build_cogvideox, cogvideox_calls, {"joint": 3, "mlp": 3}),
         # 2 times a spatial block of (self-attention, cross-attention, MLP) and a temporal one of (self-attention, MLP).
         Case("latte", build_latte, latte_calls, {"self": 2 + 2, "cross": 2, "mlp": 2 + 2}),

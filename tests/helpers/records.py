@@ -1,4 +1,4 @@
-"""What a plain run of a denoiser shows at each step, by hooks on its modules, and thresholds that split its steps."""
+"""Values of a plain run of a denoiser at each step, recorded by hooks, and thresholds that split its steps."""
 
 from __future__ import annotations
 
@@ -12,8 +12,10 @@ from torch import Tensor, nn
 
 @dataclass
 class Records:
-    """Of each step: the latent, the output, the modulated input of the first attention, and the stream behind each
-    block (before the first at index 0)."""
+    """For each step: the latent, the output, the modulated input of the first attention, and the stream.
+
+    The stream is recorded before the first block (index 0) and after each block.
+    """
 
     latents: list[Tensor] = field(default_factory=list)
     outputs: list[Tensor] = field(default_factory=list)
@@ -23,7 +25,7 @@ class Records:
 
 @torch.no_grad()
 def record(model: nn.Module, body: Any, inputs: Sequence[Mapping[str, Any]], latent: str = "hidden_states") -> Records:
-    """A run of the untouched model; `body` holds its blocks."""
+    """Record a run of the untouched model; `body` contains its blocks."""
     records = Records()
 
     def enter(block: nn.Module, args: tuple[Any, ...]) -> None:
@@ -47,19 +49,19 @@ def record(model: nn.Module, body: Any, inputs: Sequence[Mapping[str, Any]], lat
 
 
 def relative(now: Tensor, before: Tensor) -> float:
-    """The mean of the absolute change over the mean of the absolute values before."""
+    """Return the mean absolute change divided by the mean absolute earlier value."""
     return float((now - before).abs().mean() / before.abs().mean())
 
 
 class Decided(NamedTuple):
-    """A letter for each step, and what was compared with the threshold where it was."""
+    """A letter for each step, and the values that were compared with the threshold."""
 
     row: str
     compared: list[float]
 
 
 def splitting(decide: Callable[[float], Decided]) -> tuple[float, str]:
-    """The threshold under which nearest to half of the steps reuse, of those that no comparison comes close to."""
+    """Return a threshold with about half of the steps reused that is not close to any compared value."""
     largest = max(decide(-1.0).compared)
     found = [(t, decide(t)) for t in (largest * 8 * 0.93**i for i in range(80))]
     clear = [(t, d.row) for t, d in found if all(abs(seen / t - 1) > 0.005 for seen in d.compared)]

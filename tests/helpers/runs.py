@@ -1,4 +1,4 @@
-"""What a policy does on the tiny denoiser, step by step."""
+"""The decisions of a policy on the tiny denoiser, step by step."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tests.helpers import tiny
 
 
 def decided(policy: Policy, steps: int, model: nn.Module | None = None) -> dict[str, str]:
-    """For each guarded site what it did at each step: C computed, R reused or forecast. The trajectory is told."""
+    """Return for each guarded site a letter per step: C computed, R reused or forecast. The trajectory is explicit."""
     compiled = tiny.rewritten(tiny.build() if model is None else model, policy)
     with compiled.trajectory(steps):
         tiny.outputs(compiled, tiny.calls(steps))
@@ -20,11 +20,11 @@ def decided(policy: Policy, steps: int, model: nn.Module | None = None) -> dict[
 
 
 def by_site(rows: list[Mapping[str, str]] | list[dict[str, str]]) -> dict[str, str]:
-    """In letters."""
+    """Return the letters by site."""
     return {name: "".join("C" if row[name] == "compute" else "R" for row in rows) for name in rows[0]}
 
 
 def the_row(found: Mapping[str, Any]) -> str:
-    """What all sites did, which must be the same."""
+    """Return the letters of all sites, which must be equal."""
     (did,) = set(found.values())
     return str(did)

@@ -1,4 +1,4 @@
-"""Toy denoisers by the shape of their residual stream: one, two that are joined, reshaped, skipped over, normed."""
+"""Toy denoisers with different residual streams: one, two joined, reshaped, skip connections, norms."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from tests.helpers.toys import STEPS, Block
 from tests.helpers.tracing import WIDTH, Attention, Toy, Traced, heads, linear, merged, mlp, norm, tokens, trace
 from tests.references.oracle import Rewritten
 
-TEXT = (2, 3, WIDTH)  # other than the image's 4 tokens
+TEXT = (2, 3, WIDTH)  # different from the image's 4 tokens
 
 
 class Plain(nn.Module):
-    """Pre-norm attention and MLP without a gate: so their sums are of nothing but branches."""
+    """Pre-norm attention and MLP without a gate, so that the sums contain only branches."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -31,7 +31,7 @@ class Plain(nn.Module):
 
 
 class Joint(nn.Module):
-    """Joint attention of image and text, then an MLP of each; `last` throws the text away."""
+    """Joint attention of image and text, then an MLP of each; with `last` the text is dropped."""
 
     def __init__(self, last: bool = False) -> None:
         super().__init__()
@@ -56,7 +56,7 @@ class Joint(nn.Module):
 
 
 class Single(nn.Module):
-    """Attention and MLP side by side in one projection, as in FLUX's single blocks."""
+    """Attention and MLP in one projection, as in FLUX's single blocks."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -70,7 +70,7 @@ class Single(nn.Module):
 
 
 def single(layers: int = 3) -> Toy:
-    """One stream: a linear embeds the latent, blocks that a signal modulates, a head."""
+    """One stream: a linear embedding of the latent, blocks modulated by a signal, a head."""
 
     def body(m: Toy, x: Tensor, signal: Tensor) -> Tensor:
         x = m.enter(x)
@@ -83,7 +83,7 @@ def single(layers: int = 3) -> Toy:
 
 
 def joint(layers: int = 2, dropped: bool = False) -> Toy:
-    """Two streams; `dropped`: the last block throws the text away."""
+    """Two streams; with `dropped` the last block drops the text."""
 
     def body(m: Toy, x: Tensor, text: Tensor) -> tuple[Tensor, ...]:
         x, text = m.enter(x), m.text_enter(text)
@@ -96,7 +96,7 @@ def joint(layers: int = 2, dropped: bool = False) -> Toy:
 
 
 def flux(split: bool = False, doubles: int = 2, singles: int = 3) -> Toy:
-    """Joint blocks, then text and image as one sequence in single blocks, of which the image is taken."""
+    """Joint blocks, then single blocks over text and image as one sequence, from which the image is sliced."""
 
     def body(m: Toy, x: Tensor, text: Tensor) -> Tensor:
         x, text = m.enter(x), m.text_enter(text)
@@ -112,7 +112,7 @@ def flux(split: bool = False, doubles: int = 2, singles: int = 3) -> Toy:
 
 
 def latte() -> Toy:
-    """Blocks over space and over time in turn: samples times frames, by tokens; samples times tokens, by frames."""
+    """Alternating blocks over space (samples x frames, by tokens) and time (samples x tokens, by frames)."""
 
     def body(m: Toy, x: Tensor) -> Tensor:
         samples, frames, count, width = x.shape
@@ -126,7 +126,7 @@ def latte() -> Toy:
 
 
 def post_norm() -> Toy:
-    """What goes on is the normed sum: no residual stream runs from block to block."""
+    """The stream is normalised after each sum, so no residual stream runs from block to block."""
 
     def body(m: Toy, x: Tensor) -> Tensor:
         for part, after in zip(m.blocks, m.norms, strict=True):
@@ -138,7 +138,7 @@ def post_norm() -> Toy:
 
 
 def skipping() -> Toy:
-    """As in U-Nets, the last of three blocks takes what the first one gave, beside the stream."""
+    """As in U-Nets, the last of three blocks also reads the output of the first one."""
 
     def body(m: Toy, x: Tensor) -> Tensor:
         first = x = m.blocks[0](x)
@@ -151,7 +151,7 @@ def skipping() -> Toy:
 
 
 def added_skip() -> Toy:
-    """The same, but the skip is added to the stream."""
+    """As `skipping`, but the output is added to the stream."""
 
     def body(m: Toy, x: Tensor) -> Tensor:
         first = x = m.blocks[0](x)
@@ -176,7 +176,7 @@ _traced: dict[str, Traced] = {}
 
 
 def traced(name: str) -> Traced:
-    """A toy's graph, called with other inputs at every step; once a process."""
+    """Return a toy's graph, called with other inputs at every step; traced once per process."""
     if name not in _traced:
         build, shapes = SHAPES[name]
         calls = [tuple(tokens(10 * step + i, *shape) for i, shape in enumerate(shapes)) for step in range(STEPS)]
@@ -185,7 +185,7 @@ def traced(name: str) -> Traced:
 
 
 def stream_of(name: str) -> Stream:
-    """Its residual stream."""
+    """Return its residual stream."""
     return Stream(traced(name).gm.graph, traced(name).sites())
 
 
@@ -193,10 +193,10 @@ def with_spans(
     of: Traced,
     spans: Sequence[tuple[int, int]],
     branches: bool = True,
-    stores: Sequence[str | None] = (None,),
+    formats: Sequence[str | None] = (None,),
     stack: Collection[int] | None = None,
 ) -> Rewritten:
-    """A graph with these spans (of a stack's blocks) guarded, and its branches; the sites have the `stores` in turn."""
+    """Guard these spans (or spans of a stack's blocks) and all branches. The slots get `formats` in turn."""
     gm = copied(of.gm)
     found: Found = of.sites()
     sites, refused = find_spans(
@@ -205,4 +205,4 @@ def with_spans(
     assert not refused
     parts: list[Site] = [*found.sites, *sites]
     chosen = range(len(parts)) if branches else range(len(found.sites), len(parts))
-    return Rewritten.with_parts(of, gm, parts, {i: stores[i % len(stores)] for i in chosen})
+    return Rewritten.with_parts(of, gm, parts, {i: formats[i % len(formats)] for i in chosen})

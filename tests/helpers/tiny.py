@@ -1,4 +1,4 @@
-"""A denoiser of two blocks that compiles in a second, trajectories for it, and FORA on it by module hooks.
+"""A denoiser of two blocks that compiles in a second, trajectories for it, and FORA by module hooks.
 
 Each block adds a self-attention and an MLP, both gated by the time and the condition: two sites of each kind.
 """
@@ -40,7 +40,7 @@ class TinyBlock(nn.Module):
 
 
 class TinyDiT(nn.Module):
-    """Two blocks over the tokens; a time and a condition, one vector a sample each."""
+    """Two blocks over the tokens, with a time and a condition, one vector per sample each."""
 
     def __init__(self, layers: int = 2) -> None:
         super().__init__()
@@ -57,7 +57,7 @@ class TinyDiT(nn.Module):
 
 
 class Patched(nn.Module):
-    """The tiny denoiser of an image that it cuts into patches itself."""
+    """The tiny denoiser of an image, which it cuts into patches."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -68,24 +68,24 @@ class Patched(nn.Module):
 
 
 def build(layers: int = 2) -> TinyDiT:
-    """The model, seeded, in eval mode and without gradients."""
+    """Return the model, seeded, in eval mode and without gradients."""
     model = TinyDiT(layers)
     prepare(model, torch.float32)
     return model
 
 
 def rewritten(model: nn.Module, policy: Policy | None = None, **options: Any) -> RewrittenModule:
-    """A twin of the model under FORA(3) or another policy, its graphs run as they are."""
+    """Compile a twin of the model with FORA(3) or another policy, and run its graphs in eager mode."""
     return compile(twin(model), FORA(3) if policy is None else policy, backend="aot_eager", **options)
 
 
 def condition(seed: int = 0) -> Tensor:
-    """The condition of both samples."""
+    """Return the condition of both samples."""
     return torch.randn(2, WIDTH, generator=Generator().manual_seed(1000 + seed))
 
 
 def calls(steps: int, seed: int = 0, given: Tensor | None = None, tokens: int = 8) -> list[dict[str, Any]]:
-    """A trajectory: a latent on its way from noise, falling timesteps, one condition (`given`, or the seed's)."""
+    """Return the calls of a trajectory: a latent path, falling timesteps, one condition (`given`, or from the seed)."""
     given = condition(seed) if given is None else given
     path = latents((tokens, CHANNELS), steps, torch.float32, Generator().manual_seed(seed))
     return [
@@ -96,12 +96,12 @@ def calls(steps: int, seed: int = 0, given: Tensor | None = None, tokens: int = 
 
 @torch.no_grad()
 def outputs(model: Any, inputs: list[dict[str, Any]]) -> list[Tensor]:
-    """What a model returns at each call, copied."""
+    """Return copies of a model's outputs at each call."""
     return [model(**arguments).clone() for arguments in inputs]
 
 
 def fora(model: TinyDiT, inputs: list[dict[str, Any]], interval: int = 3) -> list[Tensor]:
-    """What the model returns under FORA, from the first call on."""
+    """Return the model's outputs under FORA, from the first call on."""
     results = []
     with torch.no_grad(), ModuleCache(part for b in model.blocks for part in (b.attn, b.mlp)) as cache:
         for step, arguments in enumerate(inputs):
@@ -111,12 +111,12 @@ def fora(model: TinyDiT, inputs: list[dict[str, Any]], interval: int = 3) -> lis
 
 
 def same(found: list[Tensor], expected: list[Tensor]) -> bool:
-    """Whether two runs are equal bit for bit at every step."""
+    """Return whether two runs are equal bit for bit at every step."""
     return len(found) == len(expected) and all(map(torch.equal, found, expected))
 
 
 def row(model: RewrittenModule, last: int) -> str:
-    """The last graph calls in letters: C where all sites computed, R where all reused, ? for a mixture."""
+    """Return the last calls in letters: C if all sites computed, R if all were reused, ? for a mixture."""
     letters = {frozenset({"compute"}): "C", frozenset({"reuse"}): "R"}
     recent = model.stats().decisions[-last:]
     return "".join(letters.get(frozenset(decision.strategies.values()), "?") for decision in recent)

@@ -1,4 +1,4 @@
-"""Toy denoisers of every shape that rewriting has to get right, and calls that make a short trajectory of each."""
+"""Toy denoisers for the structures that rewriting must handle, and a short trajectory of each."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ STEPS = 5
 
 @dataclass(frozen=True)
 class Example:
-    """A toy, its number of sites, and how many inputs each of its calls takes. It is traced once a process."""
+    """A toy, its number of sites, and how many inputs each call takes. It is traced once per process."""
 
     name: str
     build: Callable[[], Toy]
@@ -26,11 +26,11 @@ class Example:
     inputs: int = 1
 
     def traced(self, dynamic: bool = False) -> Traced:
-        """Its graph, called with other inputs at every step."""
+        """Return its graph, called with other inputs at every step."""
         return _traced(self, dynamic)
 
     def rewritten(self, positions: tuple[int, ...] | None = None, dynamic: bool = False) -> Rewritten:
-        """Its graph with every site guarded, or those at `positions`."""
+        """Return its graph with every site guarded, or those at `positions`."""
         return Rewritten.of(self.traced(dynamic), positions)
 
 
@@ -73,7 +73,7 @@ def nested() -> Toy:
 
 
 def siblings() -> Toy:
-    """Two branches side by side within a third, and a fourth behind it."""
+    """Two branches side by side within a third, and a fourth after it."""
 
     def body(m: Toy, x: Tensor) -> Tensor:
         y = m.enter(x)
@@ -85,7 +85,7 @@ def siblings() -> Toy:
 
 
 def joint() -> Toy:
-    """Two layers of joint attention and an MLP for each stream; the second layer throws its text away."""
+    """Two layers of joint attention and an MLP per stream; the second layer drops its text."""
 
     def attend(m: Toy, layer: int, x: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
         q, k, v, o, text_q, text_k, text_v, text_o = m.projections[8 * layer : 8 * layer + 8]
@@ -108,7 +108,7 @@ def joint() -> Toy:
 
 
 def halves() -> Toy:
-    """One MLP over two streams put together, its output taken apart again."""
+    """One MLP over two joined streams, whose output is split again."""
 
     def body(m: Toy, x: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
         y = m.ff(m.norm(torch.cat([text, x], dim=1)))
@@ -130,7 +130,7 @@ def around_a_joint() -> Toy:
 
 
 def constant() -> Toy:
-    """A tensor made in the forward, which is an attribute of the graph, within a branch."""
+    """A tensor made in the forward, an attribute of the graph, within a branch."""
     return Toy(lambda m, x: x + m.ff(x * torch.tensor([0.5, 2.0]).repeat(4)), ff=mlp())
 
 

@@ -1,4 +1,4 @@
-"""What the tests of passes share: toy modules, our own capture of them, and what was found in short words."""
+"""Helpers for tests of passes: toy modules, their capture, and short descriptions of the found sites."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from dit_rewrite.passes.rewrite.printing import op_name
 WIDTH = 8
 SHAPE = (2, 4, WIDTH)
 
-Shown = tuple[str, tuple[str, ...]]  # a site's kind, and the op that makes each of its values
+Shown = tuple[str, tuple[str, ...]]  # a site's kind, and the op that computes each of its values
 
 
 class Toy(nn.Module):
-    """Modules and parameters by name, and a forward function that is given the toy and the inputs."""
+    """Modules and parameters by name, and a forward function that gets the toy and the inputs."""
 
     def __init__(self, body: Callable[..., Any], **parts: nn.Module | Tensor) -> None:
         super().__init__()
@@ -50,12 +50,12 @@ class Attention(nn.Module):
 
 
 def heads(tokens: Tensor) -> Tensor:
-    """Tokens split into two heads."""
+    """Split tokens into two heads."""
     return tokens.unflatten(-1, (2, -1)).transpose(1, 2)
 
 
 def merged(split: Tensor) -> Tensor:
-    """The heads put together again."""
+    """Merge the heads."""
     return split.transpose(1, 2).flatten(2)
 
 
@@ -75,13 +75,13 @@ def norm() -> nn.LayerNorm:
 
 
 def tokens(seed: int = 0, *shape: int) -> Tensor:
-    """Random tokens."""
+    """Return random tokens."""
     return torch.randn(shape or SHAPE, generator=Generator().manual_seed(seed))
 
 
 @dataclass
 class Traced:
-    """A captured graph, the arguments that it was called with, what it returned and what the caller got."""
+    """A captured graph, the arguments of its calls, its results, and the outputs of the model."""
 
     captured: Captured
     arguments: list[list[Any]] = field(default_factory=list)
@@ -97,12 +97,12 @@ class Traced:
         return {node.name: node for node in self.gm.graph.nodes}
 
     def sites(self) -> Found:
-        """What pass 02 finds."""
+        """Return the sites of the graph."""
         return find_sites(self.gm, self.captured.static)
 
 
 def trace(model: Callable[..., Any], *calls: tuple[Any, ...], dynamic: bool = False) -> Traced:
-    """Compile a model by pass 00 alone and call it with each of `calls`; it has to be one graph."""
+    """Capture a model and call it with each of `calls`. It must be one graph."""
     caught: list[Traced] = []
 
     def backend(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
@@ -130,14 +130,14 @@ def trace(model: Callable[..., Any], *calls: tuple[Any, ...], dynamic: bool = Fa
 
 @dataclass(frozen=True)
 class Look:
-    """What a test says of a model: its sites in order, and the refused summands by op."""
+    """The sites of a model in order, and the refused summands by op."""
 
     sites: list[Shown]
     refused: list[tuple[str, RefusalReason]] = field(default_factory=list)
 
 
 def look(model: Callable[..., Any], *inputs: Any) -> Look:
-    """Sites and refusals of a model."""
+    """Return the sites and refusals of a model."""
     traced = trace(model, inputs)
     found = traced.sites()
     return Look(
@@ -147,7 +147,7 @@ def look(model: Callable[..., Any], *inputs: Any) -> Look:
 
 
 def made_by(node: fx.Node) -> str:
-    """The op that made a node's elements, views of it looked through; "input" for one of the graph's."""
+    """Return the op that computes a node without its views, or "input"."""
     while is_view(node):
         node = node.args[0]  # type: ignore[assignment]
     return "input" if node.op == "placeholder" else op_name(node).split(".")[-1]

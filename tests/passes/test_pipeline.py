@@ -1,4 +1,4 @@
-"""The pipeline: passes run in order over one graph, leave results by class, and are named where they fail."""
+"""The pipeline: passes run in order, results are found by class, and errors name the pass."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from dit_rewrite.passes.pipeline import Context, Pass, PassRun, check_disabled, 
 
 @dataclass(frozen=True)
 class Count:
-    """How many nodes an analysis saw."""
+    """The number of nodes that an analysis counted."""
 
     nodes: int
     refused: tuple[str, ...] = ("a", "b")

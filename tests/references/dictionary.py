@@ -1,4 +1,4 @@
-"""An interpreter of captured graphs that knows nothing of how they are rewritten: some nodes are looked up instead."""
+"""An interpreter of captured graphs that looks up the values of some nodes. It does not use the rewrites."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ import torch
 from torch import Tensor, fx
 from torch.utils._pytree import tree_map_only
 
-Recall = Callable[[Mapping[str, Any]], Tensor]  # a node's value, of the values of those before it
+Recall = Callable[[Mapping[str, Any]], Tensor]  # computes a node's value from the values of earlier nodes
 
 
 class Dictionary(fx.Interpreter):
-    """Runs a graph, but the nodes named in `kept` are recalled, of what was seen so far.
+    """Runs a graph, but takes the values of the nodes in `kept` from functions of the earlier values.
 
-    `halves` are nodes that are computed for one half of the batch: they find the samples of that half in both halves of
-    whatever they read that is not among them. Weights, at the positions `static` of the inputs, have no samples.
+    `halves` are nodes that are computed for one half of the batch: they get this half of each operand that is not in
+    `halves`, repeated. Weights, the inputs at the positions `static`, have no samples.
     """
 
     def __init__(
@@ -56,7 +56,7 @@ class Dictionary(fx.Interpreter):
 
 
 def both(value: Any, half: int) -> Any:
-    """One half of the samples, in the place of both; in memory as before."""
+    """Repeat one half of the samples in place of both, with the memory order of the value."""
 
     def repeated(tensor: Tensor) -> Tensor:
         return torch.empty_like(tensor).copy_(torch.cat([tensor.chunk(2)[half]] * 2))

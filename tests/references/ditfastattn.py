@@ -1,8 +1,8 @@
-"""DiTFastAttn's definitions written down: PyTorch's attention in an eager model exchanged for the paper's.
+"""DiTFastAttn (Yuan et al., 2024) written down: the attention of an eager model replaced by the paper's.
 
-It shares nothing with the compiler, the ops or the replay. A branch's value is its attention core's, projected sample
-by sample, so that what is shared or kept at the core is shared or kept at the branch (FLUX's single blocks alone hold
-an MLP beside it).
+It shares no code with the compiler, the ops or the replay. A branch's value is its attention core's, projected sample
+by sample, so sharing or storing the core is the same as sharing or storing the branch, except in FLUX's single blocks,
+whose branches also contain an MLP.
 """
 
 from __future__ import annotations
@@ -24,27 +24,29 @@ INF = math.inf
 
 @dataclass
 class Paper:
-    """DiTFastAttn at the attention of one model. Of each step a letter says what it does:
+    """DiTFastAttn in place of the attention of a model. `schedule` has a letter for each step:
 
-    F: O = softmax(Q K^T / sqrt d) V, and the residual R = O - W (equation 1), W being the softmax over a window alone
-    W: O' = W + R (equation 2), with the R of the last step that had it.      A: AST, the output of the step before
-    S: ASC, an F of one half of the batch, O and R used for both halves.      X: WA-RS and ASC, a W of that half
+    F: O = softmax(Q K^T / sqrt d) V, and the residual R = O - W (equation 1), where W attends only within a window
+    W: WA-RS, O' = W + R (equation 2), with the R of the last step that computed it
+    A: AST, the output of the step before
+    S: ASC, as F for one half of the batch, with O and R used for both halves
+    X: WA-RS and ASC, as W for that half
 
-    `seen` says of N tokens which see each other (N, N). Cross-attention is left alone.
+    `seen` returns the mask (N, N) of N tokens. Cross-attention is not replaced.
     """
 
     schedule: str
     seen: Callable[[int], Tensor]
     half: int = 0
-    cores: int | None = None  # the first of each step, where the others are left alone too
-    refresh: bool = True  # False departs from the paper: ASC leaves R as it was
+    cores: int | None = None  # the number of first attentions of each step to replace; None means all
+    refresh: bool = True  # False differs from the paper: ASC does not update R
     residual: dict[int, Tensor] = field(default_factory=dict)
     out: dict[int, Tensor] = field(default_factory=dict)
     does: str = "F"
     count: int = 0
 
     def run(self, model: nn.Module, inputs: Sequence[dict[str, Any]]) -> list[Tensor]:
-        """What the model returns at each step."""
+        """Return the model's output at each step."""
         results = []
         with torch.no_grad(), pytest.MonkeyPatch.context() as patch:
             patch.setattr(F, "scaled_dot_product_attention", self.attend)
@@ -67,7 +69,7 @@ class Paper:
         return self.out[core]
 
     def compute(self, core: int, tensors: list[Any], halved: bool) -> Tensor:
-        """The output of one attention, perhaps of half the batch; R is brought up to date."""
+        """Compute the output of one attention, possibly of half of the batch, and update R."""
         near = softmax_attention(*tensors, seen=self.seen(tensors[0].shape[2]))
         if self.does in "WX":
             return near + (self.residual[core].chunk(2)[self.half] if halved else self.residual[core])
@@ -78,7 +80,7 @@ class Paper:
 
 
 def softmax_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, seen: Tensor | None = None) -> Tensor:
-    """softmax(q k^T / sqrt d) v in fp32, over the keys that are seen; a row that sees none gives 0."""
+    """Compute softmax(q k^T / sqrt d) v in fp32 over the visible keys. A row that sees no key gives 0."""
     scores = q @ k.mT / math.sqrt(q.shape[-1])
     for allowed in (mask, seen):
         if allowed is not None:
@@ -87,7 +89,7 @@ def softmax_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, seen
 
 
 def band(reach: int, first: int = 0, last: int = 0) -> Callable[[int], Tensor]:
-    """Tokens no further apart than `reach`; the `first` and `last` ones are text, which sees and is seen by all."""
+    """Mask of tokens at most `reach` apart. The `first` and `last` tokens are text, which sees and is seen by all."""
 
     def seen(tokens: int) -> Tensor:
         place = torch.arange(tokens)
@@ -98,7 +100,7 @@ def band(reach: int, first: int = 0, last: int = 0) -> Callable[[int], Tensor]:
 
 
 def square(side: int, reach: int) -> Callable[[int], Tensor]:
-    """Tokens of a square image that are no further apart than `reach` in either direction."""
+    """Mask of the tokens of a square image that are at most `reach` apart in both directions."""
 
     def seen(tokens: int) -> Tensor:
         place = torch.cartesian_prod(torch.arange(side), torch.arange(side))

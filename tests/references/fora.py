@@ -1,13 +1,13 @@
-"""FORA as its paper tells it, by replacing the forward of modules: what the compiled models are compared with.
+"""FORA as described in its paper, implemented by replacing the forward of modules, to compare compiled models with it.
 
-Written from the paper alone (cache[Attn][k] and cache[MLP][k], filled every N steps, returned in between), and shares
-no code with the compiler. A module whose output is a branch's value keeps what it returned at the last computed step
-and returns it at the others; norms, modulations, gates and residual sums are the model's own and run at every step.
+The code is written from the paper alone (cache[Attn][k] and cache[MLP][k] are filled every N steps and returned in
+between) and shares no code with the compiler. A module whose output is a branch's value returns the output of the last
+computed step at the other steps. Norms, modulations, gates and residual sums of the model run at every step.
 
-Where the value is. The compiler caches a branch's summand after taking off gates (factors that do not depend on the
-residual stream), casts, constant factors and views; whatever else comes between a module and the sum is part of the
-value. Caching on either side of such a step gives the same bits as long as its other inputs are the same at every
-step of a trajectory, which holds for weights and does not hold for gates and modulations. Hence:
+The place of the value: the compiler caches a branch's summand without gates (factors that do not depend on the residual
+stream), casts, constant factors and views. Any other op between a module and the sum is part of the value. Caching
+before or after such an op gives the same bits if its other inputs are the same at every step of a trajectory, which is
+true for weights and not for gates and modulations. Therefore:
 
 * `Attention` of diffusers divides its projection by a constant 1.0, `FeedForward` ends in a dropout: inside the module.
 * DiT, PixArt, SD3, FLUX, CogVideoX, Latte, STDiT: gate * module(...), or no gate (all cross-attentions). The module's
@@ -33,7 +33,7 @@ from tests.helpers.models import output
 
 
 class ModuleCache:
-    """While entered, these modules return their last output instead of computing whenever `reuse` is set."""
+    """While entered, the modules return their last output instead of computing if `reuse` is set."""
 
     def __init__(self, modules: Iterable[nn.Module]) -> None:
         self.modules = list(modules)
@@ -62,7 +62,7 @@ class ModuleCache:
 
 
 def get(module: nn.Module, path: str) -> nn.Module | None:
-    """The submodule at a dotted path, or None where a block goes without it."""
+    """Return the submodule at a dotted path, or None if the block does not have it."""
     current: Any = module
     for name in path.split("."):
         current = getattr(current, name, None)
@@ -70,7 +70,7 @@ def get(module: nn.Module, path: str) -> nn.Module | None:
 
 
 def each(blocks: nn.Module, *paths: str) -> list[nn.Module]:
-    """These submodules of every block that has them."""
+    """Return these submodules of all blocks that have them."""
     found = [get(block, path) for block in blocks.children() for path in paths]
     return [module for module in found if module is not None]
 
@@ -91,7 +91,7 @@ def sd3_modules(model: Any) -> list[nn.Module]:
 
 
 def flux_modules(model: Any) -> list[nn.Module]:
-    """As SD3; in single blocks the projection of cat(attention, MLP), just before the gate."""
+    """As SD3; in single blocks, the projection of cat(attention, MLP) before the gate."""
     return sd3_modules(model) + each(model.single_transformer_blocks, "proj_out")
 
 
@@ -150,10 +150,10 @@ MODULES: dict[str, Callable[[Any], list[nn.Module]]] = {
 
 
 def computes(step: int, steps: int, interval: int, anchor: str) -> bool:
-    """Whether FORA computes at this step.
+    """Return whether FORA computes at a step.
 
-    "start" counts from the first step. "paper" is FORA's source, which counts t down from steps - 1 to 0: it computes
-    at the first step and where t is a multiple of the interval.
+    "start" counts from the first step. "paper" is the published source, which counts t down from steps - 1 to 0: it
+    computes at the first step and if t is a multiple of the interval.
     """
     if anchor == "start":
         return step % interval == 0
@@ -166,7 +166,7 @@ def computes(step: int, steps: int, interval: int, anchor: str) -> bool:
 def fora_outputs(
     case_name: str, model: nn.Module, inputs: list[dict[str, Any]], interval: int, anchor: str = "start"
 ) -> list[Tensor]:
-    """What the model returns at each step of a trajectory under FORA."""
+    """Return the model's output at each step of a trajectory under FORA."""
     outputs = []
     with ModuleCache(MODULES[case_name](model)) as cache:
         for step, arguments in enumerate(inputs):

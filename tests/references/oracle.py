@@ -1,4 +1,4 @@
-"""Running rewritten graphs over several steps, beside an interpreter that knows nothing of how they were rewritten."""
+"""Run rewritten graphs over several steps, and compare them with an interpreter that does not use the rewrites."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from dit_rewrite.passes.rewrite.specialise import Row, Variant, normalise, speci
 from tests.helpers.tracing import Traced
 from tests.references.dictionary import Dictionary, Recall
 
-Form = str | Codec | Guidance | None  # a store's name, what a core's slot holds, or which half is computed for both
-Values = dict[tuple[int, str], Tensor]  # what the oracle keeps from step to step: by site, and its value's node
-Slots = dict[tuple[int, int], Tensor]  # what is held: by guarded site, and number of the tensor in its slot
+Form = str | Codec | Guidance | None  # a format, a core's codec, or the half that is computed for both
+Values = dict[tuple[int, str], Tensor]  # the oracle's values, by site and value node
+Slots = dict[tuple[int, int], Tensor]  # slot tensors, by guarded site and index in its slot
 
 
 @dataclass(frozen=True)
 class Rewritten:
-    """A graph with some of its sites guarded, each with what its slot holds, or how else it is done."""
+    """A graph with guarded sites, and the slot format of each."""
 
     traced: Traced
     gm: fx.GraphModule
@@ -38,7 +38,7 @@ class Rewritten:
 
     @classmethod
     def of(cls, traced: Traced, positions: Sequence[int] | None = None) -> Rewritten:
-        """With every branch guarded, or those at `positions`."""
+        """Guard every branch, or those at `positions`."""
         found = traced.sites()
         chosen = range(len(found.sites)) if positions is None else positions
         return cls.built(traced, traced.gm, found, found.sites, {i: None for i in chosen})
@@ -47,7 +47,7 @@ class Rewritten:
     def with_parts(
         cls, traced: Traced, gm: fx.GraphModule, parts: Sequence[Site], chosen: Mapping[int, Form]
     ) -> Rewritten:
-        """With any sites of a graph `gm` that holds the captured one; `chosen` are indices, and their forms."""
+        """Guard sites of a graph `gm` that contains the captured one. `chosen` maps site indices to their formats."""
         found = traced.sites()
         return cls.built(traced, gm, found, close(gm.graph, parts), chosen)
 
@@ -74,44 +74,44 @@ class Rewritten:
         return whole(self.gm, self.sites)
 
     def cut(self, measured: bool = False) -> Segments:
-        """The graph in segments."""
+        """Return the graph cut into segments."""
         return cut(self.gm, self.found, self.sites, measured)
 
-    def variant(self, row: Sequence[bool], store: Sequence[bool] | None = None) -> Variant:
-        """The straight-line graph of all of it for a row."""
-        return specialise(self.guarded, row, self.whole, stored=store)
+    def variant(self, row: Sequence[bool], stored: Sequence[bool] | None = None) -> Variant:
+        """Return the variant of the whole graph for a row."""
+        return specialise(self.guarded, row, self.whole, stored=stored)
 
     def inside_a_reused_one(self, row: Sequence[bool], i: int) -> bool:
-        """Whether a site around this one is reused, so that it is neither computed nor looked up."""
+        """Return whether an enclosing site is reused, so that this site is neither computed nor looked up."""
         around = self.guarded.parents[i]
         return around is not None and (row[around] or self.inside_a_reused_one(row, around))
 
     def _values(self, sites: Sequence[int]) -> list[tuple[int, str, str | None]]:
-        """The values that the slots of these sites hold, each with its base."""
+        """Return the values that the slots of these sites store, each with its base."""
         holding = [i for i in sites if isinstance(self.forms[i], str | None)]
         pairs = ((i, itertools.zip_longest(self.sites[i].values, self.sites[i].bases)) for i in holding)
         return [(i, value, base) for i, both in pairs for value, base in both]
 
     def _encoded(self, i: int, seen: Mapping[str, Any]) -> Values:
-        """What is held for a core, made of its value and of what it reads."""
+        """Return the stored tensors of a core, encoded from its value and its inputs."""
         site, codec = self.sites[i], cast("Codec", self.forms[i])
         tensors = codec.encode(seen[site.values[0]], [seen[name] for name in site.inputs])
         return {(i, str(k)): tensor for k, tensor in enumerate(tensors)}
 
     def _decoded(self, core: int, kept: Values) -> Recall:
-        """What a core's value is made of: what is held for it, and what it reads."""
+        """Return a core's value, decoded from its stored tensors and its inputs."""
         site, codec = self.sites[core], cast("Codec", self.forms[core])
-        source = next(i for i in self.held_for_cores if self.sites[i].values == site.values)
-        held = [kept[source, str(k)] for k in range(self.guarded.widths[source])]
+        source = next(i for i in self.core_states if self.sites[i].values == site.values)
+        stored = [kept[source, str(k)] for k in range(self.guarded.widths[source])]
         dtype = next(node.meta["val"].dtype for node in self.gm.graph.nodes if node.name == site.values[0])
-        return lambda seen: codec.decode(held, [seen[name] for name in site.inputs], dtype)
+        return lambda seen: codec.decode(stored, [seen[name] for name in site.inputs], dtype)
 
     @property
-    def held_for_cores(self) -> list[int]:
+    def core_states(self) -> list[int]:
         return [i for i, site in enumerate(self.sites) if site.part is Part.CORE_STATE]
 
     def _recalled(self, row: Sequence[bool], sites: Sequence[int], kept: Values) -> dict[str, Recall]:
-        """How the values of these sites are had where `row` reuses them."""
+        """Return functions that reconstruct the values of the sites that `row` reuses."""
 
         def recall(value: Tensor, base: str | None) -> Recall:
             return lambda seen: value if base is None else seen[base] + value
@@ -122,138 +122,141 @@ class Rewritten:
         return found | {self.sites[i].values[0]: self._decoded(i, kept) for i in cores}
 
     def _halves(self, row: Sequence[bool], sites: Sequence[int]) -> list[tuple[frozenset[str], int]]:
-        """What is computed for one half of the batch where `row` reuses these sites, and for which half."""
+        """Return the nodes that are computed for half of the batch because `row` reuses these sites, and the half."""
         forms = ((i, self.forms[i]) for i in sites if row[i])
         return [(self.sites[i].closure, form.half) for i, form in forms if isinstance(form, Guidance)]
 
     def by_dictionary(self, step: int, row: Sequence[bool], kept: Values) -> tuple[list[Any], Values]:
-        """What the captured graph returns at a step when `row` says which sites are reused; and what is kept then."""
+        """Return the captured graph's outputs for the decisions `row`, and the stored values after the step."""
         seen_to = [i for i in range(len(row)) if not self.inside_a_reused_one(row, i)]
         recalled, halves = self._recalled(row, seen_to, kept), self._halves(row, seen_to)
         run = Dictionary(self.gm, recalled, halves, self.traced.captured.static)
         outputs = list(run.run(*self.traced.arguments[step]))
         computed = [i for i in seen_to if not row[i]]
         fresh = {
-            (i, value): rounded(run.seen[value] if base is None else run.seen[value] - run.seen[base], self._store(i))
+            (i, value): rounded(run.seen[value] if base is None else run.seen[value] - run.seen[base], self._format(i))
             for i, value, base in self._values(computed)
         }
-        for i in set(computed) & set(self.held_for_cores):
+        for i in set(computed) & set(self.core_states):
             fresh.update(self._encoded(i, run.seen))
         return outputs, {**kept, **fresh}
 
-    def _store(self, i: int) -> str | None:
+    def _format(self, i: int) -> str | None:
         form = self.forms[i]
         return form if isinstance(form, str) else None
 
     def by_guarded_graph(self, step: int, row: Sequence[bool], slots: Slots) -> tuple[list[Any], Slots]:
-        """The same by the guarded graph as it is, decisions and cached values being its inputs; slots of reused sites
-        stay as they are."""
+        """Run the guarded graph, with decisions and slot tensors as inputs. Slots of reused sites are unchanged."""
         results = self.guarded.gm(*self.traced.arguments[step], *row, *(slots[key] for key in self.slots))
-        held = results[self.guarded.num_outputs :]
+        stored = results[self.guarded.num_outputs :]
         reused = normalise(row, self.guarded.parents)
-        filled = {key: value for key, value in zip(self.slots, held, strict=True) if not reused[key[0]]}
+        filled = {key: value for key, value in zip(self.slots, stored, strict=True) if not reused[key[0]]}
         return list(results[: self.guarded.num_outputs]), {**slots, **filled}
 
     def by_variant(self, step: int, row: Sequence[bool], slots: Slots) -> tuple[list[Any], Slots]:
-        """The same by the straight-line graph of the row."""
+        """Run the variant of the row."""
         return self.string(self.whole, [self.variant(row)], step, slots)
 
     def by_segments(
         self, step: int, row: Sequence[bool], slots: Slots, measured: bool = False
     ) -> tuple[list[Any], Slots]:
-        """The same by segments, each made of the decisions that it depends on alone."""
+        """Run the segments, each specialised for the decisions that it depends on."""
         segments = self.cut(measured)
         depends = relevant(self.gm, segments, self.sites, measured)
         rows = [[row[i] and i in sites for i in range(len(row))] for sites in depends]
-        pieces = [specialise(self.guarded, own, segments, k) for k, own in enumerate(rows)]
-        return self.string(segments, pieces, step, slots)
+        variants = [specialise(self.guarded, own, segments, k) for k, own in enumerate(rows)]
+        return self.string(segments, variants, step, slots)
 
-    def string(self, segments: Segments, pieces: Sequence[Variant], step: int, slots: Slots) -> tuple[list[Any], Slots]:
-        """Run pieces one after the other: what the graph returns, and what is held then."""
+    def string(
+        self, segments: Segments, variants: Sequence[Variant], step: int, slots: Slots
+    ) -> tuple[list[Any], Slots]:
+        """Run segments in order. Returns the graph's outputs and the slot tensors after the step."""
         wires: dict[int, Any] = dict(enumerate(self.traced.arguments[step]))
         fresh: Slots = {}
-        for piece in pieces:
-            results = self.call(piece, wires, slots)
-            wires.update(zip(piece.outputs, results, strict=False))
-            fresh.update(zip(piece.fresh, results[len(piece.outputs) :], strict=True))
+        for variant in variants:
+            results = self.call(variant, wires, slots)
+            wires.update(zip(variant.outputs, results, strict=False))
+            fresh.update(zip(variant.fresh, results[len(variant.outputs) :], strict=True))
         return self.returned(wires), {**slots, **fresh}
 
     @staticmethod
     def call(variant: Variant, wires: Mapping[int, Any], slots: Slots) -> Sequence[Any]:
-        """Call a variant with what it asks for."""
+        """Call a variant with the inputs that it takes."""
         return variant.gm(*(wires[i] for i in variant.inputs), *(slots[key] for key in variant.cached))
 
     def run(self, variant: Variant, step: int, kept: Mapping[str, Tensor]) -> tuple[list[Any], dict[str, Tensor]]:
-        """Call a variant of the whole graph: what the graph returns, and the fresh values by name."""
+        """Call a variant of the whole graph. Returns the graph's outputs, and the new slot tensors by name."""
         slots = {key: kept[name] for key in variant.cached if (name := self.name(key)) in kept}
-        outputs, held = self.string(self.whole, [variant], step, slots)
-        return outputs, {self.name(key): held[key] for key in variant.fresh}
+        outputs, stored = self.string(self.whole, [variant], step, slots)
+        return outputs, {self.name(key): stored[key] for key in variant.fresh}
 
     def returned(self, wires: Mapping[int, Any]) -> list[Any]:
-        """What the captured graph returns, by the wires that carry it."""
+        """Return the captured graph's outputs from the wires that carry them."""
         position = {node: i for i, node in enumerate(self.gm.graph.nodes)}
         outputs: Any = self.gm.graph.output_node().args[0]
         return [wires[position[out]] if isinstance(out, fx.Node) else out for out in outputs]
 
     @cached_property
     def slots(self) -> list[tuple[int, int]]:
-        """What is held: for each guarded site the numbers of its tensors."""
+        """Return the (site, index) pairs of all slot tensors."""
         return [(i, k) for i, count in enumerate(self.guarded.widths) for k in range(count)]
 
     def name(self, slot: tuple[int, int]) -> str:
-        """The node whose value a slot holds as it is."""
+        """Return the node whose value the slot tensor stores unchanged."""
         return self.sites[slot[0]].values[slot[1]]
 
     def names(self, slots: Sequence[tuple[int, int]]) -> list[str]:
         return [self.name(slot) for slot in slots]
 
-    def unpacked(self, slots: Slots) -> Values:
-        """What is held, put together to the values that it stands for."""
+    def decoded(self, slots: Slots) -> Values:
+        """Decode the slot tensors to values."""
         values: Values = {}
         for i, site in enumerate(self.sites):
-            held = [slots[i, k] for k in range(self.guarded.widths[i])]
-            if i in self.held_for_cores:
-                values.update({(i, str(k)): tensor for k, tensor in enumerate(held)})
+            stored = [slots[i, k] for k in range(self.guarded.widths[i])]
+            if i in self.core_states:
+                values.update({(i, str(k)): tensor for k, tensor in enumerate(stored)})
                 continue
-            for name in site.values if held else ():
-                value = held.pop(0)
-                values[i, name] = value.float() * held.pop(0) if value.dtype in BYTES else value
-            assert held == []
+            for name in site.values if stored else ():
+                value = stored.pop(0)
+                values[i, name] = value.float() * stored.pop(0) if value.dtype in BYTES else value
+            assert stored == []
         return values
 
     def started(self) -> tuple[Values, Slots]:
-        """What is kept before the first step, other than anything computed: seen if something wrong is reused."""
+        """Return wrong initial values and slot tensors, so that the comparison fails if a slot is read too early."""
         example = Dictionary(self.gm, {})
         example.run(*self.traced.arguments[0])
         kept: Values = {}
-        held: list[Tensor] = []
+        stored: list[Tensor] = []
         for i in range(len(self.sites)):
             wrong = {(i, name): torch.full_like(example.seen[name], 0.25) for _, name, _ in self._values([i])}
-            if i in self.held_for_cores:
+            if i in self.core_states:
                 wrong = {key: torch.full_like(value, 0.25) for key, value in self._encoded(i, example.seen).items()}
-            held += [tensor for value in wrong.values() for tensor in packed(value, self._store(i))]
-            kept |= {key: rounded(value, self._store(i)) for key, value in wrong.items()}
-        return kept, dict(zip(self.slots, held, strict=True))
+            stored += [tensor for value in wrong.values() for tensor in encoded(value, self._format(i))]
+            kept |= {key: rounded(value, self._format(i)) for key, value in wrong.items()}
+        return kept, dict(zip(self.slots, stored, strict=True))
 
     def check(self, table: Sequence[Sequence[bool]], measured: bool = False, tolerance: float = 0.0) -> None:
-        """Follow a table of decisions, a row for each step, in all ways: equal at every step, bit for bit or within a
-        tolerance of the largest element."""
+        """Follow a table of decisions, a row per step, and compare all ways of running at each step.
+
+        Values are equal bit for bit, or within a tolerance relative to the largest element.
+        """
         expected, start = self.started()
         ways = (self.by_guarded_graph, self.by_variant, self.by_segments)
-        held = [start] * len(ways)
+        stored = [start] * len(ways)
         for step, row in enumerate(table):
             outputs, expected = self.by_dictionary(step, row, expected)
             for w, way in enumerate(ways):
                 more = {"measured": measured} if w == 2 else {}
-                found, held[w] = way(step, row, held[w], **more)
+                found, stored[w] = way(step, row, stored[w], **more)
                 assert same(found, outputs, tolerance)
-                values = self.unpacked(held[w])
+                values = self.decoded(stored[w])
                 assert same(
                     [values[key].to(expected[key].dtype) for key in expected], list(expected.values()), tolerance
                 )
 
     def check_reuse_0(self) -> None:
-        """With all guarded and none reused, every way returns what the captured graph and the model returned."""
+        """With all sites guarded and computed, every way of running equals the captured graph and the model."""
         never = (False,) * len(self.sites)
         self.check([never] * len(self.traced.arguments))
         variant = self.variant(never)
@@ -263,13 +266,13 @@ class Rewritten:
             assert same(outputs, list(self.traced.returned[step]))
 
     def random_table(self, seed: int) -> list[Row]:
-        """Random decisions for each step."""
+        """Return random decisions for each step."""
         chance = random.Random(seed)
         return [tuple(chance.random() < 0.5 for _ in self.sites) for _ in self.traced.arguments]
 
 
 def label(i: int, form: Form) -> Guarded:
-    """A guarded site as pass 03 takes it."""
+    """Return the Guarded of a site."""
     if isinstance(form, Guidance):
         return Guarded(i, f"step > {i}", "half", guidance=form)
     return Guarded(i, f"step > {i}", "reuse", ValueCodec(form) if isinstance(form, str | None) else form)
@@ -279,27 +282,27 @@ LARGEST = {"int8": 127.0, "fp8": 448.0}
 BYTES = (torch.int8, torch.float8_e4m3fn)
 
 
-def packed(value: Tensor, store: str | None) -> tuple[Tensor, ...]:
-    """What a slot may hold of a value, written from the definition: the numbers, and one scale for each token."""
-    if store is None or value.ndim < 2 or not value.is_floating_point():
+def encoded(value: Tensor, format: str | None) -> tuple[Tensor, ...]:
+    """Return the stored tensors of a value, written from the definition: numbers, and one scale per token."""
+    if format is None or value.ndim < 2 or not value.is_floating_point():
         return (value,)
-    if store == "bf16":
+    if format == "bf16":
         return (value.bfloat16(),)
-    scale = value.float().abs().max(-1, keepdim=True).values / LARGEST[store]
+    scale = value.float().abs().max(-1, keepdim=True).values / LARGEST[format]
     scale = scale.masked_fill(scale == 0, 1.0)
     numbers = value.float() / scale
-    numbers = numbers.round().to(torch.int8) if store == "int8" else numbers.to(torch.float8_e4m3fn)
+    numbers = numbers.round().to(torch.int8) if format == "int8" else numbers.to(torch.float8_e4m3fn)
     return numbers, scale
 
 
-def rounded(value: Tensor, store: str | None) -> Tensor:
-    """A value as a slot gives it back."""
-    held = packed(value, store)
-    return (held[0].float() * held[1] if len(held) == 2 else held[0]).to(value.dtype)
+def rounded(value: Tensor, format: str | None) -> Tensor:
+    """Return a value after encoding and decoding."""
+    stored = encoded(value, format)
+    return (stored[0].float() * stored[1] if len(stored) == 2 else stored[0]).to(value.dtype)
 
 
 def same(found: Sequence[Any], expected: Sequence[Any], tolerance: float = 0.0) -> bool:
-    """Whether tensors are equal bit for bit, or but for a tolerance of the largest element."""
+    """Return whether tensors are equal bit for bit, or within a tolerance relative to the largest element."""
     pairs = list(zip(found, expected, strict=True))
     return all(_alike(a, b, tolerance) if isinstance(a, Tensor) else a == b for a, b in pairs)
 

@@ -1,13 +1,13 @@
-"""DQAR, FORA and the first-block cache as their sources tell them: what compiled policies are compared with.
+"""DQAR, FORA and the first-block cache as described by their sources. Compiled policies are compared with them.
 
-Plain functions and loops over the eager model; they share no code with the compiler.
+These are plain functions and loops over the eager model; they share no code with the compiler.
 
-* FORA (section 3.2): every N-th step computes; `fora_reference` holds the rest of it.
+* FORA (section 3.2): every N-th step computes (see also fora.py).
 * DQAR: equation 2 in exact fractions, equation 3 from the scheduler's own tables, equation 4; equation 5 divided by the
-  number of rows, from what an attention's projections return. A layer that has reused keeps its last computed output.
-* First-block cache: diffusers' hook. Each call runs the first block. Where what it adds to the latent's stream differs
-  by more than the threshold (mean of absolutes, relative) from what it added at the last step that computed, the other
-  blocks run, and what they add to each stream is kept; elsewhere that is added to what comes out of the first block.
+  number of rows, from the outputs of an attention's projections. A layer that reuses keeps its last computed output.
+* First-block cache: diffusers' hook. Each call runs the first block. If its change of the latent's stream differs by
+  more than the threshold (relative mean absolute difference) from that of the last computed step, the other blocks run,
+  and their change of each stream is stored. Otherwise the stored change is added to the output of the first block.
 """
 
 from __future__ import annotations
@@ -37,21 +37,23 @@ BLOCKS = {
     "wan": ("blocks",),
     "stdit": ("blocks",),
 }
-"""The lists of blocks of each model, in the order in which they run."""
+"""The module lists of each model's blocks, in the order in which they run."""
 
 ATTENTION = ("attn", "attn1", "attn2", "attn_temp", "cross_attn")
-"""What the models call the attention that is a residual branch of its own. FLUX's single blocks have an `attn` too: it
-shares its projection with the MLP, and is none."""
+"""The attributes of a block that are attentions with a residual branch of their own.
+
+FLUX's single blocks have an `attn` too, which shares its projection with the MLP and is not among them.
+"""
 
 
 def named_blocks(case_name: str, model: nn.Module) -> dict[str, nn.Module]:
-    """The blocks of a model by path, in order."""
+    """Return the blocks of a model by path, in order."""
     lists = {name: get(model, name) for name in BLOCKS[case_name]}
     return {f"{name}.{i}": b for name, blocks in lists.items() if blocks for i, b in enumerate(blocks.children())}
 
 
 def attention_paths(case_name: str, model: nn.Module) -> list[list[str]]:
-    """For each block, the paths of its attention branches."""
+    """Return for each block the paths of its attention branches."""
     return [
         [f"{path}.{name}" for name in ATTENTION if getattr(block, name, None) is not None and "single" not in path]
         for path, block in named_blocks(case_name, model).items()
@@ -83,14 +85,14 @@ def snr_table(scheduler: Any) -> list[float]:
 def linear_schedule(
     steps: int, layers: int, warmup: Fraction, fraction: Fraction, reverse: bool = False
 ) -> list[list[bool]]:
-    """LinearSchedule(l, t) for each step and layer: the first layers reuse, or with `reverse` the last ones."""
+    """Return LinearSchedule(l, t) for each step and layer: the first layers reuse, or with `reverse` the last."""
     counts = [reusable_layers(step, steps, warmup, fraction, layers) for step in range(steps)]
     rows = [[layer < count for layer in range(layers)] for count in counts]
     return [row[::-1] for row in rows] if reverse else rows
 
 
 def gated(schedule: list[list[bool]], snrs: Sequence[float], threshold: float) -> list[list[bool]]:
-    """Equation 4: CanReuse(l, t) for each step and layer."""
+    """Return CanReuse(l, t) of equation 4 for each step and layer."""
     return [[may and snr > threshold for may in row] for row, snr in zip(schedule, snrs, strict=True)]
 
 
@@ -98,7 +100,7 @@ def gated(schedule: list[list[bool]], snrs: Sequence[float], threshold: float) -
 def layered_outputs(
     model: nn.Module, layers: list[list[nn.Module]], inputs: Calls, reuses: Callable[[int, int], bool]
 ) -> list[Tensor]:
-    """What the model returns where the modules of a layer give their last output at the steps at which it reuses."""
+    """Return the model's outputs if the modules of each layer return their last output when `reuses` is true for it."""
     outputs = []
     with ExitStack() as stack:
         caches = [stack.enter_context(ModuleCache(modules)) for modules in layers]
@@ -110,7 +112,7 @@ def layered_outputs(
 
 
 class Entropies:
-    """While entered, the mean row entropy of each of these self-attentions, each time that it really runs."""
+    """While entered, record the mean row entropy of each of these self-attentions when it runs."""
 
     def __init__(self, attentions: Sequence[Any]) -> None:
         self.attentions = list(attentions)
@@ -161,19 +163,19 @@ Streams = tuple[Any, Any]  # text and latent, each a tensor or None
 
 
 def streams(result: Tensor | Streams) -> Streams:
-    """Both streams in what a block returns; None for text that it does not have."""
+    """Return both streams from the output of a block; None for a text that it does not return."""
     return result if isinstance(result, tuple) else (None, result)
 
 
 def entering(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Any]:
-    """The latent's stream, and `encoder_hidden_states`, in the arguments of a block."""
+    """Return the latent's stream and `encoder_hidden_states` from the arguments of a block."""
     given = inspect.signature(type(block).forward).bind(block, *args, **kwargs).arguments
     return list(given.values())[1], given.get("encoder_hidden_states")
 
 
 @torch.no_grad()
 def first_block_residuals(model: nn.Module, blocks: Sequence[nn.Module], inputs: Calls) -> list[Tensor]:
-    """What the first block adds to the latent's stream at each call. No cache behind it can change that."""
+    """Return the change across the first block at each call, which no cache of later blocks affects."""
     residuals = []
 
     def note(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
@@ -187,7 +189,7 @@ def first_block_residuals(model: nn.Module, blocks: Sequence[nn.Module], inputs:
 
 
 class Plan(NamedTuple):
-    """At which steps a first-block cache reuses, and the changes that were compared with the threshold."""
+    """The steps at which a first-block cache reuses, and the changes that it compared with the threshold."""
 
     reuses: tuple[bool, ...]
     compared: tuple[float, ...]
@@ -201,28 +203,28 @@ def change(now: Tensor, before: Tensor) -> float:
 def first_block_plan(
     residuals: Sequence[Tensor], threshold: float, lag: int = 0, warmup: int = 0, max_streak: int | None = None
 ) -> Plan:
-    """diffusers' decisions; with `lag` 1 those by the change that it would have compared one call before.
+    """Return diffusers' decisions. With `lag` 1, decisions use the change of the call before.
 
-    diffusers has neither warmup (so many steps compute first) nor `max_streak` (at most so many in a row reuse).
+    diffusers has neither `warmup` (the number of first steps that compute) nor `max_streak` (the most reuses in a row).
     """
     reuses: list[bool] = []
     compared: list[float] = []
-    measured: list[float | None] = []  # at each step, against what was kept before it
+    measured: list[float | None] = []  # at each step, against the stored value from before
     kept, streak = None, 0
     for step, residual in enumerate(residuals):
         measured.append(None if kept is None else change(residual, kept))
-        told = measured[step - lag] if step >= lag else None
+        known = measured[step - lag] if step >= lag else None
         free = step >= warmup and (max_streak is None or streak < max_streak)
-        if free and told is not None:
-            compared.append(told)
-        reuse = free and told is not None and told <= threshold
+        if free and known is not None:
+            compared.append(known)
+        reuse = free and known is not None and known <= threshold
         reuses.append(reuse)
         kept, streak = (kept, streak + 1) if reuse else (residual, 0)
     return Plan(tuple(reuses), tuple(compared))
 
 
 def balanced_threshold(residuals: Sequence[Tensor], lag: int) -> tuple[float, Plan]:
-    """The threshold under which nearest to half of the steps reuse and no comparison comes closer to it than 0.5 %."""
+    """Return a threshold with about half of the steps reused, and no comparison closer to it than 0.5 %."""
     changes = sorted(change(a, b) for i, b in enumerate(residuals) for a in residuals[i + 1 : i + 6])
     middles = [(a + b) / 2 for a, b in zip(changes[:-1], changes[1:], strict=True)]
     plans = [(threshold, first_block_plan(residuals, threshold, lag)) for threshold in middles]
@@ -231,7 +233,7 @@ def balanced_threshold(residuals: Sequence[Tensor], lag: int) -> tuple[float, Pl
 
 
 class FirstBlockCaching:
-    """While entered, `reuse` makes the first block add what the others added last, and the others pass their input."""
+    """While entered, `reuse` makes the first block add the others' last change, and the others return their input."""
 
     def __init__(self, blocks: Sequence[nn.Module]) -> None:
         self.blocks = list(blocks)
@@ -289,7 +291,7 @@ class FirstBlockCaching:
 def first_block_outputs(
     model: nn.Module, blocks: Sequence[nn.Module], inputs: Calls, reuses: Sequence[bool]
 ) -> list[Tensor]:
-    """What the model returns where a first-block cache reuses at these steps."""
+    """Return the model's outputs if a first-block cache reuses at these steps."""
     outputs = []
     with FirstBlockCaching(blocks) as cache:
         for arguments, reuse in zip(inputs, reuses, strict=True):

@@ -1,4 +1,4 @@
-"""Attention cores as sites: which are found, why others are not, the text beside the image, and what lies in what."""
+"""Sites inside attention: which cores are found or refused, the text beside the image, and the nesting of parts."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ from tests.helpers.tracing import WIDTH, Attention, Toy, Traced, heads, linear, 
 
 aten = torch.ops.aten
 
-# --- cores that are found, and why others are not ---------------------------------------------------------------------
+# --- found and refused cores ------------------------------------------------------------------------------------------
 
 
 @cache
 def three() -> Traced:
-    """Self-attention, attention to a text with a mask, and an MLP."""
+    """Self-attention, cross-attention with a mask, and an MLP."""
 
     def cross(m: Toy, x: Tensor, text: Tensor, mask: Tensor) -> Tensor:
         q, k, v = heads(m.q(x)), heads(m.k(text)), heads(m.v(text))
@@ -50,25 +50,25 @@ def three() -> Traced:
 
 
 def test_cores() -> None:
-    """For each attention one site for its core, and behind it one for what is held; an MLP has none, and no refusal."""
+    """Each attention has a CORE and a CORE_STATE site; an MLP has none and is not refused."""
     of = three()
     self_attention, cross_attention, _ = of.sites().sites
     found, refused = find_cores(of.gm, of.sites().sites)
     assert refused == []
     assert [site.part for site in found] == [Part.CORE, Part.CORE_STATE] * 2
-    assert [site.name for site in found[:2]] == ["attn.core", "attn.held"]
+    assert [site.name for site in found[:2]] == ["attn.core", "attn.core_state"]
     assert [site.place for site in found] == [self_attention.name] * 2 + [cross_attention.name] * 2
     assert [site.kind for site in found] == [Kind.SELF] * 2 + [Kind.CROSS] * 2
     cores = [node for node in of.gm.graph.nodes if node.target is opaque_attention.OP]
     assert [site.values for site in found] == [(core.name,) for core in cores for _ in range(2)]
     for core, site in zip(cores, found[::2], strict=True):
         assert site.inputs == tuple(node.name for node in core.all_input_nodes)
-    assert [len(site.inputs) for site in found] == [3, 3, 4, 4], "query, key, value, and a mask where there is one"
+    assert [len(site.inputs) for site in found] == [3, 3, 4, 4], "query, key, value, and a mask if there is one"
     assert all((site.sums, site.probes, site.entropy) == ((), (), None) for site in found)
 
 
 def test_arguments() -> None:
-    """By name, whether they were given by place, by name, or not at all."""
+    """Arguments are found by name, whether passed by position, by keyword or not at all."""
     of = three()
     first, second = (arguments(node) for node in of.gm.graph.nodes if node.target is opaque_attention.OP)
     assert first.keys() == second.keys() == {
@@ -80,7 +80,7 @@ def test_arguments() -> None:
 
 
 def test_one_sequence() -> None:
-    """Queries and keys of one number are taken for the same tokens."""
+    """Queries and keys of equal shape count as tokens of one sequence."""
     cores = [node for node in three().gm.graph.nodes if node.target is opaque_attention.OP]
     assert [is_of_one_sequence(core) for core in cores] == [True, False]
 
@@ -109,7 +109,7 @@ def linear_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def by_samples(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """A core for each sample, as Mochi has it."""
+    """A core for each sample, as in Mochi."""
     pairs = zip(q.split(1), k.split(1), v.split(1), strict=True)
     return torch.cat([F.scaled_dot_product_attention(*pair) for pair in pairs])
 
@@ -128,7 +128,7 @@ def by_samples(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     ids=["plain", "causal", "shared heads", "dropout", "by hand", "linear", "by samples"],
 )
 def test_refusals(core: Core, reason: RefusalReason | None) -> None:
-    """An attention has one op of softmax attention over all, or says why nothing can stand for it."""
+    """An attention has exactly one core of plain softmax attention, or is refused with a reason."""
 
     def body(m: Toy, x: Tensor) -> Tensor:
         return x + m.o(merged(core(heads(m.q(x)), heads(m.k(x)), heads(m.v(x)))))
@@ -149,7 +149,7 @@ TEXT, IMAGE, HEADS, SIZE = 3, 5, 2, 4
 
 
 def joined(shapes: list[tuple[int, ...]], dim: int, then: Callable[[fx.Graph, fx.Node], fx.Node]) -> fx.Node:
-    """A core whose values are parts of these shapes put together by a cat, and what `then` makes of that."""
+    """Return a core whose values are `then` of a cat of parts with these shapes."""
     graph = fx.Graph()
     with FakeTensorMode():
         parts = [graph.placeholder(f"part_{i}") for i in range(len(shapes))]
@@ -162,7 +162,7 @@ def joined(shapes: list[tuple[int, ...]], dim: int, then: Callable[[fx.Graph, fx
 
 
 def call(graph: fx.Graph, target: Callable[..., Tensor], *arguments_: object) -> fx.Node:
-    """A node with its value."""
+    """Return a node with its fake value."""
     node = graph.call_function(target, arguments_)  # type: ignore[arg-type]
     node.meta["val"] = target(*fx.map_arg(arguments_, lambda n: n.meta["val"]))  # type: ignore[arg-type]
     return node
@@ -173,12 +173,12 @@ def as_it_is(graph: fx.Graph, node: fx.Node) -> fx.Node:
 
 
 def to_heads(graph: fx.Graph, node: fx.Node) -> fx.Node:
-    """(B, N, H, d) as attention takes it; copied besides."""
+    """Bring (B, N, H, d) to the layout of attention, with a copy."""
     return call(graph, aten.clone.default, call(graph, aten.transpose.int, node, 1, 2))
 
 
 def from_width(graph: fx.Graph, node: fx.Node) -> fx.Node:
-    """(B, N, H d) as attention takes it."""
+    """Bring (B, N, H d) to the layout of attention."""
     shape = [2, node.meta["val"].shape[1], HEADS, SIZE]
     return to_heads(graph, call(graph, aten.view.default, node, shape))
 
@@ -198,7 +198,7 @@ def split(count: int) -> tuple[int, ...]:
         ([split(IMAGE), split(TEXT)], to_heads, (TEXT, True)),
         ([width(TEXT), width(IMAGE)], from_width, (TEXT, False)),
         ([width(IMAGE), width(TEXT)], from_width, (TEXT, True)),
-        ([split(IMAGE), split(IMAGE)], to_heads, (0, False)),  # which of them is the image nobody can tell
+        ([split(IMAGE), split(IMAGE)], to_heads, (0, False)),  # the image cannot be identified
         ([split(TEXT), split(TEXT)], to_heads, (0, False)),
         ([split(TEXT), split(IMAGE), split(1)], to_heads, (0, False)),
         ([split(IMAGE)], to_heads, (0, False)),
@@ -206,34 +206,34 @@ def split(count: int) -> tuple[int, ...]:
     ids=["text first", "text last", "width, first", "width, last", "twice", "no image", "three", "one"],
 )
 def test_text(shapes: list[tuple[int, ...]], then: Callable[[fx.Graph, fx.Node], fx.Node], expected: object) -> None:
-    """How many tokens stand beside an image of five, and on which side, where two are put together token by token."""
+    """The number of tokens beside an image of five, and their side, if a cat along the tokens joins both."""
     assert text_tokens(joined(shapes, 1, then), IMAGE) == expected
 
 
 @pytest.mark.parametrize(("first", "second", "last"), [(IMAGE, TEXT, True), (TEXT, IMAGE, False)])
 def test_text_beside_an_image_in_heads(first: int, second: int, last: bool) -> None:
-    """(B, H, N, d) along N, as in SD3."""
+    """A cat of (B, H, N, d) along N, as in SD3."""
     shapes = [(2, HEADS, count, SIZE) for count in (first, second)]
     assert text_tokens(joined(shapes, 2, as_it_is), IMAGE) == (TEXT, last)
 
 
 def test_heads_are_no_tokens() -> None:
-    """Heads that are as many as the image's tokens, put together along the tokens, do not show which part it is."""
+    """A cat along the tokens of parts with equally many heads as image tokens does not identify the image."""
     shapes = [(2, IMAGE, count, SIZE) for count in (TEXT, TEXT + 1)]
     assert text_tokens(joined(shapes, 2, as_it_is), IMAGE) == (0, False)
 
 
 def test_values_that_are_not_put_together() -> None:
-    """A projection of one sequence, though a cat stands before that."""
+    """The values are a projection of one sequence, although a cat comes before it."""
     (core, *_) = [node for node in three().gm.graph.nodes if node.target is opaque_attention.OP]
     assert text_tokens(core, 4) == (0, False)
 
 
-# --- what lies in what ------------------------------------------------------------------------------------------------
+# --- nesting ----------------------------------------------------------------------------------------------------------
 
 
 def all_parts(of: Traced) -> tuple[Site, ...]:
-    """The attentions of a graph with every part that there is, in no order of theirs."""
+    """Return sites for all parts of a graph's attentions, in arbitrary order."""
     attention = [site for site in of.sites().sites if site.kind is not Kind.MLP]
     cores, _ = find_cores(of.gm, attention)
     keys, _ = find_keys(of.gm, attention, of.captured.static)
@@ -241,7 +241,7 @@ def all_parts(of: Traced) -> tuple[Site, ...]:
 
 
 def test_parts_of_a_branch() -> None:
-    """Branch, guidance, core, held: each within the one before, of its own branch; keys and values are within too."""
+    """BRANCH, CFG_SHARED, CORE and CORE_STATE of one branch are nested; keys and values are inside too."""
     sites = all_parts(three())
     within = {site.name: None if site.parent is None else sites[site.parent].name for site in sites}
     first, second = (site.name for site in sites if site.part is Part.BRANCH)
@@ -258,22 +258,22 @@ def test_parts_of_a_branch() -> None:
 
 
 def test_what_each_part_takes_with_it() -> None:
-    """A core is the op alone, as what it reads is still read; guidance is the whole branch; what is held is no node."""
+    """The closure of a CORE is the op alone, CFG_SHARED has the whole branch, and CORE_STATE has no node."""
     sites = all_parts(three())
     shared, branches = ([s.closure for s in sites if s.part is part] for part in (Part.CFG_SHARED, Part.BRANCH))
     assert shared == branches
     assert all(len(closure) > 5 for closure in branches)
     cores = [site for site in sites if site.part is Part.CORE]
     assert [site.closure for site in cores] == [frozenset(site.values) for site in cores]
-    held = [site for site in sites if site.part is Part.CORE_STATE]
-    assert [(site.closure, site.flops, site.bytes) for site in held] == [(frozenset(), 0, 0)] * 2
-    # two samples of two heads of 4 x 4 and 4 x 3 scores, of 4 channels: 2 d for each score, and 2 d for its value
+    states = [site for site in sites if site.part is Part.CORE_STATE]
+    assert [(site.closure, site.flops, site.bytes) for site in states] == [(frozenset(), 0, 0)] * 2
+    # 2 samples, 2 heads, 4 x 4 and 4 x 3 scores, head size 4: 2 d for each score and 2 d for its value
     assert [site.flops for site in cores] == [4 * 2 * 2 * 16 * 4, 4 * 2 * 2 * 12 * 4]
 
 
 @pytest.mark.parametrize("half", [True, False], ids=["half of the batch", "another call"])
 def test_reuse_around_covers_and_half_of_a_batch_does_not(half: bool) -> None:
-    """Half of a batch leaves the core its decision, which the branch takes away. What another call lends is whole."""
+    """A core is still decided if only half of the batch is computed, but not if another call's values are reused."""
     of = three()
     sites = close(of.gm.graph, [site for site in all_parts(of) if site.part is not Part.KV])
     labels = {node.name: label for node, label in batch_labels(of.gm.graph, 2, of.captured.static).items()}
@@ -294,7 +294,7 @@ def test_reuse_around_covers_and_half_of_a_batch_does_not(half: bool) -> None:
 
 
 def test_shared() -> None:
-    """Every attention may be shared across guidance, with its values; an MLP may not."""
+    """Each attention may be shared across CFG, with its values; an MLP may not."""
     sites = three().sites().sites
     shared = find_shared(sites)
     assert [(site.place, site.values, site.part) for site in shared] == [

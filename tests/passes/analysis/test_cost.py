@@ -1,4 +1,4 @@
-"""FLOPs and bytes against hand arithmetic."""
+"""FLOPs and bytes against hand-computed values."""
 
 from __future__ import annotations
 
@@ -21,40 +21,40 @@ def total(model: nn.Module, *inputs: Tensor, dynamic: bool = False) -> int:
 
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_linear(dynamic: bool) -> None:
-    """A projection of 2 x 4 tokens from width 8 to 12, a multiply-add counted as two, its bias free."""
+    """A projection of 2 x 4 tokens from width 8 to 12. A multiply-add counts as two, the bias is free."""
     for bias in (True, False):
         assert total(Toy(lambda m, x: m.a(x), a=linear(8, 12, bias)), tokens(), dynamic=dynamic) == 2 * (2 * 4) * 8 * 12
 
 
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_bmm(dynamic: bool) -> None:
-    """A batch of two products of 4 x 8 by 8 x 5."""
+    """A batch of two products, 4 x 8 by 8 x 5."""
     assert total(Toy(lambda m, x, y: x @ y), tokens(), tokens(1, 2, 8, 5), dynamic=dynamic) == 2 * 2 * (4 * 8 * 5)
 
 
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_attention(dynamic: bool) -> None:
-    """Scores and weighted sum: batch 2, 3 heads, 4 queries of 6 keys, width 8, values of width 5."""
+    """Scores and weighted sum: batch 2, 3 heads, 4 queries, 6 keys, width 8, values of width 5."""
     q, k, v = tokens(0, 2, 3, 4, 8), tokens(1, 2, 3, 6, 8), tokens(2, 2, 3, 6, 5)
     model = Toy(lambda m, q, k, v: F.scaled_dot_product_attention(q, k, v))
     assert total(model, q, k, v, dynamic=dynamic) == 2 * (2 * 3) * (4 * 6 * 8 + 4 * 6 * 5)
 
 
 def test_attention_with_a_mask() -> None:
-    """A mask changes nothing, nor does one tensor as query, key and value."""
+    """A mask does not change the FLOPs, nor does one tensor as query, key and value."""
     q, mask = tokens(0, 2, 3, 4, 8), tokens(1, 4, 4)
     model = Toy(lambda m, q, mask: F.scaled_dot_product_attention(q, q, q, attn_mask=mask))
     assert total(model, q, mask) == 2 * (2 * 3) * (2 * 4 * 4 * 8)
 
 
 def test_convolution() -> None:
-    """Batch 2, 3 to 5 channels, a window of 3 x 3, 4 x 4 places."""
+    """Batch 2, 3 to 5 channels, a 3 x 3 kernel, 4 x 4 positions."""
     model = Toy(lambda m, x: m.conv(x), conv=nn.Conv2d(3, 5, 3, padding=1))
     assert total(model, tokens(0, 2, 3, 4, 4)) == 2 * 2 * (4 * 4) * (3 * 5 * 3 * 3)
 
 
 def test_elementwise_ops_are_free() -> None:
-    """Norms, activations, sums and views cost nothing by this count."""
+    """Norms, activations, sums and views have no FLOPs."""
     assert total(Toy(lambda m, x: F.gelu(m.norm(x) * 2 + x).transpose(0, 1), norm=norm()), tokens()) == 0
 
 
@@ -67,7 +67,7 @@ def test_sum_over_a_block() -> None:
 
 
 def test_bytes() -> None:
-    """A tensor counts its own bytes by dtype, a view the bytes of what it is a view of."""
+    """A tensor has its own bytes, a view those of its base."""
 
     def body(m: Toy, x: Tensor) -> tuple[Tensor, ...]:
         wide = m.wide(x)
@@ -79,7 +79,7 @@ def test_bytes() -> None:
 
 
 def test_symbolic_sizes_add_no_guard() -> None:
-    """Pricing a graph with symbolic sizes leaves it as general as it was."""
+    """The cost of a graph with symbolic sizes adds no Dynamo guard."""
     traced = trace(Toy(lambda m, x: x + m.attn(x), attn=Attention()), (tokens(),), dynamic=True)
     shape_env = traced.captured.fake_mode.shape_env
     before = len(shape_env.guards)

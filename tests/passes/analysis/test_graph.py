@@ -1,4 +1,4 @@
-"""Dependence and closures against their definitions, on random graphs and on small ones written by hand."""
+"""Dependence and closures against their definitions, on random and on hand-written graphs."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ aten = torch.ops.aten
 
 @st.composite
 def graphs(draw: st.DrawFn, largest: int = 14) -> fx.Graph:
-    """Random graphs: two or three inputs, sums of earlier nodes, some of them asserted, some returned; nothing dead."""
+    """Draw graphs with two or three inputs and sums of earlier nodes, some asserted, some returned, none dead."""
     graph = fx.Graph()
     nodes = [graph.placeholder(f"x{i}") for i in range(draw(st.integers(2, 3)))]
     for _ in range(draw(st.integers(1, largest))):
@@ -46,7 +46,7 @@ def as_networkx(graph: fx.Graph) -> nx.DiGraph:
 
 
 def closure_by_definition(graph: fx.Graph, group: tuple[fx.Node, ...]) -> set[fx.Node]:
-    """The calls from which no output and no effect is reached any more once the group is taken out."""
+    """Return the calls that reach no output and no impure node once the group is removed."""
     edges = as_networkx(graph)
     exits = {node for node in graph.nodes if node.op == "output" or node.target is torch._assert}
     edges.remove_nodes_from(group)
@@ -74,7 +74,7 @@ def test_dependence(graph: fx.Graph) -> None:
 @settings(max_examples=50, deadline=None)
 @given(graphs(), st.data())
 def test_members_of_a_mask(graph: fx.Graph, data: st.DataObject) -> None:
-    """A mask gives back its nodes in the order of the graph."""
+    """`members` returns the nodes of a bit set in graph order."""
     dependence = Dependence(graph)
     nodes = list(graph.nodes)
     chosen = data.draw(st.lists(st.sampled_from(nodes), unique=True))
@@ -84,7 +84,7 @@ def test_members_of_a_mask(graph: fx.Graph, data: st.DataObject) -> None:
 @settings(max_examples=200, deadline=None)
 @given(graphs(), st.data())
 def test_closure_of_a_group(graph: fx.Graph, data: st.DataObject) -> None:
-    """The closure of one group is what its definition says, effects included."""
+    """The closure of one group equals its definition, with impure nodes."""
     group = tuple(data.draw(st.lists(st.sampled_from(calls(graph)), min_size=1, max_size=3, unique=True)))
     assert closures(graph, [group]) == [closure_by_definition(graph, group)]
 
@@ -92,7 +92,7 @@ def test_closure_of_a_group(graph: fx.Graph, data: st.DataObject) -> None:
 @settings(max_examples=200, deadline=None)
 @given(graphs(), st.data())
 def test_closures_of_single_values(graph: fx.Graph, data: st.DataObject) -> None:
-    """Asked for at once, the closures of several values are those of each value alone."""
+    """The closures of several values, computed together, equal those of each value alone."""
     values = data.draw(st.lists(st.sampled_from(calls(graph)), min_size=1, max_size=4, unique=True))
     assert closures(graph, [(value,) for value in values]) == [closure_by_definition(graph, (v,)) for v in values]
 
@@ -100,7 +100,7 @@ def test_closures_of_single_values(graph: fx.Graph, data: st.DataObject) -> None
 @settings(max_examples=200, deadline=None)
 @given(graphs(largest=20), st.data())
 def test_closures_of_several_groups(graph: fx.Graph, data: st.DataObject) -> None:
-    """Closures of groups hold their values, nothing beyond the definition, and are nested or apart."""
+    """Closures of groups contain their values, are within the definition, and are nested or disjoint."""
     values = data.draw(st.lists(st.sampled_from(calls(graph)), min_size=1, max_size=6, unique=True))
     size = data.draw(st.integers(1, 3))
     groups = [tuple(values[i : i + size]) for i in range(0, len(values), size)]
@@ -112,7 +112,7 @@ def test_closures_of_several_groups(graph: fx.Graph, data: st.DataObject) -> Non
 
 
 def test_closures_by_hand() -> None:
-    """Producers that something else reads stay out; a shared one goes with the group; an effect keeps what it reads."""
+    """A producer with another reader stays out; a shared one belongs to the group; impure nodes keep their operands."""
     graph = fx.Graph()
     x = graph.placeholder("x")
     shared, kept, asserted = (graph.call_function(operator.neg, (x,)) for _ in range(3))
@@ -126,7 +126,7 @@ def test_closures_by_hand() -> None:
 
 
 def test_closure_of_a_value_that_is_returned_as_well() -> None:
-    """A value that leaves the graph itself has its closure all the same: what is returned then is the cached one."""
+    """A value that the graph returns has a closure too, because the cached value can be returned instead."""
     graph = fx.Graph()
     x = graph.placeholder("x")
     inner = graph.call_function(operator.neg, (x,))
@@ -136,7 +136,7 @@ def test_closure_of_a_value_that_is_returned_as_well() -> None:
 
 
 def test_contractions() -> None:
-    """Products, convolutions and attention are contractions; element-wise ops, norms and reductions are not."""
+    """Products, convolutions and attention are contractions; elementwise ops, norms and reductions are not."""
 
     def body(m: Toy, x: torch.Tensor) -> torch.Tensor:
         x = m.conv(m.attn(x).transpose(1, 2)).transpose(1, 2)
@@ -149,7 +149,7 @@ def test_contractions() -> None:
 
 
 def test_operands() -> None:
-    """The two factors of a product, its bias left out; query, key and value of attention, its mask left out."""
+    """The factors of a product without its bias; query, key and value of attention without its mask."""
     graph = fx.Graph()
     a, b, c, d = (graph.placeholder(name) for name in "abcd")
     assert operands(graph.call_function(aten.addmm.default, (a, b, c))) == [b, c]
@@ -161,7 +161,7 @@ def test_operands() -> None:
 
 
 def test_packet_and_attribute() -> None:
-    """An op's packet whatever its overload, and None for what is no op; an attribute by its dotted path."""
+    """The packet of any overload, None for a node that is no op, and an attribute by its dotted path."""
     graph = fx.Graph()
     x = graph.placeholder("x")
     assert packet(graph.call_function(aten.add.Tensor, (x, x))) is aten.add
@@ -176,7 +176,7 @@ def test_packet_and_attribute() -> None:
 
 
 def test_long_chain() -> None:
-    """A chain as long as a deep model's is no problem: nothing recurses."""
+    """A chain as long as a deep model's works, because nothing recurses."""
     graph = fx.Graph()
     node = graph.placeholder("x")
     values = []

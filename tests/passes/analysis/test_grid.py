@@ -1,4 +1,4 @@
-"""Where the tokens of a signal are on the latent's grid, or that it cannot be told."""
+"""The patch of the latent that a token covers, or None if it is ambiguous."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from dit_rewrite.passes.analysis.grid import find_patch
 
 
 def patch(latent: tuple[int, ...], signal: tuple[int, ...], convolved: tuple[int, ...] = ()) -> tuple[int, ...] | None:
-    """What is found for tensors of these sizes, in a graph that convolves the latent to some size."""
+    """Return the patch for tensors of these shapes, in a graph that convolves the latent to a given size."""
     graph = fx.Graph()
     input_ = graph.placeholder("latent")
     input_.meta["val"] = torch.empty(latent, device="meta")
@@ -31,15 +31,15 @@ def patch(latent: tuple[int, ...], signal: tuple[int, ...], convolved: tuple[int
         ((1, 4, 8, 8), (1, 4, 8, 8), (), ()),
         ((1, 4, 8, 12), (1, 24, 16), (), (2, 2)),
         ((1, 4, 8, 12), (1, 96, 16), (), (1, 1)),
-        ((1, 4, 8, 12), (1, 24, 16), (1, 16, 2, 12), (4, 1)),  # as the model itself says
-        ((1, 4, 8, 12), (1, 25, 16), (), None),  # text among the tokens
+        ((1, 4, 8, 12), (1, 24, 16), (1, 16, 2, 12), (4, 1)),  # known from the convolution
+        ((1, 4, 8, 12), (1, 25, 16), (), None),  # the tokens include text
         ((1, 4, 8, 12), (1, 24), (), None),
         ((1, 4, 4, 8, 8), (1, 64, 16), (), None),  # (1, 2, 2) or (4, 1, 1)
         ((1, 4, 4, 8, 8), (1, 64, 16), (1, 16, 4, 4, 4), (1, 2, 2)),
         ((1, 4, 3, 8, 8), (1, 48, 16), (), (1, 2, 2)),
-        ((1, 4, 3, 8, 8), (1, 4, 3, 8, 8), (), None),  # its channels may stand behind its frames
+        ((1, 4, 3, 8, 8), (1, 4, 3, 8, 8), (), None),  # the frames may come before the channels
         ((1, 4, 3, 8, 8), (1, 4, 3, 8, 8), (1, 16, 3, 4, 4), ()),
-        ((1, 64, 16), (1, 64, 32), (), None),  # packed before the model
+        ((1, 64, 16), (1, 64, 32), (), None),  # packed before the model is called
         ((1, 64, 16), (1, 64, 16), (), None),
     ],
 )

@@ -1,4 +1,4 @@
-"""Keys and values, entropy and probes: that each is the tensor that it says, by value, and nothing else changes."""
+"""Keys and values, entropy and probes have the expected values, and the rest of the graph is unchanged."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ ENTROPY = torch.ops.dit_rewrite.attention_entropy.default
 
 
 def values_of(of: Traced, gm: fx.GraphModule, step: int = 0) -> dict[str, Any]:
-    """What each node of a graph has at a step."""
+    """Return the value of each node of a graph at a step."""
     run = Dictionary(gm, {})
     run.run(*of.arguments[step])
     return run.seen
@@ -36,8 +36,8 @@ def values_of(of: Traced, gm: fx.GraphModule, step: int = 0) -> dict[str, Any]:
 # --- keys and values --------------------------------------------------------------------------------------------------
 
 
-def keys_of(of: Traced, steady: frozenset[int] = frozenset()) -> tuple[list[Site], list[tuple[str, RefusalReason]]]:
-    found, refused = find_keys(of.gm, of.sites().sites, of.captured.static | steady)
+def keys_of(of: Traced, invariant: frozenset[int] = frozenset()) -> tuple[list[Site], list[tuple[str, RefusalReason]]]:
+    found, refused = find_keys(of.gm, of.sites().sites, of.captured.static | invariant)
     return found, [(refusal.path, refusal.reason) for refusal in refused]
 
 
@@ -54,7 +54,7 @@ def cross() -> Traced:
 
 
 def test_keys_and_values() -> None:
-    """Of each attention what its core takes as key and value, by value; an MLP has none and is not refused either."""
+    """A KV site has the keys and values of an attention's core; an MLP has none and is not refused."""
     of = cross()
     found, refused = keys_of(of)
     assert [(site.name, str(site.kind), site.part) for site in found] == [
@@ -75,7 +75,7 @@ def test_keys_and_values() -> None:
 
 
 def of_input(of: Traced, number: int) -> int:
-    """The position of an input of the toy among those of its graph."""
+    """Return the position of a toy's input among the inputs of its graph."""
     return [node.name for node in of.captured.placeholders].index(f"inputs_{number}")
 
 
@@ -83,16 +83,16 @@ def weights(of: Traced) -> dict[str, Tensor]:
     return {node.name: value for node, value in zip(of.captured.placeholders, of.arguments[0], strict=True)}
 
 
-def test_steady_keys_are_refused() -> None:
-    """Keys and values of a text that stays are computed once anyway: the place is refused with that reason."""
+def test_invariant_keys_are_refused() -> None:
+    """Trajectory-invariant keys and values of a text are hoisted, and the site is refused with that reason."""
     of = cross()
     found, refused = keys_of(of, frozenset({of_input(of, 1)}))
     assert [site.name for site in found] == ["attn.kv"]
     assert refused == [("cross", RefusalReason.TRAJECTORY_INVARIANT)]
 
 
-def test_a_steady_half() -> None:
-    """Where the values alone depend on the step they alone are held."""
+def test_one_invariant_half() -> None:
+    """If only the values depend on the step, only they are stored."""
 
     def body(m: Toy, x: Tensor, text: Tensor) -> Tensor:
         out = F.scaled_dot_product_attention(heads(m.q(x)), heads(m.k(text)), heads(m.v(text * x[:, :3])))
@@ -108,7 +108,7 @@ def test_a_steady_half() -> None:
 
 
 def test_one_tensor_as_key_and_value() -> None:
-    """It is held once."""
+    """One tensor that is both key and value is stored once."""
 
     def body(m: Toy, x: Tensor) -> Tensor:
         both = heads(m.k(x))
@@ -122,7 +122,7 @@ def test_one_tensor_as_key_and_value() -> None:
 
 
 def test_attention_by_hand_has_no_keys() -> None:
-    """Two products around a softmax are attention, but there is no op to take keys and values from."""
+    """Two products around a softmax are attention, but there is no op with keys and values."""
 
     def body(m: Toy, x: Tensor) -> Tensor:
         q, k, v = heads(m.q(x)), heads(m.k(x)), heads(m.v(x))
@@ -134,16 +134,16 @@ def test_attention_by_hand_has_no_keys() -> None:
     assert keys_of(of) == ([], [(site.name, RefusalReason.NO_KEYS)])
 
 
-@pytest.mark.parametrize("store", [None, "bf16", "int8", "fp8"])
+@pytest.mark.parametrize("format", [None, "bf16", "int8", "fp8"])
 @pytest.mark.parametrize("name", ["single", "joint", "flux"])
-def test_queries_are_computed(name: str, store: str | None) -> None:
-    """Keys and values are reused, queries and all behind them computed: the projections of K and V are gone alone."""
+def test_queries_are_computed(name: str, format: str | None) -> None:
+    """If keys and values are reused, only their projections are dropped, and queries are computed."""
     of = traced(name)
     found, refused = keys_of(of)
     assert refused == []
     parts = [*of.sites().sites, *found]
     first = len(of.sites().sites)
-    rewritten = Rewritten.with_parts(of, of.gm, parts, {i: store for i in range(first, len(parts))})
+    rewritten = Rewritten.with_parts(of, of.gm, parts, {i: format for i in range(first, len(parts))})
     reused = op_counts(rewritten.variant((True,) * len(found)).gm)
     counts = op_counts(of.gm)
     projections = {"single": 2, "joint": 4, "flux": 0}[name]
@@ -155,7 +155,7 @@ def test_queries_are_computed(name: str, store: str | None) -> None:
 
 
 def test_keys_lie_within_their_branch() -> None:
-    """A reused branch covers its keys and values; reused alone they leave the branch to be computed."""
+    """A reused branch covers its keys and values; if only these are reused, the branch is computed."""
     of = cross()
     found, _ = keys_of(of)
     parts = close(of.gm.graph, [*of.sites().sites, *found])
@@ -180,7 +180,7 @@ def test_keys_lie_within_their_branch() -> None:
 def entropy_by_hand(
     q: Tensor, k: Tensor, mask: Tensor | None = None, scale: float | None = None, causal: bool = False
 ) -> float:
-    """The mean over batches, heads and queries of -sum p log p, a number at a time, in Python."""
+    """Compute the mean of -sum p log p over batch, heads and queries with Python loops."""
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
     entropies = []
     for b, h in [(b, h) for b in range(q.shape[0]) for h in range(q.shape[1])]:
@@ -199,7 +199,7 @@ def entropy_by_hand(
 
 @pytest.mark.parametrize("kind", ["plain", "mask", "scale", "causal"])
 def test_entropy(kind: str) -> None:
-    """The value that is added to a site is the entropy of its attention, worked out by hand; it is reused with it."""
+    """The added value is the entropy of the site's attention, and is reused with the site."""
     mask = tokens(5, 4, 4)
     given = {"plain": {}, "mask": {"attn_mask": mask}, "scale": {"scale": 0.3}, "causal": {"is_causal": True}}[kind]
 
@@ -214,20 +214,20 @@ def test_entropy(kind: str) -> None:
     measured = add_entropy(gm, site, ENTROPY)
     assert (measured.values[:-1], measured.entropy) == (site.values, len(site.values))
     rewritten = Rewritten.with_parts(of, gm, [measured], {0: "int8"})
-    assert rewritten.guarded.widths == (2 + 1,), "packed numbers, their scale, and the entropy as it is"
+    assert rewritten.guarded.widths == (2 + 1,), "converted numbers, their scale, and the unconverted entropy"
     for step in range(3):
         x = of.arguments[step][of_input(of, 0)]
         q, k = (heads(getattr(toy, name)(x)) for name in "qk")
         by_hand = entropy_by_hand(q, k, mask if kind == "mask" else None, given.get("scale"), kind == "causal")  # type: ignore[arg-type]
-        outputs, held = rewritten.by_variant(step, (False,), {})
-        assert held[0, 2].item() == pytest.approx(by_hand, rel=1e-5)
-        assert held[0, 2].shape == ()
+        outputs, tensors = rewritten.by_variant(step, (False,), {})
+        assert tensors[0, 2].item() == pytest.approx(by_hand, rel=1e-5)
+        assert tensors[0, 2].shape == ()
         assert same(outputs, list(of.returned[step])), "nothing else changed"
     assert op_counts(rewritten.variant((True,)).gm)["dit_rewrite.attention_entropy"] == 0
 
 
 def test_entropy_of_two_cores() -> None:
-    """Where a site holds two attentions it is their mean."""
+    """The entropy of a site with two attentions is their mean."""
 
     def body(m: Toy, x: Tensor) -> Tensor:
         return x + m.o(m.one(x) + m.two(x))
@@ -244,7 +244,7 @@ def test_entropy_of_two_cores() -> None:
 
 
 def test_entropy_of_an_mlp() -> None:
-    """There is none: the site stays as it is."""
+    """An MLP has no entropy, and its site is unchanged."""
     of = traced("single")
     gm = copied(of.gm)
     site = next(site for site in of.sites().sites if site.name.endswith("ff"))
@@ -256,14 +256,14 @@ def test_entropy_of_an_mlp() -> None:
 
 
 def probe(of: Traced, name: str, site: int = 0, step: int = 0) -> Tensor | None:
-    """What a probe of a toy's site has at a step, as an interpreter sees it."""
+    """Return the value of a site's probe at a step, computed by an interpreter."""
     gm = copied(of.gm)
     node = Probes(gm, of.sites(), of.captured.static).of(name, of.sites().sites[site])
     return None if node is None else values_of(of, gm, step)[node]
 
 
 def block_by_hand() -> tuple[Toy, Traced]:
-    """Two plain blocks behind an embedding."""
+    """Two plain blocks after an embedding."""
 
     def body(m: Toy, x: Tensor) -> Tensor:
         x = m.enter(x)
@@ -281,14 +281,14 @@ def close_to(found: Tensor | None, expected: Tensor) -> bool:
 
 @torch.no_grad()
 def test_each_probe_by_value() -> None:
-    """What the first block adds, what its attention is computed from, and the stream that each site reads."""
+    """Values of the first block's change, the input of its attention, and the stream that each site reads."""
     toy, of = block_by_hand()
     for step in range(3):
         x = toy.enter(of.arguments[step][of_input(of, 0)])
         first, second = toy.blocks
         assert close_to(probe(of, "first_block", 3, step), first(x) - x)
         assert close_to(probe(of, "first_2_blocks", 3, step), second(first(x)) - x)
-        assert probe(of, "first_3_blocks", 3, step) is None, "there are two"
+        assert probe(of, "first_3_blocks", 3, step) is None, "the toy has two blocks"
         assert close_to(probe(of, "modulated_input", 3, step), first.norm(x))
         streams = [x, x + first.attn(first.norm(x)), first(x)]
         streams.append(streams[2] + second.attn(second.norm(streams[2])))
@@ -298,7 +298,7 @@ def test_each_probe_by_value() -> None:
 
 @torch.no_grad()
 def test_the_modulated_input_is_modulated() -> None:
-    """Behind scale and shift, where a block has them."""
+    """The modulated input comes after scale and shift."""
     of = traced("single")
     found = probe(of, "modulated_input")
     module = weights(of)
@@ -313,7 +313,7 @@ def test_the_modulated_input_is_modulated() -> None:
 
 @torch.no_grad()
 def test_of_two_streams_the_one_that_is_returned() -> None:
-    """A joint model whose last block throws the text away is measured by its image."""
+    """A joint model whose last block drops the text is measured by its image."""
     for name in ("dropped", "flux"):
         of = traced(name)
         shapes = {
@@ -326,7 +326,7 @@ def test_of_two_streams_the_one_that_is_returned() -> None:
 
 
 def test_the_larger_stream_of_a_joint_site() -> None:
-    """Its own stream is the image, of 4 tokens beside 3."""
+    """The own stream of a joint site is its image, with 4 tokens against 3."""
     of = traced("joint")
     sites = of.sites().sites
     index = next(i for i, site in enumerate(sites) if str(site.kind) == "joint")
@@ -336,7 +336,7 @@ def test_the_larger_stream_of_a_joint_site() -> None:
 
 
 def test_probes_that_are_not_there() -> None:
-    """A post-norm model's first block ends before its norm; one without attention has no modulated input."""
+    """The first block of a post-norm model ends before its norm; a model without attention has no modulated input."""
     assert probe(traced("post-norm"), "first_block") is not None
     of = trace(Toy(lambda m, x: x + m.two(x + m.one(x)), one=mlp(), two=mlp()), (tokens(),))
     assert probe(of, "modulated_input") is None
@@ -344,8 +344,11 @@ def test_probes_that_are_not_there() -> None:
 
 
 def test_latent_and_output() -> None:
-    """The largest input that is neither weight nor conditioning, known before anything runs, and the largest of what
-    the model returns, of which no site waits for this call's; of a part of a model neither is the model's."""
+    """The latent is the largest input that is no weight or conditioning; the output is the largest output.
+
+    The latent is known before any op runs, and no site waits for the output of the same call. A part of a model has
+    neither.
+    """
     for name in SHAPES:
         of = traced(name)
         gm = copied(of.gm)
@@ -366,7 +369,7 @@ def test_latent_and_output() -> None:
 
 
 def test_conditioning_is_no_latent() -> None:
-    """A caption may be larger than the latent: it stays the same from step to step."""
+    """A caption may be larger than the latent, but is the same at each step."""
     of = traced("flux")
     ins = of.gm.graph.find_nodes(op="placeholder")
     first = find_latent(of.gm.graph, of.captured.static)
@@ -377,7 +380,7 @@ def test_conditioning_is_no_latent() -> None:
 
 
 def test_what_is_put_in_changes_nothing() -> None:
-    """The graph with all probes returns what the model returned, and the captured one stays as it was."""
+    """The graph with all probes returns the outputs of the model, and the captured graph is unchanged."""
     for name in SHAPES:
         of = traced(name)
         before = of.gm.code
@@ -385,7 +388,7 @@ def test_what_is_put_in_changes_nothing() -> None:
         probes = Probes(gm, sites, of.captured.static)
         found = {probes.of(kind, site) for kind in ("first_block", "modulated_input", "self") for site in sites.sites}
         again = {probes.of(kind, site) for kind in ("first_block", "modulated_input", "self") for site in sites.sites}
-        assert found == again, "each is put in once"
+        assert found == again, "each node is inserted once"
         gm.graph.lint()
         gm.recompile()
         assert same(list(gm(*of.arguments[0])), list(of.returned[0]))
@@ -393,7 +396,7 @@ def test_what_is_put_in_changes_nothing() -> None:
 
 
 def test_copies_have_the_same_names() -> None:
-    """So that a site of one is a site of the other; its meta too."""
+    """Nodes of a copy have the same names and meta, so its sites are those of the original."""
     of = traced("flux")
     copy = copied(of.gm)
     assert [(n.name, n.op, n.target) for n in copy.graph.nodes] == [(n.name, n.op, n.target) for n in of.gm.graph.nodes]
@@ -411,7 +414,7 @@ def test_measurable(value: object, measured: bool) -> None:
 
 
 def test_aten_ops_of_probes() -> None:
-    """What the first block adds is one difference."""
+    """The first block's change is one subtraction."""
     of = traced("single")
     gm = copied(of.gm)
     name = Probes(gm, of.sites(), of.captured.static).of("first_block", of.sites().sites[0])

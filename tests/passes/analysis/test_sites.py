@@ -1,4 +1,4 @@
-"""Residual sums of hand-built blocks: which summands are sites, which are refused and why."""
+"""Residual sums of hand-written blocks: which summands are sites, and which are refused with which reason."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def test_pre_norm_block() -> None:
 
 
 def test_names_and_layers() -> None:
-    """Sites are named and counted by the modules that their contractions lie in."""
+    """Sites are named and numbered by the modules of their contractions."""
     model = Toy(lambda m, x: m.blocks(x), blocks=nn.Sequential(Block(), Block()))
     found = trace(model, (tokens(),)).sites()
     assert [site.name for site in found.sites] == ["blocks.0.attn", "blocks.0.ff", "blocks.1.attn", "blocks.1.ff"]
@@ -55,7 +55,7 @@ def test_parallel_branches_added_to_each_other_first() -> None:
 
 
 def test_post_norm_block() -> None:
-    """A norm after each sum starts a new stream, and the branches are not inside one another."""
+    """A norm after each sum starts a new stream, and the branches are not nested."""
 
     def body(m: Toy, x: Tensor) -> Tensor:
         x = m.norm1(x + m.attn(x))
@@ -67,7 +67,7 @@ def test_post_norm_block() -> None:
 
 
 def test_norm_after_a_branch_belongs_to_it() -> None:
-    """In `x + norm(f(x))` the value is what the norm returns."""
+    """In `x + norm(f(x))` the value is the result of the norm."""
     model = Toy(lambda m, x: x + m.norm(m.ff(x)), ff=mlp(), norm=norm())
     assert look(model, tokens()) == Look([("mlp", ("getitem",))])
 
@@ -78,18 +78,18 @@ def nested(m: Toy, x: Tensor) -> Tensor:
 
 
 def test_nested_branches() -> None:
-    """A branch inside another is a site of its own whose parent is the outer one."""
+    """A branch inside another is a site whose parent is the outer one."""
     model = Toy(nested, enter=linear(), ff=mlp(), norm=norm())
     assert look(model, tokens()) == Look([MLP, ("mlp", ("getitem",))])
     inner, outer = trace(model, (tokens(),)).sites().sites
     assert (inner.parent, outer.parent) == (1, None)
     assert inner.closure < outer.closure
-    assert inner.flops == 2 * 2 * 8 * (8 * 16)  # two projections, a multiply-add counted as two, 8 tokens
+    assert inner.flops == 2 * 2 * 8 * (8 * 16)  # two projections of 8 tokens, a multiply-add counts as two
     assert outer.flops == inner.flops + 2 * 8 * (8 * 8)
 
 
 def test_three_deep() -> None:
-    """The parent is the innermost site around, not the outermost."""
+    """The parent is the innermost enclosing site."""
 
     def body(m: Toy, x: Tensor) -> Tensor:
         a = m.one(x)
@@ -101,7 +101,7 @@ def test_three_deep() -> None:
 
 
 def test_branch_around_attention_and_mlp() -> None:
-    """A branch that holds a whole block is attention and MLP at once, one that holds attention alone is attention."""
+    """A branch that contains a block is attention and MLP at once; one that contains only attention is attention."""
     inner = Attention()
 
     def around_block(m: Toy, x: Tensor) -> Tensor:
@@ -120,7 +120,7 @@ def test_branch_around_attention_and_mlp() -> None:
 
 
 def test_stream_kept_in_fp32() -> None:
-    """Casts around the sum and the gate are looked through: the value is the branch's own low-precision output."""
+    """Casts around the sum and the gate are ignored: the value is the low-precision output of the branch."""
 
     def body(m: Toy, x: Tensor) -> Tensor:
         x = (x.float() + m.attn(m.norm(x)).float() * m.gate).type_as(x)
@@ -135,7 +135,7 @@ def test_stream_kept_in_fp32() -> None:
 
 
 def test_lora_is_part_of_its_projection() -> None:
-    """`base(x) + B(A(x))` is no residual sum: within a branch it is neither a site nor a refusal."""
+    """`base(x) + B(A(x))` is no residual sum. Within a branch it is neither a site nor a refusal."""
 
     def body(m: Toy, x: Tensor) -> Tensor:
         hidden = m.base(x) + m.up(m.down(x))
@@ -147,7 +147,7 @@ def test_lora_is_part_of_its_projection() -> None:
 
 
 def test_lora_on_the_last_projection() -> None:
-    """Where the projection with LoRA ends the branch, its sum is the one value."""
+    """If a projection with LoRA ends the branch, their sum is the value."""
 
     def body(m: Toy, x: Tensor) -> Tensor:
         hidden = m.enter(x).relu()
@@ -158,26 +158,26 @@ def test_lora_on_the_last_projection() -> None:
 
 
 def test_positional_add() -> None:
-    """A sum with a parameter or with an input that is not computed from the other summand is no residual sum."""
+    """A sum with a parameter, or with an input that does not depend on the other summand, is no residual sum."""
     model = Toy(lambda m, x, y: m.out((m.embed(x) + m.position) + y), embed=linear(), out=linear(), position=tokens(1))
     assert look(model, tokens(), tokens(2)) == Look([])
 
 
 def test_controlnet_add() -> None:
-    """What comes from outside into a residual sum is refused, and the branches beside it are found."""
+    """A summand from outside, as ControlNet adds it, is refused; the branches beside it are found."""
     model = Toy(lambda m, x, control: (x + m.ff(x)) + control, ff=mlp())
     assert look(model, tokens(), tokens(1)) == Look([MLP], [("input", RefusalReason.NOT_FROM_STREAM)])
 
 
 def test_branch_without_contraction() -> None:
-    """`x + norm(x)` costs too little to be a site."""
+    """`x + norm(x)` has no contraction and is no site."""
     assert look(Toy(lambda m, x: x + m.norm(x), norm=norm()), tokens()) == Look(
         [], [("getitem", RefusalReason.NO_CONTRACTION)]
     )
 
 
 def test_bias_adds() -> None:
-    """A bias is no summand, whether within addmm or added by hand."""
+    """A bias is no summand, whether in addmm or added separately."""
     model = Toy(
         lambda m, x: m.plain(m.biased(x)) + m.bias, biased=linear(), plain=linear(bias=False), bias=tokens(1, 8)
     )
@@ -191,24 +191,24 @@ def test_bias_of_the_last_projection() -> None:
 
 
 def test_input_beside_a_branch() -> None:
-    """An input that is added to a branch's output is refused, and the value stays free of it."""
+    """An input that is added to a branch's output is refused and not part of the value."""
     model = Toy(lambda m, x, control: x + (m.ff(x) + control), ff=mlp())
     assert look(model, tokens(), tokens(1)) == Look([MLP], [("input", RefusalReason.NOT_FROM_STREAM)])
 
 
 def test_no_residual() -> None:
-    """A model without any sum has nothing to find and nothing to refuse."""
+    """A model without sums has no sites and no refusals."""
     assert look(Toy(lambda m, x: m.ff(x), ff=mlp()), tokens()) == Look([])
 
 
 def test_convolution_branch() -> None:
-    """A convolution is a contraction like any other."""
+    """A convolution counts as a contraction."""
     model = Toy(lambda m, x: x + m.conv(x.relu()), conv=nn.Conv2d(3, 3, 3, padding=1))
     assert look(model, tokens(0, 2, 3, 4, 4)) == Look([("mlp", ("convolution",))])
 
 
 def test_integer_product_branch() -> None:
-    """A product of eight-bit integers, as dynamic quantization makes it, is a contraction with FLOPs."""
+    """A product of 8-bit integers, as in dynamic quantisation, is a contraction with FLOPs."""
 
     def body(m: Toy, x: Tensor) -> Tensor:
         rows = (x * 10).round().to(torch.int8).flatten(0, 1)
@@ -221,7 +221,7 @@ def test_integer_product_branch() -> None:
 
 
 def test_value_that_is_read_twice() -> None:
-    """A value that something else reads too is a site, and its producers still serve it alone."""
+    """A value with another reader is a site, and its producers belong to its closure."""
 
     def body(m: Toy, x: Tensor) -> tuple[Tensor, Tensor]:
         y = m.ff(m.norm(x))
@@ -234,7 +234,7 @@ def test_value_that_is_read_twice() -> None:
 
 
 def test_producer_that_is_read_outside() -> None:
-    """A norm that something else reads too stays when the value is reused; what follows it in the branch does not."""
+    """A norm with another reader is not in the closure; the nodes after it are."""
 
     def body(m: Toy, x: Tensor) -> tuple[Tensor, Tensor]:
         normed = m.norm(x)
@@ -246,7 +246,7 @@ def test_producer_that_is_read_outside() -> None:
 
 
 def test_value_that_is_a_view_of_a_larger_buffer() -> None:
-    """Holding one half of a projection's output keeps the whole storage alive, and its bytes say so."""
+    """A value that is half of a projection's output has the bytes of the whole storage."""
     model = Toy(lambda m, x: x + m.wide(x).chunk(2, -1)[0], wide=linear(outer=2 * WIDTH))
     assert look(model, tokens()) == Look([("mlp", ("getitem",))])
     (site,) = trace(model, (tokens(),)).sites().sites
@@ -256,7 +256,7 @@ def test_value_that_is_a_view_of_a_larger_buffer() -> None:
 
 
 def test_halves_that_go_to_two_streams() -> None:
-    """Two slices of one MLP's output are one site with two values, which stands in the list once."""
+    """Two slices of one MLP's output are one site with two values."""
 
     def body(m: Toy, x: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
         y = m.ff(torch.cat([text, x], dim=1))
@@ -267,7 +267,7 @@ def test_halves_that_go_to_two_streams() -> None:
 
 
 def test_values_that_share_and_feed_each_other() -> None:
-    """Three streams share a projection and one's value feeds another's branch: each value is a site of its own."""
+    """If three streams share a projection and one value feeds another's branch, each value is a site of its own."""
 
     def body(m: Toy, x: Tensor, y: Tensor, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         shared = m.shared(torch.cat([x, y, z], dim=-1))
@@ -282,7 +282,7 @@ def test_values_that_share_and_feed_each_other() -> None:
 
 
 def test_values_that_share_in_a_chain() -> None:
-    """Where the first shares with the second and the second with the third, all three are one site."""
+    """If the first branch shares with the second and the second with the third, all three are one site."""
 
     def body(m: Toy, x: Tensor, y: Tensor, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         left, right = m.left(x + y + z), m.right(x * y * z)
@@ -293,7 +293,7 @@ def test_values_that_share_in_a_chain() -> None:
 
 
 def test_groups_that_wait_for_each_other() -> None:
-    """Two pairs, each sharing a projection, with one's value feeding the other's both ways, are taken apart."""
+    """Two pairs that each share a projection and feed each other are split into single sites."""
 
     def body(m: Toy, x: Tensor, w: Tensor, y: Tensor, z: Tensor) -> tuple[Tensor, ...]:
         left, right = m.left(torch.cat([x, w], dim=-1)), m.right(torch.cat([y, z], dim=-1))

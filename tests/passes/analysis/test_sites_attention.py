@@ -1,4 +1,4 @@
-"""What makes a branch attention, and of which kind."""
+"""Attention branches and their kinds."""
 
 from __future__ import annotations
 
@@ -35,14 +35,14 @@ def attend(m: Toy, core: Core, x: Tensor, source: Tensor) -> Tensor:
 
 
 def test_three_forms_of_a_core() -> None:
-    """One op, two products around a softmax, and two products without one are all attention."""
+    """SDPA, two products around a softmax, and two products without one are all attention."""
     for core in (whole, by_hand, linear_attention):
         model = Toy(lambda m, x, core=core: x + attend(m, core, x, x), **projections())
         assert look(model, tokens()) == Look([("self", ("addmm",))])
 
 
 def test_product_with_weights_is_no_core() -> None:
-    """A product of the stream with a parameter is a projection, whatever op does it."""
+    """A product of the stream with a parameter is a projection, with any op."""
     model = Toy(lambda m, x: x + torch.bmm(m.weight.expand(2, 4, 4), x).relu(), weight=tokens(1, 4, 4))
     assert look(model, tokens()) == Look([("mlp", ("relu",))])
 
@@ -55,7 +55,7 @@ def test_cross_attention() -> None:
 
 
 def test_one_tensor_as_key_and_value() -> None:
-    """Keys that are the values too, beside a mask from a condition: what is attended to is still the stream."""
+    """If one tensor is key and value beside a mask from a condition, the attention is still self-attention."""
 
     def body(m: Toy, x: Tensor, mask: Tensor) -> Tensor:
         both = heads(m.k(x))
@@ -65,7 +65,7 @@ def test_one_tensor_as_key_and_value() -> None:
 
 
 def test_attention_mask() -> None:
-    """A mask that is added to the scores is no residual sum."""
+    """A mask added to the scores is no residual sum."""
 
     def body(m: Toy, x: Tensor, mask: Tensor) -> Tensor:
         q, k, v = heads(m.q(x)), heads(m.k(x)), heads(m.v(x))
@@ -75,7 +75,7 @@ def test_attention_mask() -> None:
 
 
 def test_rotary_positions() -> None:
-    """`q * cos + rotated(q) * sin` is no residual sum, though both summands come from the stream."""
+    """`q * cos + rotated(q) * sin` is no residual sum, although both summands come from the stream."""
 
     def rotated(q: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         first, second = q.chunk(2, dim=-1)
@@ -106,25 +106,25 @@ def both_streams() -> Toy:
 
 
 def test_joint_attention() -> None:
-    """One core whose output goes to two streams is one site with a value for each."""
+    """A core whose output goes to two streams is one site with a value for each."""
     assert look(both_streams(), tokens(), tokens(1, 2, 3, WIDTH)) == Look([("joint", ("addmm", "addmm"))])
 
 
 def test_joint_attention_whose_text_is_thrown_away() -> None:
-    """Where only the image goes on, keys from image and text together still make it joint, with one value."""
+    """If only the image is used, keys from image and text still make the site joint, with one value."""
     model = both_streams()
     model.body = lambda m, x, text: x + joined(m, m.norm(x), m.norm(text))[0]
     assert look(model, tokens(), tokens(1, 2, 3, WIDTH)) == Look([("joint", ("addmm",))])
 
 
 def test_projection_of_a_slice() -> None:
-    """ATen adds the bias apart where the input is not contiguous: the value is the projection's output all the same."""
+    """ATen adds the bias separately if the input is not contiguous; the value is still the projection's output."""
     model = Toy(lambda m, x: x + m.o(torch.cat([x, m.q(x)], 1).relu()[:, 4:]), **projections("qo"))
     assert look(model, tokens()) == Look([("mlp", ("add",))])
 
 
 def test_register_tokens() -> None:
-    """Learnt tokens put beside the stream's do not make self-attention joint."""
+    """Learnt tokens joined with those of the stream do not make self-attention joint."""
     model = Toy(
         lambda m, x: x + attend(m, whole, x, torch.cat([x, m.registers.expand(2, 2, WIDTH)], dim=1)),
         registers=tokens(1, 1, 2, WIDTH),
@@ -146,13 +146,13 @@ def test_parallel_by_cat() -> None:
 
 
 def test_parallel_by_sum_under_one_gate() -> None:
-    """`x + gate * (attention + mlp)` has one value, which is attention and MLP at once."""
+    """`x + gate * (attention + mlp)` is one parallel site with one value."""
     model = Toy(lambda m, x: x + m.gate * (m.attn(x) + m.ff(x)), attn=Attention(), ff=mlp(), gate=tokens(1, WIDTH))
     assert look(model, tokens()) == Look([("parallel", ("add",))])
 
 
 def test_parallel_by_sum_of_one_fused_projection() -> None:
-    """Attention and MLP that start in one projection and end in a sum are one parallel site."""
+    """Attention and MLP that start in one projection and are summed are one parallel site."""
 
     def body(m: Toy, x: Tensor) -> Tensor:
         q, k, v, hidden = m.fused(x).chunk(4, dim=-1)
@@ -163,13 +163,13 @@ def test_parallel_by_sum_of_one_fused_projection() -> None:
 
 
 def test_gated_attention_is_not_parallel() -> None:
-    """A gate from the stream on the attention's output is a part of it."""
+    """A gate from the stream on the attention's output belongs to the attention."""
     model = Toy(lambda m, x: x + m.o(attend(m, whole, x, x) * m.g(x).sigmoid()), g=linear(), **projections())
     assert look(model, tokens()) == Look([("self", ("addmm",))])
 
 
 def test_local_enhancement_is_not_parallel() -> None:
-    """A convolution of the values added to the attention's output, before its projection, is a part of it."""
+    """A convolution of the values, added to the attention's output before its projection, belongs to the attention."""
 
     def body(m: Toy, x: Tensor) -> Tensor:
         v = m.v(x)
@@ -194,6 +194,6 @@ def test_self_and_cross_attention_of_a_block() -> None:
 
 
 def test_attention_without_projection_of_the_stream() -> None:
-    """A core on the bare stream is a branch, less the copy that follows; a bare norm beside it is refused."""
+    """A core that reads the stream directly is a branch, without the copy after it; a norm beside it is refused."""
     model = Toy(lambda m, x: x + merged(by_hand(heads(x), heads(x), heads(x))) + m.norm(x), norm=norm())
     assert look(model, tokens()) == Look([("self", ("bmm",))], [("getitem", RefusalReason.NO_CONTRACTION)])

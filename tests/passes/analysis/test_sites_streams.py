@@ -1,4 +1,4 @@
-"""Which summand of a residual sum is the stream, where several are older than others."""
+"""The stream of a residual sum with several early summands."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def added_twice(m: Toy, x: Tensor, control: Tensor) -> Tensor:
 
 
 def test_input_that_is_added_after_two_blocks() -> None:
-    """The second sum holds it beside a stream that has it already: the blocks' branches stay as without it."""
+    """The second sum adds an input that the stream already contains: the branches are the same as without it."""
     found = trace(Toy(added_twice, one=Block(), two=Block()), (tokens(), tokens(1))).sites()
     assert [(site.name, site.kind) for site in found.sites] == [
         ("one.attn", Kind.SELF),
@@ -42,7 +42,7 @@ def test_input_that_is_added_after_two_blocks() -> None:
 
 
 def test_embedding_that_each_block_adds_first() -> None:
-    """Where the stream has the embedding already, it is no stream itself."""
+    """If the stream already contains the embedding, the embedding is not the stream."""
 
     def body(m: Toy, x: Tensor, embedding: Tensor) -> Tensor:
         for block in m.blocks:
@@ -54,7 +54,7 @@ def test_embedding_that_each_block_adds_first() -> None:
 
 
 def test_earlier_stream_that_is_added_again() -> None:
-    """What the stream was some blocks before is a summand that it has, and not the stream of the later block."""
+    """An earlier state of the stream is a summand that the stream contains, not the stream of the later block."""
 
     def body(m: Toy, x: Tensor) -> Tensor:
         return m.two(m.one(x) + x)
@@ -64,7 +64,7 @@ def test_earlier_stream_that_is_added_again() -> None:
 
 
 def test_branch_of_a_branch_beside_it() -> None:
-    """In `x + a(x) + m(a(x))` the attention is computed from the stream, not added to it: both are branches of `x`."""
+    """In `x + a(x) + m(a(x))` both `a` and `m` are branches of `x`."""
 
     def body(m: Toy, x: Tensor) -> Tensor:
         y = m.attn(x)

@@ -1,4 +1,4 @@
-"""Boundaries of the residual stream, and what each stream was before: on toys by shape, and on graphs node by node."""
+"""Boundaries of the residual stream, and the base of each stream, on toys and on hand-written graphs."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def shapes(nodes: Sequence[fx.Node]) -> list[tuple[int, ...]]:
 
 
 def spans_of(name: str) -> dict[tuple[int, int], list[tuple[int, ...]]]:
-    """Every span that a toy has, with its values' shapes."""
+    """Return every span of a toy, with the shapes of its values."""
     stream = stream_of(name)
     count = stream.found.num_layers
     every = [(i, j) for i in range(count) for j in range(i + 1, count + 1)]
@@ -41,7 +41,7 @@ IMAGE, WORDS, BOTH = (2, 4, 8), (2, 3, 8), (2, 7, 8)
         ("single", dict.fromkeys([(0, 1), (0, 2), (0, 3), (1, 2), (1, 3), (2, 3)], [IMAGE])),
         ("joint", dict.fromkeys([(0, 1), (0, 2), (1, 2)], [WORDS, IMAGE])),
         ("dropped", {(0, 1): [WORDS, IMAGE], (0, 2): [IMAGE], (1, 2): [IMAGE]}),
-        # text and image become one sequence before block 2, and the image is taken out of it behind block 4
+        # text and image are joined before block 2, and the image is sliced out after block 4
         (
             "flux",
             {
@@ -50,23 +50,23 @@ IMAGE, WORDS, BOTH = (2, 4, 8), (2, 3, 8), (2, 7, 8)
                 **dict.fromkeys([(2, 3), (2, 4), (3, 4), (3, 5), (4, 5)], [BOTH]),
             },
         ),
-        ("post-norm", dict.fromkeys([(0, 1), (1, 2), (2, 3)], [IMAGE])),  # from a norm up to the next
+        ("post-norm", dict.fromkeys([(0, 1), (1, 2), (2, 3)], [IMAGE])),  # from one norm to the next
         ("skipping", {(0, 1): [IMAGE], (0, 2): [IMAGE, IMAGE], (1, 2): [IMAGE], (2, 3): [(8, 8)]}),
         ("added skip", {**dict.fromkeys([(0, 1), (0, 3), (1, 2), (1, 3), (2, 3)], [IMAGE]), (0, 2): [IMAGE, IMAGE]}),
     ],
 )
 def test_spans(name: str, expected: dict[tuple[int, int], list[tuple[int, ...]]]) -> None:
-    """Which spans there are, and what they change."""
+    """The spans of a toy and the shapes of their values."""
     assert spans_of(name) == expected
 
 
 def test_splits_are_slices() -> None:
-    """Whether the image is sliced or split out of the sequence is all one."""
+    """The result is the same whether the image is sliced or split out of the sequence."""
     assert spans_of("flux split") == spans_of("flux")
 
 
 def test_a_stream_that_is_reshaped_between_blocks() -> None:
-    """In turn over space and time: every span has a counterpart, of the shape that the stream has at an end."""
+    """With alternating blocks over space and time, every span has a base of the stream's shape at one of its ends."""
     found = spans_of("latte")
     assert set(found) == {(i, j) for i in range(4) for j in range(i + 1, 5)}
     assert all(len(values) == 1 and torch.Size(values[0]).numel() == 2 * 3 * 4 * 8 for values in found.values())
@@ -74,7 +74,7 @@ def test_a_stream_that_is_reshaped_between_blocks() -> None:
 
 @pytest.mark.parametrize("name", SHAPES)
 def test_values_and_bases_are_alike(name: str) -> None:
-    """Of one shape and dtype, the base before the value, and neither computed from what is not the stream."""
+    """A value and its base have one shape and dtype; the base comes first, and both are computed from the stream."""
     stream = stream_of(name)
     for first, end in spans_of(name):
         for value, base in stream.pairs(first, end) or ():
@@ -98,7 +98,7 @@ def test_values_and_bases_are_alike(name: str) -> None:
     ],
 )
 def test_boundaries(name: str, alive: list[int]) -> None:
-    """One before the first block and one behind each, where nothing moves but the streams; a skip is one more."""
+    """One boundary before the first block and one after each. Only streams are live there; a skip is one more."""
     boundaries = stream_of(name).boundaries
     assert [len(boundary.streams) for boundary in boundaries] == alive
     positions = [boundary.position for boundary in boundaries]
@@ -107,7 +107,7 @@ def test_boundaries(name: str, alive: list[int]) -> None:
 
 @pytest.mark.parametrize("name", SHAPES)
 def test_each_block_lies_between_its_boundaries(name: str) -> None:
-    """Every contraction of a branch stands behind the boundary before its block, and not behind that after it."""
+    """Every contraction of a branch is between the boundaries of its block."""
     stream = stream_of(name)
     ends = [boundary.position for boundary in stream.boundaries]
     for site in stream.found.sites:
@@ -117,18 +117,18 @@ def test_each_block_lies_between_its_boundaries(name: str) -> None:
 
 
 def test_what_moves() -> None:
-    """The stream, from what enters the first block on, and all that is computed from it; no weight, no modulation."""
+    """The moving nodes are the inputs of the first block and all nodes computed from them; no weight, no modulation."""
     stream = stream_of("single")
     assert [made_by(root) for root in stream.roots] == ["addmm"]
     assert stream.moving.keys().isdisjoint(traced("single").captured.placeholders)
     signals = [node for node in traced("single").gm.graph.nodes if made_by(node) == "silu"]
-    assert len(signals) == 2 * 3, "in each block, and a view of it"
+    assert len(signals) == 2 * 3, "one and a view of it in each block"
     assert stream.moving.keys().isdisjoint(signals)
     assert [root.name for root in stream_of("post-norm").roots] == ["inputs_0"]
 
 
 def test_a_span_takes_all_that_lies_in_it() -> None:
-    """Reusing the last two of three blocks leaves the first, one sum and the head."""
+    """If the last two of three blocks are reused, the first block, one sum and the head remain."""
     rewritten = with_spans(traced("single"), [(1, 3)], branches=False)
     (site,) = rewritten.sites
     assert (site.span, site.layer, str(site.kind), str(site.part)) == ((1, 3), 1, "span", "span")
@@ -140,19 +140,19 @@ def test_a_span_takes_all_that_lies_in_it() -> None:
 
 
 def test_reusing_all_blocks_of_flux() -> None:
-    """What is left: the image's embedding, its change, and the head; of the text nothing."""
+    """The embedding of the image, its change and the head remain; nothing of the text."""
     rewritten = with_spans(traced("flux"), [(0, 5)], branches=False)
     variant = rewritten.variant((True,))
     counts = op_counts(variant.gm)
     assert counts["dit_rewrite.attention"] == counts["aten.native_layer_norm"] == 0
     assert counts["aten.addmm"] + counts["aten.bmm"] == 2
-    assert counts["aten.add"] <= 2, "the change, and the head's bias where that is apart"
+    assert counts["aten.add"] <= 2, "the change, and possibly the head's bias"
     names = [placeholder.name for placeholder in rewritten.traced.captured.placeholders]
     assert not any("text" in names[i] for i in variant.inputs)
 
 
 def test_names_and_order() -> None:
-    """Of one block its name, of several the first and the last; smaller ones first."""
+    """The name of one block, or of the first and last of several; shorter spans first."""
     found, refused = find_spans(stream_of("single"), dict.fromkeys([(0, 3), (2, 3), (0, 2)], range(3)))
     assert [site.name for site in found] == ["blocks.2", "blocks.0..blocks.1", "blocks.0..blocks.2"]
     assert [site.span for site in found] == [(2, 3), (0, 2), (0, 3)]
@@ -169,14 +169,14 @@ def test_names_and_order() -> None:
     ],
 )
 def test_no_counterpart(name: str, blocks: tuple[int, int], path: str) -> None:
-    """Where a norm, a projection or a cat stands in the way nothing is guessed: the place is refused with its name."""
+    """A norm, projection or cat in between has no base: the span is refused with its name."""
     found, refused = find_spans(stream_of(name), {blocks: range(*blocks)})
     assert found == []
     assert [(refusal.path, refusal.reason) for refusal in refused] == [(path, RefusalReason.NO_COUNTERPART)]
 
 
 def test_spans_within_one_another() -> None:
-    """A block lies in the stack; both end in the same value, and each branch lies in its block."""
+    """A block is inside the stack, both have the same value, and each branch is inside its block."""
     rewritten = with_spans(traced("single"), [(1, 2), (1, 3), (2, 3)])
     names = [site.name for site in rewritten.sites]
     parents = {names[i]: None if p is None else names[p] for i, p in enumerate(rewritten.guarded.parents)}
@@ -196,17 +196,17 @@ def test_spans_within_one_another() -> None:
     assert stack.bases != last.bases
 
 
-@pytest.mark.parametrize("stores", [(None,), ("int8", None, "fp8", "bf16")], ids=["as they are", "packed"])
+@pytest.mark.parametrize("formats", [(None,), ("int8", None, "fp8", "bf16")], ids=["as they are", "converted"])
 @pytest.mark.parametrize("name", SHAPES)
-def test_random_tables(name: str, stores: tuple[str | None, ...]) -> None:
-    """A chain of spans within one another beside the branches, reused at random: bit for bit what the oracle says."""
+def test_random_tables(name: str, formats: tuple[str | None, ...]) -> None:
+    """Nested spans and branches, reused at random, equal the oracle bit for bit."""
     every = sorted(spans_of(name), key=lambda blocks: (blocks[1] - blocks[0], blocks))
     chosen: list[tuple[int, int]] = []
     for first, end in reversed(every):
         if not any(a < first < b < end or first < a < end < b for a, b in chosen):
             chosen.append((first, end))
-    rewritten = with_spans(traced(name), chosen, stores=stores)
-    if stores == (None,):
+    rewritten = with_spans(traced(name), chosen, formats=formats)
+    if formats == (None,):
         rewritten.check_reuse_0()
     rewritten.check(rewritten.random_table(0))
 
@@ -215,7 +215,7 @@ def test_random_tables(name: str, stores: tuple[str | None, ...]) -> None:
 
 
 class Graph:
-    """Writes a graph node by node; tensors have no values, only shapes."""
+    """Builds a graph node by node. Tensors have shapes and no data."""
 
     def __init__(self) -> None:
         self.graph = fx.Graph()
@@ -232,7 +232,7 @@ class Graph:
         return node
 
     def block(self, x: fx.Node, weight: fx.Node, path: str) -> fx.Node:
-        """A residual branch of one product."""
+        """Add a residual branch of one product."""
         product = self(aten.mm.default, x, weight)
         product.meta["nn_module_stack"] = {"": (f"L['self'].{path}.linear", object)}
         return self(aten.add.Tensor, x, product)
@@ -249,7 +249,7 @@ def built() -> tuple[Graph, fx.Node, fx.Node]:
 
 
 def test_two_blocks_by_hand() -> None:
-    """x + x W, twice: three boundaries, and each span from its sum back to the one before."""
+    """x + x W, twice: three boundaries, and the base of each span is the sum before it."""
     g, x, weight = built()
     one = g.block(x, weight, "blocks.0")
     two = g.block(one, weight, "blocks.1")
@@ -262,7 +262,7 @@ def test_two_blocks_by_hand() -> None:
 
 
 def test_a_cast_between_blocks() -> None:
-    """What comes out in another dtype has no counterpart, but the sum before the cast has."""
+    """If the stream is cast between blocks, the sum before the cast is the value."""
     g, x, weight = built()
     one = g.block(x, weight, "blocks.0")
     cast = g(aten._to_copy.default, one, dtype=torch.float64)
@@ -275,7 +275,7 @@ def test_a_cast_between_blocks() -> None:
 
 
 def test_a_gain_between_blocks() -> None:
-    """A stream that is scaled by a weight is no sum of what was before it."""
+    """A stream that is scaled by a weight has no base."""
     g, x, weight = built()
     one = g.block(x, weight, "blocks.0")
     scaled = g(aten.mul.Tensor, one, weight)
@@ -285,7 +285,7 @@ def test_a_gain_between_blocks() -> None:
 
 
 def test_a_position_added_between_blocks() -> None:
-    """What does not move may be added to the stream; the change holds it."""
+    """A tensor that does not move may be added to the stream; it is part of the change."""
     g, x, weight = built()
     one = g.block(x, weight, "blocks.0")
     placed = g(aten.add.Tensor, one, weight)
@@ -298,7 +298,7 @@ def test_a_position_added_between_blocks() -> None:
     [(2, 6, True), (2, 9223372036854775807, True), (0, 4, False), (1, 5, False), (1, 6, False), (2, 5, False)],
 )
 def test_the_part_of_a_cat(start: int, end: int, same: bool) -> None:
-    """A slice of a cat is the operand whose place it has, and no other."""
+    """A slice of a cat is the operand at this place."""
     g, x, weight = built()
     text = g.input("text", 2, 4)
     one = g.block(x, weight, "blocks.0")
@@ -315,7 +315,7 @@ def test_the_part_of_a_cat(start: int, end: int, same: bool) -> None:
 
 @pytest.mark.parametrize("dim", [0, -2, 1])
 def test_along_another_dimension(dim: int) -> None:
-    """Sides of a cat along one dimension are not told apart by a slice along another; -2 is 0 of two."""
+    """Slices along another dimension do not separate the operands of a cat; dim -2 of 2 is dim 0."""
     g, x, weight = built()
     one = g.block(x, weight, "blocks.0")
     joined = g(aten.cat.default, [one, g(aten.neg.default, one)], dim)
@@ -326,7 +326,7 @@ def test_along_another_dimension(dim: int) -> None:
 
 
 def test_every_second_token() -> None:
-    """A slice with a step is no part of a cat."""
+    """A slice with a step is not an operand of a cat."""
     g, x, weight = built()
     one = g.block(x, weight, "blocks.0")
     joined = g(aten.cat.default, [one, one])
@@ -335,17 +335,17 @@ def test_every_second_token() -> None:
 
 
 def test_a_graph_without_sums() -> None:
-    """No stream, no boundary, no span."""
+    """A graph without sums has no stream, boundary or span."""
     g, x, weight = built()
     stream = g.stream(g(aten.mm.default, x, weight))
     assert (stream.boundaries, stream.roots, list(stream.moving)) == ((), [], [])
 
 
 def test_dynamic_sizes() -> None:
-    """Boundaries, pairs and results are the same where the number of tokens is a symbol."""
+    """Boundaries, pairs and results are the same if the number of tokens is symbolic."""
     calls = [(tokens(i, 2, 4, 8), tokens(9 + i, 2, 3, 8)) for i in range(3)]
     graph = trace(flux(doubles=1, singles=1), *calls, dynamic=True)
     stream = Stream(graph.gm.graph, graph.sites())
     assert [len(stream.pairs(*blocks) or ()) for blocks in ((0, 1), (0, 2), (1, 2))] == [2, 1, 1]
-    rewritten = with_spans(graph, [(0, 1), (0, 2), (1, 2)], stores=(None, "int8"))
+    rewritten = with_spans(graph, [(0, 1), (0, 2), (1, 2)], formats=(None, "int8"))
     rewritten.check(rewritten.random_table(3))

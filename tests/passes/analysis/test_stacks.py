@@ -1,4 +1,4 @@
-"""Stacks of toys by structure: beside a refiner, behind pads and cats, among control blocks, cut by a norm."""
+"""Stacks of toys: with refiners, pads and cats, control blocks, and norms."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def plain(count: int) -> nn.ModuleList:
 
 
 def refined() -> Toy:
-    """Image and text have a refiner each, are padded to one sequence, and go through the main blocks as it."""
+    """Image and text have a refiner each, are padded to one sequence, and pass the main blocks together."""
 
     def body(m: Toy, x: Tensor, text: Tensor) -> Tensor:
         x, text = m.enter(x), m.text_enter(text)
@@ -65,7 +65,7 @@ def context() -> Toy:
 
 
 def control(scaled: bool) -> Toy:
-    """A control block runs before each main block, and its stream is added to the main one behind that."""
+    """A control block runs before each main block, and its stream is added to the main stream afterwards."""
 
     def body(m: Toy, x: Tensor, hint: Tensor) -> tuple[Tensor, Tensor]:
         x, c = m.enter(x), m.hint(hint)
@@ -81,7 +81,7 @@ def control(scaled: bool) -> Toy:
 
 
 def between(change: Callable[[Tensor], Tensor], back: Callable[[Tensor], Tensor]) -> Callable[[], Toy]:
-    """Two of three blocks lie between a change of the stream and its undoing."""
+    """Two of three blocks are between a change of the stream and its inverse."""
 
     def body(m: Toy, x: Tensor) -> Tensor:
         x = m.blocks[0](m.enter(x))
@@ -92,7 +92,7 @@ def between(change: Callable[[Tensor], Tensor], back: Callable[[Tensor], Tensor]
 
 
 def masked() -> Toy:
-    """Padding is set to zero behind each block."""
+    """Padding is set to zero after each block."""
 
     def body(m: Toy, x: Tensor, mask: Tensor) -> Tensor:
         x = m.enter(x)
@@ -105,7 +105,7 @@ def masked() -> Toy:
 
 
 def equal() -> Toy:
-    """As FLUX, but text and image have equally many tokens, and are told apart by a chunk."""
+    """As FLUX, but text and image have equally many tokens and are separated by a chunk."""
 
     def body(m: Toy, x: Tensor, text: Tensor) -> Tensor:
         x, text = m.enter(x), m.text_enter(text)
@@ -121,7 +121,7 @@ def equal() -> Toy:
 
 
 def embedder() -> Toy:
-    """A sum outside of any block on either side of the stack."""
+    """A sum outside of any block before and after the stack."""
 
     def body(m: Toy, x: Tensor) -> Tensor:
         x = m.norm(x + m.before(x))
@@ -135,7 +135,7 @@ def embedder() -> Toy:
 
 
 def skipped() -> Toy:
-    """What enters the first block is added behind the last one: a sum whose branch is all of the blocks."""
+    """The input of the first block is added after the last one, in a sum whose branch contains all blocks."""
 
     def body(m: Toy, x: Tensor) -> Tensor:
         first = x = m.enter(x)
@@ -186,7 +186,7 @@ def stacks_of(name: str) -> Stacks:
 
 
 def path(stacks: Stacks, layers: tuple[int, ...]) -> list[str]:
-    """The blocks' names."""
+    """Return the paths of the blocks."""
     blocks = {site.layer: site.block for site in stacks.stream.found.sites}
     return [blocks[layer] for layer in layers]
 
@@ -206,7 +206,7 @@ def blocks(container: str, *numbers: int) -> list[str]:
         ("control", blocks("blocks", 0, 1, 2)),
         ("added control", blocks("blocks", 0, 1, 2)),
         ("padded", blocks("blocks", 0, 1, 2)),
-        ("cropped", blocks("blocks", 1, 2)),  # what is left is not what was padded
+        ("cropped", blocks("blocks", 1, 2)),  # the slice does not undo the pad
         ("permuted", blocks("blocks", 1, 2)),
         ("masked", blocks("blocks", 0, 1, 2)),
         ("equal", [*blocks("blocks", 0, 1), "singles.0"]),
@@ -217,7 +217,7 @@ def blocks(container: str, *numbers: int) -> list[str]:
     ],
 )
 def test_the_main_stack(name: str, main: list[str]) -> None:
-    """The blocks of the stream that holds most FLOPs, as far as it has counterparts."""
+    """The main stack has the blocks with bases of the stream with most FLOPs."""
     stacks = stacks_of(name)
     assert path(stacks, stacks.find().layers) == main
 
@@ -227,7 +227,7 @@ def test_the_main_stack(name: str, main: list[str]) -> None:
     [
         ("flux", []),
         ("refined", [("image_refiner.0..image_refiner.1", "OTHER_STACK"), ("text_refiner.0", "OTHER_STACK")]),
-        ("context", [("refiner.0..refiner.1", "NO_COUNTERPART")]),  # but for half of its channels
+        ("context", [("refiner.0..refiner.1", "NO_COUNTERPART")]),  # except half of its channels
         ("control", [("control.0..control.1", "OTHER_STACK")]),
         ("permuted", [("blocks.0", "OTHER_STACK")]),
         ("cropped", [("blocks.0", "OTHER_STACK")]),
@@ -235,13 +235,13 @@ def test_the_main_stack(name: str, main: list[str]) -> None:
     ],
 )
 def test_what_is_left_out(name: str, left_out: list[tuple[str, str]]) -> None:
-    """Blocks of another stream, or of the same one where it has no counterpart, and the reason."""
+    """Blocks of another stream, and blocks of this stream without a base, are left out with a reason."""
     refused = stacks_of(name).find().refused
     assert sorted((refusal.path, refusal.reason.name) for refusal in refused) == left_out
 
 
 def test_a_stack_by_its_container() -> None:
-    """A pattern of the path of the list that holds the blocks; what it does not mean is not reported."""
+    """A pattern selects the module list of the blocks; other blocks are not reported."""
     stacks = stacks_of("refined")
     named = {name: stacks.find(name) for name in ("image_refiner", "*_refiner", "layers", "refiner", "layers.0")}
     assert path(stacks, named["image_refiner"].layers) == path(stacks, named["*_refiner"].layers)
@@ -255,14 +255,14 @@ def test_a_stack_by_its_container() -> None:
 
 
 def test_a_part_of_a_chain_by_its_container() -> None:
-    """The single blocks of a double and single chain."""
+    """The single blocks of a chain of double and single blocks."""
     stacks = stacks_of("flux")
     assert path(stacks, stacks.find("singles").layers) == blocks("singles", 0, 1, 2)
     assert path(stacks, stacks.find("blocks").layers) == blocks("blocks", 0, 1)
 
 
 def test_a_graph_without_sums() -> None:
-    """No block, no stack."""
+    """A graph without sums has no blocks and no stack."""
     toy = Toy(lambda m, x: m.head(x), head=linear())
     graph = trace(toy, (tokens(0),))
     stack = Stacks(Stream(graph.gm.graph, graph.sites())).find()
@@ -272,7 +272,7 @@ def test_a_graph_without_sums() -> None:
 
 @pytest.mark.parametrize("name", [name for name in TOYS if name not in ("post-norm",)])
 def test_values_of_the_stack(name: str) -> None:
-    """Every part of a main stack that starts behind its first block has values; reuse 0 is exact, and reusing too."""
+    """Every part of a main stack after its first block has values; reuse 0 is exact, and so is reuse."""
     stacks = stacks_of(name)
     layers = stacks.find().layers
     for first, end in ((layers[0], layers[-1] + 1), (layers[1], layers[-1] + 1)):
@@ -283,7 +283,7 @@ def test_values_of_the_stack(name: str) -> None:
 
 @pytest.mark.parametrize(("name", "attentions"), [("refined", 4), ("context", 3), ("control", 3), ("masked", 1)])
 def test_what_runs_when_the_rest_is_reused(name: str, attentions: int) -> None:
-    """The first block of the main stack and what it reads: its refiners, or the control block whose stream it adds."""
+    """With the other blocks reused, the main stack's first block and its inputs run: refiners, or the control block."""
     layers = stacks_of(name).find().layers
     rewritten = with_spans(traced(name), [(layers[1], layers[-1] + 1)], branches=False, stack=layers)
     assert op_counts(rewritten.variant((True,)).gm)["dit_rewrite.attention"] == attentions
@@ -291,7 +291,7 @@ def test_what_runs_when_the_rest_is_reused(name: str, attentions: int) -> None:
 
 @pytest.mark.parametrize("name", ["refined", "context", "control"])
 def test_the_first_block_is_the_main_stack_s(name: str) -> None:
-    """What similarity("first_block") measures is of the main stream, not of a refiner's that runs before."""
+    """similarity("first_block") measures the main stack, and not a refiner that runs before it."""
     graph = traced(name)
     probes = Probes(graph.gm, graph.sites(), graph.captured.static)
     stacks = stacks_of(name)

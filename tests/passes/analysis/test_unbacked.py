@@ -1,4 +1,4 @@
-"""Sizes that data decide, as inputs of straight-line code; on tensors without a graph that makes them."""
+"""Data-dependent sizes as inputs of straight-line graphs, tested on tensors without a graph."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def mode() -> FakeTensorMode:
 
 
 def count(mode: FakeTensorMode) -> SymInt:
-    """A size that data decide, at most 10."""
+    """Return a data-dependent size of at most 10."""
     assert mode.shape_env is not None
     with mode.shape_env.ignore_fresh_unbacked_symbols():
         size = mode.shape_env.create_unbacked_symint()
@@ -27,7 +27,7 @@ def count(mode: FakeTensorMode) -> SymInt:
 
 
 def bound(mode: FakeTensorMode, *values: object) -> list[object]:
-    """The values as inputs of a graph, after bind_inputs."""
+    """Return the values as inputs of a graph after bind_inputs."""
     graph = fx.Graph()
     for i, value in enumerate(values):
         graph.placeholder(f"x{i}").meta["val"] = value

@@ -1,4 +1,4 @@
-"""Ops that fill a tensor with a float argument take the input, give the same values, and compile once."""
+"""Ops that fill a tensor with a float argument keep it as a graph input, give the same values, and compile once."""
 
 from __future__ import annotations
 

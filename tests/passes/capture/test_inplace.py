@@ -1,4 +1,4 @@
-"""In-place code in the model: captured as functional ops, found where it is a residual sum, and rewritten exactly."""
+"""In-place ops in a model are captured as functional ops, found as residual sums, and rewritten exactly."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def activate_the_stream(m: Toy, x: Tensor) -> Tensor:
 
 
 def clobber_a_read_value(m: Toy, x: Tensor) -> Tensor:
-    """The value is overwritten after it was added, and read again."""
+    """The branch's value is modified in place after the sum, and read again."""
     y = m.ff(m.norm(x))
     x = x + y
     y.neg_()
@@ -82,7 +82,7 @@ def clobber_a_read_value(m: Toy, x: Tensor) -> Tensor:
 
 
 def fill_a_buffer(m: Toy, x: Tensor) -> Tensor:
-    """The branch's halves are written into a new buffer."""
+    """The two halves of the branch's value are written into a new buffer."""
     y = x.new_empty(x.shape)
     y[..., :4] = m.ff(m.norm(x))[..., 4:]
     y[..., 4:] = m.ff(x)[..., :4]
@@ -112,13 +112,13 @@ every_body = pytest.mark.parametrize("body", BODIES, ids=lambda body: body.__nam
 
 @every_body
 def test_sites(body: Callable[..., Any]) -> None:
-    """The branch is found behind in-place ops as behind their functional twins."""
+    """A branch with in-place ops gives the same site as its functional twin."""
     assert look(build(body), tokens()) == BODIES[body]
 
 
 @every_body
 def test_no_op_in_place_is_left(body: Callable[..., Any]) -> None:
-    """Nothing in the graph changes its operand: an input that the model changes is an output more of the graph."""
+    """No op of the graph modifies its operand; an input that the model modifies becomes an additional output."""
     graph = trace(build(body), (tokens(),)).gm.graph
     assert not any(packet(node) is not None and node.target._schema.is_mutable for node in graph.nodes)
     assert len(graph.output_node().args[0]) == 1 + (body is add_to_the_input)
@@ -126,7 +126,7 @@ def test_no_op_in_place_is_left(body: Callable[..., Any]) -> None:
 
 @every_body
 def test_exact(body: Callable[..., Any]) -> None:
-    """Reuse 0 and random decisions equal the interpreter, and the captured graph what the model returns in eager."""
+    """Reuse 0 and random decisions equal the interpreter, and the captured graph equals the eager model."""
     model = build(body)
     calls = [(tokens(step),) for step in range(STEPS)]
     with torch.no_grad():
@@ -140,7 +140,7 @@ def test_exact(body: Callable[..., Any]) -> None:
 
 
 def test_functional_twins() -> None:
-    """A model written with in-place ops gives the same sites as one written without."""
+    """A model with in-place ops has the same sites as its functional twin."""
     inplace = look(build(add_to_the_stream), tokens())
 
     def twin(m: Toy, x: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from tests.helpers.tracing import Toy, linear, tokens, trace
 
 
 def node_at(*paths: str) -> fx.Node:
-    """A node with a stack of modules, outermost first."""
+    """Return a node with a stack of modules, outermost first."""
     node = fx.Graph().placeholder("x")
     node.meta["nn_module_stack"] = {str(i): (path, nn.Module) for i, path in enumerate(paths)}
     return node
@@ -28,12 +28,12 @@ def node_at(*paths: str) -> fx.Node:
     ],
 )
 def test_module_path(written: str, path: str) -> None:
-    """Dynamo's ways to write a module all give its dotted path."""
+    """Each of Dynamo's spellings of a module gives its dotted path."""
     assert module_paths.module_path(node_at("L['self']", written)) == path
 
 
 def test_module_path_without_a_stack() -> None:
-    """A node that no module made lies in the model itself."""
+    """A node without a module stack has the empty path."""
     assert module_paths.module_path(fx.Graph().placeholder("x")) == ""
     assert module_paths.module_path(node_at()) == ""
 
@@ -59,12 +59,12 @@ def test_module_path_of_traced_modules() -> None:
     ],
 )
 def test_input_name(written: str, name: str) -> None:
-    """Inputs are called what the model calls them."""
+    """Inputs have the names of the model's parameters and arguments."""
     assert module_paths.input_name(written) == name
 
 
 def test_input_names_of_a_traced_graph() -> None:
-    """The captured graph's inputs have these names, each once."""
+    """The inputs of the captured graph have these names, without duplicates."""
     names = [node.name for node in trace(Toy(lambda m, x: m.a(x), a=linear()), (tokens(),)).captured.placeholders]
     assert sorted(names) == ["a_bias", "a_weight", "inputs_0"]
 
@@ -82,7 +82,7 @@ def test_input_names_of_a_traced_graph() -> None:
     ],
 )
 def test_common_path(paths: list[str], common: str) -> None:
-    """The innermost module around all, part by part and not letter by letter."""
+    """The common path is compared by components, not by characters."""
     assert module_paths.common_path(node_at(f"L['self'].{path}".rstrip(".")) for path in paths) == common
 
 
@@ -98,12 +98,12 @@ def test_common_path(paths: list[str], common: str) -> None:
     ],
 )
 def test_block_of(path: str, block: str) -> None:
-    """A block ends at the outermost part that is a number."""
+    """A block path ends at the first component that is a number."""
     assert module_paths.block_of(path) == block
 
 
 def test_unique() -> None:
-    """Names that stand more than once are numbered from their second on, and no two are left alike."""
+    """Repeated names are numbered from the second one on, and all results differ."""
     assert module_paths.unique(["a", "b"]) == ["a", "b"]
     assert module_paths.unique(["a", "a", "b", "a"]) == ["a", "a#1", "b", "a#2"]
     assert module_paths.unique([]) == []

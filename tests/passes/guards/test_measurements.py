@@ -1,4 +1,4 @@
-"""Measurements and the names of their symbols: from either the other follows."""
+"""Measurements and the names of their symbols determine each other."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ COEFFICIENTS = st.lists(st.floats(allow_nan=False, allow_infinity=False) | st.in
 BLOCKS = ("first_2_blocks", "first_10_blocks", "behind_first_2_blocks")
 KINDS = [(statistic, probe) for statistic in ("similarity", "drift") for probe in (*PROBES, *BLOCKS)]
 KINDS.remove(("drift", "output"))
-NEITHER = [("advance", probe) for probe in (*PROBES, *BLOCKS) if probe != "output"]  # rescaled nor filtered
+NEITHER = [("advance", probe) for probe in (*PROBES, *BLOCKS) if probe != "output"]  # have neither rescale nor filter
 NEITHER += [("forecast_error", probe) for probe in ERRORS]
 RESCALES = st.none() | st.just("rate") | COEFFICIENTS
 MEASUREMENTS = (
@@ -36,7 +36,7 @@ MEASUREMENTS = (
 @settings(max_examples=200, deadline=None)
 @given(MEASUREMENTS, MEASUREMENTS)
 def test_names_and_measurements(one: Measurement, other: Measurement) -> None:
-    """A name says all of its measurement, and two measurements have two names."""
+    """A name gives its measurement, and different measurements have different names."""
     assert measurement(one.name) == one
     assert (one.name == other.name) == (one == other) == (one.symbol == other.symbol)
     guard = (one.symbol < 0.5) & (step > 1)
@@ -50,7 +50,7 @@ def test_names_and_measurements(one: Measurement, other: Measurement) -> None:
     ["drift(self,rescale=(1.0,))", "drift(self, rescale=(1,))", "drift(self, rescale=None)", "drift( self)", "drift"],
 )
 def test_another_spelling_is_no_name(name: str) -> None:
-    """The name of a symbol is written in one way: one that is written otherwise is not ours."""
+    """A symbol whose name is spelled differently is not a guard symbol."""
     assert measurement(name) is None
     with pytest.raises(UnknownSymbol):
         symbols.check(sympy.Symbol(name, real=True) < 1)
@@ -64,7 +64,7 @@ def test_what_cannot_rescale(value: Any) -> None:
 
 @pytest.mark.parametrize("probe", [f"first_{n}_blocks" for n in ("0", "1", "02", "x", "99999")])
 def test_names_of_first_blocks(probe: str) -> None:
-    """One number has one name, and the first block is called the first block."""
+    """A number of blocks has one spelling, and one block is called "first_block"."""
     assert [blocks(name) for name in ("first_block", *BLOCKS, "latent")] == [
         (1, False),
         (2, False),
@@ -94,14 +94,14 @@ def test_names_of_first_blocks(probe: str) -> None:
     ],
 )
 def test_options_of_other_statistics(statistic: str, given: dict[str, Any]) -> None:
-    """Each has its own; a text that names another's is no measurement."""
+    """Each statistic has its own options; text with another option is not a measurement."""
     with pytest.raises(BadParameter, match=f"{list(given)[-1]}="):
         Measurement.of(statistic, **{"probe": "self", **given})
     assert measurement("advance(self, elementwise=True)") is measurement("forecast_error(latent)") is None
 
 
 def test_the_output_has_no_drift() -> None:
-    """Between two computed steps the model returns nothing new."""
+    """The output does not change between two computed steps."""
     assert similarity("output").name == "similarity(output)"
     with pytest.raises(BadParameter, match="there is no output"):
         drift("output")
@@ -111,8 +111,7 @@ def test_the_output_has_no_drift() -> None:
 
 
 def test_a_polynomial_may_be_negative() -> None:
-    """No change is negative, and one that is proves nothing; what a polynomial makes of a change may be anything
-    finite."""
+    """A negative change is invalid; a polynomial of a change may have any finite value."""
     plain, rescaled = drift("self"), drift("self", rescale=(2.0, -1.0))
     for symbol, expected in ((plain, False), (rescaled, True)):
         predicate = Predicate.of(symbol < 0.5)

@@ -1,4 +1,4 @@
-"""What is certain of a guard: verdicts by hand, the cost of one, and that none is ever contradicted by a step."""
+"""Verdicts on guards: hand-written cases, running time, and a check against guards evaluated at every step."""
 
 from __future__ import annotations
 
@@ -43,11 +43,11 @@ HUGE = Or(*(Eq(step, i) & (layer > i) for i in range(1000)))
 
 NEVER = [
     sympy.false,
-    (step > 3) & (step < 4),  # no whole number lies between
+    (step > 3) & (step < 4),  # no integer is in between
     (2 * step > 5) & (3 * step < 9),
     Eq(2 * step, 5),
-    Eq(2 * step - 4 * layer, 7),  # even, and odd
-    step < 1,  # no slot holds a value yet
+    Eq(2 * step - 4 * layer, 7),  # the left side is even
+    step < 1,  # no slot has a value yet
     step >= num_steps,
     num_steps < 2,
     age < 1,
@@ -80,7 +80,7 @@ NEVER = [
     Abs(step - layer) < layer - step,
     Max(step, 3) < 3,
     Min(step, 3) > 3,
-    (sqrt(step) > 2) & (age < 1),  # what is not understood beside a contradiction
+    (sqrt(step) > 2) & (age < 1),  # a nonlinear part beside a contradiction
     Xor(step > 1, layer > 1) & (progress > 1),
     Not(Or(age >= 1, layer > 2)),
     Or(age < 1, And(step > 3, Or(step < 4, streak > step))),
@@ -121,12 +121,12 @@ UNDECIDED = [
     DQAR,
     Abs(step - layer) > 3,
     Max(step, layer) > 3,
-    Or(age >= 1, log(layer) > 0),  # log(0) is no proof
+    Or(age >= 1, log(layer) > 0),  # log(0) has no value
     Or(age >= 1, Mod(step, layer) > 1),
     1 / layer > -1,
     LONG,
 ]
-BEYOND = [  # certain, but not for linear arithmetic
+BEYOND = [  # certain, but not decidable by linear arithmetic
     Eq(Mod(step, 2), 0) & Eq(Mod(step, 4), 1),
     progress * Float("0.5") > 1,
     (progress < 1) & (step >= num_steps - 1),
@@ -135,19 +135,19 @@ BEYOND = [  # certain, but not for linear arithmetic
 
 @pytest.mark.parametrize("guard", NEVER, ids=str)
 def test_never(guard: Boolean) -> None:
-    """Nothing that can be makes these true."""
+    """No schedule makes these guards true."""
     assert verdict(guard) is Verdict.NEVER
 
 
 @pytest.mark.parametrize("guard", ALWAYS, ids=str)
 def test_always(guard: Boolean) -> None:
-    """Nothing that can be makes these false."""
+    """No schedule makes these guards false."""
     assert verdict(guard) is Verdict.ALWAYS
 
 
 @pytest.mark.parametrize("guard", [*UNDECIDED, *BEYOND, WIDE, HUGE], ids=lambda guard: str(guard)[:60])
 def test_undecided(guard: Boolean) -> None:
-    """Some steps make these true, and others false; or it is more than is looked into."""
+    """These guards are true at some steps and false at others, or exceed the limits of the check."""
     assert verdict(guard) is None
 
 
@@ -165,7 +165,7 @@ def test_undecided(guard: Boolean) -> None:
         (layer < 3, {"layer": 5}, Verdict.NEVER),
         (layer < 6, {"layer": 5}, Verdict.ALWAYS),
         (layer < num_layers, {"layer": 5, "num_layers": None}, Verdict.ALWAYS),
-        (DQAR, {"layer": 2, "num_layers": 12}, None),  # in the end floor(3.96) = 3 layers reuse
+        (DQAR, {"layer": 2, "num_layers": 12}, None),  # the floor can reach floor(3.96) = 3 layers
         (DQAR, {"layer": 3, "num_layers": 12}, Verdict.NEVER),
         (snr > 1, {"snr": 0.5}, Verdict.NEVER),
         (snr > 1, {"snr": math.nan}, None),
@@ -173,19 +173,19 @@ def test_undecided(guard: Boolean) -> None:
     ],
 )
 def test_known(guard: Boolean, known: Mapping[str, Value], expected: Verdict | None) -> None:
-    """What is known counts, for the guard and for what is asked of the other symbols."""
+    """Known values are used in the guard and in the bounds of other symbols."""
     assert verdict(guard, known) is expected
 
 
 def test_floats_are_what_the_compiled_guard_says() -> None:
-    """It holds all digits of a float: 0.1 + 0.2 is above 0.3."""
+    """Floats are compared with all their digits: 0.1 + 0.2 is above 0.3."""
     guard = Eq(sigma, Float(0.1 + 0.2)) & (sigma <= Float(0.3))
     assert verdict(guard) is Verdict.NEVER
     assert not Predicate.of(guard).holds({"sigma": 0.3})
 
 
 def test_rounding_is_not_looked_into() -> None:
-    """3 * sigma rounds up to 1 where sigma is the float below 1/3: exact arithmetic would call this NEVER."""
+    """3 * sigma rounds to 1 if sigma is the float below 1/3; exact arithmetic would return NEVER."""
     guard = (sigma < Rational(1, 3)) & (3 * sigma >= 1)
     assert Predicate.of(guard).holds({"sigma": 1 / 3})
     assert verdict(guard) is None
@@ -193,7 +193,7 @@ def test_rounding_is_not_looked_into() -> None:
 
 @pytest.mark.parametrize("guard", [FORA, DQAR, LONG, WIDE, HUGE], ids=["FORA", "DQAR", "LONG", "WIDE", "HUGE"])
 def test_time(guard: Boolean) -> None:
-    """The best of three takes far less than the tenth of a second that is allowed here on a busy machine."""
+    """The best of three runs takes less than 0.1 s, a limit that leaves room for a busy machine."""
     took = []
     for _ in range(3):
         _verdict.cache_clear()
@@ -212,7 +212,7 @@ whole = st.integers(1, 5)
 
 
 def _real(function: Callable[..., sympy.Expr]) -> Callable[[tuple[sympy.Expr, ...]], sympy.Expr]:
-    """The function; the number 1 where sympy knows that its value is not real."""
+    """Return the function of an argument, or 1 if sympy knows that its value is not real."""
 
     def applied(arguments: tuple[sympy.Expr, ...]) -> sympy.Expr:
         try:
@@ -253,7 +253,7 @@ def _compared(parts: tuple[type, sympy.Expr, sympy.Expr]) -> Boolean:
     relation, left, right = parts
     try:
         return relation(left, right)
-    except TypeError:  # sympy refuses to order what is not real
+    except TypeError:  # sympy refuses to compare complex numbers
         return sympy.true
 
 
@@ -268,7 +268,7 @@ guards_ = st.recursive(comparisons, _combined, max_leaves=4)
 
 @st.composite
 def moments(draw: st.DrawFn) -> dict[str, Value]:
-    """What a guard may see: small schedules above all, where the bounds are met."""
+    """Draw states that a guard may see, mostly from small schedules, where the bounds are reached."""
     steps = draw(st.integers(2, 8) | st.integers(2, 60))
     layers = draw(st.integers(1, 8) | st.integers(1, 60))
     at = draw(st.integers(1, steps - 1))
@@ -289,7 +289,7 @@ def moments(draw: st.DrawFn) -> dict[str, Value]:
 @settings(deadline=None, max_examples=200)
 @given(guard=guards_, seen=st.lists(moments(), min_size=8, max_size=8), tell=st.sets(st.sampled_from(EXACT)))
 def test_no_step_contradicts_a_verdict(guard: Boolean, seen: list[dict[str, Value]], tell: set[sympy.Symbol]) -> None:
-    """A guard that is NEVER holds at none of the moments, one that is ALWAYS at all; also with a part of one known."""
+    """A guard that is NEVER holds in none of the states, a guard that is ALWAYS in all; also with some values known."""
     assume(guard not in (sympy.true, sympy.false))
     _holds_to_it(guard, {}, seen)
     for moment in seen[:2]:

@@ -1,4 +1,4 @@
-"""The language of guards: what is no guard, what is left of one in each layer, and that only proof permits."""
+"""Guards: which expressions are accepted, partial evaluation, and evaluation of compiled predicates."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ INTEGERS = (step, num_steps, layer, num_layers, age, streak)
 
 @pytest.mark.parametrize("guard", [step > 2, Ne(Mod(step, 3), 0), (age < 3) & (layer > 1), true, false, Not(step > 2)])
 def test_guards(guard: object) -> None:
-    """Comparisons, combinations of them and the constants are symbols, and stay as they are."""
+    """Comparisons, Boolean combinations and constants are accepted unchanged."""
     assert symbols.check(guard) == guard
 
 
 def test_python_bools() -> None:
-    """True and False are sympy's."""
+    """Python's True and False become sympy's."""
     assert symbols.check(True) is true
     assert symbols.check(False) is false
 
@@ -48,46 +48,46 @@ def test_python_bools() -> None:
     + [step & (age > 1), Not(progress), Or(layer, step > 2)],
 )
 def test_what_is_no_boolean(guard: object) -> None:
-    """Numbers, expressions that give a number, and whatever sympy cannot read are refused with an example."""
+    """Numbers, numeric expressions and objects that sympy cannot read are refused with an example."""
     with pytest.raises(NotBoolean, match=r"is not a Boolean expression.*for instance"):
         symbols.check(guard)
 
 
 @pytest.mark.parametrize("guard", ["step > 2", "step", "True", "progress < 0.5", ")(", "__import__('os')"])
 def test_text_is_no_guard(guard: str) -> None:
-    """Text is refused rather than evaluated: its symbols would have none of the assumptions of ours."""
+    """Text is refused and not evaluated, because its symbols would lack the assumptions of guard symbols."""
     with pytest.raises(NotBoolean):
         symbols.check(guard)
 
 
 def test_unknown_symbols() -> None:
-    """A symbol that no guard can know is named, and the known ones are listed."""
+    """The error names the unknown symbol and lists the known ones."""
     with pytest.raises(UnknownSymbol, match=r"uses sigma, t, which no guard can know.*step, num_steps, progress"):
         symbols.check((sympy.Symbol("sigma") > 1) & (sympy.Symbol("t") < step))
 
 
 def test_unknown_functions() -> None:
-    """A function that nobody defined is named like an unknown symbol."""
+    """An undefined function is reported like an unknown symbol."""
     with pytest.raises(UnknownSymbol, match="uses similarity, "):
         symbols.check(sympy.Function("similarity")(step) > 1)
 
 
 @pytest.mark.parametrize("name", [*sorted(SYMBOLS), "similarity(self)", "drift(first_block, rescale=(1.5, 0.0))"])
 def test_same_name_with_other_assumptions(name: str) -> None:
-    """A symbol that merely prints like ours is another symbol, which nothing would ever replace."""
+    """A symbol with the same name but other assumptions is unknown, because nothing would substitute it."""
     with pytest.raises(UnknownSymbol, match=re.escape(f"uses {name}, ")):
         symbols.check(Eq(sympy.Symbol(name), 2))
 
 
 def test_errors_are_value_errors() -> None:
-    """Both errors can be caught as what they are to a caller who does not know this package's."""
+    """Both errors can be caught as the builtin exceptions that callers expect."""
     assert issubclass(NotBoolean, PolicyError)
     assert issubclass(UnknownSymbol, PolicyError)
     assert issubclass(PolicyError, ValueError)
 
 
 def test_partial_evaluation_by_layer() -> None:
-    """What is known of a layer decides a part of the guard or all of it."""
+    """Known layer values decide a part of the guard, or all of it."""
     guard = (layer >= 2) & (layer < num_layers - 1) & Ne(Mod(step, 3), 0)
     known = [symbols.partially_evaluate(guard, {"layer": i, "num_layers": 4}) for i in range(4)]
     assert known == [false, false, Ne(Mod(step, 3), 0), false]
@@ -98,22 +98,22 @@ def test_partial_evaluation_by_layer() -> None:
 
 
 def test_unreachable() -> None:
-    """A guard is unreachable where sympy sees that it is False, and only there."""
+    """A guard is unreachable if and only if sympy simplifies it to False."""
     assert symbols.unreachable(symbols.check(step < 0))  # no step is negative
     assert symbols.unreachable(And(layer > 3, step > 1).subs({layer: 2}))
     assert not symbols.unreachable(step < 1)
     assert not symbols.unreachable(true)
-    assert not symbols.unreachable(Eq(Mod(step, 2), 0) & Eq(Mod(step, 2), 1))  # not decided: counts as reachable
+    assert not symbols.unreachable(Eq(Mod(step, 2), 0) & Eq(Mod(step, 2), 1))  # undecided, so it counts as reachable
 
 
 def test_mentions() -> None:
-    """The names of a guard's symbols."""
+    """`mentions` returns the names of a guard's symbols."""
     assert symbols.mentions((step > 1) | (age < 2)) == {"step", "age"}
     assert symbols.mentions(true) == frozenset()
 
 
 def test_predicate() -> None:
-    """A guard holds where its symbols make it true, and needs no others."""
+    """A guard holds for the right values of its symbols, and needs no other symbols."""
     predicate = Predicate.of(Ne(Mod(step, 3), 0) & (age < 2))
     assert predicate.needs == ("age", "step")
     holds = [predicate.holds({"step": s, "age": a}) for s in range(4) for a in (1, 2)]
@@ -142,7 +142,7 @@ def test_predicate_without_needs() -> None:
     ids=str,
 )
 def test_no_proof(guard: object, value: float | None) -> None:
-    """A symbol of the guard as written that is unknown or not finite makes it False, whatever is simplified away."""
+    """A guard does not hold if a symbol is unknown or not finite, even if simplification removes the symbol."""
     predicate = Predicate.of(symbols.check(guard), {"layer": 0})
     assert not predicate.holds({"step": 3, "progress": value})
     assert not predicate.holds({"step": 3})
@@ -150,7 +150,7 @@ def test_no_proof(guard: object, value: float | None) -> None:
 
 
 def test_simplified_away() -> None:
-    """A guard that partial evaluation turns into True still needs what it was written with."""
+    """A guard that simplifies to True still needs the symbols that it was written with."""
     for guard in ((layer < 3) | (progress > 0.5), (progress > layer + 0.5) | (progress <= 0.5)):
         predicate = Predicate.of(guard, {"layer": 0})
         assert predicate.guard is true
@@ -161,7 +161,7 @@ def test_simplified_away() -> None:
 
 
 def test_division_by_zero() -> None:
-    """A guard that cannot be evaluated at a step proves nothing there."""
+    """A guard that raises when it is evaluated does not hold."""
     for guard in (step / age > 1, Eq(Mod(step, age), 0), Not(Eq(Mod(step, age), 0))):
         predicate = Predicate.of(symbols.check(guard))
         assert not predicate.holds({"step": 4, "age": 0})
@@ -169,7 +169,7 @@ def test_division_by_zero() -> None:
 
 
 def test_overflow() -> None:
-    """A power that leaves the range of a float proves nothing."""
+    """A guard does not hold if a power overflows."""
     predicate = Predicate.of(symbols.check(sympy.exp(progress * 10**6) > 1))
     assert not predicate.holds({"progress": 1.0})
     assert predicate.holds({"progress": 1e-6})
@@ -177,7 +177,7 @@ def test_overflow() -> None:
 
 @pytest.mark.parametrize("function", [sympy.sin, sympy.sqrt, sympy.floor, sympy.Abs, sympy.exp, sympy.log])
 def test_functions_of_sympy(function: sympy.FunctionClass) -> None:
-    """Functions that Python's math has are compiled."""
+    """Functions of Python's math module are compiled."""
     predicate = Predicate.of(symbols.check(function(progress) > 0.1))
     assert predicate.holds({"progress": 1.5})
     assert not predicate.holds({"progress": 0.0}) or function is sympy.exp
@@ -185,13 +185,13 @@ def test_functions_of_sympy(function: sympy.FunctionClass) -> None:
 
 @pytest.mark.parametrize("function", [sympy.sqrt, sympy.log, lambda x: x ** sympy.Rational(1, 3)])
 def test_outside_of_a_domain(function: Callable[[sympy.Basic], sympy.Basic]) -> None:
-    """Where a function has no real value nothing is proven, in whichever way it is compared."""
+    """If a function has no real value, neither a comparison nor its negation holds."""
     for guard in (function(progress) > 0.1, function(progress) < 0.1):
         assert not Predicate.of(symbols.check(guard)).holds({"progress": -1.0})
 
 
 def atoms() -> st.SearchStrategy[object]:
-    """Comparisons of small linear forms and remainders."""
+    """Draw comparisons of small linear forms and remainders."""
     symbols = st.sampled_from([*INTEGERS, progress])
     numbers = st.integers(0, 4)
     linear = st.builds(lambda a, s, b, t: a * s + b - t, st.integers(1, 3), symbols, numbers, symbols)
@@ -210,7 +210,7 @@ boolean = st.recursive(
 @settings(max_examples=150, deadline=None)
 @given(boolean, st.lists(st.integers(0, 6), min_size=6, max_size=6), st.sampled_from([0.0, 0.25, 0.5, 1.0]))
 def test_compiled_guards_agree_with_sympy(guard: sympy.Basic, numbers: list[int], part: float) -> None:
-    """At every point the compiled guard, partially evaluated or not, says what sympy says by substitution."""
+    """The compiled guard, partially evaluated or not, agrees with sympy's substitution at every point."""
     point = {**dict(zip(INTEGERS, numbers, strict=True)), progress: part}
     expected = guard.subs(point) == true
     symbols = {symbol.name: value for symbol, value in point.items()}
@@ -224,7 +224,7 @@ def test_compiled_guards_agree_with_sympy(guard: sympy.Basic, numbers: list[int]
 @settings(max_examples=60, deadline=None)
 @given(boolean)
 def test_random_guards_prove_nothing_without_symbols(guard: sympy.Basic) -> None:
-    """Taking away any one symbol that the guard mentions makes it False."""
+    """The guard does not hold if any symbol that it mentions is missing."""
     known = dict.fromkeys(SYMBOLS, 1)
     predicate = Predicate.of(guard, {"layer": 1})
     for name, bad in itertools.product(symbols.mentions(guard) - {"layer"}, (None, math.nan)):

@@ -1,4 +1,4 @@
-"""Tables in guards: values by their place, and nothing outside of them."""
+"""Tables in guards: lookup, and guards that do not hold outside of a table."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ FEW = table((0.1, 0.2, 0.3), step)
 @settings(max_examples=100, deadline=None)
 @given(VALUES, st.integers(0, 8), st.floats(-2, 2))
 def test_values(values: list[float], place: int, limit: float) -> None:
-    """Compiled, partially evaluated or read back from text: the value at the place, and no proof outside."""
+    """A table gives its element, and the guard does not hold out of range: compiled, partially evaluated or parsed."""
     guard = symbols.check(table(values, step) <= limit)
     expected = place < len(values) and values[place] <= limit
     for written in (guard, parse_guard(guard_text(guard))):
@@ -44,7 +44,7 @@ def test_values(values: list[float], place: int, limit: float) -> None:
 @settings(max_examples=100, deadline=None)
 @given(ROWS, st.integers(0, 5), st.integers(0, 5))
 def test_rows(rows: list[list[float]], s: int, a: int) -> None:
-    """Rows may be of different lengths, also empty; either index may become known first."""
+    """Rows may have different lengths, or be empty; either index may become known first."""
     guard = table(rows, step, age - 1) > 0
     assert parse_guard(guard_text(guard)) == guard
     expected = s < len(rows) and 0 <= a - 1 < len(rows[s]) and rows[s][a - 1] > 0
@@ -66,7 +66,7 @@ def test_rows(rows: list[list[float]], s: int, a: int) -> None:
     ids=str,
 )
 def test_outside_nothing_is_proven(guard: Any) -> None:
-    """Neither a negation nor what simplification, or Python's `or`, leaves out proves anything outside of a table."""
+    """A guard does not hold out of range, even if it is negated, simplified away or skipped by Python's `or`."""
     symbols.check(guard)
     predicate = Predicate.of(guard, {"layer": 1})
     assert [predicate.holds({"step": s}) for s in (0, 2, 3, 30)] == [True, True, False, False]
@@ -74,7 +74,7 @@ def test_outside_nothing_is_proven(guard: Any) -> None:
 
 
 def test_of_layers() -> None:
-    """A table by layer is a number once the layer is known, and the guard is decided then."""
+    """A table indexed by layer becomes a number once the layer is known, and the guard is decided."""
     guard = (table((0.1, 0.9), layer) > 0.5) & (step > 1)
     assert Predicate.of(guard, {"layer": 1}).guard == (step > 1)
     assert symbols.unreachable(Predicate.of(guard, {"layer": 0}).guard)
@@ -82,7 +82,7 @@ def test_of_layers() -> None:
 
 
 def test_beside_measurements() -> None:
-    """A threshold by step: the measurement is asked for where the rest may hold, and decides."""
+    """A threshold per step: the measurement is read only if the rest of the guard may hold."""
     predicate = Predicate.of((drift("self") < FEW) & (streak < 2))
     assert predicate.measured == ("drift(self)",)
     point = {"step": 1, "streak": 0, "drift(self)": 0.15}
@@ -108,7 +108,7 @@ def test_values_are_finite_numbers(values: Any) -> None:
 
 
 def test_size() -> None:
-    """As many values as a long schedule has, read back in time; no more, and no more rows than that."""
+    """A table of maximum size is parsed in time; one with more values or more rows is refused."""
     large = table([i / 7 for i in range(4096)], step) < 100
     assert parse_guard(guard_text(large)) == large
     assert [Predicate.of(large).holds({"step": s}) for s in (0, 699, 700, 4096)] == [True, True, False, False]
@@ -138,7 +138,7 @@ def test_no_table(text: str) -> None:
 
 
 def test_long_text_is_no_table() -> None:
-    """Only the values of a table may make a guard long."""
+    """Only the values of a table may make the text of a guard long."""
     with pytest.raises(BadGuardText, match="20000 are allowed"):
         parse_guard(" | ".join(["(step > 1)"] * 2000))
 
@@ -153,13 +153,13 @@ def test_json_and_copies() -> None:
 
 
 def test_notation() -> None:
-    """Short tables are written out, of long ones the size."""
+    """Short tables are printed in full, long ones with their size."""
     assert show(FEW < 1) == "table(0.1, 0.2, 0.3)[step] < 1"
     assert show(table([0.5] * 50, step + 1) >= 1) == "table(… 50 values)[step + 1] ≥ 1"
 
 
 def test_no_verdict() -> None:
-    """Linear arithmetic knows nothing of a table, but goes on beside it."""
+    """Linear arithmetic ignores a table and still uses the other parts of the guard."""
     assert verdict(FEW < 1) is None
     assert verdict((FEW < 1) & (step < 0)) is not None
 
@@ -170,7 +170,7 @@ RATIOS = (1.0, 1.21094, 1.11719, 1.07812, 1.0625, 1.03906, 1.03125, 1.03906, 1.0
 
 
 def magcache(ratios: tuple[float, ...], retention: int, threshold: float, most: int) -> list[bool]:
-    """Which steps reuse, by the state that MagCache carries from step to step."""
+    """Return which steps reuse, with the state that MagCache updates at each step."""
     product, error, steps, reused = 1.0, 0.0, 0, []
     for i, ratio in enumerate(ratios):
         skip = False
@@ -193,7 +193,7 @@ def magcache(ratios: tuple[float, ...], retention: int, threshold: float, most: 
     st.integers(1, 5),
 )
 def test_magcache(ratios: list[float], retention: int, threshold: float, most: int) -> None:
-    """The error is a function of the step and of the last computed one; the decisions are those of the method."""
+    """The error depends only on the step and the last computed step; the decisions equal those of MagCache."""
     predicate = Predicate.of((step >= retention) & (accumulated_error(ratios, most) <= threshold))
     computed, found = 0, []
     for i in range(len(ratios)):
@@ -203,7 +203,7 @@ def test_magcache(ratios: list[float], retention: int, threshold: float, most: i
 
 
 def test_magcache_by_hand() -> None:
-    """Two steps after the last computed one: |1 - 1.1| + |1 - 1.1 * 0.8|."""
+    """Two steps after the last computed one, the error is |1 - 1.1| + |1 - 1.1 * 0.8|."""
     error = accumulated_error((1.0, 9.0, 1.1, 0.8), 2)
     assert error.subs({step: 3, age: 2}) == pytest.approx(0.1 + 0.12)
     assert error.subs({step: 3, age: 1}) == pytest.approx(0.2)

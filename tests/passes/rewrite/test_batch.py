@@ -1,4 +1,4 @@
-"""Which sample a value belongs to: labels beside an oracle that spoils one sample and looks what else is spoilt."""
+"""Batch labels against an oracle that sets one sample to NaN and observes which rows change."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ SAME, EQUAL, LEADING, MIXED = Batch.SAME, Batch.EQUAL, Batch.LEADING, Batch.MIXE
 
 
 def label_of(function: Callable[..., Any], *inputs: Tensor, batch: int = BATCH) -> Batch:
-    """The label of what a function returns."""
+    """Return the label of a function's result."""
     gm = traced(function, inputs)
     (result,) = gm.graph.output_node().all_input_nodes
     return batch_labels(gm.graph, batch)[result]
 
 
 def changed_parts(function: Callable[..., Any], *inputs: Tensor, sample: int = 1, batch: int = BATCH) -> set[int]:
-    """Which of the equal parts of a result's rows change when a sample becomes NaN; one that has none is one part."""
+    """Return which of the equal parts of a result's rows change if a sample becomes NaN."""
 
     def parts(result: Tensor) -> tuple[Tensor, ...]:
         divides = result.ndim > 0 and result.shape[0] % batch == 0
@@ -42,14 +42,14 @@ def changed_parts(function: Callable[..., Any], *inputs: Tensor, sample: int = 1
 
 @pytest.mark.parametrize("op", OPS, ids=operator.attrgetter("name"))
 def test_ops(op: Op) -> None:
-    """What keeps samples apart is proven to, and what is not proven does mix them."""
+    """Ops that keep samples apart are LEADING, and ops that mix samples are MIXED."""
     assert label_of(op.function, *op.inputs) is (MIXED if op.mixes else LEADING)
     changed = changed_parts(op.function, *op.inputs)
     assert changed - {1} if op.mixes else changed == {1}
 
 
 def test_random_functions() -> None:
-    """Where a node is said to lead, no part is spoilt by another's sample; and much is said, of both kinds."""
+    """No part of a LEADING node depends on another sample; the random functions give enough labels of both kinds."""
     ends = []
     for seed in range(40):
         gm = traced(chained(seed), (X,))
@@ -70,7 +70,7 @@ def test_random_functions() -> None:
 
 @pytest.mark.parametrize("batch", [1, 3, 4])
 def test_other_batches(batch: int) -> None:
-    """Of four samples none may be split; of one there is nothing to mix, but a label is still that of a whole batch."""
+    """Batches of other sizes: four samples may not be merged to two rows, and one sample gives labels too."""
     x = drawn(batch, 6, 4)
     assert label_of(lambda x: x.reshape(2 * batch, 3, 4), x, batch=batch) is LEADING
     assert label_of(lambda x: x.softmax(0), x, batch=batch) is MIXED
@@ -79,7 +79,7 @@ def test_other_batches(batch: int) -> None:
 
 
 def test_inputs() -> None:
-    """Weights, tables with other rows than samples, numbers and single values are the same for all; a batch is not."""
+    """Weights, tables with another number of rows, numbers and 0-dimensional tensors are SAME; a batch is LEADING."""
     gm = traced(lambda x, ids, weight, one: x + ids[:2].sum() + weight + one, (X, drawn(4, 3), drawn(2, 4, 6), drawn()))
     inputs = gm.graph.find_nodes(op="placeholder")
     labels = batch_labels(gm.graph, BATCH, static={2})
@@ -106,7 +106,7 @@ def test_inputs() -> None:
     ],
 )
 def test_tables(function: Callable[[Tensor], Tensor], label: Batch) -> None:
-    """What does not depend on the batch is the same for all; some of it is laid out as one part for each sample."""
+    """A value that does not depend on the batch is SAME, or EQUAL if it has a row per sample."""
     assert label_of(function, TABLE) is label
     result = function(TABLE)
     if label is EQUAL:
@@ -116,35 +116,35 @@ def test_tables(function: Callable[[Tensor], Tensor], label: Batch) -> None:
 @pytest.mark.parametrize(
     ("function", "label"),
     [
-        (lambda x, t: x + t.expand(2, 4, 6), LEADING),  # as rows of samples
+        (lambda x, t: x + t.expand(2, 4, 6), LEADING),  # used as rows of samples
         (lambda x, t: x @ t[0].t().expand(2, 6, 4), LEADING),
         (lambda x, t: torch.cat([t.expand(2, 4, 6), x], 1), LEADING),
-        (lambda x, t: x[:, 0] @ t[0, 0].expand(2, 6).t(), LEADING),  # as a table, which it is too
+        (lambda x, t: x[:, 0] @ t[0, 0].expand(2, 6).t(), LEADING),  # the same node used as a table
         (lambda x, t: torch.cat([t[0, :2, None].clone(), t[0, 0].expand(2, 1, 6)], 1) + x[:, :2], MIXED),
         (lambda x, t: x + t[0, :2, None], MIXED),  # two rows of a table are not two samples
     ],
 )
 def test_tables_beside_samples(function: Callable[..., Tensor], label: Batch) -> None:
-    """Equal parts go with samples and with tables; a table that has as many rows as there are samples with neither."""
+    """EQUAL values combine with samples and with tables; a table with as many rows as samples combines with neither."""
     assert label_of(function, X, TABLE) is label
 
 
 def test_without_a_rule() -> None:
-    """An op that nobody has thought about, one that draws numbers, and one number for all samples prove nothing."""
+    """An op without a rule, a random op, and one number for all samples are MIXED."""
     assert label_of(lambda x: x.cumprod(1), X) is MIXED
     assert label_of(lambda t: t.cumprod(1), TABLE) is SAME
     assert label_of(torch.rand_like, X) is MIXED
     assert label_of(lambda q: ours.attention_entropy(q, q), HEADS) is MIXED
-    assert label_of(lambda x, w: (x.transpose(0, 1) @ w).transpose(0, 1), X, SQUARE) is MIXED  # and so it stays
+    assert label_of(lambda x, w: (x.transpose(0, 1) @ w).transpose(0, 1), X, SQUARE) is MIXED  # MIXED stays MIXED
 
 
 def test_symbolic_sizes() -> None:
-    """Where sizes are symbols nothing is proven, and no guard is added by asking."""
+    """Symbolic sizes prove nothing, and the analysis adds no Dynamo guard."""
     gm = make_fx(lambda x: x * 2, tracing_mode="symbolic")(X)
     (result,) = gm.graph.output_node().all_input_nodes
     environment = gm.graph.find_nodes(op="placeholder")[0].meta["val"].fake_mode.shape_env
     before = len(environment.guards)
-    assert batch_labels(gm.graph, BATCH)[result] is SAME  # no row count, so no sample is seen
+    assert batch_labels(gm.graph, BATCH)[result] is SAME  # symbolic rows are not counted
     assert len(environment.guards) == before
 
 

@@ -1,6 +1,4 @@
-"""Half of a batch for both: what the rewritten graph returns is that half of the whole result, and the other half of
-its inputs may be anything.
-"""
+"""Half of a batch for both halves: a rewritten graph repeats one half of the whole result and never reads the other."""
 
 from __future__ import annotations
 
@@ -25,19 +23,19 @@ aten = torch.ops.aten
 
 
 def labels_of(gm: fx.GraphModule, batch: int = BATCH) -> list[Batch]:
-    """The labels of a graph's inputs."""
+    """Return the labels of a graph's inputs."""
     labels = batch_labels(gm.graph, batch)
     return [labels[node] for node in gm.graph.find_nodes(op="placeholder")]
 
 
 def returning_tuple(function: Callable[..., Any]) -> Callable[..., tuple[Any, ...]]:
-    """A function of one result as one of a tuple of results: what the body of a site returns."""
+    """Wrap a function of one result to return a tuple, as the body of a site does."""
     return lambda *inputs: (function(*inputs),)
 
 
 @pytest.mark.parametrize("op", OPS, ids=operator.attrgetter("name"))
 def test_ops(op: Op) -> None:
-    """Every op that has a rule is run on half of the batch, and what mixes samples is not."""
+    """Every op with a rule runs on half of the batch, and ops that mix samples are refused."""
     gm = traced(returning_tuple(op.function), op.inputs)
     if op.mixes:
         assert [halve(gm, labels_of(gm), BATCH, half) for half in HALVES] == [None, None]
@@ -46,7 +44,7 @@ def test_ops(op: Op) -> None:
 
 
 def test_random_functions() -> None:
-    """Graphs of several ops; those that are refused mix, or are not proven not to."""
+    """Graphs of several ops; those that are refused mix samples or are not proven not to."""
     count = 0
     for seed in range(40, 80):
         gm = traced(returning_tuple(chained(seed)), (X,))
@@ -61,7 +59,7 @@ def test_random_functions() -> None:
 
 @pytest.mark.parametrize(("batch", "halvable"), [(1, False), (2, True), (3, False), (4, True), (6, True)])
 def test_batches(batch: int, halvable: bool) -> None:
-    """Half of the samples, whatever their number; an odd one has no half."""
+    """Any even number of samples works; an odd number is refused."""
     x = drawn(batch, 4, 6)
     gm = traced(lambda x: (x.view(2 * batch, 2, 6).softmax(-1).view(batch, 24) - 1,), (x,))
     if halvable:
@@ -71,8 +69,10 @@ def test_batches(batch: int, halvable: bool) -> None:
 
 
 def test_results_lie_as_they_did() -> None:
-    """In memory a result twice is as the result of the whole batch, in whichever order its dimensions are: what is held
-    was promised to its reader so, and a view behind it may count on that."""
+    """A repeated result has the memory order of the result for the whole batch.
+
+    Readers of the slot, such as views, rely on that order.
+    """
     orders = [(0, 1, 2, 3), (0, 2, 1, 3), (0, 3, 1, 2), (0, 2, 3, 1)]
     x = drawn(2, 3, 5, 4)
 
@@ -91,7 +91,7 @@ def test_results_lie_as_they_did() -> None:
 
 
 def test_graph() -> None:
-    """Each input is narrowed once, however often it is read, each output put twice; a table is left alone."""
+    """Each input is narrowed once, each output is repeated, and tables are unchanged."""
     gm = traced(lambda x, y, t, unread: (x * y + x, x + t, t * 2, 3), (X, X + 1, TABLE, X))
     halved = halve(gm, labels_of(gm), BATCH, 1)
     assert halved is not None
@@ -110,7 +110,7 @@ def test_graph() -> None:
 
 
 def test_equal_parts() -> None:
-    """A table with a row for each sample is laid out as a whole, and half of it goes where half of a batch goes."""
+    """A table with a row per sample is computed as a whole, and its half is used with half of the batch."""
     gm = traced(lambda x, t: (x @ t.expand(2, 6, 4), x[:, 0] @ t[0]), (X, SQUARE[None, :, :4]))
     check(gm, labels_of(gm), (X, SQUARE[None, :, :4]))
     both = traced(lambda x, e: (x + e, x[:, 0] * e[0]), (X, TABLE[:, :1].expand(2, 1, 6)))
@@ -119,7 +119,7 @@ def test_equal_parts() -> None:
 
 
 def test_labels_that_shapes_deny() -> None:
-    """Decisions and numbers are the same for all whatever is said; a tensor without rows of samples proves nothing."""
+    """Decisions and numbers are SAME whatever the given label; a tensor without rows of samples is MIXED."""
     gm = traced(lambda x, one: (x + one,), (X, drawn()))
     assert halve(gm, [LEADING, LEADING], BATCH, 0) is None
     graph = fx.Graph()
@@ -136,7 +136,7 @@ def test_labels_that_shapes_deny() -> None:
 
 
 def test_what_is_not_needed_may_mix() -> None:
-    """Only what the outputs are computed from has to be proven; a tuple of tensors is no output."""
+    """Only ancestors of the outputs must not mix; a tuple of tensors is no valid output."""
     graph = traced(lambda x: (x.flip(0), x * 2), (X,)).graph
     flipped, doubled = graph.output_node().args[0]  # type: ignore[misc]
     graph.output_node().args = ((doubled,),)
@@ -149,7 +149,7 @@ def test_what_is_not_needed_may_mix() -> None:
 
 
 def test_attributes() -> None:
-    """A tensor that is part of the graph stays so."""
+    """A tensor attribute of the graph is kept."""
     gm = traced(lambda x, t: (x * t,), (X, TABLE))
     gm.register_buffer("table", TABLE)
     (table,) = gm.graph.find_nodes(op="placeholder")[1:]
@@ -160,13 +160,13 @@ def test_attributes() -> None:
     check(gm, [LEADING], (X,))
 
 
-# --- sites within sites -----------------------------------------------------------------------------------------------
+# --- nested sites -----------------------------------------------------------------------------------------------------
 
 
 def nested(
     compute: Callable[..., Any], instead: Callable[..., Any] | None = None, slot: Tensor = X
 ) -> tuple[fx.GraphModule, list[Batch]]:
-    """A branch (x, w, reuse, slot) -> x + 2 v and v, whose v is computed from x and w, or held; or made otherwise."""
+    """A branch (x, w, reuse, slot) -> (x + 2 v, v). v is computed from x and w, or comes from slot or `instead`."""
     graph = fx.Graph()
     x, w, reuse, cached = (graph.placeholder(name) for name in ("x", "w", "reuse", "slot"))
     with FakeTensorMode() as mode:
@@ -189,7 +189,7 @@ def nested(
 
 
 def inside(function: Callable[..., Any], fake: list[Tensor]) -> fx.GraphModule:
-    """The subgraph of a site: its nodes stand at 5, 6 and so on."""
+    """Return the subgraph of a site, whose nodes have positions 5, 6 and so on."""
     gm = make_fx(returning_tuple(function))(*fake)
     for k, node in enumerate(n for n in gm.graph.nodes if n.op == "call_function"):
         node.meta = {"val": node.meta["val"], "position": 5 + k}
@@ -197,9 +197,9 @@ def inside(function: Callable[..., Any], fake: list[Tensor]) -> fx.GraphModule:
 
 
 @pytest.mark.parametrize("reuse", [False, True])
-@pytest.mark.parametrize("instead", [None, lambda x, w, slot: slot.softmax(-1) + x], ids=["held", "otherwise"])
+@pytest.mark.parametrize("instead", [None, lambda x, w, slot: slot.softmax(-1) + x], ids=["cached", "otherwise"])
 def test_a_site_within(instead: Callable[..., Any] | None, reuse: bool) -> None:
-    """Its subgraphs take and give halves: it is narrowed and put twice outside alone."""
+    """The subgraphs of a site take and return halves; only the outer graph narrows and repeats."""
     gm, labels = nested(lambda x, w, slot: (x.view(8, 6) @ w).view(2, 4, 6), instead)
     check(gm, labels, (X, SQUARE, reuse, X.cos()))
     halved = halve(gm, labels, BATCH, 0)
@@ -211,19 +211,19 @@ def test_a_site_within(instead: Callable[..., Any] | None, reuse: bool) -> None:
 
 
 def test_a_site_within_that_mixes() -> None:
-    """In what is computed or made otherwise, or in the slot."""
+    """A site that mixes samples in `compute`, in `instead` or in its slot is refused."""
     gm, labels = nested(lambda x, w, slot: x.flip(0) * 2)
     assert halve(gm, labels, BATCH, 0) is None
     gm, labels = nested(lambda x, w, slot: x * 2, lambda x, w, slot: slot - x.mean(0))
     assert halve(gm, labels, BATCH, 0) is None
     gm, labels = nested(lambda x, w, slot: x * 2, slot=drawn(3, 4, 6))
     assert halve(gm, labels, BATCH, 0) is None
-    gm, labels = nested(lambda x, w, slot: w.cos().view(2, 3, 6), slot=drawn(2, 3, 6))  # held by sample, and made not
+    gm, labels = nested(lambda x, w, slot: w.cos().view(2, 3, 6), slot=drawn(2, 3, 6))  # a SAME value, a LEADING slot
     assert halve(gm, labels, BATCH, 0) is None
 
 
 def test_places() -> None:
-    """What is new stands before its first reader or behind what it serves, and belongs to the same place."""
+    """A new node comes before its first reader or after the node it was made for, and has the same home."""
     gm, labels = nested(lambda x, w, slot: torch.sin(x) @ w, lambda x, w, slot: slot + x)
     halved = halve(gm, labels, BATCH, 1)
     assert halved is not None

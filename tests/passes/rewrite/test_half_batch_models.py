@@ -1,4 +1,4 @@
-"""Half of a batch for both, in branches that were found: of toys, guarded and packed ones too, and of every model."""
+"""Half of a batch in found branches: of toys, of guarded and converted ones, and of every model."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from tests.helpers.toys import AROUND_A_JOINT, BLOCKS, JOINT, NESTED, SIBLINGS, 
 
 
 def branch(gm: fx.GraphModule, site: Site) -> tuple[fx.GraphModule, list[fx.Node]]:
-    """The closure of a site as a graph of its own, and the nodes that it reads."""
+    """Return the closure of a site as a graph, and the nodes that it reads."""
     graph = fx.Graph()
     env: dict[fx.Node, fx.Node] = {}
     inside = [node for node in gm.graph.nodes if node.name in site.closure]
@@ -41,7 +41,7 @@ def branch(gm: fx.GraphModule, site: Site) -> tuple[fx.GraphModule, list[fx.Node
 
 
 def halvable(captured: Captured, arguments: Sequence[Any], checked: Callable[[Site], bool]) -> dict[str, int]:
-    """The number of sites of each kind that are halvable; those of them that are to be `checked` compute it right."""
+    """Return the number of sites of each kind that can be halved, and check the results of those in `checked`."""
     labels = batch_labels(captured.gm.graph, BATCH, captured.static)
     seen = Recorded(captured.gm, *arguments).seen
     count: dict[str, int] = {}
@@ -57,7 +57,7 @@ def halvable(captured: Captured, arguments: Sequence[Any], checked: Callable[[Si
 
 
 def graphs(case: Case) -> list[tuple[Captured, list[Any]]]:
-    """The captured graphs of a model, and what each was called with."""
+    """Return the captured graphs of a model with the arguments of their calls."""
     caught: list[tuple[Captured, list[Any]]] = []
 
     def backend(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
@@ -79,20 +79,20 @@ def graphs(case: Case) -> list[tuple[Captured, list[Any]]]:
 
 @pytest.mark.parametrize("example", [BLOCKS, JOINT, SIBLINGS, AROUND_A_JOINT], ids=operator.attrgetter("name"))
 def test_toys(example: Example) -> None:
-    """Every branch, joint and nested ones too."""
+    """Every branch of the toys, joint and nested ones included."""
     traced = example.traced()
     assert sum(halvable(traced.captured, traced.arguments[0], lambda site: True).values()) == example.sites
 
 
-@pytest.mark.parametrize("store", [None, "int8"])
+@pytest.mark.parametrize("format", [None, "int8"])
 @pytest.mark.parametrize("example", [NESTED, SIBLINGS], ids=operator.attrgetter("name"))
-def test_guarded(example: Example, store: str | None) -> None:
-    """What pass 03 makes of sites within sites, whose slots come and go; every new node has its place among others."""
+def test_guarded(example: Example, format: str | None) -> None:
+    """Subgraphs of nested guarded sites with slots; every new node has a position and a home."""
     traced = example.traced()
     sites = traced.sites().sites
     with traced.captured.fake_mode:
         guarded = insert_guards(
-            traced.gm, sites, [Guarded(i, "step > 0", "reuse", ValueCodec(store)) for i in range(len(sites))]
+            traced.gm, sites, [Guarded(i, "step > 0", "reuse", ValueCodec(format)) for i in range(len(sites))]
         )
     labels = {node.name: label for node, label in batch_labels(traced.gm.graph, BATCH, traced.captured.static).items()}
     seen = {node.name: value for node, value in Recorded(traced.gm, *traced.arguments[0]).seen.items()}
@@ -103,14 +103,14 @@ def test_guarded(example: Example, store: str | None) -> None:
         inputs = body.graph.find_nodes(op="placeholder")
         given = [Batch.SAME if n.name.startswith("reuse") else labels.get(n.name, Batch.LEADING) for n in inputs]
         for reuse in (False, True):
-            check(body, given, [seen[n.name] if n.name in seen else held(n, reuse) for n in inputs])
+            check(body, given, [seen[n.name] if n.name in seen else slot_input(n, reuse) for n in inputs])
         halved = halve(body, given, BATCH, 0)
         assert halved is not None
         assert_in_place(halved)
 
 
-def held(node: fx.Node, reuse: bool) -> Any:
-    """A decision, or what is held in a slot."""
+def slot_input(node: fx.Node, reuse: bool) -> Any:
+    """Return a decision, or a slot tensor."""
     value = node.meta.get("val")
     if value is None:
         return reuse
@@ -119,7 +119,7 @@ def held(node: fx.Node, reuse: bool) -> Any:
 
 
 def assert_in_place(gm: fx.GraphModule) -> None:
-    """In the order of their positions every node stands behind its operands, and the new ones have a home."""
+    """Assert that nodes, sorted by position, come after their operands, and that new nodes have a home."""
     calls = [node for node in gm.graph.nodes if node.op == "call_function" and "position" in node.meta]
     for node in calls:
         placed = [a.meta["position"] for a in node.all_input_nodes if "position" in a.meta]
@@ -134,8 +134,10 @@ FAST = ("dit", "sd3", "stdit")
 
 @pytest.mark.parametrize("name", [n if n in FAST else pytest.param(n, marks=pytest.mark.slow) for n in MODELS])
 def test_models(name: str) -> None:
-    """Every branch of every model keeps its samples apart, but for Mochi: it attends to one sample at a time, slices of
-    the batch that are joined again, and so it mixes whatever follows."""
+    """Every branch of every model keeps samples apart, except in Mochi.
+
+    Mochi attends to one sample at a time and joins slices of the batch again, which mixes all later values.
+    """
     case = MODELS[name]
     count: dict[str, int] = {}
     for captured, arguments in graphs(case):

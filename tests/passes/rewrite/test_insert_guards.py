@@ -1,4 +1,4 @@
-"""The guarded graph runs as it is, says what it does, and leaves the captured graph alone."""
+"""The guarded graph is executable, shows its guards, and does not modify the captured graph."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ every_example = pytest.mark.parametrize("example", EXAMPLES, ids=lambda example:
 
 @every_example
 def test_number_of_sites(example: Example) -> None:
-    """Each toy has the sites that this file's tests mean to rewrite."""
+    """Each toy has the number of sites that the tests expect."""
     assert len(example.rewritten().sites) == example.sites
 
 
 @every_example
 @pytest.mark.parametrize("seed", range(4))
 def test_random_tables(example: Example, seed: int) -> None:
-    """Under random decisions the guarded graph and its variants equal an interpreter with a dictionary."""
+    """With random decisions, the guarded graph and its variants equal an interpreter with a dictionary."""
     rewritten = example.rewritten()
     for number in range(8):
         rewritten.check(rewritten.random_table(100 * seed + number))
@@ -36,13 +36,13 @@ def test_random_tables(example: Example, seed: int) -> None:
 
 @every_example
 def test_reuse_0(example: Example) -> None:
-    """Guarding and holding everything changes no bit of what the model returns."""
+    """If all sites are guarded and computed, the model's outputs do not change by one bit."""
     example.rewritten().check_reuse_0()
 
 
 @pytest.mark.parametrize("example", [BLOCKS, NESTED, HALVES], ids=lambda example: example.name)
 def test_dynamic_shapes(example: Example) -> None:
-    """The same holds of graphs whose sizes are symbols."""
+    """The same holds for graphs with symbolic sizes."""
     rewritten = example.rewritten(dynamic=True)
     rewritten.check_reuse_0()
     for seed in range(4):
@@ -51,7 +51,7 @@ def test_dynamic_shapes(example: Example) -> None:
 
 @every_example
 def test_some_sites_guarded(example: Example) -> None:
-    """Any single site may be guarded alone, those inside and around it left as they are."""
+    """Any single site can be guarded, without those inside and around it."""
     for position in range(example.sites):
         rewritten = example.rewritten((position,))
         assert rewritten.guarded.parents == (None,)
@@ -59,7 +59,7 @@ def test_some_sites_guarded(example: Example) -> None:
 
 
 def test_parent_of_a_site_whose_enclosing_one_is_not_guarded() -> None:
-    """With the middle one of three nested sites left out, the inner one's parent is the outer one."""
+    """If the middle of three nested sites is not guarded, the parent of the inner one is the outer one."""
     innermost, middle, outermost = range(3)
     rewritten = NESTED.rewritten((innermost, outermost))
     assert rewritten.guarded.parents == (1, None)
@@ -69,14 +69,14 @@ def test_parent_of_a_site_whose_enclosing_one_is_not_guarded() -> None:
 
 
 def test_order_of_guarded_sites() -> None:
-    """Sites may be guarded in any order: that of decisions and values follows."""
+    """Sites may be guarded in any order, which is the order of decisions and values."""
     rewritten = SIBLINGS.rewritten((2, 3, 1, 0))
     assert rewritten.guarded.parents == (None, None, 0, 0)
     rewritten.check(rewritten.random_table(0))
 
 
 def test_captured_graph_stays_as_it_is() -> None:
-    """Guarding writes a new graph."""
+    """Guarding does not modify the captured graph."""
     traced = BLOCKS.traced()
     before = readable(traced.gm)
     insert_guards(traced.gm, traced.sites().sites, [Guarded(i, "true", "reuse") for i in range(4)])
@@ -84,7 +84,7 @@ def test_captured_graph_stays_as_it_is() -> None:
 
 
 def test_nothing_guarded() -> None:
-    """Without any guarded site the graph is the captured one."""
+    """Without guarded sites the graph equals the captured one."""
     traced = BLOCKS.traced()
     guarded = insert_guards(traced.gm, traced.sites().sites, [])
     assert op_counts(guarded.gm) == op_counts(traced.gm)
@@ -92,7 +92,7 @@ def test_nothing_guarded() -> None:
 
 
 def test_ops_are_moved_and_not_copied() -> None:
-    """Every op of the captured graph stands in the guarded one exactly once, in a subgraph or outside."""
+    """Every op of the captured graph is in the guarded graph exactly once, inside or outside of a subgraph."""
     for example in EXAMPLES:
         rewritten = example.rewritten()
         counts = op_counts(rewritten.guarded.gm)
@@ -102,13 +102,13 @@ def test_ops_are_moved_and_not_copied() -> None:
         del counts["cache_or_compute"], counts["getitem"]
         captured = op_counts(rewritten.traced.gm)
         del captured["getitem"]
-        parts = 2 if example in (HALVES, AROUND_A_JOINT) else 0  # of other tensors: what is held is a copy
+        parts = 2 if example in (HALVES, AROUND_A_JOINT) else 0  # views of other tensors: the slot stores a copy
         assert counts - captured == Counter({"aten.clone": parts} if parts else {})
         assert captured - counts == Counter()
 
 
 def test_inputs_and_outputs() -> None:
-    """A decision for each site and an input for each value follow the captured inputs; values follow the outputs."""
+    """Inputs: those captured, a decision per site, slot tensors. Outputs: those captured, slot tensors."""
     rewritten = JOINT.rewritten()
     assert sorted(len(site.values) for site in rewritten.sites) == [1, 1, 1, 1, 2]
     placeholders = rewritten.guarded.gm.graph.find_nodes(op="placeholder")
@@ -119,7 +119,7 @@ def test_inputs_and_outputs() -> None:
 
 
 def test_node_carries_site_guard_and_strategy() -> None:
-    """What a reader needs stands on the node, and in the printed graph."""
+    """The node and the printed graph show site, guard and strategy."""
     traced = trace(Toy(lambda m, x: x + m.ff(x), ff=mlp()), (tokens(),))
     guarded = insert_guards(traced.gm, traced.sites().sites, [Guarded(0, "Ne(Mod(step, 3), 0)", "reuse")])
     (node,) = guarded.gm.graph.find_nodes(op="call_function", target=cache_or_compute)
@@ -129,12 +129,12 @@ def test_node_carries_site_guard_and_strategy() -> None:
     assert call.endswith("site='ff', guard='Ne(Mod(step, 3), 0)', strategy='reuse')")
     indented = [line for line in lines if line.startswith("    ")]
     assert sum("aten.addmm" in line for line in indented) == 2
-    assert sum("aten.addmm" in line for line in lines) == 2  # and none outside of the subgraph
+    assert sum("aten.addmm" in line for line in lines) == 2  # none outside of the subgraph
     assert any(line.startswith("def compute_ff(") for line in lines)
 
 
 def test_names_that_differ_in_a_dot_alone() -> None:
-    """Two sites whose names give one identifier have a subgraph each."""
+    """Two sites whose names differ only in a dot have different subgraphs."""
 
     def body(m: Toy, x: Tensor) -> Tensor:
         x = x + m.a_b(x)

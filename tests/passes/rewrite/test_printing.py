@@ -1,4 +1,4 @@
-"""Printed graphs can be read: modules as comments, dtypes and shapes, indented subgraphs, counts above differences."""
+"""Printed graphs: modules as comments, dtypes and shapes, indented subgraphs, and op counts above diffs."""
 
 from __future__ import annotations
 
@@ -46,12 +46,12 @@ return (add,)"""
     text = readable(trace(block(), (tokens(),)).gm)
     lines, expected_lines = text.splitlines(), expected.splitlines()
     inputs = [line for line in lines if line.endswith(" = input")]
-    assert sorted(inputs) == sorted(expected_lines[:6])  # Dynamo chooses their order
+    assert sorted(inputs) == sorted(expected_lines[:6])  # Dynamo determines their order
     assert lines[6:] == expected_lines[6:]
 
 
 def test_dtypes_and_symbols() -> None:
-    """Low-precision dtypes have short names, and symbolic sizes stay symbols."""
+    """Low-precision dtypes have short names, and symbolic sizes are printed as symbols."""
     model = Toy(lambda m, x: (x + m.ff(x)).float(), ff=linear()).bfloat16()
     lines = readable(trace(model, (tokens().bfloat16(),), dynamic=True).gm).splitlines()
     (cast,) = [line for line in lines if "aten._to_copy" in line]
@@ -61,7 +61,7 @@ def test_dtypes_and_symbols() -> None:
 
 
 def test_subgraphs_are_indented() -> None:
-    """What computes a site stands below a `def`, one level deeper for each site around it."""
+    """The subgraph of a site is printed below a `def`, indented once for each enclosing site."""
     text = readable(NESTED.rewritten().guarded.gm)
     depth = {len(line) - len(line.lstrip()) for line in text.splitlines() if line}
     assert depth == {0, 4, 8, 12}
@@ -75,7 +75,7 @@ def test_subgraphs_are_indented() -> None:
 
 
 def test_op_counts() -> None:
-    """Ops are counted in subgraphs too; inputs, attributes and the output are no ops."""
+    """Subgraphs are counted; inputs, attributes and the output are not."""
     traced = trace(block(), (tokens(),))
     expected = Counter({"aten.native_layer_norm": 1, "getitem": 1, "aten.view": 2, "aten.t": 1})
     expected += Counter({"aten.addmm": 1, "aten.mul": 1, "aten.add": 1})
@@ -85,7 +85,7 @@ def test_op_counts() -> None:
 
 
 def test_diff() -> None:
-    """The change of every op's count stands on top, the most reduced first, and then what went and came."""
+    """A diff starts with the changes of op counts, largest decrease first."""
     traced = trace(block(), (tokens(),))
     sites = traced.sites().sites
     guarded = insert_guards(traced.gm, sites, [Guarded(0, "step > 0", "reuse")])
@@ -107,13 +107,13 @@ def test_diff() -> None:
 
 
 def test_diff_of_the_same_graph() -> None:
-    """No op changed, and nothing differs."""
+    """The diff of a graph with itself is empty."""
     gm = trace(block(), (tokens(),)).gm
     assert diff(gm, gm) == "# nodes: 8 -> 8 (+0)\n\n"
 
 
 def test_arguments() -> None:
-    """Lists, tuples, keywords, text and attributes are written as code."""
+    """Lists, tuples, keywords, text and attributes are printed as code."""
     graph = fx.Graph()
     x = graph.placeholder("x")
     constant = graph.get_attr("constant")
@@ -132,7 +132,7 @@ def test_arguments() -> None:
 
 
 def test_repeated_modules_are_named_at_every_change() -> None:
-    """A module that is entered again has its comment again."""
+    """A module that is entered again gets another comment."""
 
     def body(m: Toy, x: Tensor) -> Tensor:
         return m.ff(m.norm(m.ff(x)))

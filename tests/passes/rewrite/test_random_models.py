@@ -1,6 +1,8 @@
-"""Small models and decision tables at random: the guarded graph, its variants and its segments all agree, bit for bit,
-with an interpreter of the captured graph. Every part of a place is drawn; where half of a batch is computed for both,
-they agree but for rounding."""
+"""Random models and decision tables: the guarded graph, its variants and its segments equal an interpreter.
+
+Every part of a place is drawn. The results are equal bit for bit, or within rounding if half of a batch is computed for
+both halves.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +32,7 @@ STEPS = 4
 
 
 class Nested(nn.Module):
-    """An MLP around an MLP: both sums are residual, the inner one within the outer's branch."""
+    """An MLP around an MLP: both sums are residual, the inner one inside the outer branch."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -42,7 +44,7 @@ class Nested(nn.Module):
 
 
 class Half(nn.Module):
-    """An MLP in bfloat16 around which the stream stays as it is."""
+    """An MLP in bfloat16 on a stream of another dtype."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -57,7 +59,7 @@ KINDS: dict[str, type[nn.Module]] = {"P": Plain, "M": Block, "S": Single, "N": N
 
 @dataclass(frozen=True)
 class Model:
-    """How many blocks of joint attention, which blocks follow on the image alone, and whether they see the text."""
+    """The number of joint blocks, the kinds of the image blocks after them, and whether those see the text."""
 
     joint: int
     blocks: str
@@ -98,7 +100,7 @@ models = st.builds(
 
 
 def spans_apart(stream: Stream, wanted: list[tuple[int, int]]) -> list[tuple[int, int]]:
-    """Those that are spans and do not overlap the ones before."""
+    """Return the spans that do not overlap earlier ones."""
     chosen: list[tuple[int, int]] = []
     for first, end in wanted:
         overlaps = any(a < first < b < end or first < a < end < b for a, b in chosen)
@@ -108,7 +110,7 @@ def spans_apart(stream: Stream, wanted: list[tuple[int, int]]) -> list[tuple[int
 
 
 class Beyond:
-    """Holds of an attention what its values' mean and half of its own sum leave over, in two tensors."""
+    """A codec that stores two tensors: the sum of an attention's output, and a difference from that and the values."""
 
     def is_plain(self, value: Tensor, read: Sequence[Tensor]) -> bool:
         return False
@@ -117,12 +119,12 @@ class Beyond:
         total = value.sum(-1, keepdim=True)
         return value - read[2].mean(-2, keepdim=True) - total / 2, total
 
-    def decode(self, held: Sequence[Tensor], read: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
-        return held[0] + read[2].mean(-2, keepdim=True) + held[1] / 2
+    def decode(self, stored: Sequence[Tensor], read: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+        return stored[0] + read[2].mean(-2, keepdim=True) + stored[1] / 2
 
 
 class Drawn:
-    """All parts of a model's places, with what is measured and how each may be held or done."""
+    """The parts of a model's places, with their probes and possible slot formats."""
 
     def __init__(self, of: Traced, data: st.DataObject) -> None:
         self.of, self.data = of, data
@@ -134,14 +136,14 @@ class Drawn:
         self.parts: list[Site] = [*self.found.sites, *keys, *cores, *shared, *self.spans()]
 
     def spans(self) -> list[Site]:
-        """Some that do not overlap."""
+        """Draw spans that do not overlap."""
         stream, last = Stream(self.gm.graph, self.found), self.found.num_layers
         ends = self.data.draw(st.lists(st.tuples(st.integers(0, last), st.integers(0, last)), max_size=4))
         apart = spans_apart(stream, [(min(e), max(e)) for e in ends if e[0] != e[1]])
         return find_spans(stream, {blocks: range(*blocks) for blocks in apart})[0]
 
     def measure(self) -> None:
-        """Let spans behind the first block be decided by its change."""
+        """Let spans after the first block read its change."""
         probe = Probes(self.gm, self.found, self.static).of("first_block", self.parts[0])
         behind = [s.part is Part.SPAN and s.layer > 0 and probe is not None for s in self.parts]
         self.parts = [
@@ -149,13 +151,16 @@ class Drawn:
         ]
 
     def add_entropy(self) -> None:
-        """Have one branch give the entropy of its attention too."""
+        """Add the entropy of its attention to one branch."""
         at = self.data.draw(st.integers(0, len(self.found.sites) - 1))
         self.parts[at] = add_entropy(self.gm, self.parts[at], ENTROPY)
 
     def forms(self, halves: bool) -> dict[int, Form]:
-        """Some parts, and a form of each; a core goes with what is held for it. Of halves of the batch only if asked:
-        these are not computed in the same order, and what a store rounds could fall on the other side."""
+        """Draw some parts and a slot format for each; a core is drawn with its CORE_STATE.
+
+        Halves of the batch are drawn only on request, because they are computed in another order, so that a conversion
+        may round to another number.
+        """
         places = [
             i
             for i, s in enumerate(self.parts)

@@ -1,4 +1,4 @@
-"""The graph in pieces: strung together they are the whole, each takes and gives what it must, equal ones are one."""
+"""Segments: together they equal the whole graph, exchange only required values, and share code if they are equal."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ from tests.references.oracle import Rewritten, same
 aten = torch.ops.aten
 
 
-def pieces(rewritten: Rewritten, row: tuple[bool, ...], measured: bool = False) -> list[Variant]:
-    """The code of every segment for a row."""
+def variants(rewritten: Rewritten, row: tuple[bool, ...], measured: bool = False) -> list[Variant]:
+    """Return the variant of every segment for a row."""
     segments = rewritten.cut(measured)
     depends = relevant(rewritten.gm, segments, rewritten.sites, measured)
     return [
@@ -47,7 +47,7 @@ def branches(name: str) -> Rewritten:
     [("single", 4), ("joint", 3), ("dropped", 3), ("flux", 6), ("latte", 5), ("post-norm", 4), ("skipping", 4)],
 )
 def test_count(name: str, count: int) -> None:
-    """One for each block, that before the first with it, and one for what follows the last."""
+    """One segment per block (the first with the nodes before it), and one for the nodes after the last block."""
     rewritten = branches(name)
     assert rewritten.cut().count == count
     assert rewritten.whole.count == 1
@@ -55,7 +55,7 @@ def test_count(name: str, count: int) -> None:
 
 @pytest.mark.parametrize("name", SHAPES)
 def test_every_node_has_one_place(name: str) -> None:
-    """In the order of the graph no segment reads from a later one; constants are in each."""
+    """No segment reads from a later one; constants belong to each segment that reads them."""
     rewritten = branches(name)
     segments, nodes = rewritten.cut(), list(rewritten.gm.graph.nodes)
     assert len(segments.of) == len(nodes)
@@ -72,21 +72,21 @@ def argument_matters(node: fx.Node) -> bool:
 
 
 @pytest.mark.parametrize("name", SHAPES)
-def test_all_pieces_hold_all_ops(name: str) -> None:
-    """Together they have the ops of the captured graph, each once."""
+def test_all_segments_have_all_ops(name: str) -> None:
+    """All segments together have the ops of the captured graph, each once."""
     rewritten = branches(name)
     never = (False,) * len(rewritten.sites)
-    counts = [op_counts(piece.gm) for piece in pieces(rewritten, never)]
+    counts = [op_counts(variant.gm) for variant in variants(rewritten, never)]
     together = sum(counts[1:], counts[0])
     clones = together["aten.clone"] - op_counts(rewritten.gm)["aten.clone"]
-    assert clones >= 0, "what is handed on without gaps may be copied for that"
+    assert clones >= 0, "values that cross a cut may be copied to be contiguous"
     together["aten.clone"] -= clones
     assert +together == op_counts(rewritten.gm)
 
 
 @pytest.mark.parametrize("name", SHAPES)
 def test_exports_are_what_is_needed_and_no_more(name: str) -> None:
-    """Each is read by another segment or returned, and all that is so is exported, by its own segment alone."""
+    """A segment exports exactly those of its nodes that another segment reads or that the graph returns."""
     rewritten = branches(name)
     segments, nodes = rewritten.cut(), list(rewritten.gm.graph.nodes)
     place = dict(zip(nodes, segments.of, strict=True))
@@ -103,8 +103,10 @@ def test_exports_are_what_is_needed_and_no_more(name: str) -> None:
 
 
 def test_the_stream_alone_crosses() -> None:
-    """Of three blocks on one stream two cuts hand on the stream, and the last one what the head reads: 4 tokens of 8
-    numbers of 4 bytes, for 2 samples."""
+    """With three blocks, two cuts pass the stream and the last one the input of the head.
+
+    Each is 2 samples x 4 tokens x 8 numbers x 4 bytes.
+    """
     rewritten = branches("single")
     segments = rewritten.cut()
     nodes = list(rewritten.gm.graph.nodes)
@@ -115,14 +117,14 @@ def test_the_stream_alone_crosses() -> None:
 
 
 def test_bases_cross_where_a_span_is_guarded() -> None:
-    """The stream before a span is read where its change is added."""
+    """The stream before a guarded span crosses the cuts to the place where the change is added."""
     rewritten = with_spans(traced("single"), [(0, 3)], branches=False)
     segments, nodes = rewritten.cut(), list(rewritten.gm.graph.nodes)
     (site,) = rewritten.sites
     base = next(i for i, node in enumerate(nodes) if node.name == site.bases[0])
     assert base in segments.exports[0]
     assert base not in branches("single").cut().exports[0]
-    adding = pieces(rewritten, (True,))[2]
+    adding = variants(rewritten, (True,))[2]
     assert adding.inputs == (base,)
     assert op_counts(adding.gm) == {"aten.add": 1}
 
@@ -131,7 +133,7 @@ def test_bases_cross_where_a_span_is_guarded() -> None:
 
 
 def conditioned() -> tuple[Rewritten, Segments]:
-    """Three blocks: a signal of all of them, one of the second alone, and one of the last two."""
+    """Three blocks and a signal for all of them, one for the second alone, and one for the last two."""
 
     def body(m: Toy, x: Tensor, signal: Tensor, text: Tensor) -> Tensor:
         shared, own, late = m.shared(signal), m.own(text), m.late(text)
@@ -145,11 +147,11 @@ def conditioned() -> tuple[Rewritten, Segments]:
 
 
 def test_conditioning_is_computed_where_it_is_read() -> None:
-    """What one block alone reads is computed with it, what several read in the first piece."""
+    """A node that only one block reads is in its segment; a node that several read is in the first."""
     rewritten, segments = conditioned()
     never = (False,) * len(rewritten.sites)
     names = [placeholder.name for placeholder in rewritten.traced.captured.placeholders]
-    read = [{names[i] for i in piece.inputs if i < len(names)} for piece in pieces(rewritten, never)]
+    read = [{names[i] for i in variant.inputs if i < len(names)} for variant in variants(rewritten, never)]
     assert [bool(exports) for exports in segments.exports] == [True, True, True, False], "nothing follows the last"
     assert {"shared_weight", "late_weight"} <= read[0]
     assert "own_weight" in read[1]
@@ -158,23 +160,23 @@ def test_conditioning_is_computed_where_it_is_read() -> None:
     rewritten.check([never])
 
 
-# --- pieces strung together -------------------------------------------------------------------------------------------
+# --- segments in sequence ---------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("example", EXAMPLES, ids=lambda example: example.name)
 def test_reuse_0(example: Example) -> None:
-    """With nothing reused the pieces return what the model returned, bit for bit."""
+    """With nothing reused, the segments return the model's outputs bit for bit."""
     rewritten = example.rewritten()
     never = (False,) * example.sites
     segments = rewritten.cut()
     for step in range(3):
-        outputs, held = rewritten.string(segments, pieces(rewritten, never), step, {})
+        outputs, stored = rewritten.string(segments, variants(rewritten, never), step, {})
         assert same(outputs, list(rewritten.traced.returned[step]))
-        assert sorted(held) == rewritten.slots
+        assert sorted(stored) == rewritten.slots
 
 
 def test_outputs_that_are_no_results() -> None:
-    """An input that is passed on, a result that is returned twice, and None: as many outputs as the graph has."""
+    """An input that is returned, a result that is returned twice, and None: the outputs are those of the graph."""
 
     def body(m: Toy, x: Tensor, y: Tensor) -> tuple[Any, ...]:
         z = m.block(x)
@@ -189,27 +191,27 @@ def test_outputs_that_are_no_results() -> None:
 
 
 def test_what_is_inside_a_reused_span_does_not_run() -> None:
-    """Under a reused stack the pieces within have nothing to do, and that in which it ends adds the change."""
+    """If a stack is reused, the segments inside have no nodes, and the one where it ends adds the change."""
     rewritten = with_spans(traced("single"), [(1, 3)], branches=False)
-    first, second, third, last = pieces(rewritten, (True,))
+    first, second, third, last = variants(rewritten, (True,))
     assert (second.outputs, second.fresh, op_counts(second.gm)) == ((), (), {})
     assert op_counts(third.gm) == {"aten.add": 1}
-    never = pieces(rewritten, (False,))
+    never = variants(rewritten, (False,))
     assert structure(first.gm) == structure(never[0].gm)
     assert structure(last.gm) == structure(never[3].gm)
 
 
 def test_slots_are_filled_by_the_segment_that_has_the_value() -> None:
-    """Each slot is filled once, by the piece of its block."""
+    """The segment of its block fills each slot, once."""
     rewritten = branches("joint")
-    fresh = [piece.fresh for piece in pieces(rewritten, (False,) * len(rewritten.sites))]
+    fresh = [variant.fresh for variant in variants(rewritten, (False,) * len(rewritten.sites))]
     blocks = [sorted({rewritten.sites[i].layer for i, _ in slots}) for slots in fresh]
     assert blocks == [[0], [1], []]
     assert sorted(slot for slots in fresh for slot in slots) == rewritten.slots
 
 
 def test_effects_run_once() -> None:
-    """What runs for its effect runs in one piece, whatever is reused."""
+    """An impure node runs in exactly one segment, whatever is reused."""
 
     def body(m: Toy, x: Tensor) -> Tensor:
         x = m.blocks[0](x)
@@ -218,16 +220,16 @@ def test_effects_run_once() -> None:
 
     rewritten = Rewritten.of(trace(Toy(body, blocks=nn.ModuleList([Plain(), Plain()])), (tokens(),)))
     for row in ((False,) * 4, (True,) * 4):
-        counts = [op_counts(piece.gm) for piece in pieces(rewritten, row)]
+        counts = [op_counts(variant.gm) for variant in variants(rewritten, row)]
         asserts = [sum(n for name, n in c.items() if "assert" in name) for c in counts]
         assert sum(asserts) == 1
 
 
-# --- which decisions a piece depends on -------------------------------------------------------------------------------
+# --- the decisions that a segment depends on --------------------------------------------------------------------------
 
 
-def test_a_piece_depends_on_the_sites_of_its_block() -> None:
-    """And a span's decision matters to every piece that holds a part of it."""
+def test_a_segment_depends_on_the_sites_of_its_block() -> None:
+    """A segment depends on the sites of its block, and on a span that it is a part of."""
     rewritten = with_spans(traced("single"), [(1, 3)])
     names = [site.name for site in rewritten.sites]
     depends = relevant(rewritten.gm, rewritten.cut(), rewritten.sites, False)
@@ -241,7 +243,7 @@ def test_a_piece_depends_on_the_sites_of_its_block() -> None:
 
 
 def measured(name: str, spans: list[tuple[int, int]], probe: str) -> Rewritten:
-    """A toy with spans that read a probe, and its branches, which do not."""
+    """A toy with spans that read a probe, and branches that do not."""
     of = traced(name)
     gm, found = copied(of.gm), of.sites()
     rewritten = with_spans(of, spans)
@@ -254,7 +256,7 @@ def measured(name: str, spans: list[tuple[int, int]], probe: str) -> Rewritten:
 
 @pytest.mark.parametrize(("name", "first"), [("single", 1), ("joint", 1), ("flux", 1), ("latte", 1)])
 def test_a_measured_span_is_decided_behind_its_probe(name: str, first: int) -> None:
-    """As in first-block caching: the first block runs, and what it adds is at hand before the others are decided."""
+    """The first block and its change are computed before the other blocks are decided, as in first-block caching."""
     end = traced(name).sites().num_layers
     rewritten = measured(name, [(first, end)], "first_block")
     segments = rewritten.cut(measured=True)
@@ -270,13 +272,13 @@ def test_a_measured_span_is_decided_behind_its_probe(name: str, first: int) -> N
         rewritten.check(rewritten.random_table(seed), measured=True)
 
 
-def test_no_piece_for_a_probe_alone() -> None:
-    """What the first block adds is computed with the first block."""
+def test_no_segment_for_a_probe_alone() -> None:
+    """The change across the first block is computed in the segment of the first block."""
     assert measured("single", [(1, 3)], "first_block").cut(measured=True).count == 4
 
 
 def test_a_probe_within_a_block_cuts_it() -> None:
-    """The modulated input is at hand before the attention that reads it: its norm is a piece of its own."""
+    """The modulated input is computed before the attention is decided: its norm is a segment of its own."""
     rewritten = measured("single", [(0, 3)], "modulated_input")
     segments = rewritten.cut(measured=True)
     assert segments.count == 5
@@ -284,7 +286,7 @@ def test_a_probe_within_a_block_cuts_it() -> None:
     depends = relevant(rewritten.gm, segments, rewritten.sites, True)
     assert span not in depends[0]
     assert span in depends[1]
-    first = pieces(rewritten, (True,) * len(rewritten.sites), measured=True)[0]
+    first = variants(rewritten, (True,) * len(rewritten.sites), measured=True)[0]
     assert op_counts(first.gm)["aten.native_layer_norm"] == 1
     assert op_counts(first.gm)["dit_rewrite.attention"] == 0
     for seed in range(2):
@@ -294,7 +296,7 @@ def test_a_probe_within_a_block_cuts_it() -> None:
 @pytest.mark.parametrize("name", ["single", "joint"])
 @pytest.mark.parametrize("probe", ["first_block", "modulated_input"])
 def test_no_site_is_decided_before_the_one_around_it(name: str, probe: str) -> None:
-    """A piece before a span's probe does not depend on sites inside the span: to decide these is to decide the span."""
+    """A segment before the probe of a span does not depend on sites inside the span."""
     rewritten = measured(name, [(0, traced(name).sites().num_layers)], probe)
     (span,) = [i for i, site in enumerate(rewritten.sites) if site.span is not None]
     depends = relevant(rewritten.gm, rewritten.cut(measured=True), rewritten.sites, True)
@@ -303,27 +305,27 @@ def test_no_site_is_decided_before_the_one_around_it(name: str, probe: str) -> N
     assert early == []
 
 
-# --- alike pieces -----------------------------------------------------------------------------------------------------
+# --- equal segments ---------------------------------------------------------------------------------------------------
 
 
 def test_identical_blocks_are_one() -> None:
-    """Of six blocks the middle four are the same code, whichever of them reuse what the others do."""
+    """The middle four of six blocks have the same code for the same decisions."""
     of = trace(single(6), (tokens(), tokens(1, 2, 1, WIDTH)))
     rewritten = Rewritten.of(of)
     for row in ((False,) * 12, (True,) * 12, (True, False) * 6):
-        found = [structure(piece.gm) for piece in pieces(rewritten, row)]
+        found = [structure(variant.gm) for variant in variants(rewritten, row)]
         assert len(found) == 7
         assert len(set(found[1:6])) == 1
         assert len(set(found)) <= 3
-    mixed = [structure(piece.gm) for piece in pieces(rewritten, (True,) * 4 + (False,) * 8)]
+    mixed = [structure(variant.gm) for variant in variants(rewritten, (True,) * 4 + (False,) * 8)]
     assert mixed[1] != mixed[2] == mixed[3]
 
 
 def test_shared_code_computes_each_block() -> None:
-    """The second block's code, called with the third block's weights and stream, is the third block."""
+    """The code of the second block with the weights and the stream of the third computes the third block."""
     rewritten = branches("single")
     never = (False,) * len(rewritten.sites)
-    made = pieces(rewritten, never)
+    made = variants(rewritten, never)
     assert structure(made[1].gm) == structure(made[2].gm)
     borrowed = [made[0], made[1], replace_code(made[2], made[1].gm), made[3]]
     outputs, _ = rewritten.string(rewritten.cut(), borrowed, 1, {})
@@ -335,13 +337,13 @@ def replace_code(variant: Variant, gm: fx.GraphModule) -> Variant:
 
 
 def straight(body: Callable[[Toy, Tensor], Any], x: Tensor, **parts: Any) -> fx.GraphModule:
-    """A toy's captured graph."""
+    """Return a toy's captured graph."""
     of: Traced = trace(Toy(body, **parts), (x,))
     return of.gm
 
 
 def test_structure_of_the_same() -> None:
-    """Neither names nor weights' values matter."""
+    """Names and values of weights do not matter."""
     x = tokens()
     one = straight(lambda m, x: x + m.ff(x), x, ff=linear())
     other = straight(lambda m, x: x + m.another(x), x, another=linear())
@@ -364,7 +366,7 @@ def test_structure_of_the_same() -> None:
     ids=["dtype", "shape", "strides", "order", "op", "keyword", "outputs", "more"],
 )
 def test_structure_of_others(body: Any, x: Tensor) -> None:
-    """What would compute something else, or of something else, is another."""
+    """Graphs with other ops or inputs have another structure."""
     linears = linear().to(x.dtype)
     assert structure(straight(body, x, ff=linears)) != structure(
         straight(lambda m, x: x + m.ff(x), tokens(), ff=linear())
@@ -373,7 +375,7 @@ def test_structure_of_others(body: Any, x: Tensor) -> None:
 
 @pytest.mark.parametrize(("a", "b"), [(1, 1.0), (2, 3), (1.5, 1.25), (True, 1), (0.0, -0.0)])
 def test_structure_of_constants(a: Any, b: Any) -> None:
-    """Numbers that are equal in Python are not the same to an op: 1, 1.0 and True, 0.0 and -0.0."""
+    """Constants that are equal in Python differ for an op: 1, 1.0 and True, 0.0 and -0.0."""
 
     def built(number: Any) -> fx.GraphModule:
         graph = fx.Graph()
@@ -387,7 +389,7 @@ def test_structure_of_constants(a: Any, b: Any) -> None:
 
 
 def test_structure_of_attributes() -> None:
-    """A constant tensor is the same where it is the same object."""
+    """A constant tensor is equal if it is the same object."""
 
     def built(tensor: Tensor) -> fx.GraphModule:
         graph = fx.Graph()
@@ -402,7 +404,7 @@ def test_structure_of_attributes() -> None:
 
 
 def test_blocks_of_other_widths_are_others() -> None:
-    """Two blocks that differ in what they are made of, and one that differs in a number."""
+    """Two blocks with different modules, or with a different number, have different structures."""
 
     class Gained(Block):
         gain = 1.0
@@ -421,12 +423,12 @@ def test_blocks_of_other_widths_are_others() -> None:
         block.gain = gain
     toy = Toy(body, enter=linear(), blocks=nn.ModuleList(gained), head=linear())
     rewritten = Rewritten.of(trace(toy, (tokens(), tokens(1, 2, 1, WIDTH))))
-    found = [structure(piece.gm) for piece in pieces(rewritten, (False,) * len(rewritten.sites))]
+    found = [structure(variant.gm) for variant in variants(rewritten, (False,) * len(rewritten.sites))]
     assert found[1] == found[2] != found[3]
 
 
 def test_one_segment_is_the_whole_graph() -> None:
-    """Uncut, nothing crosses, and what is exported is what is returned."""
+    """Without cuts nothing crosses, and the exports are the outputs."""
     for name in SHAPES:
         rewritten = branches(name)
         segments = whole(rewritten.gm, rewritten.sites)

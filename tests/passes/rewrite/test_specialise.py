@@ -1,4 +1,4 @@
-"""Straight-line variants: what is skipped is gone, what is left stands in its old order, and nothing else changed."""
+"""Straight-line variants: skipped nodes are gone, and the others keep their order."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ every_example = pytest.mark.parametrize("example", EXAMPLES, ids=lambda example:
 
 
 def input_names(rewritten: Rewritten, positions: tuple[int, ...]) -> set[str]:
-    """The names of captured inputs."""
+    """Return the names of the captured inputs of a variant."""
     placeholders = rewritten.traced.captured.placeholders
     return {placeholders[i].name for i in positions}
 
 
 def test_normalise() -> None:
-    """Sites inside a reused one count as reused; those around and beside it do not."""
+    """Sites inside a reused site count as reused; sites around and beside it do not."""
     parents = (1, 2, None, None, 3)
     assert normalise((False, False, True, False, False), parents) == (True, True, True, False, False)
     assert normalise((False, True, False, False, True), parents) == (True, True, False, False, True)
@@ -39,7 +39,7 @@ def test_normalise() -> None:
 
 @every_example
 def test_every_row(example: Example) -> None:
-    """Each of the at most 32 rows gives what an interpreter with a dictionary gives, after a step that computes all."""
+    """Each of at most 32 rows equals an interpreter with a dictionary, after a step that computes all sites."""
     rewritten = example.rewritten()
     for row in itertools.product((False, True), repeat=example.sites):
         rewritten.check([(False,) * example.sites, row])
@@ -47,8 +47,10 @@ def test_every_row(example: Example) -> None:
 
 @every_example
 def test_all_computed_is_the_captured_graph(example: Example) -> None:
-    """The computing variant has the captured graph's nodes in the captured order, and its sites' values as outputs; it
-    copies those alone that are parts of other tensors."""
+    """The computing variant has the captured nodes in captured order, with the sites' values as additional outputs.
+
+    It copies only values that are views of other tensors.
+    """
     rewritten = example.rewritten()
     variant = rewritten.variant((False,) * example.sites)
     captured = rewritten.traced.gm.graph
@@ -66,7 +68,7 @@ def test_all_computed_is_the_captured_graph(example: Example) -> None:
 
 @every_example
 def test_order_of_what_is_left(example: Example) -> None:
-    """In every variant the nodes stand in the order of the captured graph."""
+    """In every variant, the nodes have the order of the captured graph."""
     rewritten = example.rewritten()
     for row in itertools.product((False, True), repeat=example.sites):
         variant = rewritten.variant(row)
@@ -77,7 +79,7 @@ def test_order_of_what_is_left(example: Example) -> None:
 
 
 def test_reused_attention_takes_its_producers_with_it() -> None:
-    """Reusing the attention of both blocks: cores, projections, norms and modulation are gone, the gates stay."""
+    """If the attention of both blocks is reused, cores, projections, norms and modulation are gone, and gates stay."""
     rewritten = BLOCKS.rewritten()
     assert [str(site.kind) for site in rewritten.sites] == ["self", "mlp", "self", "mlp"]
     before = op_counts(rewritten.traced.gm)
@@ -91,7 +93,7 @@ def test_reused_attention_takes_its_producers_with_it() -> None:
 
 
 def test_reused_blocks_leave_the_stream() -> None:
-    """With everything reused the gates and the stream are left, and of the weights those of modulation and head."""
+    """If all sites are reused, gates and stream remain, and of the weights those of modulation and head."""
     rewritten = BLOCKS.rewritten()
     variant = rewritten.variant((True,) * 4)
     counts = op_counts(variant.gm)
@@ -107,7 +109,7 @@ def test_reused_blocks_leave_the_stream() -> None:
 
 
 def test_unread_input_is_dropped() -> None:
-    """An input that only a reused branch read is no input of the variant."""
+    """An input that only a reused branch reads is not an input of the variant."""
     toy = Toy(lambda m, x, text: x + m.ff(m.enter(text) * x), ff=mlp(), enter=linear())
     rewritten = Rewritten.of(trace(toy, (tokens(), tokens(1))))
     assert len(rewritten.variant((False,)).inputs) == 2 + 6
@@ -115,21 +117,21 @@ def test_unread_input_is_dropped() -> None:
 
 
 def test_joint_core_goes_with_its_values() -> None:
-    """Reusing a joint site removes the core and the projections of both streams."""
+    """A reused joint site drops the core and the projections of both streams."""
     rewritten = JOINT.rewritten()
     assert [str(site.kind) for site in rewritten.sites] == ["joint", "mlp", "mlp", "joint", "mlp"]
     counts = op_counts(rewritten.traced.gm)
     assert counts["dit_rewrite.attention"] == 2
     both = rewritten.variant((True, False, False, True, False))
     assert op_counts(both.gm)["dit_rewrite.attention"] == 0
-    assert op_counts(both.gm)["aten.addmm"] == 4  # two MLPs: the text's served the second core alone
+    assert op_counts(both.gm)["aten.addmm"] == 4  # two MLPs: only the second core reads the text's
     first = rewritten.variant((True, False, False, False, False))
     assert op_counts(first.gm)["dit_rewrite.attention"] == 1
     assert first.cached == ((0, 0), (0, 1))
 
 
 def test_text_that_feeds_the_last_joint_site_alone() -> None:
-    """The text's MLP has no other reader than the second layer's attention: it is reused with it, and gone."""
+    """The text's MLP, which only the second layer's attention reads, is dropped with it."""
     rewritten = JOINT.rewritten()
     assert rewritten.sites[2].name == "text_ff"
     assert rewritten.guarded.parents == (None, None, 3, None, None)
@@ -140,7 +142,7 @@ def test_text_that_feeds_the_last_joint_site_alone() -> None:
 
 
 def test_halves_share_one_projection() -> None:
-    """The MLP behind two streams' values goes when its site is reused."""
+    """The MLP whose output goes to two streams is dropped if its site is reused."""
     rewritten = HALVES.rewritten()
     assert op_counts(rewritten.traced.gm)["aten.relu"] == 2
     assert op_counts(rewritten.variant((True, False)).gm)["aten.relu"] == 1
@@ -148,7 +150,7 @@ def test_halves_share_one_projection() -> None:
 
 
 def test_nested_rows() -> None:
-    """A reused outer site hides the inner ones: the same variant, neither reading nor returning their values."""
+    """If an outer site is reused, inner decisions give the same variant, without their values."""
     rewritten = NESTED.rewritten()
     assert rewritten.guarded.parents == (1, 2, None)
     variants = [rewritten.variant((a, b, True)) for a in (False, True) for b in (False, True)]
@@ -164,7 +166,7 @@ def test_nested_rows() -> None:
 
 
 def test_site_inside_a_computed_one() -> None:
-    """An inner site that is reused while the outer is computed leaves the rest of the outer branch."""
+    """If an inner site is reused and the outer one computes, the rest of the outer branch remains."""
     rewritten = SIBLINGS.rewritten()
     assert rewritten.guarded.parents == (2, 2, None, None)
     counts = op_counts(rewritten.variant((True, False, False, False)).gm)
@@ -175,13 +177,13 @@ def test_site_inside_a_computed_one() -> None:
 
 
 @every_example
-def test_store(example: Example) -> None:
-    """Only the values of sites that are to be stored are returned, and the outputs are the same bit for bit."""
+def test_stored(example: Example) -> None:
+    """Only values of sites marked as stored are returned, and the outputs do not change by one bit."""
     rewritten = example.rewritten()
     never = (False,) * example.sites
     for site in range(example.sites):
-        store = tuple(i == site for i in range(example.sites))
-        variant = rewritten.variant(never, store)
+        stored = tuple(i == site for i in range(example.sites))
+        variant = rewritten.variant(never, stored)
         assert variant.fresh == tuple((site, k) for k in range(len(rewritten.sites[site].values)))
         outputs, _ = rewritten.run(variant, 0, {})
         assert same(outputs, rewritten.traced.returned[0])
@@ -190,14 +192,14 @@ def test_store(example: Example) -> None:
 
 
 def test_constant() -> None:
-    """A tensor that is an attribute of the graph comes along where it is read, and is gone where it is not."""
+    """A tensor attribute is in the variants that read it, and in no other."""
     rewritten = CONSTANT.rewritten()
     assert len(rewritten.variant((False,)).gm.graph.find_nodes(op="get_attr")) == 1
     assert len(rewritten.variant((True,)).gm.graph.find_nodes(op="get_attr")) == 0
 
 
 def test_guarded_graph_stays_as_it_is() -> None:
-    """Specialising, and changing what came of it, leaves the guarded graph alone."""
+    """Specialising, and modifying the variant, does not change the guarded graph."""
     rewritten = JOINT.rewritten()
     before = rewritten.guarded.gm.code
     variant = rewritten.variant((False,) * 5)
@@ -209,7 +211,7 @@ def test_guarded_graph_stays_as_it_is() -> None:
 
 
 def test_symbolic_sizes_stay() -> None:
-    """Every variant of a dynamic graph takes its symbolic sizes, also the one that has no op to read them."""
+    """Every variant of a dynamic graph takes its symbolic sizes, even one without ops that read them."""
     rewritten = NESTED.rewritten(dynamic=True)
     placeholders = rewritten.traced.captured.placeholders
     symbolic = {i for i, node in enumerate(placeholders) if isinstance(node.meta["val"], torch.SymInt)}
@@ -223,7 +225,7 @@ def test_symbolic_sizes_stay() -> None:
 
 
 def test_dynamic_variant_at_other_sizes() -> None:
-    """A variant that was made at one size serves another."""
+    """A variant specialised at one size works at another."""
     toy = Toy(lambda m, x: x + m.ff(m.norm(x)), ff=mlp(), norm=norm())
     rewritten = Rewritten.of(trace(toy, (tokens(0, 2, 4, 8),), (tokens(1, 3, 6, 8),), dynamic=True))
     compute, reuse = (rewritten.variant((decision,)) for decision in (False, True))
@@ -235,7 +237,7 @@ def test_dynamic_variant_at_other_sizes() -> None:
 
 
 def test_effects_stay() -> None:
-    """What must run for its effect runs in every variant, also where it reads the inside of a reused branch."""
+    """An impure node runs in every variant, even if it reads a node inside a reused branch."""
 
     def body(m: Toy, x: torch.Tensor) -> torch.Tensor:
         hidden = m.enter(x)
@@ -251,7 +253,7 @@ def test_effects_stay() -> None:
 
 
 def test_hand_built_graph() -> None:
-    """A graph written node by node, on numbers that can be checked by head."""
+    """A graph written node by node, with results that can be checked by hand."""
     graph = fx.Graph()
     x, weight = graph.placeholder("x"), graph.placeholder("weight")
     product = graph.call_function(torch.ops.aten.mm.default, (x, weight))
