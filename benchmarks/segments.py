@@ -28,7 +28,7 @@ BEHIND_THE_FIRST = Where(span="stack", layers=(1, None))
 def measure_segment_steps(device: str, rounds: int) -> list[Row]:
     """Measure segments at reuse 0 against plain torch.compile, and at full reuse against variants."""
     model, inputs = build(device), calls(device)
-    segments = Lowering(form="segments")
+    segments = Lowering(partition="segments")
     plain = isolated(model, "inductor")
     runs = {
         "plain": Stepper(plain, inputs),

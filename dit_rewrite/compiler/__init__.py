@@ -1,4 +1,4 @@
-"""The compiler: the pipeline of passes, the torch.compile backend that runs it, bind, partition and lowering.
+"""The compiler: the torch.compile backend, its pipeline of passes, and the passes that need policy or runtime.
 
-It imports passes, kernels, runtime and the language of policies. Reports, proofs and searches may import it.
+It imports passes, kernels, runtime and policy. The packages report, proof and search may import it.
 """

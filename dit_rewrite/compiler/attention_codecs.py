@@ -1,4 +1,4 @@
-"""What strategies inside attention put in the place of an attention op, as codecs over the kernels' ops."""
+"""The codecs of strategies that replace an attention op, on top of the kernels' ops."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from dit_rewrite.policy.strategies import BlockwiseReuse, Core
 
 @dataclass(frozen=True)
 class Windowed:
-    """DiTFastAttn's WA-RS (equations 1 and 2): R = O - W is held, and O' = W + R made of it.
+    """DiTFastAttn's WA-RS (equations 1 and 2): the slot stores the residual R = O - W, and `decode` returns O' = W + R.
 
-    ``last``: the `prefix` tokens stand behind the grid, and the sequence is turned around for the op, which has them
-    first; a window is the same from both ends.
+    ``last``: the `prefix` tokens come after the grid. The op expects them first, so the sequence is reversed for it;
+    a window is symmetric.
     """
 
     reach: tuple[int, ...]
@@ -58,7 +58,7 @@ class Windowed:
 
 @dataclass(frozen=True)
 class Blockwise:
-    """CachedAttention: the partial results of key blocks are held, and those that may have changed are recomputed."""
+    """CachedAttention: the slot stores partial results per key block; blocks that may have changed are recomputed."""
 
     strategy: BlockwiseReuse
     scale: float | None
@@ -68,12 +68,12 @@ class Blockwise:
         return False
 
     def encode(self, value: Tensor, read: Sequence[Tensor]) -> Sequence[Tensor]:
-        query, key, values, *mask = map(_narrow, read)
+        query, key, values, *mask = map(_float32_for_float64, read)
         how = self.strategy
         return blockwise_fill(query, key, values, mask[0] if mask else None, how.block, self.scale, self.kv_static)
 
     def decode(self, held: Sequence[Tensor], read: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
-        query, key, values, *mask = map(_narrow, read)
+        query, key, values, *mask = map(_float32_for_float64, read)
         how, seen = self.strategy, mask[0] if mask else None
         found = blockwise_step(
             query, key, values, list(held), seen, how.threshold, how.block, how.bound, self.scale, self.kv_static
@@ -81,20 +81,22 @@ class Blockwise:
         return found.to(dtype)
 
 
-def _narrow(tensor: Tensor) -> Tensor:
-    """float64, which only a replay has, in float32: the blockwise kernels take no more."""
+def _float32_for_float64(tensor: Tensor) -> Tensor:
+    """Cast float64, which occurs only in replays, to float32: the blockwise kernels do not support it."""
     return tensor.float() if tensor.dtype is torch.float64 else tensor
 
 
-def codec(strategy: Core, core: fx.Node, image: int | None, static: bool, steady_mask: bool) -> Codec | RefusalReason:
-    """What a strategy puts in the place of the attention op `core`, or why it cannot.
+def codec(
+    strategy: Core, core: fx.Node, image: int | None, invariant_kv: bool, invariant_mask: bool
+) -> Codec | RefusalReason:
+    """Return the codec with which a strategy replaces the attention op `core`, or the reason why it cannot.
 
-    `image` is the number of tokens of the stream from which the model's output is made; `static`: keys and values are
-    the same throughout a trajectory; `steady_mask`: so is the mask, or there is none.
+    `image` is the number of tokens of the stream that the model's output is computed from. `invariant_kv`: keys and
+    values are trajectory-invariant. `invariant_mask`: the mask is trajectory-invariant, or there is none.
     """
     given = arguments(core)
     if isinstance(strategy, BlockwiseReuse):
-        return _blockwise(strategy, given, static) if steady_mask else RefusalReason.MOVING_MASK
+        return _blockwise(strategy, given, invariant_kv) if invariant_mask else RefusalReason.MOVING_MASK
     if not is_of_one_sequence(core):
         return RefusalReason.OTHER_TOKENS
     text, last = (0, False) if image is None else text_tokens(core, image)
@@ -103,10 +105,10 @@ def codec(strategy: Core, core: fx.Node, image: int | None, static: bool, steady
     return Windowed(strategy.reach(tokens), strategy.grid, text, last, given["scale"], strategy.residual)
 
 
-def _blockwise(strategy: BlockwiseReuse, given: dict[str, Any], static: bool) -> Codec | RefusalReason:
+def _blockwise(strategy: BlockwiseReuse, given: dict[str, Any], invariant_kv: bool) -> Codec | RefusalReason:
     query, key = given["query"].meta["val"], given["key"].meta["val"]
     if query.dtype not in DTYPES or query.shape[-1] not in HEAD_SIZES:
         return RefusalReason.HEAD_SIZE
-    if strategy.bound == "paper" and not static:
+    if strategy.bound == "paper" and not invariant_kv:
         return RefusalReason.MOVING_KEYS
-    return Blockwise(replace(strategy, block=min(strategy.block, key.shape[2])), given["scale"], static)
+    return Blockwise(replace(strategy, block=min(strategy.block, key.shape[2])), given["scale"], invariant_kv)

@@ -1,4 +1,4 @@
-"""The torch.compile backend: it runs the passes over each captured graph and hands the result to dispatch."""
+"""The torch.compile backend: it runs the passes over each captured graph and passes the result to dispatch."""
 
 from __future__ import annotations
 
@@ -44,7 +44,8 @@ from dit_rewrite.runtime.trajectory import Trajectory
 
 
 class Watcher(Protocol):
-    """Is shown each captured graph, and each straight-line one, and returns a callback for the passes over it."""
+    """Observes compilation: it takes each captured and each straight-line graph, and returns a callback that is called
+    after each pass over the graph."""
 
     def begin(self, graph: int, captured: Captured) -> Watch: ...
 
@@ -53,9 +54,9 @@ class Watcher(Protocol):
 
 @dataclass
 class Rewritten:
-    """One captured graph with the results of all passes. ``variants`` are by segment and row.
+    """A captured graph with the results of all passes. The keys of ``variants`` are (segment, row).
 
-    ``gm`` is the graph that the guarded one was made from: without hoisted values, with the probes of guards.
+    ``gm`` is the graph from which the guarded graph was built: without hoisted values, with the probes of guards.
     """
 
     captured: Captured
@@ -95,22 +96,22 @@ class Rewritten:
 
     @property
     def reached(self) -> tuple[int, ...]:
-        """The indices of the sites that are guarded."""
+        """The indices of the guarded sites."""
         return self.bound.reached
 
     @property
     def slot_bytes(self) -> dict[int, int]:
-        """For each guarded site, by its index among all sites, the bytes that its slot holds of a stream."""
+        """The bytes per stream in the slot of each guarded site, by the index of the site among all sites."""
         slots = zip(self.reached, self.guarded.slot_tensors, strict=True)
         return {i: sum(map(cost.stored_bytes, slot)) for i, slot in slots}
 
     def straight(self, row: Row) -> Variant:
-        """All of the graph under a row of decisions, as one segment; for people to look at."""
+        """Return the whole graph specialised for a row of decisions, as one segment. It is only used for printing."""
         return specialise(self.guarded, row, whole(self.gm, self.partition.sites))
 
     @property
     def most_reused(self) -> Row:
-        """The row that reuses all that any compiled code reuses."""
+        """The row that reuses each site that some compiled variant reuses."""
         row = [False] * len(self.partition.sites)
         for number, part in self.variants:
             for site, reused in zip(self.partition.depends[number], part, strict=True):
@@ -119,7 +120,7 @@ class Rewritten:
 
 
 class Backend:
-    """Compared by identity: Dynamo would share one graph between two models whose backends are equal."""
+    """The backend of one model. It has no ``__eq__``: Dynamo would share graphs between models with equal backends."""
 
     def __init__(
         self,
@@ -132,23 +133,23 @@ class Backend:
         disable_passes: Collection[str] = (),
         cache_limit: int | None = None,
     ) -> None:
-        """`force` makes every decision compute, `store` limits how many sites' fresh values are returned; both are
-        for `verify`. `watcher` is shown each graph after each pass. The streams of a trajectory hold at most
-        `cache_limit` bytes, by default half of the memory of the model's device. Raises BadParameter for a name in
-        `disable_passes` that is no optional pass."""
+        """`force` makes every decision compute, and `store` limits the number of sites whose new slot tensors are
+        returned; `verify` uses both. `watcher` observes each graph after each pass. The slots of all streams of a
+        trajectory take at most `cache_limit` bytes, by default half of the memory of the model's device. Raises
+        BadParameter if a name in `disable_passes` is not an optional pass."""
         self.policy, self.lowering, self.force, self.watcher, self.store = policy, lowering, force, watcher, store
         self.disabled = check_disabled(disable_passes, (*PASSES, *STRAIGHT_LINE_PASSES))
         self.stats = Stats()
-        self._model = weakref.ref(model)  # the model holds its backend
+        self._model = weakref.ref(model)  # the model refers to its backend
         self.cache_limit = cache_limit
         self.session = Session(self.stats, self._limit)
         self.rewritten: list[Rewritten] = []
-        self.breaks: Counter[str] = Counter()  # graph breaks by place and reason
+        self.breaks: Counter[str] = Counter()  # graph breaks by location and reason
         self._compiles: set[Any] = set()
         self._compiling, self._first_call = threading.RLock(), threading.RLock()
 
     def __call__(self, gm: fx.GraphModule, example_inputs: Sequence[Any], **_: Any) -> Callable[..., Any]:
-        """What Dynamo calls with each graph that it captured."""
+        """Compile a graph; Dynamo calls this for each graph that it captures."""
         self._count(gm)
         call = self.session.call
         if call is None:
@@ -156,11 +157,11 @@ class Backend:
         return capture(gm, example_inputs, self._rewrite, call.conditioning, call.inputs.tensors)
 
     def capturing(self) -> contextlib.AbstractContextManager[Any]:
-        """To be entered around a call: of threads whose first calls come together one captures, for all of them."""
+        """Return a context for a call of the model. It serialises first calls, so that only one thread captures."""
         return contextlib.nullcontext() if self.rewritten else self._first_call
 
     def _count(self, gm: fx.GraphModule) -> None:
-        """Count recompiles and graph breaks. Dynamo may start one compilation over, with the same id: that is none."""
+        """Count recompiles and graph breaks. If Dynamo restarts a compilation, the id stays and nothing is counted."""
         compile_id = torch_compat.compile_id()
         if compile_id is None or compile_id in self._compiles:
             return
@@ -212,7 +213,8 @@ class Backend:
         return rewritten
 
     def _is_whole(self, captured: Captured) -> bool:
-        """Whether this graph is all of the model: rooted at it, not broken, and the first of its call."""
+        """Return whether the graph is the whole model: it has only the model's parameters, no graph break, and is the
+        first graph of the call."""
         call = self.session.call
         rooted = captured.parameter_names <= self._names()
         return captured.complete and rooted and (call is None or not call.graphs)
@@ -221,21 +223,22 @@ class Backend:
         return half_of_memory(self._model()) if self.cache_limit is None else self.cache_limit
 
     def _names(self) -> frozenset[str]:
-        """The model's parameters and buffers as they are now: a LoRA may have been loaded since."""
+        """Return the names of the model's current parameters and buffers. They change if a LoRA is loaded."""
         model = self._model()
         named = () if model is None else (model.named_parameters(), model.named_buffers())
         return frozenset(name for each in named for name, _ in each)
 
     def _compile_prologue(self, rewritten: Rewritten, hoisted: Hoisted) -> Executable:
-        """The code that computes the hoisted values."""
+        """Compile the code that computes the hoisted values."""
         run = self._lower(rewritten, hoisted.prologue, "prologue")
         fresh = tuple((0, k) for k in range(len(hoisted.values)))
         return Executable(run, hoisted.inputs, (), (), fresh, None)
 
     def _compile(self, rewritten: Rewritten, number: int, row: Row) -> Executable | None:
-        """The variant of one segment for a row of the decisions that it depends on; None if it has no nodes.
+        """Compile the variant of a segment for a row of the decisions it depends on. Returns None if it has no nodes.
 
-        Segments of one structure share their code. Dispatch checks the sizes that lowering assumed if Dynamo cannot.
+        Segments with equal structure share their code. Sizes that lowering assumes after Dynamo has finished are not in
+        Dynamo's guards, so dispatch checks them.
         """
         guarded, partition = rewritten.guarded, rewritten.partition
         stored = None if self.store is None else [i < self.store for i in range(len(guarded.sites))]
@@ -267,7 +270,7 @@ class Backend:
 
     @staticmethod
     def _name(rewritten: Rewritten, number: int, row: Row) -> str:
-        """The name of a variant in the dump."""
+        """Return the name of a variant in the dump."""
         if rewritten.partition.segments.count == 1:
             return f"variant{len(rewritten.compiled)}_{row_name(row)}"
         return f"segment{number}_{row_name(row)}"
@@ -288,20 +291,20 @@ def _timed(name: str, start: float, before: fx.GraphModule, after: fx.GraphModul
 
 
 def _size_check(captured: Captured, assumed: tuple[sympy.Basic, ...]) -> Callable[[Sequence[Any]], bool] | None:
-    """A check of the sizes that a late compilation assumed; None if it assumed nothing."""
+    """Return a check of the sizes that a late compilation assumed, or None if it assumed none."""
     symbols = {i: s for i, node in enumerate(captured.placeholders) if (s := _symbol(node)) is not None}
     return lowering.admits(assumed, symbols) if assumed else None
 
 
 def row_name(row: Sequence[bool]) -> str:
-    """A row of decisions in letters: C computes, R reuses. A row of one decision for all is named so."""
+    """Return a row of decisions as letters, C for compute and R for reuse, or "all_compute" or "all_reuse"."""
     if not row or len(set(row)) == 1:
         return "all_reuse" if row and row[0] else "all_compute"
     return "".join("R" if reused else "C" for reused in row)
 
 
 def half_of_memory(model: torch.nn.Module | None) -> int:
-    """Half of the memory of the device that a model lies on, in bytes."""
+    """Return half of the memory of the model's device, in bytes."""
     parameter = next(model.parameters(), None) if model is not None else None
     if parameter is not None and parameter.is_cuda:
         return torch.cuda.mem_get_info(parameter.device)[1] // 2

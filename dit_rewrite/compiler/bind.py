@@ -1,4 +1,5 @@
-"""Bind a policy to a captured graph: the sites that its rules select, the probes of their guards, and their formats."""
+"""Bind a policy to a captured graph: find the sites that its rules select, add the probes of their guards, and choose
+their slot formats."""
 
 from __future__ import annotations
 
@@ -31,10 +32,10 @@ from dit_rewrite.policy.where import Where
 
 @dataclass(frozen=True)
 class Bound:
-    """A graph with the probes of guards in it, all its sites, and the rules of each of them.
+    """A graph with the probes of guards, its sites, and the rules of each site.
 
-    ``gm`` is the captured graph itself if the policy needs nothing but branches. ``formats`` has, for each reachable
-    site, how its slot holds values.
+    ``gm`` is the captured graph itself if the policy needs only branches. ``formats`` has the slot format of each
+    reachable site.
     """
 
     gm: fx.GraphModule
@@ -44,16 +45,16 @@ class Bound:
 
     @property
     def refused(self) -> tuple[Refusal, ...]:
-        """The places that are no site, and why."""
+        """The candidates that are not sites, with the reasons."""
         return self.found.refused
 
     def after(self, gm: fx.GraphModule) -> Bound:
-        """The same, with closures and costs of the sites as they are in a graph that holds fewer nodes."""
+        """Return a copy with the closures and costs of the sites in `gm`, a graph with fewer nodes."""
         return replace(self, found=replace(self.found, sites=close(gm.graph, self.found.sites)))
 
     @property
     def reached(self) -> tuple[int, ...]:
-        """The indices of the sites that are guarded."""
+        """The indices of the guarded sites."""
         return tuple(i for i, rules in enumerate(self.rules) if rules.reachable)
 
     @property
@@ -66,7 +67,7 @@ class Bound:
 
 
 def run(gm: fx.GraphModule, ctx: Context) -> fx.GraphModule:
-    """The pass: it leaves a Bound, and returns the graph with probes."""
+    """The pass: put a Bound into the context, and return the graph with probes."""
     bound = bind(ctx[Captured], ctx[Found], ctx[Policy], ctx[Request].whole, ctx[Request].hoist)
     ctx.put(bound)
     return bound.gm
@@ -75,7 +76,7 @@ def run(gm: fx.GraphModule, ctx: Context) -> fx.GraphModule:
 def bind(captured: Captured, found: Found, policy: Policy, whole: bool, hoist: bool) -> Bound:
     """Find the sites that `policy` selects in a graph whose branches are `found`.
 
-    `whole` says that the graph is all of the model, `hoist` that trajectory-invariant values are computed only once.
+    `whole`: the graph is the whole model. `hoist`: trajectory-invariant values are computed once per trajectory.
 
     Raises LayersOutside, OverlappingSpans, TwoStores.
     """
@@ -93,13 +94,13 @@ def bind(captured: Captured, found: Found, policy: Policy, whole: bool, hoist: b
     if gm is not captured.gm:
         sites = list(close(gm.graph, sites))
     early = _refuse_early(sites, rules, gm) if not policy.lag else []
-    _go_with_cores(sites, rules)
-    known_formats = SlotFormats(captured, measuring.probes)
-    formats, formless = _formats(sites, rules, known_formats)
+    _follow_cores(sites, rules)
+    slot_formats = SlotFormats(captured, measuring.probes)
+    formats, unformatted = _formats(sites, rules, slot_formats)
     for i, chosen in formats.items():
-        sites[i] = replace(sites[i], conditioned=known_formats.is_conditioned(sites[i], chosen))
+        sites[i] = replace(sites[i], conditioned=slot_formats.is_conditioned(sites[i], chosen))
     outside = _outside(policy, spans, stacks, whole) if found.sites else []
-    refused = [*found.refused, *refused, *outside, *unmeasured, *early, *formless]
+    refused = [*found.refused, *refused, *outside, *unmeasured, *early, *unformatted]
     return Bound(gm, replace(found, sites=tuple(sites), refused=tuple(refused)), tuple(rules), formats)
 
 
@@ -111,7 +112,7 @@ def _asked(
     steady: frozenset[int],
     outputs: Collection[str | None],
 ) -> tuple[list[Site], list[Refusal]]:
-    """The branches, and those other parts of them and spans that some rule asks for."""
+    """Find the sites of all parts that some rule replaces: the branches, parts of branches, spans and outputs."""
     sites, refused = list(found.sites), list[Refusal]()
     wanted = {span: blocks for each in spans.values() for span, blocks in each.items()}
     finders: tuple[tuple[bool, Callable[[], tuple[Sequence[Site], Sequence[Refusal]]]], ...] = (
@@ -131,23 +132,24 @@ def _asked(
 
 
 def _outside(policy: Policy, spans: Mapping[Where, Spans], stacks: Stacks, whole: bool) -> list[Refusal]:
-    """What the places of spans leave out: blocks of other stacks, or spans that cannot be told in a part of a model."""
+    """Return what rules for spans leave out: blocks of other stacks, and spans that are undefined in a part of a
+    model."""
     refused: dict[Refusal, None] = {}
     for where in dict.fromkeys(rule.where for rule in policy.rules if rule.where.part is Part.SPAN):
-        meant = spans.get(where)
-        if meant is None:
+        selected = spans.get(where)
+        if selected is None:
             refused[Refusal("", f"{where.span} of layers", RefusalReason.SPAN_IN_PART)] = None
             continue
         refused.update(dict.fromkeys(stacks.find(where.stack).refused))
-        if not meant and stacks.find(where.stack).layers:
+        if not selected and stacks.find(where.stack).layers:
             refused[Refusal("", f"{where.span} of layers", RefusalReason.NO_BLOCKS)] = None
-        elif meant and not whole:
+        elif selected and not whole:
             refused[Refusal("", f"{where.span} of layers", RefusalReason.SPAN_PER_GRAPH)] = None
     return list(refused)
 
 
 def _refuse_early(sites: Sequence[Site], rules: list[SiteRules], gm: fx.GraphModule) -> list[Refusal]:
-    """Take the rules away from sites that run before what decides a site around them."""
+    """Remove the rules of sites that run before the probe that decides an enclosing site."""
     refused = []
     for i in sorted(_early(sites, gm)):
         if rules[i].reachable:
@@ -156,8 +158,8 @@ def _refuse_early(sites: Sequence[Site], rules: list[SiteRules], gm: fx.GraphMod
     return refused
 
 
-def _go_with_cores(sites: Sequence[Site], rules: list[SiteRules]) -> None:
-    """What is held for a core has its rules; the core stands before it."""
+def _follow_cores(sites: Sequence[Site], rules: list[SiteRules]) -> None:
+    """Give the stored state of each attention core the rules of the core, which is the site before it."""
     for i, site in enumerate(sites):
         if site.part is Part.CORE_STATE:
             rules[i] = rules[i - 1]
@@ -166,7 +168,7 @@ def _go_with_cores(sites: Sequence[Site], rules: list[SiteRules]) -> None:
 def _formats(
     sites: Sequence[Site], rules: list[SiteRules], known: SlotFormats
 ) -> tuple[dict[int, SlotFormat], list[Refusal]]:
-    """The slot format of each reachable site; a site without one loses its rules."""
+    """Return the slot format of each reachable site. The rules of a site that cannot have one are removed."""
     formats, refused = dict[int, SlotFormat](), list[Refusal]()
     for i, site in enumerate(sites):
         if not rules[i].reachable:
@@ -181,12 +183,13 @@ def _formats(
 
 
 def known(found: Found, layer: int, whole: bool) -> dict[str, Value]:
-    """What is known of a site at rewrite time. In a part of a model its layer is not: blocks may share the graph."""
+    """Return the guard symbols that are known at rewrite time. In a part of a model the layer is unknown, because
+    several blocks may share the graph."""
     return {"layer": layer, "num_layers": found.num_layers} if whole else {}
 
 
 class _Measuring:
-    """Puts what guards measure into the graph, and takes away the rules that nothing could prove."""
+    """Adds the probes of guards to the graph, and removes rules whose measurements are not available."""
 
     def __init__(self, gm: fx.GraphModule, found: Found, captured: Captured, whole: bool, lag: int) -> None:
         self.gm, self.lag = gm, lag
@@ -212,7 +215,7 @@ class _Measuring:
         return measuring, [r.measuring(h) for r, h in zip(rules, had, strict=True)], refused
 
     def _measure(self, site: Site, rules: SiteRules) -> tuple[Site, list[RefusalReason]]:
-        """The site with what its guards measure, and why that lacks something."""
+        """Return the site with the probes of its guards, and the reasons why probes are missing."""
         asked = [found for name in sorted(rules.needs) if (found := measurement(name)) is not None]
         probes: list[Probe | Reason | None] = [
             self._lacks(each, rules) if each.statistic == ERROR else self.probes.measured(each, site) for each in asked
@@ -225,7 +228,7 @@ class _Measuring:
         return site, reasons
 
     def _lacks(self, error: Measurement, rules: SiteRules) -> Reason | None:
-        """Why a site whose guard asks for that error of a forecast cannot have it."""
+        """Return why a forecast error in the guard of a site is not available, or None if it is."""
         if error.probe == "self":
             return RefusalReason.NO_FORECAST if rules.forecast is None else None
         if not self.probes.whole:
@@ -234,7 +237,7 @@ class _Measuring:
 
 
 def _before(site: Site, position: Mapping[str, int], refused: list[Refusal]) -> Site:
-    """The site with those of its probes that the graph computes before it."""
+    """Return the site with only those probes that the graph computes before it."""
     begin = min(position[value] for value in site.values)
     probes = tuple(probe for probe in site.probes if not probe.waits or position[probe.node] < begin)
     if probes != site.probes:
@@ -243,7 +246,7 @@ def _before(site: Site, position: Mapping[str, int], refused: list[Refusal]) -> 
 
 
 def _early(sites: Sequence[Site], gm: fx.GraphModule) -> set[int]:
-    """The sites that run before a probe by which a site around them is decided."""
+    """Return the sites that run before the probe that decides an enclosing site."""
     position = {node.name: i for i, node in enumerate(gm.graph.nodes)}
     early = set()
     for i, site in enumerate(sites):

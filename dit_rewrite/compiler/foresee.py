@@ -1,4 +1,4 @@
-"""Foresee the decisions of a trajectory, as far as they can be known before it runs."""
+"""Foresee the decisions of a trajectory, as far as they are known before it runs."""
 
 from __future__ import annotations
 
@@ -21,22 +21,22 @@ from dit_rewrite.runtime.decide import NEVER, NO_SLOT, Choose, Computed, Decider
 from dit_rewrite.runtime.measure import ForecastError
 from dit_rewrite.runtime.slots import Transition, after, transition
 
-FORESEEN_STEPS = 64  # how many steps to look ahead if their number is not known
-LONGEST = 1000  # and at most
-ANSWERS = (None, 0.0, 1e6)  # possible results of a measurement: none, no change, a large change
+FORESEEN_STEPS = 64  # steps to simulate if the number of steps is unknown
+LONGEST = 1000  # maximum number of steps to simulate
+ANSWERS = (None, 0.0, 1e6)  # simulated measurements: unknown, no change, a large change
 
 Row = tuple[bool, ...]
 
 
 @dataclass(frozen=True)
 class Foreseen:
-    """``specs`` describes the guarded sites to the run time; ``rows`` has the decisions of each foreseen step."""
+    """``specs`` describes the guarded sites to dispatch; ``rows`` has the decisions of each foreseen step."""
 
     specs: tuple[SiteSpec, ...]
     rows: tuple[Row, ...]
 
     def describe(self) -> Iterator[str]:
-        """Each distinct row in letters (C computes, R reuses), and at how many of the foreseen steps it comes."""
+        """Yield each distinct row as letters (C for compute, R for reuse), with its number of foreseen steps."""
         for row in dict.fromkeys(self.rows):
             yield f"{self.rows.count(row):5d}  {''.join('R' if reused else 'C' for reused in row)}"
 
@@ -53,19 +53,19 @@ def run(gm: fx.GraphModule, ctx: Context) -> Foreseen:
 
 
 def _errors(index: int, rules: Sequence[SiteRules]) -> dict[str, ForecastError]:
-    """For each symbol of a site's guard that is an error of forecasts, the sites whose error it is."""
+    """Return, for each symbol of a site's guard that is a forecast error, the sites whose error it is."""
     verified = tuple(i for i, each in enumerate(rules) if each.verifies)
     asked = {error: (index,) if error.probe == "self" else verified for error in rules[index].errors}
     return {error.name: ForecastError(sites, error.elementwise) for error, sites in asked.items()}
 
 
 def _spec(guarded: GuardedGraph, index: int, rules: SiteRules, force: bool) -> SiteSpec:
-    """A guarded site as the run time knows it."""
+    """Return the description of a guarded site for dispatch."""
     site = guarded.sites[index]
     choose: Choose = forced if force else rules.chooser()
     entropy = None if site.entropy is None else guarded.widths[index] - 1
     parent, reads, serves = guarded.parents[index], None, None
-    borrows = rules.form.stream if isinstance(rules.form, ShareGuidance | GuidanceDelta) else None
+    borrows = rules.slot_format.stream if isinstance(rules.slot_format, ShareGuidance | GuidanceDelta) else None
     if site.part is Part.CORE:
         reads = guarded.parents.index(index)
     elif site.part is Part.CFG_SHARED and borrows is None:
@@ -86,7 +86,7 @@ def _spec(guarded: GuardedGraph, index: int, rules: SiteRules, force: bool) -> S
         borrows=borrows,
         width=guarded.widths[index],
         depth=guarded.depths[index],
-        differs=isinstance(rules.form, GuidanceDelta) and borrows is not None,
+        differs=isinstance(rules.slot_format, GuidanceDelta) and borrows is not None,
     )
 
 
@@ -97,10 +97,10 @@ def simulate(
     streams: Collection[str] = (),
     measures: bool = False,
 ) -> list[Row]:
-    """The rows of a trajectory whose every call finds the slots it left, for each stream that rules name and another.
+    """Return the rows of a trajectory without misses, once for each stream that rules name and once for any other.
 
-    `noise` gives sigma and SNR of a step. Without `num_steps`, the first steps of a long trajectory are looked at.
-    Where guards measure, the plan is not known: these are its rows if every measurement were the same.
+    `noise` returns sigma and SNR of a step. Without `num_steps`, the first steps of a long trajectory are simulated. If
+    guards measure (`measures`), the decisions are not known; the rows are those of constant measurements (`ANSWERS`).
     """
     answers = ANSWERS if measures else (None,)
     plans = itertools.product((None, *sorted(streams)), answers)

@@ -1,8 +1,8 @@
-"""Full attention and what its window leaves over, in one pass over keys and values where that is faster.
+"""Fuse full attention and the residual to its window attention into one pass over keys and values, if it is faster.
 
-A step that computes writes the residual R = O - W as window attention of -V on top of O, behind PyTorch's own
-attention. The op `window_refresh` makes both at once. Which is faster depends on the device and the sizes, so it is
-measured there, once for each.
+A computing step calculates the residual R = O - W as window attention of -V added to O, after PyTorch's own attention.
+The op `window_refresh` computes both in one pass. Which is faster depends on the device and the sizes, so it is
+measured once for each combination.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ from dit_rewrite.torch_compat import unset_fake_temporarily
 REUSE, REFRESH = torch.ops.dit_rewrite.window_reuse.default, torch.ops.dit_rewrite.window_refresh.default
 _PLACES = ("query", "key", "value", "residual", "window", "grid", "prefix", "attn_mask", "scale")
 _DEFAULTS = {"grid": None, "prefix": 0, "attn_mask": None, "scale": None}
-_SHARED = ("query", "key", "attn_mask", "scale")  # what attention and its window must have in common
+_SHARED = ("query", "key", "attn_mask", "scale")  # arguments that attention and its window must share
 
 
 class Refresh(NamedTuple):
-    """An attention op of the graph, the op that makes its window's residual, and the arguments of both as one."""
+    """An attention op, the op that computes the residual to its window, and the arguments of the fused op."""
 
     core: fx.Node
     window: fx.Node
@@ -38,13 +38,13 @@ class Refresh(NamedTuple):
 
 
 def run(gm: fx.GraphModule, ctx: Context) -> fx.GraphModule:
-    """The pass: fuse where that was measured to be faster."""
+    """The pass: fuse where the fused op is measured to be faster."""
     fuse(gm, is_faster)
     return gm
 
 
 def fuse(gm: fx.GraphModule, faster: Callable[[Refresh], bool]) -> int:
-    """Write each refresh of a straight-line graph that is `faster` so as one op; how many there were."""
+    """Replace each refresh of a straight-line graph by one op if `faster` returns True. Returns how many there were."""
     found = [r for node in gm.graph.find_nodes(op="call_function", target=REUSE) if (r := match(node)) and faster(r)]
     for refresh in found:
         _write(gm.graph, refresh)
@@ -55,7 +55,7 @@ def fuse(gm: fx.GraphModule, faster: Callable[[Refresh], bool]) -> int:
 
 
 def match(node: fx.Node) -> Refresh | None:
-    """The refresh that a `window_reuse` is part of, or None."""
+    """Return the refresh that a `window_reuse` node is part of, or None."""
     given: dict[str, Any] = {**_DEFAULTS, **dict(zip(_PLACES, node.args, strict=False)), **node.kwargs}
     core, negated = given.pop("residual"), given["value"]
     if core.target is not opaque_attention.OP or negated.target is not aten.neg.default:
@@ -69,7 +69,7 @@ def match(node: fx.Node) -> Refresh | None:
 
 
 def _write(graph: fx.Graph, refresh: Refresh) -> None:
-    """Both results of one op, before the attention whose place it takes."""
+    """Insert the fused op before the attention, and replace both results."""
     with graph.inserting_before(refresh.core):
         both = graph.call_function(REFRESH, tuple(refresh.given[name] for name in _PLACES if name in refresh.given))
         both.meta["val"] = (refresh.core.meta["val"], refresh.window.meta["val"])
@@ -80,7 +80,7 @@ def _write(graph: fx.Graph, refresh: Refresh) -> None:
 
 
 class _Spec(NamedTuple):
-    """What a measurement depends on of a tensor."""
+    """The properties of a tensor that the measured time depends on."""
 
     shape: tuple[int, ...]
     stride: tuple[int, ...]
@@ -92,14 +92,14 @@ class _Spec(NamedTuple):
         return cls(tuple(tensor.shape), tensor.stride(), tensor.dtype, tensor.device)
 
     def make(self) -> Tensor:
-        """A tensor like it; of ones, which a mask of any kind may be."""
+        """Return a tensor of ones with these properties; ones are valid for every kind of mask."""
         return torch.empty_strided(self.shape, self.stride, dtype=self.dtype, device=self.device).fill_(1)
 
 
 def is_faster(refresh: Refresh) -> bool:
-    """Whether one pass is faster than two on the GPU of this refresh. Sizes that are not known are not measured.
+    """Return whether one pass is faster than two on the GPU of this refresh; False if sizes are symbolic.
 
-    Not on a CPU, where the op is the naive reference of the kernel, unlike PyTorch's attention.
+    On a CPU it returns False, because the op is a naive reference there and PyTorch's attention is not.
     """
     given = {name: a.meta["val"] if isinstance(a, fx.Node) else a for name, a in refresh.given.items()}
     specs = tuple(_Spec.of(given[name]) for name in ("query", "key", "value", "attn_mask") if given[name] is not None)
@@ -129,5 +129,5 @@ def _measured(
         one = functools.partial(window_refresh, query, key, value, *where)
         try:
             return bool(do_bench(one, return_mode="median") < do_bench(two, return_mode="median"))
-        except (OutOfResources, torch.OutOfMemoryError):  # the kernel's tiles, or what is measured beside the model
+        except (OutOfResources, torch.OutOfMemoryError):  # shared memory for the tiles, or memory beside the model
             return False

@@ -1,4 +1,4 @@
-"""Pass 05: what lowers a straight-line graph. "inductor", "aot_eager" (runs it as it is), or a callable of your own."""
+"""Lower a straight-line graph with "inductor", "aot_eager" (which runs the graph itself), or a custom callable."""
 
 from __future__ import annotations
 
@@ -19,26 +19,27 @@ from dit_rewrite.torch_compat import FakeTensorMode
 
 InnerBackend = str | Callable[[fx.GraphModule, list[Any]], Callable[..., Any]]
 Compiled = Callable[..., Sequence[Any]]
-FORMS = ("auto", "variants", "segments")
+PARTITIONS = ("auto", "variants", "segments")
 
 
 @dataclass(frozen=True)
 class Lowering:
-    """How graphs become callables. `options` are Inductor's config patches.
+    """How graphs are compiled. `options` are Inductor's config patches.
 
-    `form` is "variants" (a straight-line graph for each row of decisions), "segments" (pieces that the host strings
-    together), or "auto": variants where these are at most `max_variants`, and no decision waits for a measurement of
-    its own call. Raises BadArgument for an unknown backend or form, or options that a backend cannot take.
+    `partition` is "variants" (a straight-line graph per row of decisions), "segments" (parts of the graph that dispatch
+    runs one after the other), or "auto": variants if there are at most `max_variants` and no decision waits for a
+    measurement of its own call. Raises BadArgument for an unknown backend or partition, or options that the backend
+    does not accept.
     """
 
     backend: InnerBackend = "inductor"
     options: Mapping[str, Any] = field(default_factory=dict)
-    form: str = "auto"
+    partition: str = "auto"
     max_variants: int = 8
 
     def __post_init__(self) -> None:
-        if self.form not in FORMS:
-            raise BadArgument("compile", "lowering", self.form, f"one of {', '.join(FORMS)}")
+        if self.partition not in PARTITIONS:
+            raise BadArgument("compile", "lowering", self.partition, f"one of {', '.join(PARTITIONS)}")
         if self.max_variants < 1:
             raise BadArgument("compile", "max_variants", self.max_variants, "a whole number >= 1")
 
@@ -48,26 +49,26 @@ class Lowering:
         backend: InnerBackend,
         mode: str | None = None,
         options: Mapping[str, Any] | None = None,
-        form: str = "auto",
+        partition: str = "auto",
         max_variants: int = 8,
     ) -> Lowering:
-        """As torch.compile takes them: `mode` is a named set of Inductor options."""
+        """Create a Lowering from arguments of torch.compile; `mode` names a set of Inductor options."""
         if not callable(backend) and backend not in ("inductor", "aot_eager"):
             raise BadArgument("compile", "backend", backend, '"inductor", "aot_eager" or a callable')
         patches = dict(torch_compat.inductor_options(mode)) if mode is not None else {}
         patches.update(options or {})
         if patches and backend != "inductor":
             raise BadArgument("compile", "mode or options", patches, 'none, unless backend is "inductor"')
-        return cls(backend, patches, form, max_variants)
+        return cls(backend, patches, partition, max_variants)
 
     @property
     def owns_outputs(self) -> bool:
-        """Whether what a variant returns stays ours: CUDA graphs overwrite their outputs at the next replay."""
+        """Whether outputs of compiled code stay valid; CUDA graphs overwrite theirs at the next replay."""
         return not self.options.get("triton.cudagraphs", False)
 
     @property
     def lays_out(self) -> bool:
-        """Whether strides within a graph are the compiler's to choose; ops that run as they are keep to the trace's."""
+        """Whether the backend chooses strides within the graph; otherwise ops need the strides of the trace."""
         return self.backend == "inductor"
 
     def lower(self, gm: fx.GraphModule, fake_mode: FakeTensorMode | None) -> Compiled:
@@ -89,7 +90,7 @@ class Lowering:
 
 @contextlib.contextmanager
 def _quiet(fake_mode: FakeTensorMode | None) -> Iterator[None]:
-    """A tracing context of our own; no autograd and no autocast: the graph has its casts already."""
+    """A separate tracing context without autograd and without autocast, whose casts are in the graph already."""
     with contextlib.ExitStack() as stack:
         stack.enter_context(torch_compat.tracing(fake_mode))
         stack.enter_context(torch.no_grad())
@@ -105,19 +106,19 @@ def _cloning(run: Compiled) -> Compiled:
 
 
 def new_guards(fake_mode: FakeTensorMode | None, before: int) -> tuple[sympy.Basic, ...]:
-    """The guards on sizes that were added to the trace since it had `before` of them."""
+    """Return the size guards that were added to the trace after the first `before`."""
     return tuple(torch_compat.size_guards(fake_mode)[before:])
 
 
 def count_guards(fake_mode: FakeTensorMode | None) -> int:
-    """How many guards on sizes the trace has."""
+    """Return the number of size guards of the trace."""
     return len(torch_compat.size_guards(fake_mode))
 
 
 def admits(
     expressions: tuple[sympy.Basic, ...], symbols: Mapping[int, sympy.Symbol]
 ) -> Callable[[Sequence[Any]], bool]:
-    """A check of `expressions` on a graph's inputs, where the input at each position of `symbols` is that size."""
+    """Return a check of `expressions` for a graph's inputs; `symbols` maps positions of inputs to their symbols."""
 
     def check(args: Sequence[Any]) -> bool:
         sizes = {symbol: args[i] for i, symbol in symbols.items()}
@@ -127,9 +128,9 @@ def admits(
 
 
 def isolated(model: Any, backend: InnerBackend, fullgraph: bool = False, dynamic: bool | None = None) -> Any:
-    """torch.compile of a module or function with recompiles counted for it alone, where torch can do that (2.13).
+    """Call torch.compile so that recompiles are counted per compiled module, if torch supports it (2.13).
 
-    Otherwise every compiled module of one class shares a budget of 8, and then runs eagerly in silence.
+    Otherwise all compiled modules of a class share a limit of 8 recompiles, after which they silently run eagerly.
     """
     separate = "isolate_recompiles" in inspect.signature(torch.compile).parameters
     more: dict[str, Any] = {"isolate_recompiles": True} if separate else {}

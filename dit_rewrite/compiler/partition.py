@@ -1,4 +1,4 @@
-"""Partition a guarded graph for the run time: one segment with a variant for each row, or many segments."""
+"""Partition a guarded graph for dispatch: one segment with a variant per row of decisions, or many segments."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ from dit_rewrite.runtime.spectral import Grid
 
 
 def run(gm: fx.GraphModule, ctx: Context) -> Partition:
-    """The pass: choose between variants and segments, and cut."""
+    """The pass: choose between variants and segments, and cut the graph."""
     return Partition.of(ctx[Bound], ctx[GuardedGraph], ctx[Foreseen].rows, ctx[Lowering], ctx[Policy])
 
 
 @dataclass(frozen=True)
 class Partition:
-    """The segments of a graph, and ``why`` there are so many; ``depends`` are, for each, the sites whose decisions its
-    code depends on."""
+    """The segments of a graph. ``why`` is the reason for their number. ``depends`` has, for each segment, the sites
+    whose decisions its code depends on."""
 
     gm: fx.GraphModule
     sites: tuple[Site, ...]
@@ -47,15 +47,16 @@ class Partition:
     def of(
         cls, bound: Bound, guarded: GuardedGraph, rows: Sequence[Row], lowering: Lowering, policy: Policy
     ) -> Partition:
-        """Partition as `lowering` asks. With "auto", cut into segments if there are too many distinct rows, or if a
-        guard measures the call that it decides. Raises NeedsSegments if it does, and variants were asked for."""
+        """Partition as `lowering` requests. With "auto", cut into segments if there are too many distinct rows, or if a
+        guard measures the call that it decides. Raises NeedsSegments in that case if `lowering` requests variants.
+        """
         sites, gm = guarded.sites, guarded.source
         now = policy.lag == 0 and any(site.awaited for site in sites)
-        if now and lowering.form == "variants":
+        if now and lowering.partition == "variants":
             raise NeedsSegments(policy)
         why = LoweringReason.MANY_ROWS if len(set(rows)) > lowering.max_variants else LoweringReason.FEW_ROWS
-        why = LoweringReason.ASKED if lowering.form != "auto" else LoweringReason.MEASURES_NOW if now else why
-        if lowering.form == "segments" or why in (LoweringReason.MANY_ROWS, LoweringReason.MEASURES_NOW):
+        why = LoweringReason.ASKED if lowering.partition != "auto" else LoweringReason.MEASURES_NOW if now else why
+        if lowering.partition == "segments" or why in (LoweringReason.MANY_ROWS, LoweringReason.MEASURES_NOW):
             segments = cut(gm, bound.found, sites, now)
         else:
             segments = whole(gm, sites)
@@ -72,28 +73,28 @@ class Partition:
 
     @cached_property
     def _wires(self) -> dict[int, int]:
-        """The number of the wire of each position that has one: the inputs, then what segments export."""
+        """The wire of each node position that has one: first the inputs, then the values that segments export."""
         inputs = (i for i, node in enumerate(self._nodes) if node.op == "placeholder")
         exports = (p for exports in self.segments.exports for p in exports)
         return {position: wire for wire, position in enumerate((*inputs, *exports))}
 
     def wire(self, position: int) -> int:
-        """The wire that carries the node at a position of the captured graph."""
+        """Return the wire of the node at a position of the graph."""
         return self._wires[position]
 
     def wiring(self, captured: Captured, num_hoisted: int = 0) -> Wiring:
-        """How the wires of the captured graph run."""
+        """Return the wiring of the graph."""
         returned = self._nodes[-1].args[0]
         outputs = tuple(
             self._wires[self._position[out.name]] if isinstance(out, fx.Node) else (out,)
             for out in returned  # type: ignore[union-attr]
         )
         num_inputs = sum(node.op == "placeholder" for node in self._nodes)
-        held = captured.static, captured.conditioning, captured.ambient
-        return Wiring(len(self._wires), num_inputs, outputs, *held, num_hoisted)
+        kinds = captured.static, captured.conditioning, captured.ambient
+        return Wiring(len(self._wires), num_inputs, outputs, *kinds, num_hoisted)
 
     def wired(self, specs: Sequence[SiteSpec]) -> list[SiteSpec]:
-        """The sites as dispatch knows them, with the wires that carry what they measure, and what they depend on."""
+        """Return `specs` with the wires of the values that their guards measure."""
         return [
             replace(
                 spec,
@@ -104,7 +105,7 @@ class Partition:
         ]
 
     def _measured(self, probe: Probe) -> Measured:
-        """What dispatch measures for a guard."""
+        """Return the measurement that dispatch makes for a probe."""
         asked = measurement(probe.symbol)
         assert asked is not None, probe.symbol
         wire, output = (None if n is None else self._wires[self._position[n]] for n in (probe.node, probe.output))
@@ -113,16 +114,16 @@ class Partition:
         return Measured(probe.symbol, asked.statistic, wire, asked.rescale, output, grid)
 
     def runtime_segments(self) -> list[Segment]:
-        """The pieces that dispatch runs, without their code."""
+        """Return the segments for dispatch, without variants."""
         return [Segment(sites, self._spent(i)) for i, sites in enumerate(self.depends)]
 
     def _spent(self, segment: int) -> tuple[int, ...]:
-        """The wires that nothing behind a segment reads."""
+        """Return the wires whose last reader is this segment."""
         return tuple(wire for wire, last in self._last_read.items() if last == segment)
 
     @cached_property
     def _last_read(self) -> dict[int, int]:
-        """The last segment that reads each wire which the call neither returns nor measures."""
+        """The last segment that reads each wire, except for wires that the call returns or measures."""
         of, kept = self.segments.of, {self._position[node] for site in self.sites for node in site.measured}
         kept |= {self._position[node.name] for node in self._nodes[-1].all_input_nodes}
         readers = {p: {of[self._position[user.name]] for user in self._nodes[p].users} for p in self._wires}
@@ -138,14 +139,14 @@ class Partition:
         }
 
     def describe(self) -> Iterator[str]:
-        """The number of segments, the reason for it, and the sites that the code of each depends on."""
+        """Yield the number of segments with its reason, and the sites that the code of each segment depends on."""
         yield f"{self.segments.count} segments: {self.why}"
         for number, depends in enumerate(self.depends):
             yield f"segment {number}: {', '.join(self.sites[i].name for i in depends) or 'no site'}"
 
     def foreseen(self, rows: Sequence[Row]) -> Iterator[tuple[int, Row]]:
-        """The code that the plan is known to need: each piece and row, computing first, and of too many the most
-        frequent."""
+        """Yield (segment, row) for the variants that the foreseen rows need: first the computing one, then the most
+        frequent ones, at most `max_variants` per segment."""
         for number, depends in enumerate(self.depends):
             parts = [tuple(row[i] for i in depends) for row in rows]
             never = (False,) * len(depends)
@@ -153,6 +154,6 @@ class Partition:
             yield from ((number, row) for row in (never, *counted[: self.max_variants - 1]))
 
     def full_row(self, number: int, row: Row) -> Row:
-        """A piece's row with the other sites, which do not change its code, as computing."""
+        """Extend a segment's row to all sites. The other sites compute; they do not affect the segment's code."""
         reused = dict(zip(self.depends[number], row, strict=True))
         return tuple(reused.get(i, False) for i in range(len(self.sites)))

@@ -1,4 +1,4 @@
-"""The passes in their order. A new pass is a file with a function ``(gm, ctx) -> result``, and one line here."""
+"""The passes in order. To add a pass, write a file with a function ``(gm, ctx) -> result`` and add a line here."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def _unmark_attention(gm: fx.GraphModule, ctx: Context) -> fx.GraphModule:
     return gm
 
 
-# over each captured graph, once
+# passes over each captured graph
 PASSES = (
     Pass("find_sites", _find_sites),
     Pass("bind", bind.run),
@@ -53,7 +53,7 @@ PASSES = (
     Pass("partition", partition.run),
 )
 
-# over each straight-line graph that is specialised from a guarded one, before it is lowered
+# passes over each straight-line graph (specialised from a guarded graph), before it is lowered
 STRAIGHT_LINE_PASSES = (
     Pass("fuse_window_refresh", fuse_window_refresh.run, optional=True),
     Pass("unmark_attention", _unmark_attention),

@@ -1,4 +1,4 @@
-"""The facts about a compilation that no pass finds out: they come from the model, the call and the caller."""
+"""The facts about a compilation that come from the model, the call and the caller, and not from a pass."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ Noise = Callable[[int], tuple[float | None, float | None]]
 
 
 def unknown_noise(step: int) -> tuple[None, None]:
-    """Sigma and SNR of a step when no scheduler gave them."""
+    """The noise of a trajectory without a scheduler: sigma and SNR are unknown."""
     return None, None
 
 
 @dataclass(frozen=True)
 class Request:
-    """``whole``: the graph is all of the model. ``num_steps`` and ``noise`` (sigma and SNR of a step) are those of the
-    trajectory, as far as they are known. ``hoist``: trajectory-invariant values are computed once. ``force``: every
-    decision computes, for `verify`."""
+    """``whole``: the graph is the whole model. ``num_steps`` and ``noise``, which returns sigma and SNR of a step, are
+    those of the trajectory; None means unknown. ``hoist``: trajectory-invariant values are computed once per
+    trajectory. ``force``: every decision computes, for `verify`."""
 
     whole: bool
     num_steps: int | None = None

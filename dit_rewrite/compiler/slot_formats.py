@@ -1,4 +1,4 @@
-"""The slot format of each reachable site: how its slot encodes values, or the reason why nothing can be held."""
+"""The slot format of each reachable site: the codec of its slot, or the reason why its value cannot be stored."""
 
 from __future__ import annotations
 
@@ -27,26 +27,26 @@ SlotFormat = tuple[Codec, Guidance | None]
 
 
 class SlotFormats:
-    """Answers for the sites of one graph; `probes` knows its streams."""
+    """Chooses the slot formats of one graph's sites; `probes` gives the number of image tokens."""
 
     def __init__(self, captured: Captured, probes: Probes) -> None:
         self.captured, self.probes = captured, probes
-        self.steady = captured.static | captured.conditioning  # dispatch asks whether it still is (Site.conditioned)
+        self.steady = captured.static | captured.conditioning  # dispatch checks this for sites that are `conditioned`
         self.graph = probes.gm.graph
         self.nodes = {node.name: node for node in self.graph.nodes}
 
     def of(self, site: Site, rules: SiteRules) -> SlotFormat | RefusalReason:
-        """The form of a site under its rules."""
-        form = rules.form
+        """Return the slot format of a site under its rules, or the reason why there is none."""
+        rule_format = rules.slot_format
         if any(self._moves(self.nodes[name]) for name in (*site.values, *site.inputs)):
             return RefusalReason.MOVING_SIZE
-        if isinstance(form, ShareGuidance | GuidanceDelta):
-            return self._shared(site, form)
-        if form is None or isinstance(form, str):
-            return ValueCodec(form), None
+        if isinstance(rule_format, ShareGuidance | GuidanceDelta):
+            return self._shared(site, rule_format)
+        if rule_format is None or isinstance(rule_format, str):
+            return ValueCodec(rule_format), None
         core = self.nodes[site.values[0]]
-        keys, mask = (all(self.nodes[n] in self._still for n in names) for names in (site.inputs[1:3], site.inputs[3:]))
-        found = codec(form, core, self._image, keys, mask)
+        invariant = [self.nodes[name] in self._invariant for name in site.inputs]
+        found = codec(rule_format, core, self._image, all(invariant[1:3]), all(invariant[3:]))
         return found if isinstance(found, RefusalReason) else (found, None)
 
     @cached_property
@@ -54,17 +54,21 @@ class SlotFormats:
         return self.probes.image_tokens()
 
     @cached_property
-    def _still(self) -> Any:
+    def _invariant(self) -> Any:
         return invariant_nodes(self.graph, self.steady)
 
-    def is_conditioned(self, site: Site, form: SlotFormat) -> bool:
-        """Whether what is held for a site is good for the same conditioning alone: its size follows from that, or keys,
-        values or a mask do that the held state takes for the same in every call."""
+    def is_conditioned(self, site: Site, slot_format: SlotFormat) -> bool:
+        """Return whether the slot is valid only for the conditioning under which it was filled.
+
+        That is so if the size of the value depends on the conditioning, or if the stored state assumes that keys,
+        values or a mask are the same in every call.
+        """
+        codec = slot_format[0]
         sized = any(torch_compat.unbacked_symbols(self.nodes[name].meta["val"]) for name in site.values)
-        return sized or (isinstance(form[0], Blockwise) and (form[0].kv_static or len(site.inputs) > 3))
+        return sized or (isinstance(codec, Blockwise) and (codec.kv_static or len(site.inputs) > 3))
 
     def _moves(self, node: fx.Node) -> bool:
-        """Whether a value's size is decided by data that change from step to step."""
+        """Return whether the size of a value depends on data that change from step to step."""
         return bool(torch_compat.unbacked_symbols(node.meta["val"]) & self._moving_sizes)
 
     @cached_property
@@ -73,7 +77,7 @@ class SlotFormats:
 
     @cached_property
     def _batch(self) -> int:
-        """The size of the batch: that of the largest input that changes from step to step, the latent."""
+        """The batch size of the latent, the largest input that changes from step to step; 0 if unknown."""
         latent = find_latent(self.graph, self.steady)
         size = None if latent is None else latent.meta["val"].shape[0]
         return size if isinstance(size, int) else 0
@@ -83,9 +87,9 @@ class SlotFormats:
         labels = batch_labels(self.graph, self._batch, self.captured.static)
         return {node.name: label for node, label in labels.items()}
 
-    def _shared(self, site: Site, form: ShareGuidance | GuidanceDelta) -> SlotFormat | RefusalReason:
-        store = form.do.store if isinstance(form, GuidanceDelta) else None
-        if form.half is None:
+    def _shared(self, site: Site, strategy: ShareGuidance | GuidanceDelta) -> SlotFormat | RefusalReason:
+        store = strategy.do.store if isinstance(strategy, GuidanceDelta) else None
+        if strategy.half is None:
             return ValueCodec(store), None
         if self._batch == 0 or self._batch % 2:
             return RefusalReason.ODD_BATCH
@@ -93,5 +97,5 @@ class SlotFormats:
         together = all(self._labels[name] is Batch.LEADING for name in site.values)
         if Batch.MIXED in inside or not together:
             return RefusalReason.MIXES_SAMPLES
-        codec = DeltaCodec(store, form.half) if isinstance(form, GuidanceDelta) else ValueCodec()
-        return codec, Guidance(self._labels, self._batch, form.half)
+        codec = DeltaCodec(store, strategy.half) if isinstance(strategy, GuidanceDelta) else ValueCodec()
+        return codec, Guidance(self._labels, self._batch, strategy.half)

@@ -1,8 +1,9 @@
-"""Policies of the literature, each in a few lines of the language of guards.
+"""Policies of the literature, written in the guard language.
 
-static.py and schedules.py follow from the step alone, measured.py asks what has changed, verified.py how wrong a
-forecast was, attention.py is of attention ops, guidance.py of guidance. published.py has the tables that sources print
-for named models, and calibrate.py measures them on yours. text.py reads policies from text.
+The decisions of static.py and schedules.py depend on the step alone. measured.py has policies that measure changes,
+verified.py policies that measure the error of a forecast, attention.py policies for attention, and guidance.py policies
+for classifier-free guidance. published.py has the parameters that papers publish for named models;
+`dit_rewrite.calibrate` measures them for others. text.py parses policies.
 """
 
 from dit_rewrite.policies.attention import DQAR, CachedAttention, DiTFastAttn, strategies_of

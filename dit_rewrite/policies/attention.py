@@ -1,4 +1,4 @@
-"""DQAR, CachedAttention and DiTFastAttn: policies of attention alone."""
+"""Policies for attention only: DQAR, CachedAttention and DiTFastAttn."""
 
 from __future__ import annotations
 
@@ -31,20 +31,23 @@ def DQAR(
     store: Store = None,
     rounding: Literal["equation", "paper"] = "equation",
 ) -> Policy:
-    """Dynamic attention reuse (DQAR, sections 3.3 and 4.8): more and more layers reuse, once the signal is strong.
+    """Dynamic attention reuse (DQAR, sections 3.3 and 4.8): more layers reuse as the trajectory progresses, if the
+    signal is strong enough.
 
-    Equation 2: at progress p (step / (num_steps - 1)) the first floor((p - warmup) / (1 - warmup) * layer_fraction * L)
-    of L layers reuse, none while p < warmup; "linear_reverse" takes the last ones. Equation 4: and where the
-    signal-to-noise ratio is above `snr_threshold` (None: not asked). A layer that reuses keeps its last computed
-    output. `entropy_threshold` also asks that the mean entropy of the attention's rows, in nats (equation 5 over the
-    number of rows), was below it when it was last computed. Needs to be told num_steps, and the scheduler for the SNR.
+    Equation 2: at progress p = step / (num_steps - 1) >= warmup, the first floor((p - warmup) / (1 - warmup) *
+    layer_fraction * L) of L layers reuse their last computed output. "linear_reverse" takes the last layers instead.
+    Equation 4: the signal-to-noise ratio must also exceed `snr_threshold` (None: no condition). `entropy_threshold`
+    adds the condition that the mean entropy of the attention's rows (equation 5, in nats, divided by the number of
+    rows) was below it when the attention was last computed.
 
-    `cache` "kv" keeps keys and values in the place of the output, which section 3.1 finds to be worse (table 2);
-    `store` is what the cache holds, as in `Reuse`. rounding="paper" also rounds layer_fraction * L down, as the figures
-    of the paper's tables do (benchmarks/dqar_tables.py). Raises BadParameter for what is out of range.
+    cache="kv" caches keys and values instead of the output; section 3.1 finds that worse (table 2). `store` is the
+    format of cached values, as in `Reuse`. rounding="paper" also rounds layer_fraction * L down, as in the numbers of
+    the paper's tables (benchmarks/dqar_tables.py).
+
+    Needs num_steps, and a scheduler for the SNR (`model.trajectory`). Raises BadParameter for invalid parameters.
     """
-    real("DQAR", "warmup", warmup, lambda w: 0 <= w < 1, "a share of the steps, 0 <= warmup < 1")
-    real("DQAR", "layer_fraction", layer_fraction, lambda f: 0 < f <= 1, "a share of the layers, 0 < … <= 1")
+    real("DQAR", "warmup", warmup, lambda w: 0 <= w < 1, "a fraction of the steps, 0 <= warmup < 1")
+    real("DQAR", "layer_fraction", layer_fraction, lambda f: 0 < f <= 1, "a fraction of the layers, 0 < … <= 1")
     for name, threshold in (("snr_threshold", snr_threshold), ("entropy_threshold", entropy_threshold)):
         if threshold is not None:
             real("DQAR", name, threshold, lambda t: 0 <= t < math.inf, "a number >= 0, or None")
@@ -76,12 +79,12 @@ def DQAR(
 def CachedAttention(
     threshold: float, block: int = 64, bound: Literal["paper", "sound"] = "sound", kinds: tuple[str, ...] = ("cross",)
 ) -> Policy:
-    """Recompute the blocks of keys whose scores may have changed by more than `threshold` (CachedAttention,
-    algorithms 1 and 2); `block` keys each.
+    """Recompute attention for the blocks of `block` keys whose scores may have changed by more than `threshold`
+    (CachedAttention, algorithms 1 and 2).
 
-    For cross-attention, or with kinds=("self",) for models that read condition and image in one sequence.
-    bound="paper" is equation 14 as printed, for keys that stay as they are; "sound" a true bound, in units of the
-    softmax's exponent. Raises BadParameter for what is out of range.
+    It applies to cross-attention, or with kinds=("self",) to models that read condition and image in one sequence.
+    bound="paper" is equation 14 as printed, for constant keys; "sound" is a true upper bound. `threshold` is in units
+    of the softmax's exponent. Raises BadParameter for invalid parameters.
     """
     rule = Rule(step > 0, BlockwiseReuse(threshold, block, bound), Where(kinds))
     name = f"CachedAttention(threshold={threshold}, block={block}, bound={bound!r}, kinds={rule.where.kinds})"
@@ -89,9 +92,10 @@ def CachedAttention(
 
 
 def DiTFastAttn(plan: Plan | str | Path) -> Policy:
-    """Do at each step, with each attention, what a searched plan says (DiTFastAttn, section 3.5).
+    """Follow a searched plan, which has a choice for each step and attention (DiTFastAttn, section 3.5).
 
-    `plan` may be a plan's file. The policy refuses another model, and a trajectory of another length. Raises BadPlan.
+    `plan` may be the path of a saved plan. The policy refuses other models and numbers of steps. Raises BadPlan for an
+    invalid file, BadParameter for another type.
     """
     plan = plan if isinstance(plan, Plan) else _load(plan)
     strategies = strategies_of(plan.window, plan.conditional, plan.grid)
@@ -108,7 +112,7 @@ def DiTFastAttn(plan: Plan | str | Path) -> Policy:
 def strategies_of(
     window: Window | None, conditional: str | None, grid: Grid | None = None
 ) -> dict[Choice, Strategy | tuple[Strategy, ...]]:
-    """What a plan's choices mean; `window` and `conditional` are None where it has none that need it."""
+    """Return the strategies of a plan's choices; `window` and `conditional` are None if no choice needs them."""
     found: dict[Choice, Strategy | tuple[Strategy, ...]] = {Choice.AST: Reuse()}
     if conditional is not None:
         found[Choice.ASC] = ShareGuidance(conditional)
@@ -120,7 +124,7 @@ def strategies_of(
 
 
 def _among(steps: Sequence[int]) -> Boolean:
-    """The step is one of these, which rise; in as few comparisons as there are runs of them."""
+    """Return the guard that holds at `steps`, which ascend; it has one comparison per run of consecutive steps."""
     runs = [[first, first] for first in steps[:1]]
     for s in steps[1:]:
         if s == runs[-1][1] + 1:

@@ -1,4 +1,4 @@
-"""Policies of classifier-free guidance."""
+"""Policies for classifier-free guidance."""
 
 from __future__ import annotations
 
@@ -12,15 +12,16 @@ from dit_rewrite.policy.where import Where
 
 
 def CFGGate(gate: float = 0.5, conditional: str = "first", forecast: Reuse | Forecast | None = None) -> Policy:
-    """From a share `gate` of the steps on, compute the condition alone (FastVideo's and SGLang's CFG gate).
+    """Compute only the conditional input from a fraction `gate` of the steps on (FastVideo's and SGLang's CFG gate).
 
-    At step floor(gate * num_steps) the difference between the two sides of the guidance is kept: the unconditional
-    output is the conditional one and that difference, or what `forecast` makes of the last ones. `conditional` is the
-    half of the batch that has the condition, "first" or "second"; where guidance takes two calls, the name of the
-    conditional stream, which is called first. gate=1 computes everything. Needs to be told num_steps. Raises
-    BadParameter for what is out of range.
+    Earlier steps store the difference between the unconditional and the conditional output. From step
+    floor(gate * num_steps) on, the unconditional output is the conditional one plus the last difference, or plus a
+    `forecast` of the difference. `conditional` is the conditional half of the batch, "first" or "second"; if guidance
+    takes two calls, it is the name of the conditional stream, which must be called first. gate=1 computes everything.
+
+    Needs num_steps (`model.trajectory`). Raises BadParameter for invalid parameters.
     """
-    real("CFGGate", "gate", gate, lambda g: 0 <= g <= 1, "a share of the steps, 0 <= gate <= 1")
+    real("CFGGate", "gate", gate, lambda g: 0 <= g <= 1, "a fraction of the steps, 0 <= gate <= 1")
     do = GuidanceDelta(conditional, Reuse() if forecast is None else forecast)
     rule = Rule(step >= floor(num_steps * Rational(str(gate))), do, Where(span="output"))
     return Policy((rule,), title("CFGGate", gate=gate, conditional=conditional, forecast=forecast))

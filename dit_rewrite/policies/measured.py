@@ -1,4 +1,4 @@
-"""Policies that ask what has changed, and those of an error that is estimated by calibrated numbers."""
+"""Policies that measure changes at probes, or estimate errors from calibrated parameters."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ from dit_rewrite.policy.strategies import Forecast, Reuse, Store
 from dit_rewrite.policy.where import Where
 
 Lag = Literal[0, 1]
-MOST_BLOCKS = 9999  # that a probe may lie behind
+MOST_BLOCKS = 9999  # maximum number of blocks before a probe
 
 
 def FirstBlockCache(threshold: float = 0.08, warmup: int = 0, max_streak: int | None = None, lag: Lag = 0) -> Policy:
-    """Run the first block, and the others only where what it adds to the stream has changed enough.
+    """Run the first block, and skip the others while its residual has changed little (first-block cache).
 
-    ParaAttention's first-block cache, as diffusers' FirstBlockCacheConfig has it: where the relative L1 change of the
-    first block's residual since the last step that computed is at most `threshold`, all other blocks of the main stack
-    are one span whose cached change of the stream is added; in a model with graph breaks, those of each graph.
-    `warmup` steps compute first, and at most `max_streak` in a row reuse. With `lag` 1 the last step's change decides,
-    and nothing waits for the device. Raises BadParameter for what is out of range.
+    The method is ParaAttention's; this follows diffusers' FirstBlockCacheConfig. If the relative L1 change of the first
+    block's residual since the last computed step is at most `threshold`, the cached change across all other blocks of
+    the main stack is added to the stream; in a model with graph breaks, across those of each graph. The first `warmup`
+    steps compute, and at most `max_streak` consecutive steps reuse. With lag=1 the change at the previous step decides,
+    and no call waits for the device. Raises BadParameter for invalid parameters.
     """
     threshold_of("FirstBlockCache", threshold)
     where = Where(span="stack", layers=(1, None))
@@ -48,13 +48,14 @@ def DualBlockCache(
     forecast: Forecast | str | None = None,
     lag: Lag = 0,
 ) -> Policy:
-    """Run the first and the last blocks, and those between only where what the first add has changed enough (DBCache).
+    """Run the first and the last blocks, and skip those between while the first have changed little (DBCache).
 
-    As cache-dit has it: where the relative L1 change of what the first `front` blocks of the main stack add to the
-    stream, since the last step that computed, is below `threshold`, the cached change across all but these and the last
-    `back` blocks is added. `forecast` is cache-dit's calibrator: instead of adding the cached change it forecasts it,
-    by a Forecast or, to order 1, by a basis of that name. `warmup`, `max_streak` and `lag` are as in `FirstBlockCache`.
-    Not there: its caps on the sum of changes and on the cached steps in all. Raises BadParameter.
+    This follows cache-dit. If the relative L1 change of the residual of the first `front` blocks of the main stack
+    since the last computed step is below `threshold`, the cached change across the blocks between these and the last
+    `back` blocks is added to the stream. `forecast` is cache-dit's calibrator: it forecasts the change instead of
+    reusing it, by a Forecast, or by the basis of that name at order 1. `warmup`, `max_streak` and `lag` are as in
+    `FirstBlockCache`. cache-dit's limits on the sum of changes and on the number of cached steps are not available.
+    Raises BadParameter for invalid parameters.
     """
     whole("DualBlockCache", "front", front, 1)
     whole("DualBlockCache", "back", back, 0)
@@ -81,13 +82,14 @@ def TeaCache(
     lag: Lag = 0,
     store: Store = None,
 ) -> Policy:
-    """Reuse the whole stack until the changes of its modulated input, made the output's, have added up (TeaCache).
+    """Reuse the whole stack until the estimated changes of its output add up to a threshold (TeaCache).
 
-    `coefficients`, highest power first, are of the polynomial that makes the relative L1 change of the first
-    attention's modulated input, from step to step, one of the output; or the name of a model for which the source has
-    published them (`published.TEACACHE`); `dit_rewrite.calibrate` finds yours. While their sum since the last computed
-    step is below `threshold`, the cached change across the stack is added. The first `warmup` and the last `cooldown`
-    steps compute; the latter needs num_steps. Raises BadParameter for what is out of range.
+    `coefficients`, highest power first, define a polynomial that maps the relative L1 change of the first attention's
+    modulated input between consecutive steps to an estimate of the output's change. They may be the name of a model for
+    which the source publishes them (`published.TEACACHE`); `dit_rewrite.calibrate` fits them for other models. While
+    the sum of the estimates since the last computed step is below `threshold`, the cached change across the stack is
+    added. The first `warmup` and the last `cooldown` steps compute; a `cooldown` above 0 needs num_steps
+    (`model.trajectory`). Raises BadParameter for invalid parameters.
     """
     threshold_of("TeaCache", threshold)
     known = TEACACHE.get(coefficients) if isinstance(coefficients, str) else coefficients
@@ -110,15 +112,17 @@ def SeaCache(
     lag: Lag = 0,
     store: Store = None,
 ) -> Policy:
-    """Reuse or forecast the whole stack until the changes of what is signal in the probe have added up (SeaCache).
+    """Reuse or forecast the whole stack until the changes of the denoised probe add up to a threshold (SeaCache).
 
-    The relative L1 changes, from step to step, of the `probe` behind a Wiener filter of its step's noise; while their
-    sum since the last computed step is below `threshold`, the change across the stack is forecast to `order`, 0 being
-    reuse. As diffusers has it, whose default probe is the latent; the paper's code has the modulated input, order 0,
-    no `max_streak`, and thresholds of 0.2 to 0.6. The power of the signal falls with the square of the frequency in
-    images and with the cube in videos, as in the paper's code. A model that is given its latent as tokens, such as
-    FLUX, shows no grid to filter it on, and computes. The first `warmup` and the last `cooldown` steps compute. Needs
-    to be told num_steps, and the scheduler for the noise. Raises BadParameter for what is out of range.
+    The `probe` passes through a Wiener filter for the noise of its step. While the sum of its relative L1 changes
+    between consecutive steps since the last computed step is below `threshold`, the change across the stack is forecast
+    to `order` (0: reused). The defaults follow diffusers, which filters the latent. The paper's code filters the
+    modulated input, with order 0, no `max_streak`, and thresholds of 0.2 to 0.6. As in the paper's code, the power of
+    the signal falls with the square of the frequency for images and with the cube for videos. A model that takes its
+    latent as tokens, such as FLUX, has no grid to filter on, and computes. The first `warmup` and the last `cooldown`
+    steps compute.
+
+    Needs num_steps, and a scheduler for the noise (`model.trajectory`). Raises BadParameter for invalid parameters.
     """
     threshold_of("SeaCache", threshold)
     one_of("SeaCache", "probe", probe, ("latent", "modulated_input"))
@@ -134,13 +138,14 @@ def SeaCache(
 def EasyCache(
     threshold: float = 0.025, warmup: int = 5, cooldown: int = 1, lag: Lag = 0, store: Store = None
 ) -> Policy:
-    """Run nothing of the model until the changes of its input, made the output's, have added up (EasyCache).
+    """Skip the whole model until the estimated changes of its output add up to a threshold (EasyCache).
 
-    The change of the latent from step to step times the rate at which the output followed it between the last two
-    computed steps, over the output; while their sum since the last computed step is below `threshold`, the output is
-    the latent and the cached difference of the two. Defaults are HunyuanVideo's; Wan2.2 has 0.05 to 0.06 and a warmup
-    of 7. Each call of a guidance decides for itself, where in the source the conditional one decides for both. The
-    first `warmup` and the last `cooldown` steps compute; the latter needs num_steps. Raises BadParameter.
+    The estimate is the change of the latent since the previous step, times the rate at which the output followed the
+    latent between the last two computed steps, relative to the output. While the sum of the estimates since the last
+    computed step is below `threshold`, the output is the latent plus the cached difference of the two. The defaults are
+    HunyuanVideo's; Wan2.2 uses thresholds of 0.05 to 0.06 and a warmup of 7. Each call of a guidance decides for
+    itself; in the source the conditional call decides for both. The first `warmup` and the last `cooldown` steps
+    compute; a `cooldown` above 0 needs num_steps (`model.trajectory`). Raises BadParameter for invalid parameters.
     """
     threshold_of("EasyCache", threshold)
     rule = Rule(drift("latent", rescale="rate") < threshold, Reuse(store), Where(span="output", minus="latent"))
@@ -156,17 +161,18 @@ def MagCache(
     num_steps: int | None = None,
     store: Store = None,
 ) -> Policy:
-    """Reuse the whole stack while the error that calibrated ratios of magnitudes foretell stays small (MagCache).
+    """Reuse the whole stack while the error estimated from magnitude ratios is small (MagCache).
 
-    ``ratios[i]`` is by how much the magnitude of the stack's change grows from step i - 1 to step i, or all is the name
-    of a model for which the source has published them (`published.MAGCACHE`); `dit_rewrite.calibrate` finds yours.
-    Another `num_steps` takes the nearest ones, as the source does. The sum over the steps since the last computed one
-    of |1 - the product of the ratios up to there| is at most `threshold`, at most `max_streak` steps in a row reuse,
-    and the first share `retention` of the steps computes. Follows from the step alone. Raises BadParameter.
+    ``ratios[i]`` is the magnitude of the stack's change at step i divided by that at step i - 1. `ratios` may be the
+    name of a model for which the source publishes them (`published.MAGCACHE`); `dit_rewrite.calibrate` measures them
+    for other models. Another `num_steps` takes the nearest ratios, as in the source. A step reuses if the sum of
+    |1 - product of the ratios since the last computed step| over the steps since then is at most `threshold`, and at
+    most `max_streak` consecutive steps reuse. The first fraction `retention` of the steps computes. The decisions
+    depend on the step alone. Raises BadParameter for invalid parameters.
     """
     threshold_of("MagCache", threshold)
     whole("MagCache", "max_streak", max_streak, 1)
-    real("MagCache", "retention", retention, lambda r: 0 <= r <= 1, "a share of the steps, 0 to 1")
+    real("MagCache", "retention", retention, lambda r: 0 <= r <= 1, "a fraction of the steps, 0 to 1")
     known = MAGCACHE.get(ratios) if isinstance(ratios, str) else ratios
     allowed = f"a number above 0 for each of at most {MAX_VALUES} steps, or one of {', '.join(MAGCACHE)}"
     table = numbers("MagCache", "ratios", known, lambda ratio: ratio > 0, allowed)
@@ -176,7 +182,7 @@ def MagCache(
         table = tuple(table[round(i * (len(table) - 1) / gaps)] for i in range(num_steps))
     first = int(retention * len(table) + 0.5)
     if len(table) * max_streak > MAX_VALUES:
-        raise BadParameter("MagCache", "max_streak", max_streak, f"one that is less than {MAX_VALUES} / len(ratios)")
+        raise BadParameter("MagCache", "max_streak", max_streak, f"a number below {MAX_VALUES} / len(ratios)")
     when = (step >= max(first, 1)) & (accumulated_error(table, max_streak) <= threshold)
     rule = Rule(when, Reuse(store), Where(span="stack"), max_streak=max_streak)
     name = title(
@@ -188,21 +194,24 @@ def MagCache(
 def DiCache(
     threshold: float = 0.4, depth: int = 1, retention: float = 0.2, lag: Lag = 0, store: Store = None
 ) -> Policy:
-    """Run the first blocks, and go on from them only once the changes of what they give have added up (DiCache).
+    """Run the first blocks, and skip the others until the changes of the stream after them add up to a threshold
+    (DiCache).
 
-    The relative L1 changes, from step to step, of the stream behind the first `depth` blocks of the main stack; while
-    their sum since the last computed step is below `threshold`, the other blocks do not run. Instead the change across
-    the whole stack is added to its input, the last two computed ones extrapolated by as much as what the first blocks
-    add has gone on since (`Aligned`, which clips that to 1 … 1.5 as the source does); of one, it is that. The first
-    steps up to the share `retention`, and the last, compute; it needs num_steps.
+    While the sum of the relative L1 changes between consecutive steps of the stream after the first `depth` blocks of
+    the main stack is below `threshold`, counted since the last computed step, the other blocks do not run. The change
+    across the whole stack is then extrapolated from the last two computed ones, as far as the residual of the first
+    blocks has advanced (`measured_bases.Aligned`, which clamps the factor to [1, 1.5] as the source does); if there is
+    only one, it is reused. The first fraction `retention` of the steps and the last step compute.
 
-    Where the first blocks added the same at the last two computed steps the source divides by zero, and goes on with
-    NaN; here such a step computes. The source's text stream is left as it enters the stack; here it is had like the
-    image's, where anything behind reads it. Its "delta_minus" is not there. Raises BadParameter.
+    If the first blocks' residual was equal at the last two computed steps, the source divides by zero and continues
+    with NaN; here such a step computes. The source leaves its text stream as it enters the stack; here it is
+    extrapolated like the image's if a later node reads it. The source's "delta_minus" is not available.
+
+    Needs num_steps (`model.trajectory`). Raises BadParameter for invalid parameters.
     """
     threshold_of("DiCache", threshold)
     whole("DiCache", "depth", depth, 1, MOST_BLOCKS)
-    real("DiCache", "retention", retention, lambda r: 0 <= r <= 1, "a share of the steps, 0 to 1")
+    real("DiCache", "retention", retention, lambda r: 0 <= r <= 1, "a fraction of the steps, 0 to 1")
     first = "first_block" if depth == 1 else f"first_{depth}_blocks"
     when = (drift(f"behind_{first}") < threshold) & (step > floor(Rational(str(retention)) * num_steps))
     rule = Rule(when, Forecast(1, Aligned(first), store=store), Where(span="stack"))

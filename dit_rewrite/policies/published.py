@@ -1,4 +1,4 @@
-"""Tables that the sources publish for named models: they hold for these models and numbers of steps alone."""
+"""Parameters that papers publish for named models. They are valid only for these models and numbers of steps."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ TEACACHE = {
     "ltx-video": (2.14700694e01, -1.28016453e01, 2.31279151e00, 7.92487521e-01, 9.69274326e-03),
     "lumina2": (-8.74643948e02, 4.66059906e02, -7.51559762e01, 5.32836175e00, -3.27258296e-02),
 }
-"""TeaCache's polynomials, highest power first. Wan's are of the timestep embedding, which is no probe here."""
+"""TeaCache's polynomials, highest power first. Wan's are left out: they take the timestep embedding, which is not
+available as a probe."""
 
 MAGCACHE = {
     "flux": (
@@ -18,7 +19,7 @@ MAGCACHE = {
         0.99609, 0.99609, 0.98047, 0.98828, 0.96484, 0.95703, 0.93359, 0.89062,
     ),
 }  # fmt: skip
-"""MagCache's ratios, one for each of 28 steps."""
+"""MagCache's magnitude ratios, one for each of 28 steps."""
 
 MEANCACHE = {
     "qwen-image-25": (*range(17), 24, 32, 40, 43, 45, 47, 48, 49),
@@ -29,4 +30,4 @@ MEANCACHE = {
     "qwen-image-2512-10": (0, 2, 4, 7, 14, 21, 28, 35, 42, 49),
     "z-image-13": (0, 1, 2, 3, 5, 9, 15, 22, 29, 36, 43, 47, 49),
 }
-"""MeanCache's plans: which of 50 steps compute."""
+"""MeanCache's plans: the computed steps, of 50."""

@@ -1,4 +1,4 @@
-"""Policies that follow a schedule: a table says which steps compute."""
+"""Policies that follow a schedule: a table of the steps that compute."""
 
 from __future__ import annotations
 
@@ -32,13 +32,14 @@ def Spectrum(
     span: Literal["stack", "output"] = "stack",
     store: Store = None,
 ) -> Policy:
-    """Compute at ever fewer steps, and fit Chebyshev polynomials to all that were computed (Spectrum).
+    """Compute at growing intervals, and forecast by Chebyshev polynomials that are fitted to all computed values
+    (Spectrum).
 
-    The first `warmup` steps compute; then one in `window`, which grows by `growth` each time. Steps behind the first
-    `steps` compute. `history` is how many computed values are kept: None for all of them, as in the source. The source
-    forecasts the stream behind the last block, here it is the stack's change of the stream (the blend of a fit and an
-    extrapolation is of this change), and it maps the steps 0 to 50 to the polynomials' domain, however many there are,
-    where this maps 0 to `steps`. Raises BadParameter for what is out of range.
+    The first `warmup` steps compute; then one step in `window`, which grows by `growth` after each computed step. Steps
+    after the first `steps` compute. `history` is the number of computed values that are kept, by default all, as in the
+    source. Differences from the source: it forecasts the stream after the last block, while this policy forecasts the
+    change across the stack; and it maps steps 0 to 50 to the domain of the polynomials for any number of steps, while
+    this policy maps steps 0 to `steps`. Raises BadParameter for invalid parameters.
     """
     real("Spectrum", "window", window, lambda w: 1 <= w <= MAX_VALUES, f"a number from 1 to {MAX_VALUES}")
     real("Spectrum", "growth", growth, lambda g: 0 <= g <= MAX_VALUES, f"a number from 0 to {MAX_VALUES}")
@@ -54,9 +55,9 @@ def Spectrum(
 
 
 def _ever_fewer(window: float, growth: float, warmup: int, steps: int) -> list[bool]:
-    """Whether each step computes, of those that Spectrum's growing window leaves."""
+    """Return for each step whether Spectrum's growing window computes it."""
     mask: list[bool] = []
-    reused = 0  # in a row
+    reused = 0  # consecutive steps
     for i in range(steps):
         mask.append(i < warmup or (reused + 1) % int(window) == 0)
         if mask[i] and i >= warmup:
@@ -75,11 +76,11 @@ def StepMask(
     kinds: tuple[str, ...] = ("attention", "mlp"),
     store: Store = None,
 ) -> Policy:
-    """Compute at the steps of a mask, and reuse, or with an `order` forecast, at the others.
+    """Compute at the steps of a mask, and reuse at the others, or forecast if `order` is above 0.
 
-    `mask` has 1 for each step that computes and 0 for each that does not: "1101", or numbers. Or give the `computed`
-    steps, of `num_steps` in all (by default those up to the last computed one). The first step has to be one of them;
-    steps behind the last compute. Raises BadParameter for what is out of range.
+    `mask` has a 1 for each step that computes and a 0 for each other, as text ("1101") or as numbers. Alternatively
+    give the `computed` steps, of `num_steps` (by default up to the last computed one). The first step must compute;
+    steps after the end of the mask compute. Raises BadParameter for invalid parameters.
     """
     computes = _mask("StepMask", mask, computed, num_steps)
     do = reuse_or_forecast("StepMask", order, basis, store)
@@ -96,9 +97,10 @@ def MeanCache(
 ) -> Policy:
     """Compute at the steps of a plan, and reuse the output at the others (MeanCache).
 
-    `plan` are the steps that compute, or the name of a published plan of 50 steps (`published.MEANCACHE`). The source
-    corrects what it reuses by a Jacobian-vector product along the last 1 to 6 velocities, which is not there: this is
-    its span of 1, or with an `order` an extrapolation in its place. Raises BadParameter for what is out of range.
+    `plan` has the steps that compute, or is the name of a published plan of 50 steps (`published.MEANCACHE`). The
+    source corrects the reused output by a Jacobian-vector product along the last 1 to 6 velocities, which is not
+    available here. Order 0 is its span of 1; a higher `order` extrapolates instead. Raises BadParameter for invalid
+    parameters.
     """
     steps = MEANCACHE.get(plan) if isinstance(plan, str) else plan
     if steps is None:
@@ -117,11 +119,11 @@ def DPCache(
     span: Literal["stack", "output"] = "stack",
     store: Store = None,
 ) -> Policy:
-    """Compute at the steps of a plan, and forecast what the stack does to the stream at the others (DPCache).
+    """Compute at the steps of a plan, and forecast the change across the stack at the others (DPCache).
 
-    `plan` are the steps that compute, which the source finds by dynamic programming on one run; it always has the first
-    three of them, and the last. It forecasts the stream behind the last block, this its change across the stack.
-    Raises BadParameter for what is out of range.
+    `plan` has the steps that compute. The source finds them by dynamic programming on one run, and always includes the
+    first three steps and the last. It forecasts the stream after the last block; this policy forecasts the change
+    across the stack. Raises BadParameter for invalid parameters.
     """
     computes = _computed("DPCache", "plan", plan, num_steps)
     one_of("DPCache", "span", span, ("stack", "output"))
@@ -131,13 +133,13 @@ def DPCache(
 
 
 def _mask(policy: str, mask: object, computed: object, num_steps: int | None) -> tuple[bool, ...]:
-    """Whether each step computes, of a mask or a list of those that do."""
+    """Return for each step whether it computes, from either `mask` or the list `computed`."""
     if (mask is None) == (computed is None):
-        raise BadParameter(policy, "mask", mask, "either that or `computed`")
+        raise BadParameter(policy, "mask", mask, "the only one of `mask` and `computed`")
     if mask is None:
         return _computed(policy, "computed", computed, num_steps)
     if num_steps is not None:
-        raise BadParameter(policy, "num_steps", num_steps, "None beside a mask, which says it")
+        raise BadParameter(policy, "num_steps", num_steps, "None with a mask, whose length is the number of steps")
     allowed = f"a 1 for each step that computes and a 0 for each other, the first a 1, at most {MAX_VALUES}"
     signs = list(mask) if isinstance(mask, Sequence) and not isinstance(mask, bytes) else []
     given = [{"0": 0, "1": 1}.get(s, -1) if isinstance(s, str) else s + 0 if isinstance(s, bool) else s for s in signs]
@@ -148,7 +150,7 @@ def _mask(policy: str, mask: object, computed: object, num_steps: int | None) ->
 
 
 def _computed(policy: str, name: str, computed: object, num_steps: int | None) -> tuple[bool, ...]:
-    """Whether each step computes, of a list of those that do."""
+    """Return for each step whether it computes, from the list `computed`."""
     if num_steps is not None:
         whole(policy, "num_steps", num_steps, 1, MAX_VALUES)
     end = MAX_VALUES if num_steps is None else num_steps
@@ -156,12 +158,12 @@ def _computed(policy: str, name: str, computed: object, num_steps: int | None) -
     rising = all(is_whole(s, 0) for s in steps) and steps == sorted(set(steps))
     if not steps or not rising or steps[0] != 0 or steps[-1] >= end:
         raise BadParameter(
-            policy, name, computed, f"the steps that compute: whole numbers that rise from 0, below {end}"
+            policy, name, computed, f"the steps that compute: ascending whole numbers from 0, below {end}"
         )
     among = set(steps)
     return tuple(s in among for s in range(steps[-1] + 1 if num_steps is None else num_steps))
 
 
 def _reused(computes: Sequence[bool]) -> Boolean:
-    """The step is one of the table's, and does not compute."""
+    """Return the guard that holds at the steps of the table that do not compute."""
     return table([float(not computed) for computed in computes], step) > Rational(1, 2)

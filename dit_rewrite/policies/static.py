@@ -1,4 +1,4 @@
-"""Policies that compute at regular intervals: their decisions are known before a run."""
+"""Policies that compute at regular intervals. Their decisions depend on the step alone."""
 
 from __future__ import annotations
 
@@ -33,10 +33,10 @@ def FORA(
 ) -> Policy:
     """Static caching (FORA, section 3.2): compute at every `interval`-th step, reuse in between.
 
-    anchor="start" computes where step % interval == 0. anchor="paper" does what the paper's source does: it counts
-    down, and computes at the first step and where t % interval == 0 with t = num_steps - 1 - step; it needs to be
-    told num_steps. `store` is what the cache holds, as in `Reuse`. Raises BadParameter for an interval below 1 or an
-    unknown kind, anchor or store.
+    anchor="start" computes at steps with step % interval == 0. anchor="paper" follows the paper's source, which counts
+    down: it computes at the first step and at steps with t % interval == 0, where t = num_steps - 1 - step; it needs
+    num_steps (`model.trajectory`). `store` is the format of cached values, as in `Reuse`. Raises BadParameter for an
+    interval below 1 or an unknown kind, anchor or store.
     """
     whole("FORA", "interval", interval, 1)
     one_of("FORA", "anchor", anchor, ("start", "paper"))
@@ -58,10 +58,10 @@ def TaylorSeer(
 ) -> Policy:
     """Compute at every `interval`-th step, and forecast in between by differences (TaylorSeer, equation 3).
 
-    The first `warmup` steps compute, by default as many as the order, and at least one; then every `interval`-th,
-    counted from the last of these. What is forecast is each branch of `kinds`, with this step's gates, or the change
-    across a `span`. The source has interval 6, order 1 and warmup 3 for FLUX, and no default for DiT.
-    Raises BadParameter for what is out of range.
+    The first `warmup` steps compute, by default `order` steps but at least one; then every `interval`-th step, counted
+    from the last warm-up step. The forecast values are the outputs of the branches of `kinds` before their gates, or
+    the change of the stream across a `span`. The source uses interval 6, order 1 and warmup 3 for FLUX, and has no
+    default for DiT. Raises BadParameter for invalid parameters.
     """
     do = Forecast(order, basis, store=store)
     warmup = max(1, order) if warmup is None else warmup
@@ -81,7 +81,7 @@ def HiCache(
 ) -> Policy:
     """TaylorSeer's steps and differences, weighted by scaled Hermite polynomials (HiCache): see `bases.Hermite`.
 
-    Raises BadParameter for what is out of range.
+    Raises BadParameter for invalid parameters.
     """
     do = Forecast(order, Hermite(scale), store=store)
     when = _every("HiCache", interval, warmup)
@@ -97,10 +97,10 @@ def FoCa(
     span: SpanName = None,
     store: Store = None,
 ) -> Policy:
-    """Compute at every `interval`-th step, and solve from forecast to forecast in between (FoCa): see `bases.BDF`.
+    """Compute at every `interval`-th step, and forecast in between by an ODE solver (FoCa): see `bases.BDF`.
 
-    The paper does not say how many steps compute first; two are the least that its recursion starts from.
-    Raises BadParameter for what is out of range.
+    The paper does not give the number of warm-up steps; its recursion needs at least two. Raises BadParameter for
+    invalid parameters.
     """
     do = Forecast(1, BDF(variant), store=store)
     when = _every("FoCa", interval, warmup)
@@ -109,7 +109,8 @@ def FoCa(
 
 
 def _every(policy: str, interval: int, warmup: int) -> Boolean:
-    """All steps but the first `warmup`, and every `interval`-th from the last of these on."""
+    """Return the guard that holds except at the first `warmup` steps and every `interval`-th step after the last of
+    them."""
     whole(policy, "interval", interval, 1)
     whole(policy, "warmup", warmup, 1)
     return (step >= warmup) & Ne(Mod(step - warmup + 1, interval), 0)
@@ -123,14 +124,16 @@ def PyramidAttentionBroadcast(
     temporal_names: str = "*temp*",
     store: Store = None,
 ) -> Policy:
-    """Reuse attention outputs in the middle of the trajectory, each kind of attention at its own interval (PAB).
+    """Reuse attention outputs in the middle of the trajectory, with an interval per kind of attention (PAB).
 
-    `spatial`, `temporal` and `cross` are the intervals, None for an attention that always computes. A self or joint
-    attention whose name fits the pattern `temporal_names` is temporal. The source reuses where the timestep, of 1000,
-    is strictly between 100 and 800; guards have the progress instead, which of evenly spaced timesteps is
-    1 - t / 1000: `window` is where it lies strictly between two shares. Steps outside are counted too, as in the
-    source; both calls of a guidance have their own counters, which the source lets share one. The MLPs that one of its
-    models reuses at certain timesteps are not reused. Needs to be told num_steps. Raises BadParameter.
+    `spatial`, `temporal` and `cross` are the intervals; None always computes. Self and joint attentions whose names
+    match the pattern `temporal_names` are temporal. The source reuses if the timestep, of 1000, is strictly between 100
+    and 800. Guards have the progress instead, which is 1 - t / 1000 for evenly spaced timesteps; `window` is the open
+    interval of progress in which values are reused. As in the source, steps outside it count for the intervals. The two
+    calls of a guidance have separate counters; the source uses one for both. The source also reuses the MLPs of one
+    model at certain timesteps, which this policy does not.
+
+    Needs num_steps (`model.trajectory`). Raises BadParameter for invalid parameters.
     """
     intervals = {"spatial": spatial, "temporal": temporal, "cross": cross}
     for name, interval in intervals.items():
@@ -145,14 +148,14 @@ def PyramidAttentionBroadcast(
         interval = intervals[name]
         if interval is not None:
             rules.append(Rule(inside & Ne(Mod(step, interval), 0), Reuse(store), where))
-        if name == "temporal":  # whatever the rule for spatial attention says of these
+        if name == "temporal":  # else the rule for spatial attention would apply
             rules.append(Rule(true, Compute(), where))
     return Policy(tuple(rules), title("PyramidAttentionBroadcast", **intervals, window=window))
 
 
 def _window(policy: str, window: object) -> tuple[Rational, Rational]:
-    """Two shares, exactly as they are written."""
-    allowed = "(from, to) with 0 <= from < to <= 1, shares of the steps"
+    """Return the two fractions of `window` as exact decimals."""
+    allowed = "(from, to) with 0 <= from < to <= 1, fractions of the steps"
     found = numbers(policy, "window", window, lambda share: 0 <= share <= 1, allowed)
     if len(found) != 2 or found[0] >= found[1]:
         raise BadParameter(policy, "window", window, allowed)
@@ -162,12 +165,13 @@ def _window(policy: str, window: object) -> tuple[Rational, Rational]:
 def TGate(
     gate_step: int = 10, self_interval: int = 5, warmup: int = 2, late_interval: int = 1, store: Store = None
 ) -> Policy:
-    """Cross-attention until a step, and self-attention rarely before it (T-GATE).
+    """Reuse cross-attention from a step on, and self-attention at most steps before it (T-GATE).
 
-    From `gate_step` on cross-attention is what it was one step before. Before that, behind the `warmup`, self-attention
-    computes at every `self_interval`-th step; afterwards at every `late_interval`-th. The source also ends guidance at
-    the gate: it goes on without it, on half of the batch, with the mean of both halves' cross-attention. Here the batch
-    stays whole, each half keeps its own, and guidance is not dropped. Raises BadParameter for what is out of range.
+    From `gate_step` on, cross-attention reuses its output of the step before. Until then, after `warmup`,
+    self-attention computes at every `self_interval`-th step; from `gate_step` on, at every `late_interval`-th. The
+    source also ends guidance at the gate: it continues with half of the batch and the mean of both halves'
+    cross-attention. This policy keeps the whole batch and guidance, and each half reuses its own output. Raises
+    BadParameter for invalid parameters.
     """
     whole("TGate", "gate_step", gate_step, 1)
     whole("TGate", "self_interval", self_interval, 1)

@@ -1,4 +1,4 @@
-"""Policies as text, and in the place of a policy."""
+"""Parse policies from text, and accept text or a path as an argument that takes a policy."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from dit_rewrite.policy.plan import Plan
 from dit_rewrite.policy.rules import Policy, Rule
 from dit_rewrite.policy.serialise import from_json
 
-_COMMA = re.compile(r",(?![^(\[]*[)\]])")  # outside of parentheses
+_COMMA = re.compile(r",(?![^(\[]*[)\]])")  # outside parentheses
 _POLICIES: dict[str, Callable[..., Policy]] = {
     "never": Never,
     "fora": FORA,
@@ -58,9 +58,9 @@ _POLICIES: dict[str, Callable[..., Policy]] = {
 
 
 def as_policy(given: Policy | str | Path) -> Policy:
-    """A policy as it is, or the one that text or the path of a saved policy names (see `parse`).
+    """Return a policy unchanged, or parse the text or the path of a saved policy (see `parse`).
 
-    Raises NotAPolicy, with what to give, for anything else.
+    Raises NotAPolicy for other types. Its message says how to make a policy of the argument.
     """
     if isinstance(given, Policy):
         return given
@@ -70,7 +70,7 @@ def as_policy(given: Policy | str | Path) -> Policy:
 
 
 def _remedy(given: object) -> str:
-    """How to make a policy of what was given in the place of one."""
+    """Return how to make a policy of an argument that is not one."""
     if callable(given) and not isinstance(given, nn.Module):
         name = getattr(given, "__name__", "FORA")
         return f"Call it: `{name}(interval=3)`" if given is FORA else f"Call it with its parameters: `{name}(…)`"
@@ -86,12 +86,12 @@ def _remedy(given: object) -> str:
 
 
 def parse(text: str) -> Policy:
-    """A policy from text as on a command line: ``never``, ``fora:interval=3,anchor=paper``, ``dqar:snr_threshold=0.5``.
+    """Parse a policy as on the command line: ``never``, ``fora:interval=3,anchor=paper``, ``dqar:snr_threshold=0.5``.
 
-    Several kinds are joined by ``+``: ``fora:interval=3,kinds=self+mlp``; numbers stand in parentheses:
-    ``dpcache:plan=(0,1,2,6)``. ``ditfastattn:plan=plan.json`` takes a plan. A path that ends in ``.json`` is a policy
-    saved with `serialise.to_json`. Raises UnknownPolicy, BadParameter, BadPlan for a plan that cannot be used, or
-    BadPolicyText for a file that is no policy.
+    Join kinds by ``+``: ``fora:interval=3,kinds=self+mlp``. Put sequences in parentheses: ``dpcache:plan=(0,1,2,6)``.
+    ``ditfastattn:plan=plan.json`` reads a plan. A path that ends in ``.json`` reads a policy that was saved with
+    `serialise.to_json`. Raises UnknownPolicy, BadParameter, BadPlan for an invalid plan, or BadPolicyText for an
+    invalid file.
     """
     name, _, rest = text.partition(":")
     build = _POLICIES.get(name.strip().lower())
@@ -117,18 +117,18 @@ def parse(text: str) -> Policy:
 def _saved(path: str) -> Policy:
     try:
         text = Path(path).read_text(encoding="utf-8")
-    except (OSError, ValueError) as error:  # no file, no path, or no text
+    except (OSError, ValueError) as error:  # ValueError: an invalid path, or not UTF-8
         raise BadPolicyText(path, f"cannot be read ({getattr(error, 'strerror', None) or error})") from error
     return from_json(text)
 
 
 def _value(key: str, text: str) -> object:
-    """What the text of a parameter stands for: a number, None, or the text itself."""
+    """Convert the text of a parameter: to a Python literal if it is one, else to itself."""
     if key == "kinds":
         return tuple(kind.strip() for kind in text.split("+"))
-    if key in ("plan", "mask") and text[:1] not in ("(", "["):  # "1101" is no number
+    if key in ("plan", "mask") and text[:1] not in ("(", "["):  # the mask "1101" is not a number
         return text
-    for read in (ast.literal_eval, float):  # float also knows inf and nan
+    for read in (ast.literal_eval, float):  # float also reads inf and nan
         try:
             return read(text)
         except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):

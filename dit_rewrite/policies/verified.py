@@ -1,4 +1,4 @@
-"""Policies that compute a part of what they forecast, and go on while the forecast is right."""
+"""Policies that compute some of the sites that they forecast, and reuse while the error of the forecast is small."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ from dit_rewrite.errors import BadParameter
 from dit_rewrite.passes.guards.symbols import forecast_error, num_steps, step, streak
 from dit_rewrite.policies.checks import one_of, real, threshold_of, title, whole
 from dit_rewrite.policies.static import BRANCHES
+from dit_rewrite.policy.plan import is_whole
 from dit_rewrite.policy.rules import Policy, Rule
-from dit_rewrite.policy.strategies import Forecast, Store, Verify, is_count
+from dit_rewrite.policy.strategies import Forecast, Store, Verify
 from dit_rewrite.policy.where import Where
 
 Error = Literal["elementwise", "mean"]
@@ -31,21 +32,25 @@ def SpeCa(
     span: Literal["block"] | None = None,
     store: Literal["bf16"] | None = None,
 ) -> Policy:
-    """Forecast, with one block really computed, until that block's forecast is too wrong (SpeCa).
+    """Forecast all blocks, and compute one of them to check the forecast (SpeCa).
 
-    Each branch of `kinds`, or with span="block" the change across each block, is forecast by TaylorSeer's differences
-    to `order`. From the `min_streak`-th forecast in a row on (counted from 0), the block number `layer`, from the end
-    where it is negative, is computed and compared with its forecast. Where the relative error, by the source's mean of
-    the ratios or with error="mean" the ratio of the means, exceeds max(floor, threshold * decay^(step / num_steps)),
-    the next step computes; and so it does after `max_streak` forecasts. One step after each that computed is forecast,
-    whatever else is said; of the first `warmup` steps all others compute. Needs to be told num_steps.
+    The outputs of the branches of `kinds`, or with span="block" the change across each block, are forecast by
+    TaylorSeer's differences of `order`. From the `min_streak`-th consecutive forecast on (counted from 0), the block
+    `layer` (negative: from the end) is computed and compared with its forecast. The next step computes if the relative
+    error exceeds max(floor, threshold * decay^(step / num_steps)), or after `max_streak` consecutive forecasts. The
+    `error` is "elementwise", the source's mean of ratios, or "mean", the ratio of means. The step after each computed
+    one is always forecast, also during the first `warmup` steps, whose other steps compute.
 
-    Defaults are those of the source's DiT; its FLUX has a threshold of 7, a decay of 0.3, a floor of 0.1 and a
-    max_streak of 8. Where the source computes beside the forecast and goes on with this, here the step goes on with
-    what was computed. What is compared are the branches before their gates, as in the source's FLUX, and of several the
-    worst; its DiT compares the stream behind the block, and counts the steps of the decay from 1. An error of NaN,
-    which the source takes for a small one, computes. A failed step is not done again, as in the source; in the paper it
-    is. Its other metrics are not there. Raises BadParameter for what is out of range.
+    The defaults are those of the source's DiT. For FLUX it uses a threshold of 7, a decay of 0.3, a floor of 0.1 and a
+    max_streak of 8. Differences from the source:
+    - A verified step uses the computed value; the source uses the forecast.
+    - The branches before their gates are compared, as in the source's FLUX, and the largest error counts. Its DiT
+      compares the stream after the block, and counts the steps of the decay from 1.
+    - An error of NaN computes; the source takes it for a small error.
+    - Its other metrics are not available. Like the source, and unlike the paper, this policy does not repeat a step
+      whose error is too large.
+
+    Needs num_steps (`model.trajectory`). Raises BadParameter for invalid parameters.
     """
     threshold_of("SpeCa", threshold)
     real("SpeCa", "decay", decay, lambda d: 0 < d <= 1, "a number above 0, at most 1")
@@ -56,7 +61,7 @@ def SpeCa(
     one_of("SpeCa", "error", error, ("elementwise", "mean"))
     _forecasts("SpeCa", span, store)
     most = Max(Float(floor), Float(threshold) * Float(decay) ** (step / num_steps))
-    first = max(min_streak, 1)  # forecast in a row that is verified
+    first = max(min_streak, 1)  # the first consecutive forecast that is verified
     on = (step >= warmup) & (streak < max_streak)
     right = on & (streak > first) & (forecast_error(elementwise=error == "elementwise") <= most)
     do, block = (order, "taylorseer"), Where(kinds, _only("SpeCa", layer), span=span)
@@ -76,7 +81,7 @@ def SpeCa(
 
 
 def _forecasts(policy: str, span: object, store: Store) -> None:
-    """Raise BadParameter for a place or a store that cannot be verified."""
+    """Raise BadParameter for a span or a store that cannot be verified."""
     if span not in ("block", None):
         raise BadParameter(policy, "span", span, '"block", or None for the branches')
     if store not in ("bf16", None):
@@ -84,7 +89,7 @@ def _forecasts(policy: str, span: object, store: Store) -> None:
 
 
 def _only(policy: str, layer: int) -> tuple[int, int | None]:
-    """A block alone, as a range of layers."""
-    if not is_count(layer, -9999):
-        raise BadParameter(policy, "layer", layer, "the number of a block, from 0, or from the end, from -1")
+    """Return one block as a range of layers."""
+    if not is_whole(layer, -9999):
+        raise BadParameter(policy, "layer", layer, "the index of a block: from 0, or from -1 counted from the end")
     return layer, layer + 1 if layer != -1 else None

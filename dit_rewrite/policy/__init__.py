@@ -1,5 +1,5 @@
-"""The language of policies: rules, where they apply, strategies, forecast bases, plans, and all of them as text.
+"""The policy language: rules, the sites that they select, strategies, forecast bases, plans, and their text formats.
 
-It imports the language of guards and what the run time reads of a rule (`runtime.decide`); it knows no compiler.
-Policies, the compiler and every room above may import it.
+The package imports the guard language and the interface of `runtime.decide`, but not the compiler. Policies, the
+compiler and every package above it may import it.
 """

@@ -1,11 +1,12 @@
-"""How a forecast weights the last computed values of a site: the bases of the literature, as plain functions of places.
+"""Forecast bases of the literature: they map the places of a site's last computed values to forecast weights.
 
-Each gives the weights w of "value = sum over k of w_k h_k", in float64, from the places of the computed values, newest
-first, and the place of the step that forecasts. A place is a step, a noise level or its logarithm. The methods are
-linear in the values, so that their recursions on tensors run here on vectors of weights.
+A forecast is sum_k w_k h_k, where h_k are the last computed values, newest first. A basis computes the weights w in
+float64 from the places of these values and the place of the current step. A place is a step, a noise level or its
+logarithm. All bases are linear in the values, so a recursion that a paper defines on tensors runs here on vectors of
+weights.
 
-Order 0 is reuse in every basis but `Magnitude`, and the weights add to 1 in every basis but that and `Chebyshev`, so
-that a value that does not change is forecast as it is.
+Order 0 is reuse in every basis except `Magnitude`. The weights add up to 1, so that a constant value is forecast
+exactly, in every basis except `Magnitude` and `Chebyshev`.
 """
 
 from __future__ import annotations
@@ -21,16 +22,16 @@ from dit_rewrite.errors import BadParameter
 
 @runtime_checkable
 class Basis(Protocol):
-    """A way to weight computed values. `places` has at least `order` + 1 entries, and at most as the history has."""
+    """Interface of a basis. `places` has at least `order` + 1 entries, and at most as many as the history keeps."""
 
     def history(self, order: int) -> int:
-        """How many computed values it reads at most."""
+        """Return the maximum number of computed values that `weights` reads."""
         ...
 
     def weights(self, places: Sequence[float], place: float, order: int) -> Sequence[float]:
-        """The weights of the values that were computed at `places`; where there are fewer weights, the others are 0.
+        """Return the weights of the values computed at `places`. If it returns fewer weights, the others are 0.
 
-        Raises ZeroDivisionError or ValueError where these places have no weights, for instance where two coincide.
+        Raises ZeroDivisionError or ValueError if the weights are undefined, for example if two places coincide.
         """
         ...
 
@@ -42,7 +43,7 @@ class _Polynomial:
 
 @dataclass(frozen=True)
 class Taylor(_Polynomial):
-    """The polynomial through the last `order` + 1 computed values (Lagrange), at any distances."""
+    """The Lagrange polynomial through the last `order` + 1 computed values; the places need not be evenly spaced."""
 
     def weights(self, places: Sequence[float], place: float, order: int) -> list[float]:
         return lagrange(places[: order + 1], place)
@@ -52,9 +53,9 @@ class Taylor(_Polynomial):
 class TaylorSeer(_Polynomial):
     """TaylorSeer's sum of differences (Liu et al. 2025, equation 3): sum over j of D_j k^j / j!.
 
-    k is the distance from the newest value, and D_j its `differences`. Equal to `Taylor` up to order 1, and exact on
-    straight lines. Above, the differences are not those of the polynomial through the values, so that the forecast is
-    not exact on parabolas, even where the places are equally far apart.
+    k is the distance from the newest value, and D_j are its `differences`. This equals `Taylor` up to order 1, so it is
+    exact for straight lines. From order 2 on, the differences are not those of the interpolating polynomial, so the
+    forecast is not exact for parabolas, even if the places are evenly spaced.
     """
 
     def weights(self, places: Sequence[float], place: float, order: int) -> list[float]:
@@ -67,12 +68,14 @@ class TaylorSeer(_Polynomial):
 
 @dataclass(frozen=True)
 class Hermite(_Polynomial):
-    """HiCache (arXiv 2508.16984): TaylorSeer with s^j H_j(s k) in the place of k^j, s being `scale`.
+    """HiCache (arXiv 2508.16984): TaylorSeer with s^j H_j(s k) instead of k^j, where s is `scale`.
 
-    H_j are the physicists' Hermite polynomials, H_1(x) = 2x. The slope is 2 s^2 times that of TaylorSeer: half of it
-    at the source's default of 0.5, all of it at 1 / sqrt(2), so that the forecast is not exact on straight lines.
-    Unlike the other bases, it depends on the unit of the places: the source means steps, and from order 2 on a unit
-    in which the distances are small gives large weights. Raises BadParameter.
+    H_j are the physicists' Hermite polynomials, H_1(x) = 2x. The slope is 2 s^2 times TaylorSeer's: half of it at the
+    source's default scale of 0.5, and equal at 1 / sqrt(2). Below that scale the forecast is not exact for straight
+    lines. Unlike the other bases, this one depends on the unit of the places. The source uses steps; from order 2 on,
+    a unit with small distances gives large weights.
+
+    Raises BadParameter if `scale` is not in (0, 1].
     """
 
     scale: float = 0.5
@@ -94,19 +97,21 @@ class Hermite(_Polynomial):
 
 @dataclass(frozen=True)
 class Chebyshev:
-    """Spectrum (arXiv 2603.01623): a ridge fit of Chebyshev polynomials to all values that the history has, blended
-    with an extrapolation of the last ones.
+    """Spectrum (arXiv 2603.01623): a ridge fit of Chebyshev polynomials to all values in the history, blended with an
+    extrapolation of the last ones.
 
-    The order of the forecast is the degree of the fit, 4 in the source. `ridge` is added to the diagonal of the normal
-    equations, that of the constant too. `blend` is the share of the fit; the rest is `newton_forward` of
-    `taylor_order`. `domain` is the interval of places that is mapped to [-1, 1]: the source has steps 0 to 50, however
-    many there are. Where the places fill a small part of it, as noise levels do, the ridge keeps the fit from following
-    even a straight line: give (0, number of steps), or the least and the greatest noise level. None is from the oldest
-    of the values to the place forecast, which makes the weights independent of the unit.
+    The order of the forecast is the degree of the fit; the source uses 4. `ridge` is added to the diagonal of the
+    normal equations, including the constant's entry. `blend` is the weight of the fit; the rest is `newton_forward` of
+    `taylor_order`. `domain` is the interval of places that is mapped to [-1, 1]. The source uses steps 0 to 50 for any
+    number of steps. If the places fill only a small part of the domain, as noise levels do, the ridge prevents the fit
+    from following even a straight line; give (0, number of steps), or (smallest, largest noise level). None uses the
+    interval from the oldest value to the current step, which makes the weights independent of the unit.
 
-    The weights do not add to 1, because of the ridge. The source keeps all computed values; here 8 are read
-    unless the forecast's `history` says otherwise. With no more values than the degree, the degree falls; the source
-    would leave that to the ridge, but its warm-up of 5 steps prevents it at degree 4. Raises BadParameter.
+    The weights do not add up to 1, because of the ridge. The source keeps all computed values; this basis reads 8
+    unless the forecast's `history` says otherwise. If there are no more values than the degree, the degree falls. The
+    source relies on the ridge in that case, but its warm-up of 5 steps prevents it at degree 4.
+
+    Raises BadParameter.
     """
 
     ridge: float = 0.1
@@ -129,13 +134,13 @@ class Chebyshev:
         if order == 0:
             return [1.0]
         if len(set(places)) < len(places):
-            raise ValueError("two values were computed at one place")
+            raise ValueError("two values were computed at the same place")
         newton = newton_forward(places[: self.taylor_order + 1], place)
         newton += [0.0] * (len(places) - len(newton))
         return combine((self.blend, 1 - self.blend), (self._fit(places, place, order), newton))
 
     def _fit(self, places: Sequence[float], place: float, degree: int) -> list[float]:
-        """x X' of the fit: x = row of `place` times the inverse of X'X + ridge, X having a row for each value."""
+        """Return x X', where x is the row of `place` times the inverse of X'X + ridge, and X has a row per value."""
         low, high = (places[-1], place) if self.domain is None else self.domain
         *rows, row = (chebyshev((2 * at - low - high) / (high - low), degree) for at in (*places, place))
         columns = list(zip(*rows, strict=True))
@@ -151,21 +156,23 @@ Variant = Literal["paper", "cache-dit"]
 
 @dataclass(frozen=True)
 class BDF:
-    """FoCa (arXiv 2508.16211): a BDF2 predictor with a Heun corrector, step by step on its own forecasts.
+    """FoCa (arXiv 2508.16211): a BDF2 predictor with a Heun corrector, applied step by step to its own forecasts.
 
-    F and F- are the values of the last two steps, computed or forecast; Y0 and Y1 the last two computed ones, h steps
-    apart. With a step as the unit, equation 7 with F' = F - F- predicts 2 F - F-, equation 6 gives F - F- for its
-    derivative, and equation 8 corrects: F + ((Y0 - Y1) / h + F - F-) / 2. The authors have no code published, and the
-    paper leaves open what the derivative at the last computed step is, here (Y0 - Y1) / h, and whether the corrector
-    starts at F, as equation 8 is written and done here, or at Y0. ``variant="cache-dit"`` is what cache-dit 1.5.3 does
-    instead: Y0 + g (Y0 - Y1 + F - F-), g being e / 2 at the e-th step after Y0 up to the third, and 4.5 / e then. It
-    does not divide by h, and goes too far where values are computed every few steps.
+    F and F- are the values of the last two steps, computed or forecast; Y0 and Y1 are the last two computed values, h
+    steps apart. With a step as the unit, equation 7 with F' = F - F- predicts 2 F - F-, equation 6 gives F - F- as its
+    derivative, and equation 8 corrects the prediction to F + ((Y0 - Y1) / h + F - F-) / 2. The authors published no
+    code, and the paper leaves two points open: the derivative at the last computed step, which is (Y0 - Y1) / h here,
+    and whether the corrector starts at F, as in equation 8 and here, or at Y0. ``variant="cache-dit"`` follows
+    cache-dit 1.5.3: Y0 + g (Y0 - Y1 + F - F-), where g is e / 2 at the e-th step after Y0 for e <= 3, and 4.5 / e
+    after that. It does not divide by h, so it overshoots if values are computed only every few steps.
 
-    Order 0 is reuse; above, the order does not matter. The recursion goes back to the last two adjacent steps that
-    were computed, which may be the first ones. By default 4 values are read, and it starts at the oldest two: the
-    paper's with the straight line between them, so that it is exact on straight lines; cache-dit's with reuse, as its
-    code does at the start. The weights of the paper's grow with the interval, and with the values that are read. Places
-    must be steps: of others, nobody knows how many lie between. Raises BadParameter.
+    Order 0 is reuse; all orders above 0 are equal. The recursion depends on all values back to the last two adjacent
+    steps that were computed, which may be the first two of the trajectory. This basis reads at most 4 values and
+    starts from the oldest two: the "paper" variant with the line through them, so it is exact for straight lines; the
+    "cache-dit" variant with reuse, as cache-dit does at the first step. The weights of the "paper" variant grow with
+    the interval and with the number of values.
+
+    Places must be steps, because the recursion needs the number of steps between them. Raises BadParameter.
     """
 
     variant: Variant = "paper"
@@ -183,7 +190,7 @@ class BDF:
         now, *steps = _steps(place, places)
         ends, values = [now + 1, *steps], _units(len(steps))
         share = 1 / (steps[-2] - steps[-1]) if self.variant == "paper" else 1.0
-        last = combine((share, 1 - share), (values[-1], values[-2]))  # of the step before the second computed one
+        last = combine((share, 1 - share), (values[-1], values[-2]))  # value of the step before the second computed one
         for n in reversed(range(len(steps) - 1)):
             before, last = last, values[n]
             for elapsed in range(1, ends[n] - steps[n]):
@@ -192,7 +199,7 @@ class BDF:
         return last
 
     def _factors(self, elapsed: int, gap: int) -> tuple[float, float, float, float]:
-        """Of F, F-, Y0 and Y1."""
+        """Return the factors of F, F-, Y0 and Y1."""
         if self.variant == "paper":
             return 1.5, -0.5, 0.5 / gap, -0.5 / gap
         g = elapsed / 2 if elapsed <= 3 else 4.5 / elapsed
@@ -201,11 +208,11 @@ class BDF:
 
 @dataclass(frozen=True)
 class Magnitude:
-    """The newest value times the product of the ratios of the steps since it was computed.
+    """The newest value times the product of the magnitude ratios of the steps since it was computed.
 
-    ``ratios[i]`` is how much larger the value of step i is than that of step i - 1, measured on runs that compute
-    everything; MagCache (arXiv 2506.09045) publishes such tables, and takes them for its estimate of the error only.
-    The order does not matter. Places must be steps of the table, which is of one number of steps. Raises BadParameter.
+    ``ratios[i]`` is the magnitude of the value at step i divided by that at step i - 1, measured on runs that compute
+    every step. MagCache (arXiv 2506.09045) publishes such tables, but uses them only to estimate the error. The order
+    has no effect. Places must be steps, and the table is valid for one number of steps only. Raises BadParameter.
     """
 
     ratios: tuple[float, ...]
@@ -232,17 +239,19 @@ BASES: dict[str, Callable[[], Basis]] = {
     "chebyshev": Chebyshev,
     "bdf": BDF,
 }
-KINDS: dict[str, type] = {**BASES, "magnitude": Magnitude}  # type: ignore[dict-item]  # those that can be saved
+KINDS: dict[str, type] = {**BASES, "magnitude": Magnitude}  # type: ignore[dict-item]  # bases that can be saved
 
 
 def lagrange(places: Sequence[float], place: float) -> list[float]:
-    """The weights by which values at `places` give the polynomial through them at `place`."""
+    """Return the weights that evaluate the polynomial through the values at `places` at `place`."""
     return [math.prod((place - b) / (a - b) for j, b in enumerate(places) if j != i) for i, a in enumerate(places)]
 
 
 def differences(places: Sequence[float]) -> list[list[float]]:
-    """TaylorSeer's differences D_0, D_1, … of the newest value, as weights: D_0 is the value, and D_j+1 the change of
-    D_j since the value before, divided by the distance of these two."""
+    """Return TaylorSeer's differences D_0, D_1, … of the newest value, as weights.
+
+    D_0 is the value. D_j+1 is the change of D_j since the previous value, divided by the distance of the two places.
+    """
     found, rows = [], _units(len(places))
     while rows:
         found.append(rows[0])
@@ -252,10 +261,10 @@ def differences(places: Sequence[float]) -> list[list[float]]:
 
 
 def newton_forward(places: Sequence[float], place: float) -> list[float]:
-    """Spectrum's extrapolation: sum over j of binomial(k, j) times the j-th difference of the newest values.
+    """Return the weights of Spectrum's extrapolation: sum over j of binomial(k, j) times the j-th difference.
 
-    k is the distance in units of the last interval, to which the others are taken to be equal. From order 2 on it is
-    not the polynomial through the values, which has binomial(k + j - 1, j).
+    k is the distance from the newest value in units of the last interval; all intervals are assumed equal. From order 2
+    on this is not the interpolating polynomial, which has binomial(k + j - 1, j).
     """
     k = (place - places[0]) / (places[0] - places[1])
     weights, binomial = [0.0] * len(places), 1.0
@@ -266,7 +275,7 @@ def newton_forward(places: Sequence[float], place: float) -> list[float]:
 
 
 def chebyshev(x: float, degree: int) -> list[float]:
-    """T_0(x) to T_degree(x)."""
+    """Return the Chebyshev polynomials T_0(x) to T_degree(x)."""
     values = [1.0, x]
     for _ in range(degree - 1):
         values.append(2 * x * values[-1] - values[-2])
@@ -274,7 +283,7 @@ def chebyshev(x: float, degree: int) -> list[float]:
 
 
 def solve(matrix: list[list[float]], right: Sequence[float]) -> list[float]:
-    """The solution of a positive definite system: Gauss-Jordan elimination, which needs no pivoting there."""
+    """Solve a positive definite system by Gauss-Jordan elimination, which needs no pivoting in this case."""
     lines = [[*line, value] for line, value in zip(matrix, right, strict=True)]
     for i, line in enumerate(lines):
         line[:] = [a / line[i] for a in line]
@@ -285,7 +294,7 @@ def solve(matrix: list[list[float]], right: Sequence[float]) -> list[float]:
 
 
 def combine(factors: Sequence[float], vectors: Sequence[Sequence[float]]) -> list[float]:
-    """The sum of the vectors, each times its factor."""
+    """Return the linear combination of `vectors` with `factors`."""
     return [_dot(factors, column) for column in zip(*vectors, strict=True)]
 
 
@@ -294,15 +303,15 @@ def _dot(a: Sequence[float], b: Sequence[float]) -> float:
 
 
 def _units(count: int) -> list[list[float]]:
-    """The computed values themselves, as weights."""
+    """Return the unit vectors: the computed values themselves, as weights."""
     return [[float(i == k) for i in range(count)] for k in range(count)]
 
 
 def _steps(place: float, places: Sequence[float]) -> list[int]:
-    """This step and the computed ones, newest first. Raises ValueError where they are no steps in turn."""
+    """Return the current and the computed steps, newest first. Raises ValueError unless they are falling integers."""
     steps = [int(at) for at in (place, *places)]
     if steps != [place, *places] or any(a <= b for a, b in pairwise(steps)):
-        raise ValueError("the places are no steps: give the forecast over='step'")
+        raise ValueError("the places are not steps: use over='step'")
     return steps
 
 

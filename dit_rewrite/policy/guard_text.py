@@ -1,8 +1,9 @@
-"""Guards as text, such as ``(step > 0) & Ne(Mod(step, 3), 0)``; they come back equal.
+"""Guards as text, such as ``(step > 0) & Ne(Mod(step, 3), 0)``. Printing and parsing a guard gives an equal guard.
 
-Text is parsed by a whitelist over Python's syntax tree and never evaluated: names are the symbols of symbols, functions
-those of `FUNCTIONS` and `CONNECTIVES`, operators ``+ - * / ** %``, comparisons (chains too) and ``& | ^ ~`` (or
-``and or not``). What is not in it, or would grow too large, is refused with its name.
+The parser accepts a whitelist of nodes of Python's syntax tree and never evaluates text. Names are the symbols of
+`passes.guards.symbols`; functions are those of `FUNCTIONS` and `CONNECTIVES`; operators are ``+ - * / ** %``,
+comparisons (also chained) and ``& | ^ ~`` (or ``and or not``). It refuses everything else by name, and expressions
+that could grow too large.
 """
 
 from __future__ import annotations
@@ -23,11 +24,11 @@ from dit_rewrite.passes.guards import symbols
 from dit_rewrite.passes.guards.measurements import parse
 from dit_rewrite.passes.guards.tables import table
 
-MAX_TEXT = 20_000  # characters of a guard, less those of the values of its tables
-MAX_TABLES = 200_000  # characters of these
-MAX_DEPTH = 48  # of operators and functions inside one another
-MAX_ARGUMENTS = 16  # of a function; sympy compares those of Min and Max in pairs
-MAX_DEGREE = 64  # of a power: its value has at most three times as many digits
+MAX_TEXT = 20_000  # characters of a guard, not counting the values of its tables
+MAX_TABLES = 200_000  # characters of the values of all tables
+MAX_DEPTH = 48  # nesting depth of operators and functions
+MAX_ARGUMENTS = 16  # per function; sympy compares the arguments of Min and Max pairwise
+MAX_DEGREE = 64  # of a power; the value has at most three times as many digits
 
 FUNCTIONS: dict[str, Callable[..., Any]] = {
     "Mod": sympy.Mod, "Min": sympy.Min, "Max": sympy.Max, "Abs": sympy.Abs,
@@ -50,7 +51,7 @@ _TABLE_VALUES = re.compile(r"\btable\([-+.,e\d\s()\[\]]+")
 
 
 def guard_text(guard: Boolean) -> str:
-    """A guard as text that `parse_guard` reads back as the same; raises UnwritableGuard where there is none."""
+    """Return text that `parse_guard` parses to an equal guard. Raises UnwritableGuard if there is no such text."""
     text = _Printer().doprint(guard)
     try:
         again = parse_guard(text)
@@ -62,10 +63,10 @@ def guard_text(guard: Boolean) -> str:
 
 
 def parse_guard(text: str) -> Boolean:
-    """A guard from text. Raises BadGuardText, or ForeignName for a symbol or function that guards do not have.
+    """Parse a guard. Raises BadGuardText, or ForeignName for a symbol or function that guards do not have.
 
-    A symbol that simplification would take away is refused too: a guard must hold only where all that it mentions is
-    known, and the guard that is left would no longer mention it.
+    A symbol that simplification removes is an error: a guard may hold only if all symbols that it mentions are known,
+    and the simplified guard would no longer mention this one.
     """
     reader = _Reader(text)
     length = len(_TABLE_VALUES.sub("table(", text))
@@ -84,7 +85,8 @@ def parse_guard(text: str) -> Boolean:
 
 
 class _Reader:
-    """Reads a syntax tree as a guard; a chain of one operator at once, as sympy sorts and simplifies it as a whole."""
+    """Converts a syntax tree to a guard. It converts a chain of one operator at once, because sympy sorts and
+    simplifies the chain as a whole."""
 
     def __init__(self, text: str) -> None:
         self.text = text
@@ -98,7 +100,7 @@ class _Reader:
         raise ForeignName(self.text, name, kind, symbols.KNOWN, [*FUNCTIONS, "table", *CONNECTIVES])
 
     def condition(self, node: ast.expr) -> Boolean:
-        """What is true or false."""
+        """Convert a node that must be a Boolean expression."""
         value = self.read(node)
         if not isinstance(value, Boolean) or isinstance(value, sympy.Symbol):
             self.refuse(
@@ -107,18 +109,18 @@ class _Reader:
         return value
 
     def number(self, node: ast.expr) -> sympy.Expr:
-        """What has a finite, real value, as far as is known."""
+        """Convert a node that must be a number. Values known to be infinite or not real are refused."""
         value = self.read(node)
         if not isinstance(value, sympy.Expr):
             self.refuse(
                 f"`{ast.unparse(node)}` is a condition where a number is needed (put comparisons in parentheses)"
             )
         if value.has(sympy.nan, sympy.zoo, sympy.oo, -sympy.oo, sympy.I):
-            self.refuse(f"`{ast.unparse(node)}` is no real number")
+            self.refuse(f"`{ast.unparse(node)}` is not a real number")
         return value
 
     def read(self, node: ast.expr) -> Any:
-        """A node of the syntax tree; refuses every kind that is not read here."""
+        """Convert a node. Node types without a reader are refused."""
         readers: dict[type[ast.expr], Callable[[Any], Any]] = {
             ast.Constant: self.constant,
             ast.Name: self.name,
@@ -140,7 +142,7 @@ class _Reader:
         if isinstance(node.value, bool):
             return sympy.true if node.value else sympy.false
         if not isinstance(node.value, int | float) or not math.isfinite(node.value):
-            self.refuse(f"`{ast.unparse(node)}` is no finite number")
+            self.refuse(f"`{ast.unparse(node)}` is not a finite number")
         return sympy.Integer(node.value) if isinstance(node.value, int) else sympy.Float(node.value)
 
     def name(self, node: ast.Name) -> Any:
@@ -165,13 +167,13 @@ class _Reader:
         if function is None:
             self.foreign(node.func.id, "function")
         if node.keywords or len(node.args) > MAX_ARGUMENTS:
-            self.refuse(f"`{written}` names an argument, or has more than {MAX_ARGUMENTS}")
+            self.refuse(f"`{written}` has a keyword argument, or more than {MAX_ARGUMENTS} arguments")
         return function(*map(self.number if node.func.id in FUNCTIONS else self.condition, node.args))
 
     def compare(self, node: ast.Compare) -> Boolean:
         sides = [self.number(side) for side in (node.left, *node.comparators)]
         if any(type(op) not in COMPARISONS for op in node.ops):
-            self.refuse(f"`{ast.unparse(node)}` compares by other than < <= > >= == !=")
+            self.refuse(f"`{ast.unparse(node)}` has a comparison other than < <= > >= == !=")
         return sympy.And(*(COMPARISONS[type(op)](*sides[i : i + 2]) for i, op in enumerate(node.ops)))
 
     def unary(self, node: ast.UnaryOp) -> Any:
@@ -195,11 +197,11 @@ class _Reader:
         return self.refuse(f"`{ast.unparse(node)}` uses an operator that is not allowed")
 
     def factors(self, node: ast.expr, sign: int = 1) -> Iterator[sympy.Expr]:
-        """The factors of a product, those of its denominators too (``1/(2*x)`` has 1/2 and 1/x)."""
+        """Yield the factors of a product, including those in denominators (``1/(2*x)`` has 1/2 and 1/x)."""
         for op, part in _chain(node, ast.Mult, ast.Div):
             power = -sign if op is ast.Div else sign
             if op is None and isinstance(part, ast.UnaryOp) and isinstance(part.op, ast.USub):
-                yield sympy.Integer(-1)  # a factor of the product, not of its first part
+                yield sympy.Integer(-1)  # sign of the whole product, not of its first factor
                 part = part.operand
             if isinstance(part, ast.BinOp) and isinstance(part.op, ast.Mult | ast.Div):
                 yield from self.factors(part, power)
@@ -211,7 +213,7 @@ class _Reader:
 
     def power(self, node: ast.BinOp) -> sympy.Expr:
         base, exponent = self.number(node.left), self.number(node.right)
-        if base.is_Float and base > 0 and not exponent.is_Number:  # a float overflows, and does not grow
+        if base.is_Float and base > 0 and not exponent.is_Number:  # a float overflows instead of growing
             return base**exponent
         if not exponent.is_Number or not _degree(base) * abs(exponent) <= MAX_DEGREE:
             self.refuse(f"the power `{ast.unparse(node)}` could grow too large")
@@ -219,7 +221,7 @@ class _Reader:
 
 
 def _chain(node: ast.expr, *operators: type[ast.operator]) -> list[tuple[type[ast.operator] | None, ast.expr]]:
-    """``a + b - c`` as [(None, a), (Add, b), (Sub, c)], without recursion."""
+    """Return ``a + b - c`` as [(None, a), (Add, b), (Sub, c)], without recursion."""
     parts: list[tuple[type[ast.operator] | None, ast.expr]] = []
     while isinstance(node, ast.BinOp) and isinstance(node.op, operators):
         parts.append((type(node.op), node.right))
@@ -228,13 +230,13 @@ def _chain(node: ast.expr, *operators: type[ast.operator]) -> list[tuple[type[as
 
 
 def _degree(expression: sympy.Expr) -> float:
-    """How large a value can get, as a power of 1000, the most that symbols are taken to reach."""
+    """Return a bound of the expression's magnitude as a power of 1000, assuming symbols of at most 1000."""
     if expression.is_Float:
         return 1.0
     if expression.is_Rational:
         return math.log(max(abs(expression.p), expression.q, 2), 1000)
     if expression.is_Pow and not expression.exp.is_Number:
-        return 1.0  # of a float, which is all that such a power is read of
+        return 1.0  # `power` accepts a symbolic exponent only for a float base
     if expression.is_Pow:
         return _degree(expression.base) * abs(float(expression.exp))
     degrees = [_degree(part) for part in expression.args]
@@ -242,7 +244,7 @@ def _degree(expression: sympy.Expr) -> float:
 
 
 class _Printer(StrPrinter):
-    """sympy's text, with every digit of a float."""
+    """sympy's printer, but with all digits of floats."""
 
     def _print_Float(self, expr: sympy.Float) -> str:
         return repr(float(expr))

@@ -1,8 +1,7 @@
-"""Bases whose weights follow from what a probe shows at this very step, and not from the places alone.
+"""Bases whose weights depend on a probe at the current step, and not on the places alone.
 
-Such a basis has `measures`, the names of the symbols that it needs (`dit_rewrite.guards`), and its `weights` are given
-their values behind the order. Where one is not known or not finite there is no forecast: the site computes. They are
-asked for where the order is above 0.
+Such a basis has an attribute `measures`, the names of the symbols that it needs (`dit_rewrite.guards`). `weights` takes
+their values after `order`. If a value is unknown or not finite, the site computes. Order 0 needs no measurement.
 """
 
 from __future__ import annotations
@@ -19,10 +18,10 @@ from dit_rewrite.policy.strategies import is_number
 
 @dataclass(frozen=True)
 class Aligned:
-    """DiCache (arXiv 2508.17356): as far along the line through the last two computed values as a probe has gone on its
-    own (`guards.advance`), within `least` and `most`.
+    """DiCache (arXiv 2508.17356): extrapolates the last two computed values linearly, as far as a probe has advanced
+    along the line through its own two values (`guards.advance`), clamped to [`least`, `most`].
 
-    At 1 that is the newest value, at 0 the one before. The order does not matter above 0. Raises BadParameter.
+    An advance of 1 gives the newest value, 0 the one before. All orders above 0 are equal. Raises BadParameter.
     """
 
     probe: str = "first_block"
@@ -38,7 +37,7 @@ class Aligned:
 
     @property
     def measures(self) -> tuple[str, ...]:
-        """The symbol of how far the probe has gone."""
+        """The symbol of the probe's advance."""
         return (advance(self.probe).name,)
 
     def history(self, order: int) -> int:

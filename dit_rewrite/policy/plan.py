@@ -1,7 +1,7 @@
-"""Plans: for each step and site, what is done in place of full attention (DiTFastAttn, Yuan et al. 2024, section 3.5).
+"""Plans: a table with the choice for each step and attention site (DiTFastAttn, Yuan et al. 2024, section 3.5).
 
-A plan is a table that can be saved, drawn (`dit_rewrite.report.plan_picture`), compared and loaded. Its file is JSON
-with a version, and a line of text for each step: the names of the choices, site by site.
+A plan can be saved, drawn (`dit_rewrite.report.plan_picture`), compared and loaded. Its file is JSON with a version
+number, and has a line of text for each step: the names of the choices, one for each site.
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ from torch import Tensor, nn
 from dit_rewrite.errors import BadParameter, BadPlan, PlanForOtherModel, PlanForOtherSteps
 
 VERSION = 2
-SINCE = {"grid": 2, "notes": 2}  # the first version that has a field
+SINCE = {"grid": 2, "notes": 2}  # the first version that has the field
 
 
 class Choice(str, Enum):
-    """What is done with an attention at a step, by the paper's names (sections 3.2 to 3.4)."""
+    """The choices for an attention site at a step, with the paper's names (sections 3.2 to 3.4)."""
 
-    FULL = "full"  # it is computed
-    AST = "AST"  # attention sharing across timesteps: the last output again
-    ASC = "ASC"  # attention sharing across guidance: the conditional half, for both halves of the batch
-    WA_RS = "WA-RS"  # window attention, and the residual to full attention of an earlier step
-    WA_RS_ASC = "WA-RS+ASC"  # the same of the conditional half, for both
+    FULL = "full"  # compute full attention
+    AST = "AST"  # attention sharing across timesteps: reuse the last output
+    ASC = "ASC"  # attention sharing across guidance: use the conditional half's output for both halves of the batch
+    WA_RS = "WA-RS"  # window attention plus the residual to full attention from an earlier step
+    WA_RS_ASC = "WA-RS+ASC"  # WA-RS on the conditional half, used for both halves
 
     def __str__(self) -> str:
         return self.value
@@ -49,16 +49,17 @@ SHARED = frozenset({Choice.ASC, Choice.WA_RS_ASC})
 
 @dataclass(frozen=True)
 class Plan:
-    """What each site does at each step of one model's trajectory. Raises BadParameter for fields that do not fit.
+    """The choice of each site at each step of a trajectory, for one model. Raises BadParameter for invalid fields.
 
-    ``model`` is the model's `fingerprint`, ``scheduler`` the sampler by `describe_scheduler`. ``table[step][i]`` is the
-    choice of ``sites[i]``, in graph order. ``window`` is the window of WA-RS, as a share of the tokens or as a distance
-    in tokens on each axis of ``grid``, the (H, W) or (T, H, W) of an image's or a video's tokens (None: a sequence);
-    ``conditional`` the half of a guided batch that ASC computes. Each may be None where no choice needs it.
+    ``model`` is the model's `fingerprint`, ``scheduler`` the result of `describe_scheduler`. ``table[step][i]`` is the
+    choice for ``sites[i]``, in graph order. ``window`` is the window of WA-RS: a fraction of the tokens, or a distance
+    in tokens along each axis of ``grid``, which is (H, W) for images, (T, H, W) for videos, and None for a sequence.
+    ``conditional`` is the half of a guided batch that ASC computes. ``window`` and ``conditional`` may be None if no
+    choice needs them.
 
-    How it was found: ``delta`` is the threshold of the search (0 where nothing was searched), ``evaluations`` how many
-    candidates it tried, and ``work`` its runs of the network, as a share of the steps x |S| x |M| that a full run for
-    every candidate takes (appendix A.2). ``notes`` say which attentions it left out, and why.
+    The other fields describe the search: ``delta`` is its threshold (0 if there was no search), ``evaluations`` the
+    number of candidates tried, and ``work`` its cost in runs of the network, as a fraction of the steps x |S| x |M|
+    full runs of an exhaustive search (appendix A.2). ``notes`` name the attentions that were left out, and why.
     """
 
     model: str
@@ -94,7 +95,7 @@ class Plan:
             raise BadParameter("Plan", name, getattr(self, name), allowed)
 
     def _check_table(self) -> None:
-        """Without the whole table in the message."""
+        """Check ``table``; the messages do not contain the whole table."""
         if not isinstance(self.table, tuple) or len(self.table) != self.steps:
             raise BadParameter("Plan", "table", "…", f"a tuple of {self.steps} rows, one for each step")
         for step, row in enumerate(self.table):
@@ -113,18 +114,18 @@ class Plan:
 
     @property
     def counts(self) -> dict[Choice, int]:
-        """How many (step, site) have each choice; all choices, in their order."""
+        """The number of (step, site) pairs with each choice. All choices are keys, in the order of `Choice`."""
         counted = Counter(choice for row in self.table for choice in row)
         return {choice: counted[choice] for choice in Choice}
 
     def fraction(self, choice: Choice) -> float:
-        """The share of all (step, site) that have this choice."""
+        """Return the fraction of (step, site) pairs with this choice."""
         return self.counts[choice] / (self.steps * len(self.sites))
 
     def check(self, model: nn.Module, num_steps: int) -> None:
-        """Raise PlanMismatch for another model, or for a trajectory of more or fewer steps.
+        """Raise PlanMismatch if the plan was made for another model or another number of steps.
 
-        A choice holds for its step's noise level, which is another one as soon as the number of steps is.
+        A choice is valid for the noise level of its step, and noise levels change with the number of steps.
         """
         found = fingerprint(model)
         if found != self.model:
@@ -133,7 +134,7 @@ class Plan:
             raise PlanForOtherSteps(self.steps, num_steps)
 
     def save(self, path: str | Path) -> None:
-        """Write the plan as JSON, whole or not at all, and remove what an unfinished search left beside it."""
+        """Write the plan as JSON atomically, and remove the file of an unfinished search beside it."""
         path = Path(path)
         content = {"version": VERSION} | asdict(self) | {"table": [row_text(row) for row in self.table]}
         write_whole(path, json.dumps(content, indent=2) + "\n")
@@ -141,7 +142,7 @@ class Plan:
 
     @classmethod
     def load(cls, path: str | Path) -> Plan:
-        """The plan of a file that `save` has written. Raises BadPlan for whatever else is in it, OSError without it."""
+        """Load a plan from a file written by `save`. Raises BadPlan for other content, OSError if it cannot be read."""
         content = read_fields(Path(path), {field.name for field in fields(cls)}, VERSION, SINCE)
         try:
             rows = tuple(parse_row(row) for row in _items(content, "table"))
@@ -152,22 +153,22 @@ class Plan:
 
 
 def fingerprint(model: nn.Module) -> str:
-    """What a plan knows its model by: SHA-256 over the classes of the module tree, and the names, shapes and dtypes of
-    its parameters and persistent buffers.
+    """Return a SHA-256 over the classes of the module tree, and the names, shapes and dtypes of the parameters and
+    persistent buffers. A plan identifies its model by it.
 
-    Values are left out: a plan is a matter of structure, it stays worth trying for fine-tuned weights, and hashing
-    gigabytes on a device would take longer than loading the model. So are buffers that a checkpoint does not hold:
-    they are tables made anew, some of them for the size of the last input. A compiled model has its original's.
+    Values are left out: a plan depends on the structure, is worth trying with fine-tuned weights, and hashing gigabytes
+    on a device takes longer than loading the model. Non-persistent buffers are left out because they are tables that
+    the model computes, some of them for the size of the last input. A compiled model has its original's fingerprint.
     """
     model = _original(model)
     modules = [(name, type(module).__qualname__) for name, module in model.named_modules(remove_duplicate=False)]
-    held = {name: value for name, value in model.state_dict().items() if isinstance(value, Tensor)}
-    tensors = [(name, list(value.shape), str(value.dtype)) for name, value in sorted(held.items())]
+    stored = {name: value for name, value in model.state_dict().items() if isinstance(value, Tensor)}
+    tensors = [(name, list(value.shape), str(value.dtype)) for name, value in sorted(stored.items())]
     return _digest([modules, tensors])
 
 
 def describe_scheduler(scheduler: object | None) -> str:
-    """A scheduler's class, and the hash of its config without private entries (such as diffusers' version)."""
+    """Return a scheduler's class and a hash of its config, without private entries such as diffusers' version."""
     if scheduler is None:
         return "none"
     config: Mapping[str, Any] = getattr(scheduler, "config", {})
@@ -181,18 +182,18 @@ def _digest(value: object) -> str:
 
 
 def _original(model: nn.Module) -> nn.Module:
-    """The module that was compiled."""
+    """Return the module that `torch.compile` wrapped, or `model` itself."""
     original = getattr(model, "_orig_mod", model)
     return original if isinstance(original, nn.Module) else model
 
 
 def row_text(row: Row) -> str:
-    """A step's choices, as a line of text."""
+    """Return a step's choices as a line of text."""
     return " ".join(choice.value for choice in row)
 
 
 def parse_row(text: object) -> Row:
-    """The choices of `row_text`. Raises BadParameter for foreign ones."""
+    """Parse the text of `row_text`. Raises BadParameter for unknown choices."""
     names = text.split(" ") if isinstance(text, str) else [text]
     known = [choice.value for choice in Choice]
     foreign = [name for name in names if name not in known]
@@ -202,12 +203,12 @@ def parse_row(text: object) -> Row:
 
 
 def partial_path(path: Path) -> Path:
-    """Where a search of the plan in `path` keeps what it has found so far."""
+    """Return the file in which a search for the plan at `path` saves its progress."""
     return path.with_name(f"{path.name}.partial")
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Write a file so that whoever reads it, or finds it after a crash, has all of it or what was there before."""
+    """Write a file atomically: readers, also after a crash, see either the old or the new content."""
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(f"{path.name}.writing")
     unfinished.write_text(text, encoding="utf-8")
@@ -217,21 +218,23 @@ def write_whole(path: Path, text: str) -> None:
 def read_fields(
     path: Path, names: set[str], version: int, since: Mapping[str, int] = MappingProxyType({})
 ) -> dict[str, Any]:
-    """The object in a JSON file that has these fields and this version, or, where some fields are known to have come
-    `since` a version, an older one without them. Raises BadPlan for another.
+    """Read a JSON object that has exactly the fields `names`, and the given `version`.
+
+    `since` maps fields to the version that introduced them; with it, older versions without these fields are accepted.
+    Raises BadPlan for any other content.
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
-        raise BadPlan(path, f"it is no JSON ({error})") from None
+        raise BadPlan(path, f"it is not JSON ({error})") from None
     if not isinstance(content, dict):
-        raise BadPlan(path, f"it is a {type(content).__name__}, and no object with fields")
+        raise BadPlan(path, f"it is a {type(content).__name__}, not a JSON object")
     found = content.pop("version", None)
     oldest = 1 if since else version
     if type(found) is not int or not oldest <= found <= version:
-        raise BadPlan(path, f"its version is {found!r:.50}, and this dit_rewrite reads {version}")
+        raise BadPlan(path, f"its version is {found!r:.50}, and this dit_rewrite reads version {version}")
     names = {name for name in names if since.get(name, oldest) <= found}
-    for problem, wrong in (("lacks", names - set(content)), ("has the foreign", set(content) - names)):
+    for problem, wrong in (("lacks the fields", names - set(content)), ("has unknown fields", set(content) - names)):
         if wrong:
             raise BadPlan(path, f"it {problem} {', '.join(sorted(wrong))}")
     return content
@@ -245,20 +248,20 @@ def _items(content: dict[str, Any], name: str) -> list[Any]:
 
 
 def is_whole(value: object, least: int) -> TypeGuard[int]:
-    """A whole number (true is none) of at least that size."""
+    """Return whether `value` is an int (not a bool) of at least `least`."""
     return isinstance(value, int) and not isinstance(value, bool) and value >= least
 
 
 def is_real(value: object) -> TypeGuard[float]:
-    """A finite number >= 0."""
+    """Return whether `value` is a finite number >= 0."""
     return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < math.inf
 
 
-WINDOWS = "a share in (0, 1], or a tuple of whole numbers >= 0, one for each axis"
+WINDOWS = "a fraction in (0, 1], or a tuple of whole numbers >= 0, one for each axis"
 
 
 def check_window(where: str, window: object, grid: object) -> None:
-    """Raise BadParameter unless `window` fits a sequence, or the axes of a `grid`."""
+    """Raise BadParameter unless `window` is None or fits the axes of `grid`; grid=None means a sequence."""
     axes = len(grid) if isinstance(grid, tuple) else 1
     good = isinstance(grid, tuple) and 1 <= axes <= 3 and all(is_whole(n, 1) for n in grid)
     if grid is not None and not good:
@@ -274,5 +277,5 @@ def _is_name(value: object) -> bool:
 
 
 def are_names(value: object) -> bool:
-    """A tuple of at least one name, none of them twice."""
+    """Return whether `value` is a tuple of at least one non-empty string, without duplicates."""
     return isinstance(value, tuple) and len(value) > 0 and all(map(_is_name, value)) and len(set(value)) == len(value)

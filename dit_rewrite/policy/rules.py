@@ -1,6 +1,6 @@
-"""Policies: ordered rules (where: which sites, when: guard, do: strategy). The first that applies wins.
+"""Policies: ordered rules (where: which sites, when: guard, do: strategy). The first rule that applies wins.
 
-Where none applies the site computes.
+If no rule applies, the site computes.
 """
 
 from __future__ import annotations
@@ -32,16 +32,18 @@ from dit_rewrite.policy.strategies import (
 )
 from dit_rewrite.policy.where import Where
 
-Spans = Mapping[Span, frozenset[int]]  # and the blocks of each
+Spans = Mapping[Span, frozenset[int]]  # the blocks of each span
 
 
 @dataclass(frozen=True)
 class Rule:
-    """Where `when` is proven, the sites of `where` do `do`. `when` is a Boolean over the symbols of `guards`.
+    """Applies the strategy `do` to the sites that `where` selects, at steps where the guard `when` is proven.
 
-    `do` may be two strategies for two parts of a place: (WindowResidual(), ShareGuidance("first")).
-    `max_streak` is short for ``& (streak < max_streak)``: so many reuses in a row, then one step computes.
-    Raises UnknownSymbol or NotBoolean for a guard that has no meaning, BadParameter for a strategy that does not fit.
+    `when` is a Boolean expression over the symbols of `dit_rewrite.guards`. `do` may be two strategies that replace
+    different parts of a site: (WindowResidual(), ShareGuidance("first")). `max_streak` is short for
+    ``& (streak < max_streak)``: the site computes after that many consecutive reuses.
+
+    Raises UnknownSymbol or NotBoolean for an invalid guard, and BadParameter for an invalid strategy or place.
     """
 
     when: Boolean
@@ -52,7 +54,7 @@ class Rule:
     def __post_init__(self, max_streak: int | None) -> None:
         when = symbols.check(self.when)
         if not isinstance(self.where, Where):
-            raise BadParameter("Rule", "where", self.where, 'a place, such as Where(kinds=("self",))')
+            raise BadParameter("Rule", "where", self.where, 'a Where, such as Where(kinds=("self",))')
         if max_streak is not None:
             _whole("Rule", "max_streak", max_streak, 1)
             when &= symbols.streak < max_streak
@@ -61,7 +63,7 @@ class Rule:
             raise BadParameter("Rule", "do", self.do, "a strategy of dit_rewrite.strategy, or two for different parts")
         spanning = (Compute, Reuse, Forecast, *((GuidanceDelta,) if self.where.is_all else ()))
         if self.where.span is not None and not all(isinstance(do, spanning) for do in self.strategies):
-            allowed = "Reuse() or Forecast() where the place is a span: it is no attention"
+            allowed = "Reuse() or Forecast() for a span: other strategies need attention"
             raise BadParameter("Rule", "do", self.do, allowed)
         if not self.where.is_all and any(isinstance(do, GuidanceDelta) for do in self.strategies):
             raise BadParameter("Rule", "where", self.where, 'Where(span="output") for GuidanceDelta')
@@ -73,11 +75,11 @@ class Rule:
 
     @property
     def parts(self) -> frozenset[Part]:
-        """The parts of a place that it replaces; none: it computes."""
+        """The parts of a site that the rule replaces; empty if it computes."""
         return frozenset[Part]().union(*(parts(do, self.where.part) for do in self.strategies))
 
     def strategy(self, part: Part) -> Strategy:
-        """What it does to a part of a place."""
+        """Return the strategy for a part of a site."""
         return next((do for do in self.strategies if part in parts(do, self.where.part)), Compute())
 
 
@@ -88,7 +90,7 @@ def _whole(where: str, name: str, value: object, least: int) -> None:
 
 @dataclass(frozen=True)
 class MadeFor:
-    """What a policy that was searched is good for: a model, by `plan.fingerprint`, and a number of steps."""
+    """The model (by `plan.fingerprint`) and the number of steps that a policy was searched for."""
 
     model: str
     steps: int
@@ -98,9 +100,10 @@ class MadeFor:
 class Policy:
     """An ordered list of rules, and a name for reports.
 
-    `lag`: 0 reads a measurement of this very call, which waits for the device and needs the graph in segments; 1 reads
-    the last call's. `warmup` and `cooldown` are steps at the start and at the end that compute, short for
-    ``& (step >= warmup)`` and ``& (step < num_steps - cooldown)`` in every rule. `made_for`: it is refused elsewhere.
+    `lag`: with 0, guards read measurements of the current call, which waits for the device and needs a graph that is
+    lowered as segments; with 1, they read those of the previous call. `warmup` and `cooldown` are the numbers of steps
+    at the start and at the end that compute, short for ``& (step >= warmup)`` and ``& (step < num_steps - cooldown)``
+    in every rule. `made_for`: if given, other models and numbers of steps are refused. Raises BadParameter.
     """
 
     rules: tuple[Rule, ...] = ()
@@ -126,29 +129,30 @@ class Policy:
 
     @property
     def mentions(self) -> frozenset[str]:
-        """The symbols that its guards mention, and those that its forecasts have measured."""
+        """The symbols that the guards mention, and the measurements that the forecasts need."""
         weighed = (do.measures for rule in self.rules for do in rule.strategies if isinstance(do, WEIGHING))
         return frozenset[str]().union(*(symbols.mentions(rule.when) for rule in self.rules), *weighed)
 
     @property
     def reads(self) -> frozenset[str]:
-        """The symbols that must be known: of its symbols, and of the places that its forecasts ask for."""
+        """`mentions`, and the symbols that the places of the forecasts are computed from."""
         done = (getattr(do, "do", do) for rule in self.rules for do in rule.strategies)
         return self.mentions | {PLACES[do.over] for do in done if isinstance(do, Forecast)}
 
     @property
     def streams(self) -> frozenset[str]:
-        """The streams that its rules name."""
+        """The names of the streams in the rules."""
         guided = (do for r in self.rules for do in r.strategies if isinstance(do, ShareGuidance | GuidanceDelta))
         shared = {do.stream for do in guided if do.stream}
         return frozenset(name for rule in self.rules for name in rule.where.streams or ()) | shared
 
     def spans(self, count: int, stack: Callable[[str | None], Sequence[int]], whole: bool) -> dict[Where, Spans]:
-        """The spans that each place means in a graph of `count` blocks, and the blocks of each.
+        """Return the spans that each `Where` selects in a graph of `count` blocks, with the blocks of each span.
 
-        `stack` gives the blocks of a stack by its name. Which of these are meant is known where the graph is the
-        `whole` model; in a part of one, a place without an end means those of this part.
-        Raises LayersOutside, and OverlappingSpans for two that are neither apart nor within one another.
+        `stack` returns the blocks of a stack, given its name. `whole` says whether the graph is the whole model. In a
+        part of the model, only a `Where` without an end selects spans: those of this part.
+
+        Raises LayersOutside, or OverlappingSpans for two spans that overlap without one containing the other.
         """
         spans: dict[Where, Spans] = {}
         for where in dict.fromkeys(rule.where for rule in self.rules):
@@ -156,11 +160,11 @@ class Policy:
                 where.check(count)
             if where.part is Part.SPAN and (whole or where.is_open):
                 blocks = stack(where.stack)
-                meant = where.spans(blocks)
-                spans[where] = {(first, end): frozenset(b for b in blocks if first <= b < end) for first, end in meant}
-        held = {span: blocks for found in spans.values() for span, blocks in found.items()}
-        for (a, mine), (b, other) in itertools.combinations(sorted(held.items(), key=lambda item: item[0]), 2):
-            if mine & other and not (mine <= other or other <= mine):
+                bounds = where.spans(blocks)
+                spans[where] = {(first, end): frozenset(b for b in blocks if first <= b < end) for first, end in bounds}
+        distinct = {span: blocks for found in spans.values() for span, blocks in found.items()}
+        for (a, one), (b, other) in itertools.combinations(sorted(distinct.items(), key=lambda item: item[0]), 2):
+            if one & other and not (one <= other or other <= one):
                 raise OverlappingSpans(a, b)
         return spans
 
@@ -170,30 +174,31 @@ class Policy:
         known: Mapping[str, Value],
         spans: Mapping[Where, Collection[Span]] = MappingProxyType({}),
     ) -> SiteRules:
-        """The rules that can reach a site, partially evaluated by what is `known` of it at rewrite time.
+        """Return the rules that can reach a site, partially evaluated with the symbols `known` at rewrite time.
 
-        `spans` are those that each place means. Raises TwoStores where a slot would have to hold two kinds of values.
+        `spans` maps each `Where` to the spans that it selects. Raises TwoStores if the rules need different slot
+        formats.
         """
         reaching = []
         for rule in self.rules:
             if not rule.where.selects(site, spans.get(rule.where, ())):
                 continue
-            made_for_it = site.part in (Part.SPAN, Part.DELTA, Part.OUTPUT)  # a span was made for its layers
-            placed = sympy.true if made_for_it else rule.where.guard
-            predicate = Predicate.of(rule.when & placed, known)
+            is_span = site.part in (Part.SPAN, Part.DELTA, Part.OUTPUT)  # `where` has chosen its layers already
+            layers = sympy.true if is_span else rule.where.guard
+            predicate = Predicate.of(rule.when & layers, known)
             do = rule.strategy(site.part)
             if not symbols.unreachable(predicate.guard) and not (
-                _reads_earlier(do) and verdict(rule.when & placed, known) is Verdict.NEVER
+                _reads_earlier(do) and verdict(rule.when & layers, known) is Verdict.NEVER
             ):
                 reaching.append(SiteRule(predicate, do, site.part in rule.parts, rule.where))
             if predicate.guard == sympy.true and not predicate.needs and rule.where.streams is None:
                 break
         rules = SiteRules(tuple(reaching))
-        if len(rules.forms) > 1:
-            raise TwoStores(site.name, rules.forms)
+        if len(rules.slot_formats) > 1:
+            raise TwoStores(site.name, rules.slot_formats)
         return rules
 
 
 def _reads_earlier(do: Strategy) -> bool:
-    """Whether a strategy needs what an earlier step computed, which is what verdicts speak of."""
-    return not isinstance(do, (Compute, ShareGuidance))  # a difference is one of earlier steps
+    """Return whether a strategy reads values of an earlier step. `verdict` assumes that reuse does."""
+    return not isinstance(do, (Compute, ShareGuidance))

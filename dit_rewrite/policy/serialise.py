@@ -1,4 +1,4 @@
-"""Policies as JSON; they come back equal. Guards stand in it as text (guard_text.py)."""
+"""Policies as JSON; `from_json` returns an equal policy. Guards are written as text (guard_text.py)."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ Record = typing.TypeVar("Record")
 
 
 def to_json(policy: Policy) -> str:
-    """The policy as JSON. Raises UnwritableGuard for a guard that would not be read back as it is."""
+    """Return the policy as JSON. Raises UnwritableGuard for a guard, or UnwritableBasis for a basis, without a text."""
     rules = [{"when": guard_text(rule.when), "do": _do(rule.do), "where": asdict(rule.where)} for rule in policy.rules]
     made_for = {} if policy.made_for is None else {"made_for": asdict(policy.made_for)}
     fields = {"version": VERSION, "name": policy.name, "lag": policy.lag, **made_for, "rules": rules}
@@ -60,7 +60,7 @@ def _do(strategy: Strategy | tuple[Strategy, ...]) -> Any:
 
 
 def _basis(basis: object) -> object:
-    """A basis by its name, or with its parameters."""
+    """Return a basis as its name, or as an object with its name and parameters."""
     if isinstance(basis, str):
         return basis
     name = next((name for name, kind in KINDS.items() if type(basis) is kind), None)
@@ -70,7 +70,7 @@ def _basis(basis: object) -> object:
 
 
 def from_json(text: str) -> Policy:
-    """The policy of `to_json`. Raises BadPolicyText, UnknownVersion, BadGuardText, or what a Rule or Where raises."""
+    """Parse the JSON of `to_json`. Raises BadPolicyText, UnknownVersion, BadGuardText, or an error of Rule or Where."""
     try:
         value = json.loads(text)
     except (ValueError, RecursionError) as error:
@@ -105,64 +105,64 @@ def _one_strategy(value: object, where: str) -> Strategy:
     fields = dict(_as(value, dict, where))
     name = fields.pop("strategy", None)
     if not isinstance(name, str) or name not in STRATEGIES:
-        raise BadPolicyText(where, f"has the strategy {name!r:.100}, and not one of {', '.join(STRATEGIES)}")
+        raise BadPolicyText(where, f"has the strategy {name!r:.100}, which is not one of {', '.join(STRATEGIES)}")
     kind = STRATEGIES[name]
     if isinstance(fields.get("basis"), dict) and issubclass(kind, Forecast):
         return _forecast(fields, kind, f"{where}.basis")
     if isinstance(fields.get("do"), dict):
-        do: Any = _one_strategy(fields.pop("do"), f"{where}.do")  # the strategy checks what it is
+        do: Any = _one_strategy(fields.pop("do"), f"{where}.do")  # GuidanceDelta checks its type
         return replace(_record(fields, GuidanceDelta, where), do=do)
     return _record(fields, kind, where)
 
 
 def _forecast(fields: dict[str, Any], kind: type[Forecast], where: str) -> Strategy:
-    """A forecast whose basis has parameters."""
+    """Read a forecast whose basis has parameters."""
     given = dict(fields.pop("basis"))
     name = given.pop("basis", None)
     if not isinstance(name, str) or name not in KINDS:
-        raise BadPolicyText(where, f"has the basis {name!r:.100}, and not one of {', '.join(KINDS)}")
+        raise BadPolicyText(where, f"has the basis {name!r:.100}, which is not one of {', '.join(KINDS)}")
     read = _record(fields, kind, where)
     return replace(read, basis=_record(given, KINDS[name], where))
 
 
 def _record(value: object, kind: type[Record], where: str) -> Record:
-    """An object whose fields are those of a dataclass."""
+    """Read a JSON object as a dataclass of type `kind`."""
     hints = typing.get_type_hints(kind)
     fields = _fields(value, where, (), tuple(hints))
     return kind(**{name: _typed(item, hints[name], f"{where}.{name}") for name, item in fields.items()})
 
 
 def _fields(value: object, where: str, needed: tuple[str, ...], allowed: tuple[str, ...] = ()) -> dict[str, Any]:
-    """An object that has the needed fields, and no others than the allowed."""
+    """Return a JSON object that has all `needed` fields, and otherwise only `allowed` ones."""
     fields = _as(value, dict, where)
     missing = [name for name in needed if name not in fields]
     if missing:
         raise BadPolicyText(where, f"lacks {', '.join(missing)}")
-    foreign = [name for name in fields if name not in needed + allowed]
-    if foreign:
-        raise BadPolicyText(where, f"has {', '.join(foreign)[:100]}, and its fields are {', '.join(needed + allowed)}")
+    unknown = [name for name in fields if name not in needed + allowed]
+    if unknown:
+        raise BadPolicyText(where, f"has {', '.join(unknown)[:100]}, and its fields are {', '.join(needed + allowed)}")
     return fields
 
 
 def _as(value: object, kind: type, where: str) -> Any:
-    """The value, which must be of that kind exactly (true is no number)."""
+    """Return `value`, whose type must be exactly `kind` (a bool is not an int)."""
     if type(value) is not kind:
-        raise BadPolicyText(where, f"is {json.dumps(value)[:100]}, and a {kind.__name__} is needed")
+        raise BadPolicyText(where, f"is {json.dumps(value)[:100]}, but must be a {kind.__name__}")
     return value
 
 
 def _typed(value: object, hint: Any, where: str) -> Any:
-    """A value from JSON as a field of that type: None, a str, int, float or bool, a tuple, or a union of them."""
+    """Convert a JSON value to a type hint: None, str, int, float, bool, a tuple, or a union of these."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin is typing.Literal:
-        return _as(value, str, where)  # whoever takes it checks it
+        return _as(value, str, where)  # the dataclass checks it
     if hint is float and type(value) is int:
         return value
     if origin is tuple:
         items = _as(value, list, where)
         kinds = arguments[:1] * len(items) if arguments[-1] is Ellipsis else arguments
         if len(kinds) != len(items):
-            raise BadPolicyText(where, f"has {len(items)} items, and {len(kinds)} are needed")
+            raise BadPolicyText(where, f"has {len(items)} items, but must have {len(kinds)}")
         return tuple(_typed(item, kinds[i], f"{where}[{i}]") for i, item in enumerate(items))
     if origin in (typing.Union, types.UnionType):
         fitting = (kind for kind in arguments if _JSON.get(typing.get_origin(kind), kind) is type(value))

@@ -1,4 +1,4 @@
-"""The rules of a policy as one site of a graph sees them, and the decision that they make at each step."""
+"""The rules of a policy for one site of a graph, and how they decide at each step."""
 
 from __future__ import annotations
 
@@ -16,12 +16,21 @@ from dit_rewrite.policy.strategies import COMPARABLE, Core, Forecast, GuidanceDe
 from dit_rewrite.policy.where import Where
 from dit_rewrite.runtime.decide import Choice, Choose, Moment, Read
 
-WEIGHING = (Forecast, GuidanceDelta)  # the strategies that take a weighted sum of what a slot holds
+WEIGHING = (Forecast, GuidanceDelta)  # strategies that compute a weighted sum of the tensors in a slot
+
+# a dtype or quantised format of stored values (None: as they are), or a strategy with a format of its own
+RuleFormat = str | None | ShareGuidance | GuidanceDelta | Core
 
 
 @dataclass(frozen=True)
 class SiteRule:
+<<<<<<< ours
     """A rule as one site sees it. ``replaces_part``: its strategy replaces this part of the place."""
+||||||| base
+    """A rule as one site sees it; ``mine``: it replaces this very part of the place, and does not compute it."""
+=======
+    """A rule for one site. ``mine``: the rule replaces this part of the site instead of computing it."""
+>>>>>>> theirs
 
     predicate: Predicate
     do: Strategy
@@ -30,73 +39,74 @@ class SiteRule:
 
     @property
     def measured(self) -> tuple[str, ...]:
-        """The symbols that must be measured: of its guard, and of the weights of its forecast."""
+        """The measured symbols of the guard and of the forecast's weights."""
         weighed = self.do.measures if self.replaces_part and isinstance(self.do, WEIGHING) else ()
         return (*self.predicate.measured, *weighed)
 
 
 @dataclass(frozen=True)
 class SiteRules:
-    """What is left of a policy for one site."""
+    """The rules of a policy that can reach one site, in order."""
 
     rules: tuple[SiteRule, ...]
 
     @property
     def reachable(self) -> bool:
-        """Whether some step could do anything but compute."""
+        """Whether the site may be reused at some step."""
         return any(rule.replaces_part for rule in self.rules)
 
     def measuring(self, known: Container[str]) -> SiteRules:
-        """Less the rules for reuse whose measurements are not all `known` to be had: they can never be proven."""
+        """Return the rules without those that reuse by a measurement not in `known`: they can never be proven."""
         provable = (rule for rule in self.rules if not rule.replaces_part or all(n in known for n in rule.measured))
         return SiteRules(tuple(provable))
 
     @property
-    def forms(self) -> frozenset[str | None | ShareGuidance | GuidanceDelta | Core]:
-        """What its slot is asked to hold, or how else it is done: a store's name, or a strategy."""
-        return frozenset(_form(rule.do) for rule in self.rules if rule.replaces_part)
+    def slot_formats(self) -> frozenset[RuleFormat]:
+        """The slot formats that the rules need: names of stores, or strategies with formats of their own."""
+        return frozenset(_slot_format(rule.do) for rule in self.rules if rule.replaces_part)
 
     @property
-    def form(self) -> str | None | ShareGuidance | GuidanceDelta | Core:
-        return next(iter(self.forms), None)
+    def slot_format(self) -> RuleFormat:
+        """The slot format of the rules; None also if no rule reuses the site."""
+        return next(iter(self.slot_formats), None)
 
     @property
     def depth(self) -> int:
-        """How many computed values its slot keeps."""
+        """The number of computed values that the slot keeps."""
         return max(
             (rule.do.depth for rule in self.rules if rule.replaces_part and isinstance(rule.do, WEIGHING)), default=1
         )
 
     @property
     def foreseen(self) -> bool:
-        """Whether a decision of a step to come is known from the step alone."""
+        """Whether the decisions of future steps depend on the step alone."""
         return self.needs <= symbols.FORESEEN
 
     @property
     def needs(self) -> frozenset[str]:
-        """The symbols that must be known when it is decided."""
+        """The symbols that a decision needs."""
         return frozenset[str]().union(*((*rule.predicate.needs, *rule.measured) for rule in self.rules))
 
     @property
     def errors(self) -> tuple[Measurement, ...]:
-        """The errors of forecasts that its guards ask for."""
-        asked = (measurement(name) for name in sorted(self.needs))
-        return tuple(found for found in asked if found is not None and found.statistic == ERROR)
+        """The forecast errors that the guards mention."""
+        found = (measurement(name) for name in sorted(self.needs))
+        return tuple(each for each in found if each is not None and each.statistic == ERROR)
 
     @property
     def forecast(self) -> Forecast | None:
-        """The first forecast that some rule makes of it, in numbers that can be compared."""
+        """The first forecast in the rules whose stored values are comparable with computed ones; None if none is."""
         replacing = (rule.do for rule in self.rules if rule.replaces_part)
         return next((do for do in replacing if isinstance(do, Forecast) and do.store in COMPARABLE), None)
 
     @property
     def verifies(self) -> bool:
-        """Whether some rule has it computed to be compared with its forecast."""
+        """Whether some rule computes the site to compare it with its forecast."""
         return any(isinstance(rule.do, Verify) for rule in self.rules)
 
     @property
     def guard(self) -> str:
-        """The guards as mathematics, in order."""
+        """The guards in mathematical notation, in order."""
         return "; ".join(show(rule.predicate.guard) for rule in self.rules)
 
     @property
@@ -105,7 +115,7 @@ class SiteRules:
         return "; ".join(repr(rule.do) for rule in self.rules)
 
     def chooser(self) -> Choose:
-        """The decision as a function of the step. Its results are kept: sites with the same rules share it."""
+        """Return the function that decides. It caches its results, and sites with equal rules share it."""
         return _chooser(self)
 
 
@@ -113,10 +123,10 @@ class SiteRules:
 def _chooser(site: SiteRules) -> Choose:
     @lru_cache(maxsize=65536)
     def first(moment: Moment, layer: int, age: int | None, streak: int, start: int) -> int | None:
-        """The first rule from `start` on that holds, or would if its measurements did.
+        """Return the index of the first rule from `start` on that applies, or may apply depending on measurements.
 
-        One that would have the site compute also counts where what it needs is not known: a later rule that reuses
-        must not take its place.
+        A rule that computes is also returned if a symbol that it needs is unknown, because no later rule may reuse
+        the site in its stead.
         """
         symbols = _symbols(moment, layer, age, streak)
         for i, rule in enumerate(site.rules[start:], start):
@@ -170,10 +180,10 @@ def _symbols(moment: Moment, layer: int, age: int | None, streak: int) -> dict[s
     }
 
 
-def _form(do: Strategy) -> str | None | ShareGuidance | GuidanceDelta | Core:
+def _slot_format(do: Strategy) -> RuleFormat:
     return do if isinstance(do, ShareGuidance | GuidanceDelta | Core) else getattr(do, "store", None)
 
 
 def forced(*_: object, **__: object) -> Choice:
-    """The chooser of reuse 0: every decision computes."""
+    """The chooser of a forced run (reuse 0): every decision computes."""
     return Choice(False, DecisionReason.FORCED)

@@ -1,4 +1,4 @@
-"""Strategies: what a site does, instead of computing, at a step where its rule applies."""
+"""Strategies: how a site gets its value at the steps where a rule applies."""
 
 from __future__ import annotations
 
@@ -12,17 +12,18 @@ from dit_rewrite.errors import BadParameter, DecisionReason, MissReason, Reason
 from dit_rewrite.passes.analysis.sites import Part
 from dit_rewrite.passes.rewrite.codec import FORMATS
 from dit_rewrite.policy.bases import BASES, Basis
+from dit_rewrite.policy.plan import is_whole
 from dit_rewrite.runtime.decide import Computed, Moment, Past, Read, Weights, unmeasured
 
 Store = Literal["bf16", "fp8", "int8"] | None
-MOST = 8  # the highest order of a forecast: above, its weights grow beyond what fp32 can sum
-COMPARABLE = (None, "bf16")  # stores whose numbers are the value's
-LONGEST = 64  # computed values that a slot may keep
+MOST = 8  # maximum order of a forecast; the weights of higher orders are too large to sum in fp32
+COMPARABLE = (None, "bf16")  # stores without scales, whose values can be compared with computed ones
+LONGEST = 64  # maximum number of computed values in a slot
 
 
 @dataclass(frozen=True)
 class Compute:
-    """Compute, whatever later rules say."""
+    """Compute the site. Later rules do not apply."""
 
 
 def _check_store(strategy: object, store: object) -> None:
@@ -40,29 +41,29 @@ class _Cached:
 
 @dataclass(frozen=True)
 class Reuse(_Cached):
-    """Take the cached value: a branch's output, or a span's change of the stream.
+    """Use the cached value: a branch's output, or the change of the residual stream across a span.
 
-    `store` is what the cache holds: None the value as it is, "bf16" it in that dtype, "int8" and "fp8" (e4m3) numbers
-    of one byte with an absolute-maximum scale for each token. The step that computes uses the value itself.
+    `store` is the format of cached values: None keeps them as they are, "bf16" casts them, "int8" and "fp8" (e4m3)
+    quantise them with an absolute-maximum scale per token. The step that computes a value uses it unquantised.
     """
 
 
 Over = Literal["step", "sigma", "log_snr"]
-PLACES = {"step": "step", "sigma": "sigma", "log_snr": "snr"}  # and the symbol that each is made of
+PLACES = {"step": "step", "sigma": "sigma", "log_snr": "snr"}  # the symbol that each is computed from
 
 
 @dataclass(frozen=True)
 class Forecast:
-    """Take a weighted sum of the last computed values: a forecast of a branch's output, or of a span's change.
+    """Forecast the value as a weighted sum of the last computed values of a branch's output or a span's change.
 
-    `basis` says how the weights follow from where the values were computed (`dit_rewrite.policy.bases`): "taylor", the
-    polynomial of `order` through the last ones; another name of `bases.BASES`; a basis with parameters of its own, such
-    as `bases.Chebyshev(ridge=0.1)`; or a function of yours, from the places of the values, newest first, the place of
-    this step and the order to the weights. `history` is how many values the slot keeps, by default as many as the basis
-    reads; where fewer are there yet, the order falls, down to reuse. `over` says what a place is: the "step", the noise
-    level "sigma", or "log_snr", the logarithm of the signal-to-noise ratio; the two need a scheduler that says it.
-    `store` is as in `Reuse`. One compiled piece serves every order, basis and distance: the weights are an input of it.
-    Raises BadParameter.
+    `basis` maps the places of the computed values to weights (`dit_rewrite.bases`): "taylor", the polynomial of `order`
+    through the last values; another name in `bases.BASES`; a basis with parameters, such as
+    `bases.Chebyshev(ridge=0.1)`; or a function of the places (newest first), the place of the current step, and the
+    order. `history` is the number of values that the slot keeps, by default the number that the basis reads. While
+    there are fewer values, the order falls, down to reuse. `over` defines the places: the "step", the noise level
+    "sigma", or "log_snr", the logarithm of the signal-to-noise ratio; the last two need a scheduler that provides them.
+    `store` is as in `Reuse`. The weights are an input of the compiled code, so one segment serves every order, basis
+    and distance. Raises BadParameter.
     """
 
     order: int = 1
@@ -74,10 +75,10 @@ class Forecast:
     def __post_init__(self) -> None:
         order, basis, history, over = self.order, self.basis, self.history, self.over
         _check_store(self, self.store)
-        self._require("order", is_count(order, 0) and order <= MOST, f"a whole number from 0 to {MOST}")
+        self._require("order", is_whole(order, 0) and order <= MOST, f"a whole number from 0 to {MOST}")
         named = basis in BASES if isinstance(basis, str) else isinstance(basis, Basis) or callable(basis)
         self._require("basis", named, f"one of {', '.join(BASES)}, a basis of dit_rewrite.bases, or a function")
-        fits = history is None or (is_count(history, 1) and history <= LONGEST)
+        fits = history is None or (is_whole(history, 1) and history <= LONGEST)
         self._require("history", fits, f"a whole number from 1 to {LONGEST}, or None")
         self._require("over", over in get_args(Over), " or ".join(f'"{name}"' for name in get_args(Over)))
 
@@ -87,7 +88,7 @@ class Forecast:
 
     @property
     def depth(self) -> int:
-        """How many computed values the slot keeps."""
+        """The number of computed values that the slot keeps."""
         if self.history is not None:
             return self.history
         basis = _basis(self.basis)
@@ -95,18 +96,18 @@ class Forecast:
 
     @property
     def measures(self) -> tuple[str, ...]:
-        """The symbols of what its weights follow from, beside the places."""
+        """The symbols of the measurements that the weights depend on."""
         return tuple(getattr(_basis(self.basis), "measures", ()))
 
     def weights(self, past: Past, moment: Moment, read: Read = unmeasured) -> Weights | Reason:
-        """The weights of the values that a slot holds, newest first; why there are none. `read` measures."""
+        """Return the weights of the values in a slot, newest first, or the reason why there are none."""
         places = [self._place(computed) for computed in past.computed[: self.depth]]
         place = self._place(Computed(moment.step, moment.sigma, moment.snr))
         known = [p for p in places if p is not None]
         if place is None or len(known) < len(places):
             return MissReason.NOISE_UNKNOWN
         order = min(self.order, len(known) - 1)
-        asked = self.measures if order else ()  # order 0 is reuse, which needs none
+        asked = self.measures if order else ()  # order 0 is reuse and needs no measurement
         measured = [value for name in asked if (value := read(name)) is not None]
         if len(measured) < len(asked):
             return DecisionReason.NOT_MEASURED
@@ -133,10 +134,10 @@ class Forecast:
 
 @dataclass(frozen=True)
 class Verify(Forecast):
-    """Compute, and compare what that gives with this forecast: see `guards.forecast_error`.
+    """Compute the site and compare the result with this forecast: see `guards.forecast_error`.
 
-    The step goes on with the computed value. What the slot holds stays as it is, and the step counts in `streak` and
-    `age` as one that forecasts, so that the error is that of the sites which do. Raises BadParameter.
+    The step uses the computed value. The slot is not updated, and `streak` and `age` count the step as forecast, so
+    that the error applies to the sites that are forecast. Raises BadParameter.
     """
 
     def __post_init__(self) -> None:
@@ -150,18 +151,18 @@ def _basis(basis: str | Basis | Callable[..., Any]) -> Basis | Callable[..., Any
 
 @dataclass(frozen=True)
 class ReuseKV(_Cached):
-    """Take the cached keys and values of an attention, with this step's queries (DQAR, section 3.1)."""
+    """Use the cached keys and values of an attention with the current queries (DQAR, section 3.1)."""
 
 
 @dataclass(frozen=True)
 class WindowResidual:
-    """Attend within a window, and add what the last full attention had beyond it (DiTFastAttn's WA-RS, section 3.2).
+    """Window attention plus the cached residual to full attention (DiTFastAttn's WA-RS, section 3.2).
 
-    `window` is how far a token sees on each side: a share of the tokens, 1/8 in the paper's code, or a number of them;
-    with `grid`, (H, W) or (T, H, W) of the image's or video's tokens, a number or share for each axis. Text tokens that
-    a joint attention puts before or behind the image see all, and are seen by all. The residual is kept at the steps
-    after which it is read; with ``residual=False`` it is taken as zero, which is window attention alone. Raises
-    BadParameter.
+    `window` is the distance that a token attends to on each side: a fraction of the tokens (1/8 in the paper's code) or
+    a number of tokens. With `grid`, the (H, W) or (T, H, W) of the image's or video's tokens, it may be one number or
+    fraction per axis. Text tokens that a joint attention puts before or after the image attend to all tokens, and all
+    tokens attend to them. Only a step followed by one that reads the residual computes it. ``residual=False`` takes it
+    as zero, which is plain window attention. Raises BadParameter.
     """
 
     window: float | tuple[float, ...] = 0.125
@@ -172,7 +173,7 @@ class WindowResidual:
         reach = self.window if isinstance(self.window, tuple) else (self.window,)
         good = all(isinstance(w, int | float) and not isinstance(w, bool) and 0 <= w < math.inf for w in reach)
         if not good or any(isinstance(w, float) and w >= 1 for w in reach):
-            raise BadParameter("WindowResidual", "window", self.window, "shares below 1, or whole numbers of tokens")
+            raise BadParameter("WindowResidual", "window", self.window, "fractions below 1, or whole numbers of tokens")
         if self.grid is not None and not _is_grid(self.grid):
             raise BadParameter("WindowResidual", "grid", self.grid, "(H, W), (T, H, W), or None for a sequence")
         axes = 1 if self.grid is None else len(self.grid)
@@ -181,7 +182,7 @@ class WindowResidual:
             raise BadParameter("WindowResidual", "window", self.window, allowed)
 
     def reach(self, tokens: int) -> tuple[int, ...]:
-        """Tokens on each side, along each axis of the grid, of a sequence of that many."""
+        """Return the window in tokens on each side, per axis of the grid, for a sequence of `tokens`."""
         sizes = (tokens,) if self.grid is None else self.grid
         window = self.window if isinstance(self.window, tuple) else (self.window,) * len(sizes)
         return tuple(
@@ -189,30 +190,25 @@ class WindowResidual:
         )
 
 
-def is_count(value: object, least: int) -> bool:
-    """Whether it is a whole number that is at least so large."""
-    return isinstance(value, int) and not isinstance(value, bool) and value >= least
-
-
 def is_number(value: object) -> bool:
-    """Whether it is a real number; True is none, though Python counts it among the integers."""
+    """Return whether `value` is a real number, and not a bool."""
     return isinstance(value, Real) and type(value) is not bool
 
 
 def _is_grid(grid: object) -> bool:
-    """Numbers of tokens along one to three axes."""
+    """Return whether `grid` is a tuple of 1 to 3 numbers of tokens."""
     axes = grid if isinstance(grid, tuple) else ()
     return 1 <= len(axes) <= 3 and all(isinstance(n, int) and not isinstance(n, bool) and n >= 1 for n in axes)
 
 
 @dataclass(frozen=True)
 class ShareGuidance:
-    """Compute an attention branch for the condition alone, and use it without the condition too (DiTFastAttn's ASC,
-    section 3.4).
+    """Compute an attention branch for the conditional input only, and use the result for the unconditional one too
+    (DiTFastAttn's ASC, section 3.4).
 
-    `conditional` is the half of a guided batch that has the condition, "first" (diffusers' DiT pipeline) or "second"
-    (PixArt's); or, where guidance takes two calls, the name of the conditional stream, which must be called first, as
-    ``cache_context`` tells it. Raises BadParameter.
+    `conditional` is the conditional half of a guided batch, "first" (diffusers' DiT pipeline) or "second" (PixArt's).
+    If guidance takes two calls, it is the name of the conditional stream in ``cache_context``, which must be called
+    first. Raises BadParameter.
     """
 
     conditional: str
@@ -223,23 +219,24 @@ class ShareGuidance:
 
     @property
     def half(self) -> Literal[0, 1] | None:
-        """The half of the batch; None where it is a stream."""
+        """The half of the batch; None if `conditional` is a stream."""
         return 0 if self.conditional == "first" else 1 if self.conditional == "second" else None
 
     @property
     def stream(self) -> str | None:
-        """The stream whose values are used; None where it is a half of the batch."""
+        """The stream whose values are used; None if `conditional` is a half of the batch."""
         return self.conditional if self.half is None else None
 
 
 @dataclass(frozen=True)
 class GuidanceDelta:
-    """Compute the model for the condition alone, and add to its output how the unconditional one differed before.
+    """Compute the model for the conditional input only, and add to its output the cached difference between the
+    unconditional and the conditional output.
 
-    `conditional` is as in `ShareGuidance`: in one batch of both halves only that half is computed; where guidance takes
-    two calls, the other call runs nothing of the model. `do` says how the difference is had: the last one again, or a
-    forecast of it. (FastVideo's CFG gate keeps the last one.) Its place is ``Where(span="output")``. Raises
-    BadParameter.
+    `conditional` is as in `ShareGuidance`. In a batch of both halves only that half is computed; if guidance takes two
+    calls, the unconditional call runs nothing of the model. `do` says how to get the difference: `Reuse()` uses the
+    last one, as FastVideo's CFG gate does, and `Forecast()` forecasts it. The rule needs ``Where(span="output")``.
+    Raises BadParameter.
     """
 
     conditional: str
@@ -251,42 +248,42 @@ class GuidanceDelta:
         if not isinstance(self.do, Reuse | Forecast) or isinstance(self.do, Verify):
             raise BadParameter("GuidanceDelta", "do", self.do, "Reuse() or Forecast()")
         if self.half is None and self.do.store is not None:
-            allowed = "one with store=None, where guidance takes two calls"
+            allowed = "a strategy with store=None if guidance takes two calls"
             raise BadParameter("GuidanceDelta", "do", self.do, allowed)
 
     @property
     def half(self) -> Literal[0, 1] | None:
-        """The half of the batch; None where it is a stream."""
+        """The half of the batch; None if `conditional` is a stream."""
         return ShareGuidance(self.conditional).half
 
     @property
     def stream(self) -> str | None:
-        """The stream that is always computed; None where it is a half of the batch."""
+        """The stream that is always computed; None if `conditional` is a half of the batch."""
         return ShareGuidance(self.conditional).stream
 
     @property
     def depth(self) -> int:
-        """How many values its reader takes: the differences and, of two calls, the conditional output."""
+        """The number of values that a reusing step reads: differences and, with two calls, the conditional output."""
         return (self.do.depth if isinstance(self.do, Forecast) else 1) + (self.half is None)
 
     @property
     def measures(self) -> tuple[str, ...]:
-        """The symbols of what its weights follow from."""
+        """The symbols of the measurements that the weights depend on."""
         return self.do.measures if isinstance(self.do, Forecast) else ()
 
     def weights(self, past: Past, moment: Moment, read: Read = unmeasured) -> Weights | Reason:
-        """The weights of these values."""
+        """Return the weights of these values, or the reason why there are none."""
         found = self.do.weights(past, moment, read) if isinstance(self.do, Forecast) else (1.0,)
         return found if isinstance(found, MissReason) or self.half is not None else (1.0, *found)
 
 
 @dataclass(frozen=True)
 class BlockwiseReuse:
-    """Recompute the blocks of keys whose scores may have changed by more than `threshold`, keep the others' partial
-    results (CachedAttention, algorithms 1 and 2; kernels/blockwise_attention).
+    """Recompute attention for the blocks of keys whose scores may have changed by more than `threshold`, and reuse the
+    partial results of the others (CachedAttention, algorithms 1 and 2; kernels/blockwise_attention).
 
-    `block` is a number of keys. `bound` says how the change is estimated: "paper" as printed (equation 14; it can be
-    negative), "sound" never too low. Raises BadParameter.
+    `block` is the number of keys in a block. `bound` estimates the change of the scores: "paper" is equation 14 as
+    printed, which can be negative; "sound" is a true upper bound. Raises BadParameter.
     """
 
     threshold: float
@@ -302,7 +299,7 @@ class BlockwiseReuse:
             raise BadParameter("BlockwiseReuse", "bound", self.bound, '"paper" or "sound"')
 
 
-Core = WindowResidual | BlockwiseReuse  # what is done in the place of an attention op
+Core = WindowResidual | BlockwiseReuse  # strategies that replace an attention op
 Strategy = Compute | Reuse | Forecast | ReuseKV | ShareGuidance | GuidanceDelta | Core
 _PARTS = {
     ReuseKV: frozenset({Part.KV}),
@@ -314,7 +311,7 @@ _PARTS = {
 
 
 def parts(strategy: Strategy, of: Part = Part.BRANCH) -> frozenset[Part]:
-    """The parts of a place that a strategy replaces; none for computing."""
+    """Return the parts of a site that a strategy replaces; empty for `Compute`."""
     if isinstance(strategy, Compute):
         return frozenset()
     return _PARTS.get(type(strategy), frozenset({of}))

@@ -25,23 +25,23 @@ FAMILIES = {
 
 @dataclass(frozen=True)
 class Where:
-    """Selects the sites that meet all that is given.
+    """Selects the sites that satisfy all given conditions.
 
-    kinds: "self", "cross", "joint", "parallel", "mlp", or "attention" for the first three. A parallel site is attention
-    and MLP at once, so it is selected where both are.
-    layers: blocks from the first number up to, not including, the second (None: to the end), counted from 0; for a span
-    those of its stack. Negative numbers count from the end, as in Python's slices: (8, -2) is up to the last two.
-    fraction: the same as shares of the number of blocks: (0, 0.5) is the first half.
-    names: a pattern of the site's name, as of file names: "transformer_blocks.*.attn2".
-    span: "block" or "stack": instead of branches each selected block of a stack, or all of them as one; `kinds` has no
-    say then. A stack is a chain of blocks over one residual stream. Or "output", all that the model returns: where that
-    is not computed nothing of the model runs.
-    minus: "latent" with span="output": what is held is the output less the model's latent input.
-    stack: which one, by a pattern of the path of the list that holds its blocks: "single_transformer_blocks". Without
-    it, the one with most FLOPs of the model; of the blocks that have such a path, otherwise.
-    streams: the calls' streams by name, as `cache_context` tells them.
+    kinds: "self", "cross", "joint", "parallel", "mlp", or "attention" for the first three. A parallel site computes
+    attention and MLP in one branch; it is selected by "parallel", or by "mlp" together with an attention kind.
+    layers: (first, end), the blocks from `first` up to, not including, `end` (None: all that follow), counted from 0;
+    for spans, blocks of the stack. Negative numbers count from the end as in Python's slices: (8, -2).
+    fraction: (from, to), the same in fractions of the number of blocks: (0, 0.5) is the first half.
+    names: a shell-style pattern of the site's name: "transformer_blocks.*.attn2".
+    span: selects spans of the residual stream instead of branches, so that `kinds` is ignored: "block" each selected
+    block, "stack" all selected blocks of a stack as one span, "output" the output of the model. A stack is a chain of
+    blocks over one residual stream. A step that reuses the output runs nothing of the model.
+    minus: "latent" with span="output": cache the output minus the model's latent input.
+    stack: a pattern of the path of the module list that contains the stack's blocks: "single_transformer_blocks". By
+    default, and if the pattern matches several stacks, the one with most FLOPs.
+    streams: names of the streams, as given to `cache_context`.
 
-    Raises BadParameter for what no model could have.
+    Raises BadParameter for values that no model could have.
     """
 
     kinds: tuple[str, ...] = tuple(FAMILIES)
@@ -54,24 +54,24 @@ class Where:
     minus: Literal["latent"] | None = None
 
     def __post_init__(self) -> None:
-        for name in ("kinds", "layers", "fraction", "streams"):  # a list means the tuple: a place must be hashable
+        for name in ("kinds", "layers", "fraction", "streams"):  # accept lists, but keep the object hashable
             if isinstance(getattr(self, name), list):
                 object.__setattr__(self, name, tuple(getattr(self, name)))
         known = _are_texts(self.kinds) and all(kind in FAMILIES for kind in self.kinds)
         self._require("kinds", known, f"a tuple of names among {', '.join(FAMILIES)}")
         layers = self.layers is None or _is_range(self.layers)
-        self._require("layers", layers, "(first, end) of a slice that is not empty, or end None")
+        self._require("layers", layers, "(first, end) of a non-empty slice; end may be None")
         shares = self.fraction is None or _are_shares(self.fraction)
         self._require("fraction", shares, "(from, to) with 0 <= from < to <= 1")
         self._require("names", self.names is None or isinstance(self.names, str), "a pattern as text, or None")
         self._require("span", self.span in (None, "block", "stack", "output"), '"block", "stack", "output" or None')
         for name in ("layers", "fraction"):
             fits = self.span != "output" or getattr(self, name) is None
-            self._require(name, fits, 'None beside span="output", which is all of the model')
+            self._require(name, fits, 'None with span="output", which is the whole model')
         fits = self.minus is None or (self.minus == "latent" and self.span == "output")
-        self._require("minus", fits, '"latent" beside span="output", or None')
+        self._require("minus", fits, '"latent" with span="output", or None')
         fits = self.stack is None or (self.part is Part.SPAN and isinstance(self.stack, str) and bool(self.stack))
-        self._require("stack", fits, 'a pattern such as "transformer_blocks", beside span=...')
+        self._require("stack", fits, 'a pattern such as "transformer_blocks", with span=...')
         self._require("streams", self.streams is None or _are_texts(self.streams), "a tuple of names, or None")
 
     def _require(self, name: str, fits: bool, allowed: str) -> None:
@@ -80,17 +80,17 @@ class Where:
 
     @property
     def part(self) -> Part:
-        """The part of a model that reuse replaces here."""
+        """The part of the model that reuse replaces."""
         return Part.BRANCH if self.span is None else Part.OUTPUT if self.span == "output" else Part.SPAN
 
     @property
     def is_all(self) -> bool:
-        """Whether it is what the model returns, as it is."""
+        """Whether the output of the model is selected, without `minus`."""
         return self.part is Part.OUTPUT and self.minus is None
 
     @property
     def guard(self) -> Boolean:
-        """The layers that are selected, in the language of guards."""
+        """The guard that holds for the selected layers."""
         guard = sympy.true
         if self.layers is not None:
             first, end = self.layers
@@ -102,7 +102,7 @@ class Where:
         return guard
 
     def selects(self, site: Site, spans: Collection[Span] = ()) -> bool:
-        """Whether a rule of this place speaks of the site, its layer left aside; `spans` are the blocks it means."""
+        """Return whether the site is selected, not considering its layer. `spans` are the spans that are selected."""
         if self.names is not None and not fnmatchcase(site.place, self.names):
             return False
         if self.part is Part.OUTPUT or site.part in (Part.DELTA, Part.OUTPUT):
@@ -115,11 +115,11 @@ class Where:
         return site.kind in kinds or (site.kind is Kind.PARALLEL and both)
 
     def in_stream(self, stream: Hashable) -> bool:
-        """Whether a call of this stream is meant."""
+        """Return whether calls of this stream are selected."""
         return self.streams is None or stream in self.streams
 
     def blocks(self, count: int) -> range:
-        """The selected blocks of a stack, or of a model, that has `count`."""
+        """Return the selected blocks of a stack or model with `count` blocks."""
         first, end = self.layers if self.layers is not None else (0, None)
         low, high = self.fraction if self.fraction is not None else (0.0, 1.0)
         first, end = _counted(first, count), count if end is None else _counted(end, count)
@@ -128,7 +128,7 @@ class Where:
         return range(max(first, _ceil(low, count)), min(end, _ceil(high, count)))
 
     def check(self, count: int) -> None:
-        """Raises LayersOutside where a model of `count` blocks has not all that are meant."""
+        """Raise LayersOutside if `layers` is outside a model with `count` blocks."""
         if self.layers is None:
             return
         first, end = self.layers
@@ -137,11 +137,11 @@ class Where:
 
     @property
     def is_open(self) -> bool:
-        """Whether it is known which blocks are meant of a stack that may go on."""
+        """Whether the selection is defined without knowing how many blocks the stack has."""
         return self.fraction is None and (self.layers is None or (self.layers[0] >= 0 and self.layers[1] is None))
 
     def spans(self, stack: Sequence[int]) -> tuple[Span, ...]:
-        """The spans that are meant of a stack of these blocks: from a block up to another."""
+        """Return the selected spans of a stack with these blocks, as (first block, end block)."""
         blocks = self.blocks(len(stack))
         if self.part is not Part.SPAN or not blocks:
             return ()
@@ -150,7 +150,7 @@ class Where:
 
 
 def _are_texts(value: object) -> bool:
-    """A tuple of texts; a text itself would be taken for its letters."""
+    """Return whether `value` is a tuple of strings, and not a string, which would be iterated by letters."""
     return isinstance(value, tuple) and all(isinstance(item, str) for item in value)
 
 
@@ -163,7 +163,7 @@ def _is_range(value: object) -> bool:
 
 
 def _counted(block: int, count: Any) -> Any:
-    """The number of a block from 0, where a negative one counts from the end."""
+    """Return the index of a block from 0; a negative `block` counts from the end."""
     return block + count if block < 0 else block
 
 
@@ -173,5 +173,5 @@ def _are_shares(value: object) -> bool:
 
 
 def _ceil(share: float, count: int) -> int:
-    """The first block that lies at or behind a share of the model."""
+    """Return the first block at or after a fraction of the model."""
     return int(sympy.ceiling(sympy.Rational(str(share)) * count))

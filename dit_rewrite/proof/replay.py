@@ -208,7 +208,7 @@ def _replay(
     for i, reuse, reason, each in zip(graph.reached, record.row, record.reasons, weights, strict=True):
         depths.update(dict.fromkeys(graph.found.sites[i].values, graph.rules[i].depth))
         if reason not in (DecisionReason.COVERED, DecisionReason.VERIFIED):
-            shared = graph.rules[i].form
+            shared = graph.rules[i].slot_format
             lender = shared.stream if isinstance(shared, ShareGuidance) and reuse else None
             where = (lender or stream, observation.position)
             other = shared.stream if isinstance(shared, GuidanceDelta) and shared.stream != stream else None

@@ -113,7 +113,7 @@ def verify(
     """
     policy = as_policy(policy)
     trajectory = Trajectory(_calls(model, inputs), _names(inputs, streams), scheduler)
-    lower = Lowering.of(backend, form=lowering)
+    lower = Lowering.of(backend, partition=lowering)
     with torch.no_grad():
         reuse0, forced, notes = _check_reuse0(model, trajectory, policy, lower)
         replay, observed = _check_replay(model, trajectory, policy, lower, dump)

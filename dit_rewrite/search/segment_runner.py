@@ -89,7 +89,7 @@ def greedy_plan(
     _check(strategies, window, grid, conditional)
     by_cost = isinstance(strategies, Set)
     strategies = tuple(sorted(strategies, key=STRATEGIES.index) if by_cost else strategies)
-    lowering = Lowering.of(backend, form="segments")
+    lowering = Lowering.of(backend, partition="segments")
     known = strategies_of(window, conditional, grid)
     compiled = attach(
         twin(model), Backend(model, _candidates([known[choice] for choice in strategies], kinds), lowering)

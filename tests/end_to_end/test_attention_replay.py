@@ -70,7 +70,7 @@ def cases(**more: Any) -> list[Any]:
 def replayed(case: Case, policy: Policy, lowering: str, steps: int, exact: bool) -> tuple[list[Rewritten], Check]:
     """Run one trajectory, in which every site has to do what it can, and replay it."""
     model = case.build()
-    backend = Backend(model, policy, Lowering.of("aot_eager", form=lowering))
+    backend = Backend(model, policy, Lowering.of("aot_eager", partition=lowering))
     compiled, observed = attach(twin(model), backend), list[Observation]()
     backend.session.observer = observed.append
     with torch.no_grad(), compiled.trajectory(steps):

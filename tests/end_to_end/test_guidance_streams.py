@@ -70,7 +70,7 @@ def sample(model: RewrittenModule, streams: tuple[str, str] = ("cond", "uncond")
 @pytest.mark.parametrize("form", ["variants", "segments"])
 def test_the_other_call_takes_what_the_conditional_one_computed(form: str) -> None:
     model = CASE.build()
-    backend = Backend(model, SHARED, Lowering.of("aot_eager", form=form))
+    backend = Backend(model, SHARED, Lowering.of("aot_eager", partition=form))
     compiled = attach(twin(model), backend)
     observed: list[Observation] = []
     backend.session.observer = observed.append

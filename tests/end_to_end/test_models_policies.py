@@ -46,7 +46,7 @@ class Run:
 def run(model: nn.Module, inputs: list[dict[str, Any]], policy: Policy, lowering: str, scheduler: Any = None) -> Run:
     """Compile, run one trajectory, and replay it; the replay must be equal bit for bit."""
     torch.compiler.reset()
-    backend = Backend(model, policy, Lowering.of("aot_eager", form=lowering))
+    backend = Backend(model, policy, Lowering.of("aot_eager", partition=lowering))
     compiled = attach(twin(model), backend)
     observed: list[Observation] = []
     backend.session.observer = observed.append

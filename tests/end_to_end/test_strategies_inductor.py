@@ -36,7 +36,7 @@ CASES = [
 def test_through_inductor(name: str, policy: Policy) -> None:
     case = MODELS[name]
     denoiser = case.build()
-    backend = Backend(denoiser, policy, Lowering.of("inductor", form="variants"))
+    backend = Backend(denoiser, policy, Lowering.of("inductor", partition="variants"))
     model = attach(twin(denoiser), backend)
     observed: list[Observation] = []
     backend.session.observer = observed.append

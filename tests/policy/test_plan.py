@@ -180,13 +180,13 @@ def test_a_plan_that_cannot_be_written_leaves_the_old_one(tmp_path: Path, monkey
         ({"window": "1/8"}, "window='1/8'"),
         ({"conditional": ["first"]}, r"conditional=\['first'\]"),
         ({"delta": float("nan")}, "delta=nan"),
-        ({"version": 3}, "its version is 3, and this dit_rewrite reads 2"),
+        ({"version": 3}, "its version is 3, and this dit_rewrite reads version 2"),
         ({"version": 0}, "its version is 0"),
-        ({"version": 1}, "has the foreign grid, notes"),
+        ({"version": 1}, "has unknown fields grid, notes"),
         ({"grid": {"H": 4}}, "grid={'H': 4}"),
         ({"version": True}, "its version is True"),
         ({"version": None}, "its version is None"),
-        ({"strategy": "greedy"}, "has the foreign strategy"),
+        ({"strategy": "greedy"}, "has unknown fields strategy"),
     ],
 )
 def test_files_with_foreign_values(tmp_path: Path, changes: dict[str, Any], says: str):
@@ -220,7 +220,7 @@ def test_files_of_the_first_version(tmp_path: Path):
 def test_files_that_are_no_json(tmp_path: Path, content: bytes):
     path = tmp_path / "plan.json"
     path.write_bytes(content)
-    with pytest.raises(BadPlan, match="it is no JSON"):
+    with pytest.raises(BadPlan, match="it is not JSON"):
         Plan.load(path)
 
 

@@ -75,7 +75,7 @@ def test_keys_of_a_span() -> None:
     """A span is no attention, whether a block or a stack of them."""
     for span in ("block", "stack"):
         for do in (ReuseKV(), WindowResidual(), ShareGuidance("first"), BlockwiseReuse(0.1)):
-            with pytest.raises(BadParameter, match="it is no attention"):
+            with pytest.raises(BadParameter, match="other strategies need attention"):
                 Rule(step > 2, do, Where(span=span))  # type: ignore[arg-type]
         assert Rule(step > 2, Reuse(), Where(span=span)).parts == {Part.SPAN}  # type: ignore[arg-type]
 
@@ -290,12 +290,12 @@ def test_two_stores() -> None:
     with pytest.raises(TwoStores, match=r"blocks\.0\.attn ask for 'int8' and None in one slot"):
         both.for_site(site(), {})
     apart = Policy((Rule(step > 3, ReuseKV("fp8")), Rule(step > 1, Reuse("int8"))))
-    assert apart.for_site(site(), {}).form == "int8"
-    assert apart.for_site(site(Part.KV), {}).form == "fp8"
+    assert apart.for_site(site(), {}).slot_format == "int8"
+    assert apart.for_site(site(Part.KV), {}).slot_format == "fp8"
     hidden = Policy((Rule(sympy.true), Rule(step > 1, Reuse("int8"))))
-    assert hidden.for_site(site(), {}).form is None, "the second rule is never asked"
+    assert hidden.for_site(site(), {}).slot_format is None, "the second rule is never asked"
     unreachable = Policy((Rule(symbols.layer > 3), Rule(step > 1, Reuse("int8"))))
-    assert unreachable.for_site(site(), {"layer": 0}).form == "int8"
+    assert unreachable.for_site(site(), {"layer": 0}).slot_format == "int8"
     windows = Policy((Rule(step > 3, WindowResidual(2)), Rule(step > 1, WindowResidual(3))))
     with pytest.raises(TwoStores, match=r"WindowResidual\(window=2, .*\) and WindowResidual\(window=3"):
         windows.for_site(site(Part.CORE), {})

@@ -394,7 +394,7 @@ def test_damaged_partial_files(tmp_path: Path, changes: dict[str, Any], says: st
     with pytest.raises(BadPlan, match=f"cannot be used as a plan: .*{says}"):
         greedy(Fake(drawn(5), 4), names(4), 5, 0.125, partial=partial)
     partial.write_text(partial.read_text()[:-20])
-    with pytest.raises(BadPlan, match="it is no JSON"):
+    with pytest.raises(BadPlan, match="it is not JSON"):
         greedy(Fake(drawn(5), 4), names(4), 5, 0.125, partial=partial)
     partial.write_text(json.dumps(good | {"search": None}))
     with pytest.raises(PlanMismatch, match="it has no settings"):
