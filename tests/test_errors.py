@@ -69,7 +69,7 @@ def test_gradients_enabled_and_not_needed() -> None:
 
 
 def test_unknown_symbols() -> None:
-    with pytest.raises(UnknownSymbol, match="uses temperature, weather, which no guard can know.*step, num_steps"):
+    with pytest.raises(UnknownSymbol, match="uses temperature, weather, which guards do not have.*step, num_steps"):
         Rule(sympy.Symbol("weather") < sympy.Symbol("temperature"))
     with pytest.raises(UnknownSymbol, match="uses step, "):  # of the same name, but not known to be a whole number
         Rule(sympy.Symbol("step") > 2)

@@ -1,8 +1,8 @@
-"""The one catalogue of what can be refused, missed or go wrong; a leaf that every layer may import.
+"""The catalogue of all reasons and errors. It imports no other package, so every package may import it.
 
-A `Reason` says why a place was not rewritten or a value not reused: it stands in reports, dumps and decisions.
-An error is raised where going on would be wrong. Its message says what happened, where, and what to do. Every error is
-a `DitRewriteError`, and of one family: `PolicyError`, `KernelError`, `CommandError`, `ModelError` or `BadTrajectory`.
+A `Reason` says why a candidate was not rewritten, or a value not reused. Reports, dumps and decisions contain reasons.
+An error is raised if continuing would be wrong. Its message says what happened, where, and what to do. Every error is a
+`DitRewriteError` of one family: `PolicyError`, `KernelError`, `CommandError`, `ModelError` or `BadTrajectory`.
 """
 
 from dit_rewrite.errors.base import DitRewriteError

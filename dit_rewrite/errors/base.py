@@ -1,4 +1,4 @@
-"""The base of all errors, which formats a class's message from the values that it is raised with."""
+"""The base class of all errors. It formats the message from a template and the values that the error is raised with."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from typing import Any, ClassVar
 class DitRewriteError(Exception):
     """Base of all errors of this package.
 
-    ``template`` is the message of a class: what happened, where, and what to do. It is formatted from the values that
-    the error is raised with, which are given by name or in the order in which the template names them first.
+    ``template`` is the message of a class: what happened, where, and what to do. The values for its fields are passed
+    by name, or by position in the order in which the fields first occur.
     """
 
     template: ClassVar[str] = ""
-    during: str | None = None  # the name of the pass that raised it, if one did
+    during: str | None = None  # the name of the pass that raised the error, if any
 
     def __init__(self, *values: object, **named: object) -> None:
         free = [field for field in self.fields() if field not in named]
@@ -29,12 +29,12 @@ class DitRewriteError(Exception):
 
     @classmethod
     def fields(cls) -> list[str]:
-        """The names of the values that the template needs, in order."""
+        """Return the names of the template's fields, in order."""
         names = (re.split(r"[.\[]", name)[0] for _, name, _, _ in Formatter().parse(cls.template) if name)
         return list(dict.fromkeys(names))
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Copies and pickles have the message. They do not need the values: guards and models may not pickle."""
+        """Pickle the message and not the values, because guards and models may not pickle."""
         return _with_message, (type(self), *self.args), self.__dict__
 
 
@@ -45,5 +45,5 @@ def _with_message(kind: type[DitRewriteError], *message: str) -> DitRewriteError
 
 
 def joined(items: Any, empty: str = "none") -> str:
-    """The items of a list as text."""
+    """Join strings by commas; return `empty` if there are none."""
     return ", ".join(items) or empty

@@ -1,4 +1,4 @@
-"""What a command needs and does not have."""
+"""Errors of commands: options, models and extras that they cannot use."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from dit_rewrite.errors.base import DitRewriteError
 
 
 class CommandError(DitRewriteError):
-    """A command, or a function that needs an extra, that cannot be run."""
+    """A command, or a function that needs an extra, cannot run."""
 
 
 class BadOption(CommandError, ValueError):
@@ -20,7 +20,7 @@ class WrongInput(CommandError, ValueError):
 class BadModel(CommandError, ValueError):
     template = (
         "--model {text} cannot be used ({cause}). Give module:factory, where factory(steps) returns (model, calls) or "
-        "(model, calls, scheduler), calls being a list with a dict of keyword arguments for each step."
+        "(model, calls, scheduler). calls is a list with a dict of keyword arguments for each step."
     )
 
 

@@ -1,4 +1,4 @@
-"""Arguments that an op does not take."""
+"""Errors of custom ops: invalid arguments."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from dit_rewrite.errors.base import DitRewriteError
 
 
 class KernelError(DitRewriteError, ValueError):
-    """A call of an op that cannot be run."""
+    """An op was called with invalid arguments."""
 
 
 class BadOpArgument(KernelError):

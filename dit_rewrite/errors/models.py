@@ -1,4 +1,4 @@
-"""Models that cannot be captured, rewritten or called, and what compiling, verifying and loading one was given."""
+"""Errors of models that cannot be captured, rewritten or called, and of arguments of compile, verify and loading."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dit_rewrite.errors.base import DitRewriteError, joined
 
 
 class ModelError(DitRewriteError):
-    """A model, or an argument beside one, that cannot be used."""
+    """A model, or an argument that belongs to it, cannot be used."""
 
 
 class BadArgument(ModelError, ValueError):
@@ -16,7 +16,9 @@ class BadArgument(ModelError, ValueError):
 
 
 class NotAModule(ModelError, TypeError):
-    template = "{what} is no model. Give compile a torch.nn.Module such as pipe.transformer, or a diffusers pipeline."
+    template = (
+        "{what} is not a model. Give compile a torch.nn.Module such as pipe.transformer, or a diffusers pipeline."
+    )
 
     def __init__(self, given: object) -> None:
         kind = given.__name__ if isinstance(given, type) else type(given).__name__
@@ -25,8 +27,8 @@ class NotAModule(ModelError, TypeError):
 
 class NoTransformer(ModelError, ValueError):
     template = (
-        "{pipeline} has no component called transformer, so that there is no diffusion transformer to rewrite; its "
-        "modules are {components}. Give dit_rewrite.compile a denoiser itself, if it has one."
+        "{pipeline} has no component called transformer, so there is no diffusion transformer to rewrite; its modules "
+        "are {components}. If the pipeline has a denoiser, give it to dit_rewrite.compile."
     )
 
     def __init__(self, pipeline: str, components: Iterable[str]) -> None:
@@ -39,7 +41,7 @@ class NotRewritten(ModelError, ValueError):
 
 class NotCaptured(ModelError, RuntimeError):
     template = (
-        "{what} needs the captured graph, and the model was not called yet. Call the compiled model once, under "
+        "{what} needs the captured graph, but the model has not been called yet. Call the compiled model once, under "
         "torch.no_grad()."
     )
 
@@ -54,7 +56,7 @@ class GradientsNeeded(ModelError, RuntimeError):
 
 class NoSites(ModelError, RuntimeError):
     template = (
-        "{model} has no residual branch that could be reused, so that the policy can change nothing. Places seen:\n"
+        "{model} has no residual branch that could be reused, so the policy has no effect. Candidates:\n"
         "  {places}\n"
         "Compile a denoiser whose blocks add branches to a stream (x + f(x)), or use policies.Never()."
     )
@@ -65,16 +67,16 @@ class NoSites(ModelError, RuntimeError):
 
 class BrokenUp(NoSites):
     template = (
-        "{model} has no residual branch that could be reused in any of the {graphs} graphs that Dynamo broke it up "
-        "into, so that the policy can change nothing. Of {total} graph breaks {most} are at {place}. {remedy}"
+        "{model} has no residual branch that could be reused in any of the {graphs} graphs that Dynamo split it into, "
+        "so the policy has no effect. Of {total} graph breaks, {most} are at {place}. {remedy}"
     )
 
     def __init__(self, model: str, graphs: int, breaks: Mapping[str, int], hooks: Mapping[str, int]) -> None:
         place = max(breaks, key=breaks.__getitem__)
         inner = joined(f"{name} around {count} modules" for name, count in hooks.items())
         remedy = (
-            f"Its layers run in hooks ({inner}). Offload the whole model or whole blocks instead of each layer, and "
-            f"quantize by torchao instead of layerwise casting."
+            f"Hooks run its layers ({inner}). Offload the whole model or whole blocks instead of each layer, and "
+            f"quantize with torchao instead of layerwise casting."
             if hooks
             else "Remove the breaks: TORCH_LOGS=graph_breaks lists them, and fullgraph=True makes them errors."
         )
@@ -84,7 +86,7 @@ class BrokenUp(NoSites):
 
 class TorchChanged(ModelError, RuntimeError):
     template = (
-        "torch {version} has no {name} any more, which dit_rewrite reads. Install a torch that dit_rewrite was tested "
+        "torch {version} has no {name}, which dit_rewrite needs. Install a torch version that dit_rewrite was tested "
         "with (see its pyproject.toml), or a newer dit_rewrite."
     )
 
@@ -94,8 +96,8 @@ class TorchChanged(ModelError, RuntimeError):
 
 class PassFailed(ModelError, RuntimeError):
     template = (
-        "The pass {name} failed ({kind}: {cause}). Write the graphs that led up to it with compile(dump='folder') and "
-        "report them; an optional pass can be left out with disable_passes."
+        "The pass {name} failed ({kind}: {cause}). Write the graphs before it with compile(dump='folder') and report "
+        "them. An optional pass can be skipped with disable_passes."
     )
 
     def __init__(self, name: str, cause: Exception) -> None:

@@ -1,4 +1,4 @@
-"""Plans that cannot be used or were made for something else, and policies that cannot be calibrated."""
+"""Errors of plans that are invalid or made for another model or trajectory, and of calibration."""
 
 from __future__ import annotations
 
@@ -7,26 +7,26 @@ from dit_rewrite.errors.policy import PolicyError
 
 class BadPlan(PolicyError):
     template = (
-        "{path} cannot be used as a plan: {problem:.300}. Give a file that Plan.save or an unfinished search has "
-        "written, or delete it and search again."
+        "{path} cannot be used as a plan: {problem:.300}. Give a file that Plan.save or an unfinished search wrote, or "
+        "delete it and search again."
     )
 
 
 class PlanMismatch(PolicyError):
-    """A plan, or a policy that was made of one, for another model, trajectory or search."""
+    """A plan, or the policy of a plan, was made for another model, trajectory or search."""
 
 
 class OtherSearch(PlanMismatch):
     template = (
-        "{path} is of another search than this one ({differences}). Search with the same settings to go on with it, or "
-        "delete it."
+        "{path} belongs to another search ({differences}). Search with the same settings to continue it, or delete the "
+        "file."
     )
 
 
 class PlanForOtherModel(PlanMismatch):
     template = (
-        "The plan was made for another model (fingerprint {fingerprint:.12}, and this {model} has {found:.12}). Load "
-        "the plan of this model, in the dtype that it runs in, or search one."
+        "The plan was made for another model (its fingerprint is {fingerprint:.12}, that of this {model} is "
+        "{found:.12}). Load the plan of this model, in the dtype that it runs in, or search one."
     )
 
 
@@ -38,7 +38,7 @@ class PlanForOtherSteps(PlanMismatch):
 
 
 class PolicyForOtherModel(PlanMismatch):
-    template = "{policy} was made for another model. Search a plan for this one, in its dtype."
+    template = "{policy} was made for another model. Search a plan for this model, in its dtype."
 
 
 class PolicyForOtherSteps(PlanMismatch):
@@ -49,32 +49,32 @@ class PolicyForOtherSteps(PlanMismatch):
 
 
 class NotCalibrated(PolicyError):
-    """A run from which the parameters of a policy cannot be found."""
+    """The parameters of a policy cannot be calibrated from a run."""
 
 
 class TooFewChanges(NotCalibrated):
     template = (
-        "TeaCache cannot be calibrated: {count} changes of the modulated input and the output were seen, and {least} "
-        "are needed. Call the denoiser that `sample` is given, at more steps."
+        "TeaCache cannot be calibrated: it needs {least} changes of the modulated input and the output, but saw "
+        "{count}. In `sample`, call the denoiser that it is given, at more steps."
     )
 
 
 class PoorFit(NotCalibrated):
     template = (
-        "TeaCache cannot be calibrated: the polynomial explains R² = {r2:.3f} of the output's changes, and min_r2 is "
-        "{min_r2}. Sample more pictures or steps, or take another policy."
+        "TeaCache cannot be calibrated: the R² of the polynomial is {r2:.3f}, below min_r2 = {min_r2}. Sample more "
+        "pictures or steps, or use another policy."
     )
 
 
 class TooFewSteps(NotCalibrated):
     template = (
-        "MagCache cannot be calibrated: the number of steps where a value was seen is {count}, and 2 are needed. "
-        "Call the denoiser that `sample` is given, at every step."
+        "MagCache cannot be calibrated: it needs values of 2 steps, but saw {count}. In `sample`, call the denoiser "
+        "that it is given, at every step."
     )
 
 
 class UnevenStreams(NotCalibrated):
     template = (
-        "MagCache cannot be calibrated: its streams were called at {counts} steps. Sample such that all streams are "
-        "called at every step."
+        "MagCache cannot be calibrated: its streams were called at different numbers of steps ({counts}). Sample so "
+        "that all streams are called at every step."
     )

@@ -1,4 +1,4 @@
-"""Policies, rules and guards that have no meaning, and their text forms; see `plans` for plans."""
+"""Errors of policies, rules and guards, and of their text; see `plans` for plans."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dit_rewrite.errors.base import DitRewriteError, joined
 
 
 class PolicyError(DitRewriteError, ValueError):
-    """A policy, or a part of one, that cannot be used."""
+    """A policy, or a part of one, is invalid."""
 
 
 class BadParameter(PolicyError):
@@ -17,7 +17,7 @@ class BadParameter(PolicyError):
 
 class UnknownSymbol(PolicyError):
     template = (
-        "The guard `{guard}` uses {names}, which no guard can know. Use the symbols of dit_rewrite.guards: {known}."
+        "The guard `{guard}` uses {names}, which guards do not have. Use the symbols of dit_rewrite.guards: {known}."
     )
 
     def __init__(self, names: Iterable[str], guard: object, known: Iterable[str]) -> None:
@@ -40,25 +40,25 @@ class LayersOutside(PolicyError):
 
 class OverlappingSpans(PolicyError):
     template = (
-        "The spans of blocks {a} and {b} overlap, so that neither could be reused without the other. Give spans that "
-        "lie apart or within one another."
+        "The spans of blocks {a} and {b} overlap, so neither can be reused without the other. Give disjoint spans, or "
+        "spans of which one contains the other."
     )
 
     def __init__(self, a: tuple[int, int], b: tuple[int, int]) -> None:
-        """The spans as (first, end)."""
+        """`a` and `b` are (first, end)."""
         super().__init__(a=f"{a[0]} to {a[1] - 1}", b=f"{b[0]} to {b[1] - 1}")
 
 
 class NeedsSegments(PolicyError):
     template = (
-        "{policy} decides in the middle of a call, by measurements of the same call, and lowering='variants' decides "
-        "before it. Use lowering='segments' or 'auto', or give the policy lag=1."
+        "{policy} decides during a call, by measurements of the same call, but lowering='variants' decides before it. "
+        "Use lowering='segments' or 'auto', or give the policy lag=1."
     )
 
 
 class TwoStores(PolicyError):
     template = (
-        "The rules for {site} ask for {stores} in one slot. Give all strategies that reuse this site the same store."
+        "The rules for {site} need {stores} as formats of one slot. Give all strategies for this site the same store."
     )
 
     def __init__(self, site: str, stores: Iterable[object]) -> None:
@@ -73,13 +73,13 @@ class UnknownPolicy(PolicyError):
 
 
 class NotAPolicy(PolicyError):
-    template = "A policy is needed, and this is of type {given}. {remedy}."
+    template = "A policy is needed, but an object of type {given} was given. {remedy}."
 
 
 class UnreachedPolicy(PolicyError):
     template = (
-        "The policy {policy} reaches none of the model's {sites} sites, so that there is nothing to verify. Check its "
-        "kinds and guards against model.explain()."
+        "The policy {policy} reaches none of the model's {sites} sites, so there is nothing to verify. Compare its "
+        "kinds and guards with model.explain()."
     )
 
 
@@ -100,24 +100,26 @@ class ForeignName(BadGuardText):
 
 class UnwritableGuard(PolicyError):
     template = (
-        "The guard `{guard}` cannot be saved: its text would be read back as another guard ({cause}). Write it without "
-        "evaluate=False, and only with the symbols and functions of guards as text."
+        "The guard `{guard}` cannot be saved: its text would be parsed as another guard ({cause}). Write it without "
+        "evaluate=False, and only with the symbols and functions that text can express."
     )
 
 
 class UnwritableBasis(PolicyError):
     template = (
-        "A forecast over the basis {basis!r:.100} cannot be saved: a function has no text form. Give it one of "
+        "A forecast with the basis {basis!r:.100} cannot be saved: functions have no text. Use a basis of "
         "dit_rewrite.bases."
     )
 
 
 class BadPolicyText(PolicyError):
-    template = "This is not a policy in JSON: {where} {problem:.300}. Write it by dit_rewrite.serialise.to_json."
+    template = (
+        "This is not a policy in JSON: {where} {problem:.300}. Write it with dit_rewrite.policy.serialise.to_json."
+    )
 
 
 class UnknownVersion(BadPolicyText):
     template = (
-        "This is not a policy in JSON that can be read: its version is {version!r:.100}, and this dit_rewrite reads "
-        "version {known}. Write it by dit_rewrite.serialise.to_json."
+        "This policy in JSON cannot be read: its version is {version!r:.100}, and this dit_rewrite reads version "
+        "{known}. Write it with dit_rewrite.policy.serialise.to_json."
     )

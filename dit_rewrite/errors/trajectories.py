@@ -1,4 +1,4 @@
-"""Trajectories that cannot be told, or over which a plan cannot be searched."""
+"""Errors of explicit trajectories, and of trajectories over which a plan cannot be searched."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from dit_rewrite.errors.base import DitRewriteError
 
 
 class BadTrajectory(DitRewriteError, ValueError):
-    """A trajectory that does not fit its calls, or a way to call the model that does not fit the trajectory."""
+    """A trajectory is invalid, or the calls of the model do not fit it."""
 
 
 class NestedTrajectory(BadTrajectory):
@@ -15,7 +15,7 @@ class NestedTrajectory(BadTrajectory):
 
 class NumStepsNotWhole(BadTrajectory):
     template = (
-        "trajectory(num_steps=…) was given a {type}. Give num_steps as a whole number, or the scheduler by name: "
+        "trajectory(num_steps=…) was given a {type}. Give num_steps as a whole number, or the scheduler as a keyword: "
         "trajectory(scheduler=pipe.scheduler)."
     )
 
@@ -26,15 +26,15 @@ class NoSteps(BadTrajectory):
 
 class NoTimesteps(BadTrajectory):
     template = (
-        "The scheduler that trajectory was given, a {type}, has no timesteps. Give a diffusers scheduler, or an object "
+        "trajectory(scheduler=…) was given a {type}, which has no timesteps. Give a diffusers scheduler, or an object "
         "with `timesteps` (and `sigmas` or `alphas_cumprod`)."
     )
 
 
 class NoiseUnknown(BadTrajectory):
     template = (
-        "{policy} needs the signal-to-noise ratio of each step, and {known}. Give trajectory(scheduler=pipe.scheduler) "
-        "one with alphas_cumprod or sigmas, its timesteps set."
+        "{policy} needs the signal-to-noise ratio of each step, but {known}. Use trajectory(scheduler=pipe.scheduler) "
+        "with a scheduler that has alphas_cumprod or sigmas, and set its timesteps."
     )
 
     def __init__(self, policy: object, scheduler: object) -> None:
@@ -43,11 +43,11 @@ class NoiseUnknown(BadTrajectory):
 
 
 class SamplerEnded(BadTrajectory):
-    template = "The sampler has ended before its steps were done. Give the number of steps that it takes."
+    template = "The sampler ended before the last step. Give the number of steps that it takes."
 
 
 class SearchOutsideTrajectory(BadTrajectory):
-    template = "A plan is searched inside marked trajectories only. Use `with model.trajectory(…)` in the sampler."
+    template = "A plan is searched only in explicit trajectories. Use `with model.trajectory(…)` in the sampler."
 
 
 class SearchRecompiled(BadTrajectory):
@@ -59,21 +59,21 @@ class SearchRecompiled(BadTrajectory):
 
 class SearchOverGraphs(BadTrajectory):
     template = (
-        "The denoiser runs in several graphs (graph breaks), and a plan is searched over one. Find the breaks with "
-        "dit_rewrite.compile(model, policy, fullgraph=True), and remove them."
+        "The denoiser runs in several graphs (graph breaks), but a plan is searched over one graph. Find the breaks "
+        "with dit_rewrite.compile(model, policy, fullgraph=True), and remove them."
     )
 
 
 class SearchCalledTwice(BadTrajectory):
     template = (
-        "The denoiser is called more than once at step {step}: guidance takes a call for each of its streams, or the "
-        "solver evaluates twice. A plan has one choice for each step. Give both halves of the guidance in one batch, "
-        'with conditional="first" or "second", and take a solver that calls once a step.'
+        "The denoiser was called more than once at step {step}: guidance makes a call for each stream, or the solver "
+        "evaluates the model twice. A plan has one choice for each step. Put both halves of the guidance in one batch, "
+        'with conditional="first" or "second", and use a solver with one call per step.'
     )
 
 
 class SearchRestarted(BadTrajectory):
     template = (
-        "The sampler's call for step {expected} is of step {found} of another trajectory. Sample once, with a single "
-        "`with model.trajectory(num_steps=…)` around all steps."
+        "The sampler's call for step {expected} belongs to step {found} of another trajectory. Sample once, with a "
+        "single `with model.trajectory(num_steps=…)` around all steps."
     )

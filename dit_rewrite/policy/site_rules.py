@@ -24,13 +24,7 @@ RuleFormat = str | None | ShareGuidance | GuidanceDelta | Core
 
 @dataclass(frozen=True)
 class SiteRule:
-<<<<<<< ours
-    """A rule as one site sees it. ``replaces_part``: its strategy replaces this part of the place."""
-||||||| base
-    """A rule as one site sees it; ``mine``: it replaces this very part of the place, and does not compute it."""
-=======
-    """A rule for one site. ``mine``: the rule replaces this part of the site instead of computing it."""
->>>>>>> theirs
+    """A rule for one site. ``replaces_part``: it replaces this part of the site instead of computing it."""
 
     predicate: Predicate
     do: Strategy

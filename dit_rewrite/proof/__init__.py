@@ -1,4 +1,4 @@
-"""Proofs: reuse 0 against the untouched model, a replay of decisions by an independent interpreter, and distances.
+"""Proofs: reuse 0 against the unmodified model, a replay of decisions by an independent interpreter, and metrics.
 
-It imports the public face and the compiler; search, cli and demo may import it.
+The package imports the public API and the compiler; search, cli and demo may import it.
 """

@@ -1,4 +1,4 @@
-"""Comparing two runs: bit for bit, and by their distance from float64."""
+"""Compare two runs: bit for bit, and by their distance from float64."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from dit_rewrite.torch_compat import tree_leaves
 
 @dataclass(frozen=True)
 class Difference:
-    """Where two runs first differ: the node whose value does, the step, and what was compared."""
+    """The first difference of two runs: the node whose value differs, the step, and the comparison that found it."""
 
     node: str
     step: int
@@ -26,7 +26,7 @@ class Difference:
 
 @dataclass
 class Check:
-    """What a comparison found. ``within``: where it is not exact, it is within rounding."""
+    """The result of a comparison. ``exact``: equal bit for bit. ``within``: exact, or different only by rounding."""
 
     exact: bool = True
     within: bool = True
@@ -34,14 +34,14 @@ class Check:
     first_difference: Difference | None = None
 
     def compare(self, ours: Tensor, theirs: Tensor, where: Difference) -> bool:
-        """Note whether two tensors are equal bit for bit, NaN being equal to NaN; by default nothing else is within."""
+        """Record whether two tensors are equal bit for bit (NaN equals NaN). Any difference counts as a failure."""
         if equal(ours, theirs):
             return True
         self.fail(where, max_abs_error(ours, theirs))
         return False
 
     def fail(self, where: Difference, error: float = math.inf) -> None:
-        """Note a difference."""
+        """Record a difference that is not due to rounding."""
         self.exact = self.within = False
         self.max_abs_error = max(self.max_abs_error, error)
         self.first_difference = self.first_difference or where
@@ -51,14 +51,14 @@ class Check:
 
 
 def equal(a: Tensor, b: Tensor) -> bool:
-    """Whether two tensors have one dtype and shape and equal elements, NaN being equal to NaN."""
+    """Return whether two tensors have equal dtypes, shapes and elements (NaN equals NaN)."""
     if a.dtype != b.dtype or a.shape != b.shape:
         return False
     return bool(((a == b) | ((a != a) & (b != b))).all())
 
 
 def max_abs_error(a: Tensor, b: Tensor) -> float:
-    """The largest absolute difference; infinite where shapes differ or one alone is not finite."""
+    """Return the largest absolute difference, or inf if the shapes differ or an element is not finite in only one."""
     if a.shape != b.shape:
         return math.inf
     error = (a.double() - b.double()).abs().max().item()
@@ -66,7 +66,7 @@ def max_abs_error(a: Tensor, b: Tensor) -> float:
 
 
 def rms(a: Iterable[object], b: Iterable[object]) -> float:
-    """The root mean square difference over all tensors of two equal structures."""
+    """Return the root mean square difference over all tensors of two equal structures."""
     squares, count = 0.0, 0
     for x, y in zip(tree_leaves(list(a)), tree_leaves(list(b)), strict=True):
         squares += torch.sum((x.double() - y.double()) ** 2).item()

@@ -1,4 +1,4 @@
-"""An interpreter of captured graphs that takes the place of what a policy does not compute."""
+"""An interpreter of captured graphs that replaces the values that a policy does not compute."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from dit_rewrite.torch_compat import tree_map
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
-Read = Callable[[Sequence[str]], list[Tensor]]  # names of nodes -> their tensors, as a place sees them
+Read = Callable[[Sequence[str]], list[Tensor]]  # names of nodes -> their tensors, as the replaced node sees them
 Instead = Callable[[Read, Guidance | None], Tensor]
 
 
 class Replay(fx.Interpreter):
-    """Runs a captured graph: nodes named in `instead` give what that makes, everything else is computed.
+    """Runs a captured graph. The nodes in `instead` return the result of its callable; all others are computed.
 
-    It is asked with the tensors of the nodes named in `keep`, which are in ``values`` after `run` too. Nodes named in
-    `shared` see one half of what comes from outside of them, twice: their guidance says which. What nodes named in
-    `after` give goes through that.
+    The callables may read the nodes in `keep`, whose tensors are also in ``values`` after `run`. The nodes in `shared`
+    see one half of the batch twice in values from outside of them; their guidance says which half. `after` maps nodes
+    to functions that are applied to their results.
     """
 
     def __init__(
@@ -62,7 +62,7 @@ class Replay(fx.Interpreter):
         return fx.node.map_arg(n.args, load), fx.node.map_arg(n.kwargs, load)
 
     def seen(self, names: Sequence[str], by: str) -> list[Tensor]:
-        """The tensors of kept nodes as the node `by` sees them."""
+        """Return the tensors of kept nodes as the node `by` sees them."""
         guidance = self.shared.get(by)
         return [self._seen(self.values[n], n, guidance) if guidance else self.values[n] for n in names]
 
@@ -72,7 +72,7 @@ class Replay(fx.Interpreter):
 
 
 def twice(value: Any, guidance: Guidance) -> Any:
-    """The half of a batch that is computed, in the place of both halves; of each in a tuple."""
+    """Replace both halves of a batch by the computed half. Tuples are converted element by element."""
     if not isinstance(value, Tensor):
         return type(value)(twice(item, guidance) for item in value)
     half = value.chunk(2)[guidance.half]
@@ -80,7 +80,7 @@ def twice(value: Any, guidance: Guidance) -> Any:
 
 
 class Replay64(Replay):
-    """The same in float64, whatever dtypes the graph names: the reference that roundings are measured from."""
+    """Runs the graph in float64, also where it names other dtypes: the reference for measuring rounding errors."""
 
     def run(self, *args: Any, **kwargs: Any) -> Any:
         return super().run(*tree_map(widen, args), **kwargs)
@@ -93,7 +93,7 @@ class Replay64(Replay):
 
 
 def widen(value: Any) -> Any:
-    """A floating-point tensor in float64; anything else as it is."""
+    """Cast a floating-point tensor to float64; return other values unchanged."""
     return value.double() if isinstance(value, Tensor) and value.dtype in FLOATS else value
 
 

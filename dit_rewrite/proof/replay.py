@@ -1,7 +1,7 @@
-"""Replay recorded decisions by an interpreter of the captured graph: the oracle that shares nothing with the rewrite.
+"""Replay recorded decisions with an interpreter of the captured graph, an oracle that is independent of the rewrite.
 
-It keeps the values of sites in a dictionary, by their node's name, and knows nothing of variants or slots. What stands
-in the place of attention is the same plain code (dit_rewrite/cores.py).
+It keeps the values of sites in a dictionary, by the names of their nodes, without variants or slots. Only the codecs of
+attention strategies (dit_rewrite/compiler/attention_codecs.py) are shared with the rewrite.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ from dit_rewrite.proof.compare import Check, Difference, equal, max_abs_error, r
 from dit_rewrite.proof.interpreter import Instead, Read, Replay, Replay64, twice
 from dit_rewrite.runtime.session import Observation
 
-SLACK = 2.0  # lowered code may be this much further from float64 than the interpreter's own rounding
+SLACK = 2.0  # lowered code may have this many times the interpreter's rounding error
 
 Key = tuple[str, int, str, str]  # stream, position of the graph in its call, site, node of the value
-Held = dict[Key, tuple[Tensor, ...]]
+Kept = dict[Key, tuple[Tensor, ...]]  # newest value first
 
 
 def check_replay(
@@ -41,15 +41,15 @@ def check_replay(
     streams: Sequence[str],
     exact: bool,
 ) -> None:
-    """Replay one trajectory's recorded decisions and compare outputs and held values with what was observed.
+    """Replay one trajectory's recorded decisions, and compare outputs and stored values with the observed ones.
 
-    `streams` names the stream of each observation. Where `exact` is not asked for, a tensor that differs may be at most
-    SLACK times as far from the float64 replay as the interpreter's own, or as the interpreter's usually are in the same
-    call of the graph, relative to their sizes. So it is where half of a batch is computed: a matrix product of half the
-    rows may be rounded otherwise.
+    `streams` has the stream of each observation. If `exact` is False, a tensor that differs may be at most SLACK times
+    as far from the float64 replay as the interpreter's tensor, or as is usual for the interpreter's tensors in the same
+    call, relative to their sizes. This also applies if half of a batch is computed, because a matrix product of half
+    the rows may be rounded differently.
     """
-    kept: Held = {}
-    kept64: Held = {}
+    kept: Kept = {}
+    kept64: Kept = {}
     for observation, stream in zip(observed, streams, strict=True):
         graph = rewritten[observation.graph]
         replay = _replay(Replay, check, graph, observation, stream, kept)
@@ -61,9 +61,9 @@ def check_replay(
 
 
 def kept_as_seen(observation: Observation, static: frozenset[int]) -> Observation:
-    """The observation with copies of what its graph took, weights left out, and returned.
+    """Return the observation with copies of its graph's inputs (except weights) and outputs.
 
-    Behind a graph break the model may change such a tensor in place, and the replay would be given the changed one.
+    After a graph break the model may change these tensors in place, and the replay needs the original values.
     """
     args = (value if i in static else _copied(value) for i, value in enumerate(observation.args))
     return replace(observation, args=tuple(args), outputs=tuple(map(_copied, observation.outputs)))
@@ -75,15 +75,15 @@ def _copied(value: Any) -> Any:
 
 @dataclass
 class _Step:
-    """What one observation has of each site: what it takes, what it keeps anew, and what there is to compare."""
+    """The plan for replaying one observation: which values are replaced, which are stored, and which are compared."""
 
     instead: dict[str, Instead] = field(default_factory=dict)
     shared: dict[str, Guidance] = field(default_factory=dict)
     after: dict[str, Callable[[Tensor], Tensor]] = field(default_factory=dict)
-    lent: dict[Key, Key] = field(default_factory=dict)  # to what of the other stream a value is the difference
+    lent: dict[Key, Key] = field(default_factory=dict)  # values that are differences -> the other stream's value
     computed: list[tuple[Key, Codec, tuple[str, ...]]] = field(default_factory=list)
-    held: list[Key] = field(default_factory=list)
-    lacking: str | None = None
+    compared: list[Key] = field(default_factory=list)
+    missing: str | None = None
     read: set[str] = field(default_factory=set)
 
     @property
@@ -94,15 +94,15 @@ class _Step:
     def add(
         self,
         site: Site,
-        form: SlotFormat,
+        slot_format: SlotFormat,
         reuse: bool,
         where: tuple[str, int],
-        kept: Held,
+        kept: Kept,
         weights: tuple[float, ...] | None,
         differs: str | None = None,
     ) -> None:
-        """A site that was decided on by itself; what it keeps is the difference from the stream `differs`, if given."""
-        codec, guidance = form
+        """Add a site with its own decision. With `differs`, the stored value is the difference from that stream."""
+        codec, guidance = slot_format
         if guidance is not None:
             self.shared.update(dict.fromkeys(site.closure, guidance) if reuse else {})
         if isinstance(codec, DeltaCodec):
@@ -111,21 +111,21 @@ class _Step:
         if guidance is not None:
             return
         if site.part is Part.CORE_STATE and reuse or site.part is Part.CORE and not reuse:
-            return  # the one keeps what it has, the other is computed
+            return  # a core that computes has no slot; its state is stored by the other part
         place = site.name if site.part is not Part.CORE else f"{site.place}.{Part.CORE_STATE}"
         for value, base in itertools.zip_longest(site.values, site.bases):
             key = (*where, place, value)
             read = (base,) if base else site.inputs
             self.read.update(read)
             if isinstance(codec, ValueCodec):
-                self.held.append(key)
+                self.compared.append(key)
             lender = None if differs is None else (differs, *key[1:])
             if lender is not None:
                 self.lent[key] = lender
             if not reuse:
                 self.computed.append((key, codec, read))
             elif key not in kept or (lender is not None and lender not in kept):
-                self.lacking = value
+                self.missing = value
             else:
                 lent = () if lender is None else kept[lender][:1]
                 self.instead[value] = _from_kept((*lent, *kept[key]), codec, read, weights)
@@ -136,17 +136,17 @@ class _Step:
         codec: DeltaCodec,
         reuse: bool,
         where: tuple[str, int],
-        kept: Held,
+        kept: Kept,
         weights: tuple[float, ...] | None,
     ) -> None:
-        """A site of which one half of the batch is computed, and the other is that and what is kept."""
+        """Add a site of which one half of the batch is computed; the other half is that plus the kept difference."""
         for value in site.values:
             key = (*where, site.name, value)
-            self.held.append(key)
+            self.compared.append(key)
             if not reuse:
                 self.computed.append((key, codec, ()))
             elif key not in kept:
-                self.lacking = value
+                self.missing = value
             else:
                 self.after[value] = _other_half(codec.half, kept[key], weights)
 
@@ -175,7 +175,7 @@ def _from_kept(
 
 
 def weighted(values: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
-    """The sum of kept values, newest first, by weights that fp32 holds; those of weight 0 are not looked at."""
+    """Return the sum of kept values, newest first, with weights rounded to fp32. Values of weight 0 are not read."""
     if not values[0].is_floating_point():
         return values[0]
     total, wide = None, torch.float64 if values[0].dtype is torch.float64 else torch.float32
@@ -189,7 +189,7 @@ def weighted(values: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
 def _keep(
     value: Tensor, codec: Codec, read: Sequence[Tensor], older: Sequence[Tensor], depth: int
 ) -> tuple[Tensor, ...]:
-    """What is kept of a value: by the definition of each store, or as a strategy inside attention has it."""
+    """Return the tensors kept for a value: rounded as the store defines, or as an attention strategy's codec encodes."""
     if isinstance(codec, DeltaCodec):
         halves = value.chunk(2)
         return (rounded(halves[1 - codec.half] - halves[codec.half], codec.format), *older)[:depth]
@@ -199,9 +199,10 @@ def _keep(
 
 
 def _replay(
-    kind: type[Replay], check: Check, graph: Rewritten, observation: Observation, stream: str, kept: Held
+    kind: type[Replay], check: Check, graph: Rewritten, observation: Observation, stream: str, kept: Kept
 ) -> dict[str, Tensor] | None:
-    """Run one observation again; outputs as ``output i`` and what sites hold, by name. None: it cannot be run."""
+    """Replay one observation. Returns the outputs as ``output i`` and the values of sites by name, or None if a reused
+    value was never computed."""
     record, step = observation.record, _Step()
     depths: dict[str, int] = {}
     weights = record.weights or (None,) * len(record.row)
@@ -213,8 +214,8 @@ def _replay(
             where = (lender or stream, observation.position)
             other = shared.stream if isinstance(shared, GuidanceDelta) and shared.stream != stream else None
             step.add(graph.found.sites[i], graph.bound.formats[i], reuse, where, kept, each, other)
-    if step.lacking is not None:
-        check.fail(Difference(step.lacking, record.step, "replay: reused, and never computed in this trajectory"))
+    if step.missing is not None:
+        check.fail(Difference(step.missing, record.step, "replay: reused, and never computed in this trajectory"))
         return None
     run = kind(graph.bound.gm, step.instead, step.keep, step.shared, step.after)
     with torch_compat.no_autocast():  # the captured graph has its casts already
@@ -227,7 +228,7 @@ def _replay(
                 continue  # nothing to differ from yet
             value = value - kept[step.lent[key]][0]
         kept[key] = _keep(value, codec, run.seen(read, key[-1]), older, depths[key[-1]])
-    values = {_name(key): kept[key][0] for key in step.held if key in kept}
+    values = {_name(key): kept[key][0] for key in step.compared if key in kept}
     return {**values, **{f"output {i}": out for i, out in enumerate(outputs) if isinstance(out, Tensor)}}
 
 
@@ -236,7 +237,7 @@ def _name(key: Key) -> str:
 
 
 def rounded(value: Tensor, store: str | None) -> Tensor:
-    """A value as a slot gives it back: rounded to what `store` can hold, one scale for each token."""
+    """Return a value after a round trip through a slot: rounded to the format `store`, with one scale per token."""
     if store is None or value.ndim < 2:
         return value
     if store == "bf16":
@@ -273,16 +274,16 @@ def _compare(
 
 
 def _allowed(theirs: Tensor, wide: Tensor, usual: float) -> float:
-    """How far lowered code may be from float64."""
+    """Return the allowed RMS distance of lowered code from float64."""
     return SLACK * max(rms([theirs], [wide]), usual * _size(wide))
 
 
 def _usual_rounding(found: Mapping[str, Tensor], wide: Mapping[str, Tensor]) -> float:
-    """The median over the tensors of one call of how far each is from float64, relative to its size.
+    """Return the median over the tensors of one call of the RMS distance from float64, relative to the tensor's RMS.
 
-    A tensor of few elements may by luck be rounded hardly at all, and is no measure of its own then: the gates of
-    experts that alone chose a token are a number over itself. The median is none of those, nor one where the float64
-    replay takes another route.
+    The rounding error of a tensor with few elements may be close to 0 by chance, so it is no measure on its own; for
+    example, the gate of an expert that was chosen alone is a number divided by itself. The median excludes such cases,
+    and also those where the float64 replay takes another branch.
     """
     pairs = [(rms([tensor], [wide[name]]), _size(wide[name])) for name, tensor in found.items()]
     relative = [error / size for error, size in pairs if math.isfinite(error) and 0 < size < math.inf]
@@ -294,14 +295,14 @@ def _size(tensor: Tensor) -> float:
 
 
 def _found(graph: Rewritten, observation: Observation) -> dict[str, Tensor]:
-    """What the rewritten model returned and held, by the same names."""
+    """Return the outputs and stored values of the rewritten model, by the same names."""
     found = {f"output {i}": out for i, out in enumerate(observation.outputs) if isinstance(out, Tensor)}
-    for i, held in zip(graph.reached, observation.slots, strict=True):
+    for i, slot in zip(graph.reached, observation.slots, strict=True):
         site, (codec, _) = graph.found.sites[i], graph.bound.formats[i]
         if not isinstance(codec, ValueCodec):
             continue
-        rest = list(held or ())
-        for name in site.values if held is not None else ():
+        rest = list(slot or ())
+        for name in site.values if slot is not None else ():
             value = rest.pop(0)
             if codec.format in ("int8", "fp8") and value.ndim >= 2:
                 value = value.float() * rest.pop(0)

@@ -1,4 +1,4 @@
-"""Proof that a rewrite computes what it should: reuse 0 against the untouched model, and a replay of the decisions."""
+"""Verify a rewrite: compare reuse 0 with the unmodified model, and replay the decisions of a policy."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from dit_rewrite.torch_compat import tree_leaves, tree_map
 
 @dataclass(frozen=True)
 class Trajectory:
-    """The calls of one trajectory: keyword arguments and stream of each."""
+    """The calls of one trajectory: the keyword arguments and the stream of each."""
 
     calls: tuple[Mapping[str, Any], ...]
     streams: tuple[str, ...]
@@ -38,7 +38,7 @@ class Trajectory:
 
     @property
     def steps(self) -> list[int]:
-        """The step of each call: how many calls of its stream came before."""
+        """The step of each call: the number of earlier calls of its stream."""
         return [self.streams[:i].count(name) for i, name in enumerate(self.streams)]
 
     @property
@@ -48,7 +48,7 @@ class Trajectory:
 
 @dataclass
 class Verification:
-    """What `verify` found. ``exact``: equal bit for bit. ``passed``: exact, or within rounding of float64."""
+    """The result of `verify`. ``exact``: equal bit for bit. ``passed``: exact, or different only by rounding."""
 
     reuse0: Check
     replay: Check
@@ -96,20 +96,20 @@ def verify(
     scheduler: Any = None,
     dump: str | Path | None = None,
 ) -> Verification:
-    """Prove the rewrite of `model` under `policy` on one trajectory; prints one line.
+    """Verify the rewrite of `model` under `policy` on one trajectory, and print one line with the result.
 
-    `inputs` are the keyword arguments of each call of the trajectory, in order; `streams` names the stream of each,
-    where there are several ("cond", "uncond", …). `scheduler` is read for noise levels, `lowering` is `compile`'s. The
-    ambient autocast holds for all runs.
+    `inputs` has the keyword arguments of each call of the trajectory, in order. `streams` names the stream of each call
+    if there are several ("cond", "uncond", …). `scheduler` provides noise levels; `lowering` and `dump` are those of
+    `compile`. All runs use the ambient autocast.
 
-    (a) *reuse 0*: every site that the policy reaches is guarded and stored, each decision is forced to compute, and the
-    outputs must be those of torch.compile(model, backend) bit for bit. Where low precision under Inductor cannot hold
-    that, their RMS distance from a float64 run may be at most eager's own, and a note names the stored value.
-    (b) *replay*: the policy runs over the trajectory twice; its recorded decisions are replayed by an interpreter of
-    the captured graphs that keeps values in a dictionary. Outputs and held values must be equal; lowered by Inductor,
-    their RMS distance from a float64 replay may be at most twice the interpreter's own.
+    (a) *reuse 0*: every site that the policy reaches is guarded and stored, and each decision is forced to compute. The
+    outputs must equal those of torch.compile(model, backend) bit for bit. If low precision under Inductor prevents
+    that, their RMS distance from a float64 run may be at most eager's, and a note names the stored value.
+    (b) *replay*: the policy runs over the trajectory twice, and an interpreter of the captured graphs, which keeps
+    values in a dictionary, replays the recorded decisions. Outputs and stored values must be equal; under Inductor,
+    their RMS distance from a float64 replay may be at most twice the interpreter's.
 
-    Raises UnreachedPolicy where the policy reaches no site, BadArgument for arguments that are no trajectory.
+    Raises UnreachedPolicy if the policy reaches no site, BadArgument for arguments that do not form a trajectory.
     """
     policy = as_policy(policy)
     trajectory = Trajectory(_calls(model, inputs), _names(inputs, streams), scheduler)
@@ -127,7 +127,7 @@ def verify(
 
 
 def _calls(model: object, inputs: object) -> tuple[Mapping[str, Any], ...]:
-    """The calls, once they are known to be some. Values stay out of messages: they are models and tensors."""
+    """Check the arguments and return the calls. The messages have no values, because these are models and tensors."""
     if not isinstance(model, torch.nn.Module):
         raise BadArgument("verify", "model", type(model).__name__, "the denoiser, a torch.nn.Module")
     allowed = "a list with one mapping of keyword arguments for each call: [{…}, {…}]"
@@ -151,7 +151,7 @@ def _names(inputs: Sequence[object], streams: Sequence[str] | None) -> tuple[str
 
 
 def _run(model: Any, trajectory: Trajectory) -> list[list[Tensor]]:
-    """The output tensors of each call, copied, so that nothing later can change them."""
+    """Return copies of the output tensors of each call."""
     rewritten = isinstance(model, RewrittenModule)
     outputs = []
     with model.trajectory(trajectory.num_steps, trajectory.scheduler) if rewritten else nullcontext():
@@ -188,7 +188,7 @@ def _compare(found: list[list[Tensor]], expected: list[list[Tensor]]) -> Check:
 
 
 def _as_near_as_eager(model: torch.nn.Module, trajectory: Trajectory, found: list[list[Tensor]]) -> bool:
-    """Promise 2's bound: the outputs are no further from float64 than those of the eager model are."""
+    """Return whether the outputs are at most as far from float64 (RMS) as those of the eager model."""
     wide = copy.deepcopy(model).double()
     calls = tuple(tree_map(widen, dict(kwargs)) for kwargs in trajectory.calls)
     with torch.autocast(next(model.parameters()).device.type, enabled=False):
@@ -204,25 +204,26 @@ def _first_rounded(
     expected: list[list[Tensor]],
     sites: list[Site],
 ) -> str:
-    """Bisect for the first of `sites` whose values, when stored, change the outputs; the note that names it."""
+    """Bisect for the first of `sites` whose stored values change the outputs, and return a note that names it."""
 
     def exact(stored: int) -> bool:
         ours = attach(twin(model), Backend(model, policy, lower, force=True, store=stored))
         return _compare(_run(ours, trajectory), expected).exact
 
-    low, high = 0, len(sites)  # with `low` sites stored it is exact, with `high` it is not
+    low, high = 0, len(sites)  # exact with `low` sites stored, not exact with `high`
     if not exact(0):
-        return "not exact even with nothing stored"
+        return "not exact even without stored values"
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (middle, high) if exact(middle) else (low, middle)
-    return f"storing {sites[low].name} ({', '.join(sites[low].values)}) rounds what a fused kernel kept"
+    return f"storing {sites[low].name} ({', '.join(sites[low].values)}) rounds a value inside a fused kernel"
 
 
 def _check_replay(
     model: torch.nn.Module, trajectory: Trajectory, policy: Policy, lower: Lowering, dump: str | Path | None
 ) -> tuple[Check, list[Observation]]:
-    """Run the policy over the trajectory twice, and replay each run on its own: nothing may pass between them."""
+    """Run the policy over the trajectory twice, and replay each run separately, so that values cannot leak between
+    trajectories unnoticed."""
     dumps = Dump(Path(dump)) if dump is not None else None
     backend = Backend(model, policy, lower, watcher=dumps)
     ours = attach(twin(model), backend)
@@ -242,7 +243,7 @@ def _check_replay(
 
 
 def _stream_of_each(observed: Sequence[Observation], streams: Sequence[str]) -> list[str]:
-    """The stream of each observed graph call: a call of the model begins where the position in it is 0."""
+    """Return the stream of each observed graph call. A call of the model begins at position 0."""
     names, call = [], -1
     for observation in observed:
         call += observation.position == 0

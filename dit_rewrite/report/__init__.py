@@ -1,4 +1,4 @@
-"""Reports: what `explain()` prints, what a dump folder holds, and why a policy reuses nothing.
+"""Reports: the table of `explain()`, the folder of `dump=`, and the reasons why a policy reuses nothing.
 
-It imports the compiler; the public face may import it.
+The package imports the compiler; the public API may import it.
 """

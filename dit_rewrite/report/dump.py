@@ -1,4 +1,4 @@
-"""The folder that `compile(dump=...)` writes: each graph after each pass, with its difference from the graph before."""
+"""The folder that `compile(dump=...)` writes: each graph after each pass, and its diff to the graph before the pass."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from dit_rewrite.passes.rewrite.printing import Snapshot
 class Dump:
     """Writes a folder for each captured graph: ``graph0/00_captured.py``, ``graph0/01_find_sites.txt`` and so on.
 
-    A file is written as soon as its pass ends, so that the files of a failed compilation lead up to the pass that
-    failed. A pass that leaves the graph as it was writes no graph.
+    A file is written as soon as its pass ends, so that the files are also there if a later pass fails. If a pass does
+    not change the graph, no graph is written.
     """
 
     folder: Path
@@ -36,7 +36,7 @@ class Dump:
 
 
 class _Steps:
-    """Writes a first graph, then the results of the passes over it; `names` makes a file name of a pass."""
+    """Writes the initial graph, and the results of the passes over it. `names` formats the file name of a pass."""
 
     def __init__(self, folder: Path, stem: str, gm: fx.GraphModule, names: str) -> None:
         self.folder, self.names, self.last = folder, names, stem

@@ -1,4 +1,4 @@
-"""What was found and rewritten, for people: the report of `explain()`, and the folder of `dump=`."""
+"""The report of `explain()`: the sites that were found, and how they were rewritten."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from dit_rewrite.policy.rules import Policy
 
 @dataclass(frozen=True)
 class Place:
-    """A row of the report: a site in one occurrence of its graph, with what the policy leaves of its guard.
+    """A row of the report: a site in one occurrence of its graph, with its partially evaluated guard.
 
-    ``bytes`` are those of its slot. ``inner``: a site around it is reached too, and saves its FLOPs.
+    ``bytes`` is the size of its slot. ``inner``: an enclosing site is reached too, so its FLOPs are counted there.
     """
 
     graph: int
@@ -36,10 +36,10 @@ class Place:
 
 @dataclass(frozen=True)
 class Report:
-    """Prints as a table. ``sites`` are rows for every site of every graph, ``refused`` the places that are none.
+    """Prints as a table. ``sites`` has a row per site of each graph, ``refused`` the candidates that are not sites.
 
-    ``occurrences`` says how often each graph ran in the last call: behind a graph break identical blocks share one.
-    ``streams`` are known so far, each with slots of its own.
+    ``occurrences`` is how often each graph ran in the last call; after a graph break, identical blocks share a graph.
+    ``streams`` is the number of streams seen so far, each of which has slots of its own.
     """
 
     policy: Policy
@@ -62,21 +62,21 @@ class Report:
 
     @property
     def peak_bytes(self) -> int:
-        """The most bytes, as predicted, that caching adds at once in a trajectory of so many streams: what all slots
-        hold, and beside them what one call keeps alive until it has measured and stored."""
+        """The predicted maximum number of bytes that caching adds: the slots of all ``streams``, and the tensors that a
+        call keeps alive until it has measured and stored them."""
         working = [_working_bytes(rewritten) for rewritten in self.rewritten]
         return self.streams * self.stream_bytes + max(working, default=0)
 
     @property
     def stream_bytes(self) -> int:
-        """Bytes that the slots of one stream hold: the values of every reached site, values that are computed once per
-        trajectory, and the tensors that guards compare with."""
-        return sum((self.occurrences.get(i, 0) or 1) * _held_bytes(r) for i, r in enumerate(self.rewritten))
+        """The bytes stored for one stream: the slots of all reached sites, the hoisted values, and the earlier values
+        of probes that guards compare with."""
+        return sum((self.occurrences.get(i, 0) or 1) * _stored_bytes(r) for i, r in enumerate(self.rewritten))
 
     def graph_diff(self, graph: int | None = None) -> str:
-        """A unified diff of a captured graph and its variant that reuses most, op counts on top.
+        """Return a unified diff of a captured graph and its variant that reuses most, with op counts on top.
 
-        `graph` defaults to the one with most sites.
+        `graph` is an index; the default is the graph with most sites.
         """
         chosen = max(self.rewritten, key=lambda r: len(r.reached)) if graph is None else self.rewritten[graph]
         row = chosen.most_reused
@@ -89,7 +89,7 @@ class Report:
         lines = [
             f"policy    {self.policy}",
             *self._verdicts(),
-            *(f"graph {i}   {_layout(r)}" for i, r in enumerate(self.rewritten)),
+            *(f"graph {i}   {_partition(r)}" for i, r in enumerate(self.rewritten)),
             f"FLOPs     {_quantity(total)} a call, of which {_quantity(saved)} ({saved / max(total, 1):.1%}) in sites",
             f"cached    {_quantity(self.stream_bytes, 1024)}B a stream at most, {_quantity(self.peak_bytes, 1024)}B "
             f"in the {self.streams} known so far",
@@ -103,7 +103,7 @@ class Report:
         return "\n".join(lines)
 
     def _passes(self) -> Iterator[tuple[str, ...]]:
-        """The passes over each graph in their order, those that ran more than once added up."""
+        """Yield a row for each pass over each graph, in order. Repeated runs of a pass are summed."""
         yield "graph", "pass", "runs", "ms", "nodes before", "nodes after", "refused"
         for i, rewritten in enumerate(self.rewritten):
             for name in dict.fromkeys(run.name for run in rewritten.runs):
@@ -113,14 +113,14 @@ class Report:
                 yield str(i), name, str(len(runs)), f"{milliseconds:.1f}", str(before), str(after), str(refused)
 
     def _verdicts(self) -> Iterator[str]:
-        """The rules whose guards decide nothing."""
+        """Yield a line for each rule whose guard is always or never true."""
         for number, rule in enumerate(self.policy.rules, 1):
             found = verdict(rule.when & rule.where.guard)
             if found is not None:
                 yield f"rule {number}    {found}: {show(rule.when)}"
 
     def _hoisted(self) -> Iterator[str]:
-        """What is computed once per trajectory, by the modules that it was traced in."""
+        """Yield a line with the modules whose values are computed once per trajectory."""
         for rewritten in self.rewritten:
             found = rewritten.hoisted
             if found is not None:
@@ -144,50 +144,53 @@ class Report:
             )
 
 
-def _held_bytes(rewritten: Rewritten) -> int:
-    """Bytes that the slots of one graph hold for one stream, memory that values share counted once."""
+def _stored_bytes(rewritten: Rewritten) -> int:
+    """Return the bytes stored for one graph and one stream. Storage that values share is counted once."""
     guarded, nodes = rewritten.guarded, {node.name: node for node in rewritten.gm.graph.nodes}
     hoisted = [] if rewritten.hoisted is None else [nodes[name] for name in rewritten.hoisted.values]
     stored = (*hoisted, *(node for slot in guarded.slot_tensors for node in slot))
     storages = {torch_compat.storage_id(node.meta["val"]): cost.stored_bytes(node) for node in stored}
     compared = sum(cost.stored_bytes(nodes[name]) for name in _probes(rewritten))
-    return sum(storages.values()) + 2 * compared  # a probe as it was when its site was computed, and in the last call
+    return sum(storages.values()) + 2 * compared  # the probe of the last computed step, and of the last call
 
 
 def _working_bytes(rewritten: Rewritten) -> int:
-    """Bytes that a computing call keeps alive for the slots alone: probes, and the stream before each span until the
-    span's value is its change, as far as that is more than the value, whose old one is gone by then."""
+    """Return the bytes that a computing call keeps alive only for the slots.
+
+    These are the probes, and the stream before each span, which is needed until the span's change is computed. The old
+    value of the span is released before, so only the excess over its size counts.
+    """
     nodes = {node.name: node for node in rewritten.gm.graph.nodes}
     spans = [site for site in rewritten.partition.sites if site.bases]
     bases, values = ({n for site in spans for n in getattr(site, side)} for side in ("bases", "values"))
-    held, replaced = (sum(cost.stored_bytes(nodes[name]) for name in names) for names in (bases, values))
-    return sum(cost.stored_bytes(nodes[name]) for name in _probes(rewritten)) + max(held - replaced, 0)
+    kept, replaced = (sum(cost.stored_bytes(nodes[name]) for name in names) for names in (bases, values))
+    return sum(cost.stored_bytes(nodes[name]) for name in _probes(rewritten)) + max(kept - replaced, 0)
 
 
 def _probes(rewritten: Rewritten) -> set[str]:
-    """The nodes that guards measure."""
+    """Return the nodes that guards measure."""
     return {node for site in rewritten.partition.sites for node in site.measured}
 
 
 def _places(graph: int, occurrence: int, rewritten: Rewritten) -> Iterator[Place]:
-    sites, held, reached = rewritten.found.sites, rewritten.slot_bytes, set(rewritten.reached)
+    sites, stored, reached = rewritten.found.sites, rewritten.slot_bytes, set(rewritten.reached)
     for i, (site, rules) in enumerate(zip(sites, rewritten.rules, strict=True)):
         guard = rules.guard if rules.reachable else ""
         around = site.parent
         while around is not None and around not in reached:
             around = sites[around].parent
-        yield Place(graph, occurrence, site, guard, rules.reachable, held.get(i, site.bytes), around is not None)
+        yield Place(graph, occurrence, site, guard, rules.reachable, stored.get(i, site.bytes), around is not None)
 
 
-def _layout(rewritten: Rewritten) -> str:
-    """How a graph was lowered, and why so."""
+def _partition(rewritten: Rewritten) -> str:
+    """Return how a graph was lowered, and the reason."""
     partition, compiled = rewritten.partition, len(rewritten.compiled)
     if partition.segments.count == 1:
         return f"lowered as variants ({partition.why}): {compiled} compiled"
     crossing = _quantity(crossing_bytes(rewritten.gm, partition.segments), 1024)
     return (
-        f"lowered in segments ({partition.why}): {partition.segments.count} pieces, {compiled} distinct ones compiled; "
-        f"the cuts write {crossing}B a call"
+        f"lowered as segments ({partition.why}): {partition.segments.count} segments, {compiled} distinct ones "
+        f"compiled; the cuts write {crossing}B per call"
     )
 
 

@@ -1,4 +1,4 @@
-"""Whether a policy can reuse anything at all in a trajectory, and why not: nothing is passed over in silence."""
+"""Find out whether a policy can reuse anything in a trajectory, and if not, why."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from dit_rewrite.policy.where import FAMILIES, Where
 
 Noise = Callable[[int], tuple[float | None, float | None]]
 
-ENDLESS = 1000  # steps looked at where nobody told how many there are
-_TOLD = frozenset({"step"}) | TOTALS
+ENDLESS = 1000  # steps to try if the number of steps is unknown
+_STEP_SYMBOLS = frozenset({"step"}) | TOTALS
 
 
 def idle_reason(rewritten: Sequence[Rewritten], num_steps: int | None, noise: Noise | None = None) -> str | None:
-    """Why the policy that `rewritten` graphs are made for can reuse nothing in a trajectory of `num_steps` steps.
+    """Return why the policy of the `rewritten` graphs can reuse nothing in a trajectory of `num_steps` steps.
 
-    None where some site may reuse at some step, or no site is reached at all. `noise` gives sigma and SNR of a step,
-    None for what nobody knows; without it they may be anything. What is measured may be anything too, so that a reason
-    is certain, and None is not.
+    Returns None if some site may be reused at some step, or if no site is reached. `noise` returns sigma and SNR of a
+    step, None for unknown values; without `noise`, they may have any value. Measurements may have any value too, so a
+    returned reason is certain, while None does not guarantee reuse.
     """
     reached = [(graph.found.sites[i], graph.rules[i]) for graph in rewritten for i in graph.reached]
     if not reached or any(_may_reuse(*site, num_steps, noise) for site in dict.fromkeys(reached)):
@@ -52,14 +52,14 @@ def _never(rewritten: Sequence[Rewritten], sites: Sequence[Site], num_steps: int
 
 
 def _ranges(numbers: Sequence[int]) -> str:
-    """Rising numbers as text: ``0 to 3, 7``."""
+    """Format ascending numbers: ``0 to 3, 7``."""
     starts = [n for n in numbers if n - 1 not in numbers]
     ends = [n for n in numbers if n + 1 not in numbers]
     return ", ".join(str(a) if a == b else f"{a} to {b}" for a, b in zip(starts, ends, strict=True))
 
 
 def left_out(wheres: Iterable[Where], rewritten: Iterable[Rewritten]) -> str:
-    """What to do where blocks count whose attention shares its projection with an MLP, so that it is not meant."""
+    """Return a hint, or "", about parallel branches (attention and MLP in one projection) that no rule selects."""
     kinds = frozenset[Kind]().union(*(FAMILIES[kind] for where in wheres for kind in where.kinds if not where.span))
     parallel = sum(site.kind is Kind.PARALLEL for graph in rewritten for site in graph.found.sites)
     if not parallel or not kinds or Kind.PARALLEL in kinds or {Kind.SELF, Kind.MLP} <= kinds:
@@ -68,7 +68,7 @@ def left_out(wheres: Iterable[Where], rewritten: Iterable[Rewritten]) -> str:
 
 
 def _may_reuse(site: Site, rules: SiteRules, num_steps: int | None, noise: Noise | None) -> bool:
-    """Whether some step may reuse the site. Only what shares the guidance needs no earlier step."""
+    """Return whether some step may reuse the site. All strategies except sharing guidance need an earlier step."""
     first = 0 if site.part is Part.CFG_SHARED else 1
     known = {} if num_steps is None else {"num_steps": num_steps}
     if (
@@ -76,7 +76,7 @@ def _may_reuse(site: Site, rules: SiteRules, num_steps: int | None, noise: Noise
         and first
     ):
         return False
-    knowable = _TOLD | (NOISE if noise is not None else frozenset())
+    knowable = _STEP_SYMBOLS | (NOISE if noise is not None else frozenset())
     tried = [_Tried.of(rule, knowable) for rule in rules.rules]
     steps = range(first, ENDLESS if num_steps is None else num_steps)
     return any(_applies(tried, _symbols(step, num_steps, noise)) for step in steps)
@@ -84,7 +84,7 @@ def _may_reuse(site: Site, rules: SiteRules, num_steps: int | None, noise: Noise
 
 @dataclass(frozen=True)
 class _Tried:
-    """A rule, and those parts of its guard that must hold and follow from what is known of a step."""
+    """A rule, and the conjuncts of its guard that depend only on symbols known for each step."""
 
     replaces_part: bool
     whole: bool
@@ -104,7 +104,7 @@ class _Tried:
 
 
 def _applies(tried: Sequence[_Tried], symbols: dict[str, Value]) -> bool:
-    """Whether a rule that reuses may be the first that holds."""
+    """Return whether the first rule that holds may be one that reuses."""
     for rule in tried:
         if rule.may_hold(symbols) and (rule.replaces_part or rule.whole):
             return rule.replaces_part

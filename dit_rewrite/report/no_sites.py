@@ -1,4 +1,4 @@
-"""Why the captured graphs of a model have no site: hooks or graph breaks cut its blocks into pieces, or it has none."""
+"""Find out why a model's graphs have no site: hooks or graph breaks split its blocks, or it has no residual branch."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from dit_rewrite.errors import BrokenUp, NoSites
 
 
 def why_no_sites(model: nn.Module, graphs: Sequence[Rewritten], breaks: Mapping[str, int]) -> NoSites:
-    """The error for graphs without a site, where Dynamo broke the model at the places that `breaks` counts."""
+    """Return the error for graphs without sites. `breaks` counts Dynamo's graph breaks by location."""
     name = type(model).__name__
     refused = [f"{p.path or p.node}: {p.reason}" for rewritten in graphs for p in rewritten.found.refused]
     if refused or not breaks:
@@ -21,7 +21,7 @@ def why_no_sites(model: nn.Module, graphs: Sequence[Rewritten], breaks: Mapping[
 
 
 def hooks_within(model: nn.Module) -> Counter[str]:
-    """The classes of the hooks that accelerate and diffusers have put around the submodules, and how often."""
+    """Count the hooks of accelerate and diffusers around the submodules, by class."""
     found: Counter[str] = Counter()
     for module in model.modules():
         if module is not model:

@@ -1,6 +1,6 @@
-"""A plan as a picture: layer by step, a colour for each choice (as figure 5 of DiTFastAttn, Yuan et al. 2024).
+"""Draw a plan: layer by step, with a colour for each choice (like figure 5 of DiTFastAttn, Yuan et al. 2024).
 
-Needs matplotlib; raises MissingExtra without it.
+Importing the module needs matplotlib, and raises MissingExtra without it.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ try:
 except ImportError as error:
     raise MissingExtra("matplotlib", "the picture of a plan", "benchmark") from error
 
-# Okabe and Ito's colours, which colour-blind readers tell apart; what is computed in full stays in the background.
+# Okabe and Ito's colours, which colour-blind readers can distinguish; full attention is in the background.
 COLOURS: dict[Choice, str] = {
     Choice.FULL: "#dddddd",
     Choice.AST: "#0072b2",
@@ -27,13 +27,13 @@ COLOURS: dict[Choice, str] = {
     Choice.WA_RS: "#009e73",
     Choice.WA_RS_ASC: "#cc79a7",
 }
-LEGEND = 1.6  # inches of a choice and its share
+LEGEND = 1.6  # width in inches of a choice and its share
 
 
 def panels(sites: tuple[str, ...]) -> dict[str, list[int]]:
-    """The indices of the sites of each kind, in graph order.
+    """Return the indices of the sites of each kind, in graph order.
 
-    Those whose names differ in their numbers alone are of one kind: ``blocks.3.attn1`` is a layer of ``blocks.attn1``.
+    Sites whose names differ only in numbers are of one kind: ``blocks.3.attn1`` is a layer of ``blocks.attn1``.
     """
     found: dict[str, list[int]] = {}
     for index, site in enumerate(sites):
@@ -44,7 +44,7 @@ def panels(sites: tuple[str, ...]) -> dict[str, list[int]]:
 
 
 def draw(plan: Plan) -> Figure:
-    """The picture: a panel for each kind of site, its layers from the bottom up, and the shares of the whole plan."""
+    """Draw a panel per kind of site, with its layers from the bottom up. The legend has the share of each choice."""
     kinds = panels(plan.sites)
     layers = [len(indices) for indices in kinds.values()]
     height = sum(0.6 + 0.12 * count for count in layers)

@@ -1,4 +1,4 @@
-"""Searches: plans by DiTFastAttn's greedy method over compiled segments, and calibrated policies.
+"""Searches: DiTFastAttn's greedy search of plans over compiled segments, and calibration of policies.
 
-It imports the public face and the compiler; cli and demo may import it.
+The package imports the public API and the compiler; cli and demo may import it.
 """

@@ -1,4 +1,4 @@
-"""Tables of policies, measured on a model of your own: TeaCache's polynomial, and MagCache's ratios."""
+"""Calibrate policies for a model: fit TeaCache's polynomial, or measure MagCache's ratios."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ from dit_rewrite.policy.where import Where
 from dit_rewrite.runtime.session import Observation
 
 DEGREE = 4  # of TeaCache's polynomial
-LEAST = 2 * (DEGREE + 1)  # fewer pairs than this would be fitted whatever they are
-DIGITS = 9
+LEAST = 2 * (DEGREE + 1)  # minimum number of pairs; a polynomial fits fewer too well to be checked by R²
+DIGITS = 9  # significant digits of the coefficients
 STACK = Where(span="stack")
 
 
@@ -40,15 +40,15 @@ def calibrate(
     backend: InnerBackend = "inductor",
     **parameters: Any,
 ) -> Policy:
-    """A TeaCache or MagCache policy for a model, its table taken from one run that computes everything.
+    """Return a TeaCache or MagCache policy for a model, calibrated on one run that computes everything.
 
-    `sample` runs your sampler with the denoiser that it is given, for one picture or several; `model` itself is not
-    changed. "teacache" fits a polynomial of degree 4 by which the output's relative L1 change from step to step follows
-    from that of the modulated input. Its R², the share of the variation that it explains, stands in the policy's name.
-    "magcache" takes the mean over tokens, streams and pictures of by how much the stack's change of the stream grows
-    from step to step. `threshold` and further `parameters` are those of the policy.
+    `sample` runs the sampler, for one or more pictures, with the denoiser that it takes as its argument; `model` itself
+    is not changed. "teacache" fits a polynomial of degree 4 that maps the relative L1 change of the modulated input
+    between consecutive steps to that of the output. The policy's name contains its R², the explained fraction of the
+    variance. "magcache" measures the growth of the stack's change between consecutive steps, averaged over tokens,
+    streams and pictures. `threshold` and `parameters` are passed to the policy.
 
-    Raises NotCalibrated where the run does not show what is needed, or R² is below `min_r2`; NotAModule; BadParameter.
+    Raises NotCalibrated if the run lacks the data or R² is below `min_r2`, NotAModule, or BadParameter.
     """
     one_of("calibrate", "method", method, tuple(_METHODS))
     real("calibrate", "min_r2", min_r2, lambda r: r <= 1, "a number up to 1")
@@ -89,20 +89,21 @@ def _teacache(
 def _changes(
     model: torch.nn.Module, sample: Callable[[Any], object], backend: InnerBackend
 ) -> list[tuple[float, float]]:
-    """The modulated input's and the output's relative change at each step but the last, as they are told to the next.
+    """Return the relative changes of the modulated input and of the output at each step but the last.
 
-    A guard asks for them, and never holds: no change is below zero, which it cannot know of a rescaled one.
+    The guard requests both measurements but never holds: no change is below 0. The simplifier cannot conclude that,
+    because the changes are rescaled. With lag=1 each step records the measurements of the previous one.
     """
     asked = drift("modulated_input", rescale=(1.0, 0.0)), similarity("output", rescale=(1.0, 0.0))
     policy = Policy((Rule((asked[0] < 0) & (asked[1] < 0), where=STACK),), "calibrate", lag=1)
     made = Backend(model, policy, Lowering.of(backend))
     _run(attach(twin(model), made), sample)
-    told = [numbers for decision in made.stats.decisions for numbers in decision.measured.values()]
-    return [(n[asked[0].name], n[asked[1].name]) for n in told if len(n) == len(asked)]
+    measured = [numbers for decision in made.stats.decisions for numbers in decision.measured.values()]
+    return [(n[asked[0].name], n[asked[1].name]) for n in measured if len(n) == len(asked)]
 
 
 def polyfit(xs: Sequence[float], ys: Sequence[float], degree: int) -> list[float]:
-    """The polynomial of least squares, highest power first, as numpy.polyfit finds it."""
+    """Return the coefficients of the least-squares polynomial, highest power first, as numpy.polyfit does."""
     powers = torch.tensor(xs, dtype=torch.float64)[:, None] ** torch.arange(degree, -1, -1)
     sizes = powers.norm(dim=0)
     right = torch.tensor(ys, dtype=torch.float64)[:, None]
@@ -111,7 +112,7 @@ def polyfit(xs: Sequence[float], ys: Sequence[float], degree: int) -> list[float
 
 
 def explained(coefficients: Sequence[float], pairs: Sequence[tuple[float, float]]) -> float:
-    """R²: the share of the variation that a polynomial explains."""
+    """Return R², the fraction of the variance that a polynomial explains."""
     mean = statistics.fmean(y for _, y in pairs)
     left = sum((y - sum(c * x**p for p, c in enumerate(reversed(coefficients)))) ** 2 for x, y in pairs)
     whole = sum((y - mean) ** 2 for _, y in pairs)
@@ -143,14 +144,14 @@ def _magcache(
 
 
 class Last(NamedTuple):
-    """A value of the stack, and when it was computed."""
+    """A change of the stream across the stack, and the step at which it was computed."""
 
     step: int
     value: Tensor
 
 
 class Growth:
-    """By how much the stack's change of the stream grows from step to step, for each stream of each trajectory."""
+    """Records how the magnitude of the stack's change grows between consecutive steps, per trajectory and stream."""
 
     def __init__(self, backend: Backend) -> None:
         self.tables: dict[Hashable, list[float]] = defaultdict(list)
@@ -158,27 +159,27 @@ class Growth:
         self._last: dict[Hashable, Last] = {}
 
     def see(self, observation: Observation) -> None:
-        """A call has ended, and its slots hold what it computed."""
+        """Record a call, whose slots contain the values that it computed."""
         record = observation.record
-        held = [value for slot in observation.slots if slot is not None for value in slot]
-        if not held or observation.position or record.stream is None:
+        stored = [value for slot in observation.slots if slot is not None for value in slot]
+        if not stored or observation.position or record.stream is None:
             return
         key = (record.trajectory, record.stream)
-        value, last = self._image(observation.graph, held), self._last.get(key)
-        if last is None or last.step != record.step:  # a solver's second call at a step counts no further
+        value, last = self._image(observation.graph, stored), self._last.get(key)
+        if last is None or last.step != record.step:  # ignore a solver's second call at a step
             self.tables[key].append(1.0 if last is None else grown(value, last.value))
             self._last[key] = Last(record.step, value)
 
-    def _image(self, graph: int, held: Sequence[Tensor]) -> Tensor:
-        """The value of the stream from which the output is made; of those without such a size the largest."""
+    def _image(self, graph: int, stored: Sequence[Tensor]) -> Tensor:
+        """Return the value with the number of tokens of the stream that the output is computed from, or the largest."""
         rewritten = self._backend.rewritten[graph]
         tokens = Probes(rewritten.bound.gm, rewritten.found, rewritten.captured.static).image_tokens()
-        fitting = [value for value in held if value.ndim == 3 and value.shape[1] == tokens]
-        return max(fitting or held, key=Tensor.numel)
+        fitting = [value for value in stored if value.ndim == 3 and value.shape[1] == tokens]
+        return max(fitting or stored, key=Tensor.numel)
 
 
 def grown(now: Tensor, before: Tensor) -> float:
-    """The mean over tokens of the ratio of their lengths."""
+    """Return the ratio of the L2 norms of the tokens, averaged over tokens."""
     lengths = [value.float().norm(dim=-1) for value in (now, before)]
     return float((lengths[0] / (lengths[1] + 1e-8)).mean())
 

@@ -1,4 +1,4 @@
-"""The candidates of a plan's search: those that each place of a model can do, their cost, and what is left out."""
+"""The candidates of a plan search: the possible choices of each attention, their cost, and the ones left out."""
 
 from __future__ import annotations
 
@@ -11,18 +11,21 @@ from dit_rewrite.passes.analysis import cost
 from dit_rewrite.passes.analysis.site import Kind, Part, Site
 from dit_rewrite.policy.plan import Choice
 
-REPLACED: dict[Choice, frozenset[Part]] = {  # the parts of a place that are not computed
+REPLACED: dict[Choice, frozenset[Part]] = {  # the parts of a site that a choice does not compute
     Choice.FULL: frozenset(),
     Choice.AST: frozenset({Part.BRANCH, Part.CFG_SHARED, Part.CORE, Part.CORE_STATE}),
     Choice.ASC: frozenset({Part.CFG_SHARED}),
     Choice.WA_RS: frozenset({Part.CORE, Part.CORE_STATE}),
     Choice.WA_RS_ASC: frozenset({Part.CFG_SHARED, Part.CORE, Part.CORE_STATE}),
 }
-_CHOICE = {Part.CORE: Choice.WA_RS, Part.CFG_SHARED: Choice.ASC}  # what a part is needed for
+_CHOICE = {Part.CORE: Choice.WA_RS, Part.CFG_SHARED: Choice.ASC}  # the choice that needs a part
 
 
 class Candidates:
-    """What can be chosen at each place of a rewritten graph, under the policy that allows all `choices`."""
+    """The possible choices at each place of a graph that was rewritten with a policy that allows all `choices`.
+
+    A place is an attention of the model; its parts are separate sites.
+    """
 
     def __init__(self, rewritten: Rewritten, choices: Sequence[Choice]) -> None:
         self.rewritten, self.choices = rewritten, tuple(choices)
@@ -31,9 +34,9 @@ class Candidates:
         self._costs: dict[object, int] = {}
 
     def orders(self, by_cost: bool) -> tuple[tuple[Choice, ...], ...]:
-        """For each place its candidates in the order in which they are tried: the cheapest first, or as given.
+        """Return the candidates of each place, sorted by cost or in the given order.
 
-        One that saves nothing over full attention is none.
+        Choices that do not save FLOPs compared with full attention are left out.
         """
         found = []
         for place in self.places:
@@ -48,10 +51,10 @@ class Candidates:
         return [choice for choice in self.choices if needed[choice] <= parts]
 
     def cost(self, place: str, choice: Choice) -> int:
-        """FLOPs of the model with this choice at one place and all others in full, nothing written to a residual.
+        """Return the FLOPs of the model with this choice at one place and full attention at all others.
 
-        A window's residual is written for the steps that read it, so that it is not this choice's own. Places of the
-        same kind, shapes and parts cost the same, and are counted once.
+        The computation of window residuals is not included: an earlier step computes them. Places with equal kinds,
+        shapes and parts cost the same, so they are counted once.
         """
         key = (self._likeness[place], choice)
         if key not in self._costs:
@@ -74,7 +77,7 @@ class Candidates:
         return {place: parts(place) for place in self.places}
 
     def notes(self, kinds: Sequence[str]) -> tuple[str, ...]:
-        """The attentions that are not searched, and the candidates that places refuse, with the reasons."""
+        """Return notes on the attentions that are not searched, and on the refused candidates with their reasons."""
         attention = [s for s in self.rewritten.found.sites if s.part is Part.BRANCH and s.kind is not Kind.MLP]
         left = Counter(site.kind for site in attention if site.place not in self.places)
         lines = [f"{count} {kind} not searched (kinds: {', '.join(kinds)})" for kind, count in left.items()]
@@ -87,9 +90,9 @@ class Candidates:
         return tuple(lines)
 
     def _refused_choice(self, name: str) -> Choice | None:
-        """The choice that a refused part of a searched place would have made possible."""
+        """Return the choice that needs a refused part of a searched place, or None."""
         for part, choice in _CHOICE.items():
             if choice in self.choices and name.removesuffix(f".{part}") in self.places and name.endswith(f".{part}"):
                 return choice
         windowed = Choice.WA_RS in self.choices or Choice.WA_RS_ASC in self.choices
-        return Choice.WA_RS if windowed and name in self.places else None  # it has no core that could be replaced
+        return Choice.WA_RS if windowed and name in self.places else None  # the branch has no attention core

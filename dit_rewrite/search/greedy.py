@@ -1,13 +1,13 @@
-"""The search of a plan (DiTFastAttn, Yuan et al. 2024, section 3.5, algorithm 1 and appendix A.2).
+"""The greedy search of a plan (DiTFastAttn, Yuan et al. 2024, section 3.5, algorithm 1 and appendix A.2).
 
-Greedy: step by step, and in each from the first site to the last, the cheapest candidate is taken with which the
-model's output stays close to that of the uncompressed model. Where the paper leaves a choice:
+The search goes through the steps, and through the sites of each step in order. At each site it takes the cheapest
+candidate that keeps the model's output close to that of the uncompressed model. Where the paper is ambiguous:
 
-- Layers count from 1 in the threshold (i / |M|) delta: counted from 0, the first could never be compressed.
-- O is the uncompressed model's output at the input that the compressed sampling has led to, not at that of a separate
-  sampling in full: an error of earlier steps is not charged to this one.
-- While candidates of site i are tried, those before i are as already chosen, those behind it in full.
-- Step 0 is not compressed: there is no earlier output or residual to take.
+- In the threshold (i / |M|) delta, layers count from 1. Counted from 0, the first layer could never be compressed.
+- O is the uncompressed model's output for the input that the compressed sampling has produced, and not the output of a
+  separate uncompressed sampling. So errors of earlier steps do not count for the current one.
+- While candidates of site i are tried, earlier sites use the choices made so far, and later sites full attention.
+- Step 0 is not compressed, because there is no earlier output or residual.
 """
 
 from __future__ import annotations
@@ -36,49 +36,55 @@ from dit_rewrite.policy.plan import (
     write_whole,
 )
 
-VERSION = 2  # of the file of an unfinished search
+VERSION = 2  # version of the file of an unfinished search
 EPSILON = 1e-6  # appendix A.2
 CLIP = 10.0  # appendix A.2
 DELTAS = {"D1": 0.025, "D2": 0.05, "D3": 0.075, "D4": 0.1, "D5": 0.125, "D6": 0.15}  # section 4.1
-STRATEGIES = (Choice.AST, Choice.WA_RS_ASC, Choice.WA_RS, Choice.ASC)  # S of section 3.5, by cost at long sequences
+STRATEGIES = (
+    Choice.AST,
+    Choice.WA_RS_ASC,
+    Choice.WA_RS,
+    Choice.ASC,
+)  # S of section 3.5, in ascending cost for long sequences
 
 
 class Runner(Protocol):
-    """What the search asks of the model and its sampler, which go through the trajectories side by side.
+    """Interface of the model and its sampler, which run all trajectories step by step, side by side.
 
-    Each step is one call of `replay`; or `begin`, `reference`, then for each site in order some of `attempt` and one
-    `fix`, and `finish`. Outputs are the model's, one tensor of any shape for each trajectory, and are read before
-    the next call.
+    Each step is one call of `replay`; or `begin`, `reference`, then for each site in order any number of `attempt` and
+    one `fix`, and `finish`. The outputs are those of the model, one tensor of any shape for each trajectory. They are
+    valid until the next call.
     """
 
     @property
     def work(self) -> float:
-        """Runs of the network so far: a run for all trajectories is 1, a run of a part of it its share."""
+        """Runs of the network so far. A run for all trajectories counts 1, a partial run counts its fraction."""
 
     def replay(self, row: Row) -> None:
-        """Go through the next step (from 0) with these choices, one for each site."""
+        """Run the next step (from 0) with these choices, one for each site."""
 
     def begin(self, step: int) -> None:
-        """A step begins; its input is what the compressed sampling has led to."""
+        """Begin a step. Its input is the result of the compressed sampling so far."""
 
     def reference(self) -> Sequence[Tensor]:
-        """The outputs with every site in full."""
+        """Return the outputs with full attention at every site."""
 
     def attempt(self, index: int, choice: Choice) -> Sequence[Tensor]:
-        """The outputs with `choice` at site `index`, those before it as fixed and those behind it in full."""
+        """Return the outputs with `choice` at site `index`, fixed choices before it, and full attention after it."""
 
     def fix(self, index: int, choice: Choice) -> None:
-        """The choice of site `index` in this step."""
+        """Fix the choice of site `index` in this step."""
 
     def finish(self) -> None:
-        """The step is done as it is fixed, and the sampler goes on with its outputs."""
+        """End the step with the fixed choices, and continue the sampler with its outputs."""
 
 
 @dataclass(frozen=True)
 class Search:
-    """What is searched. ``choices`` are the candidates in ascending cost, and ``orders``, if any, those of each site in
-    its own; ``key`` tells apart what the rest does not, such as the model's fingerprint and the trajectories. Raises
-    BadParameter for values out of range.
+    """The settings of a search. Raises BadParameter for values out of range.
+
+    ``choices`` are the candidates in ascending cost; ``orders``, if given, has the candidates of each site. ``key``
+    identifies everything else that the result depends on, such as the model's fingerprint and the trajectories.
     """
 
     sites: tuple[str, ...]
@@ -104,19 +110,20 @@ class Search:
             raise BadParameter("search", name, getattr(self, name), allowed)
 
     def candidates(self, index: int) -> tuple[Choice, ...]:
-        """What is tried at site `index`, one after the other."""
+        """Return the candidates of site `index`, in the order in which they are tried."""
         return self.orders[index] if self.orders else self.choices
 
     def threshold(self, index: int) -> float:
-        """What the loss of a candidate at site `index` (from 0) must be below: delta for the last site."""
+        """Return the upper limit of the loss of a candidate at site `index` (from 0). It is delta for the last site."""
         return (index + 1) / len(self.sites) * self.delta
 
 
 @dataclass(frozen=True)
 class Found:
-    """The choices of the steps so far, the candidates that were tried for them, and the runs of the network.
+    """The choices of the steps so far, the number of candidates that were tried, and the runs of the network.
 
-    ``work`` counts, over all sittings, the references, the candidates, the steps themselves and their replays.
+    ``work`` includes references, candidates, the steps themselves and their replays, also those of earlier, interrupted
+    searches.
     """
 
     table: Table
@@ -124,7 +131,7 @@ class Found:
     work: float = 0.0
 
     def share(self, candidates: int) -> float:
-        """The work against a full run for each of so many candidates at every step and site (appendix A.2)."""
+        """Return the work as a fraction of a full run for each candidate, step and site (appendix A.2)."""
         return self.work / (candidates * sum(len(row) for row in self.table))
 
 
@@ -140,15 +147,15 @@ def greedy(
     key: str | Mapping[str, str] = "",
     progress: bool = False,
 ) -> Found:
-    """Algorithm 1: the table of a plan, for `sites` in graph order and `choices` in ascending cost. Where sites differ
-    in what their choices cost, or in what they can do, `orders` has those of each.
+    """Find the table of a plan by algorithm 1, for `sites` in graph order and `choices` in ascending cost.
 
-    A candidate passes if its `loss` is below its threshold; one whose loss is NaN does not. With a file `partial`,
-    what was found is written there after each step, and a search that finds it goes on behind those steps, which the
-    runner replays; `key` tells what the other arguments do not. `progress` draws a bar.
+    `orders` gives the candidates of each site, if their costs or the possible choices differ between sites. A candidate
+    passes if its `loss` is below its threshold; NaN does not pass. With a file `partial`, the search saves its progress
+    after each step, and continues from an existing file after replaying its steps; `key` identifies what the other
+    arguments do not. `progress` shows a progress bar.
 
-    Raises BadParameter for arguments out of range or outputs of another shape than the reference's, BadPlan and
-    PlanMismatch for a partial file that is damaged or of another search, and MissingExtra for a bar without rich.
+    Raises BadParameter for invalid arguments or if the outputs' shapes differ from the reference's, BadPlan for a
+    damaged partial file, PlanMismatch for that of another search, and MissingExtra for a progress bar without rich.
     """
     search = Search(tuple(sites), steps, delta, tuple(choices), key, tuple(map(tuple, orders)))
     found = Found(((Choice.FULL,) * len(search.sites),))
@@ -168,7 +175,7 @@ def greedy(
 
 
 def _choose(runner: Runner, step: int, search: Search, tick: Callable[[], None]) -> tuple[Row, int]:
-    """Go through a step; its choices, and how many candidates were tried."""
+    """Search one step. Returns its choices, and the number of candidates that were tried."""
     runner.begin(step)
     reference = [output.clone() for output in runner.reference()]
     row: Row = ()
@@ -183,7 +190,7 @@ def _choose(runner: Runner, step: int, search: Search, tick: Callable[[], None])
 
 
 def _first_passing(runner: Runner, index: int, reference: Sequence[Tensor], search: Search) -> tuple[Choice, int]:
-    """The cheapest candidate that passes at a site, or FULL; and how many were tried."""
+    """Return the first candidate that passes at a site, or FULL, and the number of candidates that were tried."""
     candidates = search.candidates(index)
     for tried, choice in enumerate(candidates, start=1):
         if loss(reference, runner.attempt(index, choice)) < search.threshold(index):
@@ -192,7 +199,7 @@ def _first_passing(runner: Runner, index: int, reference: Sequence[Tensor], sear
 
 
 def loss(reference: Sequence[Tensor], output: Sequence[Tensor]) -> float:
-    """The `relative_error` over the elements of all trajectories."""
+    """Return the `relative_error` over the elements of all trajectories."""
     if [tensor.shape for tensor in reference] != [tensor.shape for tensor in output]:
         shapes = [tuple(tensor.shape) for tensor in output]
         raise BadParameter("loss", "shapes", shapes, f"those of the reference, {[tuple(r.shape) for r in reference]}")
@@ -204,13 +211,13 @@ def _joined(tensors: Sequence[Tensor]) -> Tensor:
 
 
 def relative_error(reference: Tensor, output: Tensor) -> float:
-    """The mean relative absolute error L(O, O') of appendix A.2, in float64:
+    """Return the mean relative absolute error L(O, O') of appendix A.2, computed in float64:
 
         mean(clip(|O - O'| / (max(|O|, |O'|) + eps), 0, 10))
 
-    Both are real, of one shape and on one device. ``eps = 1e-6`` makes two zeros equal; half precision would round it
-    away, hence float64. NaN where an element is NaN or both are infinite: nothing is proven then. (A ratio is at most
-    2, so that the clip never acts.) Reads the device once. Raises BadParameter for other shapes.
+    Both tensors are real, of one shape and on one device. ``eps = 1e-6`` avoids 0/0; half precision would round it to
+    0, hence float64. The result is NaN if an element is NaN or infinite in both. The ratio is at most 2, so the clip
+    has no effect. Synchronises with the device once. Raises BadParameter for different shapes.
     """
     if reference.shape != output.shape:
         raise BadParameter("relative_error", "output.shape", tuple(output.shape), f"{tuple(reference.shape)}")
@@ -226,25 +233,25 @@ def _write(path: Path, search: Search, found: Found) -> None:
 
 
 def _read(path: Path, search: Search) -> Found:
-    """What an unfinished search has found. Raises BadPlan where it is damaged, PlanMismatch where it is another's."""
+    """Read the progress of an unfinished search. Raises BadPlan for a damaged file, PlanMismatch for another search."""
     content = read_fields(path, {"search", *(field.name for field in fields(Found))}, VERSION)
     wanted = json.loads(json.dumps(asdict(search)))
     if content["search"] != wanted:
         raise OtherSearch(path, _differences(content["search"], wanted))
     rows, tried, work = content["table"], content["evaluations"], content["work"]
     if not (isinstance(rows, list) and 1 <= len(rows) <= search.steps and is_whole(tried, 0) and is_real(work)):
-        raise BadPlan(path, f"a table of 1 to {search.steps} rows, or a count, is missing")
+        raise BadPlan(path, f"it lacks a valid count, or a table of 1 to {search.steps} rows")
     try:
         table = tuple(parse_row(row) for row in rows)
     except BadParameter as error:
         raise BadPlan(path, str(error)) from None
     if any(len(row) != len(search.sites) for row in table):
-        raise BadPlan(path, f"a row has not {len(search.sites)} choices, one for each site")
+        raise BadPlan(path, f"a row does not have {len(search.sites)} choices, one for each site")
     return Found(table, tried, work)
 
 
 def _differences(there: object, here: dict[str, Any]) -> str:
-    """The settings that differ, such as ``delta: 0.1 there, 0.05 here``."""
+    """Describe the settings that differ, such as ``delta: 0.1 there, 0.05 here``."""
     if not isinstance(there, dict):
         return "it has no settings"
     lines = []
@@ -259,7 +266,7 @@ def _differences(there: object, here: dict[str, Any]) -> str:
 
 @contextmanager
 def _bar(steps: int, missing: int, sites: int, shown: bool) -> Iterator[Callable[[], None]]:
-    """Gives ``tick()``, to be called for each site of the missing steps."""
+    """Show a progress bar if `shown`. Yields ``tick()``, to be called for each site of the missing steps."""
     if not shown:
         yield lambda: None
         return

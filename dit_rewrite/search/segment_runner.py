@@ -1,8 +1,8 @@
-"""Searching a plan over the compiled pieces of a model (DiTFastAttn, section 3.5): `greedy_plan`.
+"""Search a plan over the compiled segments of a model (DiTFastAttn, section 3.5): `greedy_plan`.
 
-The paper runs the network |S| |M| times a step. Here the pieces before a site have run already, with what was chosen
-for them, when its candidates are tried: a candidate of site i takes the pieces from i on, (|M| + 1) / 2 of |M| on
-average, so that a step takes at most |S| (|M| + 1) / 2 + 2 runs; `Plan.work` has what it came to.
+The paper runs the whole network |S| |M| times per step. Here the segments before a site have already run with the
+choices made for them when the site's candidates are tried. A candidate of site i runs the segments from i on, on
+average (|M| + 1) / 2 of |M|, so a step takes at most |S| (|M| + 1) / 2 + 2 runs. `Plan.work` has the actual number.
 """
 
 from __future__ import annotations
@@ -73,18 +73,18 @@ def greedy_plan(
     backend: InnerBackend = "inductor",
     progress: bool = False,
 ) -> Plan:
-    """The plan of DiTFastAttn's algorithm 1 for the attentions of `kinds` in a denoiser. Of a parallel block, whose
+    """The plan of DiTFastAttn's algorithm 1 for the attentions of `kinds` in a denoiser. In a parallel block, whose
     attention and MLP share a projection, AST reuses both.
 
-    `trajectories` are functions that sample with the denoiser they are given: it is called once a step for `steps`
-    steps, inside ``with denoiser.trajectory(num_steps=steps)``, both halves of the guidance in one batch of which
-    `conditional` is one. They run side by side, each in a thread. `delta` bounds the mean relative absolute error of
-    the model's output. `strategies` are the candidates: a set, such as all of them, is tried at each attention in
-    ascending cost, by the FLOPs that each leaves there at the sizes at hand; a sequence as it stands. `window` is
-    WA-RS's, along the axes of `grid` where there is one. `scheduler` is only noted in the plan. With a `path` the plan
-    is saved there, and a search that was interrupted goes on, if it began with the same model, settings and inputs.
+    `trajectories` are functions that sample with the denoiser that they take. Each calls it once per step for `steps`
+    steps, inside ``with denoiser.trajectory(num_steps=steps)``, with both halves of the guidance in one batch of which
+    `conditional` is one half. They run side by side, each in a thread. `delta` bounds the mean relative absolute error
+    of the model's output. `strategies` are the candidates: a set is tried at each attention in ascending cost, in FLOPs
+    for the sizes of the inputs; a sequence is tried in its order. `window` is the window of WA-RS, along the axes of
+    `grid` if given. `scheduler` is only recorded in the plan. With a `path` the plan is saved there, and an interrupted
+    search is continued if it has the same model, settings and inputs.
 
-    Raises BadParameter, BadTrajectory where the model is called otherwise, and what `greedy` raises.
+    Raises BadParameter, BadTrajectory if the model is called in another way, and the errors of `greedy`.
     """
     _check(strategies, window, grid, conditional)
     by_cost = isinstance(strategies, Set)
@@ -94,7 +94,7 @@ def greedy_plan(
     compiled = attach(
         twin(model), Backend(model, _candidates([known[choice] for choice in strategies], kinds), lowering)
     )
-    runner = _Pieces(compiled, [Sampling(compiled, sample) for sample in trajectories], strategies)
+    runner = SegmentRunner(compiled, [Sampling(compiled, sample) for sample in trajectories], strategies)
     found_path = None if path is None else Path(path)
     partial = None if found_path is None else partial_path(found_path)
     key = {"model": fingerprint(model), "scheduler": describe_scheduler(scheduler), "kinds": " ".join(kinds)}
@@ -129,7 +129,7 @@ def greedy_plan(
 
 
 def _check(strategies: Collection[Choice], window: Window | None, grid: object, conditional: object) -> None:
-    """Before anything is compiled. Raises BadParameter."""
+    """Raise BadParameter for invalid arguments, before anything is compiled."""
     if not all(isinstance(choice, Choice) and choice is not Choice.FULL for choice in strategies):
         raise BadParameter("greedy_plan", "strategies", strategies, "some Choice without Choice.FULL")
     if conditional is None and SHARED & set(strategies):
@@ -137,17 +137,19 @@ def _check(strategies: Collection[Choice], window: Window | None, grid: object, 
     if conditional not in ("first", "second", None):
         raise BadParameter("greedy_plan", "conditional", conditional, '"first", "second" or None')
     if window is None and WINDOWED & set(strategies):
-        raise BadParameter("greedy_plan", "window", None, "a share or a tuple of tokens, or strategies without WA-RS")
+        raise BadParameter(
+            "greedy_plan", "window", None, "a fraction or a tuple of tokens, or strategies without WA-RS"
+        )
     check_window("greedy_plan", window, grid)
 
 
 def _candidates(allowed: Sequence[Strategy | tuple[Strategy, ...]], kinds: tuple[str, ...]) -> Policy:
-    """A policy under which every place can do whatever a candidate asks; who does what, the search decides."""
+    """Return a policy that allows all candidates at every place. The search decides which of them runs."""
     return Policy(tuple(Rule(step_symbol > 0, do, Where(kinds)) for do in allowed), "candidates")
 
 
-class _Pieces:
-    """The runner of `greedy` over compiled pieces, for several samplers side by side."""
+class SegmentRunner:
+    """The runner of `greedy`: it runs compiled segments for several samplers side by side."""
 
     def __init__(self, compiled: RewrittenModule, samplings: Sequence[Sampling], strategies: Sequence[Choice]) -> None:
         self.compiled, self.samplings, self.strategies = compiled, samplings, strategies
@@ -157,10 +159,10 @@ class _Pieces:
         self.row: list[Choice] = []
         self.places: tuple[str, ...] = ()
         self._waiting: list[Arrival] | None = None
-        self._calls: list[Call | None] = [None] * len(samplings)  # the last of each sampler
+        self._calls: list[Call | None] = [None] * len(samplings)  # the last call of each sampler
 
     def open(self, kinds: Sequence[str]) -> Candidates:
-        """Run all samplers up to their first call, which compiles the model and shows its places."""
+        """Run all samplers up to their first call, which compiles the model, and return the candidates."""
         self._waiting = self._arrive()
         self._graph = self._waiting[0].graph
         rewritten = self.compiled._backend.rewritten[self._graph.index]
@@ -180,7 +182,7 @@ class _Pieces:
         return candidates
 
     def _refuse_graph(self, found: Found, kinds: Sequence[str]) -> None:
-        """Say why there is nothing to search in the first graph: another may follow it in the same call."""
+        """Raise the error for a first graph with nothing to search. Another graph of the same call may follow it."""
         if found.sites:
             has = dict.fromkeys(str(site.kind) for site in found.sites)
             raise BadParameter("greedy_plan", "kinds", kinds, f"kinds of the model's branches: {', '.join(has)}")
@@ -190,11 +192,11 @@ class _Pieces:
         raise NoSites(type(self.compiled).__name__, [f"{p.path or p.node}: {p.reason}" for p in found.refused])
 
     def inputs(self) -> str:
-        """The digest of what the samplers give their first calls."""
+        """Return the digest of the inputs of the samplers' first calls."""
         return digest(self._waiting or ())
 
     def _arrive(self) -> list[Arrival]:
-        """The next call of every sampler. Raises BadTrajectory unless it is the next step of what is searched."""
+        """Wait for the next call of every sampler. Raises BadTrajectory unless it is the next step of the search."""
         arrivals = []
         for i, sampling in enumerate(self.samplings):
             arrivals.append(sampling.next())
@@ -220,13 +222,13 @@ class _Pieces:
             sampling.close()
 
     def _arrivals(self) -> list[Arrival]:
-        """The next call of every sampler."""
+        """Return the next call of every sampler."""
         arrivals = self._waiting if self._waiting is not None else self._arrive()
         self._waiting = None
         return arrivals
 
     def replay(self, row: Row) -> None:
-        """Go through the next step with these choices."""
+        """Run the next step with these choices."""
         self.begin(-1)
         self.row = list(row)
         self.finish()
@@ -267,7 +269,7 @@ class _Pieces:
         return outputs
 
     def _decide(self, row: Sequence[Choice]) -> Callable[[int], bool]:
-        """Whether a site is reused under a row of choices."""
+        """Return a function of a site's index that says whether the site is reused under a row of choices."""
         return lambda site: self._sites[site][1] in REPLACED[row[self._sites[site][0]]]
 
     def _decisions(self) -> Decisions:

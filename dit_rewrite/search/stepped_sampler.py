@@ -1,4 +1,4 @@
-"""A sampler that waits at every call of its denoiser, so that somebody else may decide how it is run."""
+"""A sampler that waits at every call of its denoiser for the decisions and outputs of the call."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from dit_rewrite.runtime.session import Call
 
 
 class Arrival(NamedTuple):
-    """A call of the denoiser that waits for its decisions and outputs."""
+    """A call of the denoiser that waits for its decisions and its outputs."""
 
     graph: CompiledGraph
     args: list[Any]
@@ -29,7 +29,8 @@ class Arrival(NamedTuple):
 
 
 def digest(arrivals: Iterable[Arrival]) -> str:
-    """Tells calls apart by what they are given, weights left out: latent, time and conditioning. Reads the device."""
+    """Return a hash of the inputs of calls without weights: latents, timesteps and conditioning. Copies from the
+    device."""
     found = hashlib.sha256()
     for arrival in arrivals:
         weights = arrival.graph.wiring.static
@@ -41,7 +42,8 @@ def digest(arrivals: Iterable[Arrival]) -> str:
 
 
 class State:
-    """One trajectory within a step: the wires as they stand before the first piece that is still open."""
+    """One trajectory within a step. ``wires`` has the values before the segment ``cursor``, the first that is not
+    final."""
 
     def __init__(self, arrival: Arrival) -> None:
         self.graph, self.args, self.call, self.cache = arrival
@@ -50,7 +52,10 @@ class State:
         self.fresh: list[Any] = []
 
     def outputs(self, decide: Callable[[int], bool]) -> tuple[Tensor, float]:
-        """The model's output if the open pieces run so, and which share of the network that takes."""
+        """Run the remaining segments with the given decisions, without making them final.
+
+        Returns the model's floating-point outputs as one vector, and the fraction of the segments that ran.
+        """
         wires = list(self.wires)
         count = len(self.graph.segments)
         for number in range(self.cursor, count):
@@ -59,7 +64,7 @@ class State:
         return torch.cat([t.flatten() for t in tensors]), (count - self.cursor) / count
 
     def advance(self, until: int, decide: Callable[[int], bool]) -> float:
-        """Close the pieces before `until`: they run for good."""
+        """Run the segments before `until` and make them final. Returns the fraction of the segments that ran."""
         before = self.cursor
         for number in range(self.cursor, until):
             self.fresh += self.graph.run_segment(number, decide, self.args, self.wires, self.cache)
@@ -67,20 +72,20 @@ class State:
         return (self.cursor - before) / len(self.graph.segments)
 
     def finish(self, decided: Decisions) -> list[Any]:
-        """Fill the slots; what the graph returns."""
+        """Fill the slots, and return the results of the graph."""
         self.graph.commit(self.fresh, self.cache, self.call.moment, decided)
         return self.graph.results(self.wires)
 
 
 class _Closed(BaseException):
-    """Ends a sampler that is not needed any more."""
+    """Raised in the sampler's thread to end it."""
 
 
 class Sampling:
-    """`sample(model)` in a thread of its own: it and its owner take turns, one waits while the other runs.
+    """Runs `sample(model)` in a thread. The sampler and its owner take turns: one waits while the other runs.
 
-    A thread is what lets several samplers, written as loops, go through their steps side by side; each has slots of
-    its own.
+    Threads allow several samplers, which are written as loops, to run step by step side by side. Each has its own
+    slots.
     """
 
     def __init__(self, model: RewrittenModule, sample: Callable[[Any], object]) -> None:
@@ -90,8 +95,8 @@ class Sampling:
         self._thread = threading.Thread(target=self._run, daemon=True)
 
     def next(self) -> Arrival:
-        """The next call. Raises what the sampler raised, and SamplerEnded where it has ended."""
-        if self._thread.ident is None:  # not started yet; one that has ended has said so
+        """Wait for the next call. Raises the sampler's exception if it failed, and SamplerEnded if it returned."""
+        if self._thread.ident is None:  # not started yet
             self._thread.start()
         arrival = self._arrivals.get()
         if arrival is None:
@@ -101,17 +106,17 @@ class Sampling:
         return arrival
 
     def answer(self, decided: Decisions, outputs: Sequence[Any]) -> None:
-        """Let the call return."""
+        """Let the call return `outputs`."""
         self._answers.put((decided, outputs))
 
     def close(self) -> None:
-        """End the sampler where it waits."""
+        """End the waiting sampler."""
         if self._thread.is_alive():
             self._answers.put(None)
             self._thread.join()
 
     def _run(self) -> None:
-        self._model._backend.session.director = self._wait  # of this thread
+        self._model._backend.session.director = self._wait  # set for this thread only
         try:
             with torch.no_grad():
                 self._sample(self._model)

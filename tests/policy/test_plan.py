@@ -73,7 +73,7 @@ def test_counts_and_fractions():
         ({"delta": -0.1}, "delta=-0.1"),
         ({"delta": float("nan")}, "delta=nan"),
         ({"delta": "0.1"}, "delta='0.1'"),
-        ({"window": 0}, "window=0 .*a share"),
+        ({"window": 0}, "window=0 .*a fraction"),
         ({"window": 1.5}, "window=1.5"),
         ({"window": ()}, r"window=\(\)"),
         ({"window": (2, -1), "grid": (4, 4)}, "window=.*whole numbers"),
@@ -212,7 +212,7 @@ def test_files_of_the_first_version(tmp_path: Path):
     path.write_text(json.dumps(old | {"version": 1}))
     assert Plan.load(path) == replace(PLAN, notes=())
     path.write_text(json.dumps(old))
-    with pytest.raises(BadPlan, match="it lacks grid, notes"):
+    with pytest.raises(BadPlan, match="it lacks the fields grid, notes"):
         Plan.load(path)
 
 
@@ -291,7 +291,7 @@ def test_fingerprints_of_other_models():
 def test_a_plan_knows_its_model_and_number_of_steps():
     plan = replace(PLAN, model=fingerprint(Block()))
     plan.check(Block(), num_steps=3)
-    with pytest.raises(PlanMismatch, match=r"another model \(fingerprint .* this Other has .* search one"):
+    with pytest.raises(PlanMismatch, match=r"another model \(its fingerprint is .* this Other is .* search one"):
         plan.check(Other(), num_steps=3)
     with pytest.raises(PlanMismatch, match="The plan has 3 steps, and the trajectory has 2. Sample with 3 steps"):
         plan.check(Block(), num_steps=2)

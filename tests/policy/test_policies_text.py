@@ -217,7 +217,7 @@ def test_a_policy_or_its_text() -> None:
 @pytest.mark.parametrize(
     ("given", "says"),
     [
-        (FORA, r"A policy is needed, and this is of type function\. Call it: `FORA\(interval=3\)`"),
+        (FORA, r"A policy is needed, but an object of type function was given\. Call it: `FORA\(interval=3\)`"),
         (DQAR, r"Call it with its parameters: `DQAR\(…\)`"),
         (Policy, r"of type type.* `Policy\(…\)`"),
         (RULE, r"`Policy\(\(rule,\)\)`"),

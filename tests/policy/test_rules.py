@@ -287,7 +287,7 @@ def test_what_reads_no_earlier_step_is_in_reach_at_the_first() -> None:
 def test_two_stores() -> None:
     """Of one slot two rules ask for different contents: refused, with both; of different slots each may."""
     both = Policy((Rule(step > 3), Rule(step > 1, Reuse("int8"))))
-    with pytest.raises(TwoStores, match=r"blocks\.0\.attn ask for 'int8' and None in one slot"):
+    with pytest.raises(TwoStores, match=r"blocks\.0\.attn need 'int8' and None as formats"):
         both.for_site(site(), {})
     apart = Policy((Rule(step > 3, ReuseKV("fp8")), Rule(step > 1, Reuse("int8"))))
     assert apart.for_site(site(), {}).slot_format == "int8"

@@ -365,7 +365,7 @@ def test_another_search_does_not_go_on_with_it(tmp_path: Path, changes: dict[str
         greedy(Fake(drawn(5), 4, (3, 0)), names(4), 5, 0.125, partial=partial)
     before = partial.read_bytes()
     arguments: dict[str, Any] = {"sites": names(4), "steps": 5, "delta": 0.125} | changes
-    with pytest.raises(PlanMismatch, match=rf"plan\.json\.partial is of another search than this one \({says}"):
+    with pytest.raises(PlanMismatch, match=rf"plan\.json\.partial belongs to another search \({says}"):
         greedy(Fake(drawn(5), 4), **arguments, partial=partial)
     assert partial.read_bytes() == before
 
@@ -375,7 +375,7 @@ def test_another_search_does_not_go_on_with_it(tmp_path: Path, changes: dict[str
     [
         ({"table": []}, "a table of 1 to 5 rows"),
         ({"table": ["full full full full"] * 6}, "a table of 1 to 5 rows"),
-        ({"table": ["full full full"]}, "a row has not 4 choices"),
+        ({"table": ["full full full"]}, "a row does not have 4 choices"),
         ({"table": ["full full full none"]}, "choice='none'"),
         ({"table": "full"}, "a table of"),
         ({"evaluations": "3"}, "a count"),

@@ -18,7 +18,7 @@ from dit_rewrite.policy.plan import SHARED, WINDOWED, Choice, Plan, Row
 from dit_rewrite.policy.serialise import from_json, to_json
 from dit_rewrite.policy.strategies import WindowResidual
 from dit_rewrite.search.candidates import Candidates
-from dit_rewrite.search.segment_runner import _Pieces, greedy_plan
+from dit_rewrite.search.segment_runner import SegmentRunner, greedy_plan
 from tests.helpers import tiny
 from tests.helpers.broken import broken_blocks
 from tests.helpers.models import MODELS, output
@@ -144,8 +144,8 @@ def test_the_cheapest_candidate_comes_first(monkeypatch: pytest.MonkeyPatch, tok
     orders = Candidates.orders
     monkeypatch.setattr(Candidates, "orders", lambda self, by_cost: seen.append(self) or orders(self, by_cost))
     attempts: list[tuple[int, Choice]] = []
-    attempt = _Pieces.attempt
-    monkeypatch.setattr(_Pieces, "attempt", lambda *a: attempts.append(a[1:]) or attempt(*a))
+    attempt = SegmentRunner.attempt
+    monkeypatch.setattr(SegmentRunner, "attempt", lambda *a: attempts.append(a[1:]) or attempt(*a))
     settings = {**SETTINGS, "steps": 2, "window": WINDOW}
     plan = greedy_plan(tiny.build(), [sampling(tiny.calls(2, tokens=tokens), 2)], 0.0, **settings)
     assert plan.evaluations == 2 * 4
@@ -161,8 +161,8 @@ def test_the_cheapest_candidate_comes_first(monkeypatch: pytest.MonkeyPatch, tok
 def test_an_order_that_is_given_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     """A sequence is tried as it stands; a set by cost."""
     attempts: list[Choice] = []
-    attempt = _Pieces.attempt
-    monkeypatch.setattr(_Pieces, "attempt", lambda *a: attempts.append(a[2]) or attempt(*a))
+    attempt = SegmentRunner.attempt
+    monkeypatch.setattr(SegmentRunner, "attempt", lambda *a: attempts.append(a[2]) or attempt(*a))
     given = (Choice.WA_RS, Choice.ASC, Choice.AST)
     for strategies, expected in ((given, given), (set(given), (Choice.AST, Choice.ASC, Choice.WA_RS))):
         torch.compiler.reset()
@@ -260,7 +260,7 @@ def test_an_interrupted_search_goes_on(tmp_path: Path) -> None:
         ({}, "inputs: '[0-9a-f]{16}' there, '[0-9a-f]{16}' here"),
         ({"conditional": "second"}, "conditional: 'first' there, 'second' here; inputs:"),
     ):
-        with pytest.raises(PlanMismatch, match=rf"another search than this one \({says}"):
+        with pytest.raises(PlanMismatch, match=rf"another search \({says}"):
             search([Sampler(1)], 0.4, path=path, **others)
     with pytest.raises(PlanMismatch, match="inputs: "):
         search([Conditioned(0)], 0.4, path=path)
@@ -275,8 +275,8 @@ def test_an_interrupted_search_goes_on(tmp_path: Path) -> None:
     ("build", "error", "says"),
     [
         (lambda: search([Sampler(0)], 0.1, conditional=None), BadParameter, "conditional=None"),
-        (lambda: search([Sampler(0, told=None)], 0.1), BadTrajectory, "searched inside marked trajectories"),
-        (lambda: search([Sampler(0, steps=2)], 0.1), BadTrajectory, "has ended before its steps were done"),
+        (lambda: search([Sampler(0, told=None)], 0.1), BadTrajectory, "searched only in explicit trajectories"),
+        (lambda: search([Sampler(0, steps=2)], 0.1), BadTrajectory, "ended before the last step"),
     ],
     ids=["no half", "not told", "too short"],
 )
@@ -311,8 +311,8 @@ def resized(model: Any) -> None:
 @pytest.mark.parametrize(
     ("samplers", "says"),
     [
-        ([guided(named=False)], "called more than once at step 0: .*Give both halves of the guidance in one batch"),
-        ([guided(named=True)], "called more than once at step 0: .*Give both halves of the guidance in one batch"),
+        ([guided(named=False)], "called more than once at step 0: .*Put both halves of the guidance in one batch"),
+        ([guided(named=True)], "called more than once at step 0: .*Put both halves of the guidance in one batch"),
         ([restarted], "call for step 1 is of step 0 of another trajectory"),
         ([resized], "At step 2 the denoiser was compiled again, for other shapes"),
         ([sampling(tiny.calls(3)), sampling(tiny.calls(3, tokens=12))], "At step 0 the denoiser was compiled again"),

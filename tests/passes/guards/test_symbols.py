@@ -62,7 +62,7 @@ def test_text_is_no_guard(guard: str) -> None:
 
 def test_unknown_symbols() -> None:
     """The error names the unknown symbol and lists the known ones."""
-    with pytest.raises(UnknownSymbol, match=r"uses sigma, t, which no guard can know.*step, num_steps, progress"):
+    with pytest.raises(UnknownSymbol, match=r"uses sigma, t, which guards do not have.*step, num_steps, progress"):
         symbols.check((sympy.Symbol("sigma") > 1) & (sympy.Symbol("t") < step))
 
 
