@@ -1,4 +1,4 @@
-"""dit_rewrite: diffusion transformers made fast by compiling away what does not change between denoising steps.
+"""dit_rewrite compiles diffusion transformers so that they reuse values that change little between denoising steps.
 
 dit_rewrite.enable(pipe, "taylorseer:interval=3")      # a diffusers pipeline
 dit_rewrite.compile(model, policies.FORA(interval=3))  # a denoiser

@@ -1,4 +1,4 @@
-"""``python -m dit_rewrite`` is the command ``dit-rewrite``."""
+"""``python -m dit_rewrite`` runs the command ``dit-rewrite``."""
 
 from dit_rewrite.cli.main import main
 

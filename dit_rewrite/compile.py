@@ -1,4 +1,4 @@
-"""The public face: `compile`, and `restore`, which undoes it."""
+"""The public functions `compile` and `restore`."""
 
 from __future__ import annotations
 
@@ -34,23 +34,23 @@ def compile(
 ) -> Any:
     """Compile a diffusion transformer so that its residual branches are computed or reused as `policy` says.
 
-    Returns `model` itself, with the methods of RewrittenModule. Its copies are plain. Compiling again exchanges the
-    policy, and `restore` undoes it. A model that was given to torch.compile is unwrapped. A diffusers pipeline goes to
-    `enable`. `policy` may be text, such as ``"fora:interval=3"``.
+    Returns `model` itself, with the methods of RewrittenModule. Copies of it are not rewritten. Compiling again
+    replaces the policy, and `restore` undoes the rewrite. A module returned by torch.compile is unwrapped. A diffusers
+    pipeline is passed to `enable`. `policy` may be text, such as ``"fora:interval=3"``.
 
-    `backend` lowers the rewritten graphs: "inductor" (with torch.compile's `mode` and `options`), "aot_eager" (runs
-    them as they are) or a callable ``(graph module, fake inputs) -> callable``. `fullgraph=True` makes a graph break an
-    error, `dynamic` is torch.compile's.
+    `backend` compiles the rewritten graphs: "inductor" (with torch.compile's `mode` and `options`), "aot_eager" (runs
+    the graphs themselves) or a callable ``(graph module, fake inputs) -> callable``. `fullgraph=True` makes graph
+    breaks an error; `dynamic` is torch.compile's.
 
-    `lowering` is "variants" (a graph for each row of decisions), "segments" (a piece for each block, identical blocks
-    compiled once, decisions between them) or "auto": variants up to `max_variants` of them, and segments where there
-    are more, or where a guard measures the call that it decides. Values that depend on the conditioning alone are
-    computed once per trajectory, which is exact; `disable_passes=("hoist",)` leaves that out. `dump` names a folder
-    that gets every pass's graph and their differences. `cache_limit` bounds the bytes that the streams of one
-    trajectory hold together; by default it is half of the memory of the model's device.
+    `lowering` is "variants" (a graph for each row of decisions), "segments" (the graph is cut between blocks, identical
+    segments are compiled once, and decisions can be made between them), or "auto": variants unless there are more than
+    `max_variants` of them, or a guard measures the call that it decides. Values that depend on the conditioning alone
+    are computed once per trajectory, which is exact; `disable_passes=("hoist",)` turns that off. `dump` is a folder for
+    the graph after each pass and the diffs. `cache_limit` is the maximum number of bytes that the slots of all streams
+    of a trajectory take, by default half of the memory of the model's device.
 
-    The model is compiled at its first call, for inference only. Raises NotAModule for an object that is no model,
-    BadArgument for other arguments that do not fit, PlanMismatch for a policy that was searched for another model.
+    The model is compiled at its first call, for inference only. Raises NotAModule if `model` is not a module,
+    BadArgument for other invalid arguments, and PlanMismatch for a policy that was searched for another model.
     """
     given: dict[str, Any] = {
         "backend": backend,
@@ -73,5 +73,5 @@ def restore(model: Any) -> Any:
 
 
 def is_pipeline(model: object) -> bool:
-    """Whether an object is a pipeline: callable, with named components, and no module itself."""
+    """Return whether an object is a pipeline: callable, with named components, and not a module."""
     return callable(model) and hasattr(model, "components") and not isinstance(model, torch.nn.Module | type)

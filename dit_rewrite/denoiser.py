@@ -1,4 +1,4 @@
-"""Compile one denoiser, and undo that: `compile` and `enable` both come down to it."""
+"""Compile one denoiser, and undo it. `compile` and `enable` call these functions."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def compile_denoiser(
     disable_passes: Collection[str] = (),
     cache_limit: int | None = None,
 ) -> Any:
-    """Compile a module that is no pipeline; arguments and errors are those of `compile`."""
+    """Compile a module; arguments and errors are those of `compile`."""
     model = _module(model)
     policy = as_policy(policy)
     if policy.made_for is not None and fingerprint(model) != policy.made_for.model:
@@ -45,7 +45,7 @@ def compile_denoiser(
 
 
 def restore_denoiser(model: Any) -> Any:
-    """Undo `compile_denoiser`; a module without a rewrite stays as it is."""
+    """Undo `compile_denoiser`. A module that is not rewritten is returned unchanged."""
     return detach(_module(model))
 
 

@@ -1,6 +1,6 @@
-"""A diffusers pipeline in one line: its denoisers are rewritten, and each call of it is a trajectory.
+"""Rewrite the denoisers of a diffusers pipeline, and make each call of the pipeline an explicit trajectory.
 
-The pipeline stays the user's object. Its class becomes a subclass of what it was, as torch's `fully_shard` does it.
+The pipeline stays the same object. Its class is replaced by a subclass of its class, as in torch's `fully_shard`.
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ from dit_rewrite.runtime.clock import Clock
 from dit_rewrite.runtime.stats import Stats
 
 _STATE = "_dit_rewrite"
-_PREFIX = "transformer"  # what diffusers calls denoisers: transformer, transformer_2, …
+_PREFIX = "transformer"  # diffusers names denoisers transformer, transformer_2, …
 
 
 @dataclass
 class _Enabled:
-    """What `enable` adds to a pipeline."""
+    """The state that `enable` adds to a pipeline."""
 
     plain: type
     quiet: bool
@@ -47,16 +47,16 @@ class _Enabled:
 
 
 class EnabledPipeline:
-    """The call of a pipeline that was given to `enable`."""
+    """Base class of enabled pipelines, which adds a trajectory to each call."""
 
     def __copy__(self) -> Any:
-        """A copy shares the components, and is enabled too."""
+        """A shallow copy shares the components, and is enabled too."""
         copied = object.__new__(type(self))
         copied.__dict__.update(self.__dict__)
         return copied
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        """Deep copies and pickles are of the plain class."""
+        """Deep copies and pickles have the original class."""
         plain = self.__dict__[_STATE].plain
         reduced: Any = super().__reduce_ex__(protocol)
         function, arguments, state, *rest = reduced
@@ -66,7 +66,7 @@ class EnabledPipeline:
         return (function, arguments, state, *rest)
 
     def _run(self, plain: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Run the `plain` call of the pipeline: one trajectory of its denoisers, with one clock for all of them."""
+        """Run the original call `plain` as one trajectory of all denoisers, with a shared clock."""
         models = [model for model in denoisers(self).values() if isinstance(model, RewrittenModule)]
         free = [model for model in models if backend_of(model).session.explicit is None]
         scheduler = getattr(self, "scheduler", None)
@@ -83,12 +83,12 @@ class EnabledPipeline:
 def enable(pipe: Any, policy: Policy | str | None = None, *, quiet: bool = False, **options: Any) -> Any:
     """Rewrite every denoiser of a diffusers pipeline in place, and open a trajectory around each call of it.
 
-    Returns `pipe` itself. `options` are those of `compile`. Without a `policy` the denoisers stay as they were
-    rewritten before, as those of a pipeline made by `from_pipe`. After the first run one line on stderr says what was
-    reused, unless `quiet`; a run that reuses nothing is warned of. `restore` undoes it.
+    Returns `pipe` itself. `options` are those of `compile`. Without a `policy` the denoisers must be rewritten already,
+    as in a pipeline made by `from_pipe`, and keep their policies. After the first run, one line on stderr reports the
+    fraction of reused values, unless `quiet`; a run that reuses nothing gives a warning. `restore` undoes it.
 
-    Raises NoTransformer where the pipeline has no denoiser, NotRewritten where there is no policy, and what `compile`
-    raises.
+    Raises NoTransformer if the pipeline has no denoiser, NotRewritten if there is no policy, and the errors of
+    `compile`.
     """
     found = denoisers(pipe)
     if not found:
@@ -99,7 +99,7 @@ def enable(pipe: Any, policy: Policy | str | None = None, *, quiet: bool = False
     policy = None if policy is None else as_policy(policy)
     if policy is not None:
         for name, model in found.items():
-            setattr(pipe, name, compile_denoiser(model, policy, **options))  # which takes torch.compile's wrapper off
+            setattr(pipe, name, compile_denoiser(model, policy, **options))  # also removes torch.compile's wrapper
     plain: Any = type(pipe) if _STATE not in pipe.__dict__ else pipe.__dict__[_STATE].plain
     pipe.__class__ = _subclass(plain)
     pipe.__dict__[_STATE] = _Enabled(plain, quiet)
@@ -117,7 +117,7 @@ def disable(pipe: Any) -> Any:
 
 
 def denoisers(pipe: Any) -> dict[str, nn.Module]:
-    """The denoisers of a pipeline, by the names of the components."""
+    """Return the denoisers of a pipeline by the names of their components."""
     names = [name for name in getattr(pipe, "components", {}) if name.startswith(_PREFIX)]
     parts = {name: unwrapped(getattr(pipe, name, None)) for name in names}
     return {name: part for name, part in parts.items() if isinstance(part, nn.Module)}
@@ -125,10 +125,10 @@ def denoisers(pipe: Any) -> dict[str, nn.Module]:
 
 @cache
 def _subclass(plain: type) -> type:
-    """The class of enabled pipelines that were of class `plain`; `type(pipe).__call__` is what Python calls."""
+    """Return the enabled subclass of a pipeline class. Python looks up ``__call__`` on the class, not the object."""
     run: Any = plain.__call__
 
-    @wraps(run)  # its signature says what the pipeline takes
+    @wraps(run)  # callers inspect the signature
     def call(self: EnabledPipeline, *args: Any, **kwargs: Any) -> Any:
         return self._run(run, args, kwargs)
 
@@ -142,7 +142,7 @@ def _subclass(plain: type) -> type:
 
 
 def _report(state: _Enabled, models: list[RewrittenModule], before: list[Stats]) -> None:
-    """Say once what a run reused; and once for each reason why it reused nothing."""
+    """Report once how much a run reused, and warn once for each reason why a run reused nothing."""
     runs = [model.stats().since(earlier) for model, earlier in zip(models, before, strict=True)]
     policies = [backend_of(model).policy for model in models]
     total, reused = sum(run.computed + run.reused for run in runs), sum(run.reused for run in runs)
@@ -161,8 +161,8 @@ def _report(state: _Enabled, models: list[RewrittenModule], before: list[Stats])
 
 
 _REMEDY: dict[Reason, str] = {
-    StreamReason.NEW_CONDITIONING: "make the prompt embeddings once, before the sampler's loop",
-    StreamReason.UNREADABLE_INPUT: "pass tensors, numbers, containers or dataclasses of them",
+    StreamReason.NEW_CONDITIONING: "compute the prompt embeddings once, before the sampler's loop",
+    StreamReason.UNREADABLE_INPUT: "pass tensors, numbers, or containers or dataclasses of them",
     MissReason.NOT_CAPTURED: "find out why Dynamo recompiles (TORCH_LOGS=recompiles), or raise its recompile_limit",
     MissReason.NOISE_UNKNOWN: "use a scheduler with alphas_cumprod or sigmas",
     DecisionReason.NOISE_UNKNOWN: "use a scheduler with alphas_cumprod or sigmas",
@@ -171,7 +171,7 @@ _REMEDY: dict[Reason, str] = {
 
 
 def why_nothing(runs: list[Stats]) -> str:
-    """The most frequent reason why nothing was reused, and what to do about it."""
+    """Return the most frequent reason why nothing was reused, and a remedy."""
     for counts in ([run.misses for run in runs], [run.streams for run in runs]):
         together = sum(counts, Counter[Reason]())
         if together:

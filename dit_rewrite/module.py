@@ -1,8 +1,8 @@
-"""The module that `compile` returns: the user's own object, with another call.
+"""The module that `compile` returns: the user's object with a rewritten call.
 
-As `torch.nn.Module.compile` does, the object's `_compiled_call_impl` is set, and its class stays what it is: code that
-asks for the exact class, as diffusers' `from_pipe` does, `isinstance`, `state_dict`, `save_pretrained`, hooks and LoRA
-adapters work as before. Copies and pickles are of the plain module.
+As in `torch.nn.Module.compile`, only the object's `_compiled_call_impl` is set, and its class stays the same. So code
+that compares classes, such as diffusers' `from_pipe`, `isinstance`, `state_dict`, `save_pretrained`, hooks and LoRA
+adapters work as before. Copies and pickles are not rewritten.
 """
 
 from __future__ import annotations
@@ -50,14 +50,17 @@ from dit_rewrite.torch_compat import (
     tree_leaves,
 )
 
-_STATE = "_dit_rewrite"  # the attribute of a rewritten module that holds its Rewrite
+_STATE = "_dit_rewrite"  # the attribute of a rewritten module with its Rewrite
 Module = TypeVar("Module", bound=nn.Module)
 
 
 @dataclass
 class Rewrite:
-    """What `compile` adds to a module. ``run`` is its compiled call, ``checked`` the graphs that the policy was checked
-    against, -1 before the first call; ``compiled_before`` is what `Module.compile` had set."""
+    """The state that `compile` adds to a module.
+
+    ``run`` is the compiled call. ``compiled_before`` is the call that `Module.compile` had set. ``checked`` is the
+    number of captured graphs against which the policy was checked, -1 before the first call.
+    """
 
     backend: Backend
     run: Callable[..., Any]
@@ -72,18 +75,18 @@ class _IsRewritten(type):
 
 
 class RewrittenModule(nn.Module, metaclass=_IsRewritten):
-    """The methods that a denoiser has once it was given to `compile`; `isinstance` tells whether it was."""
+    """The methods that `compile` adds to a module. `isinstance` returns whether a module is rewritten."""
 
     _backend: Backend
 
     @contextlib.contextmanager
     def trajectory(self, num_steps: int | None = None, scheduler: Any = None) -> Iterator[None]:
-        """Mark that the calls inside are one run of the sampler.
+        """Open an explicit trajectory: the calls inside belong to one run of the sampler.
 
-        `scheduler` says at which step each call is, and its noise; its timesteps are read at the first call, and may be
-        set inside the context. `num_steps` is needed without one only. A call whose timestep goes back begins another
-        trajectory. Raises BadTrajectory inside another trajectory or for arguments that do not fit, and NoiseUnknown
-        where the policy needs the SNR and there is no scheduler to say it.
+        The step and the noise of each call are read from `scheduler`. Its timesteps are read at the first call, so they
+        may be set inside the context. Only without a scheduler is `num_steps` needed. A call whose timestep goes back
+        begins a new trajectory. Raises BadTrajectory inside another trajectory or for invalid arguments, and
+        NoiseUnknown if the policy needs the SNR and there is no scheduler.
         """
         clock = Clock(num_steps, scheduler, noise=needs_noise(self))
         with inside(self, clock):
@@ -94,7 +97,7 @@ class RewrittenModule(nn.Module, metaclass=_IsRewritten):
         """Name the stream ("cond", "uncond", …) of the calls inside, as diffusers' pipelines do.
 
         Of the `fields` of diffusers' CacheContext, `step_index` (from 0), `sigma`, `num_inference_steps` and
-        `timestep` are read; others are left aside. A hook of diffusers that is on the model sees them all.
+        `timestep` are used; others are ignored. diffusers' hooks on the model receive all fields.
         """
         session = self._backend.session
         known = {field: value for field, value in fields.items() if field in Named.__dataclass_fields__}
@@ -107,7 +110,7 @@ class RewrittenModule(nn.Module, metaclass=_IsRewritten):
             session.named = before
 
     def explain(self) -> Report:
-        """What was found and rewritten. Raises NotCaptured before the first call."""
+        """Return a report of the sites and how they were rewritten. Raises NotCaptured before the first call."""
         backend = self._backend
         if not backend.rewritten:
             raise NotCaptured("explain()")
@@ -115,20 +118,20 @@ class RewrittenModule(nn.Module, metaclass=_IsRewritten):
         return Report(backend.policy, tuple(backend.rewritten), ran, max(streams, 1))
 
     def stats(self) -> Stats:
-        """A copy of the counts so far; its rows of decisions are shared."""
+        """Return a copy of the statistics so far. The copy shares the rows of decisions."""
         backend = self._backend
         return backend.stats.copy(cache_bytes=backend.session.cache_bytes())
 
     def reset(self) -> None:
-        """Forget all trajectories and their cached values (of the calling thread)."""
+        """Discard all trajectories of the calling thread and their cached values."""
         self._backend.session.forget()
         self._backend.stats.begin(TrajectoryReason.RESET)
 
 
 def _call(model: nn.Module, rewrite: Rewrite, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """One call of the denoiser: a step of one stream of the present trajectory. For inference only.
+    """Run one call of the denoiser: a step of one stream of the current trajectory.
 
-    Raises GradientsNeeded where autograd would record it, NoSites where the policy has nothing to work on.
+    Raises GradientsNeeded if autograd would record the call, and NoSites if the model has no site.
     """
     _refuse_gradients(model, args, kwargs)
     session = rewrite.backend.session
@@ -144,7 +147,7 @@ def _call(model: nn.Module, rewrite: Rewrite, args: tuple[Any, ...], kwargs: dic
     session.end(call)
     if rewrite.checked != len(rewrite.backend.rewritten):
         rewrite.checked = len(rewrite.backend.rewritten)
-        gc.collect()  # compiling leaves cycles that hold the call's inputs: these would seem to be kept by the caller
+        gc.collect()  # reference cycles of compilation keep the call's inputs alive, as if the caller did
         _check_policy(model, rewrite.backend, call.trajectory)
     return output
 
@@ -159,12 +162,12 @@ def _refuse_gradients(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[s
 
 
 def _check_policy(model: nn.Module, backend: Backend, trajectory: Trajectory) -> None:
-    """After a call that captured graphs: a policy that can do nothing in them is not passed over in silence."""
+    """Warn or raise after a call that captured graphs if the policy has no effect on them."""
     if not backend.policy.rules:
         return
     name = type(model).__name__
     if not backend.rewritten:
-        warnings.warn(f"{backend.policy} can do nothing in {name}: {MissReason.NOT_CAPTURED}", stacklevel=4)
+        warnings.warn(f"{backend.policy} has no effect on {name}: {MissReason.NOT_CAPTURED}", stacklevel=4)
         return
     if not any(r.found.sites for r in backend.rewritten):
         raise why_no_sites(model, backend.rewritten, backend.breaks)
@@ -174,29 +177,30 @@ def _check_policy(model: nn.Module, backend: Backend, trajectory: Trajectory) ->
     if not any(r.found.sites for r in present):
         warnings.warn(str(why_no_sites(model, present, backend.breaks)), stacklevel=4)
     elif not any(r.reached for r in present):
-        meant = [rule.where for rule in backend.policy.rules if rule.parts]
-        hint = left_out(meant, present)
-        warnings.warn(f"{backend.policy} reaches no site of {name} as it is now{hint}", stacklevel=4)
+        wheres = [rule.where for rule in backend.policy.rules if rule.parts]
+        hint = left_out(wheres, present)
+        warnings.warn(f"{backend.policy} reaches no site of {name} in its present graphs{hint}", stacklevel=4)
     else:
         _warn_of_idleness(name, backend, present, trajectory)
 
 
 def _warn_of_idleness(name: str, backend: Backend, present: Sequence[Rewritten], trajectory: Trajectory) -> None:
     schedule = None if trajectory.clock is None else trajectory.clock.schedule
-    noise = None if schedule is None else trajectory.noise  # without a schedule a cache_context may tell it
+    noise = None if schedule is None else trajectory.noise  # without a schedule, a cache_context may provide it
     reason = idle_reason(present, trajectory.num_steps, noise)
     if reason is not None:
         warnings.warn(f"{backend.policy} reuses nothing of {name}: {reason}", stacklevel=5)
 
 
 def needs_noise(model: nn.Module) -> bool:
-    """Whether the policy of a rewritten module reads noise levels."""
+    """Return whether the policy of a rewritten module needs noise levels."""
     return reads_noise(backend_of(model).policy.reads)
 
 
 @contextlib.contextmanager
 def inside(model: nn.Module, clock: Clock) -> Iterator[None]:
-    """The calls of a rewritten module inside belong to trajectories of this clock."""
+    """Open an explicit trajectory of a rewritten module with the given clock. Raises NoiseUnknown, PolicyForOtherSteps
+    or BadTrajectory."""
     backend = backend_of(model)
     policy = backend.policy
     if clock.scheduler is None and "snr" in policy.reads:
@@ -211,14 +215,14 @@ def inside(model: nn.Module, clock: Clock) -> Iterator[None]:
 
 
 def backend_of(model: nn.Module) -> Backend:
-    """The backend of a rewritten module. Raises NotRewritten for a plain one."""
+    """Return the backend of a rewritten module. Raises NotRewritten for other modules."""
     if not isinstance(model, RewrittenModule):
         raise NotRewritten(type(model).__name__)
     return model._backend
 
 
 def attach(model: nn.Module, backend: Backend, fullgraph: bool = False, dynamic: bool | None = None) -> RewrittenModule:
-    """Rewrite a module in place: its captured graphs go through `backend`. A rewrite that it has is exchanged."""
+    """Rewrite a module in place so that `backend` compiles its graphs. An existing rewrite is replaced."""
     detach(model)
     run = isolated(_traceable(model), backend, fullgraph, dynamic)
     rewrite = Rewrite(backend, run, Reader(model.forward), compiled_call(model))
@@ -228,14 +232,14 @@ def attach(model: nn.Module, backend: Backend, fullgraph: bool = False, dynamic:
         model.__dict__[name] = types.MethodType(vars(RewrittenModule)[name], model)
     model.__dict__["__getstate__"] = lambda: _plain_state(model)
     set_compiled_call(model, lambda *args, **kwargs: _call(model, rewrite, args, kwargs))
-    return model  # type: ignore[return-value]  # it has the methods now
+    return model  # type: ignore[return-value]  # it has the methods of RewrittenModule now
 
 
 def _traceable(self: nn.Module) -> Callable[..., Any]:
-    """The plain call of a module, for Dynamo to trace.
+    """Return the original call of a module, for Dynamo to trace.
 
-    Dynamo starts at no frame of torch's own files, so a class of torch, as Sequential, gets a frame around its call.
-    It names modules from `self` on.
+    Dynamo does not trace frames in torch's own files, so the call of a torch class such as Sequential is wrapped in a
+    frame of this file. The parameter is called `self` because Dynamo derives module names from it.
     """
     if not getattr(self.forward, "__module__", "").startswith("torch."):
         return self._call_impl
@@ -243,7 +247,7 @@ def _traceable(self: nn.Module) -> Callable[..., Any]:
 
 
 def detach(model: Module) -> Module:
-    """Undo `attach`; a module without a rewrite stays as it is."""
+    """Undo `attach`. A module that is not rewritten is returned unchanged."""
     rewrite = model.__dict__.get(_STATE)
     if rewrite is not None:
         for name in _ATTRIBUTES:
@@ -257,19 +261,19 @@ _ATTRIBUTES = (_STATE, "_backend", "__getstate__", *_METHODS)
 
 
 def _plain_state(model: nn.Module) -> dict[str, Any]:
-    """What a copy or pickle of a rewritten module holds: no compiled code."""
+    """Return the state for copies and pickles of a rewritten module, without the rewrite and compiled code."""
     state = type(model).__getstate__(model) if hasattr(type(model), "__getstate__") else dict(model.__dict__)
     return {k: v for k, v in state.items() if k not in _ATTRIBUTES and k != "_compiled_call_impl"}
 
 
 def unwrapped(model: Any) -> Any:
-    """The module under `torch.compile`."""
+    """Return the module inside wrappers of `torch.compile`."""
     while isinstance(model, OptimizedModule):
         model = compiled_by(model)
     return model
 
 
 def twin(model: Module) -> Module:
-    """A plain copy of a module that shares its parameters and buffers."""
+    """Return a copy of a module that is not rewritten, and shares its parameters and buffers."""
     shared = [*model.parameters(), *model.buffers()]
     return copy.deepcopy(unwrapped(model), {id(tensor): tensor for tensor in shared})

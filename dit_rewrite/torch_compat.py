@@ -1,8 +1,8 @@
-"""Every private API of torch that the project uses, each behind a small function or a name of its own.
+"""All private APIs of torch that the project uses, each behind a function or a name.
 
-torch may rename one in any release. Then TorchChanged is raised, at import or at the first use: a silent default could
-take a part of a model for all of it, a weight for data, or an assumed size for a checked one. All of them are the same
-in the versions of `TESTED`; where versions differ, the function says so.
+A torch release may rename any of them. Then TorchChanged is raised, at import or at the first use. A silent default
+would be wrong: a part of a model could be taken for the whole, a weight for data, an assumed size for a checked one. All
+of them are the same in the versions of `TESTED`; where versions differ, the function says so.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ TESTED = ("2.13.0", "2.14.1")
 
 
 def _find(module: str, name: str) -> Any:
-    """An attribute of one of torch's modules."""
+    """Return an attribute of a torch module. Raises TorchChanged."""
     try:
         return getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError):
@@ -33,7 +33,7 @@ def _find(module: str, name: str) -> Any:
 
 
 def _get(owner: object, name: str) -> Any:
-    """An attribute of one of torch's objects."""
+    """Return an attribute of a torch object. Raises TorchChanged."""
     try:
         return getattr(owner, name)
     except AttributeError:
@@ -60,11 +60,11 @@ tree_leaves: Callable[[Any], list[Any]] = _find("torch.utils._pytree", "tree_lea
 tree_map: Callable[..., Any] = _find("torch.utils._pytree", "tree_map")
 scalar_tensor_decompositions: tuple[Callable[..., Any], ...] = (_find("torch._refs", "tensor"),)
 
-# what Dynamo and AOTAutograd say of a graph
+# metadata of Dynamo and AOTAutograd about a graph
 
 
 def parameter_names(gm: fx.GraphModule) -> frozenset[str]:
-    """The names of the parameters and buffers of one of Dynamo's graphs, seen from the module that was traced."""
+    """Return the names of the parameters and buffers of a Dynamo graph, relative to the traced module."""
     name = "dynamo_flat_name_to_original_fqn"
     if name not in gm.meta:
         raise TorchChanged(f"GraphModule.meta[{name!r}]", torch.__version__)
@@ -72,12 +72,12 @@ def parameter_names(gm: fx.GraphModule) -> frozenset[str]:
 
 
 def is_broken(gm: fx.GraphModule) -> bool:
-    """Whether one of Dynamo's graphs ends in a graph break."""
+    """Return whether a Dynamo graph ends in a graph break."""
     return bool(_get(_get(gm, "compile_subgraph_reason"), "graph_break"))
 
 
 def break_reason(gm: fx.GraphModule) -> str:
-    """Why one of Dynamo's graphs ends in a graph break: its first line, and the innermost place that is not torch's."""
+    """Return the first line of a graph break's reason, with the innermost source location outside of torch."""
     reason = _get(gm, "compile_subgraph_reason")
     first = str(_get(reason, "reason")).partition("\n")[0]
     stack: list[traceback.FrameSummary] = [f for f in _get(reason, "user_stack") if not f.filename.startswith(_TORCH)]
@@ -88,7 +88,7 @@ _TORCH = str(Path(torch.__file__).parent)
 
 
 def static_inputs() -> frozenset[int]:
-    """The positions of the weights among the inputs of the graph that AOTAutograd is compiling."""
+    """Return the positions of the weights among the inputs of the graph that AOTAutograd is compiling."""
     context = _get(_find("torch._guards", "TracingContext"), "try_get")()
     metadata = None if context is None else _get(context, "fw_metadata")
     if metadata is None:
@@ -96,21 +96,21 @@ def static_inputs() -> frozenset[int]:
     return frozenset(_get(metadata, "static_input_indices"))
 
 
-# the compilation that is under way
+# the current compilation
 
 
 def compile_id() -> Any:
-    """Which of Dynamo's compilations is under way; None outside of any."""
+    """Return the id of Dynamo's current compilation, or None."""
     return _get(_find("torch._guards", "CompileContext"), "current_compile_id")()
 
 
 def is_compiling() -> bool:
-    """Whether Dynamo is compiling: it checks later what sizes are assumed now."""
+    """Return whether Dynamo is compiling. If so, its guards will include sizes that are assumed now."""
     return _get(_find("torch._guards", "CompileContext"), "try_get")() is not None
 
 
 def tracing(fake_mode: FakeTensorMode | None) -> AbstractContextManager[Any]:
-    """A tracing context of our own around a lowering."""
+    """Return a new tracing context for lowering."""
     if fake_mode is None:
         return nullcontext()
     found: AbstractContextManager[Any] = _find("torch._guards", "tracing")(
@@ -120,37 +120,37 @@ def tracing(fake_mode: FakeTensorMode | None) -> AbstractContextManager[Any]:
 
 
 def dynamo_config() -> Any:
-    """Dynamo's settings, of the whole process."""
+    """Return Dynamo's config, which is global to the process."""
     return _find("torch._dynamo", "config")
 
 
 def source_of(node: fx.Node) -> str:
-    """The place where Dynamo read an input of its graph from, as text: ``L['self'].scale``."""
+    """Return the source of an input of a Dynamo graph as text: ``L['self'].scale``."""
     source = _get(node, "_dynamo_source")
     name = getattr(source, "name", "")
     return str(name() if callable(name) else name)
 
 
 def compiled_by(model: OptimizedModule) -> nn.Module:
-    """The module inside what `torch.compile` returned."""
+    """Return the module inside a module that `torch.compile` returned."""
     inner: nn.Module = _get(model, "_orig_mod")
     return inner
 
 
 def compiled_call(model: nn.Module) -> Callable[..., Any] | None:
-    """The function that runs in the place of a module's `forward` and hooks; None where there is none."""
+    """Return the function that replaces a module's `forward` and hooks, or None."""
     run: Callable[..., Any] | None = _get(model, "_compiled_call_impl")
     return run
 
 
 def set_compiled_call(model: nn.Module, run: Callable[..., Any] | None) -> None:
-    """Have `run` called in the place of a module's `forward` and hooks, as `Module.compile` does."""
-    compiled_call(model)  # which says so if torch has no such attribute any more
+    """Let `run` replace a module's `forward` and hooks, as `Module.compile` does."""
+    compiled_call(model)  # raises TorchChanged if the attribute does not exist
     model._compiled_call_impl = run
 
 
 def without_autocast_key(device: str) -> AbstractContextManager[Any]:
-    """Leave autocast's kernels for a device ("CPU", "CUDA") out of the dispatch of ops."""
+    """Exclude autocast's kernels for a device ("CPU", "CUDA") from the dispatch of ops."""
     key = getattr(_find("torch._C", "DispatchKey"), f"Autocast{device}")
     keys = _find("torch._C", "DispatchKeySet")(key)
     excluded: AbstractContextManager[Any] = _find("torch._C", "_ExcludeDispatchKeyGuard")(keys)
@@ -161,13 +161,13 @@ def without_autocast_key(device: str) -> AbstractContextManager[Any]:
 
 
 def inductor() -> Callable[..., Any]:
-    """Inductor's entry for a graph and its fake inputs."""
+    """Return Inductor's entry point, which takes a graph and its fake inputs."""
     found: Callable[..., Any] = _find("torch._inductor.compile_fx", "compile_fx")
     return found
 
 
 def inductor_options(mode: str) -> Mapping[str, Any]:
-    """The config patches that torch.compile's `mode` stands for."""
+    """Return the config patches of torch.compile's `mode`."""
     found: Mapping[str, Any] = _find("torch._inductor", "list_mode_options")(mode)
     return found
 
@@ -176,34 +176,34 @@ def inductor_options(mode: str) -> Mapping[str, Any]:
 
 
 def storage_id(value: Tensor) -> int:
-    """Which memory a tensor shows, its own or that of another; of fake tensors too, which have none."""
+    """Return an id of a tensor's storage, which views share. It also works for fake tensors, which have no data."""
     found: int = _get(value.untyped_storage(), "_cdata")
     return found
 
 
 def size_guards(fake_mode: FakeTensorMode | None) -> Sequence[sympy.Basic]:
-    """What a trace has assumed of sizes so far."""
+    """Return the size guards that a trace has added so far."""
     shape_env = None if fake_mode is None else _get(fake_mode, "shape_env")
     return [] if shape_env is None else [_get(guard, "expr") for guard in _get(shape_env, "guards")]
 
 
 def unbacked_symbols(value: object) -> frozenset[sympy.Symbol]:
-    """The symbols of sizes that data decide, in a number or in a tensor's shape and strides."""
+    """Return the symbols of data-dependent sizes in a number, or in a tensor's shape and strides."""
     if not isinstance(value, (SymInt, Tensor)):
         return frozenset()
     return frozenset(_find("torch.fx.experimental.symbolic_shapes", "free_unbacked_symbols")(value))
 
 
 def value_bounds(size: SymInt) -> tuple[sympy.Expr, sympy.Expr]:
-    """The least and the largest value that a size can have."""
+    """Return the minimum and the maximum of a size."""
     bounds = _get(size.node.shape_env, "bound_sympy")(size.node.expr)
     return bounds.lower, bounds.upper
 
 
 def unbacked_input(size: SymInt) -> SymInt:
-    """A new symbol, within the bounds of `size`, for an input's size that data decide.
+    """Return a new symbol, with the bounds of `size`, for a data-dependent size of an input.
 
-    As torch does for what `mark_unbacked` marks: only so may other symbols be replaced by it.
+    The symbol is registered like those of `mark_unbacked`; otherwise torch does not replace other symbols by it.
     """
     shape_env, (lower, upper) = size.node.shape_env, value_bounds(size)
     with _get(shape_env, "ignore_fresh_unbacked_symbols")():

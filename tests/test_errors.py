@@ -196,7 +196,7 @@ def test_a_model_that_is_not_captured() -> None:
     model.forward = torch.compiler.disable(model.forward)
     compile(model, FORA(3), backend="aot_eager")
     with pytest.warns(
-        UserWarning, match="FORA.* can do nothing in Linear: Dynamo ran the call without a captured graph"
+        UserWarning, match="FORA.* has no effect on Linear: Dynamo ran the call without a captured graph"
     ):
         model(torch.ones(2, 4))
     with warnings.catch_warnings():

@@ -1,4 +1,4 @@
 """The command line: one file for each subcommand of ``dit-rewrite``.
 
-It imports every room; nothing but ``__main__`` imports it.
+The package may import all others; only ``__main__`` imports it.
 """

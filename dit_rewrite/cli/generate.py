@@ -1,4 +1,4 @@
-"""``python -m dit_rewrite generate``: a diffusers pipeline whose denoiser is rewritten."""
+"""``python -m dit_rewrite generate``: run a diffusers pipeline with a rewritten denoiser."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
 
-TRANSPORTS = ("httpx", "httpx2", "requests")  # the clients of the hub, by version
+TRANSPORTS = ("httpx", "httpx2", "requests")  # HTTP clients that versions of huggingface_hub use
 
 
 def causes(error: BaseException) -> Iterator[BaseException]:
-    """An exception, what it was raised from, and so on."""
+    """Yield an exception and the chain of its causes."""
     seen: BaseException | None = error
     while seen is not None:
         yield seen
@@ -33,7 +33,7 @@ def causes(error: BaseException) -> Iterator[BaseException]:
 
 
 def is_unreachable(error: BaseException) -> bool:
-    """Whether nothing answered, as opposed to an answer that says no."""
+    """Return whether the hub did not answer, as opposed to answering with an HTTP error."""
     for cause in causes(error):
         name, package = type(cause).__name__, type(cause).__module__.partition(".")[0]
         if isinstance(cause, (ConnectionError, TimeoutError, socket.gaierror)):
@@ -44,16 +44,16 @@ def is_unreachable(error: BaseException) -> bool:
 
 
 def choose_device(device: str, dtype: str) -> tuple[torch.device, torch.dtype]:
-    """A GPU where there is one; bfloat16 there and float32 on a CPU."""
+    """Resolve "auto": a GPU if there is one, with bfloat16; otherwise the CPU, with float32. Raises BadOption."""
     kind = device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
     name = dtype if dtype != "auto" else "bfloat16" if kind == "cuda" else "float32"
     if kind == "cuda" and not torch.cuda.is_available():
-        raise BadOption("generate", "device", device, '"cpu" or "auto": torch sees no GPU here')
+        raise BadOption("generate", "device", device, '"cpu" or "auto": torch finds no GPU')
     return torch.device(kind), getattr(torch, name)
 
 
 def load_pipeline(model: str, dtype: torch.dtype) -> DiffusionPipeline:
-    """The pipeline of a folder or hub id."""
+    """Load the pipeline of a folder or hub id. Raises MissingExtra, HubUnreachable or PipelineNotLoaded."""
     try:
         from diffusers import DiffusionPipeline
     except ImportError as error:
@@ -61,7 +61,9 @@ def load_pipeline(model: str, dtype: torch.dtype) -> DiffusionPipeline:
     thrifty = importlib.util.find_spec("accelerate") is not None
     try:
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "`torch_dtype` is deprecated", FutureWarning)  # the name up to 0.39
+            warnings.filterwarnings(
+                "ignore", "`torch_dtype` is deprecated", FutureWarning
+            )  # diffusers up to 0.39 has only this name
             return DiffusionPipeline.from_pretrained(model, torch_dtype=dtype, low_cpu_mem_usage=thrifty)
     except (OSError, ValueError) as error:
         if not Path(model).exists() and is_unreachable(error):
@@ -70,7 +72,7 @@ def load_pipeline(model: str, dtype: torch.dtype) -> DiffusionPipeline:
 
 
 def call_arguments(pipeline: DiffusionPipeline, arguments: argparse.Namespace) -> dict[str, Any]:
-    """What the pipeline is called with, in its own words."""
+    """Return the keyword arguments for the call of the pipeline. Raises WrongInput or BadOption."""
     name, known = type(pipeline).__name__, inspect.signature(pipeline.__call__).parameters
     if arguments.label is not None and "class_labels" not in known:
         raise WrongInput(name, "--label", "--prompt")
@@ -85,7 +87,7 @@ def call_arguments(pipeline: DiffusionPipeline, arguments: argparse.Namespace) -
 
 
 def _check_labels(pipeline: DiffusionPipeline, labels: Sequence[int]) -> None:
-    """Raise BadOption for a class that the denoiser does not have, where its configuration says how many it has."""
+    """Raise BadOption for a class that the denoiser does not have, if its config has the number of classes."""
     config = getattr(getattr(pipeline, "transformer", None), "config", None)
     classes = getattr(config, "num_embeds_ada_norm", None)
     for label in labels:
@@ -94,14 +96,14 @@ def _check_labels(pipeline: DiffusionPipeline, labels: Sequence[int]) -> None:
 
 
 def pictures_of(output: Any) -> list[list[Any]]:
-    """The PIL images of a pipeline's output, each as a list of frames."""
+    """Return the PIL images of a pipeline's output, each as a list of frames."""
     if hasattr(output, "frames"):
         return [list(frames) for frames in output.frames]
     return [[image] for image in output.images]
 
 
 def save_pictures(pictures: Sequence[Sequence[Any]], out: Path) -> list[Path]:
-    """Write each picture; frames become one animated file, further pictures get a number."""
+    """Write each picture and return the paths. Frames become one animated file; further pictures get a number."""
     out.parent.mkdir(parents=True, exist_ok=True)
     paths = []
     for index, (first, *rest) in enumerate(pictures):
@@ -112,7 +114,7 @@ def save_pictures(pictures: Sequence[Sequence[Any]], out: Path) -> list[Path]:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """`python -m dit_rewrite generate`."""
+    """Run ``python -m dit_rewrite generate``; returns the exit code."""
     policy = dit_rewrite.policies.parse(arguments.policy)
     device, dtype = choose_device(arguments.device, arguments.dtype)
     pipeline = load_pipeline(arguments.model, dtype).to(device)

@@ -1,11 +1,11 @@
-"""``python -m dit_rewrite latency``: where a text-conditional block spends its time, by the length of the condition.
+"""``python -m dit_rewrite latency``: measure the parts of a text-conditional block, by the length of the condition.
 
-CachedAttention's figure 2: self-attention, cross-attention, MLP and the rest, for a PixArt transformer with random
-weights. It runs eagerly and forward hooks take the time at the borders of its modules: compiled as a whole, the parts
-would share kernels and have no times of their own; compiled one by one, they would be other kernels than those of the
-model. So the norms, modulations, gates and residual sums between the modules are "other", as is what the hooks cost.
-On a CPU the clock is the host's. On a GPU events are recorded in the stream, and with small sizes they show how fast
-the host launches kernels rather than how fast they run.
+This reproduces CachedAttention's figure 2: the times of self-attention, cross-attention, MLP and the rest, for a PixArt
+transformer with random weights. The model runs eagerly, and forward hooks take the time before and after its modules.
+If the model was compiled as a whole, parts would share kernels; if its modules were compiled one by one, they would
+have other kernels than the model. The norms, modulations, gates and residual sums between the modules count as "other",
+and so does the overhead of the hooks. On a CPU, the clock is the host's. On a GPU, events are recorded in the stream;
+for small sizes they measure the launch rate of the host and not the speed of the kernels.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ from torch import nn
 from dit_rewrite.cli.generate import choose_device
 from dit_rewrite.errors import BadOption, MissingExtra
 
-HEAD_SIZE = 72  # PixArt's
+HEAD_SIZE = 72  # of PixArt
 BATCH = 2  # both halves of the guidance
-PARTS = {"attn1": "self-attention", "attn2": "cross-attention", "ff": "MLP"}  # by name in a block
+PARTS = {"attn1": "self-attention", "attn2": "cross-attention", "ff": "MLP"}  # names of submodules of a block
 OTHER = "other"
 BLOCK = "block"
 WARM_UP = 2  # rounds
@@ -43,7 +43,7 @@ Call = Mapping[str, Any]
 class Geometry:
     """Sizes of the model: channels, image tokens and blocks.
 
-    Raises BadOption for a width that is no multiple of 72 (the size of a head) or tokens that fill no square.
+    Raises BadOption if the width is not a multiple of 72 (the size of a head) or the number of tokens is not a square.
     """
 
     width: int
@@ -54,18 +54,18 @@ class Geometry:
         if self.width < 1 or self.width % HEAD_SIZE:
             raise BadOption("latency", "width", self.width, f"a multiple of {HEAD_SIZE}, the size of a head")
         if self.tokens < 1 or self.side**2 != self.tokens:
-            raise BadOption("latency", "tokens", self.tokens, "a square number, as 256 or 4096")
+            raise BadOption("latency", "tokens", self.tokens, "a square number, such as 256 or 4096")
         if self.layers < 1:
             raise BadOption("latency", "layers", self.layers, "a whole number >= 1")
 
     @property
     def side(self) -> int:
-        """Tokens on each side of the image."""
+        """The number of tokens along each side of the image."""
         return math.isqrt(self.tokens)
 
 
 def build(geometry: Geometry, device: torch.device, dtype: torch.dtype) -> nn.Module:
-    """A PixArt transformer with random weights, in eval mode."""
+    """Return a PixArt transformer with random weights, in eval mode."""
     from diffusers import PixArtTransformer2DModel
 
     model: nn.Module = PixArtTransformer2DModel(
@@ -73,15 +73,15 @@ def build(geometry: Geometry, device: torch.device, dtype: torch.dtype) -> nn.Mo
         num_layers=geometry.layers, cross_attention_dim=geometry.width, sample_size=2 * geometry.side, patch_size=2,
         use_additional_conditions=False,
     )  # fmt: skip
-    # not diffusers' own `to`, which warns of modules to be kept in fp32 where there are none
+    # diffusers' own `to` would warn about modules to keep in fp32, of which this model has none
     return nn.Module.to(model, device, dtype).eval().requires_grad_(False)
 
 
 def make_call(geometry: Geometry, length: int, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
-    """The arguments of one call with `length` text tokens, none of them padding.
+    """Return the arguments of a call with `length` text tokens without padding.
 
-    They have the model's width, as behind its caption projection: that is no part of a block. Keys and values of the
-    text are computed by each block at each call, as without hoisting.
+    The tokens have the model's width, as after the caption projection, which is not part of a block. Each block
+    computes keys and values of the text at each call, as without hoisting.
     """
     size = 2 * geometry.side
     return {
@@ -95,7 +95,7 @@ def make_call(geometry: Geometry, length: int, device: torch.device, dtype: torc
 
 
 class Clock(Protocol):
-    """Tells moments, and how far apart two of them are."""
+    """A clock for intervals."""
 
     def now(self) -> Any: ...
 
@@ -103,7 +103,7 @@ class Clock(Protocol):
 
 
 class HostClock:
-    """Moments of the host, for modules that are done when they return."""
+    """The clock of the host, for modules that run synchronously."""
 
     def now(self) -> float:
         return time.perf_counter()
@@ -113,7 +113,7 @@ class HostClock:
 
 
 class DeviceClock:
-    """Moments of the current CUDA stream; an interval waits for its end."""
+    """Events in the current CUDA stream; `milliseconds` waits for the end of the interval."""
 
     def now(self) -> torch.cuda.Event:
         event = torch.cuda.Event(enable_timing=True)
@@ -130,7 +130,7 @@ Intervals = dict[str, list[tuple[Any, Any]]]
 
 @contextmanager
 def watch(blocks: Sequence[nn.Module], clock: Clock) -> Iterator[Intervals]:
-    """Give the intervals in which the blocks and their parts run, by name; they fill up as the model is called."""
+    """Record the intervals in which the blocks and their parts run, by name, while the context is open."""
     intervals: Intervals = {name: [] for name in (*PARTS.values(), BLOCK)}
     handles = []
     for block in blocks:
@@ -145,7 +145,7 @@ def watch(blocks: Sequence[nn.Module], clock: Clock) -> Iterator[Intervals]:
 
 
 def _hooks(clock: Clock, intervals: list[tuple[Any, Any]]) -> tuple[Callable[..., None], Callable[..., None]]:
-    """What runs before and after a module."""
+    """Return hooks for before and after a module's forward, which record an interval."""
     began: list[Any] = []
 
     def before(*_: object) -> None:
@@ -158,7 +158,7 @@ def _hooks(clock: Clock, intervals: list[tuple[Any, Any]]) -> tuple[Callable[...
 
 
 def split(intervals: Intervals, clock: Clock) -> dict[str, float]:
-    """Milliseconds of each part of a block, on average over the blocks that ran; "other" is the blocks' remainder."""
+    """Return the milliseconds of each part of a block, averaged over the blocks; "other" is the rest of the block."""
     totals = {name: sum(clock.milliseconds(*pair) for pair in pairs) for name, pairs in intervals.items()}
     blocks = len(intervals[BLOCK])
     parts = {name: totals[name] / blocks for name in PARTS.values()}
@@ -167,7 +167,7 @@ def split(intervals: Intervals, clock: Clock) -> dict[str, float]:
 
 @dataclass(frozen=True)
 class Breakdown:
-    """Milliseconds of a block with a condition of `length` tokens: each part's median, and all rounds'."""
+    """The milliseconds of a block's parts with a condition of `length` tokens: the medians, and the times per round."""
 
     length: int
     median: dict[str, float]
@@ -183,12 +183,12 @@ class Breakdown:
         return sum(self.median.values())
 
     def share(self, part: str) -> float:
-        """The part's share of `total`."""
+        """Return the fraction of `total` that a part takes."""
         return self.median[part] / self.total
 
 
 def measure(model: nn.Module, calls: Mapping[int, Call], rounds: int, clock: Clock) -> list[Breakdown]:
-    """One call of each length in every round, so that a slow moment of the machine falls on all of them alike."""
+    """Measure one call of each length in every round, so that a slow phase of the machine affects all lengths."""
     samples: dict[int, list[dict[str, float]]] = {length: [] for length in calls}
     with torch.inference_mode():
         for index in range(-WARM_UP, rounds):
@@ -201,7 +201,7 @@ def measure(model: nn.Module, calls: Mapping[int, Call], rounds: int, clock: Clo
 
 
 def draw(found: Sequence[Breakdown], title: str, path: Path) -> None:
-    """Stacked bars, one for each length: milliseconds on the left, shares on the right."""
+    """Draw a stacked bar for each length: milliseconds on the left, percentages on the right."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(10, 4), layout="constrained")
@@ -214,7 +214,7 @@ def draw(found: Sequence[Breakdown], title: str, path: Path) -> None:
         right.bar(labels, shares, bottom=below_share)
         below = [a + b for a, b in zip(below, times, strict=True)]
         below_share = [a + b for a, b in zip(below_share, shares, strict=True)]
-    left.set(xlabel="condition tokens", ylabel="ms a block")
+    left.set(xlabel="condition tokens", ylabel="ms per block")
     right.set(xlabel="condition tokens", ylabel="% of the block")
     figure.suptitle(title, fontsize="medium")
     figure.legend(*left.get_legend_handles_labels(), loc="outside right center")
@@ -222,13 +222,13 @@ def draw(found: Sequence[Breakdown], title: str, path: Path) -> None:
 
 
 def as_json(found: Sequence[Breakdown], settings: Mapping[str, object]) -> dict[str, Any]:
-    """What is written; times in milliseconds a block, shares of 1."""
+    """Return the content of ``latency.json``: milliseconds per block, and fractions of the total."""
     rows = [asdict(b) | {"total": b.total, "share": {part: b.share(part) for part in b.median}} for b in found]
-    return {**settings, "unit": "ms a block", "how": HOW, "lengths": rows}
+    return {**settings, "unit": "ms per block", "how": HOW, "lengths": rows}
 
 
 def cells(breakdown: Breakdown) -> list[str]:
-    """A row of the table."""
+    """Return a row of the table."""
     parts = (f"{ms:#.4g} {breakdown.share(part):>4.0%}" for part, ms in breakdown.median.items())
     return [f"{breakdown.length:,}", *parts, f"{breakdown.total:#.4g}"]
 
@@ -239,7 +239,7 @@ def write(found: Sequence[Breakdown], title: str, settings: Mapping[str, object]
 
     from dit_rewrite.demo.report import console, print_table
 
-    table = Table(title=f"{title}: ms a block", caption=HOW)
+    table = Table(title=f"{title}: ms per block", caption=HOW)
     for column in ("length", *found[0].median, BLOCK):
         table.add_column(column, justify="right", no_wrap=True)
     for breakdown in found:
@@ -248,24 +248,24 @@ def write(found: Sequence[Breakdown], title: str, settings: Mapping[str, object]
     (out / "latency.json").write_text(json.dumps(as_json(found, settings), indent=2) + "\n")
     draw(found, title, out / "latency.png")
     print_table(table)
-    console.print(f"{out}/latency.png shows it, {out}/latency.json has every round.", highlight=False)
+    console.print(f"Wrote {out}/latency.png, and {out}/latency.json with every round.", highlight=False)
 
 
 def require_extras() -> None:
-    """Raises MissingExtra before anything is measured."""
+    """Raise MissingExtra if a package is missing."""
     for package in ("diffusers", "matplotlib", "rich"):
         if importlib.util.find_spec(package) is None:
             raise MissingExtra(package, "latency", "benchmark")
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """`python -m dit_rewrite latency`. Raises BadOption for sizes or a device that cannot be."""
+    """Run ``python -m dit_rewrite latency``; returns the exit code. Raises BadOption for invalid sizes or devices."""
     require_extras()
     from dit_rewrite.demo.report import hardware, versions
 
     geometry = Geometry(arguments.width, arguments.tokens, arguments.layers)
     if arguments.device == "cuda" and not torch.cuda.is_available():
-        raise BadOption("latency", "device", "cuda", "cpu: PyTorch finds no CUDA device here")
+        raise BadOption("latency", "device", "cuda", "cpu: PyTorch finds no CUDA device")
     device, dtype = choose_device(arguments.device, arguments.dtype)
     torch.set_num_threads(arguments.threads)
     torch.manual_seed(0)

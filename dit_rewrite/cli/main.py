@@ -10,8 +10,8 @@ from pathlib import Path
 
 from dit_rewrite.errors import DitRewriteError
 
-BUNDLED = "dit_rewrite.demo.shapes.calls:build"  # the denoiser that comes with the package
-FAILED = 2  # the exit code of what could not be done; argparse's own for a wrong command line
+BUNDLED = "dit_rewrite.demo.shapes.calls:build"  # the factory of the bundled denoiser
+FAILED = 2  # the exit code for errors, which argparse also uses for an invalid command line
 
 
 def positive(text: str) -> int:
@@ -23,7 +23,7 @@ def positive(text: str) -> int:
 
 
 def seed(text: str) -> int:
-    """An argparse type: what torch takes as a seed."""
+    """An argparse type: an integer that torch accepts as a seed."""
     value = int(text)
     if not -(2**63) <= value < 2**64:
         raise argparse.ArgumentTypeError(f"{value} does not fit into 64 bits")
@@ -31,38 +31,40 @@ def seed(text: str) -> int:
 
 
 def lengths(text: str) -> tuple[int, ...]:
-    """An argparse type: numbers of tokens with commas between them, each at least 1 and none twice."""
+    """An argparse type: distinct integers of at least 1, separated by commas."""
     try:
         found = tuple(int(item) for item in text.split(","))
     except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is no list of whole numbers such as 16,64,256") from None
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list of whole numbers such as 16,64,256") from None
     if min(found) < 1 or len(set(found)) < len(found):
-        raise argparse.ArgumentTypeError(f"{text!r} has a number below 1, or one twice")
+        raise argparse.ArgumentTypeError(f"{text!r} has a number below 1 or a duplicate")
     return found
 
 
 def _add_demo(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--out", type=Path, default=Path("demo"), help="folder of the pictures, graphs and figures")
-    parser.add_argument("--images", type=positive, default=16, help="how many images a method samples")
-    parser.add_argument("--steps", type=positive, default=50, help="DDIM steps of the uncached reference")
-    parser.add_argument("--intervals", type=positive, nargs="+", default=[2, 3, 4, 6], help="of the policies")
-    parser.add_argument("--rounds", type=positive, default=3, help="timed runs of each method; the median counts")
-    parser.add_argument("--seed", type=seed, default=0, help="of the noise that all methods start from")
-    parser.add_argument("--backend", default="inductor", help="what lowers the graphs: inductor or aot_eager")
+    parser.add_argument("--out", type=Path, default=Path("demo"), help="output folder for images, graphs and results")
+    parser.add_argument("--images", type=positive, default=16, help="number of images that each method samples")
+    parser.add_argument(
+        "--steps", type=positive, default=50, help="DDIM steps of the uncached reference and of the policies"
+    )
+    parser.add_argument("--intervals", type=positive, nargs="+", default=[2, 3, 4, 6], help="intervals of the policies")
+    parser.add_argument("--rounds", type=positive, default=3, help="timed runs of each method; the median is reported")
+    parser.add_argument("--seed", type=seed, default=0, help="seed of the initial noise of all methods")
+    parser.add_argument("--backend", default="inductor", help="backend that compiles the graphs: inductor or aot_eager")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
-    parser.add_argument("--threads", type=positive, default=1, help="one is hardly disturbed by a busy machine")
+    parser.add_argument("--threads", type=positive, default=1, help="CPU threads; other load disturbs one thread least")
 
 
 def _add_generate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", required=True, help="hub id, or a folder written by save_pretrained")
-    parser.add_argument("--policy", default="fora:interval=3", help="for instance fora:interval=3, or never")
+    parser.add_argument("--policy", default="fora:interval=3", help="for example fora:interval=3, or never")
     wanted = parser.add_mutually_exclusive_group(required=True)
-    wanted.add_argument("--prompt", help="what to draw, for pipelines that read text")
+    wanted.add_argument("--prompt", help="prompt, for text-conditional pipelines")
     wanted.add_argument("--label", type=int, nargs="+", help="class numbers, for class-conditional pipelines")
     parser.add_argument("--steps", type=positive, default=50)
-    parser.add_argument("--guidance", type=float, help="guidance scale; the pipeline's own when not given")
+    parser.add_argument("--guidance", type=float, help="guidance scale (default: the pipeline's)")
     parser.add_argument("--seed", type=seed, default=0)
-    parser.add_argument("--backend", default="inductor", help="what lowers the graphs: inductor or aot_eager")
+    parser.add_argument("--backend", default="inductor", help="backend that compiles the graphs: inductor or aot_eager")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto")
     parser.add_argument("--out", type=Path, default=Path("image.png"), help="further images get a number")
@@ -70,32 +72,34 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
 
 def _add_latency(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--conditions", type=lengths, default="16,64,256,1024", help="text tokens of each bar, with commas between"
+        "--conditions", type=lengths, default="16,64,256,1024", help="numbers of text tokens, separated by commas"
     )
-    parser.add_argument("--width", type=positive, default=288, help="of the model: 72 a head; PixArt's own is 1152")
-    parser.add_argument("--tokens", type=positive, default=256, help="of the image, a square number")
-    parser.add_argument("--layers", type=positive, default=2, help="blocks; the times are their mean")
-    parser.add_argument("--rounds", type=positive, default=10, help="timed calls of each length; the median counts")
+    parser.add_argument("--width", type=positive, default=288, help="width of the model, 72 per head; PixArt has 1152")
+    parser.add_argument("--tokens", type=positive, default=256, help="number of image tokens, a square number")
+    parser.add_argument("--layers", type=positive, default=2, help="number of blocks; the times are averaged over them")
+    parser.add_argument("--rounds", type=positive, default=10, help="timed calls per length; the median is reported")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto")
-    parser.add_argument("--threads", type=positive, default=1, help="one is hardly disturbed by a busy machine")
-    parser.add_argument("--out", type=Path, default=Path("latency"), help="folder of the figure and the figures")
+    parser.add_argument("--threads", type=positive, default=1, help="CPU threads; other load disturbs one thread least")
+    parser.add_argument("--out", type=Path, default=Path("latency"), help="output folder for the plot and the times")
 
 
 def _add_verify(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", default=BUNDLED, help="module:factory, a folder, or a hub id")
-    parser.add_argument("--policy", default="fora:interval=3", help="for instance fora:interval=3")
-    parser.add_argument("--backend", default="aot_eager", help="what lowers the graphs: aot_eager or inductor")
+    parser.add_argument("--policy", default="fora:interval=3", help="for example fora:interval=3")
+    parser.add_argument(
+        "--backend", default="aot_eager", help="backend that compiles the graphs: aot_eager or inductor"
+    )
     parser.add_argument("--lowering", default="auto", help="auto, variants or segments")
-    parser.add_argument("--steps", type=positive, default=12, help="of the trajectory that is replayed")
-    parser.add_argument("--dump", type=Path, help="folder for each pass's graph and the diffs")
+    parser.add_argument("--steps", type=positive, default=12, help="number of steps of the replayed trajectory")
+    parser.add_argument("--dump", type=Path, help="output folder for the graphs after each pass and their diffs")
 
 
 COMMANDS = {
     "demo": (_add_demo, "dit_rewrite.demo.run", "sample images with and without caching, and compare"),
     "generate": (_add_generate, "dit_rewrite.cli.generate", "run a diffusers pipeline with its denoiser rewritten"),
     "latency": (_add_latency, "dit_rewrite.cli.latency", "time the parts of a text-conditional block"),
-    "verify": (_add_verify, "dit_rewrite.cli.verify", "prove that a rewrite computes what it should"),
+    "verify": (_add_verify, "dit_rewrite.cli.verify", "verify a rewrite against the unmodified model"),
 }
 
 
@@ -111,7 +115,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; 0 is success, 2 an error that is named on stderr."""
+    """Run one command. Returns 0 for success, or 2 after an error, whose message goes to stderr."""
     arguments = build_parser().parse_args(argv)
     _, module, _ = COMMANDS[arguments.command]
     try:

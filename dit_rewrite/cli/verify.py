@@ -1,4 +1,4 @@
-"""``python -m dit_rewrite verify``: the proof as a command, with an exit code for a user's own CI."""
+"""``python -m dit_rewrite verify``: run `verify` as a command, with an exit code for CI."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ Calls = Sequence[Mapping[str, Any]]
 
 
 class _Recorder(nn.Module):
-    """Stands in a pipeline for its denoiser, and keeps what each call was given, and its stream."""
+    """Replaces a pipeline's denoiser, and records the arguments and the stream of each call."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -54,7 +54,7 @@ class _Recorder(nn.Module):
 
 @dataclass(frozen=True)
 class Loaded:
-    """A denoiser, the calls of one trajectory with their streams, and the scheduler that made its steps."""
+    """A denoiser, the calls of one trajectory with their streams, and the scheduler of the trajectory."""
 
     model: nn.Module
     calls: Calls
@@ -63,9 +63,9 @@ class Loaded:
 
 
 def from_factory(text: str, steps: int) -> Loaded:
-    """What ``module:factory`` gives: called with `steps` if it takes an argument. Raises BadModel.
+    """Call the factory ``module:factory``, with `steps` if it takes an argument. Raises BadModel.
 
-    It returns (model, calls), or (model, calls, scheduler) for policies that need the noise level.
+    The factory returns (model, calls), or (model, calls, scheduler) for policies that need the noise level.
     """
     module, _, name = text.partition(":")
     sys.path.insert(0, str(Path.cwd()))
@@ -82,7 +82,7 @@ def from_factory(text: str, steps: int) -> Loaded:
 
 
 def from_pipeline(model: str, steps: int) -> Loaded:
-    """The denoiser of a folder or hub id, and the calls that its pipeline makes of it for one sample, with streams."""
+    """Load a pipeline from a folder or hub id, and record the calls of its denoiser for one sample."""
     pipeline = load_pipeline(model, torch.float32)
     denoiser = getattr(pipeline, "transformer", None)
     if denoiser is None:
@@ -97,7 +97,7 @@ def from_pipeline(model: str, steps: int) -> Loaded:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """`python -m dit_rewrite verify`: 0 where the proof holds, 1 where it does not."""
+    """Run ``python -m dit_rewrite verify``; returns 0 if the verification passed, else 1."""
     load = from_factory if ":" in arguments.model else from_pipeline
     policy = policies.parse(arguments.policy)
     loaded = load(arguments.model, arguments.steps)

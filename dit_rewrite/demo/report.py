@@ -1,4 +1,4 @@
-"""What the demo shows and leaves behind: progress bars, the table, verdicts, pictures, graphs and figures."""
+"""The output of the demo: progress bars, the table, verdicts, images, graphs and results."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ except ImportError as error:
     raise MissingExtra("rich", "the demo", "demo") from error
 
 console = Console()
-FORECAST = "forecast"  # the name of a policy that forecasts, before its interval
+FORECAST = "forecast"  # prefix of the names of methods that forecast
 
 
 def print_table(table: Table) -> None:
-    """Print a table. Where no terminal sets a width, wide figures make the table wider: nothing is cut."""
+    """Print a table. Without a terminal, the width is as large as the table needs, so that nothing is cut."""
     if console.is_terminal:
         console.print(table)
     else:
@@ -61,7 +61,7 @@ class Result:
 
     @property
     def label(self) -> str:
-        """The name beside a row of images."""
+        """The label of a row of images."""
         return self.name if self.control_of is None else f"{self.name}, uncached"
 
 
@@ -74,7 +74,8 @@ def announce(arguments: argparse.Namespace, guidance: float) -> None:
 
 @contextmanager
 def open_progress() -> Iterator[Callable[..., Any]]:
-    """Gives ``bar(title, total)``, a context manager that gives ``tick()``; in a log, a line when each bar is full."""
+    """Yield ``bar(title, total)``, a context manager that yields ``tick()``. Without a terminal, finished bars print a
+    line each."""
     columns = (SpinnerColumn(), TextColumn("{task.description:<42}"), BarColumn(), MofNCompleteColumn())
     drawn = console.is_terminal
     with Progress(*columns, TimeElapsedColumn(), console=console, refresh_per_second=4, disable=not drawn) as progress:
@@ -90,20 +91,20 @@ def open_progress() -> Iterator[Callable[..., Any]]:
 
 
 def pairs(results: Sequence[Result]) -> list[tuple[Result, Result]]:
-    """Each cached method with its control."""
+    """Return each cached method with its control."""
     by_name = {result.name: result for result in results if result.control_of is None}
     return [(by_name[result.control_of], result) for result in results if result.control_of is not None]
 
 
 def winner(cached: float, control: float, names: tuple[str, str], *, low_wins: bool) -> str:
-    """The name of the better one."""
+    """Return the name of the better method, or "neither"."""
     if cached == control:
         return "neither"
     return names[0] if (cached < control) == low_wins else names[1]
 
 
 def verdict(cached: Result, control: Result) -> str:
-    """Caching against fewer steps at the same time: the winner by each metric."""
+    """Compare a cached method with fewer steps at the same time, by each metric."""
     names = (cached.name, control.name)
     winners = {
         "relative L2": winner(cached.relative_l2, control.relative_l2, names, low_wins=True),
@@ -116,7 +117,7 @@ def verdict(cached: Result, control: Result) -> str:
 
 
 def summary(results: Sequence[Result]) -> str:
-    """Up to which saving the forecasts are closer to the uncached images than fewer steps at the same time."""
+    """Report which forecasts are closer to the uncached images than fewer steps at the same time."""
     tried = [(cached, control) for cached, control in pairs(results) if cached.name.startswith(FORECAST)]
     wins = [cached for cached, control in tried if cached.relative_l2 < control.relative_l2]
     losses = [cached for cached, control in tried if cached.relative_l2 >= control.relative_l2]
@@ -134,7 +135,7 @@ def metrics_won(winners: dict[str, str], name: str) -> list[str]:
 
 
 def figures(result: Result) -> tuple[str, ...]:
-    """The cells of a row, as text."""
+    """Return the cells of a row."""
     distance = "-" if result.relative_l2 == 0 else f"{result.relative_l2:.4f}"
     peak = "-" if math.isinf(result.psnr) else f"{result.psnr:.1f}"
     return (
@@ -152,7 +153,7 @@ def figures(result: Result) -> tuple[str, ...]:
 def build_table(results: Sequence[Result]) -> Table:
     table = Table(
         title="Distances are to the uncached images",
-        caption="Below each policy: uncached, with as many steps of DPM-Solver++ 2M as fit into its time",
+        caption="Below each policy: uncached DPM-Solver++ 2M with as many steps as fit into the policy's time",
     )
     table.add_column("method", no_wrap=True)
     for heading in ("steps", "seconds", "speed-up", "Recomp%", "rel. L2", "PSNR dB", "class"):
@@ -164,13 +165,13 @@ def build_table(results: Sequence[Result]) -> Table:
 
 
 def compile_line(results: Sequence[Result]) -> str:
-    """Seconds to compile, in the order in which they were spent: Inductor's cache helps the later ones."""
+    """Report the compile times in order. Inductor's cache speeds up the later ones."""
     spent = [f"{r.name} {r.compile_seconds:.0f} s" for r in results if r.compile_seconds is not None]
-    return f"Compiled first, not in the table: {', '.join(spent)} (later ones find pieces in Inductor's cache)."
+    return f"Compile times, not in the table: {', '.join(spent)} (later ones use Inductor's cache)."
 
 
 def processor() -> str:
-    """The CPU's name, as well as the system tells it."""
+    """Return the name of the CPU, as far as the system provides it."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
     names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
@@ -193,7 +194,7 @@ def versions() -> dict[str, str]:
 
 
 def write_results(path: Path, arguments: argparse.Namespace, results: Sequence[Result], verdicts: list[str]) -> None:
-    """Everything that the table shows, and where it was measured, as JSON (an infinite PSNR is null)."""
+    """Write the table's values, the settings and the environment as JSON. An infinite PSNR is null."""
     rows = [asdict(r) | {"psnr": None if math.isinf(r.psnr) else r.psnr} for r in results]
     settings = {name: value for name, value in vars(arguments).items() if name not in ("command", "out")}
     content = {
@@ -214,7 +215,7 @@ def write_all(
     reported: str,
     seconds: float,
 ) -> None:
-    """Print the table and write the demo's folder; ``report`` explains the method called ``reported``."""
+    """Print the table and write the output folder. `report` is the report of the method called `reported`."""
     out: Path = arguments.out
     out.mkdir(parents=True, exist_ok=True)
     results = [result for result, _ in images]
@@ -227,7 +228,7 @@ def write_all(
     for line in (compile_line(results), *verdicts, summary(results)):
         console.print(line, highlight=False)
     console.print(
-        f"{out}/images.png shows the images side by side, {out}/graph.diff and {out}/explain.txt what {reported} "
-        f"rewrote, {out}/results.json has the figures. {seconds:.0f} s in all.",
+        f"Wrote {out}/images.png (the images side by side), {out}/graph.diff and {out}/explain.txt (how {reported} "
+        f"rewrote the model) and {out}/results.json. {seconds:.0f} s in total.",
         highlight=False,
     )

@@ -1,8 +1,8 @@
-"""The demo: the bundled denoiser samples the same images uncached, by reuse, by forecasts, and with fewer steps.
+"""The demo: the bundled denoiser samples the same images uncached, with reuse, with forecasts, and with fewer steps.
 
-Every method starts from the same noise with the same weights. All are compiled and run once before anything is
-timed; then they are timed in alternation, in this one process. The control of each policy is uncached, by DPM-Solver++
-2M, which needs the fewest steps, and has as many of them as fit into the policy's time, as measured in this run.
+All methods start from the same noise with the same weights. All are compiled and run once before they are timed, in
+turn, in one process. The control of each policy is uncached sampling with DPM-Solver++ 2M, the solver that needs the
+fewest steps, with the number of steps that fits into the policy's time as measured in this run.
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ PILOT_ROUNDS = 2
 
 @dataclass
 class Method:
-    """One way to get the images, and what was measured of it."""
+    """A way to sample the images, and its measurements."""
 
     name: str
     denoiser: Any  # a module, compiled or rewritten
     steps: int
     control_of: str | None = None
     scheduler: Any = None  # None: the model's own DDIM
-    first_seconds: float | None = None  # of the run that compiled it
+    first_seconds: float | None = None  # time of the first run, which compiles
     seconds: list[float] = field(default_factory=list)
     images: Tensor | None = None
 
@@ -50,7 +50,7 @@ class Method:
 
 @dataclass(frozen=True)
 class Task:
-    """What every method is asked for."""
+    """The images that every method samples."""
 
     labels: Tensor
     steps: int
@@ -79,20 +79,21 @@ def _synchronise(device: torch.device) -> None:
 
 
 def choose_labels(count: int) -> Tensor:
-    """``count`` classes that show every shape: the colours but the last of each shape first, then again."""
+    """Return `count` labels: for each shape all colours except the last, repeated as needed."""
     shown = [shape * len(COLOURS) + colour for shape in range(len(SHAPES)) for colour in range(len(COLOURS) - 1)]
     return torch.tensor([shown[i % len(shown)] for i in range(count)])
 
 
 def control_steps(steps: int, cached_seconds: float, uncached_seconds: float) -> int:
-    """How many uncached steps take the time of a cached run of ``steps``; at least one."""
+    """Return the number of uncached steps that take the time of a cached run of `steps` steps, at least 1."""
     return max(1, round(steps * cached_seconds / uncached_seconds))
 
 
 def build_methods(denoiser: nn.Module, arguments: argparse.Namespace) -> list[Method]:
-    """Uncached first, then reuse at the first interval and forecasts at each; nothing is compiled before it is called.
+    """Return the methods: uncached, reuse at the first interval, and a forecast at each interval.
 
-    Reuse is FORA, of every branch; the forecast is TaylorSeer's, of the model's output alone.
+    Reuse is FORA for all branches; the forecast is TaylorSeer's for the model's output. Models compile at their first
+    call.
     """
     plain = torch.compile(denoiser, backend=arguments.backend)
     first, *_ = arguments.intervals
@@ -106,7 +107,7 @@ def build_methods(denoiser: nn.Module, arguments: argparse.Namespace) -> list[Me
 
 
 def build_controls(uncached: Method, cached: Sequence[Method]) -> list[Method]:
-    """For each cached method the same compiled, uncached network with fewer steps, at the time of the pilot runs."""
+    """Return a control for each cached method: uncached sampling with the steps that fit into its pilot runs' time."""
     from diffusers import DPMSolverMultistepScheduler
 
     controls = []
@@ -121,14 +122,14 @@ Bar = Callable[[str, int], AbstractContextManager[Callable[[], object]]]
 
 
 def compile_all(methods: Sequence[Method], task: Task, bar: Bar) -> None:
-    """Run each method once; its first call compiles it."""
+    """Run each method once, which compiles it."""
     for method in methods:
         with bar(f"compiling {method.name}", method.steps) as tick:
             method.first_seconds = task.run(method, tick)
 
 
 def time_in_turn(methods: Sequence[Method], task: Task, rounds: int, title: str, bar: Bar) -> None:
-    """Measure all methods afresh, one after the other, ``rounds`` times over."""
+    """Time all methods in turn, `rounds` times; earlier times are discarded."""
     for method in methods:
         method.seconds = []
     with bar(title, rounds * sum(method.steps for method in methods)) as tick:
@@ -138,10 +139,10 @@ def time_in_turn(methods: Sequence[Method], task: Task, rounds: int, title: str,
 
 
 def measure(methods: list[Method], task: Task, rounds: int, bar: Bar) -> list[Method]:
-    """Compile, find the controls' steps, and time everything; the methods in the order of the table."""
+    """Compile, determine the steps of the controls, and time everything. Returns the methods in the table's order."""
     uncached, cached = methods[0], methods[1:]
     compile_all(methods, task, bar)
-    time_in_turn(methods, task, PILOT_ROUNDS, "how many steps fit into the same time?", bar)
+    time_in_turn(methods, task, PILOT_ROUNDS, "pilot runs for the number of control steps", bar)
     controls = build_controls(uncached, cached)
     everything = [uncached, *(method for pair in zip(cached, controls, strict=True) for method in pair)]
     time_in_turn(everything, task, rounds, "timed runs, in turn", bar)
@@ -149,7 +150,7 @@ def measure(methods: list[Method], task: Task, rounds: int, bar: Bar) -> list[Me
 
 
 def result_of(method: Method, uncached: Method, labels: Tensor, classifier: nn.Module) -> Result:
-    """The figures of one method; `stats` are those of the rewritten model."""
+    """Return the results of one method; `stats` are those of the rewritten model."""
     assert method.images is not None and uncached.images is not None
     stats = method.denoiser.stats() if hasattr(method.denoiser, "stats") else None
     return Result(
@@ -169,14 +170,14 @@ def result_of(method: Method, uncached: Method, labels: Tensor, classifier: nn.M
 
 
 def stats_figures(stats: Any) -> dict[str, object]:
-    """What `model.stats()` counts, without its row per call."""
+    """Return the counts of `model.stats()`, without its row per call."""
     names = ("calls", "computed", "reused", "variants", "recompiles", "graph_breaks", "peak_bytes")
     misses = {str(reason): count for reason, count in dict(stats.misses).items()}
     return {name: getattr(stats, name) for name in names} | {"misses": misses}
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """`python -m dit_rewrite demo`."""
+    """Run ``python -m dit_rewrite demo``; returns the exit code."""
     began = time.perf_counter()
     torch.set_num_threads(arguments.threads)
     device = torch.device(arguments.device)

@@ -189,7 +189,7 @@ def weighted(values: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
 def _keep(
     value: Tensor, codec: Codec, read: Sequence[Tensor], older: Sequence[Tensor], depth: int
 ) -> tuple[Tensor, ...]:
-    """Return the tensors kept for a value: rounded as the store defines, or as an attention strategy's codec encodes."""
+    """Return the tensors kept for a value: rounded as the store defines, or encoded by an attention codec."""
     if isinstance(codec, DeltaCodec):
         halves = value.chunk(2)
         return (rounded(halves[1 - codec.half] - halves[codec.half], codec.format), *older)[:depth]

@@ -201,7 +201,9 @@ def test_files_that_lack_a_field(tmp_path: Path):
     content = saved(path)
     for name in content:
         path.write_text(json.dumps({key: value for key, value in content.items() if key != name}))
-        with pytest.raises(BadPlan, match="its version is None" if name == "version" else f"it lacks {name}"):
+        with pytest.raises(
+            BadPlan, match="its version is None" if name == "version" else f"it lacks the fields {name}"
+        ):
             Plan.load(path)
 
 

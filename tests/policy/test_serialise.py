@@ -314,7 +314,7 @@ def test_typed() -> None:
     assert typed(None, tuple[int, int] | None, "x") is None
     assert typed(0.5, float | None, "x") == 0.5
     for value, hint in ((("3"), int | None), ([1], tuple[int, int]), (True, int), ([1, "a"], tuple[int, int] | None)):
-        with pytest.raises(BadPolicyText, match="x.* needed"):
+        with pytest.raises(BadPolicyText, match="x.* must"):
             typed(value, hint, "x")
 
 
