@@ -73,9 +73,7 @@ class Hermite(_Polynomial):
     H_j are the physicists' Hermite polynomials, H_1(x) = 2x. The slope is 2 s^2 times TaylorSeer's: half of it at the
     source's default scale of 0.5, and equal at 1 / sqrt(2). Below that scale the forecast is not exact for straight
     lines. Unlike the other bases, this one depends on the unit of the places. The source uses steps; from order 2 on,
-    a unit with small distances gives large weights.
-
-    Raises BadParameter if `scale` is not in (0, 1].
+    a unit with small distances gives large weights. Raises BadParameter.
     """
 
     scale: float = 0.5
@@ -109,9 +107,7 @@ class Chebyshev:
 
     The weights do not add up to 1, because of the ridge. The source keeps all computed values; this basis reads 8
     unless the forecast's `history` says otherwise. If there are no more values than the degree, the degree falls. The
-    source relies on the ridge in that case, but its warm-up of 5 steps prevents it at degree 4.
-
-    Raises BadParameter.
+    source relies on the ridge in that case, but its warm-up of 5 steps prevents it at degree 4. Raises BadParameter.
     """
 
     ridge: float = 0.1
@@ -170,9 +166,8 @@ class BDF:
     steps that were computed, which may be the first two of the trajectory. This basis reads at most 4 values and
     starts from the oldest two: the "paper" variant with the line through them, so it is exact for straight lines; the
     "cache-dit" variant with reuse, as cache-dit does at the first step. The weights of the "paper" variant grow with
-    the interval and with the number of values.
-
-    Places must be steps, because the recursion needs the number of steps between them. Raises BadParameter.
+    the interval and with the number of values. Places must be steps, because the recursion needs the number of steps
+    between them. Raises BadParameter.
     """
 
     variant: Variant = "paper"
@@ -248,10 +243,7 @@ def lagrange(places: Sequence[float], place: float) -> list[float]:
 
 
 def differences(places: Sequence[float]) -> list[list[float]]:
-    """Return TaylorSeer's differences D_0, D_1, … of the newest value, as weights.
-
-    D_0 is the value. D_j+1 is the change of D_j since the previous value, divided by the distance of the two places.
-    """
+    """Return TaylorSeer's differences D_0, D_1, … of the newest value, as weights. D_0 is the value, D_j+1 is the change of D_j since the previous value, divided by the distance of the two places."""
     found, rows = [], _units(len(places))
     while rows:
         found.append(rows[0])

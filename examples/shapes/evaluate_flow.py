@@ -37,7 +37,7 @@ def same_two(seen: Tensor, asked: Tensor) -> Tensor:
 
 def grade(seen: Objects, asked: Pairs) -> dict[str, float]:
     """Return the fractions of correct images; that of the relation is among the images that show both objects."""
-    shown, lying = seen.show(asked), seen.lie(asked)
+    shown, lying = seen.have_classes(asked), seen.in_relation(asked)
     classes, wanted = seen.classes, torch.stack([asked.first, asked.second], 1)
     right = {
         "all": shown & lying,

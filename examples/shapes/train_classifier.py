@@ -21,7 +21,7 @@ from torch import Tensor
 from dit_rewrite.demo.shapes.captions import sample_captioned
 from dit_rewrite.demo.shapes.data import sample
 from dit_rewrite.demo.shapes.model import Classifier, accuracy, load_classifier, save
-from dit_rewrite.demo.shapes.training import fit, roughen
+from dit_rewrite.demo.shapes.training import add_noise, fit
 
 HELD_OUT = 5000
 HELD_OUT_SEED = 1 << 40  # disjoint from the training seeds
@@ -39,7 +39,7 @@ def sample_of_captions(n: int, generator: torch.Generator) -> tuple[Tensor, Tens
 def loss_of(classifier: Classifier, draw: Sample, batch: int, generator: torch.Generator) -> Tensor:
     """Return the cross-entropy of the classes of a batch."""
     images, labels = draw(batch, generator)
-    return F.cross_entropy(classifier(roughen(images, generator)), labels)
+    return F.cross_entropy(classifier(add_noise(images, generator)), labels)
 
 
 def main() -> None:

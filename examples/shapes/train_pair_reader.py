@@ -19,7 +19,7 @@ from torch import Generator, Tensor
 from dit_rewrite.demo.shapes.flow_model import PairReader, load_pair_reader, read_objects
 from dit_rewrite.demo.shapes.model import save
 from dit_rewrite.demo.shapes.relations import draw_pairs, lay_out, render, sample_related
-from dit_rewrite.demo.shapes.training import fit, roughen
+from dit_rewrite.demo.shapes.training import add_noise, fit
 
 HELD_OUT = 5000
 HELD_OUT_SEED = 1 << 31  # disjoint from the training seeds; generators use 32 bits
@@ -31,7 +31,7 @@ def loss_of(reader: PairReader, batch: int, generator: Generator) -> Tensor:
     """Return the mean cross-entropy of the two classes plus the weighted squared error of their places."""
     pairs = draw_pairs(batch, generator)
     layout = lay_out(pairs, generator)
-    logits, places = reader(roughen(render(pairs, layout), generator))
+    logits, places = reader(add_noise(render(pairs, layout), generator))
     classes = torch.stack([pairs.first, pairs.second], 1)
     half = torch.zeros_like(logits).scatter(1, classes, 0.5)
     found = places[torch.arange(batch)[:, None], classes]
@@ -42,7 +42,7 @@ def accuracy(reader: PairReader) -> float:
     """Return the fraction of held-out pictures for which both objects and their relation are read correctly."""
     images, _, pairs = sample_related(HELD_OUT, Generator().manual_seed(HELD_OUT_SEED))
     seen = read_objects(reader, images)
-    return (seen.show(pairs) & seen.lie(pairs)).float().mean().item()
+    return (seen.have_classes(pairs) & seen.in_relation(pairs)).float().mean().item()
 
 
 def main() -> None:

@@ -166,9 +166,9 @@ def test_the_bundled_model_draws_what_it_is_told(model: FlowModel) -> None:
     pairs = relations.draw_pairs(40, Generator().manual_seed(424242))
     asked = relations.describe(pairs, Generator().manual_seed(1))
     seen = read_objects(load_pair_reader(), sample_relations(model.denoiser, model.encoder, asked, steps=12, seed=0))
-    assert (seen.show(pairs) & seen.lie(pairs)).float().mean() > 0.3
+    assert (seen.have_classes(pairs) & seen.in_relation(pairs)).float().mean() > 0.3
     turned = Pairs(pairs.second, pairs.first, pairs.vertical)
-    assert (seen.show(pairs) & seen.lie(turned)).float().mean() < 0.15  # and not by chance
+    assert (seen.have_classes(pairs) & seen.in_relation(turned)).float().mean() < 0.15  # and not by chance
 
 
 @pytest.mark.parametrize(("solver", "calls"), [

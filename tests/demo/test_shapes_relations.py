@@ -118,10 +118,10 @@ def test_which_relations_are_true(
         "above": pair("red circle", "blue square", 1),
         "below": pair("blue square", "red circle", 1),
     }
-    assert all(seen.show(one).all() for one in asked.values())
-    assert {name for name, one in asked.items() if seen.lie(one).all()} == relations_
-    assert not seen.show(pair("red circle", "blue circle", 0)).any()
-    assert not seen.show(pair("red circle", "red circle", 0)).any()
+    assert all(seen.have_classes(one).all() for one in asked.values())
+    assert {name for name, one in asked.items() if seen.in_relation(one).all()} == relations_
+    assert not seen.have_classes(pair("red circle", "blue circle", 0)).any()
+    assert not seen.have_classes(pair("red circle", "red circle", 0)).any()
 
 
 def test_the_bundled_reader_reads_real_images() -> None:
@@ -129,5 +129,5 @@ def test_the_bundled_reader_reads_real_images() -> None:
     pytest.importorskip("safetensors")
     images, _, pairs = relations.sample_related(2000, Generator().manual_seed(987654))
     seen = read_objects(load_pair_reader(), images)
-    assert (seen.show(pairs) & seen.lie(pairs)).float().mean() >= 0.99
-    assert seen.lie(Pairs(pairs.second, pairs.first, pairs.vertical)).float().mean() < 0.01
+    assert (seen.have_classes(pairs) & seen.in_relation(pairs)).float().mean() >= 0.99
+    assert seen.in_relation(Pairs(pairs.second, pairs.first, pairs.vertical)).float().mean() < 0.01

@@ -1,7 +1,7 @@
-"""A procedural data set with captions: one shape of a colour, a size and a place, and a sentence that says so.
+"""A procedural data set with captions: an image of a shape, and a sentence about its colour, size and position.
 
-The shapes are `shapes.data`'s, drawn at a named size and place. A caption always names the shape and the
-colour; some templates leave the size or the place open, and then it may be any. Nothing is stored: see data.py.
+The shapes are those of `shapes.data`. A caption always names the shape and the colour; some templates leave out the
+size or the position, which may then have any value. Images are generated and not stored: see data.py.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from torch import Generator, Tensor
 from dit_rewrite.demo.shapes.data import COLOURS, SHAPES, SIZE, _distances
 from dit_rewrite.errors import BadArgument
 
-SIZES = (("small", "little"), ("large", "big"))  # the words of each
+SIZES = (("small", "little"), ("large", "big"))  # synonyms for each size
 RADII = ((2.7, 3.4), (4.7, 5.4))  # in pixels
 ROWS = ("top", "middle", "bottom")
 COLUMNS = ("left", "middle", "right")
-SLACK = 0.15  # how far from its place a shape may be, as a fraction of the room that it has
+JITTER = 0.15  # maximum distance of a shape from its position, as a fraction of the free space
 TEMPLATES = (
     "{colour} {shape}",
     "a {colour} {shape} on a dark ground",
@@ -40,11 +40,11 @@ WORDS = (
     *("top", "bottom", "left", "right", "middle"),
 )
 MAX_TOKENS = 24
-NULL_CAPTION = ""  # for classifier-free guidance: a start and no word
+NULL_CAPTION = ""  # for classifier-free guidance: a start token and no words
 
 
 class Scenes(NamedTuple):
-    """What ``n`` pictures show: indices ``(n,)`` int64 into SHAPES, COLOURS, SIZES, ROWS and COLUMNS."""
+    """The content of n images: indices (n,) int64 into SHAPES, COLOURS, SIZES, ROWS and COLUMNS."""
 
     shape: Tensor
     colour: Tensor
@@ -54,28 +54,28 @@ class Scenes(NamedTuple):
 
     @property
     def labels(self) -> Tensor:
-        """The classes ``(n,)`` that the classifier reads: shape and colour, as in data.CLASSES."""
+        """The classes (n,) of the classifier: shape and colour, as in data.CLASSES."""
         return self.shape * len(COLOURS) + self.colour
 
 
 def draw_scenes(n: int, generator: Generator) -> Scenes:
-    """``n`` scenes, everything independent and uniform."""
+    """Draw `n` scenes; all fields are independent and uniform."""
     counts = (len(SHAPES), len(COLOURS), len(SIZES), len(ROWS), len(COLUMNS))
     return Scenes(*(torch.randint(count, (n,), generator=generator) for count in counts))
 
 
 def centres(scenes: Scenes, radius: Tensor) -> Tensor:
-    """The named places ``(2, n)``, x and y in pixels, of shapes that have ``radius`` ``(n,)``."""
+    """Return the centres (2, n), x and y in pixels, of the named positions for shapes of `radius` (n,)."""
     return radius + (SIZE - 2 * radius) * torch.stack([scenes.column, scenes.row]) / 2
 
 
 def render(scenes: Scenes, generator: Generator) -> Tensor:
-    """Pictures ``(n, 3, SIZE, SIZE)`` float32 in [-1, 1]; radius, place and ground vary within what is named."""
+    """Return images (n, 3, SIZE, SIZE) float32 in [-1, 1]. Radius, position and background vary within the scene."""
     n = len(scenes.shape)
     low, high = torch.tensor(RADII)[scenes.size].unbind(1)
     radius = low + (high - low) * torch.rand(n, generator=generator)
-    astray = SLACK * (2 * torch.rand(2, n, generator=generator) - 1) * (SIZE - 2 * radius)
-    centre = (centres(scenes, radius) + astray).clamp(radius, SIZE - radius)[:, :, None, None]
+    jitter = JITTER * (2 * torch.rand(2, n, generator=generator) - 1) * (SIZE - 2 * radius)
+    centre = (centres(scenes, radius) + jitter).clamp(radius, SIZE - radius)[:, :, None, None]
     pixel = torch.arange(SIZE) + 0.5
     x, y = pixel[None, None, :] - centre[0], pixel[None, :, None] - centre[1]
     distance = _distances(x, y, radius[:, None, None])[scenes.shape, torch.arange(n)]
@@ -86,13 +86,13 @@ def render(scenes: Scenes, generator: Generator) -> Tensor:
 
 
 def name_place(row: int, column: int) -> str:
-    """A place in words: "at the top left", "at the right", "in the middle"."""
+    """Return a position in words: "at the top left", "at the right", "in the middle"."""
     sides = [word for word in (ROWS[row], COLUMNS[column]) if word != "middle"]
     return f"at the {' '.join(sides)}" if sides else "in the middle"
 
 
 def describe(scenes: Scenes, generator: Generator, templates: Sequence[str] = TEMPLATES) -> list[str]:
-    """One caption for each scene; the template and the word for the size are drawn."""
+    """Return a caption for each scene, with a random template and a random synonym for the size."""
     n = len(scenes.shape)
     template = torch.randint(len(templates), (n,), generator=generator)
     synonym = torch.randint(2, (n,), generator=generator)
@@ -104,25 +104,25 @@ def describe(scenes: Scenes, generator: Generator, templates: Sequence[str] = TE
 
 
 def sample_captioned(n: int, generator: Generator) -> tuple[Tensor, list[str], Scenes]:
-    """Draw ``n`` pictures ``(n, 3, SIZE, SIZE)`` in [-1, 1], a caption of each, and what they show."""
+    """Draw `n` images (n, 3, SIZE, SIZE) in [-1, 1], with their captions and scenes."""
     scenes = draw_scenes(n, generator)
     return render(scenes, generator), describe(scenes, generator), scenes
 
 
 def tokenise(captions: Sequence[str]) -> tuple[Tensor, Tensor]:
-    """Tokens ``(n, MAX_TOKENS)`` int64 of the captions, and their mask: bool, True where there is a token.
+    """Return the tokens (n, MAX_TOKENS) int64 of captions, and their bool mask, which is False for padding.
 
-    Each row is a start, the words, and padding. Raises BadArgument for a word outside WORDS or too many words.
+    Each row has a start token, the words, and padding. Raises BadArgument for a word outside WORDS or too many words.
     """
     tokens = number_words(captions, WORDS, PAD, MAX_TOKENS)
     return tokens, tokens != WORDS.index(PAD)
 
 
 def number_words(captions: Sequence[str], vocabulary: Sequence[str], padding: str, length: int) -> Tensor:
-    """Tokens ``(n, length)`` int64 of the captions: a start, the words, and padding.
+    """Return the tokens (n, length) int64 of captions: a start token, the words, and padding.
 
-    The vocabulary begins with the start and the padding, in either order, which no caption may use. Raises BadArgument
-    for a word outside of it or too many words.
+    The first two entries of `vocabulary` are the start and the padding token, in any order; captions may not contain
+    them. Raises BadArgument for a word outside the vocabulary or too many words.
     """
     number = {word: i for i, word in enumerate(vocabulary)}
     tokens = torch.full((len(captions), length), number[padding])

@@ -1,7 +1,7 @@
-"""A procedural data set: one anti-aliased shape on a dark ground, labelled by shape x colour.
+"""A procedural data set: an anti-aliased shape on a dark background, labelled by shape and colour.
 
-Nothing is stored: a batch is drawn from a generator's seed, so that the set is endless and the same
-everywhere. An image is ``(3, SIZE, SIZE)`` float32 in [-1, 1].
+Images are generated from the seed of a generator and not stored, so the data set is infinite and reproducible. An image
+is (3, SIZE, SIZE) float32 in [-1, 1].
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ NULL_CLASS = NUM_CLASSES  # the label of "no class", for classifier-free guidanc
 
 
 def _distances(x: Tensor, y: Tensor, radius: Tensor) -> Tensor:
-    """Signed distances in pixels, negative inside, to each of SHAPES: ``(len(SHAPES), n, SIZE, SIZE)``."""
+    """Return signed distances in pixels, negative inside, to each of SHAPES: (len(SHAPES), n, SIZE, SIZE)."""
     circle = torch.hypot(x, y) - radius
     square = torch.maximum(x.abs(), y.abs()) - 0.85 * radius
     triangle = torch.maximum(0.866 * x.abs() - 0.5 * y, y) - 0.62 * radius  # equilateral, apex up
@@ -35,7 +35,7 @@ def _distances(x: Tensor, y: Tensor, radius: Tensor) -> Tensor:
 
 
 def sample(n: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Draw ``n`` images ``(n, 3, SIZE, SIZE)`` in [-1, 1] and their labels ``(n,)`` int64 below NUM_CLASSES."""
+    """Draw `n` images (n, 3, SIZE, SIZE) in [-1, 1], and their labels (n,) int64 below NUM_CLASSES."""
     labels = torch.randint(NUM_CLASSES, (n,), generator=generator)
     shape, colour = labels // len(COLOURS), labels % len(COLOURS)
     radius = 3.8 + 2.2 * torch.rand(n, 1, 1, generator=generator)

@@ -1,4 +1,4 @@
-"""The bundled flow-matching denoiser: SD3 at toy size (joint attention of text and image), and its picture reader."""
+"""The bundled flow-matching denoiser, a small SD3 (joint attention of text and image), and a reader of its images."""
 
 from __future__ import annotations
 
@@ -25,7 +25,8 @@ PATCH = 4
 
 
 def build_flow_denoiser() -> SD3Transformer2DModel:
-    """An untrained SD3: 5 joint blocks, width 128, 64 tokens of 4x4 pixels and MAX_TOKENS of text, predicting v."""
+    """Return an untrained SD3: 5 joint blocks, width 128, 64 tokens of 4x4 pixels and MAX_TOKENS of text. It predicts
+    the velocity."""
     try:
         from diffusers import SD3Transformer2DModel
     except ImportError as error:
@@ -47,14 +48,14 @@ def build_flow_denoiser() -> SD3Transformer2DModel:
 
 
 def build_flow_scheduler() -> FlowMatchEulerDiscreteScheduler:
-    """Euler's method on the straight paths that the denoiser was trained on (rectified flow)."""
+    """Return Euler's method for the straight paths that the denoiser was trained on (rectified flow)."""
     from diffusers import FlowMatchEulerDiscreteScheduler
 
     return FlowMatchEulerDiscreteScheduler(num_train_timesteps=1000)
 
 
 class FlowTextEncoder(nn.Module):
-    """A learned vector for each word plus one for its place; their mean is the pooled text."""
+    """A learned vector for each word plus one for its position. The mean over the words is the pooled text."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -62,13 +63,13 @@ class FlowTextEncoder(nn.Module):
         self.places = nn.Parameter(0.5 * torch.randn(MAX_TOKENS, TEXT_CHANNELS))
 
     def forward(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """Text states ``(n, MAX_TOKENS, TEXT_CHANNELS)`` and pooled text ``(n, TEXT_CHANNELS)`` of tokens."""
+        """Return text states (n, MAX_TOKENS, TEXT_CHANNELS) and pooled text (n, TEXT_CHANNELS) of tokens."""
         states = self.words(tokens) + self.places
         return states, states.mean(1)
 
 
 class FlowModel(nn.Module):
-    """Both networks, as they are trained and saved together. A sampler calls the encoder once per trajectory."""
+    """Encoder and denoiser, which are trained and saved together. A sampler calls the encoder once per trajectory."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -76,14 +77,14 @@ class FlowModel(nn.Module):
         self.denoiser = build_flow_denoiser()
 
     def forward(self, latents: Tensor, timestep: Tensor, tokens: Tensor) -> Tensor:
-        """The predicted velocity, noise - picture, ``(n, 3, SIZE, SIZE)``; ``timestep`` is 1000 sigma."""
+        """Return the predicted velocity, noise - image, (n, 3, SIZE, SIZE); `timestep` is 1000 sigma."""
         states, pooled = self.encoder(tokens)
         return self.denoiser(latents, states, pooled, timestep, return_dict=False)[0]
 
 
 @torch.no_grad()
 def encode_relations(encoder: nn.Module, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
-    """SD3's ``encoder_hidden_states`` and ``pooled_projections`` of captions, on the encoder's device.
+    """Return SD3's ``encoder_hidden_states`` and ``pooled_projections`` of captions, on the encoder's device.
 
     Raises BadArgument as `relations.tokenise` does.
     """
@@ -93,14 +94,14 @@ def encode_relations(encoder: nn.Module, captions: Sequence[str]) -> tuple[Tenso
 
 
 def load_flow_model(path: Path = WEIGHTS / "flow_denoiser.safetensors") -> FlowModel:
-    """The trained encoder and denoiser in float32, eval mode. Raises DamagedWeights as `model.load` does."""
+    """Load the trained encoder and denoiser in float32 and eval mode. Raises DamagedWeights as `model.load` does."""
     return load(FlowModel(), path)
 
 
 class PairReader(nn.Module):
-    """A small convolutional network that reads a picture of two objects: which they are, and where they lie.
+    """A small convolutional network that reads the classes and positions of the two objects in an image.
 
-    Not which relation was asked for: of objects at the top left and the bottom right two are true.
+    It does not read the relation of the caption, because two relations hold for objects on a diagonal.
     """
 
     def __init__(self, width: int = 32) -> None:
@@ -114,20 +115,23 @@ class PairReader(nn.Module):
         self.head = nn.Linear(128, 3 * NUM_CLASSES)
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Of images ``(n, 3, SIZE, SIZE)`` in [-1, 1]: logits ``(n, NUM_CLASSES)`` of which classes they show, and
-        where an object of each class would be, x and y in pixels, ``(n, NUM_CLASSES, 2)``."""
+        """Read images (n, 3, SIZE, SIZE) in [-1, 1].
+
+        Returns logits (n, NUM_CLASSES) of the classes in each image, and (n, NUM_CLASSES, 2), the x and y in pixels of
+        an object of each class.
+        """
         logits, places = self.head(self.features(images)).split([NUM_CLASSES, 2 * NUM_CLASSES], dim=1)
         return logits, SIZE * (0.5 + places.unflatten(1, (NUM_CLASSES, 2)))
 
 
 def load_pair_reader(path: Path = WEIGHTS / "pair_reader.safetensors") -> PairReader:
-    """The trained reader in float32, eval mode. Raises DamagedWeights as `model.load` does."""
+    """Load the trained reader in float32 and eval mode. Raises DamagedWeights as `model.load` does."""
     return load(PairReader(), path)
 
 
 @torch.no_grad()
 def read_objects(reader: nn.Module, images: Tensor) -> Objects:
-    """The two objects that images ``(n, 3, SIZE, SIZE)`` in [-1, 1] show, the likeliest two classes."""
+    """Return the two most probable objects in each of the images (n, 3, SIZE, SIZE) in [-1, 1]."""
     logits, places = reader(images)
     classes = logits.topk(2).indices
     return Objects(classes, places.gather(1, classes[:, :, None].expand(-1, -1, 2)))

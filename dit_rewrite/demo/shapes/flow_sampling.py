@@ -1,4 +1,4 @@
-"""Sampling the bundled flow-matching denoiser: Euler's method with classifier-free guidance towards a caption."""
+"""Sample the bundled flow-matching denoiser by Euler's method with classifier-free guidance towards captions."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from dit_rewrite.demo.shapes.flow_model import build_flow_scheduler, encode_rela
 from dit_rewrite.demo.shapes.relations import NULL_CAPTION, SIZE
 from dit_rewrite.demo.shapes.sampling import sample
 
-FLOW_GUIDANCE = 3.0  # chosen by measuring: examples/shapes/evaluate_flow.py
+FLOW_GUIDANCE = 3.0  # chosen by examples/shapes/evaluate_flow.py
 
 
 def sample_relations(
@@ -25,15 +25,16 @@ def sample_relations(
     scheduler: Any = None,
     progress: Callable[[], object] | None = None,
 ) -> Tensor:
-    """Images ``(n, 3, SIZE, SIZE)`` in [-1, 1] of ``n`` captions, on the encoder's device.
+    """Sample images (n, 3, SIZE, SIZE) in [-1, 1] for n captions, on the encoder's device.
 
-    The denoiser is `flow_model.FlowModel`'s or what a compiler made of it, and is called with both halves of the
-    guidance. ``guidance`` 1 is none. ``scheduler`` is Euler's method, or another one of flow matching (see
-    `sampling.sample`). ``progress`` is called after each call of the denoiser. Raises BadArgument for captions that
+    `denoiser` is that of `flow_model.FlowModel`, or a compiled version of it; it is called with both halves of the
+    guidance. `guidance` = 1 turns guidance off. `scheduler` is Euler's method by default, or another scheduler for flow
+    matching (see `sampling.sample`). `progress` is called after each call of the denoiser. Raises BadArgument for
+    captions that
     `relations.tokenise` refuses.
     """
     both = [*captions, *[NULL_CAPTION] * len(captions)]
-    states, pooled = encode_relations(encoder, both)  # the same objects for all steps
+    states, pooled = encode_relations(encoder, both)  # the same objects at all steps: conditioning
 
     def predict(latents: Tensor, times: Tensor) -> Tensor:
         prediction: Tensor = denoiser(latents, states, pooled, times, return_dict=False)[0]

@@ -1,4 +1,4 @@
-"""The bundled denoiser and the classifier that reads its images: how they are built, saved and loaded."""
+"""Build, save and load the bundled denoiser and the classifier of its images."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ SCHEDULE = {"num_train_timesteps": 1000, "beta_schedule": "linear", "prediction_
 
 
 def build_denoiser() -> DiTTransformer2DModel:
-    """An untrained class-conditional DiT: 8 layers, width 128, 64 tokens of 2x2 pixels, predicting v."""
+    """Return an untrained class-conditional DiT: 8 layers, width 128, 64 tokens of 2x2 pixels. It predicts v."""
     try:
         from diffusers import DiTTransformer2DModel
     except ImportError as error:
@@ -40,14 +40,14 @@ def build_denoiser() -> DiTTransformer2DModel:
 
 
 def build_scheduler() -> DDIMScheduler:
-    """The DDIM sampler of the schedule that the denoiser was trained on (DDPM, linear betas)."""
+    """Return the DDIM sampler with the schedule that the denoiser was trained on (DDPM, linear betas)."""
     from diffusers import DDIMScheduler
 
     return DDIMScheduler(**SCHEDULE, timestep_spacing="trailing", clip_sample=True)
 
 
 class Classifier(nn.Module):
-    """A small convolutional network that names the class of an image; its features serve Fréchet distances."""
+    """A small convolutional network that classifies images; its features are used for Fréchet distances."""
 
     def __init__(self, width: int = 32) -> None:
         super().__init__()
@@ -60,7 +60,7 @@ class Classifier(nn.Module):
         self.head = nn.Linear(64, NUM_CLASSES)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Logits ``(n, NUM_CLASSES)`` of images ``(n, 3, SIZE, SIZE)`` in [-1, 1]."""
+        """Return logits (n, NUM_CLASSES) of images (n, 3, SIZE, SIZE) in [-1, 1]."""
         return self.head(self.features(images))
 
 
@@ -73,9 +73,9 @@ def save(module: nn.Module, path: Path) -> None:
 
 
 def load(module: M, path: Path) -> M:
-    """Fill a module from `save`'s file, in the module's own dtype, and put it in eval mode.
+    """Load a file written by `save` into a module, in the module's dtype, and put the module in eval mode.
 
-    Raises DamagedWeights when the file is missing, unreadable, or not of this module.
+    Raises DamagedWeights if the file is missing, unreadable, or of another module.
     """
     from safetensors import SafetensorError
     from safetensors.torch import load_file
@@ -89,16 +89,16 @@ def load(module: M, path: Path) -> M:
 
 
 def load_denoiser(path: Path = WEIGHTS / "denoiser.safetensors") -> DiTTransformer2DModel:
-    """The trained denoiser in float32, eval mode."""
+    """Load the trained denoiser in float32 and eval mode. Raises DamagedWeights as `load` does."""
     return load(build_denoiser(), path)
 
 
 def load_classifier(path: Path = WEIGHTS / "classifier.safetensors") -> Classifier:
-    """The trained classifier in float32, eval mode."""
+    """Load the trained classifier in float32 and eval mode. Raises DamagedWeights as `load` does."""
     return load(Classifier(), path)
 
 
 @torch.no_grad()
 def accuracy(classifier: nn.Module, images: Tensor, labels: Tensor) -> float:
-    """The fraction of images ``(n, 3, SIZE, SIZE)`` whose class the classifier reads as ``labels`` ``(n,)``."""
+    """Return the fraction of images (n, 3, SIZE, SIZE) that the classifier classifies as `labels` (n,)."""
     return (classifier(images).argmax(1) == labels).float().mean().item()

@@ -1,4 +1,4 @@
-"""Labelled rows of small images in one PNG, each pixel drawn as a square that a person can see."""
+"""Write labelled rows of small images to a PNG; each pixel is enlarged to a square."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ if TYPE_CHECKING:
     from PIL import Image, ImageDraw
 
 GAP = 4
-MARGIN = 190  # for the rows' labels
-HEADER = 24  # for the columns'
+MARGIN = 190  # pixels for the labels of rows
+HEADER = 24  # pixels for the labels of columns
 INK = (20, 20, 20)
 
 
 def to_bytes(images: Tensor, scale: int) -> Tensor:
-    """uint8 ``(n, size * scale, size * scale, 3)`` of images ``(n, 3, size, size)`` in [-1, 1], nearest neighbour."""
+    """Convert images (n, 3, size, size) in [-1, 1] to uint8 (n, size * scale, size * scale, 3) by nearest neighbour."""
     values = ((images.float().cpu() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
     return values.repeat_interleave(scale, 2).repeat_interleave(scale, 3).permute(0, 2, 3, 1)
 
@@ -38,7 +38,7 @@ def _paste_row(page: Image.Image, images: Tensor, top: int, scale: int) -> None:
 
 
 def save_rows(path: Path, rows: Sequence[tuple[str, Tensor]], columns: Sequence[str], scale: int = 8) -> None:
-    """Write a PNG with a row of images for each (label, images ``(n, 3, size, size)``), under ``columns``' labels."""
+    """Write a PNG with a row of images for each (label, images (n, 3, size, size)), below the labels `columns`."""
     from PIL import Image, ImageDraw
 
     cell = rows[0][1].shape[-1] * scale + GAP

@@ -1,7 +1,7 @@
-"""A procedural data set of relations: two shapes, and a sentence that says which lies on which side of the other.
+"""A procedural data set of relations: an image of two shapes, and a sentence about their relative position.
 
-"a red circle left of a blue square" names everything but the sizes and the exact places, which vary: the two may lie on
-a diagonal, of which a second relation is true too. Nothing is stored: see data.py.
+"a red circle left of a blue square" leaves out the sizes and the exact positions, which vary. If the shapes are on a
+diagonal, a second relation holds too. Images are generated and not stored: see data.py.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from dit_rewrite.demo.shapes.data import COLOURS, NUM_CLASSES, SHAPES, _distance
 
 SIZE = 32
 RADII = (4.6, 6.4)  # in pixels
-APART = 8.0  # pixels between centres from which on a relation holds; in drawn pictures they are twice RADII[0] or more
+APART = 8.0  # minimum pixels between centres for a relation; generated images have at least twice RADII[0]
 RELATIONS = ("left of", "right of", "above", "below")
 NULL = "<null>"
 WORDS = (START, NULL, "a", "left", "right", "of", "above", "below", *COLOURS, *SHAPES)
@@ -26,8 +26,8 @@ NULL_CAPTION = ""  # for classifier-free guidance
 
 
 class Pairs(NamedTuple):
-    """What is asked of ``n`` pictures, each ``(n,)`` int64: the class (data.CLASSES) of the object at the left or the
-    top, of the other one, and whether one lies above the other (1) or beside it (0)."""
+    """The content of n images, each field (n,) int64: the class (data.CLASSES) of the object at the left or the top,
+    that of the other object, and 1 if one is above the other, 0 if it is beside it."""
 
     first: Tensor
     second: Tensor
@@ -35,8 +35,8 @@ class Pairs(NamedTuple):
 
 
 class Layout(NamedTuple):
-    """Of ``n`` pictures the ground ``(n, 1, 1, 1)``, and of both objects the radii ``(n, 2)`` and the centres, x and y,
-    ``(n, 2, 2)``, in pixels."""
+    """The layout of n images: the background (n, 1, 1, 1), and the radii (n, 2) and centres (n, 2, 2), x and y, of both
+    objects in pixels."""
 
     ground: Tensor
     radii: Tensor
@@ -44,36 +44,36 @@ class Layout(NamedTuple):
 
 
 class Objects(NamedTuple):
-    """What is seen in ``n`` pictures: the classes ``(n, 2)`` of two objects in any order, and their centres, x and y in
-    pixels, ``(n, 2, 2)``."""
+    """The two objects that were read from each of n images, in any order: their classes (n, 2), and their centres
+    (n, 2, 2), x and y in pixels."""
 
     classes: Tensor
     centres: Tensor
 
-    def show(self, asked: Pairs) -> Tensor:
-        """Where ``(n,)`` they are the two objects that were asked for, wherever they lie."""
-        wanted = torch.stack([asked.first, asked.second], 1)
-        return (self.classes.sort(1).values == wanted.sort(1).values).all(1)
+    def have_classes(self, wanted: Pairs) -> Tensor:
+        """Return (n,) bool: whether the objects have the wanted classes."""
+        classes = torch.stack([wanted.first, wanted.second], 1)
+        return (self.classes.sort(1).values == classes.sort(1).values).all(1)
 
-    def lie(self, asked: Pairs) -> Tensor:
-        """Where ``(n,)`` they lie as was asked, the object of the class ``asked.first`` being at the left or the top.
+    def in_relation(self, wanted: Pairs) -> Tensor:
+        """Return (n,) bool: whether the wanted relation holds, with `wanted.first` at the left or the top.
 
-        Two relations may be true at once: of objects at the top left and the bottom right.
+        Two relations may hold at once, for example for objects at the top left and the bottom right.
         """
-        turned = self.classes[:, 0] != asked.first
-        ahead = (self.centres[:, 1] - self.centres[:, 0]).gather(1, asked.vertical[:, None])[:, 0]
-        return torch.where(turned, -ahead, ahead) >= APART
+        swapped = self.classes[:, 0] != wanted.first
+        distance = (self.centres[:, 1] - self.centres[:, 0]).gather(1, wanted.vertical[:, None])[:, 0]
+        return torch.where(swapped, -distance, distance) >= APART
 
 
 def draw_pairs(n: int, generator: Generator) -> Pairs:
-    """``n`` pairs of different classes, uniform."""
+    """Draw `n` pairs of different classes, uniformly."""
     first = torch.randint(NUM_CLASSES, (n,), generator=generator)
     other = torch.randint(1, NUM_CLASSES, (n,), generator=generator)
     return Pairs(first, (first + other) % NUM_CLASSES, torch.randint(2, (n,), generator=generator))
 
 
 def _layer(labels: Tensor, centre: Tensor, radius: Tensor) -> tuple[Tensor, Tensor]:
-    """How much of each pixel an object covers ``(n, 1, SIZE, SIZE)``, and its colour ``(n, 3, 1, 1)``."""
+    """Return the coverage of each pixel by an object (n, 1, SIZE, SIZE), and its colour (n, 3, 1, 1)."""
     pixel = torch.arange(SIZE) + 0.5
     x, y = pixel[None, None, :] - centre[0][:, None, None], pixel[None, :, None] - centre[1][:, None, None]
     shape, colour = labels // len(COLOURS), labels % len(COLOURS)
@@ -82,7 +82,7 @@ def _layer(labels: Tensor, centre: Tensor, radius: Tensor) -> tuple[Tensor, Tens
 
 
 def lay_out(pairs: Pairs, generator: Generator) -> Layout:
-    """Sizes and places in pixels, and the ground, within what is named; the two objects never overlap."""
+    """Draw sizes, positions and backgrounds that agree with `pairs`. The two objects never overlap."""
     n = len(pairs.first)
     low, high = RADII
     ground = -0.85 + 0.1 * torch.rand(n, 1, 1, 1, generator=generator)
@@ -99,7 +99,7 @@ def lay_out(pairs: Pairs, generator: Generator) -> Layout:
 
 
 def render(pairs: Pairs, layout: Layout) -> Tensor:
-    """Pictures ``(n, 3, SIZE, SIZE)`` float32 in [-1, 1]."""
+    """Return images (n, 3, SIZE, SIZE) float32 in [-1, 1]."""
     image = layout.ground.expand(-1, 3, SIZE, SIZE)
     for i, labels in enumerate((pairs.first, pairs.second)):
         coverage, ink = _layer(labels, layout.centres[:, i].T, layout.radii[:, i])
@@ -112,7 +112,7 @@ def _say(label: int) -> str:
 
 
 def describe(pairs: Pairs, generator: Generator) -> list[str]:
-    """One caption for each picture; which of the two objects is named first is drawn."""
+    """Return a caption for each image, with the two objects in random order."""
     turned = torch.randint(2, (len(pairs.first),), generator=generator)
     captions = []
     for first, second, vertical, turn in zip(*(x.tolist() for x in (*pairs, turned)), strict=True):
@@ -122,13 +122,13 @@ def describe(pairs: Pairs, generator: Generator) -> list[str]:
 
 
 def sample_related(n: int, generator: Generator) -> tuple[Tensor, list[str], Pairs]:
-    """Draw ``n`` pictures ``(n, 3, SIZE, SIZE)`` in [-1, 1], a caption of each, and what they show."""
+    """Draw `n` images (n, 3, SIZE, SIZE) in [-1, 1], with their captions and pairs."""
     pairs = draw_pairs(n, generator)
     return render(pairs, lay_out(pairs, generator)), describe(pairs, generator), pairs
 
 
 def tokenise(captions: Sequence[str]) -> Tensor:
-    """Tokens ``(n, MAX_TOKENS)`` int64 of the captions: a start, the words, and the null token as padding.
+    """Return the tokens (n, MAX_TOKENS) int64 of captions: a start token, the words, and the null token as padding.
 
     Raises BadArgument for a word outside WORDS or too many words.
     """

@@ -1,4 +1,4 @@
-"""Sampling the bundled denoisers with classifier-free guidance, both halves in one call; DDIM by default."""
+"""Sample the bundled denoisers with classifier-free guidance, both halves in one call, by DDIM or another scheduler."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from torch import Tensor, nn
 from dit_rewrite.demo.shapes.data import NULL_CLASS, SIZE
 from dit_rewrite.demo.shapes.model import build_scheduler
 
-GUIDANCE = 1.25  # chosen by measuring: examples/shapes/evaluate.py
+GUIDANCE = 1.25  # chosen by examples/shapes/evaluate.py
 
 
-def _told(denoiser: nn.Module, steps: int, scheduler: Any) -> AbstractContextManager[object]:
-    """The trajectory of a rewritten denoiser; nothing for any other."""
+def _trajectory(denoiser: nn.Module, steps: int, scheduler: Any) -> AbstractContextManager[object]:
+    """Open an explicit trajectory of a rewritten denoiser; do nothing for other modules."""
     trajectory = getattr(denoiser, "trajectory", None)
     return nullcontext() if trajectory is None else trajectory(num_steps=steps, scheduler=scheduler)
 
 
 def _noise(n: int, size: int, seed: int, device: torch.device) -> Tensor:
-    """The start of ``n`` trajectories, drawn on the CPU so that it is the same on every device."""
+    """Return the initial noise of `n` trajectories, drawn on the CPU so that it is the same for every device."""
     return torch.randn(n, 3, size, size, generator=torch.Generator().manual_seed(seed)).to(device)
 
 
@@ -43,17 +43,17 @@ def sample(
     size: int = SIZE,
     progress: Callable[[], object] | None = None,
 ) -> Tensor:
-    """``n`` images ``(n, 3, size, size)`` by ``scheduler``; ``predict`` calls ``denoiser``, the conditional half first.
+    """Sample `n` images (n, 3, size, size) with `scheduler`. `predict` calls `denoiser`, the conditional half first.
 
-    The prediction that is stepped with is Ho and Salimans 2022, equation 6, with the weight w + 1 = ``guidance``.
-    ``scheduler`` is DDIM, or a diffusers scheduler of the process that the denoiser was trained on which starts from
-    noise of variance 1 and gives the latents to the denoiser as they are, such as DPM-Solver++ or UniPC. There is one
-    call a timestep: of a second-order one, such as Heun's, two a step.
+    The guided prediction is that of Ho and Salimans 2022, equation 6, with the weight w + 1 = `guidance`. `scheduler`
+    is DDIM by default. It may be another diffusers scheduler for the process that the denoiser was trained on, if it
+    starts from noise of variance 1 and does not scale the model's input, such as DPM-Solver++ or UniPC. There is one
+    call per timestep of the scheduler; second-order ones, such as Heun's, have two per step.
     """
     scheduler = build_scheduler() if scheduler is None else scheduler
     scheduler.set_timesteps(steps)
     latents = _noise(n, size, seed, device)
-    with _told(denoiser, steps, scheduler):
+    with _trajectory(denoiser, steps, scheduler):
         for timestep in scheduler.timesteps:
             both = predict(torch.cat([latents, latents]), timestep.to(device).expand(2 * n))
             conditional, unconditional = both.chunk(2)
@@ -74,11 +74,12 @@ def sample_images(
     scheduler: Any = None,
     progress: Callable[[], object] | None = None,
 ) -> Tensor:
-    """Images ``(n, 3, SIZE, SIZE)`` in [-1, 1] of the classes ``labels`` ``(n,)``, on the device of the labels.
+    """Sample images (n, 3, SIZE, SIZE) in [-1, 1] of the classes `labels` (n,), on the device of the labels.
 
-    ``guidance`` 1 is none. ``scheduler`` is as in `sample`. ``progress`` is called after each call of the denoiser.
+    `guidance` = 1 turns guidance off. `scheduler` is as in `sample`. `progress` is called after each call of the
+    denoiser.
     """
-    conditioning = torch.cat([labels, torch.full_like(labels, NULL_CLASS)])  # one object for all steps
+    conditioning = torch.cat([labels, torch.full_like(labels, NULL_CLASS)])  # one object for all steps: conditioning
 
     def predict(latents: Tensor, times: Tensor) -> Tensor:
         prediction: Tensor = denoiser(latents, times, class_labels=conditioning, return_dict=False)[0]

@@ -1,4 +1,4 @@
-"""The bundled text-conditional denoiser: PixArt at toy size, behind an encoder that knows the captions' words."""
+"""The bundled text-conditional denoiser: a small PixArt, and an encoder with the vocabulary of the captions."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ HEAD_CHANNELS = 32
 
 
 def build_text_denoiser() -> PixArtTransformer2DModel:
-    """An untrained PixArt: 4 layers, width 128, 64 tokens of 2x2 pixels, predicting v from TEXT_CHANNELS of text."""
+    """Return an untrained PixArt: 4 layers, width 128, 64 tokens of 2x2 pixels, TEXT_CHANNELS of text, predicting v."""
     try:
         from diffusers import PixArtTransformer2DModel
     except ImportError as error:
@@ -44,7 +44,7 @@ def build_text_denoiser() -> PixArtTransformer2DModel:
 
 
 class TextEncoder(nn.Module):
-    """A learned vector for each word plus a sinusoid of its place (Vaswani et al. 2017, section 3.5)."""
+    """A learned vector for each word plus a sinusoid of its position (Vaswani et al. 2017, section 3.5)."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -54,12 +54,12 @@ class TextEncoder(nn.Module):
         self.register_buffer("places", torch.cat([angle.sin(), angle.cos()], dim=1), persistent=False)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """Text states ``(n, MAX_TOKENS, TEXT_CHANNELS)`` of `captions.tokenise`'s tokens ``(n, MAX_TOKENS)``."""
+        """Return text states (n, MAX_TOKENS, TEXT_CHANNELS) of tokens (n, MAX_TOKENS) from `captions.tokenise`."""
         return self.words(tokens) + self.places
 
 
 class TextModel(nn.Module):
-    """Both networks, as they are trained and saved together. A sampler calls the encoder once per trajectory."""
+    """Encoder and denoiser, which are trained and saved together. A sampler calls the encoder once per trajectory."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -67,13 +67,13 @@ class TextModel(nn.Module):
         self.denoiser = build_text_denoiser()
 
     def forward(self, latents: Tensor, timestep: Tensor, tokens: Tensor, mask: Tensor) -> Tensor:
-        """The predicted v ``(n, 3, SIZE, SIZE)`` of noisy pictures; tokens and mask as from `captions.tokenise`."""
+        """Return the predicted v (n, 3, SIZE, SIZE) of noisy images; tokens and mask come from `captions.tokenise`."""
         return self.denoiser(latents, self.encoder(tokens), timestep, encoder_attention_mask=mask, return_dict=False)[0]
 
 
 @torch.no_grad()
 def encode(encoder: nn.Module, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
-    """Text states ``(n, MAX_TOKENS, TEXT_CHANNELS)`` and their mask ``(n, MAX_TOKENS)``, on the encoder's device.
+    """Return text states (n, MAX_TOKENS, TEXT_CHANNELS) and their mask (n, MAX_TOKENS), on the encoder's device.
 
     They are PixArt's ``encoder_hidden_states`` and ``encoder_attention_mask``. Raises BadArgument as `tokenise` does.
     """
@@ -83,5 +83,5 @@ def encode(encoder: nn.Module, captions: Sequence[str]) -> tuple[Tensor, Tensor]
 
 
 def load_text_model(path: Path = WEIGHTS / "text_denoiser.safetensors") -> TextModel:
-    """The trained encoder and denoiser in float32, eval mode. Raises DamagedWeights as `model.load` does."""
+    """Load the trained encoder and denoiser in float32 and eval mode. Raises DamagedWeights as `model.load` does."""
     return load(TextModel(), path)

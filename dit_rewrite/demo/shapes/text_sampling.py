@@ -1,4 +1,4 @@
-"""Sampling the bundled text-conditional denoiser: DDIM with classifier-free guidance towards a caption."""
+"""Sample the bundled text-conditional denoiser by DDIM with classifier-free guidance towards captions."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from dit_rewrite.demo.shapes.captions import NULL_CAPTION
 from dit_rewrite.demo.shapes.sampling import sample
 from dit_rewrite.demo.shapes.text_model import encode
 
-TEXT_GUIDANCE = 1.25  # chosen by measuring: examples/shapes/evaluate_text.py
+TEXT_GUIDANCE = 1.25  # chosen by examples/shapes/evaluate_text.py
 
 
 def sample_captions(
@@ -26,11 +26,11 @@ def sample_captions(
     scheduler: Any = None,
     progress: Callable[[], object] | None = None,
 ) -> Tensor:
-    """Images ``(n, 3, SIZE, SIZE)`` in [-1, 1] of ``n`` captions, on the encoder's device.
+    """Sample images (n, 3, SIZE, SIZE) in [-1, 1] for n captions, on the encoder's device.
 
-    The denoiser is `text_model.TextModel`'s or what a compiler made of it, and is called with both halves of the
-    guidance. ``guidance`` 1 is none. ``scheduler`` is as in `sampling.sample`. ``progress`` is called after each call
-    of the denoiser. Raises BadArgument for captions that `captions.tokenise` refuses.
+    `denoiser` is that of `text_model.TextModel`, or a compiled version of it; it is called with both halves of the
+    guidance. `guidance` = 1 turns guidance off. `scheduler` is as in `sampling.sample`. `progress` is called after each
+    call of the denoiser. Raises BadArgument for captions that `captions.tokenise` refuses.
     """
     with torch.no_grad():
         states, mask = encode(encoder, [*captions, *[NULL_CAPTION] * len(captions)])  # one object for all steps

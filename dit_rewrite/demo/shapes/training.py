@@ -1,4 +1,4 @@
-"""What training the bundled networks has in common: rates, an optimiser, a moving average, checkpoints, the loops."""
+"""Training of the bundled networks: learning rates, an optimiser, a moving average, checkpoints and the loops."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from torch import Generator, Tensor, nn
 from dit_rewrite.demo.shapes.model import save
 
 EMA_DECAY = 0.999
-WARM_UP = 200  # steps
+WARM_UP = 200  # steps in which the learning rate rises
 
 
 def build_parser(
     description: str | None, *, steps: int, batch: int, threads: int, save_every: int
 ) -> argparse.ArgumentParser:
-    """The options of every training script, by their defaults."""
+    """Return a parser with the options of all training scripts, with these defaults."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--steps", type=int, default=steps)
-    parser.add_argument("--stop", type=int, help="stop after this step, to go on later")
+    parser.add_argument("--stop", type=int, help="stop after this step; run again to continue")
     parser.add_argument("--batch", type=int, default=batch)
     parser.add_argument("--rate", type=float, default=1e-3)
     parser.add_argument("--threads", type=int, default=threads)
@@ -34,11 +34,11 @@ def build_parser(
 
 
 class Trainer:
-    """A model, its moving average and optimisers, and the step that is next.
+    """A model, its moving average, its optimisers, and the next step.
 
-    `loss_of` gives the loss of a step's batch, drawn from a generator that is seeded with `seed` and the step;
-    `rate_at` the learning rate of a step. ``<weights>.safetensors`` in the folder `out` gets the averaged weights in
-    fp16, the file `checkpoint` there all that is needed to go on.
+    `loss_of` returns the loss of a batch, given a generator that is seeded with `seed` and the step. `rate_at` returns
+    the learning rate of a step. The averaged weights are saved to ``<weights>.safetensors`` in the folder `out` in
+    fp16, and the state for continuing to the file `checkpoint` there.
     """
 
     def __init__(
@@ -59,7 +59,7 @@ class Trainer:
         self.step = 0
 
     def train(self, until: int, save_every: int) -> None:
-        """Go on from the checkpoint, if there is one, up to step `until`, and save."""
+        """Continue from the checkpoint, if there is one, up to step `until`, and save."""
         self.checkpoint.parent.mkdir(parents=True, exist_ok=True)
         self._resume()
         losses: list[float] = []
@@ -73,7 +73,7 @@ class Trainer:
         self._save()
 
     def _train_step(self) -> float:
-        """One step of the optimisers; its loss."""
+        """Run one step of the optimisers and return the loss."""
         loss = self.loss_of(Generator().manual_seed(self.seed + self.step))
         self.model.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
@@ -86,12 +86,12 @@ class Trainer:
         return loss.item()
 
     def _parts(self) -> Iterator[tuple[str, Any]]:
-        """All that has a state to keep, by name."""
+        """Yield all objects whose state is saved, by name."""
         yield from (("model", self.model), ("ema", self.ema))
         yield from ((f"optimiser {i}", optimiser) for i, optimiser in enumerate(self.optimisers))
 
     def _save(self) -> None:
-        """Write a checkpoint, whole or not at all, and the averaged weights."""
+        """Write a checkpoint atomically, and the averaged weights."""
         new = self.checkpoint.with_suffix(".new")
         torch.save({name: part.state_dict() for name, part in self._parts()} | {"step": self.step}, new)
         new.replace(self.checkpoint)
@@ -106,9 +106,9 @@ class Trainer:
 
 
 def fit(network: nn.Module, loss_of: Callable[[Generator], Tensor], steps: int, rate: float) -> None:
-    """Train a small network, a picture reader, in one go: Adam with a rate that falls to zero along a half cosine.
+    """Train a small network without checkpoints, by Adam with a cosine learning rate that falls to zero.
 
-    `loss_of` gives the loss of a step's batch, drawn from a generator that is seeded with the step.
+    `loss_of` returns the loss of a batch, given a generator that is seeded with the step.
     """
     optimiser = torch.optim.Adam(network.parameters(), lr=rate)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, steps)
@@ -123,23 +123,24 @@ def fit(network: nn.Module, loss_of: Callable[[Generator], Tensor], steps: int, 
             print(f"step {step + 1}  loss {loss.item():.5f}  {time.perf_counter() - began:.0f} s", flush=True)
 
 
-def roughen(images: Tensor, generator: Generator) -> Tensor:
-    """Images ``(n, 3, SIZE, SIZE)`` in [-1, 1], the first half with noise of up to 0.15, as sampled ones may have."""
+def add_noise(images: Tensor, generator: Generator) -> Tensor:
+    """Add noise of up to 0.15, as sampled images may have, to the first half of images (n, 3, SIZE, SIZE)."""
     strength = 0.15 * torch.rand(len(images), 1, 1, 1, generator=generator)
     strength[len(images) // 2 :] = 0
     return images + strength * torch.randn(images.shape, generator=generator)
 
 
 def rate_at(step: int, steps: int, peak: float, hold: int = 0) -> float:
-    """The learning rate: up linearly for WARM_UP steps, and from step ``hold`` down to zero along a half cosine."""
+    """Return the learning rate: it rises linearly for WARM_UP steps, and falls as a cosine to zero from step `hold`."""
     fallen = max(0, step - hold) / (steps - hold)
     return peak * min(1.0, (step + 1) / WARM_UP) * 0.5 * (1 + math.cos(math.pi * fallen))
 
 
 def orthogonalise(matrices: Tensor) -> Tensor:
-    """Nearly orthogonal matrices with the singular vectors of ``(n, rows, columns)``, by Newton-Schulz (Jordan 2024).
+    """Return nearly orthogonal matrices with the singular vectors of `matrices` (n, rows, columns), by Newton-Schulz
+    iterations (Jordan 2024).
 
-    In the dtype of the argument: `torch.optim.Muon` does this in bfloat16, which most CPUs only emulate.
+    The computation has the dtype of the argument. `torch.optim.Muon` uses bfloat16, which most CPUs emulate.
     """
     if matrices.shape[-2] > matrices.shape[-1]:
         return orthogonalise(matrices.mT).mT
@@ -151,7 +152,7 @@ def orthogonalise(matrices: Tensor) -> Tensor:
 
 
 class Muon(torch.optim.Optimizer):
-    """Orthogonalised Nesterov momentum for matrices (Jordan 2024), at the learning rate that AdamW would have.
+    """Orthogonalised Nesterov momentum for matrices (Jordan 2024), for learning rates of AdamW.
 
     The update is scaled as in Liu et al. 2025 ("Muon is scalable for LLM training"), section 2.2.
     """
@@ -161,7 +162,7 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
-        """Update every matrix; those of a shape are orthogonalised together."""
+        """Update every matrix. Matrices of equal shape are orthogonalised together."""
         for group in self.param_groups:
             for shape in {matrix.shape for matrix in group["params"]}:
                 matrices = [matrix for matrix in group["params"] if matrix.shape == shape]
@@ -170,7 +171,7 @@ class Muon(torch.optim.Optimizer):
                     matrix.add_(update, alpha=-0.2 * max(shape) ** 0.5 * group["lr"])
 
     def nesterov(self, matrix: Tensor, momentum: float) -> Tensor:
-        """The gradient, moved towards its running average, which takes it in first."""
+        """Update the running average of the gradient, and return the gradient interpolated towards it."""
         average = self.state[matrix].setdefault("average", torch.zeros_like(matrix))
         gradient = matrix.grad
         assert gradient is not None
