@@ -28,7 +28,7 @@ class NotAModule(ModelError, TypeError):
 class NoTransformer(ModelError, ValueError):
     template = (
         "{pipeline} has no component called transformer, so there is no diffusion transformer to rewrite; its modules "
-        "are {components}. If the pipeline has a denoiser, give it to dit_rewrite.compile."
+        "are {components}. Give dit_rewrite.compile the denoiser itself, if there is one."
     )
 
     def __init__(self, pipeline: str, components: Iterable[str]) -> None:

@@ -55,7 +55,7 @@ class NotCalibrated(PolicyError):
 class TooFewChanges(NotCalibrated):
     template = (
         "TeaCache cannot be calibrated: it needs {least} changes of the modulated input and the output, but saw "
-        "{count}. In `sample`, call the denoiser that it is given, at more steps."
+        "{count}. Call the denoiser that `sample` receives, at more steps."
     )
 
 
@@ -68,8 +68,8 @@ class PoorFit(NotCalibrated):
 
 class TooFewSteps(NotCalibrated):
     template = (
-        "MagCache cannot be calibrated: it needs values of 2 steps, but saw {count}. In `sample`, call the denoiser "
-        "that it is given, at every step."
+        "MagCache cannot be calibrated: it needs values of 2 steps, but saw {count}. Call the denoiser that `sample` "
+        "receives, at every step."
     )
 
 

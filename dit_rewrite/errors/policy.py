@@ -78,7 +78,7 @@ class NotAPolicy(PolicyError):
 
 class UnreachedPolicy(PolicyError):
     template = (
-        "The policy {policy} reaches none of the model's {sites} sites, so there is nothing to verify. Compare its "
+        "The policy {policy} reaches none of the model's {sites} sites, so there is nothing to verify. Check its "
         "kinds and guards with model.explain()."
     )
 

@@ -21,7 +21,7 @@ class NumStepsNotWhole(BadTrajectory):
 
 
 class NoSteps(BadTrajectory):
-    template = "A trajectory of {num_steps} steps has no step. Give num_steps >= 1."
+    template = "num_steps={num_steps} is not positive. Give num_steps >= 1."
 
 
 class NoTimesteps(BadTrajectory):
@@ -67,7 +67,7 @@ class SearchOverGraphs(BadTrajectory):
 class SearchCalledTwice(BadTrajectory):
     template = (
         "The denoiser was called more than once at step {step}: guidance makes a call for each stream, or the solver "
-        "evaluates the model twice. A plan has one choice for each step. Put both halves of the guidance in one batch, "
+        "evaluates the model twice. A plan has one choice per step. Give both halves of the guidance in one batch, "
         'with conditional="first" or "second", and use a solver with one call per step.'
     )
 

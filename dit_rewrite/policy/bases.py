@@ -243,7 +243,8 @@ def lagrange(places: Sequence[float], place: float) -> list[float]:
 
 
 def differences(places: Sequence[float]) -> list[list[float]]:
-    """Return TaylorSeer's differences D_0, D_1, … of the newest value, as weights. D_0 is the value, D_j+1 is the change of D_j since the previous value, divided by the distance of the two places."""
+    """Return TaylorSeer's differences D_0, D_1, … of the newest value, as weights. D_0 is the value, and D_j+1 the
+    change of D_j since the previous value, divided by the distance of the two places."""
     found, rows = [], _units(len(places))
     while rows:
         found.append(rows[0])

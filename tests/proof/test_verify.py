@@ -198,7 +198,7 @@ def test_streams_are_verified_apart(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_a_policy_that_reaches_no_site_is_refused() -> None:
     for policy in (Never(), FORA(3, kinds=("cross",)), FORA(1), Policy((Rule(sympy.false),), "nothing")):
-        with pytest.raises(UnreachedPolicy, match="none of the model's 4 sites.*Compare its kinds and guards"):
+        with pytest.raises(UnreachedPolicy, match="none of the model's 4 sites.*Check its kinds and guards"):
             verified(policy)
 
 

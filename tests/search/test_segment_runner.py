@@ -311,8 +311,8 @@ def resized(model: Any) -> None:
 @pytest.mark.parametrize(
     ("samplers", "says"),
     [
-        ([guided(named=False)], "called more than once at step 0: .*Put both halves of the guidance in one batch"),
-        ([guided(named=True)], "called more than once at step 0: .*Put both halves of the guidance in one batch"),
+        ([guided(named=False)], "called more than once at step 0: .*Give both halves of the guidance in one batch"),
+        ([guided(named=True)], "called more than once at step 0: .*Give both halves of the guidance in one batch"),
         ([restarted], "call for step 1 is of step 0 of another trajectory"),
         ([resized], "At step 2 the denoiser was compiled again, for other shapes"),
         ([sampling(tiny.calls(3)), sampling(tiny.calls(3, tokens=12))], "At step 0 the denoiser was compiled again"),
