@@ -240,7 +240,7 @@ def _read(path: Path, search: Search) -> Found:
         raise OtherSearch(path, _differences(content["search"], wanted))
     rows, tried, work = content["table"], content["evaluations"], content["work"]
     if not (isinstance(rows, list) and 1 <= len(rows) <= search.steps and is_whole(tried, 0) and is_real(work)):
-        raise BadPlan(path, f"it lacks a valid count, or a table of 1 to {search.steps} rows")
+        raise BadPlan(path, f"it lacks a count, or a table of 1 to {search.steps} rows")
     try:
         table = tuple(parse_row(row) for row in rows)
     except BadParameter as error:

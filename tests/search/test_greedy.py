@@ -381,7 +381,7 @@ def test_another_search_does_not_go_on_with_it(tmp_path: Path, changes: dict[str
         ({"evaluations": "3"}, "a count"),
         ({"work": -1}, "a count"),
         ({"version": 0}, "its version is 0"),
-        ({"more": 1}, "the foreign more"),
+        ({"more": 1}, "unknown fields more"),
     ],
 )
 def test_damaged_partial_files(tmp_path: Path, changes: dict[str, Any], says: str):
