@@ -90,7 +90,7 @@ class Report:
             f"policy    {self.policy}",
             *self._verdicts(),
             *(f"graph {i}   {_partition(r)}" for i, r in enumerate(self.rewritten)),
-            f"FLOPs     {_quantity(total)} per call, of which {_quantity(saved)} ({saved / max(total, 1):.1%}) in sites",
+            f"FLOPs     {_quantity(total)} per call, {_quantity(saved)} of them ({saved / max(total, 1):.1%}) in sites",
             f"cached    {_quantity(self.stream_bytes, 1024)}B per stream at most, {_quantity(self.peak_bytes, 1024)}B "
             f"in the {self.streams} known so far",
             *self._hoisted(),

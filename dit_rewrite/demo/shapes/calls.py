@@ -15,13 +15,13 @@ from dit_rewrite.demo.shapes import SIZE, load_denoiser
 
 
 def build(steps: int) -> tuple[torch.nn.Module, list[dict[str, Any]]]:
-    """Return the bundled denoiser and the inputs of one trajectory: two images between noise and a fixed picture."""
+    """Return the bundled denoiser and the inputs of one trajectory: two images from noise to a fixed target."""
     generator = torch.Generator().manual_seed(0)
-    noise, picture = torch.randn(2, 2, 3, SIZE, SIZE, generator=generator)
+    noise, target = torch.randn(2, 2, 3, SIZE, SIZE, generator=generator)
     labels = torch.tensor([1, 8])
     calls = [
         {
-            "hidden_states": noise * (1 - step / steps) + picture * (step / steps),
+            "hidden_states": noise * (1 - step / steps) + target * (step / steps),
             "timestep": torch.tensor([999 - step * 1000 // steps] * 2),
             "class_labels": labels,
             "return_dict": False,
