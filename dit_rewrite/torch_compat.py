@@ -1,8 +1,8 @@
 """All private APIs of torch that the project uses, each behind a function or a name.
 
 A torch release may rename any of them. Then TorchChanged is raised, at import or at the first use. A silent default
-would be wrong: a part of a model could be taken for the whole, a weight for data, an assumed size for a checked one. All
-of them are the same in the versions of `TESTED`; where versions differ, the function says so.
+would be wrong: a part of a model could be taken for the whole, a weight for data, an assumed size for a checked one.
+All of them are the same in the versions of `TESTED`; where versions differ, the function says so.
 """
 
 from __future__ import annotations
