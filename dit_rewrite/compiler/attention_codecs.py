@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -15,7 +16,7 @@ from dit_rewrite.kernels.blockwise_attention.state import DTYPES, HEAD_SIZES
 from dit_rewrite.kernels.window_attention import window_reuse
 from dit_rewrite.passes.analysis.attention_sites import arguments, is_of_one_sequence, text_tokens
 from dit_rewrite.passes.rewrite.codec import Codec
-from dit_rewrite.policy.strategies import BlockwiseReuse, Core
+from dit_rewrite.policy.strategies import BlockwiseReuse, Core, WindowResidual
 
 
 @dataclass(frozen=True)
@@ -86,26 +87,40 @@ def _float32_for_float64(tensor: Tensor) -> Tensor:
     return tensor.float() if tensor.dtype is torch.float64 else tensor
 
 
+@functools.singledispatch
 def codec(
     strategy: Core, core: fx.Node, image: int | None, invariant_kv: bool, invariant_mask: bool
 ) -> Codec | RefusalReason:
     """Return the codec with which a strategy replaces the attention op `core`, or the reason why it cannot.
 
+    Each kind of strategy registers a function for it.
+
     `image` is the number of tokens of the stream that the model's output is computed from. `invariant_kv`: keys and
     values are trajectory-invariant. `invariant_mask`: the mask is trajectory-invariant, or there is none.
     """
-    given = arguments(core)
-    if isinstance(strategy, BlockwiseReuse):
-        return _blockwise(strategy, given, invariant_kv) if invariant_mask else RefusalReason.MOVING_MASK
+    raise NotImplementedError(f"no codec is registered for {type(strategy).__name__}")
+
+
+@codec.register
+def _windowed(
+    strategy: WindowResidual, core: fx.Node, image: int | None, invariant_kv: bool, invariant_mask: bool
+) -> Codec | RefusalReason:
     if not is_of_one_sequence(core):
         return RefusalReason.OTHER_TOKENS
+    given = arguments(core)
     text, last = (0, False) if image is None else text_tokens(core, image)
     shape: Any = core.meta["val"].shape
     tokens = shape[2] - text
     return Windowed(strategy.reach(tokens), strategy.grid, text, last, given["scale"], strategy.residual)
 
 
-def _blockwise(strategy: BlockwiseReuse, given: dict[str, Any], invariant_kv: bool) -> Codec | RefusalReason:
+@codec.register
+def _blockwise(
+    strategy: BlockwiseReuse, core: fx.Node, image: int | None, invariant_kv: bool, invariant_mask: bool
+) -> Codec | RefusalReason:
+    if not invariant_mask:
+        return RefusalReason.MOVING_MASK
+    given = arguments(core)
     query, key = given["query"].meta["val"], given["key"].meta["val"]
     if query.dtype not in DTYPES or query.shape[-1] not in HEAD_SIZES:
         return RefusalReason.HEAD_SIZE

@@ -155,7 +155,12 @@ class ReuseKV(_Cached):
 
 
 @dataclass(frozen=True)
-class WindowResidual:
+class Core:
+    """A strategy in the place of an attention op; `dit_rewrite.compiler.attention_codecs.codec` implements it."""
+
+
+@dataclass(frozen=True)
+class WindowResidual(Core):
     """Window attention plus the cached residual to full attention (DiTFastAttn's WA-RS, section 3.2).
 
     `window` is the distance that a token attends to on each side: a fraction of the tokens (1/8 in the paper's code) or
@@ -278,7 +283,7 @@ class GuidanceDelta:
 
 
 @dataclass(frozen=True)
-class BlockwiseReuse:
+class BlockwiseReuse(Core):
     """Recompute attention for the blocks of keys whose scores may have changed by more than `threshold`, and reuse the
     partial results of the others (CachedAttention, algorithms 1 and 2; kernels/blockwise_attention).
 
@@ -299,19 +304,12 @@ class BlockwiseReuse:
             raise BadParameter("BlockwiseReuse", "bound", self.bound, '"paper" or "sound"')
 
 
-Core = WindowResidual | BlockwiseReuse  # strategies that replace an attention op
 Strategy = Compute | Reuse | Forecast | ReuseKV | ShareGuidance | GuidanceDelta | Core
-_PARTS = {
-    ReuseKV: frozenset({Part.KV}),
-    ShareGuidance: frozenset({Part.CFG_SHARED}),
-    GuidanceDelta: frozenset({Part.DELTA}),
-    WindowResidual: frozenset({Part.CORE, Part.CORE_STATE}),
-    BlockwiseReuse: frozenset({Part.CORE, Part.CORE_STATE}),
-}
+_PARTS = {ReuseKV: Part.KV, ShareGuidance: Part.CFG_SHARED, GuidanceDelta: Part.DELTA}
 
 
 def parts(strategy: Strategy, of: Part = Part.BRANCH) -> frozenset[Part]:
     """Return the parts of a site that a strategy replaces; empty for `Compute`."""
-    if isinstance(strategy, Compute):
-        return frozenset()
-    return _PARTS.get(type(strategy), frozenset({of}))
+    if isinstance(strategy, Core):
+        return frozenset({Part.CORE, Part.CORE_STATE})
+    return frozenset(() if isinstance(strategy, Compute) else {_PARTS.get(type(strategy), of)})
