@@ -10,7 +10,7 @@ VERIFY_POLICY ?= fora:interval=3
 WORKERS ?= auto
 
 .DELETE_ON_ERROR:
-.PHONY: help install demo test test-full gpu lint format types verify wheel clean
+.PHONY: help install demo test test-full gpu lint format types verify docs wheel clean
 
 help:
 	@echo "make demo       sample images with and without caching; table, pictures and graphs in demo/"
@@ -20,6 +20,7 @@ help:
 	@echo "make lint       ruff: rules and format (make format repairs)"
 	@echo "make types      mypy on an installed copy of the package, the benchmarks and the examples"
 	@echo "make verify     prove the rewrite of the bundled denoiser; graphs and diffs in build/verify/"
+	@echo "make docs       the pages, in build/docs; a broken link or anchor is an error"
 	@echo "make wheel      dist/*.whl"
 
 install: $(INSTALLED)
@@ -75,6 +76,10 @@ types: $(INSTALLED)
 
 verify: $(INSTALLED)
 	$(BIN)/python -m dit_rewrite verify --model $(VERIFY_MODEL) --policy $(VERIFY_POLICY) --dump build/verify
+
+docs: $(INSTALLED)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[docs]'
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --site-dir build/docs
 
 wheel: $(INSTALLED)
 	rm -rf build/types build/lib build/bdist.*

@@ -3,7 +3,7 @@
 The model is a 6-layer DiT of width 384 on 2 x 256 tokens. The benchmark compares reuse 0 with plain torch.compile, a
 fully reusing step with a computing one, and FORA(3) over 50 steps with its ideal; it also measures the compile time and
 the host time that dispatch adds. Ratios are those of alternating runs in one process; the ratio of plain torch.compile
-to itself (A/A) is the noise floor.
+to itself (A/A) is the noise floor. The table is also written to docs/overhead.md.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from collections.abc import Callable
 import torch
 
 import dit_rewrite
-from benchmarks import segments
+from benchmarks import overhead_report, segments
 from benchmarks.timing import Row, Spread, alternate, ratio, report, seconds
 from benchmarks.workload import ALWAYS, STEPS, Stepper, alternate_steps, build, calls, cold, instant
 from dit_rewrite.compiler.backend import Backend
@@ -148,6 +148,7 @@ def main() -> None:
     rows += segments.measure_all(arguments.device, arguments.rounds, arguments.compiles)
     model = "DiTTransformer2DModel, 6 layers, width 384, 2 x 256 tokens, float32, random weights"
     report("overhead", rows, {"model": model})
+    overhead_report.write_page()
 
 
 if __name__ == "__main__":
