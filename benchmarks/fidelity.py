@@ -220,6 +220,15 @@ def run(arguments: argparse.Namespace) -> Outcome:
     return Outcome(rows, claims)
 
 
+def read_outcome(arguments: argparse.Namespace) -> Outcome:
+    """Read the rows from the results file, without measuring."""
+    record = Record(arguments.out, {}, json.loads(arguments.out.read_text(encoding="utf-8"))["sections"])
+    rows: list[Row] = []
+    for toy in (make() for make in TOYS.values()):
+        rows += read_rows(Bench(toy, arguments), recipes(toy, arguments.steps), record)
+    return Outcome(rows, judge(rows))
+
+
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--toys", nargs="+", choices=TOYS, default=list(TOYS))
@@ -234,17 +243,22 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--rows", nargs="+", metavar="PATTERN", help="by name or family, such as 'Forecast'")
     parser.add_argument("--out", type=Path, default=RESULTS / "fidelity.json")
     parser.add_argument("--docs", type=Path, default=Path("docs"), help="where the page and the pictures go")
+    parser.add_argument("--page", action="store_true", help="only write the page, from --out, without measuring")
     return parser
 
 
 def main(argv: list[str] | None = None) -> None:
     arguments = build_parser().parse_args(argv)
+    if arguments.page:
+        outcome = read_outcome(arguments)
+        write_page(outcome.rows, outcome.claims, arguments)
+        return
     began = time.perf_counter()
     outcome = run(arguments)
     show(outcome.rows, outcome.claims)
-    pictures = draw(outcome.rows, arguments.docs)
-    page = write_page(outcome.rows, outcome.claims, pictures, arguments)
-    console.print(f"wrote {arguments.out} and {page}; {time.perf_counter() - began:.0f} s", highlight=False)
+    draw(outcome.rows, arguments.docs)
+    path = write_page(outcome.rows, outcome.claims, arguments)
+    console.print(f"wrote {arguments.out} and {path}; {time.perf_counter() - began:.0f} s", highlight=False)
 
 
 if __name__ == "__main__":

@@ -97,7 +97,7 @@ def draw(rows: Sequence[Row], folder: Path) -> list[Path]:
             _panel(axes, [r for r in rows if r.toy == toy], *panel)
         axes.legend(fontsize="x-small", loc="upper right")
         figure.suptitle(toy)
-        paths.append(folder / f"fidelity_{toy}.png")
+        paths.append(folder / picture(toy))
         figure.savefig(paths[-1], dpi=100)
     return paths
 
@@ -117,22 +117,30 @@ def _panel(axes: Any, rows: Sequence[Row], label: str, cost: Cost, error: str) -
     axes.grid(visible=True, alpha=0.3)
 
 
-def write_page(rows: Sequence[Row], claims: Sequence[Claim], pictures: Sequence[Path], how: argparse.Namespace) -> Path:
+def write_page(rows: Sequence[Row], claims: Sequence[Claim], how: argparse.Namespace) -> Path:
     """Write the page in the docs from the rows and the claims."""
     path: Path = how.docs / "fidelity.md"
-    write_whole(path, "\n".join(_page(rows, claims, pictures, how)) + "\n")
+    write_whole(path, render(rows, claims, how))
     return path
 
 
-def _page(
-    rows: Sequence[Row], claims: Sequence[Claim], pictures: Sequence[Path], how: argparse.Namespace
-) -> Iterator[str]:
+def render(rows: Sequence[Row], claims: Sequence[Claim], how: argparse.Namespace) -> str:
+    """Render the page. The same rows give the same page."""
+    return "\n".join(_page(rows, claims, how)) + "\n"
+
+
+def picture(toy: str) -> str:
+    """The file name of the picture of a toy."""
+    return f"fidelity_{toy}.png"
+
+
+def _page(rows: Sequence[Row], claims: Sequence[Claim], how: argparse.Namespace) -> Iterator[str]:
     yield INTRODUCTION.format(
         file=how.out.name, images=how.images, steps=how.steps, timed=how.timed_images, rounds=how.rounds
     )
-    for toy, picture in zip(dict.fromkeys(row.toy for row in rows), pictures, strict=True):
+    for toy in dict.fromkeys(row.toy for row in rows):
         own = [r for r in rows if r.toy == toy]
-        yield from ("", f"## {toy}", "", f"![{toy}: error over time and FLOPs]({picture.name})", "")
+        yield from ("", f"## {toy}", "", f"![{toy}: error over time and FLOPs]({picture(toy)})", "")
         yield from _claims([c for c in claims if c.claim.startswith(f"{toy}: ")], toy)
         yield from ("", "The policies than which none is both cheaper in FLOPs and closer to the uncached images:", "")
         yield from _markdown(front([r for r in own if r.family != STEPS], by_flops, "error"))
