@@ -101,9 +101,9 @@ def test_options_of_other_statistics(statistic: str, given: dict[str, Any]) -> N
 
 
 def test_the_output_has_no_drift() -> None:
-    """The output does not change between two computed steps."""
+    """Drift needs a change at every step, and reused steps have no output."""
     assert similarity("output").name == "similarity(output)"
-    with pytest.raises(BadParameter, match="there is no output"):
+    with pytest.raises(BadParameter, match="reused steps have no output"):
         drift("output")
     with pytest.raises(BadParameter, match="the probe is the output itself"):
         similarity("output", rescale="rate")
