@@ -117,6 +117,17 @@ def test_an_analysis_leaves_its_result_in_the_context(monkeypatch: pytest.Monkey
 EVERY_SECOND = Policy((Rule(Ne(Mod(step, 2), 0), ReuseProbabilities(), Where(("attention",))),), "probabilities")
 
 
+def test_a_function_weighs_the_last_value() -> None:
+    """The code of the page: one value, whose weight is not 1."""
+    page = (Path(__file__).parents[1] / "docs" / "write_a_strategy.md").read_text(encoding="utf-8")
+    names: dict[str, Any] = {}
+    exec(page.partition("```python\n")[2].partition("```")[0], names)
+    model = tiny.rewritten(tiny.build(), names["policy"])
+    with model.trajectory(4):
+        first, *others = tiny.outputs(model, tiny.calls(4))
+    assert [torch.allclose(o, 0.9**n * first) for n, o in enumerate(others, 1)] == [True] * 3
+
+
 class Held(TorchFunctionMode):
     """Attention by its definition, where every second step uses the probabilities of the step before."""
 

@@ -89,10 +89,10 @@ class Forecast:
     @property
     def depth(self) -> int:
         """The number of computed values that the slot keeps."""
-        if self.history is not None:
-            return self.history
         basis = _basis(self.basis)
-        return basis.history(self.order) if isinstance(basis, Basis) else self.order + 1
+        if isinstance(basis, Basis):
+            return self.history or basis.history(self.order)
+        return max(self.history or self.order + 1, 2)  # one value alone is read without its weight, which may not be 1
 
     @property
     def measures(self) -> tuple[str, ...]:
