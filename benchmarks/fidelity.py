@@ -31,7 +31,7 @@ from torch import Tensor, nn
 
 import dit_rewrite
 from benchmarks.fidelity_claims import judge
-from benchmarks.fidelity_report import draw, show, write_page
+from benchmarks.fidelity_report import draw, show, summary, write_page
 from benchmarks.fidelity_rows import UNCACHED, Recipe, Result, Row, Timing, recipes
 from benchmarks.fidelity_toys import CALIBRATION_SEED, TOYS, Toy, calls
 from benchmarks.record import Claim, Record
@@ -243,7 +243,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--rows", nargs="+", metavar="PATTERN", help="by name or family, such as 'Forecast'")
     parser.add_argument("--out", type=Path, default=RESULTS / "fidelity.json")
     parser.add_argument("--docs", type=Path, default=Path("docs"), help="where the page and the pictures go")
-    parser.add_argument("--page", action="store_true", help="only write the page, from --out, without measuring")
+    parser.add_argument("--page", action="store_true", help="only render the page and the README's table from --out")
     return parser
 
 
@@ -252,6 +252,7 @@ def main(argv: list[str] | None = None) -> None:
     if arguments.page:
         outcome = read_outcome(arguments)
         write_page(outcome.rows, outcome.claims, arguments)
+        print("\n".join(summary(outcome.claims)))  # for the README
         return
     began = time.perf_counter()
     outcome = run(arguments)

@@ -151,6 +151,30 @@ def _page(rows: Sequence[Row], claims: Sequence[Claim], how: argparse.Namespace)
         yield from ("", "</details>")
 
 
+SUMMARY = {  # headings of the README's table, and the claims that they count
+    "forecast": "Forecast beats fewer steps at equal FLOPs",
+    "reuse": "Reuse beats fewer steps at equal FLOPs",
+    "any policy": "A policy beats fewer steps at equal FLOPs",
+    "any policy, by the reference": "Judged by the reference, a policy beats fewer steps at equal FLOPs",
+}
+
+
+def summary(claims: Sequence[Claim]) -> Iterator[str]:
+    """Render the README's table: for each toy, in how many comparisons policies beat fewer steps."""
+    found = {claim.claim: claim for claim in claims}
+    toys = dict.fromkeys(name.partition(": ")[0] for name in found)
+    yield f"| toy | {' | '.join(SUMMARY)} |"
+    yield f"|---|{'---:|' * len(SUMMARY)}"
+    for toy in toys:
+        cells = (_count(found[f"{toy}: {name}"]) for name in SUMMARY.values())
+        yield f"| {toy} | {' | '.join(cells)} |"
+
+
+def _count(claim: Claim) -> str:
+    held = sum(e["held"] for e in claim.evidence)
+    return f"{held} of {len(claim.evidence)}" if claim.evidence else "nothing to compare"
+
+
 def _markdown(rows: Sequence[Row]) -> Iterator[str]:
     yield f"| row | {' | '.join(HEADINGS)} |"
     yield f"|---|{'---:|' * len(HEADINGS)}"
@@ -160,10 +184,8 @@ def _markdown(rows: Sequence[Row]) -> Iterator[str]:
 
 def _claims(claims: Sequence[Claim], toy: str) -> Iterator[str]:
     for claim in claims:
-        held = sum(e["held"] for e in claim.evidence)
-        count = f"{held} of {len(claim.evidence)}" if claim.evidence else "nothing to compare"
         text = claim.claim.removeprefix(f"{toy}: ")
-        yield f"- {text}: **{VERDICTS[claim.held].lower()}** ({count}; {claim.bound}){_figures(claim)}"
+        yield f"- {text}: **{VERDICTS[claim.held].lower()}** ({_count(claim)}; {claim.bound}){_figures(claim)}"
 
 
 def _figures(claim: Claim) -> str:

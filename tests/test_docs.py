@@ -123,12 +123,14 @@ def test_tables_of_other_benchmarks(name: str) -> None:
     assert "\n".join(overhead_report.table(results(name)["rows"])) in read("benchmarks.md")
 
 
-def test_fidelity_is_rendered_from_its_results(tmp_path: Path) -> None:
+def test_fidelity_is_rendered_from_its_results(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """`python -m benchmarks.fidelity --page` writes the page anew, and prints the table of the README."""
     pytest.importorskip("diffusers")
     from benchmarks import fidelity
 
     fidelity.main(["--page", "--docs", str(tmp_path)])
     assert read("fidelity.md") == (tmp_path / "fidelity.md").read_text(encoding="utf-8")
+    assert capsys.readouterr().out in README.read_text(encoding="utf-8")
 
 
 def test_models_have_the_figures_of_their_results() -> None:
