@@ -1,4 +1,4 @@
-"""Strategies inside attention on every model: which sites they reach, and `verify`'s replay of them."""
+"""Strategies inside attention on every model: which sites they reach, and whether `verify` replays them exactly."""
 
 from __future__ import annotations
 
@@ -31,7 +31,8 @@ CROSS = RefusalReason.OTHER_TOKENS
 
 @dataclass(frozen=True)
 class Figures:
-    """By hand, of a model: its attentions, those with one core over one sequence, refusals under each policy."""
+    """Counts for one model, made by hand: attentions, attentions with one core over one sequence, refusals by
+    policy."""
 
     attentions: int
     windowed: int
@@ -50,17 +51,17 @@ FIGURES = {
     "latte": Figures(6, 4, {CROSS: 2}, {CROSS: 1}),
     "wan": Figures(4, 2, {CROSS: 2}, {CROSS: 1}),
     "stdit": Figures(6, 4, {CROSS: 2}, {CROSS: 1}),
-    # Behind a graph break a block's mask is an input that nothing proves to be the last call's.
+    # Behind a graph break the mask of a block is an input, and nothing proves that it equals the mask of the last call.
     "omnigen": Figures(3, 3, {}, {RefusalReason.MOVING_MASK: 2}),
-    # A joint attention has a core for each sample, as the text tokens that the mask keeps differ in number: none stands
-    # for the whole, and a sample's tokens are picked out of the batch.
+    # A joint attention has one core per sample, because the mask keeps a different number of text tokens in each. No
+    # core stands for the whole attention, and the tokens of a sample are selected out of the batch.
     "mochi": Figures(3, 0, {RefusalReason.NO_CORE: 3, RefusalReason.MIXES_SAMPLES: 3}, {RefusalReason.NO_CORE: 3}),
 }
 assert FIGURES.keys() == MODELS.keys()
 
 
 def cases(**more: Any) -> list[Any]:
-    """The models as parameters; `more` are marks of single ones."""
+    """The models as parameters; `more` maps a model's name to its marks."""
     return [
         pytest.param(MODELS[name], figures, id=name, marks=[*figures.marks, *more.get(name, ())])
         for name, figures in FIGURES.items()
@@ -68,7 +69,7 @@ def cases(**more: Any) -> list[Any]:
 
 
 def replayed(case: Case, policy: Policy, lowering: str, steps: int, exact: bool) -> tuple[list[Rewritten], Check]:
-    """Run one trajectory, in which every site has to do what it can, and replay it."""
+    """Run one trajectory in which every site must do each strategy that it can do, and replay it."""
     model = case.build()
     backend = Backend(model, policy, Lowering.of("aot_eager", partition=lowering))
     compiled, observed = attach(twin(model), backend), list[Observation]()
@@ -100,7 +101,7 @@ def refusals(graphs: Sequence[Rewritten]) -> dict[RefusalReason, int]:
 
 @pytest.mark.parametrize(("case", "figures"), cases())
 def test_all_of_ditfastattn_is_replayed(case: Case, figures: Figures) -> None:
-    """Half of a batch may round in another way, so that outputs are as near to float64 as the interpreter's."""
+    """Half a batch may round differently, so outputs must be as close to float64 as the interpreter's outputs are."""
     graphs, check = replayed(case, scheduled("FAXSW", QUARTER, 1), "variants", 5, exact=False)
     cores = {Part.CORE: figures.windowed, Part.CORE_STATE: figures.windowed} if figures.windowed else {}
     shared = {} if RefusalReason.MIXES_SAMPLES in figures.refused else {Part.CFG_SHARED: figures.attentions}
@@ -110,7 +111,7 @@ def test_all_of_ditfastattn_is_replayed(case: Case, figures: Figures) -> None:
 
 
 def inside(threshold: float) -> Policy:
-    """From the second step on a window in the first block, and in the others what may have changed, 4 keys each."""
+    """From the second step on: a window in the first block, blockwise reuse over 4 keys at a time in the others."""
     window, changed = WindowResidual(0.25), BlockwiseReuse(threshold, 4)
     places = {"*.0": window, "*.0.*": window, "*.[1-9]": changed, "*.[1-9].*": changed}
     return Policy(tuple(Rule(step > 0, do, Where(ATTENTION, names=names)) for names, do in places.items()))
@@ -119,7 +120,7 @@ def inside(threshold: float) -> Policy:
 @pytest.mark.filterwarnings("ignore:.*reaches no site of Mochi")
 @pytest.mark.parametrize(("case", "figures"), cases())
 def test_what_is_inside_attention_is_replayed(case: Case, figures: Figures) -> None:
-    """Windows and blocks of keys, bit for bit."""
+    """Windows and blockwise reuse, bit for bit."""
     graphs, check = replayed(case, inside(0.05), "segments", 3, exact=True)
     count = figures.attentions - sum(figures.refused_inside.values())
     assert parts(graphs) == ({Part.CORE: count, Part.CORE_STATE: count} if count else {})

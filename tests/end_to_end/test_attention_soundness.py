@@ -1,4 +1,5 @@
-"""What blockwise reuse takes for the same in every call must be proven the same: the mask, and the keys and values."""
+"""Blockwise reuse must prove that the mask and the keys and values are the same in every call before it relies on
+them."""
 
 from __future__ import annotations
 
@@ -20,7 +21,7 @@ STEPS, TEXT = 4, 12
 
 
 class Masked(nn.Module):
-    """Cross-attention under a mask that hides the first text tokens, as many as the time says if it `moves`."""
+    """Cross-attention under a mask that hides the first text tokens; if it `moves`, the time decides how many."""
 
     def __init__(self, moves: bool) -> None:
         super().__init__()
@@ -55,14 +56,14 @@ def largest_error(found: Tensor, expected: Tensor) -> float:
 
 @torch.no_grad()
 def test_a_mask_that_stays_is_reused_under() -> None:
-    """A mask of the time's shape alone is one that stays; kept blocks leave an error, a small one."""
+    """A mask that depends only on the time's shape is trajectory-invariant; reused blocks leave a small error."""
     model = Masked(moves=False)
     plain = copy.deepcopy(model)
     rewritten = dit_rewrite.compile(twin(model), POLICY, backend="aot_eager")
     with rewritten.trajectory(STEPS):
         errors = [largest_error(rewritten(**kwargs), plain(**kwargs)) for kwargs in calls()]
     assert errors[0] == 0 and 0 < max(errors) < 1e-3
-    assert rewritten.stats().reused == 2 * (STEPS - 1), "the core, and with it what is held for it"
+    assert rewritten.stats().reused == 2 * (STEPS - 1), "the core and its state"
 
 
 @torch.no_grad()
@@ -79,7 +80,8 @@ def test_a_mask_that_depends_on_the_step_is_refused() -> None:
 @torch.no_grad()
 @pytest.mark.parametrize("in_place", [False, True])
 def test_text_that_is_replaced_in_a_named_stream_is_attended_to(in_place: bool) -> None:
-    """K and V of the old text are not used any more, whether the tensor is another or was written over."""
+    """The keys and values of the old text are not used again, whether its tensor was replaced or overwritten in
+    place."""
     model = Masked(moves=False)
     plain = copy.deepcopy(model)
     rewritten = dit_rewrite.compile(twin(model), POLICY, backend="aot_eager")

@@ -1,4 +1,4 @@
-"""Strategies inside attention on named models, against DiTFastAttn's and CachedAttention's definitions written down."""
+"""Strategies inside attention on named models, against naive references of DiTFastAttn and CachedAttention."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ slow = pytest.mark.slow
 
 
 def scheduled(schedule: str, window: WindowResidual, half: int, kinds: tuple[str, ...] = ATTENTION) -> Policy:
-    """The policy that does what a schedule of `Paper` says."""
+    """The policy that follows a schedule of `Paper`."""
     halves: tuple[Literal["first"], Literal["second"]] = ("first", "second")
     share = ShareGuidance(halves[half])
     do: dict[str, Strategy | tuple[Strategy, ...]] = {"A": Reuse(), "W": window, "S": share, "X": (window, share)}
@@ -43,7 +43,7 @@ def scheduled(schedule: str, window: WindowResidual, half: int, kinds: tuple[str
 
 
 def run(model: nn.Module, inputs: Sequence[dict[str, Any]], policy: Policy, lowering: str) -> list[Tensor]:
-    """What the rewritten model returns at each step of a told trajectory."""
+    """The outputs of the rewritten model at each step of an explicit trajectory."""
     compiled = dit_rewrite.compile(twin(model), policy, backend="aot_eager", lowering=lowering)
     with torch.no_grad(), compiled.trajectory(len(inputs)):
         found = [output(compiled(**arguments)).clone() for arguments in inputs]
@@ -52,7 +52,7 @@ def run(model: nn.Module, inputs: Sequence[dict[str, Any]], policy: Policy, lowe
 
 
 def plain(model: nn.Module, inputs: Sequence[dict[str, Any]]) -> list[Tensor]:
-    """What the model itself returns."""
+    """The outputs of the untouched model."""
     with torch.no_grad():
         return [output(model(**arguments)).clone() for arguments in inputs]
 
@@ -81,7 +81,7 @@ GRID = WindowResidual(1, grid=(4, 4))
     ],
 )
 def test_ditfastattn(name: str, lowering: str, window: WindowResidual, seen: Any, half: int) -> None:
-    """All strategies in turn on self-attention: equal to the paper's within the roundings of fp32, at every step."""
+    """All strategies in turn on self-attention: equal to the paper's at every step, within fp32 rounding."""
     case = MODELS[name]
     model, inputs = case.build(), case.inputs(len(EVERYTHING))
     expected = Paper(EVERYTHING, seen, half).run(model, inputs)
@@ -92,7 +92,8 @@ def test_ditfastattn(name: str, lowering: str, window: WindowResidual, seen: Any
 
 
 def test_the_reference_tells_strategies_apart() -> None:
-    """Another half, window or schedule, or a residual that ASC does not refresh, is far beyond what is tolerated."""
+    """Another half, window or schedule, or a residual that ASC does not refresh, differs by far more than the
+    tolerance."""
     model, inputs = MODELS["dit"].build(), MODELS["dit"].inputs(8)
     expected = Paper(EVERYTHING, band(4)).run(model, inputs)
     others = [
@@ -135,7 +136,8 @@ def test_the_reference_tells_strategies_apart() -> None:
     ],
 )
 def test_text_in_joint_attention(name: str, kinds: tuple[str, ...], seen: Any) -> None:
-    """Text tokens, before or behind the image's, see all and are seen by all; a quarter is of the image."""
+    """Text tokens, before or behind the image's, attend to all tokens and all attend to them; the window is of the
+    image."""
     schedule = "FWWFW"
     case = MODELS[name]
     model, inputs = case.build(), case.inputs(len(schedule))
@@ -145,11 +147,11 @@ def test_text_in_joint_attention(name: str, kinds: tuple[str, ...], seen: Any) -
     assert max(apart(found, expected)) < TOLERANCE
 
 
-# --- when something is held -------------------------------------------------------------------------------------------
+# --- when a residual or state is stored -------------------------------------------------------------------------------
 
 
 class Ops(TorchDispatchMode):
-    """Notes each call of an op of ours that stands in the place of attention, and the batch that it has."""
+    """Records each call of one of our ops that replaces attention, with its batch size."""
 
     def __init__(self, seen: list[tuple[str, int]]) -> None:
         super().__init__()
@@ -162,7 +164,7 @@ class Ops(TorchDispatchMode):
 
 
 def ops_of(model: nn.Module, inputs: Sequence[dict[str, Any]], policy: Policy) -> list[dict[tuple[str, int], int]]:
-    """How often each op of ours is called at each step, with which batch."""
+    """How often each of our ops is called at each step, with its batch size."""
     seen: list[tuple[str, int]] = []
 
     def backend(gm: fx.GraphModule, _: list[Any]) -> Callable[..., Any]:
@@ -183,7 +185,8 @@ def ops_of(model: nn.Module, inputs: Sequence[dict[str, Any]], policy: Policy) -
 
 
 def test_the_residual_is_made_where_a_later_step_reads_it() -> None:
-    """Two attentions: R = O - W costs one window each. Not before a step that computes anew, and not at the end."""
+    """Two attentions: R = O - W costs one window each. It is not made before a step that computes, nor at the last
+    step."""
     schedule = "FFWSXAFAWF"
     found = ops_of(tiny.build(), tiny.calls(10), scheduled(schedule, QUARTER, 0))
     whole, half = {("window_reuse", 2): 2}, {("window_reuse", 1): 2}
@@ -191,7 +194,7 @@ def test_the_residual_is_made_where_a_later_step_reads_it() -> None:
 
 
 class Small(nn.Module):
-    """One self-attention with two heads of 16 channels, over as many tokens and samples as are given."""
+    """One self-attention with two heads of 16 channels, over any number of tokens and samples."""
 
     def __init__(self, causal: bool = False) -> None:
         super().__init__()
@@ -226,7 +229,7 @@ def test_a_state_is_filled_once_and_then_changed_in_place() -> None:
 
 
 def counters(observed: Observation) -> list[list[int]]:
-    """Of each state that is held: pairs of tile and block recomputed since it was filled, and pairs seen."""
+    """For each stored state: the pairs of tile and block recomputed since it was filled, and the pairs looked at."""
     states = (held for held in observed.slots if held is not None and len(held) == len(State._fields) - 3)
     return [held[State._fields.index("counters")][:2].tolist() for held in states]
 
@@ -234,7 +237,7 @@ def counters(observed: Observation) -> list[list[int]]:
 @pytest.mark.parametrize("lowering", ["variants", "segments"])
 @pytest.mark.parametrize("threshold", [-INF, 0.0, 3.0, INF])
 def test_thresholds(threshold: float, lowering: str) -> None:
-    """-inf is plain attention, and so is 0, but that what did not change is kept; inf keeps what the first step had."""
+    """-inf and 0 both give plain attention, but 0 reuses unchanged pairs; inf reuses everything from the first step."""
     model, inputs = Small(), small_calls(4)
     inputs[2] = inputs[1]  # nothing changed
     compiled = tiny.rewritten(model, Policy((Rule(step > 0, BlockwiseReuse(threshold, 4)),)), lowering=lowering)
@@ -244,7 +247,7 @@ def test_thresholds(threshold: float, lowering: str) -> None:
     with compiled.trajectory(4):
         found = []
         for i, arguments in enumerate(inputs):
-            with compiled.cache_context("main", step_index=i):  # or equal inputs would be two calls of one step
+            with compiled.cache_context("main", step_index=i):  # or equal inputs would count as one step
                 found += tiny.outputs(compiled, [arguments])
             seen += counters(observed[-1])
     pairs = 2 * 2 * 1 * 2  # batch, heads, tiles of queries, blocks of keys
@@ -266,7 +269,7 @@ def test_thresholds(threshold: float, lowering: str) -> None:
 
 @pytest.mark.parametrize("padding", [True, pytest.param(False, marks=slow)], ids=["padded", "not padded"])
 def test_cross_attention_with_a_padding_mask(padding: bool) -> None:
-    """PixArt's text: in the first block what the first step computed, in the others anew; padding is not looked at."""
+    """PixArt's text: the first block reuses the result of the first step, the others compute; padding is ignored."""
     case, steps = MODELS["pixart_alpha"], 3
     model, inputs = case.build(), case.inputs(steps)
     mask = inputs[0]["encoder_attention_mask"]
@@ -295,7 +298,8 @@ def test_cross_attention_with_a_padding_mask(padding: bool) -> None:
 @pytest.mark.parametrize("explicit", [True, False], ids=["explicit", "inferred"])
 @pytest.mark.parametrize("do", [WindowResidual(0.25), BlockwiseReuse(3.0, 4)], ids=["window", "blockwise"])
 def test_nothing_of_one_trajectory_reaches_another(do: Strategy, explicit: bool) -> None:
-    """A, B cut short, A: the second A is the first, bit for bit, though a state is changed in place; and B is not A."""
+    """Trajectories A, B cut short, A: both runs of A are equal bit for bit, though a state changes in place; B
+    differs."""
     model, policy = Small(), Policy((Rule(step > 0, do),))
     compiled = tiny.rewritten(model, policy)
 
@@ -314,7 +318,8 @@ def test_nothing_of_one_trajectory_reaches_another(do: Strategy, explicit: bool)
 
 
 def test_a_step_that_is_left_out() -> None:
-    """The caller tells steps 0, 1, 2 and 4. For step 4 nothing was kept at step 2, as 3 was to compute: it computes."""
+    """The caller gives steps 0, 1, 2 and 4. Step 2 stored nothing for step 4, because step 3 was to compute: 4
+    computes."""
     model, inputs = Small(), small_calls(5)
     compiled = tiny.rewritten(model, scheduled("FWFFW", QUARTER, 0))
     found, steps = [], (0, 1, 2, 4)
@@ -327,7 +332,8 @@ def test_a_step_that_is_left_out() -> None:
 
 
 def test_layers_that_become_known_with_the_first_call() -> None:
-    """Behind graph breaks: what a later step may read is kept, though its guard cannot be told before the call ends."""
+    """Behind graph breaks a value that a later step may read is stored, though the guard is known only after the
+    call."""
     case = broken_blocks(2)
     compiled = tiny.rewritten(case.build(), Policy((Rule(step > 0, QUARTER, Where(fraction=(0, 0.5))),)))
     with compiled.trajectory(3):
@@ -350,7 +356,7 @@ def test_layers_that_become_known_with_the_first_call() -> None:
     ids=["odd batch", "moving keys", "causal blocks", "causal window"],
 )
 def test_refusals(model: nn.Module, batch: int, do: Strategy, reasons: dict[RefusalReason, int]) -> None:
-    """A strategy that cannot be is refused with a reason, and the model computes."""
+    """A strategy that is not possible is refused with a reason, and the model computes."""
     inputs = small_calls(2, batch)
     compiled = tiny.rewritten(model, Policy((Rule(step > 0, do),)))
     with pytest.warns(UserWarning, match="reaches no site of Small"):
@@ -361,7 +367,7 @@ def test_refusals(model: nn.Module, batch: int, do: Strategy, reasons: dict[Refu
 
 
 def test_heads_that_are_too_narrow() -> None:
-    """Blockwise attention has no heads of 8 channels; a window has."""
+    """Blockwise attention does not support heads of 8 channels; a window does."""
     compiled = tiny.rewritten(tiny.build(), Policy((Rule(step > 0, BlockwiseReuse(0.1, 4)),)))
     with pytest.warns(UserWarning, match="reaches no site"):
         tiny.outputs(compiled, tiny.calls(1))
@@ -380,7 +386,7 @@ def test_heads_that_are_too_narrow() -> None:
     ids=str,
 )
 def test_windows_that_do_not_fit(window: WindowResidual, name: str | None) -> None:
-    """Eight tokens: a window or grid beyond them is an error of the first call."""
+    """Eight tokens: a larger window or grid raises an error at the first call."""
     compiled = tiny.rewritten(Small(), Policy((Rule(step > 0, window),)))
     if name is None:
         assert len(tiny.outputs(compiled, small_calls(2))) == 2

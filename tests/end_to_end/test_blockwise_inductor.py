@@ -1,4 +1,4 @@
-"""Lowered by Inductor, blockwise attention changes the slots' own tensors: of a state there is no copy."""
+"""Lowered by Inductor, blockwise attention updates the tensors of a slot in place: no state is copied."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ TENSORS = len(State._fields) - 3
 
 
 class Attentions(nn.Module):
-    """Self-attentions of two heads of 16 channels, and nothing else."""
+    """Self-attentions with two heads of 16 channels, and nothing else."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -45,8 +45,8 @@ def calls() -> list[dict[str, Any]]:
 
 
 def test_a_state_is_not_copied() -> None:
-    """In the code of the step that reuses, the op takes the inputs themselves, which nothing else reads or writes; and
-    the slots hold the same memory from the first step to the last."""
+    """In the code of a reusing step the op takes the inputs themselves, which no other op reads or writes; and the
+    slots keep the same memory from the first step to the last."""
     policy = Policy((Rule(step > 0, BlockwiseReuse(3.0, 4)),))
     compiled = dit_rewrite.compile(Attentions(), policy, fullgraph=True)
     observed: list[Observation] = []
@@ -83,12 +83,12 @@ def test_a_state_is_not_copied() -> None:
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
-# every use of a state's tensor in the code that Inductor writes: it is unpacked, checked, given to the op and let go
+# every use of a state's tensor in Inductor's code: it is unpacked, checked, passed to the op and released
 ALLOWED = (r"= args$", r"^assert_size_stride\(", r"dit_rewrite\.blockwise_attention\.default\(", r"^del ")
 
 
 def states_of(code: str) -> list[list[str]]:
-    """The names of the tensors that each call of the op takes as its state; all are inputs of the code."""
+    """The names of the tensors that each call of the op takes as its state; all of them are inputs of the code."""
     (unpacked,) = re.findall(r"^ +(.*) = args$", code, re.MULTILINE)
     inputs = set(unpacked.split(", "))
     states = re.findall(r"dit_rewrite\.blockwise_attention\.default\(.*?\[([^\[\]]*)\], None, 3\.0, 4", code)

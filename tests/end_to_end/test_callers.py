@@ -1,7 +1,7 @@
-"""Callers of every kind on a compiled model: each of their streams is what FORA makes of it alone, bit for bit.
+"""Every way of calling a compiled model: each stream equals FORA applied to that stream alone, bit for bit.
 
-A stream is all calls of one origin. What is expected of it is computed by module hooks on the plain model, which see
-the calls of this origin alone: a value of another stream, or of another moment, would show.
+A stream is all calls of one origin. Module hooks on the plain model, which see the calls of one origin only, compute
+the expected outputs: a value from another stream, or from another step, would make a difference.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ FORA_3 = "CRRCRRC"
 
 @dataclass
 class Call:
-    """One call: whose it is, its arguments, and attributes of the model that are set before."""
+    """One call: its origin, its arguments, and the attributes of the model that are set before it."""
 
     origin: Hashable
     arguments: dict[str, Any]
@@ -46,7 +46,7 @@ def path(seed: int, given: Tensor | None = None, tokens: int = 8) -> list[dict[s
 
 
 def in_turn(*streams: tuple[Hashable, list[dict[str, Any]]], rotating: bool = False) -> list[Call]:
-    """The calls of some streams step by step; the streams take turns in being first if they rotate."""
+    """The calls of some streams, step by step; if they rotate, each stream goes first in turn."""
     steps = []
     for step in range(len(streams[0][1])):
         first = step % len(streams) if rotating else 0
@@ -55,7 +55,7 @@ def in_turn(*streams: tuple[Hashable, list[dict[str, Any]]], rotating: bool = Fa
 
 
 def by_hooks(plain: TinyDiT, theirs: Sequence[Call], letters: str) -> list[Tensor]:
-    """What the plain model returns whose attentions and MLPs give, at each R, what they gave at the last C."""
+    """Outputs of the plain model when attentions and MLPs return, at each R, the value that they had at the last C."""
     found = []
     with ModuleCache(part for b in plain.blocks for part in (b.attn, b.mlp)) as cache:
         for letter, call in zip(letters, theirs, strict=True):
@@ -66,9 +66,9 @@ def by_hooks(plain: TinyDiT, theirs: Sequence[Call], letters: str) -> list[Tenso
 
 @torch.no_grad()
 def sample(plain: TinyDiT, sequence: Sequence[Call], warm: bool = False) -> RewrittenModule:
-    """Run the calls in one trajectory, and expect FORA of each stream.
+    """Run the calls in one trajectory, and expect FORA for each stream.
 
-    `warm`: at the second run, since Dynamo makes a graph general at the second size or number that it meets.
+    `warm` checks the second run, since Dynamo makes a graph dynamic when it meets a second size or number.
     """
     compiled = rewritten(plain)
     if warm:
@@ -110,14 +110,14 @@ def test_windows_in_turn() -> None:
 
 
 def test_tiles_of_two_sizes() -> None:
-    """The tiles at the edge are smaller."""
+    """The tiles at the edge are smaller than the others."""
     given = condition()
     tiles = [((seed, tokens), path(seed, given, tokens)) for seed in range(2) for tokens in (8, 5)]
     sample(tiny.build(), in_turn(*tiles), warm=True)
 
 
 def test_a_batch_in_two_halves() -> None:
-    """The halves are views, made anew at each call, and so are their conditions, which are equal."""
+    """The halves are views, created at each call, and so are their conditions, which are equal."""
     given, halves = condition()[:1], []
     for half in (slice(0, 1), slice(1, 2)):
         cut = [{name: tensor[half] for name, tensor in a.items()} for a in path(1)]
@@ -126,7 +126,7 @@ def test_a_batch_in_two_halves() -> None:
 
 
 class Perturbed(TinyDiT):
-    """A number, and a switch of the module, perturb the call."""
+    """A number and a switch of the module perturb the call."""
 
     weakened = False
 
@@ -141,19 +141,19 @@ def test_perturbed_by_a_number() -> None:
 
 
 def test_perturbed_by_a_switch() -> None:
-    """Nothing in the arguments tells the two calls apart, on two windows that take turns."""
+    """The arguments do not tell the two calls apart, on two windows that take turns."""
     windows, given = range(2), condition()
     of = [path(seed, given) for seed in windows]
     order = [(s, (w + s) % 2, weak) for s in range(STEPS) for w in windows for weak in (False, True)]
     sample(made(Perturbed), [Call((w, weak), of[w][s], {"weakened": weak}) for s, w, weak in order])
 
 
-# --- conditions that no argument shows as a tensor --------------------------------------------------------------------
+# --- conditions that are not tensors among the arguments --------------------------------------------------------------
 
 
 @dataclass
 class Prompt:
-    """A condition in an object of the caller."""
+    """A condition inside an object of the caller."""
 
     vector: Tensor
     scale: float = 1.0
@@ -195,7 +195,7 @@ def test_ten_streams() -> None:
 
 @pytest.mark.parametrize("told", ["num_steps", "scheduler"])
 def test_runs_in_one_context(told: str) -> None:
-    """A warm-up call, two chunks of one prompt, a run that is cut short, and one of another prompt."""
+    """A warm-up call, two chunks of one prompt, a run that is cut short, and a run of another prompt."""
     scheduler = SimpleNamespace(timesteps=torch.stack([a["timestep"][0] for a in path(0)]))
     given = condition()
     plain = tiny.build()
@@ -213,7 +213,7 @@ def test_runs_in_one_context(told: str) -> None:
 
 
 class Forced(TinyDiT):
-    """Diffusion forcing: each frame has a time."""
+    """Diffusion forcing: each frame has its own time."""
 
     def forward(self, hidden_states: Tensor, timestep: Tensor, condition: Tensor) -> Tensor:
         offsets = timestep.float().mean(dim=1)
@@ -241,7 +241,7 @@ def test_a_time_for_each_frame(frames: str, told: str) -> None:
 
 
 class Sounding(TinyDiT):
-    """A second latent beside the first."""
+    """A second latent beside the first one."""
 
     def forward(self, hidden_states: Tensor, timestep: Tensor, condition: Tensor, audio: Tensor) -> Tensor:
         return super().forward(hidden_states + audio.mean(), timestep, condition)
@@ -249,7 +249,7 @@ class Sounding(TinyDiT):
 
 @torch.no_grad()
 def moving(plain: TinyDiT, make: Callable[[dict[str, Any], dict[str, Any]], dict[str, Any]]) -> None:
-    """Two prompts on one latent, and a second path; nobody holds the tensors of these."""
+    """Two prompts on one latent, and a second path; the caller keeps no reference to their tensors."""
     compiled = rewritten(plain)
     given = {name: condition(seed) for seed, name in enumerate(("cond", "uncond"))}
 
@@ -269,7 +269,7 @@ def test_a_second_latent() -> None:
 
 
 class Listed(TinyDiT):
-    """One latent for each sample, in a list."""
+    """One latent per sample, in a list."""
 
     def forward(self, hidden_states: list[Tensor], timestep: Tensor, condition: Tensor) -> Tensor:
         return super().forward(torch.stack(hidden_states), timestep, condition)
@@ -294,7 +294,7 @@ SCHEDULERS = {
 @pytest.mark.parametrize("name", SCHEDULERS)
 @torch.no_grad()
 def test_schedules_entered_late(name: str) -> None:
-    """Image to image at three strengths, as pipelines do it. A step is a timestep, of one call or two."""
+    """Image to image at three strengths, as pipelines call it. A step is one timestep, with one or two calls."""
     plain = tiny.build()
     compiled = rewritten(plain)
     for strength in (0.3, 0.6, 1.0):

@@ -1,4 +1,4 @@
-"""Forecasts in a compiled model: against module hooks, at the start, across trajectories, and what they hold."""
+"""Forecasts in a compiled model: against module hooks, at the start, across trajectories, and their memory."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def told(model: RewrittenModule, steps: int, given: tuple[Tensor, Tensor] | None
 
 
 class Seer:
-    """TaylorSeer on a module by a hook, as its source has it: factors of the last computed step, over intervals."""
+    """TaylorSeer on a module by a hook, as in its source: factors of the last computed step, over intervals."""
 
     def __init__(self, order: int, interval: int) -> None:
         self.order, self.interval, self.now, self.at = order, interval, 0, 0
@@ -106,13 +106,13 @@ def test_forecasts_are_taylorseers(order: int, interval: int, lowering: str) -> 
     found = told(rewritten(model, every(interval, Forecast(order, TaylorSeer())), lowering=lowering), 10)
     for ours, theirs in zip(found, expected, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
-    assert not torch.allclose(found[-1], sample(model, 10)[-1], atol=1e-3), "something was forecast"
+    assert not torch.allclose(found[-1], sample(model, 10)[-1], atol=1e-3), "some steps forecast"
 
 
 @pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize("lowering", ["variants", "segments"])
 def test_a_forecast_of_a_line_is_exact(place: str, lowering: str) -> None:
-    """A model whose branches, and output, are linear in the time: order 1 gives what computing gives."""
+    """Branches and output are linear in the time, so a forecast of order 1 equals the computed value."""
 
     class Line(nn.Module):
         def __init__(self) -> None:
@@ -154,7 +154,7 @@ def test_order_0_and_reuse_are_the_same_bits(place: str, lowering: str) -> None:
 
 
 def test_a_slot_with_a_history_can_be_reused_too() -> None:
-    """Reuse and a forecast on one site: the newest value stands for itself."""
+    """Reuse and a forecast on one site: reuse reads the newest value."""
     model = build()
     mixed = Policy((Rule(Eq(Mod(step, 3), 1), Reuse()), Rule(Eq(Mod(step, 3), 2), Forecast(2))))
     plain = Policy((Rule(Eq(Mod(step, 3), 1), Reuse()), Rule(Eq(Mod(step, 3), 2), Forecast(0))))
@@ -165,11 +165,11 @@ def test_a_slot_with_a_history_can_be_reused_too() -> None:
     assert last == ["compute", "reuse", "forecast"]
 
 
-# --- one piece for all ------------------------------------------------------------------------------------------------
+# --- one segment for all ----------------------------------------------------------------------------------------------
 
 
 def test_orders_bases_and_intervals_share_one_piece() -> None:
-    """Two variants in all: one computes, one forecasts; nothing is compiled late, nothing again."""
+    """Two variants in all, one that computes and one that forecasts; nothing is compiled late or twice."""
     kinds = [
         Forecast(1, history=4),
         Forecast(3, history=4),
@@ -204,11 +204,11 @@ def test_a_function_of_ones_own() -> None:
     torch.testing.assert_close(outputs[3], (outputs[2] + outputs[0]) / 2)
 
 
-# --- where nothing is forecast ----------------------------------------------------------------------------------------
+# --- where there is no forecast ---------------------------------------------------------------------------------------
 
 
 def test_no_weights_no_forecast() -> None:
-    """A basis that divides by zero, or gives NaN or too many weights: the site computes, and says why."""
+    """A basis that divides by zero, or gives NaN or too many weights: the site computes and reports the reason."""
     model = build()
     plain = sample(model, 4)
     bad = [lambda *_: [1 / 0], lambda *_: [float("nan")], lambda p, *_: [1.0] * (len(p) + 1), lambda *_: []]
@@ -220,7 +220,7 @@ def test_no_weights_no_forecast() -> None:
 
 
 def test_places_that_nobody_knows() -> None:
-    """Over the noise level without a scheduler: refused, or computed with the reason."""
+    """Places given by the noise level, without a scheduler: the policy is refused, or computes with the reason."""
     model = rewritten(build(), every(2, Forecast(1, over="sigma")))
     told(model, 4)
     assert model.stats().reused == 0
@@ -228,7 +228,7 @@ def test_places_that_nobody_knows() -> None:
 
 
 def test_over_the_noise_level() -> None:
-    """Places are sigmas: the forecast of order 1 is the line through the last two."""
+    """The places are sigmas: a forecast of order 1 is the line through the last two values."""
     from diffusers import FlowMatchEulerDiscreteScheduler
 
     scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
@@ -265,11 +265,11 @@ def test_parameters_out_of_range(given: dict[str, Any]) -> None:
         Forecast(**given)
 
 
-# --- whose history ----------------------------------------------------------------------------------------------------
+# --- histories of trajectories and streams ----------------------------------------------------------------------------
 
 
 def test_histories_end_with_their_trajectory() -> None:
-    """A, B, A: the third equals the first bit for bit, also when B was cut short."""
+    """Trajectories A, B, A: the third equals the first bit for bit, also when B was cut short."""
     model = rewritten(build(), every(2, Forecast(2)))
     first = told(model, 6, inputs(1))
     with model.trajectory(num_steps=6):
@@ -278,7 +278,7 @@ def test_histories_end_with_their_trajectory() -> None:
 
 
 def test_histories_of_streams_stay_apart() -> None:
-    """Two pictures step by step in one trajectory: each is what it is alone."""
+    """Two images, step by step in one trajectory: each equals its own separate run."""
     model = rewritten(build(), every(3, Forecast(2)))
     pictures = [inputs(1), inputs(2)]
     alone = [told(model, 7, picture) for picture in pictures]
@@ -292,7 +292,7 @@ def test_histories_of_streams_stay_apart() -> None:
 
 
 def test_another_shape_starts_a_history_of_its_own() -> None:
-    """At a change of the number of tokens in mid-trajectory nothing older is read: the order falls to reuse."""
+    """When the number of tokens changes in mid-trajectory, no older value is read: the order falls to reuse."""
     model = rewritten(build(), every(2, Forecast(1), Where(span="output")))
     _, condition = inputs()
     outputs = []
@@ -304,13 +304,13 @@ def test_another_shape_starts_a_history_of_its_own() -> None:
     torch.testing.assert_close(outputs[7], outputs[6] + (outputs[6] - outputs[4]) / 2)
 
 
-# --- what is held -----------------------------------------------------------------------------------------------------
+# --- memory -----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize("store", [None, "bf16"])
 def test_k_values_take_k_times_the_bytes(place: str, store: Any) -> None:
-    """And so many are predicted."""
+    """`explain` predicts the peak that the run reaches."""
     held = {}
     for history in (1, 3):
         model = rewritten(build(), every(2, Forecast(0, history=history, store=store), PLACES[place]))
@@ -322,7 +322,7 @@ def test_k_values_take_k_times_the_bytes(place: str, store: Any) -> None:
 
 
 def test_the_output_site_runs_nothing() -> None:
-    """The reusing piece has no op but the weighted sum; where it computes the bits are the plain model's."""
+    """The only op of the reusing graph is the weighted sum; a step that computes has the plain model's bits."""
     model = build()
     ours = rewritten(model, every(2, Reuse(), Where(span="output")))
     found, plain = told(ours, 4), sample(model, 1)
@@ -333,7 +333,7 @@ def test_the_output_site_runs_nothing() -> None:
 
 
 def test_outputs_belong_to_the_caller() -> None:
-    """What a caller does to an output in place changes nothing that is held."""
+    """A caller that changes an output in place does not change the cache."""
     model = rewritten(build(), every(2, Forecast(1), Where(span="output")))
     latent, condition = inputs()
     with torch.no_grad(), model.trajectory(num_steps=4):

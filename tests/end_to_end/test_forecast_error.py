@@ -1,4 +1,4 @@
-"""Errors of forecasts, and forecasts that are weighted by what is measured: in rules of one's own."""
+"""Custom rules: guards on the error of a forecast, and forecasts weighted by a measurement."""
 
 from __future__ import annotations
 
@@ -33,13 +33,14 @@ def told(policy: Policy, steps: int, **options: Any) -> tuple[RewrittenModule, l
         return model, tiny.outputs(model, tiny.calls(steps))
 
 
-# --- the error of one's own forecast ----------------------------------------------------------------------------------
+# --- the error of a site's own forecast -------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("elementwise", [False, True])
 @pytest.mark.parametrize("store", [None, "bf16"])
 def test_the_error_of_the_last_computed_step(elementwise: bool, store: Any) -> None:
-    """Each computed step is compared with what its slot would have forecast there; the first has nothing to compare."""
+    """Each computed step is compared with the forecast that its slot would have made; the first has none to compare
+    with."""
     when = (streak < 1) & (forecast_error("self", elementwise=elementwise) < 1e9)
     model, _ = told(Policy((Rule(when, Forecast(1, store=store), OUTPUT),)), 7)
     decisions = model.stats().decisions
@@ -69,7 +70,7 @@ def test_an_error_that_is_too_large_computes() -> None:
 
 
 def test_errors_end_with_their_trajectory() -> None:
-    """The first steps of the next one have none."""
+    """The first steps of the next trajectory have no error to read."""
     policy = Policy((Rule(forecast_error("self") < 1e9, Forecast(1), OUTPUT),))
     model, first = told(policy, 5)
     with model.trajectory(5):
@@ -96,7 +97,8 @@ def test_refused(rules: list[Rule], reason: Reason) -> None:
 
 
 def test_a_part_of_a_model_has_no_verified_sites() -> None:
-    """Behind a graph break it is not known which block is which: what needs no error goes on."""
+    """Behind a graph break the blocks have no numbers, so the rule does nothing; rules that need no error still
+    apply."""
     rules = (Rule(Ne(Mod(step, 2), 0), Verify(), Where(layers=(-1, None))), Rule(forecast_error() < 1e9, Forecast()))
     case = broken_blocks(2)
     model, calls = case.build(), case.calls(6)
@@ -109,7 +111,7 @@ def test_a_part_of_a_model_has_no_verified_sites() -> None:
 
 
 def test_the_largest_error_and_no_proof() -> None:
-    """One site without an error, or with NaN: there is none, or it is NaN."""
+    """If one site has no error, the largest error is not measured; if one is NaN, so is the largest."""
     asked = ForecastError((0, 1))
     errors = {0: 0.1, 1: 0.5}
     tracked = Tracked(errors={(i, False): Number(torch.tensor(e), False) for i, e in errors.items()})
@@ -124,7 +126,7 @@ def test_the_largest_error_and_no_proof() -> None:
 
 
 def test_verify_computes_and_keeps_the_slot() -> None:
-    """The outputs of verified steps are computed ones, and a forecast behind them is of the older values."""
+    """Outputs of verified steps are computed ones, and a later forecast reads the older values."""
     rules = (
         Rule(Ne(Mod(step, 4), 0) & Ne(Mod(step, 4), 3), Verify(1), OUTPUT),
         Rule(Ne(Mod(step, 4), 0), Forecast(1), OUTPUT),
@@ -138,7 +140,8 @@ def test_verify_computes_and_keeps_the_slot() -> None:
 
 
 def test_outputs_of_verified_and_of_computed_steps_belong_to_the_caller() -> None:
-    """The same sites compute in both, and the slot shares memory with the output in one alone: there it is copied."""
+    """The same sites compute in both, but the slot shares memory with the output in only one of them, which copies
+    it."""
     rules = (Rule(Eq(step, 1), Verify(0), OUTPUT), Rule(step > 2, Forecast(0), OUTPUT), Rule(step > 0, Reuse()))
     model, outputs = tiny.rewritten(tiny.build(), Policy(rules)), []
     with model.trajectory(4), torch.no_grad():
@@ -151,7 +154,7 @@ def test_outputs_of_verified_and_of_computed_steps_belong_to_the_caller() -> Non
 
 
 def test_without_a_value_a_verified_site_computes_and_keeps() -> None:
-    """At the first step there is nothing to compare with: the slot is filled."""
+    """The first step has nothing to compare with: it fills the slot."""
     model, _ = told(Policy((Rule(step < 2, Verify(1), OUTPUT), Rule(step >= 2, Forecast(1), OUTPUT))), 3)
     decisions = model.stats().decisions
     assert [d.strategies["output"][0] for d in decisions] == list("cvf")
@@ -215,7 +218,7 @@ def test_aligned_out_of_range(given: dict[str, Any]) -> None:
 
 
 def test_a_measured_forecast_on_steps_that_are_known() -> None:
-    """No guard measures; the forecast does: one piece, whatever the weights."""
+    """No guard measures, but the forecast does: one graph for all weights."""
     policy = Policy((Rule(Ne(Mod(step, 3), 0), Forecast(1, Aligned("latent", -5.0, 5.0)), OUTPUT),))
     model, outputs = told(policy, 8)
     plain, latents = tiny.outputs(tiny.build(), tiny.calls(8)), [c["hidden_states"] for c in tiny.calls(8)]
@@ -230,7 +233,7 @@ def test_a_measured_forecast_on_steps_that_are_known() -> None:
 
 
 def test_a_forecast_without_its_probe() -> None:
-    """In a part of a model there is no latent: the rule is left out, and why is said."""
+    """A part of a model has no latent: the rule is left out, and the reason is reported."""
     case = broken_blocks(2)
     compiled = tiny.rewritten(case.build(), Policy((Rule(step > 1, Forecast(1, Aligned("latent"))),)))
     with compiled.trajectory(4):
@@ -240,7 +243,7 @@ def test_a_forecast_without_its_probe() -> None:
 
 
 def test_in_a_guard() -> None:
-    """How far the latent has gone decides."""
+    """The distance that the latent has moved decides."""
     model, _ = told(Policy((Rule((step > 1) & (advance("latent") < 1.0 + 1e9), Reuse(), OUTPUT),)), 4)
     assert [d.strategies["output"][0] for d in model.stats().decisions] == list("ccrr")
     assert similarity("behind_first_2_blocks").name == "similarity(behind_first_2_blocks)"

@@ -19,7 +19,7 @@ from tests.helpers.tiny import build
 
 
 def kernels(policy: Policy) -> int:
-    """How many kernels Inductor writes for a model under a policy, computing and reusing."""
+    """How many kernels Inductor writes for a model under a policy, in the computing and reusing graphs together."""
     torch._dynamo.reset()
     with fresh_cache():
         metrics.reset()
@@ -30,7 +30,7 @@ def kernels(policy: Policy) -> int:
 
 
 def test_the_sum_takes_no_kernel_of_its_own() -> None:
-    """As many kernels as plain reuse."""
+    """As many kernels as reuse takes."""
     assert kernels(every(2, Forecast(1, history=3))) == kernels(every(2, Reuse())) > 0
 
 

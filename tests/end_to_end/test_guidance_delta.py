@@ -1,4 +1,4 @@
-"""GuidanceDelta: the unconditional side of the guidance as the conditional one and a difference, in one call or two."""
+"""GuidanceDelta: the unconditional output as the conditional one plus a stored difference, in one call or two."""
 
 from __future__ import annotations
 
@@ -43,14 +43,14 @@ def guided(halves: list[Tensor], conditional: int) -> Tensor:
 
 
 class Kept:
-    """A plain reading: the last two differences, and the side that is not computed from them."""
+    """A naive reference: the last two differences, and the unconditional output that they give."""
 
     def __init__(self, order: int, interval: int) -> None:
         self.order, self.interval = order, interval
         self.known: list[tuple[int, Tensor]] = []
 
     def __call__(self, i: int, on: Tensor, off: Tensor) -> Tensor:
-        """What the unconditional side is taken to be, if `on` and `off` are what the model gives for the two."""
+        """The unconditional output, where `on` and `off` are what the model computes for the two sides."""
         if i % self.interval == 0:
             self.known = [(i, off - on), *self.known][:2]
             return off
@@ -63,7 +63,7 @@ class Kept:
 
 @torch.no_grad()
 def one_call(model: Any, first: int, kept: Kept | None = None) -> list[Tensor]:
-    """Outputs of a sampler with both halves in a batch; with `kept` as a plain model would be read."""
+    """Outputs of a sampler with both halves in one batch; `kept` replaces the unconditional half."""
     latent, outputs = LATENT, []
     for i in range(STEPS):
         both = model(torch.cat([latent, latent]), time(i, 4), CONDITIONS).clone()
@@ -77,7 +77,7 @@ def one_call(model: Any, first: int, kept: Kept | None = None) -> list[Tensor]:
 
 @torch.no_grad()
 def two_calls(model: Any, kept: Kept | None = None) -> list[Tensor]:
-    """The same by two calls, the conditional one first; of each step one tensor with both."""
+    """The same by two calls, the conditional one first; one tensor with both outputs per step."""
     latent, outputs = LATENT, []
     for i in range(STEPS):
         halves = []
@@ -112,7 +112,7 @@ def test_one_call(conditional: str, first: int, order: int, lowering: str) -> No
 
 
 def test_half_of_the_work_is_gone() -> None:
-    """Every contraction of the reusing piece has half of the batch's rows."""
+    """Every contraction of the reusing graph has half of the batch's rows."""
     model = rewritten("first")
     with model.trajectory(num_steps=STEPS):
         one_call(model, 0)
@@ -128,7 +128,7 @@ def test_half_of_the_work_is_gone() -> None:
 @pytest.mark.parametrize("lowering", ["variants", "segments"])
 @pytest.mark.parametrize("order", [0, 1])
 def test_two_calls(order: int, lowering: str) -> None:
-    """The unconditional call of a reusing step runs nothing but the sum."""
+    """The unconditional call of a reusing step runs only the sum."""
     model = rewritten("cond", Forecast(order), lowering=lowering)
     with model.trajectory(num_steps=STEPS):
         found = two_calls(model)
@@ -144,7 +144,7 @@ def test_two_calls(order: int, lowering: str) -> None:
 
 
 def test_the_unconditional_call_alone_computes() -> None:
-    """Guidance that is called the other way round, or without the conditional call: nothing stands for anything."""
+    """Guidance that calls in the opposite order, or without the conditional call: everything computes."""
     model = rewritten("cond")
     plain = build()
     with torch.no_grad(), model.trajectory(num_steps=STEPS):
@@ -168,7 +168,7 @@ def test_verify_replays_one_call(do: Any) -> None:
     ]
     result = verify(build(), given, policy("first", do), backend="aot_eager")
     assert result.reuse0.exact and result.passed and result.reused > 0
-    assert result.max_abs_error < 1e-5, "half the rows of a matrix product may be rounded otherwise"
+    assert result.max_abs_error < 1e-5, "half the rows of a matrix product may round differently"
 
 
 def test_verify_replays_two_calls() -> None:
@@ -191,7 +191,7 @@ def test_parameters_out_of_range(given: dict[str, Any]) -> None:
 
 
 def test_where_it_has_no_meaning() -> None:
-    """It is of the output; a store has no place where the difference is taken outside of the graph."""
+    """It applies to the output only; a store is refused where the difference is taken outside the graph."""
     with pytest.raises(BadParameter, match='span="output"'):
         Rule(step > 0, GuidanceDelta("first"))
     with pytest.raises(BadParameter, match="two calls"):

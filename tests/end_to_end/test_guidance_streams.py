@@ -1,4 +1,4 @@
-"""Guidance in two calls a step: attention of the conditional call stands for that of the other (DiTFastAttn's ASC)."""
+"""Guidance in two calls a step: attention of the conditional call replaces that of the other (DiTFastAttn's ASC)."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ Pair = tuple[dict[str, Any], dict[str, Any]]
 
 
 def pairs() -> list[Pair]:
-    """The conditional and the unconditional call of each step, of one latent."""
+    """The conditional and the unconditional call of each step, on one latent."""
     both = zip(CASE.inputs(STEPS, seed=0), CASE.inputs(STEPS, seed=1), strict=True)
     return [(a, {**b, **{name: a[name] for name in ("hidden_states", "timestep")}}) for a, b in both]
 
 
 def by_hooks(model: Any) -> list[Tensor]:
-    """What an eager model returns whose attentions give, in the second call of a sharing step, what they gave in the
+    """Outputs of an eager model whose attentions return, in the second call of a sharing step, the value of the
     first."""
     lent: dict[nn.Module, Tensor] = {}
     sharing = False
@@ -85,7 +85,7 @@ def test_the_other_call_takes_what_the_conditional_one_computed(form: str) -> No
 
 
 def test_streams_of_other_names() -> None:
-    """Nobody lends: everything is computed, and said."""
+    """Without a conditional stream to share from, everything computes, and the report says so."""
     model = CASE.build()
     compiled = attach(twin(model), Backend(model, SHARED, Lowering.of("aot_eager")))
     found = sample(compiled, ("text", "empty"))

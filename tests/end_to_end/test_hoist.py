@@ -1,4 +1,5 @@
-"""What depends on the conditioning alone is computed once per trajectory: exactly, and noticed when it changes."""
+"""Ops that depend only on the conditioning run once per trajectory: exactly, and again when the conditioning
+changes."""
 
 from __future__ import annotations
 
@@ -37,7 +38,7 @@ def same(ours: list[Tensor], theirs: list[Tensor]) -> bool:
 @torch.no_grad()
 @pytest.mark.parametrize("policy", [Never(), FORA(2)], ids=str)
 def test_text_projections_leave_every_variant(policy: Policy) -> None:
-    """K, V and the caption projection run in the prologue: once a trajectory, and in no step."""
+    """K, V and the caption projection run in the prologue: once per trajectory, and in no step."""
     _, hoisting = pixart(policy)
     _, plain = pixart(policy, disable_passes=("hoist",))
     calls = PIXART.inputs(4)
@@ -60,7 +61,7 @@ def test_text_projections_leave_every_variant(policy: Policy) -> None:
 
 @torch.no_grad()
 def test_hoisting_equals_the_untouched_model() -> None:
-    """Nothing but hoisting is done, and no bit changes."""
+    """The policy only hoists, and the outputs are bit-equal."""
     model, rewritten = pixart()
     calls = PIXART.inputs(4)
     assert same(run(rewritten, calls), run(model, calls))
@@ -69,7 +70,7 @@ def test_hoisting_equals_the_untouched_model() -> None:
 @torch.no_grad()
 @pytest.mark.parametrize("explicit", [True, False], ids=["explicit", "inferred"])
 def test_conditioning_changed_in_place_midway_is_noticed(explicit: bool) -> None:
-    """The text is overwritten between two steps: what follows is computed from the new text."""
+    """The text is overwritten between two steps: the next steps are computed from the new text."""
     model, rewritten = pixart()
     calls = PIXART.inputs(4)
     with rewritten.trajectory(num_steps=4) if explicit else torch.no_grad():
@@ -83,7 +84,7 @@ def test_conditioning_changed_in_place_midway_is_noticed(explicit: bool) -> None
 
 @torch.no_grad()
 def test_each_stream_has_its_own() -> None:
-    """Two prompts in one trajectory: one prologue each, and neither sees the other's text."""
+    """Two prompts in one trajectory: one prologue each, and neither reads the other's text."""
     model, rewritten = pixart()
     streams = {"cond": PIXART.inputs(3, seed=0), "uncond": PIXART.inputs(3, seed=1)}
     with rewritten.trajectory(num_steps=3):
@@ -96,7 +97,7 @@ def test_each_stream_has_its_own() -> None:
 
 @pytest.mark.parametrize(("explicit", "hoists"), [(True, 1), (False, 3)], ids=["explicit", "inferred"])
 def test_inference_tensors_are_trusted_in_explicit_trajectories_only(explicit: bool, hoists: int) -> None:
-    """They have no version counter: unless the caller vouches for them, the prologue runs at every call."""
+    """They have no version counter: without the caller's explicit trajectory, the prologue runs at every call."""
     with torch.inference_mode():
         model, rewritten = pixart()
         calls = PIXART.inputs(3)
@@ -108,7 +109,7 @@ def test_inference_tensors_are_trusted_in_explicit_trajectories_only(explicit: b
 
 @torch.no_grad()
 def test_conditioning_made_anew_at_each_call_is_computed_anew() -> None:
-    """Equal content in other tensors is not proof for hoisting: identity is."""
+    """Equal content in other tensors proves nothing for hoisting: only identity does."""
     model, rewritten = pixart()
     calls = [
         {**kwargs, "encoder_hidden_states": kwargs["encoder_hidden_states"].clone()} for kwargs in PIXART.inputs(3)
@@ -120,7 +121,8 @@ def test_conditioning_made_anew_at_each_call_is_computed_anew() -> None:
 
 @torch.no_grad()
 def test_what_is_hoisted_is_reported_and_held() -> None:
-    """The report names the modules, their FLOPs and bytes; the bytes are held while the trajectory lasts."""
+    """The report names the modules, their FLOPs and bytes; the cache keeps the bytes as long as the trajectory
+    lasts."""
     _, rewritten = pixart()
     run(rewritten, PIXART.inputs(2))
     (line,) = [line for line in str(rewritten.explain()).splitlines() if line.startswith("hoisted")]
@@ -143,7 +145,7 @@ class Refined(torch.nn.Module):
 
 @torch.no_grad()
 def test_a_branch_of_the_conditioning_is_hoisted_and_no_site() -> None:
-    """A policy has nothing to say of what is computed once anyway; the report says so."""
+    """A policy does not apply to ops that run once anyway, and the report says so."""
     model = Refined().eval().requires_grad_(False)
     rewritten = dit_rewrite.compile(twin(model), FORA(2), backend="aot_eager")
     text = torch.randn(2, 3, 8)
@@ -167,7 +169,7 @@ class Waved(torch.nn.Module):
 
 @torch.no_grad()
 def test_products_are_handed_over_and_what_follows_them_is_not() -> None:
-    """The cosine stays in every step: in a kernel of its own it could be rounded otherwise."""
+    """The cosine stays in every step: a kernel of its own could round it differently."""
     rewritten = dit_rewrite.compile(Waved().eval().requires_grad_(False), FORA(2), backend="aot_eager")
     rewritten(torch.randn(2, 4, 8), torch.full((2,), 0.5), torch.randn(2, 4, 8))
     (graph,) = rewritten.explain().rewritten

@@ -1,4 +1,4 @@
-"""Lowered by Inductor: reuse 0 is bit for bit what torch.compile makes of the untouched model."""
+"""Lowered by Inductor, reuse 0 equals torch.compile of the untouched model bit for bit."""
 
 from __future__ import annotations
 
@@ -36,14 +36,14 @@ def test_reuse_0_is_exact_in_fp32(name: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", MODELS)
 def test_reuse_0_in_bf16_is_exact_or_no_further_from_float64_than_eager(name: str) -> None:
-    """Promise 2 in low precision; what is not exact is named."""
+    """Promise 2 in low precision; models that are not exact are listed."""
     result = verified(name, torch.bfloat16)
     assert result.reuse0.within
     assert result.reuse0.exact or result.notes
 
 
 def test_a_reused_step_is_lowered_without_what_it_skips() -> None:
-    """FORA through Inductor: reused steps follow the computed one, and nothing compiles after the first call."""
+    """FORA through Inductor: reused steps omit the skipped modules, and nothing compiles after the first call."""
     case = MODELS["dit"]
     model = dit_rewrite.compile(case.build(), FORA(3), fullgraph=True)
     with torch.no_grad(), model.trajectory(num_steps=6):
@@ -57,7 +57,7 @@ def test_a_reused_step_is_lowered_without_what_it_skips() -> None:
 
 @torch.no_grad()
 def test_many_rows_through_inductor_equal_the_guarded_graph_run_as_it_is() -> None:
-    """Rows that differ from site to site: each variant is within rounding of the guarded graph under its row."""
+    """Rows that differ between sites: each variant is within rounding of the guarded graph under its row."""
     mixed = Rule(Ne(Mod(step * 7 + layer * 3 + age, 5), 0) & (streak < 2))
     attention = Rule(Eq(Mod(step, 2), 0), do=Compute(), where=Where(("attention",)))
     model = dit_rewrite.compile(tiny.build(), Policy((attention, mixed)))

@@ -1,7 +1,7 @@
 """LoRA adapters on a rewritten denoiser, by every method that diffusers has for them, before compiling and after.
 
-Each method is called on the rewritten model and on a plain copy, which has to give the same at every step that
-computes; the reuse goes on, of values of the trajectory at hand alone.
+Each method is called on the rewritten model and on a plain copy; both must give the same output at every step that
+computes. The reuse goes on, with values of the current trajectory only.
 """
 
 from __future__ import annotations
@@ -60,13 +60,13 @@ def add(model: Any, name: str = "one", seed: int = 0, rank: int = 2) -> None:
 
 
 def add_second(model: Any) -> None:
-    """Add another adapter and have both work."""
+    """Add another adapter and activate both."""
     add(model, "two", seed=1)
     model.set_adapters(["one", "two"], [0.7, 0.4])
 
 
 def load(model: Any, seed: int, **options: Any) -> None:
-    """Load an adapter as a file would give it; random, as the seed decides."""
+    """Load an adapter as from a file, with random weights drawn from the seed."""
     other = build()
     add(other, seed=seed)
     weights = peft.get_peft_model_state_dict(other, adapter_name="one")
@@ -87,7 +87,7 @@ ACTIONS: dict[str, Action] = {
     "load": partial(load, seed=2),
     "hot-swap": partial(load, seed=3, hotswap=True),
 }
-POLICIES: dict[str, tuple[Policy, str, int]] = {  # which steps compute, and the number of sites with a rule
+POLICIES: dict[str, tuple[Policy, str, int]] = {  # the steps that compute, and the number of sites with a rule
     "FORA": (FORA(2), "CRCR", 4),
     "FirstBlockCache": (FirstBlockCache(threshold=9.0, warmup=1), "CRRR", 1),
 }
@@ -95,17 +95,17 @@ POLICIES: dict[str, tuple[Policy, str, int]] = {  # which steps compute, and the
 
 @torch.no_grad()
 def outputs(model: Any, inputs: list[dict[str, Any]]) -> list[Tensor]:
-    """What the model returns at each call, copied."""
+    """Copies of the model's output at each call."""
     return [model(**arguments)[0].clone() for arguments in inputs]
 
 
 def rewritten(plain: nn.Module, policy: Policy) -> Any:
-    """A copy of the model that was compiled."""
+    """A copy of the model, compiled."""
     return dit_rewrite.compile(copy.deepcopy(plain), policy, backend="aot_eager")
 
 
 def check(model: Any, plain: Any, row: str, sites: int) -> list[Tensor]:
-    """Run one trajectory of both. The steps that compute are equal, and the others reuse; the plain outputs."""
+    """Run one trajectory of both models and return the plain outputs; computed steps are equal, the others reuse."""
     inputs = flux_calls(len(row))
     expected, before = outputs(plain, inputs), model.stats()
     with model.trajectory(len(row)):
@@ -123,7 +123,7 @@ FEW = ("add", "fuse", "unfuse", "unload", "load", "hot-swap")
 
 @pytest.mark.parametrize(("name", "names"), [("FORA", tuple(ACTIONS)), ("FirstBlockCache", FEW)])
 def test_adapters_change_after_compiling(name: str, names: tuple[str, ...]) -> None:
-    """One method after the other, on one rewritten model: each changes the outputs, and none ends the reuse."""
+    """Each method in turn on one rewritten model: it changes the outputs, and reuse goes on."""
     policy, row, sites = POLICIES[name]
     plain = build()
     model = rewritten(plain, policy)
@@ -147,7 +147,7 @@ def test_adapters_change_after_compiling(name: str, names: tuple[str, ...]) -> N
     ],
 )
 def test_adapters_from_before_compiling(name: str, names: tuple[str, ...]) -> None:
-    """The sites are those of the model without adapters, and steps that compute are the plain model's."""
+    """The sites are those of the model without adapters, and computed steps equal the plain model."""
     policy, row, sites = POLICIES[name]
     plain = build()
     for action in names:
@@ -174,9 +174,10 @@ def grow(model: Any) -> None:
     ids=["set scale", "disable", "fuse", "in place"],
 )
 def test_adapters_change_within_a_trajectory(change: Action, row: str, misses: dict[MissReason, int]) -> None:
-    """Before the fourth step, which was to reuse: another graph computes, and so does the next step of the policy.
+    """The change comes before the fourth step, which would reuse: another graph computes, and the next step follows the
+    policy.
 
-    Weights that are changed in place keep the graph, and what is hoisted of the text is computed again.
+    Weights that change in place keep the graph, and the ops hoisted from the text run again.
     """
     plain, inputs = build(), flux_calls(6)
     add(plain)
@@ -196,8 +197,8 @@ def test_adapters_change_within_a_trajectory(change: Action, row: str, misses: d
 
 
 def test_adapters_of_a_pipeline() -> None:
-    """The pipeline's own methods reach the rewritten denoiser: the first step is the plain pipeline's, and the reuse
-    goes on."""
+    """The pipeline's own methods reach the rewritten denoiser: the first step equals the plain pipeline's, and the
+    reuse goes on."""
     case = PIPELINES["flux"]
 
     def first_step(pipe: Any, steps: int) -> Tensor:

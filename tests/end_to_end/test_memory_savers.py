@@ -1,4 +1,4 @@
-"""Offloading, casting and quantization of a rewritten denoiser: each is exact and reuses, or is refused by its name."""
+"""Offloading, casting and quantization of a rewritten denoiser: each is exact and reuses, or an error names it."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def offload_leaves(model: nn.Module) -> None:
 
 
 def cast(model: nn.Module) -> None:
-    """As enable_layerwise_casting does: weights lie in eight bits."""
+    """As enable_layerwise_casting does: weights are stored in eight bits."""
     from diffusers.hooks import apply_layerwise_casting
 
     apply_layerwise_casting(model, torch.float8_e4m3fn, torch.float32, skip_modules_pattern=("norm",))
@@ -75,7 +75,7 @@ REFUSED = [
 
 
 def both(saver: Saver, policy: Any, after: bool) -> tuple[Any, Any]:
-    """The plain model with a memory saver, and the rewritten one, compiled before or after that was switched on."""
+    """The plain model with a memory saver, and the rewritten one, compiled before or after the saver was enabled."""
     if saver.__name__.startswith("quantize"):
         pytest.importorskip("torchao")
     plain, model = build(), build()
@@ -104,14 +104,14 @@ def test_exact(saver: Saver, after: bool) -> None:
 
 @pytest.mark.parametrize(("saver", "place", "hook"), REFUSED)
 def test_refused(saver: Saver, place: str, hook: str) -> None:
-    """Hooks around each layer break up its blocks: the error names them, and where Dynamo breaks."""
+    """Hooks around each layer split its blocks: the error names them, and where Dynamo breaks the graph."""
     _, model = both(saver, FORA(2), after=False)
     with pytest.raises(BrokenUp, match=rf"TinyDiT has no .* are at {place}:.*{hook} around \d+ modules.*whole blocks"):
         outputs(model, calls(1))
 
 
 def test_hooks_that_come_after_the_first_trajectory() -> None:
-    """A warning says why nothing is reused any more."""
+    """A warning says why reuse has stopped."""
     _, model = both(lambda model: None, FORA(2), after=False)
     with model.trajectory(STEPS):
         outputs(model, calls(STEPS))

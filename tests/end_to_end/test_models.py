@@ -1,4 +1,4 @@
-"""The toy models and the reference of FORA, checked without the compiler."""
+"""The toy models and the FORA reference, checked without the compiler."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ every_run = pytest.mark.parametrize(("case", "precision"), RUNS)
 
 
 def ambient(precision: str) -> AbstractContextManager[Any]:
-    """The autocast region of this precision, if any."""
+    """The autocast region for this precision, if any."""
     return torch.autocast("cpu", torch.bfloat16) if precision == "autocast" else nullcontext()
 
 
 @torch.no_grad()
 def plain_outputs(model: nn.Module, inputs: list[dict[str, Any]]) -> list[Tensor]:
-    """What the untouched model returns at each step."""
+    """The outputs of the untouched model at each step."""
     return [output(model(**arguments)) for arguments in inputs]
 
 
@@ -87,7 +87,7 @@ def test_reference_with_interval_1_is_the_model(case: Case, precision: str) -> N
     with ambient(precision):
         plain = plain_outputs(model, inputs)
         assert all(same(plain, fora_outputs(case.name, model, inputs, interval=1)))
-        assert all(same(plain, plain_outputs(model, inputs))), "the model was left changed"
+        assert all(same(plain, plain_outputs(model, inputs))), "the model was changed"
 
 
 @every_run
@@ -115,7 +115,7 @@ def test_modules_cover_the_sites(case: Case) -> None:
     modules = MODULES[case.name](case.build())
     assert len(set(modules)) == len(modules)
     sites = sum(case.sites.values())
-    if case.name == "mochi":  # a value, not a site, for each stream of a joint attention: the last has one
+    if case.name == "mochi":  # each stream of a joint attention adds a value, not a site; the last one has one stream
         sites += case.sites["joint"] - 1
     assert len(modules) == sites
 
@@ -155,17 +155,17 @@ def test_broken_blocks_share_graphs() -> None:
 
 
 def read_values(case: Case, module: nn.Module, model: Any) -> range:
-    """Which of the values that a module returns influence the output."""
+    """The indices of the returned values that influence the output."""
     joint = {"sd3": "attn", "flux": "attn", "cogvideox": "attn1"}.get(case.name)
     attentions = [getattr(block, joint) for block in model.transformer_blocks] if joint else []
     if module not in attentions:
         return range(1)
-    # Image and text. SD3 throws the last block's text away; CogVideoX takes it on, but never to a video token.
+    # Image and text. SD3 drops the last block's text; CogVideoX keeps it, but no video token reads it.
     return range(1) if case.name != "flux" and module is attentions[-1] else range(2)
 
 
 class Zeroed:
-    """While entered, one value of a module is zero."""
+    """A context in which one returned value of a module is zero."""
 
     def __init__(self, module: nn.Module, index: int) -> None:
         self.module, self.index = module, index

@@ -26,7 +26,7 @@ def kinds(model: dit_rewrite.RewrittenModule) -> Counter[str]:
 
 @torch.no_grad()
 def told(model: dit_rewrite.RewrittenModule, inputs: list[dict[str, Any]]) -> list[torch.Tensor]:
-    """The outputs of a told trajectory, copied."""
+    """The outputs of an explicit trajectory, copied."""
     with model.trajectory(num_steps=len(inputs)):
         return [output(model(**arguments)).clone() for arguments in inputs]
 
@@ -55,7 +55,7 @@ def test_sites_and_fora_equal_the_reference(case: Case) -> None:
 
 @pytest.mark.parametrize("case", [MODELS["dit"], MODELS["mochi"]], ids=lambda case: case.name)
 def test_fora_watched_equals_the_reference(case: Case) -> None:
-    """The same without being told: falling and rising timesteps."""
+    """The same for an inferred trajectory: falling and rising timesteps."""
     model, inputs = case.build(), case.inputs(7)
     compiled = dit_rewrite.compile(twin(model), FORA(3), backend="aot_eager")
     with torch.no_grad():
@@ -66,7 +66,7 @@ def test_fora_watched_equals_the_reference(case: Case) -> None:
 
 @pytest.mark.parametrize("anchor", ["start", "paper"])
 def test_blocks_behind_breaks_equal_the_reference(anchor: str) -> None:
-    """Six identical blocks share two graphs: each has six occurrences, with slots of their own."""
+    """Six identical blocks share two graphs: each graph has six occurrences, with their own slots."""
     model, inputs = BROKEN.build(), BROKEN.inputs(STEPS)
     compiled = dit_rewrite.compile(twin(model), FORA(3, anchor=anchor), backend="aot_eager")
     found = told(compiled, inputs)

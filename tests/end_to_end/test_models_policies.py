@@ -1,6 +1,6 @@
-"""DQAR, FORA and FirstBlockCache on named models: decisions and outputs as the policies' sources have them.
+"""DQAR, FORA and FirstBlockCache on named models: decisions and outputs equal those of the policies' sources.
 
-Each run is also replayed as `dit_rewrite.proof.verify` does it, which must be exact.
+Each run is also replayed with `dit_rewrite.proof.verify`, which must be exact.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ WARMUP, SNR_THRESHOLD = "0.1", 0.8
 
 @dataclass(frozen=True)
 class Run:
-    """One told trajectory: what the model returned, and at each step whether each site was reused."""
+    """One explicit trajectory: the model's outputs, and at each step whether each site was reused."""
 
     outputs: list[Tensor]
     reused: list[dict[str, bool]]
@@ -44,7 +44,7 @@ class Run:
 
 
 def run(model: nn.Module, inputs: list[dict[str, Any]], policy: Policy, lowering: str, scheduler: Any = None) -> Run:
-    """Compile, run one trajectory, and replay it; the replay must be equal bit for bit."""
+    """Compile, run one trajectory, and replay it; the replay must be bit-equal."""
     torch.compiler.reset()
     backend = Backend(model, policy, Lowering.of("aot_eager", partition=lowering))
     compiled = attach(twin(model), backend)
@@ -62,14 +62,14 @@ def run(model: nn.Module, inputs: list[dict[str, Any]], policy: Policy, lowering
 
 
 def differing(found: Sequence[Tensor], expected: Sequence[Tensor]) -> list[int]:
-    """The steps at which two runs are not equal bit for bit."""
+    """The steps at which two runs are not bit-equal."""
     return [step for step, pair in enumerate(zip(found, expected, strict=True)) if not torch.equal(*pair)]
 
 
 # --- FORA -------------------------------------------------------------------------------------------------------------
 
 
-FORA_RUNS = [  # variants are the subject of test_models_fora
+FORA_RUNS = [  # test_models_fora tests the variants
     pytest.param(
         case,
         lowering,
@@ -101,7 +101,7 @@ _USUAL = {("variants", "linear"), ("segments", "linear_reverse")}
 
 
 def scheduled(case: Case) -> tuple[Any, list[dict[str, Any]]]:
-    """The kind of scheduler that the model is sampled with, and calls at its timesteps."""
+    """The kind of scheduler that the model is sampled with, and model calls at its timesteps."""
     from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
 
     flow = case.name in ("sd3", "flux", "wan")
@@ -112,7 +112,7 @@ def scheduled(case: Case) -> tuple[Any, list[dict[str, Any]]]:
     return scheduler, [{**call, "timestep": t} for call, t in zip(case.inputs(STEPS), times, strict=True)]
 
 
-DQAR_RUNS = [  # each model under both lowerings and both orders, one of them in all four ways
+DQAR_RUNS = [  # each model under both lowerings and both orders, one of them in all four combinations
     pytest.param(
         case,
         lowering,
@@ -134,7 +134,7 @@ def test_dqar(case: Case, lowering: str, order: Literal["linear", "linear_revers
     schedule = reference.linear_schedule(STEPS, len(paths), Fraction(WARMUP), Fraction(1), order == "linear_reverse")
     rows = reference.gated(schedule, snrs, SNR_THRESHOLD)
     assert min(abs(snr / SNR_THRESHOLD - 1) for snr in snrs) > 0.01
-    assert sum(a != b for a, b in zip(rows, schedule, strict=True)) >= 3, "steps at which the SNR forbids"
+    assert sum(a != b for a, b in zip(rows, schedule, strict=True)) >= 3, "steps at which the SNR forbids reuse"
 
     policy = DQAR(warmup=float(WARMUP), layer_fraction=1.0, snr_threshold=SNR_THRESHOLD, order=order)
     found = run(model, inputs, policy, lowering, scheduler)
@@ -149,7 +149,7 @@ def test_dqar(case: Case, lowering: str, order: Literal["linear", "linear_revers
 
 @pytest.mark.parametrize("lowering", LOWERINGS)
 def test_dqar_with_an_entropy_threshold(lowering: str) -> None:
-    """A layer's attention was narrow enough when it was last computed: 2.335 nats, of log 16 = 2.77 at most."""
+    """A layer reuses while its last computed attention was narrow: 2.335 nats, of at most log 16 = 2.77."""
     case, threshold = MODELS["dit"], 2.335
     model, inputs = case.build(), case.inputs(STEPS)
     attentions = [block.attn1 for block in model.transformer_blocks]  # type: ignore[union-attr]
@@ -194,7 +194,7 @@ def test_first_block_cache(case: Case, lowering: str, lag: Literal[0, 1]) -> Non
 
 
 def test_first_block_cache_with_warmup_and_streak() -> None:
-    """5 steps compute first, and at most 2 in a row reuse, though the threshold is never crossed."""
+    """5 steps compute first, and at most 2 in a row reuse, though the change never exceeds the threshold."""
     case = MODELS["dit"]
     model, inputs = case.build(), case.inputs(STEPS)
     blocks = list(reference.named_blocks(case.name, model).values())
@@ -208,7 +208,7 @@ def test_first_block_cache_with_warmup_and_streak() -> None:
 
 @pytest.mark.parametrize("case", [MODELS["flux"], MODELS["wan"]], ids=lambda case: case.name)
 def test_the_reference_is_the_first_block_cache_of_diffusers(case: Case) -> None:
-    """Its own hook decides and returns the same, where diffusers offers it."""
+    """diffusers' own hook makes the same decisions and returns the same outputs, where diffusers has it."""
     from diffusers import FirstBlockCacheConfig
 
     model, inputs = case.build(), case.inputs(STEPS)
@@ -236,7 +236,7 @@ def test_the_reference_is_the_first_block_cache_of_diffusers(case: Case) -> None
     ids=["dqar-variants", "dqar-segments", "first_block_cache-segments", "first_block_cache-variants"],
 )
 def test_verify_is_exact(policy: Policy, lowering: str) -> None:
-    """Reuse 0 too, and a second trajectory that finds nothing of the first."""
+    """Also at reuse 0, and for a second trajectory, which reads no slot of the first."""
     case = MODELS["dit"]
     scheduler, inputs = scheduled(case)
     found = dit_rewrite.verify(

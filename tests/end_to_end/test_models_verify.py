@@ -1,4 +1,4 @@
-"""Every named model proven by `verify`: reuse 0 and the replay of FORA's decisions, bit for bit."""
+"""`verify` proves every named model: reuse 0 and the replay of FORA's decisions, bit for bit."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from dit_rewrite.policies import FORA
 from tests.helpers.broken import broken_blocks
 from tests.helpers.models import MODELS, Case
 
-# Values held, counted by hand: one a site, and one more for each further stream that a joint attention is added to
-# (the last block of SD3 and Mochi drops its text; that of CogVideoX keeps the text value). The MLP of CogVideoX runs
-# over both streams and is added to each, but the last one's text sum is not read.
+# Values in the cache, counted by hand: one per site, and one more for each further stream that a joint attention adds
+# to (the last block of SD3 and Mochi drops its text; that of CogVideoX keeps the text value). The MLP of CogVideoX
+# runs over both streams and adds to each, but nothing reads the text sum of the last one.
 VALUES = {
     "dit": 6,
     "pixart_alpha": 9,
@@ -29,7 +29,7 @@ VALUES = {
     "wan": 6,
     "stdit": 8,
 }
-# the steps that compute are compared for every model in test_models_fora too
+# test_models_fora compares the computed steps of every model too
 QUICK = {"fp32": {"dit", "sd3", "flux"}, "bf16": {"dit", "pixart_alpha", "sd3", "omnigen", "wan", "stdit"}}
 PRECISIONS = [
     pytest.param(

@@ -1,4 +1,4 @@
-"""Guards on the noise: known in a told trajectory that names its scheduler, and nowhere else."""
+"""Guards on the noise level: known only in an explicit trajectory that names its scheduler."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ STEPS = 8
 
 
 def decisions(policy: Policy, **told: object) -> list[tuple[bool, Reason]]:
-    """Whether the first site was reused at each step, and why (not)."""
+    """Whether the first site was reused at each step, with the reason."""
     model = tiny.rewritten(tiny.build(), policy)
     calls = tiny.calls(STEPS)
     for call, time in zip(calls, getattr(told.get("scheduler"), "timesteps", ()), strict=False):
@@ -33,7 +33,7 @@ def decisions(policy: Policy, **told: object) -> list[tuple[bool, Reason]]:
 
 
 def test_reuse_where_the_signal_is_strong() -> None:
-    """SNR = abar / (1 - abar) of the scheduler's timesteps decides each step, the first excepted."""
+    """The SNR = abar / (1 - abar) at the scheduler's timesteps decides each step but the first."""
     scheduler = DDIMScheduler(num_train_timesteps=1000)
     scheduler.set_timesteps(STEPS)
     abar = scheduler.alphas_cumprod[scheduler.timesteps]
@@ -44,7 +44,7 @@ def test_reuse_where_the_signal_is_strong() -> None:
 
 
 def test_a_guard_on_sigma_under_flow_matching() -> None:
-    """Sigma is the share of noise; the last step's is above 0 and the guard holds there."""
+    """Sigma is the share of noise; at the last step it is above 0, and the guard is true there."""
     scheduler = FlowMatchEulerDiscreteScheduler()
     scheduler.set_timesteps(STEPS)
     expected = [False, *(value < 0.6 for value in scheduler.sigmas[1:STEPS].tolist())]
@@ -53,28 +53,28 @@ def test_a_guard_on_sigma_under_flow_matching() -> None:
 
 
 def test_the_snr_without_a_scheduler_is_an_error() -> None:
-    """A told trajectory could never reuse: it says so, and what to do."""
+    """An explicit trajectory could never reuse: the error says so, and how to correct it."""
     with pytest.raises(NoiseUnknown, match=r"no scheduler was given.*Give trajectory\(scheduler="):
         decisions(Policy((Rule(snr > 0.0),)), num_steps=STEPS)
 
 
 def test_a_scheduler_that_does_not_say_it_proves_nothing() -> None:
-    """Its steps are known and their noise is not: computed, with the reason."""
+    """The steps are known but their noise is not: the site computes, with the reason."""
     mute = SimpleNamespace(timesteps=list(range(STEPS, 0, -1)))
     assert decisions(Policy((Rule(snr > 0.0),)), scheduler=mute) == [(False, DecisionReason.NOISE_UNKNOWN)] * STEPS
 
 
 def test_without_a_scheduler_nothing_is_proven() -> None:
-    """A told number of steps says nothing of sigma (a cache_context could): computed, with the reason."""
+    """The number of steps alone does not give sigma (a cache_context could): the site computes, with the reason."""
     assert decisions(Policy((Rule(sigma > 0.0),)), num_steps=STEPS) == [(False, DecisionReason.NOISE_UNKNOWN)] * STEPS
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("probe", ["latent", "self"])
 def test_filtered_by_the_noise_of_its_step(probe: Literal["latent", "self"]) -> None:
-    """Beside diffusers' filter of what the model is given, or of the stream that its first branch reads."""
+    """Equal to diffusers' filter, applied to the model's input or to the stream that its first branch reads."""
     model = tiny.Patched().eval().requires_grad_(False)
-    symbol = drift(probe, filter="sea", rescale=(1.0, 0.0))  # which may be negative, so that it is read
+    symbol = drift(probe, filter="sea", rescale=(1.0, 0.0))  # it may be negative, so that it is read
     compiled = tiny.rewritten(model, Policy((Rule(symbol < 0, where=Where(layers=(0, 1), kinds=("self",))),)))
     scheduler = FlowMatchEulerDiscreteScheduler()
     scheduler.set_timesteps(4)
@@ -94,7 +94,7 @@ def test_filtered_by_the_noise_of_its_step(probe: Literal["latent", "self"]) -> 
 
 
 def test_a_filter_without_noise_or_grid_proves_nothing() -> None:
-    """Unknown noise is the reason of each decision; tokens without a grid are refused before."""
+    """Each decision gives unknown noise as its reason; tokens without a grid are refused at compile time."""
     filtered = Policy((Rule(drift("latent", filter="sea") < 9),))
     assert filtered.mentions == {"drift(latent, filter=sea)"}
     model = tiny.rewritten(tiny.Patched().eval(), filtered)

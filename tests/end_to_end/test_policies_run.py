@@ -1,4 +1,4 @@
-"""Policies end to end: which sites, which rule first, at which steps, and what it costs."""
+"""Policies end to end: their sites, the first rule that applies, the steps that reuse, and the memory."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ VALUE_BYTES = 2 * 8 * tiny.WIDTH * 4  # a value is as large as the stream: 2 sam
 
 
 def rules(*given: Any, name: str = "test") -> Policy:
-    """A policy of rules; a guard alone is a rule that reuses everywhere."""
+    """A policy of rules; a guard alone stands for a rule that reuses at all sites."""
     return Policy(tuple(rule if isinstance(rule, Rule) else Rule(rule) for rule in given), name)
 
 
@@ -88,7 +88,7 @@ def test_rules_by_kind(kinds: tuple[str, ...], names: list[str]) -> None:
     ],
 )
 def test_what_kinds_select(kinds: tuple[str, ...], selected: str) -> None:
-    """A parallel site is attention and MLP at once."""
+    """A parallel site is an attention and an MLP at once."""
     sites = [SimpleNamespace(kind=kind, part=Part.BRANCH) for kind in Kind]
     found = [site.kind.value for site in sites if Where(kinds).selects(cast("Site", site))]
     assert found == selected.split()
@@ -141,7 +141,7 @@ def test_a_guard_by_layer_costs_nothing_elsewhere(guard: Any) -> None:
 
 
 def scheduled(model: nn.Module, inputs: list[dict[str, Any]], intervals: dict[nn.Module, int]) -> list[Tensor]:
-    """What the model returns where each module computes at every so-manyth step."""
+    """The outputs of a model in which each module computes at its own interval of steps."""
     results = []
     with contextlib.ExitStack() as stack, torch.no_grad():
         caches = {stack.enter_context(ModuleCache([module])): interval for module, interval in intervals.items()}
@@ -153,10 +153,10 @@ def scheduled(model: nn.Module, inputs: list[dict[str, Any]], intervals: dict[nn
 
 
 def test_many_rows() -> None:
-    """Each site with an interval of its own: in 16 steps 10 different rows.
+    """Each site has its own interval: in 16 steps there are 10 different rows.
 
-    As variants 8 are foreseen, and 2 are compiled late; more are foreseen where that is allowed. Two pieces need no
-    more than the 4 rows of their own 2 sites, so that none is late; unless told otherwise that is chosen for them.
+    As variants, 8 rows are foreseen and 2 compile late; a higher limit foresees more. Two segments need only the 4 rows
+    of their own 2 sites, so that none is late; this lowering is the default here.
     """
     model, inputs = tiny.build(), calls(16)
     first, second = model.blocks
@@ -203,7 +203,7 @@ def test_guards_see_no_total_while_watched() -> None:
 
 
 def test_a_trajectory_of_any_length_is_foreseen_in_no_time() -> None:
-    """The plan is looked at for a thousand steps at most, however many were told."""
+    """The plan is foreseen for a thousand steps at most, however long the trajectory is."""
     model = tiny.rewritten(tiny.build(), FORA(3))
     with model.trajectory(num_steps=1 << 40):
         tiny.outputs(model, tiny.calls(2))

@@ -1,4 +1,4 @@
-"""Segments through Inductor: cut into pieces, the graph still gives the bits of plain torch.compile in float32."""
+"""Segments through Inductor: the cut graph still gives the bits of plain torch.compile in float32."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Segments of a model whose stream is laid out otherwise than in the order of its dimensions."""
+"""Segments of a model whose stream has a non-contiguous memory layout."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ WIDTH = 32
 
 
 class Block(nn.Module):
-    """An MLP behind a norm, and perhaps a norm behind the sum."""
+    """An MLP behind a norm, with an optional norm behind the sum."""
 
     def __init__(self, post: bool) -> None:
         super().__init__()
@@ -29,7 +29,7 @@ class Block(nn.Module):
 
 
 class Audio(nn.Module):
-    """Samples of a waveform are embedded by a convolution, whose transposed output is the stream."""
+    """A convolution embeds the samples of a waveform; its transposed output is the stream."""
 
     def __init__(self, post: bool) -> None:
         super().__init__()
@@ -46,7 +46,7 @@ class Audio(nn.Module):
 
 @pytest.mark.parametrize("post", [False, True], ids=["pre-norm", "post-norm"])
 def test_reuse_0_of_a_transposed_stream(post: bool) -> None:
-    """A cut hands the stream on as it lies: a mean over a copy that lies otherwise is rounded otherwise."""
+    """A cut keeps the strides of the stream: a mean over a copy with other strides would round differently."""
     calls: list[dict[str, Any]] = [{"x": tokens(0, 2, 4, 16) + 0.1 * i * tokens(1, 2, 4, 16)} for i in range(3)]
     model = Audio(post).eval().requires_grad_(False)
     found = dit_rewrite.verify(copy.deepcopy(model), calls, FORA(2), backend="aot_eager", lowering="segments")

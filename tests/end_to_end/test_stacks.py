@@ -1,4 +1,4 @@
-"""First-block caching of diffusers' classes in which the main stack is not all of the blocks, at toy size."""
+"""First-block caching of diffusers' classes whose main stack is not all of their blocks, at toy size."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ Inputs = Callable[[Generator], dict[str, Any]]
 
 @dataclass(frozen=True)
 class Class:
-    """A class of diffusers: how it is made, what it is called with, the input that moves, and its span behind the first
-    block of the main stack."""
+    """A class of diffusers: how to build and call it, the input that changes, and the span behind the first block of
+    its main stack."""
 
     name: str
     config: dict[str, Any]
@@ -143,7 +143,8 @@ CLASSES = [
 
 @pytest.mark.parametrize("case", CLASSES, ids=[case.name for case in CLASSES])
 def test_first_block_cache(case: Class) -> None:
-    """All blocks of the main stack behind its first one are a span; it is exact, and is reused where it may be."""
+    """All blocks of the main stack behind its first one are one span; it is exact, and is reused where the rule
+    permits."""
     model, calls, policy = case.build(), case.calls(), FirstBlockCache(threshold=1e9)
     found = dit_rewrite.verify(copy.deepcopy(model), calls, policy, backend="aot_eager")
     assert found.exact, found
@@ -185,7 +186,8 @@ class Halves(torch.nn.Module):
     ],
 )
 def test_a_break_between_blocks(behind: int, reused: int, reasons: list[RefusalReason]) -> None:
-    """Each graph decides of its own blocks behind its first one, and says so; or that it has but one."""
+    """Each graph decides about its own blocks behind its first one, and reports this; or reports that it has only
+    one."""
     model, policy = Halves(behind).eval().requires_grad_(False), FirstBlockCache(threshold=1e9)
     calls = [{"x": normal(Generator().manual_seed(i), 2, 4, 8)} for i in range(STEPS)]
     found = dit_rewrite.verify(copy.deepcopy(model), calls, policy, backend="aot_eager")
@@ -199,7 +201,7 @@ def test_a_break_between_blocks(behind: int, reused: int, reasons: list[RefusalR
 
 
 def test_spans_of_numbered_blocks_in_a_part() -> None:
-    """Which blocks have these numbers is not known there."""
+    """A part of a model does not know which blocks have these numbers."""
     policy = Policy((Rule(step > 0, where=Where(span="stack", layers=(0, 2))),))
     compiled = dit_rewrite.compile(Halves(2).eval().requires_grad_(False), policy, backend="aot_eager")
     with torch.no_grad():

@@ -20,7 +20,7 @@ CLOSE = 1e-3  # of the largest element, in fp32
 
 
 def run(name: str, policy: Policy, device: str, **options: Any) -> tuple[list[Tensor], list[dict[str, str]]]:
-    """What the model returns at each step, on the CPU, and what each site did."""
+    """The model's outputs at each step, on the CPU, and each site's strategies."""
     torch._dynamo.reset()
     case = MODELS[name]
     model = dit_rewrite.compile(case.build().to(device), policy, **options)

@@ -1,4 +1,4 @@
-"""Strategies inside attention through Inductor: as near to float64 as the graph run as it is, step by step."""
+"""Strategies inside attention through Inductor: as close to float64 as the guarded graph, step by step."""
 
 from __future__ import annotations
 
