@@ -97,7 +97,7 @@ def test_each_stream_has_its_own() -> None:
 
 @pytest.mark.parametrize(("explicit", "hoists"), [(True, 1), (False, 3)], ids=["explicit", "inferred"])
 def test_inference_tensors_are_trusted_in_explicit_trajectories_only(explicit: bool, hoists: int) -> None:
-    """They have no version counter: without the caller's explicit trajectory, the prologue runs at every call."""
+    """They have no version counter: outside an explicit trajectory the prologue runs at every call."""
     with torch.inference_mode():
         model, rewritten = pixart()
         calls = PIXART.inputs(3)

@@ -1,6 +1,6 @@
-"""Steps, streams and trajectories told apart over whole runs: what is computed, and that no run sees another's values.
+"""Steps, streams and trajectories over whole runs: which steps compute, and that no run reads another's values.
 
-Every expected output is FORA's by module hooks, begun anew with each trajectory, or the untouched model's.
+Every expected output is FORA by module hooks, restarted with each trajectory, or the untouched model's.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ MODES = pytest.mark.parametrize("mode", ["explicit", "inferred"])
 
 
 def run(model: dit_rewrite.RewrittenModule, inputs: list[dict[str, Any]], mode: str, of: int = 0) -> list[Tensor]:
-    """One trajectory; `of` is the number of steps told where it is cut short."""
+    """One trajectory; `of` is the declared number of steps, where the run is cut short."""
     with model.trajectory(of or len(inputs)) if mode == "explicit" else contextlib.nullcontext():
         return outputs(model, inputs)
 
 
 def at(time: float) -> Tensor:
-    """A timestep, spread over the batch as the trajectories' own."""
+    """A timestep, spread over the batch as in the trajectories."""
     return torch.tensor(int(time)).expand(2)
 
 
@@ -78,7 +78,7 @@ def test_a_b_a_gives_a_twice(mode: str, cut: int, prompt: str) -> None:
 @MODES
 @pytest.mark.parametrize("cut", [7, 3, 1])
 def test_b_starts_at_a_lower_timestep_with_the_same_prompt(mode: str, cut: int) -> None:
-    """Image to image: the last four of seven steps, from another noise."""
+    """Image to image: the last four of seven steps, from other noise."""
     model = tiny.build()
     compiled = rewritten(model)
     a = calls(7, seed=1)
@@ -91,14 +91,14 @@ def test_b_starts_at_a_lower_timestep_with_the_same_prompt(mode: str, cut: int) 
 @MODES
 @pytest.mark.parametrize("moved", [0, -40, 40])
 def test_the_same_noise_again_starts_anew(mode: str, moved: int) -> None:
-    """One seed, one prompt, a first run cut after a step, and a schedule that starts at another timestep."""
+    """The same seed and prompt, a first run cut after one step, and a schedule that starts at another timestep."""
     model = tiny.build()
     compiled = rewritten(model)
     a = calls(4, seed=1)
     b = [{**arguments, "timestep": at(arguments["timestep"][0] + moved)} for arguments in a]
     run(compiled, a[:1], mode, of=4)
     found = run(compiled, b, mode)
-    if mode == "inferred" and not moved:  # the pair may be two calls of one step: the next step computes, to see
+    if mode == "inferred" and not moved:  # the pair may be two calls of one step: the next step computes, to find out
         assert row(compiled, 4) == "CCRC"
         assert same(found[:1] + found[1:3], fora(model, b[:1]) + fora(model, b[1:3]))
         assert compiled.stats().streams == {StreamReason.AMBIGUOUS_STREAM: 1}
@@ -132,7 +132,7 @@ def test_a_timestep_that_turns_starts_anew() -> None:
 
 @MODES
 def test_heun_calls_twice_at_a_timestep(mode: str) -> None:
-    """999, 666, 666, 333, 333, …: a step is a timestep, of one call or two."""
+    """999, 666, 666, 333, 333, …: a step is one timestep, with one or two calls."""
     compiled = rewritten(tiny.build())
     heun = calls(7)
     for arguments, time in zip(heun, (999, 666, 666, 333, 333, 100, 100), strict=True):
@@ -145,7 +145,7 @@ def test_heun_calls_twice_at_a_timestep(mode: str) -> None:
 @MODES
 @pytest.mark.parametrize("order", ["cond first", "uncond first"])
 def test_guidance_switched_off_midway(mode: str, order: str) -> None:
-    """Seven steps with both streams up to the fourth; each stream is as if it ran alone."""
+    """Seven steps, with both streams up to the fourth; each stream equals its own separate run."""
     model = tiny.build()
     compiled = rewritten(model)
     cond, given = calls(7, seed=1), condition(9)
@@ -161,7 +161,7 @@ def test_guidance_switched_off_midway(mode: str, order: str) -> None:
 
 
 def test_guidance_that_pauses_keeps_its_steps_when_watched() -> None:
-    """The unconditional stream, called first in its step, comes back after a step without it."""
+    """The unconditional stream, called first in its step, returns after a step without it."""
     compiled = rewritten(tiny.build())
     cond, given = calls(4, seed=1), condition(9)
     uncond = [{**arguments, "condition": given} for arguments in cond]
@@ -185,12 +185,13 @@ def test_streams_by_identity(mode: str) -> None:
 
 @MODES
 def test_streams_by_name(mode: str) -> None:
-    """Both streams pass the same objects, as where a pipeline swaps an adapter in between; only names tell them."""
+    """Both streams pass the same objects, as when a pipeline swaps an adapter in between; only names tell them
+    apart."""
     model = tiny.build()
     compiled = rewritten(model)
     cond, uncond = calls(7, seed=1), calls(7, seed=2, given=condition(1))
     cond = [{**arguments, "condition": uncond[0]["condition"]} for arguments in cond]
-    if mode == "inferred":  # then the latent must be one
+    if mode == "inferred":  # then there must be one latent
         uncond = [{**theirs, "hidden_states": ours["hidden_states"]} for ours, theirs in zip(cond, uncond, strict=True)]
     found: dict[str, list[Tensor]] = {"cond": [], "uncond": []}
     with compiled.trajectory(7) if mode == "explicit" else contextlib.nullcontext():
@@ -233,7 +234,7 @@ def test_two_compilations_of_one_model_share_nothing() -> None:
 
 
 def test_twelve_models_of_one_class_all_stay_compiled() -> None:
-    """Dynamo's limit of 8 compilations of one code object would make the rest run eagerly, in silence."""
+    """Dynamo's limit of 8 compilations of one code object would silently run the rest in eager mode."""
     for seed in range(12):
         model, inputs = tiny.build(1), calls(3, seed)
         compiled = rewritten(model)
@@ -243,7 +244,7 @@ def test_twelve_models_of_one_class_all_stay_compiled() -> None:
 
 @MODES
 def test_reset_forgets(mode: str) -> None:
-    """What follows is the first call of a new trajectory, and the old one's values are freed."""
+    """The next call is the first one of a new trajectory, and the old values are freed."""
     compiled = rewritten(tiny.build())
     inputs = calls(5)
     with compiled.trajectory(5) if mode == "explicit" else contextlib.nullcontext():
@@ -284,8 +285,8 @@ def _streams(compiled: dit_rewrite.RewrittenModule) -> list[Any]:
     ],
 )
 def test_reads_of_the_device(monkeypatch: pytest.MonkeyPatch, mode: str, conditioning: str, expected: int) -> None:
-    """Explicit: the schedule is read once, and conditioning that is created anew is compared. Inferred: each call
-    reads once."""
+    """Explicit: the schedule is read once, and conditioning that is created anew is compared. Inferred: each call reads
+    once."""
     reads: list[str] = []
 
     def counted(owner: Any, name: str) -> None:

@@ -1,4 +1,4 @@
-"""What changes in the middle of a run: shapes, conditioning, modes, threads, failures. Never a wrong output."""
+"""Changes in the middle of a run (shapes, conditioning, modes, threads, failures) never give a wrong output."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ MODES = pytest.mark.parametrize("mode", ["explicit", "inferred"])
 
 
 def trajectory_of(model: Any, mode: str, of: int) -> Any:
-    """The context of a run."""
+    """The context manager of a run."""
     return model.trajectory(of) if mode == "explicit" else contextlib.nullcontext()
 
 
@@ -30,7 +30,7 @@ def trajectory_of(model: Any, mode: str, of: int) -> Any:
 @pytest.mark.parametrize("dynamic", [False, True])
 @pytest.mark.parametrize("reuse", ["reuse 0", "FORA"])
 def test_resolution_changed_midway(mode: str, dynamic: bool, reuse: str) -> None:
-    """Three steps of 8 tokens, three of 12, then of 8 again: each part computes first, as a run of its own."""
+    """Three steps of 8 tokens, three of 12, then 8 again: each part computes its first step, like a separate run."""
     model = tiny.build()
     compiled = rewritten(model, FORA(1 if reuse == "reuse 0" else 10), dynamic=dynamic)
     given = condition(1)
@@ -54,7 +54,7 @@ def test_resolution_changed_midway(mode: str, dynamic: bool, reuse: str) -> None
 
 @MODES
 def test_batch_size_changed_midway(mode: str) -> None:
-    """The second sample is dropped: its conditioning is a new tensor, so what follows is another stream or run."""
+    """The second sample is dropped: its conditioning is a new tensor, so the next calls are another stream or run."""
     model = tiny.build()
     compiled = rewritten(model, dynamic=True)
     inputs = calls(6)
@@ -72,7 +72,7 @@ def test_batch_size_changed_midway(mode: str) -> None:
 
 @MODES
 def test_other_dtype_midway(mode: str) -> None:
-    """A latent in float64: another graph, a recorded miss, and what the model itself computes."""
+    """A latent in float64: another graph, a recorded miss, and the model's own output."""
     model = tiny.build()
     compiled = rewritten(model, FORA(10))
     inputs = calls(3)
@@ -94,7 +94,7 @@ def test_other_dtype_midway(mode: str) -> None:
 
 @MODES
 def test_other_device_midway(mode: str) -> None:
-    """Meta tensors stand for another device: nothing of the first device is used, and nothing raises."""
+    """Meta tensors represent another device: no value of the first device is used, and nothing raises."""
     model = tiny.build()
     compiled = rewritten(model, FORA(10))
     inputs = calls(3)
@@ -103,13 +103,13 @@ def test_other_device_midway(mode: str) -> None:
         compiled.to("meta")
         moved = {name: value.to("meta") for name, value in inputs[2].items()}
         unread = contextlib.nullcontext() if mode == "explicit" else pytest.raises(RuntimeError, match="meta")
-        with unread, torch.no_grad():  # inferred, the timestep is read, and meta tensors hold none
+        with unread, torch.no_grad():  # inferred: the timestep is read, and meta tensors hold none
             assert compiled(**moved).device.type == "meta"
     assert row(compiled, 3) == ("CRC" if mode == "explicit" else "CR")
 
 
 def test_latent_updated_in_place() -> None:
-    """Samplers that write into one latent; if inferred, the latent is compared with a copy."""
+    """Samplers that write into one latent; in an inferred trajectory the latent is compared with a copy."""
     model = tiny.build()
     compiled = rewritten(model)
     inputs, latent = calls(7), torch.empty(2, 8, tiny.CHANNELS)
@@ -124,7 +124,7 @@ def test_latent_updated_in_place() -> None:
 
 @MODES
 def test_conditioning_changed_in_place(mode: str) -> None:
-    """The same object with other content is another stream if explicit, and another trajectory if inferred."""
+    """The same object with other content is another stream (explicit) or another trajectory (inferred)."""
     model = tiny.build()
     compiled = rewritten(model)
     inputs, given = calls(4), condition(1)
@@ -141,7 +141,8 @@ def test_conditioning_changed_in_place(mode: str) -> None:
 
 @MODES
 def test_conditioning_made_anew_at_each_call(mode: str) -> None:
-    """Explicit: streams are matched by value. Inferred: an object that is not the last one proves nothing."""
+    """Explicit: streams are matched by value. Inferred: only the identical object proves that the stream is the
+    same."""
     model = tiny.build()
     compiled = rewritten(model)
     cond, other = calls(7), condition(9)
@@ -160,7 +161,7 @@ def test_conditioning_made_anew_at_each_call(mode: str) -> None:
 
 @MODES
 def test_conditioning_of_another_dtype_is_another_stream(mode: str) -> None:
-    """Equal in value, as a mask in bool and then in float: nothing is reused across, and nothing raises."""
+    """Equal in value, as a mask in bool and then in float: no value is reused across them, and nothing raises."""
     compiled = rewritten(tiny.build())
     inputs = calls(2, given=torch.ones(2, tiny.WIDTH))
     inputs[1]["condition"] = torch.ones(2, tiny.WIDTH, dtype=torch.int64)
@@ -170,7 +171,7 @@ def test_conditioning_of_another_dtype_is_another_stream(mode: str) -> None:
 
 
 def test_failure_in_the_middle_of_a_call(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The call of a graph fails after some values were stored: they are not used, and the next call works."""
+    """The call of a graph fails after it stored some values: they are not used, and the next call works."""
     model = tiny.build()
     compiled = rewritten(model, FORA(10))
     inputs = calls(5)
@@ -188,7 +189,7 @@ def test_failure_in_the_middle_of_a_call(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_threads_have_trajectories_of_their_own() -> None:
-    """A call from another thread, inside an explicit trajectory, begins an inferred one at its first step."""
+    """A call from another thread, inside an explicit trajectory, starts an inferred one at its first step."""
     model = tiny.build()
     compiled = rewritten(model)
     mine, theirs = calls(7, seed=1), calls(7, seed=2)
@@ -204,7 +205,7 @@ def test_threads_have_trajectories_of_their_own() -> None:
 
 
 def test_threads_that_compile_at_once() -> None:
-    """Both make the first call at the same time: each gets its own values, and all reuse happens."""
+    """Both threads make the first call at once: each gets its own values, and reuses at every step that may."""
     model = tiny.build()
     compiled = rewritten(model)
     inputs = [calls(7, seed=seed) for seed in (1, 2)]
@@ -276,7 +277,7 @@ def test_nan_never_reuses_while_watched(name: str) -> None:
 
 @MODES
 def test_inference_mode_and_no_grad_mixed(mode: str) -> None:
-    """Each mode has its own graph, so that a call after one in another mode computes; a miss where a rule applied."""
+    """Each mode has its own graph, so a call after one in another mode computes; a miss where a rule applied."""
     model, inputs = tiny.build(), calls(7)
     compiled = rewritten(model)
     modes = [torch.inference_mode, torch.no_grad, torch.enable_grad]

@@ -1,4 +1,4 @@
-"""Sizes that data decide, through Inductor: text tokens selected by a mask, packed sequences, routed tokens."""
+"""Sizes that depend on data, through Inductor: text tokens selected by a mask, packed sequences, routed tokens."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Block(nn.Module):
 
 
 def selected(model: Selecting, x: Tensor, text: Tensor, mask: Tensor, time: Tensor) -> Tensor:
-    """The valid text tokens of one prompt alone go behind the latent's."""
+    """Only the valid text tokens of one prompt follow the latent's tokens."""
     y = torch.cat([x[:1], text[:1][mask[:1]][None]], 1)
     for block in model.blocks:
         y = block(y, time[:1])
@@ -44,7 +44,7 @@ def selected(model: Selecting, x: Tensor, text: Tensor, mask: Tensor, time: Tens
 
 
 def reordered(model: Selecting, x: Tensor, text: Tensor, mask: Tensor, time: Tensor) -> Tensor:
-    """Valid tokens first, then the others, zeroed: a length that is a sum of two counts, for each sample another."""
+    """Valid tokens first, then the others, zeroed: a length that sums two counts and differs between samples."""
     ordered = [torch.cat([part[m], torch.zeros_like(part[~m])]) for part, m in zip(text, mask, strict=True)]
     y = torch.cat([x, torch.stack(ordered)], 1)
     for block in model.blocks:
@@ -62,7 +62,7 @@ def packed(model: Selecting, x: Tensor, text: Tensor, mask: Tensor, time: Tensor
 
 
 def routed(model: Selecting, x: Tensor, text: Tensor, mask: Tensor, time: Tensor) -> Tensor:
-    """Each token goes through one of two experts; how many go where the latent decides."""
+    """Each token goes through one of two experts; the latent decides how many go through each."""
     for block in model.blocks:
         x = block(x, time)
         flat = x.flatten(0, 1)
@@ -75,7 +75,7 @@ def routed(model: Selecting, x: Tensor, text: Tensor, mask: Tensor, time: Tensor
 
 
 def ragged(model: Selecting, x: Tensor, text: Tensor, mask: Tensor, time: Tensor) -> Tensor:
-    """Only the latent's large tokens are worked on, behind the text: the stream has another length at each step."""
+    """Only the latent's large tokens are processed, behind the text: the length of the stream differs between steps."""
     valid = x[..., 0] > 0
     y = torch.cat([text[:1], x[valid][None]], 1)
     for block in model.blocks:
@@ -84,7 +84,7 @@ def ragged(model: Selecting, x: Tensor, text: Tensor, mask: Tensor, time: Tensor
 
 
 class Selecting(nn.Module):
-    """Two blocks; `mode` says what they work on."""
+    """Two blocks; `mode` selects the tokens that they process."""
 
     def __init__(self, mode: Callable[..., Tensor]) -> None:
         super().__init__()
@@ -112,7 +112,7 @@ def calls(steps: int) -> list[dict[str, Tensor]]:
 
 
 def run(mode: Callable[..., Tensor], **options: Any) -> tuple[Any, list[float]]:
-    """The model after four steps of FORA(2), and its relative error at each."""
+    """The model after four steps of FORA(2), and its relative error at each step."""
     model = Selecting(mode)
     plain = copy.deepcopy(model)
     rewritten = dit_rewrite.compile(twin(model), FORA(2), **options)

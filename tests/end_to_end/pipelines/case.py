@@ -1,8 +1,8 @@
-"""What a pipeline under test is: how to build it, the arguments of one picture, and the calls that it makes.
+"""A pipeline under test: how to build it, the arguments of one image, and the calls that it makes.
 
 Every pipeline is diffusers' own, with its own scheduler and random weights at toy size. Text arrives as embeddings, so
 most pipelines need neither tokenizer nor text encoder; a VAE is there only where the pipeline reads one. Schedulers
-that preserve variance take the prediction for a velocity: with untrained weights, predicted noise makes latents grow.
+that preserve variance use v-prediction: with untrained weights, predicted noise makes latents grow.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from tests.helpers.models import prepare
 TEXT = (1, 6, 24)  # one prompt of six tokens, 24 wide
 PIXELS = 64  # eight latent rows and columns where the pipeline has no VAE and assumes a factor of 8
 SIZE = {"height": PIXELS, "width": PIXELS}
-STRENGTH = 0.5  # how much of a given picture is drawn anew
+STRENGTH = 0.5  # the share of the schedule that redraws a given image
 
 
 def every_step(steps: int) -> tuple[range, ...]:
@@ -28,7 +28,7 @@ def every_step(steps: int) -> tuple[range, ...]:
 
 
 def second_half(steps: int) -> tuple[range, ...]:
-    """What is left where a picture is given: `STRENGTH` of the schedule's timesteps, the last ones, counted from 0."""
+    """The steps that run where an image is given: the last `STRENGTH` of the schedule's timesteps, counted from 0."""
     return (range(int(steps * STRENGTH)),)
 
 
@@ -44,7 +44,7 @@ def two_calls(guidance: bool) -> int:
 
 @dataclass(frozen=True)
 class PipelineCase:
-    """One pipeline, the arguments of one picture, and the calls that its denoisers get."""
+    """One pipeline, the arguments of one image, and the calls that its denoisers receive."""
 
     name: str
     build: Callable[[], Any]
@@ -59,7 +59,7 @@ class PipelineCase:
     output_type: str = "latent"
 
     def call(self, pipe: Any, steps: int, seed: int = 0, guidance: bool = False, **extra: Any) -> Tensor:
-        """The final latents of one run; the seed decides over noise and prompt."""
+        """The final latents of one run; the seed determines noise and prompt."""
         arguments = {**self.arguments(seed, guidance), "output_type": self.output_type, "return_dict": False, **extra}
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)  # some pipelines encode pictures with the global generator
@@ -67,36 +67,36 @@ class PipelineCase:
             return pipe(num_inference_steps=steps, generator=generator, **arguments)[0]
 
     def calls(self, steps: int, guidance: bool) -> dict[str, int]:
-        """The number of calls that each denoiser gets in one run."""
+        """The number of calls that each denoiser receives in one run."""
         ran = zip(self.denoisers, self.steps_run(steps), strict=True)
         return {name: len(indices) * self.calls_a_step(guidance) for name, indices in ran}
 
 
 def quiet(pipe: Any) -> Any:
-    """Without a progress bar."""
+    """The pipeline without a progress bar."""
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
 
 def parts(transformer: nn.Module, scheduler: Any, vae: nn.Module | None = None, encoders: int = 1) -> dict[str, Any]:
-    """The components of a pipeline, with None for as many tokenizers and text encoders as it names."""
+    """The components of a pipeline; the tokenizers and text encoders that it names are None."""
     numbers = ["", *(f"_{number}" for number in range(2, encoders + 1))]
     text = {f"{part}{number}": None for part in ("tokenizer", "text_encoder") for number in numbers}
     return {"transformer": transformer, "scheduler": scheduler, "vae": vae, **text}
 
 
 def frozen(module: nn.Module) -> Any:
-    """With every weight drawn anew, so that no zero-initialised gate hides a wrong rewrite."""
+    """The module with all weights drawn anew, so that no zero-initialised gate hides a wrong rewrite."""
     return prepare(module, torch.float32)
 
 
 def draw(seed: int, *shape: int) -> Tensor:
-    """A random tensor that the seed decides."""
+    """A random tensor that depends on the seed."""
     return torch.randn(shape, generator=Generator().manual_seed(1000 + seed))
 
 
 def prompts(seed: int, guidance: bool, **shapes: tuple[int, ...]) -> dict[str, Any]:
-    """Embeddings by argument name, and with guidance their negatives."""
+    """Embeddings by argument name, with negative ones under guidance."""
     positive = {name: draw(seed, *shape) for name, shape in shapes.items()}
     negative = {f"negative_{name}": draw(seed + 500, *shape) for name, shape in shapes.items()}
     return {**positive, **(negative if guidance else {})}
@@ -114,7 +114,7 @@ def masked_prompts(seed: int, guidance: bool, dtype: torch.dtype = torch.int64) 
 
 
 def image_vae(channels: int, levels: int = 2) -> nn.Module:
-    """A small VAE; with two levels it makes eight latent rows of sixteen pixels."""
+    """A small VAE; with two levels it encodes sixteen pixel rows as eight latent rows."""
     from diffusers import AutoencoderKL
 
     vae = AutoencoderKL(

@@ -24,7 +24,7 @@ from tests.helpers.models import build_omnigen, build_sd3
 
 
 def build_dit() -> Any:
-    """DiT: classes 0 to 999, and 1000 for the unconditional half, as the pipeline has them."""
+    """DiT: classes 0 to 999, and 1000 for the unconditional half, as in the pipeline."""
     from diffusers import DDIMScheduler, DiTPipeline, DiTTransformer2DModel
 
     transformer = DiTTransformer2DModel(
@@ -63,7 +63,7 @@ def pixart_transformer(sample_size: int) -> Any:
 
 
 def build_pixart(alpha: bool) -> Any:
-    """PixArt-alpha, with resolution and aspect ratio; or PixArt-Sigma, without; under DPM-Solver++."""
+    """PixArt-alpha, with resolution and aspect ratio, or PixArt-Sigma, without them; under DPM-Solver++."""
     from diffusers import DPMSolverMultistepScheduler, PixArtAlphaPipeline, PixArtSigmaPipeline
 
     pipeline, rows = (PixArtAlphaPipeline, 128) if alpha else (PixArtSigmaPipeline, 8)
@@ -72,7 +72,7 @@ def build_pixart(alpha: bool) -> Any:
 
 
 def pixart_arguments(seed: int, guidance: bool) -> dict[str, Any]:
-    """One prompt, of which the pipeline makes no bins of sizes."""
+    """One prompt, without resolution binning."""
     scale = 4.5 if guidance else 1.0
     fixed = {**SIZE, "guidance_scale": scale, "use_resolution_binning": False, "negative_prompt": None}
     return {**masked_prompts(seed, guidance), **fixed}
@@ -98,7 +98,7 @@ def sd3_arguments(seed: int, guidance: bool) -> dict[str, Any]:
 
 
 def build_sd3_controlnet() -> Any:
-    """Stable Diffusion 3 whose blocks get residuals from a ControlNet, new ones at every step."""
+    """Stable Diffusion 3 whose blocks receive residuals from a ControlNet, new ones at every step."""
     from diffusers import FlowMatchEulerDiscreteScheduler, SD3ControlNetModel, StableDiffusion3ControlNetPipeline
 
     controlnet = SD3ControlNetModel(
@@ -119,7 +119,7 @@ def build_sd3_controlnet() -> Any:
 
 
 def sd3_controlnet_arguments(seed: int, guidance: bool) -> dict[str, Any]:
-    """A picture to follow."""
+    """An image to follow."""
     return {**sd3_prompts(seed, guidance), "control_image": picture(seed), "height": 16, "width": 16}
 
 
@@ -169,7 +169,7 @@ def build_aura_flow() -> Any:
 
 
 def aura_flow_arguments(seed: int, guidance: bool) -> dict[str, Any]:
-    """Masks are asked for, and not used."""
+    """The pipeline requires masks but does not use them."""
     return {**masked_prompts(seed, guidance), **SIZE, "guidance_scale": 3.5 if guidance else 1.0}
 
 
@@ -194,7 +194,7 @@ def build_hidream() -> Any:
     )
     scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
     pipe = HiDreamImagePipeline(**parts(frozen(transformer), scheduler, encoders=4))
-    pipe.default_sample_size = 8  # every picture is enlarged to this size
+    pipe.default_sample_size = 8  # the pipeline enlarges every image to this size
     return quiet(pipe)
 
 
@@ -205,7 +205,7 @@ def hidream_arguments(seed: int, guidance: bool) -> dict[str, Any]:
 
 
 def word_tokenizer() -> Any:
-    """A tokenizer with 49 numbered words; the text that pipelines add to a prompt is unknown to it."""
+    """A tokenizer with 49 numbered words; any text that a pipeline adds to the prompt is unknown to it."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -216,7 +216,7 @@ def word_tokenizer() -> Any:
 
 
 def text_processor(tokenizer: Any) -> Any:
-    """OmniGen's processor of prompts without its part for images, which needs torchvision."""
+    """OmniGen's prompt processor without its image part, which needs torchvision."""
     from diffusers.pipelines.omnigen import processor_omnigen as original
 
     processor = object.__new__(original.OmniGenMultiModalProcessor)
@@ -226,7 +226,7 @@ def text_processor(tokenizer: Any) -> Any:
 
 
 def build_omnigen_pipeline() -> Any:
-    """OmniGen: it has guidance always, and takes a prompt as text."""
+    """OmniGen: it always uses guidance, and takes the prompt as text."""
     from diffusers import FlowMatchEulerDiscreteScheduler
     from diffusers.pipelines.omnigen import pipeline_omnigen as original
 

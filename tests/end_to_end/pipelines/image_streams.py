@@ -31,7 +31,7 @@ SMALL = {"height": 16, "width": 16}  # eight latent rows where there is a VAE
 
 
 def flux_parts(vae: nn.Module | None) -> dict[str, Any]:
-    """What all FLUX.1 pipelines are made of."""
+    """The components that all FLUX.1 pipelines share."""
     from diffusers import FlowMatchEulerDiscreteScheduler
 
     scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
@@ -53,7 +53,7 @@ def build_flux_img2img() -> Any:
 
 
 def build_flux_inpaint() -> Any:
-    """FLUX.1 inpainting: after each step the kept part of the latent is replaced."""
+    """FLUX.1 inpainting: each step replaces the kept part of the latent."""
     from diffusers import FluxInpaintPipeline
 
     return quiet(FluxInpaintPipeline(**flux_parts(image_vae(2))))
@@ -78,7 +78,7 @@ def build_flux_controlnet() -> Any:
 
 
 def flux_prompts(seed: int, guidance: bool) -> dict[str, Any]:
-    """With the guidance that FLUX.1-dev was distilled to take as an input; and with true guidance, if asked."""
+    """With the guidance input that FLUX.1-dev was distilled on; and with true guidance, if requested."""
     embeds = prompts(seed, guidance, prompt_embeds=TEXT, pooled_prompt_embeds=(1, 24))
     return {**embeds, "guidance_scale": 3.5, "true_cfg_scale": 2.0 if guidance else 1.0}
 
@@ -89,24 +89,24 @@ def flux_arguments(seed: int, guidance: bool) -> dict[str, Any]:
 
 
 def flux_img2img_arguments(seed: int, guidance: bool) -> dict[str, Any]:
-    """A picture, half of whose structure is kept."""
+    """An image, half of whose structure is kept."""
     return {**flux_prompts(seed, guidance), **SMALL, "image": picture(seed), "strength": STRENGTH}
 
 
 def flux_inpaint_arguments(seed: int, guidance: bool) -> dict[str, Any]:
-    """A picture and a mask: its left half is painted anew."""
+    """An image and a mask that repaints its left half."""
     mask = torch.zeros(1, 1, 16, 16)
     mask[..., :8] = 1
     return {**flux_img2img_arguments(seed, guidance), "mask_image": mask}
 
 
 def flux_controlnet_arguments(seed: int, guidance: bool) -> dict[str, Any]:
-    """A picture to follow."""
+    """An image to follow."""
     return {**flux_prompts(seed, guidance), **SMALL, "control_image": picture(seed)}
 
 
 def flux2_parts(guidance_embeds: bool, vae: nn.Module | None) -> dict[str, Any]:
-    """What FLUX.2 and FLUX.2 Klein are made of: two double and two single blocks that share their modulation."""
+    """The components that FLUX.2 and FLUX.2 Klein share: two double and two single blocks with shared modulation."""
     from diffusers import FlowMatchEulerDiscreteScheduler, Flux2Transformer2DModel
 
     transformer = Flux2Transformer2DModel(
@@ -125,7 +125,7 @@ def flux2_parts(guidance_embeds: bool, vae: nn.Module | None) -> dict[str, Any]:
 
 
 def flux2_vae(levels: int) -> Any:
-    """FLUX.2's VAE at its least: it halves a picture at each level but the first."""
+    """FLUX.2's VAE at its smallest: each level but the first halves the image."""
     from diffusers import AutoencoderKLFlux2
 
     vae = AutoencoderKLFlux2(
@@ -140,14 +140,14 @@ def flux2_vae(levels: int) -> Any:
 
 
 def build_flux2(levels: int) -> Any:
-    """FLUX.2, guidance as an input; with a VAE it can take a picture along."""
+    """FLUX.2 with a guidance input; with a VAE it can take an image."""
     from diffusers import Flux2Pipeline
 
     return quiet(Flux2Pipeline(**flux2_parts(True, flux2_vae(levels) if levels else None)))
 
 
 def build_flux2_klein() -> Any:
-    """FLUX.2 Klein, whose pipeline brings even latents back to the VAE's scale."""
+    """FLUX.2 Klein, whose pipeline rescales even final latents to the VAE's scale."""
     from diffusers import Flux2KleinPipeline
 
     return quiet(Flux2KleinPipeline(**flux2_parts(False, flux2_vae(2))))
@@ -159,14 +159,14 @@ def flux2_arguments(seed: int, guidance: bool) -> dict[str, Any]:
 
 
 def flux2_image_arguments(seed: int, guidance: bool) -> dict[str, Any]:
-    """With a picture to go by, whose tokens and positions are joined to the latent's at every step."""
+    """With an image, whose tokens and positions are appended to the latent's at every step."""
     from PIL import Image
 
     return {**flux2_arguments(seed, guidance), "image": Image.new("RGB", (PIXELS, PIXELS), (40 * seed, 90, 160))}
 
 
 def flux2_klein_arguments(seed: int, guidance: bool) -> dict[str, Any]:
-    """Text to image, with classifier-free guidance if asked."""
+    """Text to image, with classifier-free guidance if requested."""
     return {**prompts(seed, guidance, prompt_embeds=TEXT), **SMALL, "guidance_scale": 4.0 if guidance else 1.0}
 
 
@@ -223,7 +223,7 @@ def lumina2_arguments(seed: int, guidance: bool) -> dict[str, Any]:
 
 
 def build_chroma() -> Any:
-    """Chroma: FLUX's blocks, whose modulations one small network computes."""
+    """Chroma: FLUX's blocks, whose modulations come from one small network."""
     from diffusers import ChromaPipeline, ChromaTransformer2DModel, FlowMatchEulerDiscreteScheduler
 
     transformer = ChromaTransformer2DModel(

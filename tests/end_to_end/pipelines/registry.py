@@ -19,7 +19,7 @@ whose denoiser another one has, which is proven in every run anyhow. The rest is
 
 
 def marked(name: str, guidance: bool, slow: bool) -> Any:
-    """A setting, as pytest takes it."""
+    """A setting, as a pytest parameter."""
     without = not guidance and len(PIPELINES[name].guidance) == 2 and name not in WITHOUT_GUIDANCE
     return pytest.param(name, guidance, marks=[pytest.mark.slow] if slow or without else [])
 

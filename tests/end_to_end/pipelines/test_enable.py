@@ -1,4 +1,4 @@
-"""`enable` on every pipeline: exact where nothing is reused, and half of the work reused where every second step is."""
+"""`enable` on every pipeline: exact at reuse 0, and half of the work reused when every second step reuses."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ pytestmark = pytest.mark.filterwarnings("ignore:never old enough")
 
 
 def expected(case: PipelineCase, guidance: bool, steps: int) -> dict[str, Counter[tuple[int, str]]]:
-    """Under FORA(2), how often each denoiser does what at each step.
+    """Under FORA(2), how often each denoiser computes or reuses at each step.
 
-    Even steps compute; odd ones reuse, but for a denoiser's first, which has nothing to reuse.
+    Even steps compute; odd ones reuse, except for a denoiser's first step, which has nothing to reuse.
     """
     calls, found = case.calls_a_step(guidance), {}
     for name, indices in zip(case.denoisers, case.steps_run(steps), strict=True):
@@ -36,7 +36,8 @@ def expected(case: PipelineCase, guidance: bool, steps: int) -> dict[str, Counte
 
 
 def decisions(denoiser: Any) -> Counter[tuple[int, str]]:
-    """In how many streams a denoiser did what at each step; a stream does the same at all of its sites."""
+    """The number of streams in which a denoiser computed or reused at each step; a stream does the same at all
+    sites."""
     done: dict[tuple[int, int, Hashable], set[str]] = {}
     for row in denoiser.stats().decisions:
         done.setdefault((row.trajectory, row.step, row.stream), set()).update(row.strategies.values())
@@ -45,7 +46,7 @@ def decisions(denoiser: Any) -> Counter[tuple[int, str]]:
 
 @pytest.mark.parametrize(("name", "guidance"), EXACT)
 def test_exact_at_reuse_0(name: str, guidance: bool) -> None:
-    """With every site guarded and none reused, the picture is the plain pipeline's, bit for bit."""
+    """With every site guarded and none reused, the image equals the plain pipeline's, bit for bit."""
     case = PIPELINES[name]
     pipe = case.build()
     plain = case.call(pipe, STEPS, guidance=guidance)
@@ -74,7 +75,8 @@ def test_every_second_step_reuses(name: str, guidance: bool) -> None:
     [("flux_img2img", guards.sigma < 0.5), ("cogvideox_video", guards.snr > 100), ("wan22", guards.sigma < 0.6)],
 )
 def test_noise_is_that_of_the_schedule(name: str, late: Boolean) -> None:
-    """Where a denoiser enters the schedule late, guards see the noise of the timestep: it is low at the last one alone.
+    """Where a denoiser starts late in the schedule, guards read the noise of the timestep: it is low at the last step
+    only.
 
     The two steps that run of four have sigma 0.61 and 0.35 (FLUX), 0.75 and 0.50 (Wan), SNR 0.7 and 392 (CogVideoX).
     """
@@ -86,7 +88,7 @@ def test_noise_is_that_of_the_schedule(name: str, late: Boolean) -> None:
 
 
 def test_expert_that_enters_at_an_odd_step() -> None:
-    """Wan 2.2's second expert runs steps 3 and 4 of five: it has no value at the first; the second is even."""
+    """Wan 2.2's second expert runs steps 3 and 4 of five: the first has no value to reuse; the second is even."""
     case = PIPELINES["wan22"]
     pipe = dit_rewrite.enable(case.build(), FORA(2), backend="aot_eager", quiet=True)
     case.call(pipe, 5)
@@ -94,7 +96,7 @@ def test_expert_that_enters_at_an_odd_step() -> None:
 
 
 def test_second_call_stops_midway() -> None:
-    """Lumina 2 without guidance from half of its steps on: its one call a step is still the stream that it was."""
+    """Lumina 2 without guidance for the second half of its steps: the one remaining call keeps its stream."""
     case = PIPELINES["lumina2"]
     pipe = case.build()
     dit_rewrite.enable(pipe, FORA(2), backend="aot_eager", quiet=True)
@@ -104,7 +106,7 @@ def test_second_call_stops_midway() -> None:
 
 
 def test_batch_halves_midway() -> None:
-    """Z-Image without guidance from its third step on: a batch of two pictures where there were four.
+    """Z-Image without guidance from its third step on: a batch of two images instead of four.
 
     Its times are 0, 0.17, 0.39 and 0.65.
     """
@@ -120,9 +122,9 @@ def test_batch_halves_midway() -> None:
 
 
 def test_call_that_leaves_layers_out() -> None:
-    """Stable Diffusion 3 with skip-layer guidance: steps 1 to 3 make a second call, of another graph and batch.
+    """Stable Diffusion 3 with skip-layer guidance: steps 1 to 3 make a second call, with another graph and batch.
 
-    It has a value to reuse at its second odd step alone.
+    This call has a value to reuse at its second odd step only.
     """
     case = PIPELINES["sd3"]
     pipe = case.build()
@@ -137,7 +139,7 @@ def test_call_that_leaves_layers_out() -> None:
 
 
 def test_residual_added_twice_is_no_stream() -> None:
-    """A ControlNet of two layers adds its first residual after two blocks of three: the sites stay as without it."""
+    """A ControlNet of two layers adds its first residual after two of three blocks: the sites stay the same."""
     found = []
     for name in ("sd3", "sd3_controlnet"):
         case = PIPELINES[name]

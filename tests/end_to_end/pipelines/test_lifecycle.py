@@ -1,6 +1,6 @@
-"""A pipeline's life: runs cut short, copies, pipelines made from it, policies exchanged, and back to the plain one.
+"""A pipeline's life: runs cut short, copies, pipelines made from it, policies replaced, and the plain one restored.
 
-Every test runs FORA(2), whose pictures tell whether a value of another run was reused: it would change them.
+Every test runs FORA(2): a value reused from another run would change the image.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def interrupt(pipe: Any, index: int, timestep: Any, tensors: dict[str, Any]) -> 
 
 
 def fail(pipe: Any, index: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
-    """End the run after its second step by an error."""
+    """Raise an error after the second step."""
     if index == 1:
         raise Stopped
     return tensors
@@ -46,7 +46,7 @@ def enabled(name: str) -> Any:
 
 @pytest.mark.parametrize(("name", "guidance"), KINDS)
 def test_runs_cut_short_leave_nothing(name: str, guidance: bool) -> None:
-    """After an interrupt, and after an error in a callback, a run draws what it drew before."""
+    """After an interrupt, and after an error in a callback, a run draws the same image as before."""
     case, pipe = PIPELINES[name], enabled(name)
     first = case.call(pipe, STEPS, guidance=guidance)
     case.call(pipe, STEPS, seed=1, guidance=guidance, callback_on_step_end=interrupt)
@@ -60,7 +60,7 @@ def test_runs_cut_short_leave_nothing(name: str, guidance: bool) -> None:
 
 @pytest.mark.parametrize(("name", "guidance"), KINDS)
 def test_pictures_do_not_mix(name: str, guidance: bool) -> None:
-    """Other prompts and noise, numbers of steps, guidance switched: two pipelines draw alike in opposite orders."""
+    """Prompts, noise, numbers of steps and guidance differ: two pipelines give the same images in opposite orders."""
     case, pipe, other = PIPELINES[name], enabled(name), enabled(name)
     pictures = [(STEPS, 0, guidance), (STEPS, 1, guidance), (STEPS + 1, 0, guidance), (STEPS, 0, not guidance)]
     there = [case.call(pipe, steps, seed=seed, guidance=guided) for steps, seed, guided in pictures]
@@ -69,7 +69,7 @@ def test_pictures_do_not_mix(name: str, guidance: bool) -> None:
 
 
 def test_copy_draws_the_same() -> None:
-    """A shallow copy shares the denoiser; the two draw in turn, each as if alone."""
+    """A shallow copy shares the denoiser; the two alternate, and each draws the same images as alone."""
     case, pipe = PIPELINES["sd3"], enabled("sd3")
     first, second = (case.call(pipe, STEPS, seed=seed) for seed in (0, 1))
     twin = copy.copy(pipe)
@@ -80,7 +80,7 @@ def test_copy_draws_the_same() -> None:
 
 
 def test_made_from_an_enabled_pipeline() -> None:
-    """`from_pipe` takes the denoiser over as it is; both pipelines draw exactly at reuse 0."""
+    """`from_pipe` takes over the rewritten denoiser; both pipelines are exact at reuse 0."""
     from diffusers import StableDiffusion3Pipeline
 
     case, pipe = PIPELINES["sd3"], PIPELINES["sd3"].build()
@@ -95,7 +95,7 @@ def test_made_from_an_enabled_pipeline() -> None:
 
 
 def test_policy_exchanged() -> None:
-    """Enabling again takes the new policy: nothing is reused where FORA(2) reused."""
+    """A second `enable` applies the new policy: nothing reuses where FORA(2) reused."""
     case, pipe = PIPELINES["sd3"], PIPELINES["sd3"].build()
     plain = case.call(pipe, STEPS)
     dit_rewrite.enable(pipe, FORA(2), backend="aot_eager", quiet=True)
@@ -106,7 +106,7 @@ def test_policy_exchanged() -> None:
 
 @pytest.mark.parametrize("name", ["sd3", "wan22"])
 def test_restored(name: str) -> None:
-    """`restore` gives back the classes that were, and the plain pipeline's picture."""
+    """`restore` gives back the original classes and the plain pipeline's image."""
     case = PIPELINES[name]
     pipe = case.build()
     denoisers = [getattr(pipe, denoiser) for denoiser in case.denoisers]

@@ -1,4 +1,4 @@
-"""The pipelines themselves: each runs, draws the same picture twice, and calls its denoisers as its case says."""
+"""The plain pipelines: each runs, draws the same image twice, and calls its denoisers as its case states."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ STEPS = 4
 
 
 def count_calls(pipe: Any, case: PipelineCase) -> Counter[str]:
-    """Counts the calls of each denoiser from now on."""
+    """Counts the calls of each denoiser from here on."""
     counts: Counter[str] = Counter()
     for name in case.denoisers:
         getattr(pipe, name).register_forward_pre_hook(lambda *_, name=name: counts.update([name]))
@@ -24,7 +24,7 @@ def count_calls(pipe: Any, case: PipelineCase) -> Counter[str]:
 
 @pytest.mark.parametrize(("name", "guidance"), SETTINGS)
 def test_repeats_and_calls(name: str, guidance: bool) -> None:
-    """Two runs are bit-equal, another seed's is not, and every denoiser gets the calls that the case names."""
+    """Two runs are bit-equal, another seed's run is not, and every denoiser receives the calls that its case names."""
     case = PIPELINES[name]
     pipe = case.build()
     counts = count_calls(pipe, case)
@@ -37,7 +37,7 @@ def test_repeats_and_calls(name: str, guidance: bool) -> None:
 
 @pytest.mark.parametrize("name", [name for name, case in PIPELINES.items() if len(case.guidance) == 2])
 def test_guidance_matters(name: str) -> None:
-    """With guidance the picture is another one."""
+    """Guidance changes the image."""
     case = PIPELINES[name]
     pipe = case.build()
     assert not torch.equal(case.call(pipe, STEPS), case.call(pipe, STEPS, guidance=True))

@@ -80,7 +80,7 @@ def mochi_arguments(seed: int, guidance: bool) -> dict[str, Any]:
 
 
 def wan_scheduler() -> Any:
-    """UniPC on flow matching, as Wan's repositories have it."""
+    """UniPC on flow matching, as in Wan's repositories."""
     from diffusers import UniPCMultistepScheduler
 
     return UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0)
@@ -94,17 +94,17 @@ def build_wan_pipeline() -> Any:
 
 
 def build_wan22() -> Any:
-    """Wan 2.2: one expert for much noise, another for little."""
+    """Wan 2.2: one expert for high noise, another for low noise."""
     from diffusers import WanPipeline
 
     second = build_wan()
     for parameter in second.parameters():
-        parameter.mul_(0.9)  # another model than the first
+        parameter.mul_(0.9)  # another model than the first one
     return quiet(WanPipeline(**parts(build_wan(), wan_scheduler()), transformer_2=second, boundary_ratio=0.8))
 
 
 def experts(steps: int) -> tuple[range, ...]:
-    """Which steps each expert of Wan 2.2 runs: told by the timesteps that the scheduler makes."""
+    """The steps of each expert of Wan 2.2, which follow from the scheduler's timesteps."""
     scheduler = wan_scheduler()
     scheduler.set_timesteps(steps)
     first = int((scheduler.timesteps >= 800).sum())
@@ -118,7 +118,7 @@ def wan_arguments(seed: int, guidance: bool) -> dict[str, Any]:
 
 
 def wan_vae() -> nn.Module:
-    """Wan's VAE at its least: a factor of 8 in space, of 4 in time."""
+    """Wan's VAE at its smallest: a factor of 8 in space, of 4 in time."""
     from diffusers import AutoencoderKLWan
 
     vae = AutoencoderKLWan(
@@ -138,7 +138,7 @@ def image_encoder() -> Any:
 
 
 def image_processor() -> Any:
-    """Pictures of 16 pixels for the vision tower."""
+    """Resizes images to 16 pixels for the vision tower."""
     from transformers import CLIPImageProcessor
 
     return CLIPImageProcessor(size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16}, do_rescale=False)
@@ -192,7 +192,7 @@ def build_hunyuan_video() -> Any:
 
 
 def hunyuan_video_arguments(seed: int, guidance: bool) -> dict[str, Any]:
-    """Two latent frames; with true guidance, if asked."""
+    """Two latent frames; with true guidance, if requested."""
     found = {**masked_prompts(seed, guidance), **prompts(seed, guidance, pooled_prompt_embeds=(1, 24)), **SIZE}
     return {**found, "num_frames": 5, "guidance_scale": 6.0, "true_cfg_scale": 2.0 if guidance else 1.0}
 
@@ -221,7 +221,7 @@ def ltx_arguments(seed: int, guidance: bool) -> dict[str, Any]:
 
 
 class NoChecker(nn.Module):
-    """Stands where Cosmos insists on a safety checker; prompts that are embeddings never reach it."""
+    """Replaces the safety checker that Cosmos requires; prompts that are embeddings never reach it."""
 
     device = torch.device("cpu")
     dtype = torch.float32
@@ -258,7 +258,7 @@ def build_cosmos(version: int) -> Any:
 
 
 def cosmos_arguments(seed: int, guidance: bool) -> dict[str, Any]:
-    """Text alone."""
+    """Text only."""
     return {**prompts(seed, guidance, prompt_embeds=TEXT), **SIZE, "guidance_scale": 7.0 if guidance else 1.0}
 
 
