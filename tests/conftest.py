@@ -1,4 +1,4 @@
-"""What every test starts from: one thread, nothing compiled, and a generator that the test before did not move."""
+"""The setup of every test: one thread, an empty compile cache, and a generator with the same state."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ settings.load_profile("fixed")
 
 
 def pytest_report_header() -> str:
-    """The torch that the tests run with stands at the top of their output."""
+    """Print the torch version of the tests at the top of their output."""
     return f"torch: {torch.__version__}"
 
 

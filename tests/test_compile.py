@@ -1,4 +1,4 @@
-"""What `compile` returns: a module that stands in for the model, lowered and captured as it was asked."""
+"""`compile` returns a module that replaces the model, captured and lowered as its arguments request."""
 
 from __future__ import annotations
 
@@ -135,7 +135,7 @@ def test_a_branch_that_is_returned_may_be_changed_in_place(broken: bool) -> None
 
 
 def test_weights_changed_between_trajectories_are_used() -> None:
-    """An adapter fused in place: values are never older than their trajectory."""
+    """An adapter fused in place: a trajectory never reads a value computed with older weights."""
     model, inputs = tiny.build(), calls(4)
     compiled = rewritten(model)
     for _ in range(2):
@@ -154,7 +154,7 @@ def test_a_call_by_position_is_the_same() -> None:
 
 
 class Unknown(nn.Module):
-    """A model around the tiny one that hides what its arguments are."""
+    """A wrapper around the tiny model that hides the names of its arguments."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -165,7 +165,7 @@ class Unknown(nn.Module):
 
 
 def test_arguments_without_names_never_mix_prompts() -> None:
-    """The timestep cannot be told from the conditioning, so that every call is a stream of its own: nothing reused."""
+    """Timestep and conditioning look alike, so that every call is its own stream and nothing is reused."""
     model = Unknown()
     compiled = rewritten(model)
     inputs = calls(12)

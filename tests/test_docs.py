@@ -1,4 +1,4 @@
-"""The pages agree with the source and with the results of the benchmarks, and what they point to exists."""
+"""The pages agree with the source and with the benchmark results, and their links and paths exist."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def results(name: str) -> Any:
 
 
 def blocks(page: Path) -> list[str]:
-    """The Python code of a page, less the files that it includes."""
+    """The Python code of a page, without the files that it includes."""
     return re.findall(r"^```python\n(.*?)^```", page.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
 
 
@@ -36,7 +36,7 @@ def blocks(page: Path) -> list[str]:
 
 
 def test_the_pages_build_without_a_broken_link(tmp_path: Path) -> None:
-    """`make docs`: pages, anchors and included files are there, and each page is in the navigation."""
+    """`make docs`: pages, anchors and included files exist, and each page is in the navigation."""
     pytest.importorskip("material")
     from mkdocs.commands.build import build
     from mkdocs.config import load_config
@@ -55,7 +55,7 @@ def test_links_to_files(page: Path) -> None:
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_paths_in_the_text(page: Path) -> None:
-    """A path in code marks, or of code that is included, is that of a file."""
+    """Each path in code marks, and each included path, names an existing file."""
     content = page.read_text(encoding="utf-8")
     top = "benchmarks|dit_rewrite|docs|examples|kernels|passes|runtime|tests"
     named = set(re.findall(rf"`((?:{top})/[\w/.]+)`", content)) | set(re.findall(r'--8<-- "([^"]+)"', content))
@@ -87,7 +87,7 @@ def test_imports_on_the_pages_work() -> None:
 def test_policies_in_text_exist() -> None:
     given = {name for page in PAGES for name in re.findall(r'enable\(pipe, "([^"]+)"', page.read_text())}
     assert {"taylorseer:interval=3", "fora:interval=3"} <= given
-    for policy in given - {"alternate:warmup=2"}:  # the example of registering one
+    for policy in given - {"alternate:warmup=2"}:  # the example of how to register one
         text.parse(policy)
 
 
@@ -100,7 +100,7 @@ def test_every_policy_is_listed() -> None:
 
 
 def test_architecture_is_drawn_from_the_source() -> None:
-    assert read("architecture.svg") == imports.svg(), "python -m docs.figures.imports draws it anew"
+    assert read("architecture.svg") == imports.svg(), "python -m docs.figures.imports draws it again"
 
 
 def test_passes_are_listed_in_their_order() -> None:
@@ -134,7 +134,7 @@ def test_fidelity_is_rendered_from_its_results(tmp_path: Path, capsys: pytest.Ca
 
 
 def test_models_have_the_figures_of_their_results() -> None:
-    """The README's table is a part of the page's, and that has the rows of the results in their order."""
+    """The README's table is a part of the page's table, which has the rows of the results in their order."""
     rows = re.findall(r"^\| [^|]+ \| (\d) \|(.*) (\d+)% \| (\d+) \| (\d+) \|$", read("models.md"), re.MULTILINE)
     models = results("models")["models"].values()
     kinds = ("self", "cross", "joint", "parallel", "mlp")

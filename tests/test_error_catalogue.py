@@ -1,4 +1,4 @@
-"""The catalogue of errors and reasons, gone over whole."""
+"""Checks every entry in the catalogue of errors and reasons."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ PRODUCT = [p for folder in ("dit_rewrite", "passes", "kernels", "runtime") for p
 SOURCE = "\n".join(path.read_text() for path in PRODUCT if path.parent.name != "errors")
 EXPORTED: list[type] = [getattr(errors, name) for name in errors.__all__]
 FAMILIES = (PolicyError, KernelError, CommandError, ModelError, BadTrajectory)
-GROUPS = {DitRewriteError, *FAMILIES, PlanMismatch, NotCalibrated}  # for `except` alone
+GROUPS = {DitRewriteError, *FAMILIES, PlanMismatch, NotCalibrated}  # for `except` only
 FAULTS = [kind for kind in EXPORTED if issubclass(kind, DitRewriteError) and kind not in GROUPS]
 REASONS = [member for kind in EXPORTED if issubclass(kind, Reason) for member in kind]
 VALUES: dict[str, Any] = {
@@ -57,14 +57,14 @@ TODO = re.compile(rf"([.)] |\n)({VERBS}) ")
 
 
 def example(kind: type[DitRewriteError]) -> DitRewriteError:
-    """A fault of this class; values that have no other are text."""
+    """An instance of this error class; fields without a specific value are text."""
     takes = list(inspect.signature(kind).parameters) if "__init__" in vars(kind) else kind.fields()
     return kind(*(VALUES.get(name, f"Give {name}" if name == "remedy" else name) for name in takes))
 
 
 @pytest.mark.parametrize("kind", FAULTS, ids=lambda kind: kind.__name__)
 def test_faults(kind: type[DitRewriteError]) -> None:
-    """Each says what to do, belongs to one family, survives a process boundary, and is raised somewhere."""
+    """Each error says what to do, belongs to one family, survives pickling, and is raised somewhere."""
     error = example(kind)
     assert TODO.search(str(error)), str(error)
     assert "{" not in str(error)
@@ -106,7 +106,7 @@ def test_everything_is_exported() -> None:
 
 @pytest.mark.parametrize("member", REASONS, ids=repr)
 def test_reasons(member: Reason) -> None:
-    """Each is reported somewhere, and is a phrase that no other reason has."""
+    """Each reason is reported somewhere, and its phrase differs from every other one."""
     assert re.search(rf"\b{type(member).__name__}\.{member.name}\b", SOURCE), "it is never reported"
     assert str(member) == member.value
     assert len(str(member).split()) >= 3, "a phrase"

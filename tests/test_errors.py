@@ -1,4 +1,4 @@
-"""Bad input: each a specific error whose message says what happened and what to do."""
+"""Bad input: each case raises its own error, whose message says what happened and what to do."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def test_gradients_enabled_and_not_needed() -> None:
 def test_unknown_symbols() -> None:
     with pytest.raises(UnknownSymbol, match="uses temperature, weather, which guards do not have.*step, num_steps"):
         Rule(sympy.Symbol("weather") < sympy.Symbol("temperature"))
-    with pytest.raises(UnknownSymbol, match="uses step, "):  # of the same name, but not known to be a whole number
+    with pytest.raises(UnknownSymbol, match="uses step, "):  # the same name, but not known to be an integer
         Rule(sympy.Symbol("step") > 2)
     Rule((step > 2) | sympy.true)
 
@@ -141,7 +141,7 @@ def test_policies_as_text_that_mean_something() -> None:
 
 
 class NormOnly(nn.Module):
-    """A residual sum whose branch holds no matrix product."""
+    """A residual sum whose branch has no matrix product."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -168,7 +168,7 @@ def test_models_without_sites(model: nn.Module, says: str) -> None:
 
 
 class Broken(nn.Module):
-    """A branch that Dynamo breaks in two."""
+    """A branch that Dynamo splits in two."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -189,7 +189,7 @@ def test_a_model_that_is_broken_up() -> None:
 
 
 def test_a_model_that_is_not_captured() -> None:
-    """A call that Dynamo leaves to Python is warned of, once."""
+    """A call that Dynamo leaves to Python gives one warning."""
     model = nn.Linear(4, 4).requires_grad_(False)
     model.forward = torch.compiler.disable(model.forward)
     compile(model, FORA(3), backend="aot_eager")
@@ -253,7 +253,7 @@ def test_trajectories_inside_one_another() -> None:
         with pytest.raises(BadTrajectory, match="Leave the outer context first"), compiled.trajectory(7):
             pass
         found += outputs(compiled, calls(7)[2:])
-    assert same(found, fora(model, calls(7))), "the outer one goes on"
+    assert same(found, fora(model, calls(7))), "the outer trajectory goes on"
 
 
 @pytest.mark.parametrize("num_steps", [0, -1])

@@ -1,4 +1,4 @@
-"""Every example runs: the bring-your-own model, and the scripts that made the bundled weights, a few steps of each."""
+"""Every example runs: the bring-your-own model, and a few steps of the scripts that trained the bundled weights."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def run(script: str, monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:
 
 
 def test_a_model_of_ones_own_is_rewritten_and_explained() -> None:
-    """A plain module that nobody registered: its branches are found, and the report says what was done."""
+    """A plain module that is not registered: its branches are found, and the report lists the strategies."""
     model = dit_rewrite.compile(MODELS["stdit"].build(), dit_rewrite.policies.FORA(2), backend="aot_eager")
     with torch.no_grad():
         for kwargs in MODELS["stdit"].inputs(2):
@@ -34,14 +34,14 @@ def test_a_model_of_ones_own_is_rewritten_and_explained() -> None:
 
 
 def test_realistic_geometry_can_be_built() -> None:
-    """The example is not only a toy: STDiT-XL/2's shape has some 720 million parameters."""
+    """The example also builds at a real size: STDiT-XL/2's shape has some 720 million parameters."""
     with torch.device("meta"):
         model = STDiT(STDiTConfig())
     assert 6e8 < sum(p.numel() for p in model.parameters()) < 9e8
 
 
 def test_training_goes_on_from_its_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Interrupted and run again, training ends where it would have ended, and leaves usable weights."""
+    """Interrupted and run again, training ends in the same state, and leaves usable weights."""
     small = ("--batch", "2", "--threads", "1", "--save-every", "1", "--eager")
     run("shapes/train.py", monkeypatch, "--out", str(tmp_path / "whole"), "--steps", "4", *small)
     run("shapes/train.py", monkeypatch, "--out", str(tmp_path / "parts"), "--steps", "4", "--stop", "2", *small)
@@ -51,6 +51,6 @@ def test_training_goes_on_from_its_checkpoint(tmp_path: Path, monkeypatch: pytes
 
 
 def test_the_bundled_classifier_reads_real_images() -> None:
-    """At least 99 % of images that it was not trained on."""
+    """At least 99 % of images outside the training set."""
     images, labels = shapes.sample(2000, torch.Generator().manual_seed(987654))
     assert shapes.accuracy(shapes.load_classifier(), images, labels) >= 0.99

@@ -129,7 +129,7 @@ def test_a_function_weighs_the_last_value() -> None:
 
 
 class Held(TorchFunctionMode):
-    """Attention by its definition, where every second step uses the probabilities of the step before."""
+    """Attention by its definition, where every second step uses the probabilities of the previous step."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Who may import whom, read from the source: the rooms, the files, and what each layer may not know."""
+"""The import rules between packages, files and layers, read from the source."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from docs.figures.rooms import FILES, FOLDERS, MAY_IMPORT, ROOT, edges, imports,
 
 
 def test_files_are_there() -> None:
-    """The checks read real files, each in a room, but those above all."""
+    """The checks read real files, and each file except the top-level ones is in a package."""
     assert len(FILES) > 150
     above = {module for module in FILES if room_of(module) is None}
     assert above == {"", "__main__", "passes"}
@@ -20,38 +20,38 @@ def test_files_are_there() -> None:
 
 @pytest.mark.parametrize("room", MAY_IMPORT)
 def test_imports_between_rooms(room: str) -> None:
-    """A room imports what stands below it, and nothing else."""
+    """A package imports only packages below it."""
     wrong = {(a, b) for a, b in edges() if room_of(a) == room and room_of(b) not in {room, *MAY_IMPORT[room]}}
     assert not wrong
 
 
 def test_no_arrow_upwards() -> None:
-    """What rooms may import leads nowhere back to them."""
+    """The packages that a package may import never lead back to it."""
     rooms = nx.DiGraph((room, other) for room, others in MAY_IMPORT.items() for other in others)
     assert nx.is_directed_acyclic_graph(rooms)
 
 
 def test_no_cycle_between_files() -> None:
-    """No file imports itself by way of others, not even for its types."""
+    """No file imports itself through others, not even for its types."""
     cycles = list(nx.simple_cycles(nx.DiGraph(edges())))
     assert not cycles
 
 
 @pytest.mark.parametrize("folder", FOLDERS)
 def test_bare_names(folder: str) -> None:
-    """Nothing is imported by its folder's bare name, which would load it a second time."""
+    """No import uses a folder's bare name, which would load the module a second time."""
     paths = (ROOT / folder).rglob("*.py")
     assert not {(path.name, m) for path in paths for m in imports(path) if m.split(".")[0] in FOLDERS[1:]}
 
 
 @pytest.mark.parametrize("module", FILES)
 def test_files_are_short(module: str) -> None:
-    """A file of the product has less than 320 lines."""
+    """A file of the package has fewer than 320 lines."""
     assert len(FILES[module].read_text(encoding="utf-8").splitlines()) < 320
 
 
 def test_errors_are_a_leaf() -> None:
-    """The catalogue of errors imports nothing of this package, and not torch."""
+    """The catalogue of errors imports nothing from this package, and not torch."""
     for module, path in FILES.items():
         if room_of(module) == "errors":
             assert all(
@@ -70,7 +70,7 @@ def test_passes_know_no_device_code() -> None:
 
 
 def test_private_torch_has_one_room() -> None:
-    """Nothing but torch_compat imports or names what torch keeps to itself."""
+    """Only torch_compat imports or names torch's private attributes."""
     for module, path in FILES.items():
         attributes = (node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Attribute))
         names = imports(path) | {ast.unparse(node) for node in attributes}
@@ -79,7 +79,7 @@ def test_private_torch_has_one_room() -> None:
 
 
 def test_diffusers_is_imported_lazily() -> None:
-    """Importing the package loads neither diffusers nor transformers: no file imports them at its top."""
+    """Importing the package loads neither diffusers nor transformers: no file imports them at the top level."""
     for path in FILES.values():
         body = ast.parse(path.read_text()).body
         names = {alias.name for node in body if isinstance(node, ast.Import) for alias in node.names}

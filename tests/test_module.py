@@ -1,4 +1,4 @@
-"""`compile` changes the user's own module in place, and nothing about what it is."""
+"""`compile` changes the user's own module in place, and keeps its class checks, state and hooks."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def test_restoring() -> None:
 
 
 class Residual(nn.Module):
-    """One projection that is added to its input."""
+    """One projection, added to its input."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -79,7 +79,7 @@ class Residual(nn.Module):
 
 
 def test_a_class_of_torch_itself() -> None:
-    """Dynamo traces no call that starts in torch's own files; the sites are found and named all the same."""
+    """Dynamo traces no call that starts in torch's own files; the sites are still found and named."""
     model = nn.Sequential(Residual(), Residual()).requires_grad_(False)
     plain, x = twin(model), torch.ones(2, 4)
     assert torch.equal(compiled(model)(x), plain(x))
@@ -96,7 +96,7 @@ def test_compiling_again_exchanges_the_policy() -> None:
 
 @pytest.mark.parametrize("how", ["torch.compile", "Module.compile"])
 def test_a_model_that_was_compiled_before(how: str) -> None:
-    """torch.compile's wrapper is taken off; what Module.compile had set comes back with `restore`."""
+    """`compile` takes off torch.compile's wrapper; `restore` brings back the settings of Module.compile."""
     plain, inputs = tiny.build(), calls(4)
     inner, graphs = twin(plain), []
 
@@ -125,7 +125,7 @@ def test_a_model_compiled_around_it_is_unwrapped() -> None:
 
 
 def test_hooks_before_and_after_run_at_each_call() -> None:
-    """A hook that changes an argument, and one that changes the result; both see every call."""
+    """One hook changes an argument and another the result; both see every call."""
     plain, inputs = tiny.build(), calls(4)
     model, seen = compiled(twin(plain)), list[str]()
 

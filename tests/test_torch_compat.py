@@ -1,4 +1,4 @@
-"""What torch has no more is said, and never taken for an answer."""
+"""A private name that torch no longer has raises an error; it never counts as an answer."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from dit_rewrite.errors import TorchChanged
 
 
 def seen_by(look: Callable[[fx.GraphModule], Any]) -> Any:
-    """What `look` gives of a graph that Dynamo captured, while it compiles."""
+    """The result of `look` on a graph that Dynamo captured, during compilation."""
     found = []
 
     def backend(gm: fx.GraphModule, _: object) -> Callable[..., Any]:
@@ -40,7 +40,7 @@ def test_a_graph_of_this_torch_answers() -> None:
 
 
 def test_a_graph_without_what_dynamo_notes_is_no_answer() -> None:
-    """Not "no parameters", which would make weights data, and not "unbroken", which would make a part the whole."""
+    """Not "no parameters", which would make weights data, nor "unbroken", which would make a part the whole model."""
     bare = fx.GraphModule({}, fx.Graph())
     with pytest.raises(TorchChanged, match=r"dynamo_flat_name_to_original_fqn.* any more"):
         torch_compat.parameter_names(bare)
@@ -83,12 +83,12 @@ PRIVATE = sorted(
 
 @pytest.mark.parametrize(("module", "name"), PRIVATE, ids=".".join)
 def test_each_private_name_is_there(module: str, name: str) -> None:
-    """With a torch that lacks one, this says which, before a user's model does."""
+    """Where torch lacks one, this test names it before a user's model fails."""
     assert torch_compat._find(module, name) is not None
 
 
 def test_without_metadata_the_weights_are_not_known() -> None:
-    """Outside of AOTAutograd nothing says which inputs are weights."""
+    """Outside of AOTAutograd nothing marks the inputs that are weights."""
     with pytest.raises(TorchChanged, match="fw_metadata"):
         torch_compat.static_inputs()
 

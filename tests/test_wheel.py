@@ -1,4 +1,4 @@
-"""A wheel, installed outside the repository into an environment of its own, does all that the README promises."""
+"""A wheel, installed outside the repository in its own environment, does everything that the README promises."""
 
 from __future__ import annotations
 
@@ -33,7 +33,8 @@ def run(*command: str | Path, folder: Path) -> str:
 
 @pytest.fixture(scope="module")
 def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with an environment `env` that has the wheel; torch and the like are those of this environment."""
+    """A folder with an environment `env` in which the wheel is installed; torch and the like come from this
+    environment."""
     folder = tmp_path_factory.mktemp("wheel")
     source = folder / "source"
     run("git", "clone", "-q", ROOT, source, folder=folder)

@@ -1,4 +1,4 @@
-"""Policies met with models: which sites they get, what they measure, in how many pieces; and that it is all right."""
+"""Binding policies to models: their sites, measurements and number of segments; and every policy verified."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from tests.helpers.tracing import Toy, tokens
 
 
 class Denoiser(nn.Module):
-    """A toy by the names that a denoiser's inputs have; `changes` is how much of the latent a step changes."""
+    """A toy with a denoiser's input names; `changes` is how much of the latent a step changes."""
 
     def __init__(self, toy: Toy, inputs: int) -> None:
         super().__init__()
@@ -69,7 +69,7 @@ def strategies(model: Any, last: int) -> list[dict[str, str]]:
     ids=["stack", "blocks", "stores"],
 )
 def test_what_does_not_fit_the_model(policy: Policy, error: type[Exception]) -> None:
-    """It is an error of the first call, not a policy that does nothing."""
+    """It raises an error at the first call, instead of a policy that does nothing."""
     compiled = rewritten(tiny.build(), policy)
     with pytest.raises(error):
         outputs(compiled, calls(1))
@@ -83,7 +83,7 @@ def test_spans_that_overlap() -> None:
 
 
 def test_what_must_be_cut_cannot_be_variants() -> None:
-    """A measurement of this very call comes too late for a graph in one piece; one call later it does not."""
+    """A graph in one segment cannot use a measurement of the same call; with a lag of one call it can."""
     compiled = rewritten(tiny.build(), FirstBlockCache(0.1), lowering="variants")
     with pytest.raises(NeedsSegments, match=r"lowering='segments' or 'auto', or give the policy lag=1"):
         outputs(compiled, calls(1))
@@ -103,7 +103,7 @@ def test_what_must_be_cut_cannot_be_variants() -> None:
             Policy((Rule(entropy < 1),)),
             LoweringReason.FEW_ROWS,
             1,
-        ),  # what is held is the last computed one: nothing waits
+        ),  # the slot holds the last computed value: nothing waits
     ],
     ids=["by steps", "now", "late", "entropy"],
 )
@@ -116,7 +116,7 @@ def test_why_it_is_laid_out_so(policy: Policy, why: LoweringReason, segments: in
 
 
 def test_what_is_refused_is_reported() -> None:
-    """Spans without a counterpart, attention without an op, probes inside of what they would decide."""
+    """Spans without a counterpart, attention without an op, probes inside the site that they would decide."""
     compiled = dit_rewrite.compile(
         denoiser("post-norm"), Policy((Rule(step > 0, where=Where(span="block")),)), backend="aot_eager"
     )
@@ -136,8 +136,8 @@ def test_what_is_refused_is_reported() -> None:
 
 @torch.no_grad()
 def first_block_by_hand(model: Denoiser, inputs: list[dict[str, Any]], threshold: float) -> tuple[list[Tensor], str]:
-    """ParaAttention's rule, written down: run the first block; where its residual has changed little since the last
-    step that ran all, add what the other blocks changed then."""
+    """ParaAttention's rule, written out: run the first block; where its residual has changed little since the last step
+    that ran all blocks, add the change that the other blocks made then."""
     toy, results, did = model.toy, [], ""
     residual: Tensor | None = None
     change = torch.zeros(1)
@@ -176,7 +176,7 @@ def test_first_block_cache(threshold: float, some: bool) -> None:
 
 
 def test_what_a_reused_stack_costs() -> None:
-    """One span, whose slot is one stream; the pieces inside of it do not run."""
+    """One span, whose slot is one stream; the segments inside it do not run."""
     compiled = rewritten(tiny.build(4), FirstBlockCache(10.0))
     outputs(compiled, calls(3))
     assert row(compiled, 3) == "CRR"
@@ -186,13 +186,13 @@ def test_what_a_reused_stack_costs() -> None:
     assert all(not (variant.outputs or variant.fresh) for variant in inside)
 
 
-# --- every policy is right --------------------------------------------------------------------------------------------
+# --- every policy is verified -----------------------------------------------------------------------------------------
 
 POLICIES = {
     "stack": Policy((Rule(Mod(step, 3) > 0, where=Where(span="stack")),)),
     "blocks, int8": Policy((Rule(Mod(step, 2) > 0, Reuse("int8"), Where(span="block")),)),
     "keys, fp8": Policy((Rule(Mod(step, 2) > 0, ReuseKV("fp8")),)),
-    "entropy": Policy((Rule((entropy < 1.5) & (Mod(step, 2) > 0)),)),  # ln 4 is the most that there is
+    "entropy": Policy((Rule((entropy < 1.5) & (Mod(step, 2) > 0)),)),  # ln 4 is the maximum
     "own stream": Policy((Rule(similarity("self") < 0.03),)),
     "drift": Policy((Rule(drift("modulated_input") < 0.05, where=Where(span="stack")),)),
     "late": Policy((Rule(drift("modulated_input") < 0.05, where=Where(span="stack")),), lag=1),
@@ -206,7 +206,7 @@ POLICIES = {
 }
 
 
-# what measures this very call is cut anyway, and what measures nothing is not
+# a graph is cut by default if it measures its own call, and is not if it measures nothing
 CASES = [
     (name, "segments" if name in ("blocks, int8", "keys, else branches", "late", "output") else "auto")
     for name in POLICIES
@@ -215,7 +215,7 @@ CASES = [
 
 @pytest.mark.parametrize(("name", "lowering"), CASES)
 def test_verified(name: str, lowering: str) -> None:
-    """Reuse 0 and the replay are exact, of every kind of rule; and something is reused."""
+    """Reuse 0 and the replay are exact for every kind of rule, and something is reused."""
     model = Denoiser(single(2), 2).eval().requires_grad_(False)
     found = verify(model, steps("single", 6), policy=POLICIES[name], backend="aot_eager", lowering=lowering)
     assert found.exact
@@ -226,7 +226,7 @@ def test_verified(name: str, lowering: str) -> None:
 @pytest.mark.parametrize("guard", [drift("latent") < 0.2, similarity("latent") < 0.2, similarity("output") < 0.5])
 @pytest.mark.parametrize("lag", [0, 1])
 def test_what_is_known_before_the_call_needs_no_segments(guard: Any, lag: int) -> None:
-    """The latent, and what earlier calls returned: one straight piece for each row, which is right."""
+    """The latent, and the outputs of earlier calls: one straight graph for each row, and it is verified."""
     model = Denoiser(single(2), 2).eval().requires_grad_(False)
     policy = Policy((Rule(guard, where=Where(span="stack")),), lag=lag)
     found = verify(model, steps("single", 6), policy=policy, backend="aot_eager", lowering="variants")
@@ -236,7 +236,7 @@ def test_what_is_known_before_the_call_needs_no_segments(guard: Any, lag: int) -
 
 @torch.no_grad()
 def test_a_latent_that_stands_still() -> None:
-    """Measured by hand: the latent's change from call to call, added up until a call computes."""
+    """Measured by hand: the change of the latent between calls, added up until a call computes."""
     compiled = rewritten(tiny.build(), Policy((Rule(drift("latent") < 0.5),)), lowering="variants")
     inputs = [{**calls(1)[0], "timestep": call["timestep"]} for call in calls(6)]
     latent = inputs[0]["hidden_states"]
@@ -257,9 +257,9 @@ def test_a_latent_that_stands_still() -> None:
 
 @pytest.mark.parametrize("probe", ["first_block", "modulated_input"])
 def test_a_site_before_its_probe(probe: str) -> None:
-    """What has run before the probe is measured cannot be decided by it: refused, as what the probe is computed from.
+    """A site that runs before the probe is measured is refused, as is one that the probe is computed from.
 
-    The image's MLP of the first joint block stands before what the text's stream adds, which does not depend on it.
+    The image's MLP of the first joint block runs before the text's stream is updated, which does not depend on it.
     """
     policy = Policy((Rule(similarity(probe) < 0.5, where=Where(("mlp",))),))
     found = verify(denoiser("joint"), steps("joint", 4), policy=policy, backend="aot_eager")
@@ -267,7 +267,7 @@ def test_a_site_before_its_probe(probe: str) -> None:
 
 
 def test_a_site_before_the_probe_of_the_span_around_it() -> None:
-    """The same where a span is measured, and computes: the MLP inside of it has run before that is known."""
+    """The same where a span is measured and computes: the MLP inside it runs before the measurement."""
     stack = Rule(similarity("first_block") < 1e-4, where=Where(span="stack"))
     inside = Rule(Eq(Mod(step, 2), 1), where=Where(("mlp",)))
     found = verify(denoiser("joint"), steps("joint", 4), policy=Policy((stack, inside)), backend="aot_eager")
@@ -277,7 +277,7 @@ def test_a_site_before_the_probe_of_the_span_around_it() -> None:
 @torch.no_grad()
 @pytest.mark.parametrize(("name", "probe"), [("joint", "first_block"), ("single", "modulated_input")])
 def test_a_measured_stack_beside_rules_for_what_lies_in_it(name: str, probe: str) -> None:
-    """A rule for the branches inside does not keep the stack from being measured, and reused."""
+    """A rule for the branches inside does not stop the stack from being measured and reused."""
     stack = Rule(similarity(probe) < 10, where=Where(span="stack"))
     inside = Rule(Eq(Mod(step, 2), 1), where=Where(("mlp",)))
     for rules in ((stack,), (stack, inside)):
@@ -294,7 +294,8 @@ def test_a_measured_stack_beside_rules_for_what_lies_in_it(name: str, probe: str
 
 @torch.no_grad()
 def test_rules_of_a_named_stream() -> None:
-    """A rule for "uncond" reuses there alone; both streams have slots of their own, and nothing is compiled late."""
+    """A rule for "uncond" reuses in that stream only; both streams have their own slots, and nothing is compiled
+    late."""
     model = tiny.build()
     compiled = rewritten(model, Policy((Rule(step > 0, where=Where(streams=("uncond",))),)))
     streams = {"cond": calls(4, seed=0), "uncond": calls(4, seed=1)}
@@ -311,11 +312,11 @@ def test_rules_of_a_named_stream() -> None:
     assert compiled.stats().late_variants == 0
 
 
-# --- what the caller does to its tensors ------------------------------------------------------------------------------
+# --- tensors that the caller changes ----------------------------------------------------------------------------------
 
 
 class Flattened(nn.Module):
-    """Its stream is a view of its latent: of its own shape, or of another memory order."""
+    """The stream is a view of the latent, with the same shape or another memory order."""
 
     def __init__(self, transposed: bool) -> None:
         super().__init__()
@@ -335,7 +336,7 @@ class Flattened(nn.Module):
     [("self", False, 0), ("self", True, 0), ("self", True, 1), ("modulated_input", False, 0), ("first_block", True, 1)],
 )
 def test_a_latent_that_is_changed_in_place(probe: str, transposed: bool, lag: int) -> None:
-    """Every step doubles the latent where it is: no probe takes that for no change at all."""
+    """Every step doubles the latent in place: no probe measures a change of zero."""
     model = Flattened(transposed).eval().requires_grad_(False)
     policy = Policy((Rule(similarity(probe) < 0.05, where=Where(layers=(1, None))),), lag=lag)
     latent = tokens(0, 2, 8, 6) if transposed else tokens(0, 2, 3, 2, 8)
@@ -350,7 +351,7 @@ def test_a_latent_that_is_changed_in_place(probe: str, transposed: bool, lag: in
 
 @torch.no_grad()
 def test_nothing_is_measured_before_a_new_trajectory() -> None:
-    """A first step has nothing to compare with, also where the last trajectory ended with the same latent."""
+    """A first step has nothing to compare with, even where the last trajectory ended with the same latent."""
     compiled = rewritten(tiny.build(), FirstBlockCache(10.0))
     inputs = calls(3)
     for _ in range(2):
@@ -361,20 +362,20 @@ def test_nothing_is_measured_before_a_new_trajectory() -> None:
 
 @torch.no_grad()
 def test_not_a_number_is_no_similarity() -> None:
-    """A latent that holds NaN computes at every step."""
+    """A latent with NaN computes at every step."""
     model = tiny.build()
     compiled = rewritten(model, FirstBlockCache(10.0))
     inputs = calls(4)
     inputs[1]["hidden_states"][0, 0, 0] = torch.nan
     with compiled.trajectory(4):
         found = outputs(compiled, inputs)
-    assert row(compiled, 4) == "CCCR", "nor is anything like what is not a number"
+    assert row(compiled, 4) == "CCCR", "NaN is not similar to anything"
     assert torch.allclose(found[1], model(**inputs[1]), equal_nan=True)
     assert same(found[2:3], [model(**inputs[2])])
 
 
 def test_shared_code_is_compiled_once() -> None:
-    """Eight blocks in segments: as many pieces of code as four blocks have."""
+    """Eight blocks in segments share as many compiled functions as four blocks have."""
     counts = []
     for layers in (4, 8):
         compiled = rewritten(tiny.build(layers), FORA(3), lowering="segments")

@@ -1,4 +1,4 @@
-"""Full attention and its window's residual as one op: where the two are fused, and that both ways agree."""
+"""Full attention and its window's residual as one op: where the two are fused, and that both versions agree."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def traced(two: Two, *inputs: Tensor) -> fx.GraphModule:
 
 
 def kept(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, scale: float | None = None, **where: Any) -> Any:
-    """What a step that computes writes: O and R = O - W."""
+    """The values that a computing step writes: O and R = O - W."""
     full = opaque_attention.OP(q, k, v, mask, scale=scale)
     return full, window_reuse(q, k, -v, full, where.pop("window", [2]), **where, attn_mask=mask, scale=scale)
 
@@ -81,7 +81,7 @@ def of_other_queries(q: Tensor, k: Tensor, v: Tensor) -> Any:
 
 
 def not_negated(q: Tensor, k: Tensor, v: Tensor) -> Any:
-    """A step that reuses: the window on top of a residual, which is here somebody's attention."""
+    """A step that reuses: the window added to a residual, which is another attention here."""
     full = opaque_attention.OP(q, k, v)
     return full, window_reuse(q, k, v, full, [2])
 
@@ -130,7 +130,7 @@ def test_on_a_cpu_nothing_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("seconds", [[1.0, 2.0], [2.0, 1.0], [OutOfResources(9, 8, "shared memory")]], ids=str)
 def test_what_is_measured(seconds: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Both ways run on tensors like those of the graph; what does not fit on the device is not faster."""
+    """Both versions run on tensors like those of the graph; one that does not fit on the device is not faster."""
     timed: list[tuple[tuple[int, ...], ...]] = []
     left = list(seconds)
 
@@ -152,7 +152,7 @@ def test_what_is_measured(seconds: list[Any], monkeypatch: pytest.MonkeyPatch) -
 
 @pytest.mark.parametrize("name", ["tiny", "pixart_sigma", "stdit"])
 def test_in_a_model(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The residual is kept by the one op alone, and read by the next step; the outputs are those of two ops."""
+    """Only the fused op writes the residual, and the next step reads it; the outputs equal those of the two ops."""
     from tests.helpers import tiny
     from tests.helpers.models import MODELS, output
 
@@ -178,7 +178,7 @@ def test_in_a_model(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 def test_measured_on_a_gpu() -> None:
-    """Whatever is faster there, it is found once, and gives O and R."""
+    """The faster version is chosen once, and gives O and R."""
     inputs = [tensor.cuda() for tensor in tensors()]
     gm = traced(plain, *inputs)
     chosen = is_faster(

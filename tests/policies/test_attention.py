@@ -1,4 +1,4 @@
-"""DQAR's readings and what its cache holds, and FORA's store."""
+"""The two readings of DQAR's equation, the contents of its cache, and FORA's store."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ STEPS = 11
 
 
 def reusing(layers: int, warmup: Fraction, share: Fraction, cap_first: bool) -> list[int]:
-    """How many layers reuse at each step: equation 2, or with the product of share and layers rounded first."""
+    """How many layers reuse at each step: by equation 2, or with the product of share and layers rounded first."""
     found = []
     for step in range(STEPS):
         p = Fraction(step, STEPS - 1)
@@ -30,7 +30,7 @@ def reusing(layers: int, warmup: Fraction, share: Fraction, cap_first: bool) -> 
 
 @pytest.mark.parametrize("rounding", ["equation", "paper"])
 def test_how_many_layers_reuse(rounding: Any) -> None:
-    """Of 4 layers and a share of 0.7 the two readings differ: at most 2.8 layers, or 2."""
+    """With 4 layers and a share of 0.7 the two readings differ: at most 2.8 layers, or 2."""
     policy = DQAR(0.2, 0.7, None, rounding=rounding)
     did = decided(policy, STEPS, tiny.build(4))
     counts = [sum(row[step] == "R" for row in did.values()) for step in range(STEPS)]

@@ -1,4 +1,4 @@
-"""The policy of guidance beside FastVideo's loop."""
+"""The guidance policy beside FastVideo's loop."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tests.helpers.runs import decided, the_row
 
 
 def gated(steps: int, share: float) -> str:
-    """FastVideo's denoising stage: both sides until the gate, where a difference is there by then."""
+    """FastVideo's denoising stage: both sides until the gate, if a difference exists by then."""
     gate, delta, did = int(steps * share), None, ""
     for i in range(steps):
         if i < gate or delta is None:

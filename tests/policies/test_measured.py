@@ -1,4 +1,4 @@
-"""Policies that ask what has changed, beside their sources' loops over a plain run's numbers."""
+"""Policies that measure changes, beside their sources' loops over the numbers of a plain run."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def test_teacache(plain: Records, coefficients: tuple[float, ...]) -> None:
 
 
 def easycache(records: Records, threshold: float, warmup: int) -> Decided:
-    """`easycache_forward`, with its names; what it computes is the plain run's."""
+    """`easycache_forward`, with its names; the plain run gives the computed values."""
     x, v = records.latents, records.outputs
     row, compared = "", []
     acc, k, last, before = 0.0, None, -1, -1  # the last computed step, and the one before
@@ -128,7 +128,7 @@ def test_dicache(plain: Records, depth: int, retention: float) -> None:
     ids=str,
 )
 def test_first_and_last_steps(policy: Policy, first: int, last: int) -> None:
-    """They compute, whatever has changed."""
+    """They compute, whatever the change."""
     assert did(policy) == "C" * first + "R" * (STEPS - first - last) + "C" * last
 
 
@@ -162,7 +162,7 @@ def test_dual_block_cache(plain: Records, front: int, back: int, warmup: int, mo
     assert found == {f"blocks.{front}..blocks.{last}" if last > front else f"blocks.{front}": expected}
 
 
-# --- the error that a table foretells ---------------------------------------------------------------------------------
+# --- the error that a table predicts ----------------------------------------------------------------------------------
 
 RATIOS = (
     1.0,
@@ -189,7 +189,7 @@ RATIOS = (
 
 
 def magcache(ratios: tuple[float, ...], threshold: float, most: int, retention: float) -> str:
-    """diffusers' hook: running product, number and sum since the last computed step."""
+    """diffusers' hook: the running product, number and sum since the last computed step."""
     row, product, count, error = "", 1.0, 0, 0.0
     for i, ratio in enumerate(ratios):
         compute = True
@@ -211,7 +211,7 @@ def test_magcache(threshold: float, most: int, retention: float) -> None:
 
 
 def test_magcache_of_another_number_of_steps() -> None:
-    """The nearest of the published ones."""
+    """The nearest published number of steps."""
     table = MAGCACHE["flux"]
     near = tuple(table[round(i * 27 / 19)] for i in range(STEPS))
     assert did(MagCache("flux", 0.24, 5, 0.1, STEPS)) == magcache(near, 0.24, 5, 0.1)

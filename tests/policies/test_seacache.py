@@ -20,7 +20,7 @@ STEPS = 20
 
 
 def seacache(probes: list[Tensor], threshold: float, warmup: int, cooldown: int, most: int | None) -> Decided:
-    """diffusers' hook, of one sampler's probes behind its filter."""
+    """diffusers' hook, on the probes of one sampler after its filter."""
     row, compared, total, run = "", [], 0.0, 0
     for i in range(STEPS):
         reuse = warmup <= i < STEPS - cooldown and not (most is not None and run >= most)
@@ -49,7 +49,7 @@ def test_seacache(probe: Literal["latent", "modulated_input"], order: int, most:
     ]
     records = record(model, model.body, inputs, "latent")
     images = records.latents
-    if probe == "modulated_input":  # whose tokens are patches
+    if probe == "modulated_input":  # its tokens are patches
         images = [x.movedim(1, -1).unflatten(-1, (4, 6)) for x in records.modulated]
     filtered = [
         torch.stack([_apply_sea_filter(x.movedim(0, -1)[None].float(), float(s), 2.0) for x in image]).double()

@@ -1,4 +1,4 @@
-"""Policies that follow from the step alone, beside their sources' loops written out."""
+"""Policies that depend on the step only, beside their sources' loops written out."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ def test_where() -> None:
 
 
 def spectrum(window: float, growth: float, warmup: int, steps: int) -> str:
-    """Its forward's own counters."""
+    """The counters of its own forward."""
     did, cached, ws = "", 0, window
     for i in range(steps):
         actual = True
@@ -138,12 +138,12 @@ MASK = "1110100100"
     ],
 )
 def test_a_mask(policy: Policy) -> None:
-    """Behind its end everything computes: no table says otherwise."""
+    """After its end everything computes, since no table says otherwise."""
     assert the_row(decided(policy, 12)) == "CCCRCRRCRRCC"
 
 
 def test_the_published_plans() -> None:
-    """As many steps as their names say, of 50; the first and the last among them."""
+    """Each has as many of 50 steps as its name says, the first and the last among them."""
     for name, computed in MEANCACHE.items():
         assert (len(computed), computed[0], computed[-1]) == (int(name.rpartition("-")[2]), 0, 49)
         (rule,) = MeanCache(name).rules
@@ -157,7 +157,7 @@ def test_the_published_plans() -> None:
 def broadcast(interval: int | None, low: float, high: float, steps: int) -> str:
     """diffusers' hook with the module's own counter, at timesteps 1000, …, 0."""
     did, cached = "", False
-    for i in range(steps):  # which is the iteration too
+    for i in range(steps):  # the iteration too
         t = 1000 * (1 - i / (steps - 1))
         skip = interval is not None and cached and i != 0 and low < t < high and i % interval != 0
         did += "R" if skip else "C"
@@ -248,7 +248,7 @@ BAD: list[tuple[Any, dict[str, Any]]] = [
 
 @pytest.mark.parametrize(("build", "given"), BAD, ids=lambda value: getattr(value, "__name__", str(value)[:40]))
 def test_out_of_range(build: Any, given: dict[str, Any]) -> None:
-    """Refused by the parameter's name, or that of what it is made of."""
+    """Refused by the name of the parameter, or by that of the parameter that it is made from."""
     names = {"computed": "computed|mask", "temporal_names": "names", "span": "span|minus"}
     with pytest.raises(BadParameter, match="|".join(f"{names.get(name, name)}=" for name in given) + "|mask="):
         build(**given)

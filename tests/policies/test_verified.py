@@ -1,4 +1,4 @@
-"""SpeCa beside its source's loop over module hooks, and DiCache beside its own, with the forecasts that they make."""
+"""SpeCa beside its source's loop over module hooks, and DiCache beside its own, with their forecasts."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ ERROR = {"elementwise": "forecast_error(verified, elementwise=True)", "mean": "f
 class SpecaSource:
     """`cal_type`, `derivative_approximation`, `taylor_formula` and the check of one block, with the source's names.
 
-    Steps count up, as in its FLUX. Other than there, the step goes on with what the checked block computed.
+    Steps count up, as in its FLUX. Unlike the source, the step goes on with the output that the checked block computed.
     """
 
     base_threshold: float
@@ -49,7 +49,7 @@ class SpecaSource:
     activated_steps: list[int] = field(default_factory=list)
     cache: dict[nn.Module, list[Tensor]] = field(default_factory=dict)
     row: str = ""
-    compared: dict[int, float] = field(default_factory=dict)  # the error that was looked at, by step
+    compared: dict[int, float] = field(default_factory=dict)  # the compared error, by step
 
     def cal_type(self) -> None:
         self.step += 1
@@ -140,7 +140,7 @@ LETTERS = {"compute": "C", "forecast": "F", "verify": "V"}
 
 @pytest.mark.parametrize("given", CASES.values(), ids=list(CASES))
 def test_speca_is_its_source(given: dict[str, Any]) -> None:
-    """Its decisions, the errors that they follow from, and what the model returns."""
+    """Its decisions, the errors behind them, and the model's outputs."""
     threshold, row = splitting(lambda t: decided(given, t))
     source, expected = speca(source_of(threshold, 0.0, given))
     stats, found = by_step(SpeCa(threshold, floor=0.0, **given))
@@ -160,7 +160,7 @@ def test_speca_is_its_source(given: dict[str, Any]) -> None:
 
 
 def test_speca_decays_to_its_floor() -> None:
-    """What would pass at the first threshold fails at its later ones; above the floor it passes to the end."""
+    """An error that passes the first threshold fails the later ones; above the floor it passes to the end."""
     given = {"error": "mean", "order": 1, "decay": 1e-9}
     largest = max(speca(source_of(1e9, 1e9, given))[0].compared.values())
     rows = []
@@ -173,7 +173,7 @@ def test_speca_decays_to_its_floor() -> None:
 
 
 def test_a_verified_slot_stays_as_it_is() -> None:
-    """The forecasts behind a verified step, of the verified block too, are those of the last computed ones."""
+    """Forecasts after a verified step, also at the verified block, use the values of the last computed steps."""
     kept = {"min_streak": 1, "max_streak": 3, "warmup": 1, "order": 0, "error": "mean"}
     stats, _ = by_step(SpeCa(1e9, **kept))
     ages = [d.strategies["blocks.2.mlp"] for d in stats.decisions[:9]]
@@ -185,7 +185,7 @@ def test_a_verified_slot_stays_as_it_is() -> None:
 
 @pytest.mark.parametrize("place", [None, "block"])
 def test_an_error_of_nan_computes(place: Any) -> None:
-    """A part of the checked block gives NaN: no error is proven small, however large the threshold."""
+    """One channel of the checked block is NaN: no error is proven small, however large the threshold."""
     model = tiny.build(LAYERS)
     with torch.no_grad():
         model.blocks[2].mlp[2].bias.fill_(nan)
@@ -198,7 +198,7 @@ def test_an_error_of_nan_computes(place: Any) -> None:
 
 
 def test_speca_of_blocks() -> None:
-    """The change across each block is forecast, and the last block's compared."""
+    """Forecasts of the change across each block, verified at the last block."""
     stats, _ = by_step(SpeCa(1e9, floor=1e9, order=1, span="block"))
     rows = [tuple(d.strategies[f"blocks.{i}"] for i in range(3)) for d in stats.decisions[3:9]]
     forecast, verified = ("forecast",) * 3, ("forecast", "forecast", "verify")
@@ -206,7 +206,7 @@ def test_speca_of_blocks() -> None:
 
 
 def test_nobody_told_how_many_steps() -> None:
-    """The decay is of the whole: what needs no measurement goes on, and the rest computes."""
+    """The decay depends on the number of steps: rules without a measurement go on, and the other steps compute."""
     model = tiny.rewritten(tiny.build(LAYERS), SpeCa(1e9, floor=1e9, order=1))
     tiny.outputs(model, tiny.calls(12))
     row = "".join(LETTERS[d.strategies["blocks.0.mlp"]] for d in model.stats().decisions)
@@ -219,7 +219,7 @@ def test_nobody_told_how_many_steps() -> None:
 
 @torch.no_grad()
 def dicache(threshold: float, depth: int, retention: float) -> tuple[Decided, list[Tensor], list[float]]:
-    """`dicache_forward`, with its names: what it decides, returns, and its gammas before they are clipped."""
+    """`dicache_forward`, with its names: its decisions and outputs, and its gammas before they are clipped."""
     model, outputs, gammas, row, compared = tiny.build(LAYERS), [], [], "", []
     residual_window, probe_residual_window, accumulated = [], [], 0.0
     previous_probe_states = None
@@ -260,7 +260,7 @@ def dicache(threshold: float, depth: int, retention: float) -> tuple[Decided, li
 
 @pytest.mark.parametrize(("depth", "retention"), [(1, 0.2), (2, 0), (1, 0)])
 def test_dicache_is_its_source(depth: int, retention: float) -> None:
-    """Its decisions, what the model returns, and the ratios that its forecasts are weighted by; of one value, reuse."""
+    """Its decisions, the model's outputs, and the ratios that weight its forecasts; with one value, reuse."""
     threshold, row = splitting(lambda t: dicache(t, depth, retention)[0])
     _, expected, gammas = dicache(threshold, depth, retention)
     stats, found = by_step(DiCache(threshold, depth, retention))
@@ -269,14 +269,14 @@ def test_dicache_is_its_source(depth: int, retention: float) -> None:
     symbol = "advance(first_block)" if depth == 1 else f"advance(first_{depth}_blocks)"
     measured = [d.measured[name][symbol] for d in stats.decisions if symbol in d.measured.get(name, {})]
     assert measured == pytest.approx(gammas, rel=1e-3)
-    assert min(gammas) < 1.5 and max(gammas) > 1, "not all are clipped"
+    assert min(gammas) < 1.5 and max(gammas) > 1, "some are not clipped"
     for ours, theirs in zip(found, expected, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
     assert stats.recompiles == 0
 
 
 def test_dicache_of_a_probe_that_stands_still() -> None:
-    """The way of the probe is 0, and its ratio NaN: such a step computes, and says so."""
+    """The change of the probe is 0, and its ratio NaN: such a step computes, and reports the reason."""
     model = tiny.build(LAYERS)
     with torch.no_grad():
         for part in (model.blocks[0].gates, model.blocks[0].attn, model.blocks[0].mlp):

@@ -1,4 +1,4 @@
-"""The bases of forecasts: against the sources' recursions on real tensors, and by what each is exact on."""
+"""The bases of forecasts: against the sources' recursions on real tensors, and on functions where each is exact."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ from dit_rewrite.policy.bases import (
     chebyshev,
 )
 
-AFFINE = [Taylor(), TaylorSeer(), Hermite(), Hermite(0.7), BDF(), BDF("cache-dit")]  # whose weights add to 1
+AFFINE = [Taylor(), TaylorSeer(), Hermite(), Hermite(0.7), BDF(), BDF("cache-dit")]  # their weights add to 1
 LOCAL = [Taylor(), TaylorSeer(), Hermite(), Chebyshev(), BDF(), BDF("cache-dit")]
 
 
 def backwards(gaps: Sequence[float], start: float) -> list[float]:
-    """Places, newest first, that many apart."""
+    """Places at these distances from one another, newest first."""
     places = [start]
     for gap in gaps:
         places.insert(0, places[0] + gap)
@@ -56,7 +56,7 @@ def close(found: torch.Tensor, expected: torch.Tensor) -> None:
 
 
 def taylorseer_factors(steps: Sequence[int], values: torch.Tensor, order: int) -> list[torch.Tensor]:
-    """TaylorSeer's `derivative_approximation`, called at each computed step: its factors at the newest."""
+    """TaylorSeer's `derivative_approximation`, called at each computed step; returns the newest factors."""
     factors: list[torch.Tensor] = []
     before = None
     for step, value in zip(reversed(steps), values.flip(0), strict=True):
@@ -195,7 +195,7 @@ def polynomial(coefficients: Sequence[float], place: float) -> float:
 
 
 def error(basis: Basis, places: Sequence[float], place: float, order: int, coefficients: Sequence[float]) -> float:
-    """Of the forecast of a polynomial, relative to the terms that it sums."""
+    """The error of the forecast of a polynomial, relative to the terms of the sum."""
     weights = basis.weights(places, place, order)
     terms = [w * polynomial(coefficients, at) for w, at in zip(weights, places, strict=False)]
     return (sum(terms) - polynomial(coefficients, place)) / max(1.0, sum(map(abs, terms)))
@@ -226,7 +226,7 @@ def test_exact_on_straight_lines(
 
 @given(st.integers(1, 6), AHEAD)
 def test_taylorseer_misses_a_parabola_by_half_an_interval_of_slope(h: int, k: int) -> None:
-    """Even at equal distances: k h for the square, where k^2 / 2 stands in the place of k (k + h) / 2."""
+    """Even at equal distances: an error of k h for the square, since k^2 / 2 replaces k (k + h) / 2."""
     weights = TaylorSeer().weights([2 * h, h, 0], 2 * h + k, 2)
     found = weights[0] * 4 * h * h + weights[1] * h * h
     assert found == pytest.approx((2 * h + k) ** 2 - k * h)
@@ -298,7 +298,7 @@ def test_order_0_is_reuse(basis: Basis) -> None:
 
 @pytest.mark.parametrize("basis", [Taylor(), TaylorSeer(), Hermite()], ids=str)
 def test_a_basis_reads_no_more_than_its_order_takes(basis: Basis) -> None:
-    """Where fewer values are there the order is lower, and where a slot keeps more they have no weight."""
+    """With fewer values the order is lower, and further values that a slot keeps have no weight."""
     for order in range(5):
         assert basis.history(order) == order + 1
         assert basis.weights([9, 8, 6, 3, 1, 0], 11, order) == basis.weights([9, 8, 6, 3, 1][: order + 1], 11, order)

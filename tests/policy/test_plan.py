@@ -1,4 +1,4 @@
-"""Plans: what they hold, their file, whose they are, and their picture."""
+"""Plans: their contents, their file, the model that they belong to, and their picture."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def saved(path: Path, plan: Plan = PLAN) -> dict[str, Any]:
     return json.loads(path.read_text())
 
 
-# --- what a plan says -------------------------------------------------------------------------------------------------
+# --- contents ---------------------------------------------------------------------------------------------------------
 
 
 def test_choices_have_the_names_of_the_paper():
@@ -235,7 +235,7 @@ def test_files_that_are_no_object_or_not_there(tmp_path: Path):
         Plan.load(tmp_path / "other.json")
 
 
-# --- whose it is ------------------------------------------------------------------------------------------------------
+# --- the model that it belongs to -------------------------------------------------------------------------------------
 
 
 class Block(nn.Module):
@@ -265,7 +265,7 @@ def renamed() -> Block:
 
 
 def test_fingerprints_of_equal_models():
-    """Other values, a compiled copy and tables made for another size change nothing."""
+    """Other values, a compiled copy and tables for another size do not change the fingerprint."""
     model = Block()
     compiled = torch.compile(Block(), backend="eager")
     longer = Block()
@@ -280,7 +280,7 @@ def test_shared_modules_count_as_often_as_they_stand():
 
 
 def test_fingerprints_of_other_models():
-    """Class, width, parameter, name, activation, dtype, buffer and number of blocks: each makes another model."""
+    """Class, width, parameter, name, activation, dtype, buffer and number of blocks each change the fingerprint."""
     more_scale = Block()
     more_scale.register_buffer("scale", torch.ones(5))
     others = [
@@ -332,7 +332,7 @@ def test_panels_by_kind():
 
 
 def test_the_picture_shows_the_table():
-    """Each cell of the image has its choice's colour, layers go up, and the legend says the shares."""
+    """Each cell of the image has its choice's colour, layers go upwards, and the legend gives the shares."""
     colors = pytest.importorskip("matplotlib.colors")
     from dit_rewrite.report.plan_picture import COLOURS, draw
 
@@ -355,7 +355,7 @@ def test_the_picture_shows_the_table():
 
 
 def test_the_legend_of_a_short_plan_is_whole():
-    """Five choices of three steps: the figure is as wide as what says their shares."""
+    """Five choices of three steps: the figure is wide enough for the shares."""
     pytest.importorskip("matplotlib")
     from dit_rewrite.report.plan_picture import draw
 
@@ -374,7 +374,7 @@ def test_the_legend_has_only_what_the_plan_has():
 
 
 def test_the_saved_picture(tmp_path: Path):
-    """The file's pixels have the colours of the plan's choices, and not those of others."""
+    """The file's pixels have the colours of the plan's choices, and no other colours."""
     image = pytest.importorskip("matplotlib.image")
     from matplotlib.colors import to_rgba
 

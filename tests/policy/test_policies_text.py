@@ -1,4 +1,4 @@
-"""Policies as text and in the place of a policy: whatever is given, a policy or one of our errors comes of it."""
+"""Policies as text, and values passed as a policy: every input gives a policy or one of our errors."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def test_a_bound_on_scores(value: Any) -> None:
     "build", [lambda k: FORA(3, k), lambda k: DQAR(kinds=k), lambda k: CachedAttention(1, kinds=k)]
 )
 def test_kinds(build: Any, value: Any) -> None:
-    """A text is not taken for its letters; a list is as good as a tuple."""
+    """A string is not split into its letters; a list works like a tuple."""
     with pytest.raises(BadParameter, match="kinds="):
         build(value)
     assert build(["self", "cross"]) == build(("self", "cross"))
@@ -108,7 +108,7 @@ def test_grids(grid: Any) -> None:
 
 @pytest.mark.parametrize(("window", "grid"), [((1, 1), None), ((1, 1), (2, 2, 2)), ((1, 1, 1), (4, 4)), ((), (4, 4))])
 def test_a_window_has_a_size_for_each_axis(window: Any, grid: Any) -> None:
-    """Said when it is made: behind a compiler nobody could tell what does not fit."""
+    """The window itself raises the error: after compiling, the error could not name the cause."""
     with pytest.raises(BadParameter, match=r"window=.*one for each axis of grid"):
         WindowResidual(window, grid)
     assert WindowResidual((1, 2), (4, 4)).reach(16) == (1, 2)
@@ -190,7 +190,7 @@ def test_numbers_and_none_in_text() -> None:
 
 
 def test_files(tmp_path: Path) -> None:
-    """A missing file is named in one line, with the reason; text and path are both taken."""
+    """A missing file gives a one-line error with the reason; text and paths are both accepted."""
     with pytest.raises(BadPlan, match=r"none\.json cannot be used as a plan: it cannot be read \(No such file"):
         parse("ditfastattn:plan=none.json")
     with pytest.raises(BadPolicyText, match=r"none\.json cannot be read \(No such file"):
@@ -204,7 +204,7 @@ def test_files(tmp_path: Path) -> None:
         DiTFastAttn(3)  # type: ignore[arg-type]
 
 
-# --- in the place of a policy -----------------------------------------------------------------------------------------
+# --- values passed as a policy ----------------------------------------------------------------------------------------
 
 
 def test_a_policy_or_its_text() -> None:

@@ -55,7 +55,7 @@ def site(part: Part = Part.BRANCH, kind: Kind = Kind.SELF, **more: Any) -> Site:
 
 @pytest.mark.parametrize("strategy", [Reuse, ReuseKV])
 def test_stores(strategy: Callable[..., Strategy]) -> None:
-    """What a slot can hold, and what not."""
+    """The stores that a slot accepts, and those that are refused."""
     assert [strategy(store) for store in (None, "bf16", "fp8", "int8")] == [
         strategy(store=store) for store in (None, "bf16", "fp8", "int8")
     ]
@@ -72,7 +72,7 @@ def test_what_is_no_strategy(do: Any) -> None:
 
 
 def test_keys_of_a_span() -> None:
-    """A span is no attention, whether a block or a stack of them."""
+    """A span is not an attention, whether it is a block or a stack."""
     for span in ("block", "stack"):
         for do in (ReuseKV(), WindowResidual(), ShareGuidance("first"), BlockwiseReuse(0.1)):
             with pytest.raises(BadParameter, match="other strategies need attention"):
@@ -81,7 +81,7 @@ def test_keys_of_a_span() -> None:
 
 
 def test_parts() -> None:
-    """What each strategy replaces; two of different parts go together."""
+    """The part that each strategy replaces; strategies for different parts can be combined."""
     core = {Part.CORE, Part.CORE_STATE}
     both = (WindowResidual(), ShareGuidance("second"))
     strategies = (Reuse(), ReuseKV(), Compute(), WindowResidual(), BlockwiseReuse(0.1), ShareGuidance("first"), both)
@@ -131,7 +131,7 @@ def test_lag_out_of_range(lag: Any) -> None:
 
 
 def test_short_forms() -> None:
-    """max_streak, warmup and cooldown are written out in the guards; Compute keeps its own."""
+    """max_streak, warmup and cooldown become part of the guards; Compute keeps its own."""
     assert Rule(step > 2, max_streak=3).when == (step > 2) & (streak < 3)
     rules = (Rule(step > 2, max_streak=3), Rule(age > 1, Compute()))
     policy = Policy(rules, warmup=4, cooldown=2)
@@ -142,7 +142,7 @@ def test_short_forms() -> None:
 
 
 def test_short_forms_are_not_applied_twice() -> None:
-    """A policy made of another's rules adds nothing to them."""
+    """A policy made of another policy's rules adds nothing to them."""
     policy = Policy((Rule(step > 2, max_streak=3),), warmup=4)
     assert Policy(policy.rules) == replace(policy, name="policy") == policy
     assert replace(policy.rules[0], do=Reuse("int8")).when == policy.rules[0].when
@@ -150,7 +150,7 @@ def test_short_forms_are_not_applied_twice() -> None:
 
 @pytest.mark.parametrize("statistic", [similarity, drift])
 def test_probes(statistic: Any) -> None:
-    """A statistic of a probe is one symbol; of another probe there is none."""
+    """Each statistic of a probe has one symbol; other names are refused."""
     for probe in ("first_block", "modulated_input", "self", "latent"):
         assert statistic(probe) is statistic(probe)
         assert statistic(probe).name == f"{statistic.__name__}({probe})"
@@ -210,12 +210,12 @@ def places(*where: Where) -> Policy:
 
 
 def spans_of(policy: Policy, count: int, whole: bool = True) -> dict[Where, dict[Any, Any]]:
-    """The spans in a graph of so many blocks, which are all one stack."""
+    """The spans in a graph with this many blocks, which all form one stack."""
     return {where: dict(found) for where, found in policy.spans(count, lambda _: range(count), whole).items()}
 
 
 def test_spans_of_a_policy() -> None:
-    """What each place means, with its blocks."""
+    """The blocks of each place's spans."""
     stack, block, some = Where(span="stack"), Where(span="block"), Where(span="stack", layers=(1, 3))
     assert spans_of(places(stack, block, some, Where()), 3) == {
         stack: {(0, 3): {0, 1, 2}},
@@ -225,7 +225,7 @@ def test_spans_of_a_policy() -> None:
 
 
 def test_spans_in_a_part_of_a_model() -> None:
-    """Its blocks have no numbers: a place without an end means those of the part, and one with an end nothing."""
+    """The blocks have no numbers: a place without an end selects the part's blocks, a place with an end nothing."""
     stack, rest = Where(span="stack"), Where(span="stack", layers=(1, None))
     some, share = Where(span="stack", layers=(0, 1)), Where(span="stack", fraction=(0, 0.5))
     policy = places(stack, rest, some, share, Where(layers=(5, None)))
@@ -255,7 +255,7 @@ def test_spans_of_a_named_stack() -> None:
     ],
 )
 def test_overlapping_spans(a: tuple[int, int], b: tuple[int, int], overlap: bool) -> None:
-    """Neither apart nor within one another: an error that names both, whichever comes first."""
+    """Two spans that overlap without nesting are an error that names both, in either order."""
     for first, second in ((a, b), (b, a)):
         policy = places(Where(span="stack", layers=first), Where(span="stack", layers=second))
         if overlap:
@@ -271,7 +271,8 @@ def test_overlapping_spans(a: tuple[int, int], b: tuple[int, int], overlap: bool
 
 @pytest.mark.parametrize(("order", "reached"), [("linear", range(9)), ("linear_reverse", range(19, 28))])
 def test_layers_that_no_step_can_reuse_are_out_of_reach(order: str, reached: range) -> None:
-    """DQAR lets at most floor(0.33 * 28) = 9 layers reuse, whatever the number of steps; of a part nothing is known."""
+    """DQAR lets at most floor(0.33 * 28) = 9 layers reuse, whatever the number of steps; in a part no layer is
+    excluded."""
     policy = DQAR(0.2, 0.33, None, order)
     found = [policy.for_site(site(), {"layer": i, "num_layers": 28}).reachable for i in range(28)]
     assert [i for i, reachable in enumerate(found) if reachable] == list(reached)
@@ -279,13 +280,14 @@ def test_layers_that_no_step_can_reuse_are_out_of_reach(order: str, reached: ran
 
 
 def test_what_reads_no_earlier_step_is_in_reach_at_the_first() -> None:
-    """No slot is filled before step 0; one half of a guided batch stands for both at any step."""
+    """No slot is filled before step 0; one half of a guided batch can replace both at any step."""
     assert not Policy((Rule(step < 1),)).for_site(site(), {}).reachable
     assert Policy((Rule(step < 1, ShareGuidance("first")),)).for_site(site(Part.CFG_SHARED), {}).reachable
 
 
 def test_two_stores() -> None:
-    """Of one slot two rules ask for different contents: refused, with both; of different slots each may."""
+    """Two rules that ask for different contents of one slot are refused, with both named; different slots may
+    differ."""
     both = Policy((Rule(step > 3), Rule(step > 1, Reuse("int8"))))
     with pytest.raises(TwoStores, match=r"blocks\.0\.attn need 'int8' and None as formats"):
         both.for_site(site(), {})
@@ -293,7 +295,7 @@ def test_two_stores() -> None:
     assert apart.for_site(site(), {}).slot_format == "int8"
     assert apart.for_site(site(Part.KV), {}).slot_format == "fp8"
     hidden = Policy((Rule(sympy.true), Rule(step > 1, Reuse("int8"))))
-    assert hidden.for_site(site(), {}).slot_format is None, "the second rule is never asked"
+    assert hidden.for_site(site(), {}).slot_format is None, "the second rule never applies"
     unreachable = Policy((Rule(symbols.layer > 3), Rule(step > 1, Reuse("int8"))))
     assert unreachable.for_site(site(), {"layer": 0}).slot_format == "int8"
     windows = Policy((Rule(step > 3, WindowResidual(2)), Rule(step > 1, WindowResidual(3))))
@@ -302,7 +304,7 @@ def test_two_stores() -> None:
 
 
 def test_rules_for_another_part() -> None:
-    """A rule for keys and values says of the branch that it computes, where it comes first; and the other way round."""
+    """A rule for keys and values computes the branch where it comes first; and the other way round."""
     policy = Policy((Rule(step > 3, ReuseKV()), Rule(step > 1, Reuse())))
     branch, keys = policy.for_site(site(), {}), policy.for_site(site(Part.KV), {})
     assert [rule.replaces_part for rule in branch.rules] == [False, True]
@@ -314,7 +316,7 @@ def test_rules_for_another_part() -> None:
 
 
 def test_rules_of_a_span() -> None:
-    """Its layers were meant when it was made: they are no part of the guard, whose layer is the first block."""
+    """The span already fixes the layers: they are no part of its guard, whose layer is the first block."""
     where = Where(span="stack", layers=(1, 3))
     policy = Policy((Rule(step > 0, where=where), Rule(step > 0, Reuse("int8"), Where(span="block"))))
     spans = policy.spans(4, lambda _: range(4), whole=True)
@@ -325,7 +327,7 @@ def test_rules_of_a_span() -> None:
 
 
 def test_rules_of_a_stream() -> None:
-    """A rule of some streams does not hide what follows it, and applies in those alone."""
+    """A rule for some streams does not hide the rules after it, and applies in those streams only."""
     cond = Where(streams=("cond",))
     policy = Policy((Rule(sympy.true, Compute(), cond), Rule(sympy.true)))
     choose = policy.for_site(site(), {}).chooser()
@@ -338,7 +340,7 @@ def unknown(name: str) -> None:
 
 
 def test_a_measurement_is_asked_for_where_it_matters_alone() -> None:
-    """Not where another part of the guard fails, nor behind a rule that applies."""
+    """Not where another part of the guard is false, nor after a rule that applies."""
     asked: list[str] = []
 
     def read(name: str) -> float:
@@ -354,7 +356,7 @@ def test_a_measurement_is_asked_for_where_it_matters_alone() -> None:
 
 
 def test_what_nothing_can_prove_is_taken_away() -> None:
-    """A rule whose measurement cannot be had does nothing; the others stay."""
+    """A rule whose measurement is not available does nothing; the others stay."""
     policy = Policy((Rule(entropy < 1), Rule((similarity("self") < 1) | (step > 3)), Rule(step > 1)))
     rules = policy.for_site(site(), {})
     assert len(rules.measuring({"entropy", "similarity(self)"}).rules) == 3
@@ -383,7 +385,7 @@ Point = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Written:
-    """A guard twice: as sympy has it, and as a function of plain numbers."""
+    """One guard in two forms: a sympy expression, and a function of plain numbers."""
 
     guard: Boolean
     holds: Callable[[Point], bool]
@@ -416,7 +418,7 @@ def joined(inner: st.SearchStrategy[Written]) -> st.SearchStrategy[Written]:
 
 @dataclass(frozen=True)
 class Law:
-    """A rule twice: the package's, and its guard as a function."""
+    """One rule in two forms: the package's, and its guard as a function."""
 
     rule: Rule
     written: Written
@@ -486,7 +488,7 @@ def machines(draw: st.DrawFn) -> Machine:
 def expected(
     machine: Machine, i: int, moment: Moment, holds: bool, computed_at: int, run: int, read: Callable[[str], Any]
 ) -> bool:
-    """Whether the rules want site `i` reused, read off the laws one by one."""
+    """Whether the rules want site `i` reused, derived from the laws one by one."""
     each = machine.sites[i]
     point: dict[str, Any] = {
         "step": moment.step,
@@ -516,14 +518,14 @@ def expected(
             plain = [c for c in conditions if not symbols.mentions(c) & MEASURED]
             unknown = any(not proof[name] for name in needed - MEASURED)
             if unknown or all(symbols.Predicate.of(c).holds(point) for c in plain):
-                return False  # it may well apply, and would have the site compute
+                return False  # it may apply, and would make the site compute
         elif meant and all(proof[name] for name in needed) and within and law.written.holds(usable):
             return mine
     return False
 
 
 def test_an_unknown_rule_to_compute_keeps_later_ones_from_reusing() -> None:
-    """`progress` is not known while nobody tells the number of steps: the early steps may be these."""
+    """`progress` is unknown without the number of steps: any step may be one of the early ones."""
     early = Rule(symbols.progress < 0.5, do=Compute())
     rules = Policy((early, Rule(sympy.true))).for_site(site(), {})
     choose = rules.chooser()
@@ -534,8 +536,8 @@ def test_an_unknown_rule_to_compute_keeps_later_ones_from_reusing() -> None:
 @settings(max_examples=150, deadline=None)
 @given(machines(), st.data())
 def test_any_policy_under_any_measurement(machine: Machine, data: st.DataObject) -> None:
-    """A trajectory of random measurements: no reuse without proof and a value that fits, covered sites are covered, no
-    streak is too long, and it does not matter in which order the sites are settled."""
+    """A trajectory of random measurements: no reuse without proof and a valid value, covered sites are covered, no
+    streak is too long, and the order in which sites are settled does not matter."""
     specs, count = machine.specs, len(machine.sites)
     computed_at, run, filled = [0] * count, [0] * count, [False] * count
     of = data.draw(st.none() | st.integers(1, 6))
@@ -584,14 +586,14 @@ def needed_by(machine: Machine) -> list[str]:
 
 
 def same_decisions(a: Decisions, b: Decisions) -> bool:
-    """Equal but for the order in which misses were met."""
+    """Equal except for the order in which misses occurred."""
     return (a.row, a.reasons, sorted(a.misses)) == (b.row, b.reasons, sorted(b.misses))
 
 
 @settings(max_examples=60, deadline=None)
 @given(laws(), st.sampled_from([None, math.nan, math.inf, -1.0]))
 def test_without_a_measurement_that_is_one_nothing_is_proven(law: Law, value: float | None) -> None:
-    """Whatever else a guard says: where it mentions a measurement that is none, its rule does not apply."""
+    """If a measurement is not a number, a guard that mentions it is not proven, whatever its other parts say."""
     measured = symbols.mentions(law.rule.when) & MEASURED
     policy = Policy((replace(law.rule, do=Reuse(), where=Where()),))
     choose = policy.for_site(site(), {"layer": 0, "num_layers": 4}).chooser()
@@ -600,7 +602,7 @@ def test_without_a_measurement_that_is_one_nothing_is_proven(law: Law, value: fl
 
 
 def test_progress_is_exact() -> None:
-    """A share of the steps is a fraction: 3 of 10 intervals is 3/10, and not the float beside it."""
+    """A share of the steps is a fraction: 3 of 10 intervals is 3/10, and not the nearest float."""
     policy = Policy((Rule(sympy.Ge(progress, Rational(3, 10))),))
     choose = policy.for_site(site(), {}).chooser()
     assert [choose(Moment(s, 11), 0, 1, 0, unknown)[0] for s in (2, 3, 4)] == [False, True, True]

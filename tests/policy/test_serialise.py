@@ -1,4 +1,4 @@
-"""Policies as JSON and guards as text: the same comes back, and what has no business in them is refused by name."""
+"""Policies as JSON and guards as text: they come back equal, and input outside the format is refused by name."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ WRITTEN: list[tuple[str, Boolean]] = [
 
 @pytest.mark.parametrize(("text", "guard"), WRITTEN, ids=[text for text, _ in WRITTEN])
 def test_parse(text: str, guard: Boolean) -> None:
-    """Text is read as the expression that sympy makes of it."""
+    """Text is read as the expression that sympy builds from it."""
     assert parse_guard(text) == guard
     assert parse_guard(guard_text(guard)) == guard
 
@@ -80,7 +80,7 @@ FOREIGN = {
 
 @pytest.mark.parametrize("text", FOREIGN)
 def test_foreign_name(text: str) -> None:
-    """The name is said, and what could stand in its place."""
+    """The error names the unknown name, and the names that are allowed."""
     with pytest.raises(ForeignName, match=FOREIGN[text]) as caught:
         parse_guard(text)
     assert "num_steps" in str(caught.value) and "Mod" in str(caught.value)
@@ -116,7 +116,7 @@ REFUSED = {
 
 @pytest.mark.parametrize("problem", REFUSED)
 def test_refused(problem: str) -> None:
-    """What a guard cannot be is refused with the reason, before it costs anything."""
+    """Invalid guards are refused with the reason, before they cost time."""
     for text in REFUSED[problem]:
         begin = time.perf_counter()
         with pytest.raises(BadGuardText, match=problem):
@@ -125,14 +125,14 @@ def test_refused(problem: str) -> None:
 
 
 def test_nothing_runs(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No text reaches Python's or sympy's evaluation."""
+    """Neither Python nor sympy ever evaluates the text."""
     for module, name in (("builtins", "eval"), ("builtins", "exec"), ("sympy.core.sympify", "parse_expr")):
         monkeypatch.setattr(f"{module}.{name}", lambda *_: pytest.fail("text was evaluated"), raising=False)
     assert parse_guard("(step > 0) & (age < 4)") == (step > 0) & (age < 4)
 
 
 def test_measured_symbols() -> None:
-    """A measured symbol's name looks like a call, and is read as the symbol; of another probe there is none."""
+    """The name of a measured symbol looks like a call and is read as the symbol; unknown probes are refused."""
     rescaled = symbols.drift("self", rescale=(498.6, -3.8, 0.26)), symbols.similarity("self", rescale=(2,))
     for symbol in (symbols.similarity("first_block"), symbols.drift("self"), *rescaled, symbols.entropy):
         assert parse_guard(f"{symbol} < 0.1") == (symbol < 0.1)
@@ -154,12 +154,12 @@ def test_measured_symbols() -> None:
 
 
 def test_another_spelling_of_a_measured_symbol() -> None:
-    """Text may write a measurement in another way than its name is written; the symbol is the same."""
+    """Text may spell a measurement in another way than its name; the symbol is the same."""
     assert parse_guard("drift(self,rescale=[2,-0.0]) < 1") == (symbols.drift("self", rescale=(2.0, 0.0)) < 1)
 
 
 def test_later_symbols(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A symbol that joins the language is read without further ado."""
+    """A symbol that is added to the language is read without further changes."""
     later = sympy.Symbol("temperature", real=True)
     monkeypatch.setitem(symbols.SYMBOLS, later.name, later)
     guard = (later < 0.1) & (step > 2)
@@ -169,7 +169,7 @@ def test_later_symbols(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_unwritable() -> None:
-    """A guard that text would change is not saved: neither one outside the language nor one not evaluated."""
+    """A guard that text would change is not saved: one outside the language, or one that is not evaluated."""
     for guard in (
         sympy.exp(progress) > 2,
         Eq(step, step, evaluate=False) & (age > 3),
@@ -233,7 +233,7 @@ def test_policies(policy: Policy) -> None:
 
 
 def test_missing_place() -> None:
-    """What a place does not say is its default: a field that joins later does not break what was saved before."""
+    """A missing field of a place has its default value: a field added later does not invalidate saved files."""
     value = SIMPLE | {"rules": [{"when": "step > 1", "do": {"strategy": "reuse"}, "where": {}}]}
     del value["lag"]
     assert from_json(json.dumps(value)) == Policy((Rule(step > 1),), "three rules")
@@ -295,20 +295,20 @@ BAD: list[tuple[Any, type[PolicyError], str]] = [
 
 @pytest.mark.parametrize(("value", "error", "message"), BAD, ids=[message for _, _, message in BAD])
 def test_bad_policy(value: Any, error: type[PolicyError], message: str) -> None:
-    """What is missing, foreign or of another type is said with its place."""
+    """A missing field, an unknown field or one of another type gives an error with its location."""
     with pytest.raises(error, match=message):
         from_json(json.dumps(value))
 
 
 @pytest.mark.parametrize("text", ["", "{", "policy", "[" * 100_000, "\ufeff{}"])
 def test_no_json(text: str) -> None:
-    """Text that is no JSON is no policy."""
+    """Text that is not JSON is not a policy."""
     with pytest.raises(BadPolicyText, match="the text cannot be parsed"):
         from_json(text)
 
 
 def test_typed() -> None:
-    """Fields of other types than those of today: unions, and tuples of one length."""
+    """Fields of types that no class has yet: unions, and tuples of one length."""
     typed = serialise._typed
     assert typed([3, 4], tuple[int, int] | None, "x") == (3, 4)
     assert typed(None, tuple[int, int] | None, "x") is None
@@ -327,7 +327,7 @@ SYMBOLS = st.sampled_from([step, num_steps, progress, layer, num_layers, age, st
 
 
 def _made(build: Callable[..., Any], *parts: Any) -> Any:
-    """What sympy builds of the parts, unless it divides by zero."""
+    """The expression that sympy builds of the parts, unless it divides by zero."""
     assume(build is not _divided or not parts[1].is_zero)
     value = build(*parts)
     assume(not value.has(sympy.nan, sympy.zoo, sympy.oo))
@@ -375,7 +375,7 @@ GUARDS = st.recursive(COMPARISONS, _joined, max_leaves=5)
 @settings(deadline=None, max_examples=150)
 @given(GUARDS, st.data())
 def test_any_guard(guard: Boolean, data: st.DataObject) -> None:
-    """A guard comes back as it was, and holds where it held."""
+    """A guard comes back equal, and is true for the same values."""
     policy = Policy((Rule(when=guard),), "any")
     again = from_json(to_json(policy))
     assert again == policy
@@ -414,7 +414,7 @@ def test_any_policy(rules: list[tuple[Boolean, Strategy, Where]], lag: int) -> N
 @settings(deadline=None, max_examples=200)
 @given(st.text(alphabet="step age01.9*/+-%<>=!&|^~() ,'[]_", max_size=30) | st.text(max_size=20))
 def test_any_text(text: str) -> None:
-    """Text is a guard of known symbols, or a BadGuardText: nothing else comes out."""
+    """Any text gives a guard of known symbols or raises BadGuardText."""
     try:
         guard = parse_guard(text)
     except BadGuardText:
@@ -432,7 +432,7 @@ FIELDS = ["version", "name", "rules", "when", "do", "where", "kinds", "lag", "st
     | st.dictionaries(st.sampled_from(FIELDS), inner),
 ))  # fmt: skip
 def test_any_json(value: Any) -> None:
-    """JSON is a policy or a PolicyError."""
+    """Any JSON gives a policy or raises PolicyError."""
     if isinstance(value, dict):
         value |= {"version": 1}
     try:

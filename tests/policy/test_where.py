@@ -1,4 +1,4 @@
-"""Where a rule applies: what is out of range, what is selected, and which blocks and spans are meant."""
+"""Where a rule applies: values out of range, selected sites, and the blocks and spans of a place."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def site(name: str = "blocks.1.attn", kind: Kind = Kind.SELF, part: Part = Part.
     ],
 )
 def test_out_of_range(field: str, value: Any) -> None:
-    """What no model could have is refused, by name and value."""
+    """Values that fit no model are refused, by name and value."""
     with pytest.raises(BadParameter, match=f"Where: {field}="):
         Where(**{field: value})
 
@@ -69,7 +69,7 @@ def test_in_range(field: str, value: Any) -> None:
     ],
 )
 def test_names(pattern: str, selected: bool) -> None:
-    """Patterns as of file names; case matters, on every system."""
+    """Patterns work as for file names; they are case-sensitive on every system."""
     assert Where(names=pattern).selects(site()) is selected
     assert Where(names=pattern, span="block").selects(site(part=Part.SPAN, span=(1, 2)), [(1, 2)]) is selected
 
@@ -84,11 +84,11 @@ def test_branches_and_their_keys() -> None:
 
 
 def test_spans_are_selected_as_what_they_are() -> None:
-    """A place of branches selects no span, one of spans no branch, and of spans those it means."""
+    """A place of branches selects no span, a place of spans no branch, and only its own spans."""
     span = site("blocks.1..blocks.3", Kind.SPAN, Part.SPAN, span=(1, 4))
     assert not Where().selects(span)
     assert not Where().selects(span, [(1, 4)])
-    for kinds in (tuple(FAMILIES), ("mlp",)):  # kinds have no say
+    for kinds in (tuple(FAMILIES), ("mlp",)):  # kinds do not matter
         where = Where(kinds, span="stack")
         assert where.selects(span, [(0, 2), (1, 4)])
         assert not where.selects(span, [(0, 2)])
@@ -109,7 +109,7 @@ def test_spans_are_selected_as_what_they_are() -> None:
     ],
 )
 def test_streams(streams: Any, stream: Any, selected: bool) -> None:
-    """A call that nobody named belongs to no named stream."""
+    """A call without a name belongs to no named stream."""
     assert Where(streams=streams).in_stream(stream) is selected
 
 
@@ -146,7 +146,7 @@ def holds(where: Where, i: int, count: int) -> bool:
 @settings(max_examples=120, deadline=None)
 @given(st.integers(0, 20), st.integers(1, 20), st.integers(0, 20), st.integers(1, 20), st.integers(1, 60))
 def test_shares_of_any_model(a: int, b: int, c: int, d: int, count: int) -> None:
-    """Shares that follow on one another split the blocks; the guard and the range always agree."""
+    """Consecutive shares split the blocks; the guard and the range always agree."""
     first, last = sorted((min(a / b, 1.0), min(c / d, 1.0)))
     parts = [(x, y) for x, y in ((0.0, first), (first, last), (last, 1.0)) if x < y]
     places = [Where(fraction=part) for part in parts]
@@ -157,7 +157,7 @@ def test_shares_of_any_model(a: int, b: int, c: int, d: int, count: int) -> None
 
 @pytest.mark.parametrize("layers", [(4, None), (5, 6), (0, 5), (3, 9), (2, -2), (-5, None), (1, -4), (-1, 3)])
 def test_layers_outside(layers: Any) -> None:
-    """Blocks that the model does not have are an error that says how many there are."""
+    """Blocks that the model does not have give an error with the number of blocks."""
     with pytest.raises(LayersOutside, match=r"is outside the model, which has 4 blocks.*end <= 4"):
         Where(layers=layers).check(4)
     assert Where(layers=layers, span="stack").spans(range(4)) == (), "of a stack that is not all of the model"
@@ -183,7 +183,7 @@ def test_spans(where: Where, spans: Any) -> None:
 
 
 def test_spans_of_a_stack_among_others() -> None:
-    """Layers and shares count the blocks of the stack, and spans are named by the model's."""
+    """Layers and shares count the blocks of the stack, and the names of spans those of the model."""
     stack = (1, 3, 5, 7)
     assert Where(span="block", layers=(1, 3)).spans(stack) == ((3, 4), (5, 6))
     assert Where(span="stack", layers=(1, None)).spans(stack) == ((3, 8),)
@@ -192,13 +192,13 @@ def test_spans_of_a_stack_among_others() -> None:
 
 
 def test_what_is_open() -> None:
-    """In a part of a model nobody knows where it ends: numbers from the end, and shares, mean nothing there."""
+    """A part of a model does not know its last block: numbers from the end, and shares, select nothing there."""
     known = {layers: Where(layers=layers).is_open for layers in [(1, None), (1, 3), (1, -1), (-2, None)]}
     assert known == {(1, None): True, (1, 3): False, (1, -1): False, (-2, None): False}
 
 
 def test_the_guard_of_everything() -> None:
-    """A place that selects all blocks adds nothing to a guard, and one of some adds what it must."""
+    """A place that selects all blocks adds nothing to a guard, and a place that selects some adds its condition."""
     for where in (Where(), Where(layers=(0, None)), Where(fraction=(0, 1))):
         assert where.guard == sympy.true
     assert Where(layers=(2, None)).guard == (layer >= 2)
@@ -207,6 +207,6 @@ def test_the_guard_of_everything() -> None:
 
 
 def test_places_are_values() -> None:
-    """Equal places are one key of a dictionary."""
+    """Equal places are one dictionary key."""
     assert {Where(): 1}[Where()] == 1
     assert replace(Where(), span="block") == Where(span="block") != Where()
