@@ -165,7 +165,7 @@ class Unknown(nn.Module):
 
 
 def test_arguments_without_names_never_mix_prompts() -> None:
-    """Timestep and conditioning look alike, so that every call is its own stream and nothing is reused."""
+    """Timestep and conditioning cannot be distinguished: every call is its own stream and nothing is reused."""
     model = Unknown()
     compiled = rewritten(model)
     inputs = calls(12)

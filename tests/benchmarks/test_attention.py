@@ -1,4 +1,4 @@
-"""The benchmark of the kernels: its arithmetic, and every path at toy size where there is no GPU and little else."""
+"""The benchmark of the kernels: its arithmetic, and every path at toy size, also without a GPU and most packages."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ def tensor(*values: float) -> torch.Tensor:
 
 
 def results() -> dict[Path, int]:
-    """The files of results, and when they were written."""
+    """The result files, with their modification times."""
     return {path: path.stat().st_mtime_ns for path in timing.RESULTS.glob("attention*")}
 
 
 def test_every_path_runs_on_a_bare_machine() -> None:
-    """Without diffusers and rich: all rows, checked results, and no file of results."""
+    """Without diffusers and rich: all rows, checked results, and no result file."""
     root = Path(attention.__file__).parents[1]
     files = results()
     done = subprocess.run([sys.executable, "-c", BARE], cwd=root, capture_output=True, text=True, check=False)
@@ -51,7 +51,7 @@ def test_every_path_runs_on_a_bare_machine() -> None:
 
 
 def test_whole_models() -> None:
-    """Steps that compute are the plain model's; the others depart from it, as they do what their name says."""
+    """Computed steps equal the plain model's; the other steps differ, since each strategy has an effect."""
     bench = Bench(HostClock(), 2)
     for geometry in attention_models.TINY:
         attention_models.end_to_end(bench, geometry, torch.empty(0), "aot_eager")
@@ -150,19 +150,19 @@ def test_the_planted_pairs_are_recomputed() -> None:
 
 
 def test_shares_and_roofline() -> None:
-    """Of 4 tiles with 2 blocks one is wholly kept, two by half and one not at all."""
+    """Of 4 tiles with 2 blocks each, one is fully reused, two by half and one not at all."""
     pairs = torch.tensor([[True, True], [True, False], [False, True], [False, False]])
     assert shares(pairs) == (0.5, 0.25, pytest.approx(1 / 3))
     assert shares(torch.ones(4, 2)) == (1.0, 1.0, 0.0)
     q = torch.randn(1, 1, 64, 16)
     state = new_state(q, q, q, 32, 16)
-    # nothing kept and FLOPs that cost all: as attention. All kept and FLOPs that cost nothing: 2 d s bytes, not 4.
+    # nothing reused and only FLOPs: as attention. All reused and no FLOPs: 2 d s bytes, not 4.
     assert roofline(Ceilings(1, 1e9), state, torch.zeros(4, 2, dtype=torch.bool), q) == pytest.approx(1)
     assert roofline(Ceilings(1e9, 1), state, torch.ones(4, 2, dtype=torch.bool), q) == pytest.approx(0.5)
 
 
 def test_when_the_time_is_over(capsys: pytest.CaptureFixture[str]) -> None:
-    """What was not measured is named, and is a failure of the command."""
+    """The rows without a measurement are named, and the command fails."""
     assert attention.main(["--device", "cpu", "--tiny", "--rounds", "1", "--minutes", "0"]) == 1
     printed = capsys.readouterr().out
     assert printed.count("FAILED") == 11 + len(attention_models.TINY) and "not measured" in printed

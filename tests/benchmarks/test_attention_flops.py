@@ -1,4 +1,5 @@
-"""The FLOPs of DiTFastAttn's strategies beside its table 2: ours exactly, and how far the paper's are from them."""
+"""The FLOPs of DiTFastAttn's strategies beside its table 2: ours exactly, and their distance from the paper's
+figures."""
 
 from __future__ import annotations
 
@@ -39,7 +40,7 @@ def module_flops(tokens: int, pairs: int) -> int:
 
 
 def test_every_count_is_the_one_by_hand(results: list[Result]) -> None:
-    """ASC computes one half of two, a window only the pairs inside, and AST nothing."""
+    """ASC computes one half of two, a window only the pairs inside it, and AST nothing."""
     assert [(r.tokens, r.strategy) for r in results] == [(n, s.name) for n in SEQUENCES for s in STRATEGIES]
     for tokens, (asc, window, both, ast) in zip(SEQUENCES, (results[:4], results[4:8], results[8:]), strict=True):
         full, near = module_flops(tokens, tokens**2), module_flops(tokens, pairs_in_window(tokens))
@@ -49,7 +50,7 @@ def test_every_count_is_the_one_by_hand(results: list[Result]) -> None:
 
 
 def test_counting_and_the_formula_agree(results: list[Result]) -> None:
-    """To the last FLOP; without clipping there are more where there is a window, and only there."""
+    """To the last FLOP; without clipping there are more FLOPs where there is a window, and only there."""
     assert [r.formula for r in results] == [r.counted for r in results]
     windowed = {s.name for s in STRATEGIES if s.windowed}
     assert {r.strategy for r in results if r.unclipped > r.formula} == windowed == {"WA-RS", "WA-RS+ASC"}
@@ -58,7 +59,7 @@ def test_counting_and_the_formula_agree(results: list[Result]) -> None:
 
 
 def test_our_percentages(results: list[Result]) -> None:
-    """What the table prints, in hundredths."""
+    """The printed percentages, in hundredths."""
     assert [f"{r.percent(r.counted):.2f}" for r in results] == [
         "50.00", "76.47", "38.23", "0.00",
         "50.00", "51.01", "25.51", "0.00",
@@ -67,7 +68,7 @@ def test_our_percentages(results: list[Result]) -> None:
 
 
 def test_the_papers_figures_are_within_two_points(results: list[Result]) -> None:
-    """All but one are ours in whole percent, and that one is ours without clipping."""
+    """All but one equal ours in whole percent, and that one equals ours without clipping."""
     assert all(r.within for r in results)
     assert max(abs(r.difference) for r in results) == pytest.approx(0.532, abs=1e-3)
     other = [r for r in results if round(r.percent(r.counted)) != r.paper]
@@ -81,7 +82,7 @@ def test_the_goal_is_two_points_either_way(counted: int, within: bool) -> None:
 
 
 def test_the_counted_models_are_those_of_the_table() -> None:
-    """16 heads of 72, from width to width, with biases: read from the modules that are counted."""
+    """16 heads of 72, the same width in and out, with biases: read from the counted modules."""
     assert tuple(model.tokens for model in MODELS) == SEQUENCES
     for model in MODELS:
         attn = model.attention()
@@ -91,7 +92,7 @@ def test_the_counted_models_are_those_of_the_table() -> None:
         assert attn.to_q.weight.is_meta
 
 
-# --- what is counted computes what it should, on tensors with values --------------------------------------------------
+# --- the counted modules compute the right values ---------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -110,7 +111,7 @@ def in_window(attn: Attention, states: Tensor, residual: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("halves", [1, 2])
 def test_the_windowed_step_is_equation_2(attn: Attention, halves: int) -> None:
-    """On both halves, or on the conditional one and handed to the other (ASC)."""
+    """On both halves, or on the conditional half only, whose result the other one shares (ASC)."""
     states, residual = torch.randn(2, 32, 24), torch.randn(halves, 3, 32, 8)
     expected = in_window(attn, states[:halves], residual)
     attn.set_processor(WindowProcessor(residual))
@@ -121,7 +122,7 @@ def test_the_windowed_step_is_equation_2(attn: Attention, halves: int) -> None:
 
 
 def test_steps_without_a_window(attn: Attention) -> None:
-    """The raw one is the module, ASC its first half twice, AST what was cached."""
+    """The raw step is the module itself, ASC repeats its first half, AST returns the cached output."""
     states, cached = torch.randn(2, 32, 24), torch.randn(2, 32, 24)
     whole = attn(states)
     asc, ast = STRATEGIES[0], STRATEGIES[3]

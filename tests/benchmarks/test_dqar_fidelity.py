@@ -151,12 +151,12 @@ def test_a_record_is_resumed_under_the_same_parameters_only(tmp_path):
     again = dqar_fidelity.Record.open(path, header)
     assert again.rows == record.rows
     assert again.missing(wanted) == [fewer(5)]
-    assert again.missing([Recipe("10 steps", STEPS, {"steps": 11})])  # the same name means something else now
+    assert again.missing([Recipe("10 steps", STEPS, {"steps": 11})])  # the same name means other settings now
     assert dqar_fidelity.Record.open(path, {"settings": {"steps": 50, "shape": (1, 2)}}).rows == {}
 
 
 def row_of(recipe: Recipe) -> dict[str, object]:
-    """What the file holds of a row."""
+    """The stored entries of a row."""
     return asdict(row(recipe.name)) | {"key": recipe.key()}
 
 
@@ -175,7 +175,7 @@ def test_two_rows_run_and_a_second_run_measures_nothing(tmp_path, monkeypatch):
     assert rows["FORA 2"]["late_variants"] == 0
     assert content["settings"]["samples"] == 2 and content["versions"]["torch"] == torch.__version__
     assert plot.read_bytes().startswith(b"\x89PNG")
-    monkeypatch.setattr(dqar_fidelity, "Bench", None)  # it would be needed to measure
+    monkeypatch.setattr(dqar_fidelity, "Bench", None)  # measuring would need it
     before = out.read_text()
     dqar_fidelity.main(arguments)
     assert out.read_text() == before

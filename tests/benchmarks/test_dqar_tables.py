@@ -1,4 +1,4 @@
-"""The reuse ratios of DQAR's paper: what the policy gives, and which reading gives the paper's own figures."""
+"""The reuse ratios of DQAR's paper: the policy's ratios, and which reading gives the paper's own figures."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def results() -> list[Result]:
 
 
 def test_the_policy_counts_as_equation_2(results: list[Result]) -> None:
-    """As counted once, and as plain fractions count (the reference of the models' tests)."""
+    """The counts above, and those of plain fractions (the reference of the models' tests)."""
     found = {(r.setting.warmup, r.setting.fraction, r.setting.snr): r.ours for r in results}
     assert {key: found[key] for key in EQUATION_2} == EQUATION_2
     snrs = reference.snr_table(ddim())
@@ -45,7 +45,7 @@ def test_the_policy_counts_as_equation_2(results: list[Result]) -> None:
 
 
 def test_by_hand() -> None:
-    """Warmup 0.6, all layers of 28: step 30 is the first behind 0.6 * 49 = 29.4; step 39 has (39 / 49 - 0.6) / 0.4 * 28
+    """Warmup 0.6, all layers of 28: step 30 is the first after 0.6 * 49 = 29.4; step 39 has (39 / 49 - 0.6) / 0.4 * 28
     = 13.71; the last step reuses all."""
     counts = [reference.reusable_layers(step, 50, Fraction("0.6"), Fraction(1), 28) for step in (29, 30, 31, 39, 49)]
     assert counts == [0, 0, 2, 13, 28]
@@ -62,14 +62,15 @@ def test_capping_first_in_floating_point_gives_the_papers_figures(results: list[
 
 
 def test_equation_2_reuses_more_than_the_paper_did(results: list[Result]) -> None:
-    """By less than one percentage point, and never less; so no figure of the paper is ours to its last digit."""
+    """By less than one percentage point, and never less; so no figure of the paper equals ours to its last digit."""
     for r in results:
         assert 0 < r.ours - r.cap_first <= 9
         assert dqar_tables.printed(r.ours, r.setting) != r.setting.ratio
 
 
 def test_where_only_rounding_differs(results: list[Result]) -> None:
-    """A whole number of layers that came out just below: 50, 75 and 100 % of the layers, whose caps are not rounded."""
+    """An integer number of layers rounded down from just below: 50, 75 and 100 % of the layers, whose caps are
+    integers."""
     rounded = {r.setting.fraction: r.cap_first_exact - r.cap_first for r in results if r.cap_first_exact != r.cap_first}
     assert rounded == {"0.5": 1, "0.75": 1, "1.0": 4}
     assert all(r.cap_first_exact == r.ours for r in results if r.setting.fraction in rounded)
@@ -80,7 +81,7 @@ def test_where_only_rounding_differs(results: list[Result]) -> None:
     [("leading", 0, True), ("leading", 1, True), ("linspace", 0, False), ("trailing", 0, False)],
 )
 def test_which_timesteps_give_tables_10_and_11(spacing: str, offset: int, as_printed: bool) -> None:
-    """diffusers' default spacing does, with either offset; the other spacings give other figures."""
+    """diffusers' default spacing, with either offset; the other spacings give other figures."""
     snrs = dqar_tables.levels_of(ddim(spacing, offset)).snrs
     settings = [s for s in SETTINGS if s.table >= 10]
     found = [dqar_tables.printed(dqar_tables.cap_first(s, snrs), s) for s in settings]

@@ -1,4 +1,4 @@
-"""The fidelity benchmark: its claims by hand, what it counts, its toys and solvers, and a few rows of it."""
+"""The fidelity benchmark: its claims by hand, its counts, its toys and solvers, and a few rows of it."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ from dit_rewrite.module import twin  # noqa: E402
 def row(
     name: str, error: float, computed: int, *, family: str = "Forecast", time: float | None = None, **more: Any
 ) -> Row:
-    """Whose FLOPs are its calls of 50, and whose error to the reference is twice the other one unless said."""
+    """A row with calls / 50 as its FLOPs, and twice the other error to the reference, unless given."""
     reference, flops = more.pop("reference", 2 * error), more.pop("flops", computed / 50)
     key = {"name": name, "family": family, "policy": None, "solver": None, "steps": 0, "settings": more}
     spread = None if time is None else Spread(time, time, time, 3)
@@ -62,7 +62,7 @@ def claim_of(rows: list[Row], name: str) -> Claim:
     return claim
 
 
-# --- the best of fewer steps ------------------------------------------------------------------------------------------
+# --- the best run with fewer steps ------------------------------------------------------------------------------------
 
 
 def test_the_best_control_is_the_least_error_of_any_solver_at_the_cost() -> None:
@@ -144,7 +144,7 @@ def test_targets_ask_for_a_bound_and_for_a_share_of_the_best_control() -> None:
 
 def test_the_best_policy_at_a_number_of_calls_may_not_cost_more_flops() -> None:
     name = "class: The best policy at about 17 computed steps"
-    dear = row("dear", 0.001, 2, flops=0.9)  # nearly all calls compute something
+    dear = row("dear", 0.001, 2, flops=0.9)  # nearly all calls compute some of the sites
     late = row("late", 0.001, 19)
     assert claim_of([*CONTROLS, dear, late], name).held is None
     assert claim_of([*CONTROLS, dear, late, row("good", 0.0119, 18)], name).held is True
@@ -240,7 +240,7 @@ def test_rows_are_measured_once_and_times_can_be_added(tmp_path: Path, monkeypat
     assert (forecasted["computed"], forecasted["flops"]) == (2, 0.5)
     assert forecasted["error"] > 0 and len(forecasted["errors"]) == 2
 
-    monkeypatch.setattr(fidelity.Bench, "errors", None)  # it would be needed to measure
+    monkeypatch.setattr(fidelity.Bench, "errors", None)  # measuring would need it
     fidelity.main(arguments(tmp_path, *wanted, "--timed", "Forecast"))
     content = json.loads((tmp_path / "out.json").read_text())
     assert content["sections"]["errors, class"] == rows

@@ -38,7 +38,7 @@ from dit_rewrite.search.greedy import DELTAS  # noqa: E402
 
 FULL, AST, ASC, WA_RS, WA_RS_ASC = Choice
 
-# One half of the guidance in one attention of the bundled DiT: 64 tokens of width 128, and 8 tokens on each side.
+# One half of the guidance in one attention of the bundled DiT: 64 tokens of width 128, a window of 8 on each side.
 PROJECTIONS = 4 * 2 * 64 * 128 * 128
 SCORES, NEAR = 64 * 64, 64 * 17 - 8 * 9  # pairs that see each other: 8 rows at each end lack 1 to 8 keys
 EACH = 2 * 2 * 128  # FLOPs of a pair, over all heads: query times key, and weight times value
@@ -85,7 +85,7 @@ def test_the_share_of_each_choice_by_hand() -> None:
     ids=["AST", "ASC", "WA-RS", "WA-RS+ASC"],
 )
 def test_what_runs_spends_what_the_choices_do_and_the_residuals(rows: Any, spent: float) -> None:
-    """Of four attentions; a residual costs the window once, at the site and step that keep it."""
+    """The FLOPs of four attentions; a residual costs the window once, at the site and step that store it."""
     denoiser = small_denoiser()
     model = dit_rewrite.compile(twin(denoiser), DiTFastAttn(plan_of(denoiser, *rows)), backend="aot_eager")
     sample_images(model, torch.arange(1), steps=2, guidance=1.25, seed=0)
@@ -120,7 +120,7 @@ def test_a_plan_that_fits_is_loaded_and_another_is_searched(tmp_path, monkeypatc
     find_plan(denoiser, "D2", arguments(tmp_path), record)  # another threshold,
     find_plan(denoiser, "D1", arguments(tmp_path, steps=3), record)  # another length,
     find_plan(small_denoiser(1), "D1", arguments(tmp_path), record)  # another model,
-    find_plan(denoiser, "D3", arguments(tmp_path), record)  # and none
+    find_plan(denoiser, "D3", arguments(tmp_path), record)  # and no plan at all
     assert searched == [(DELTAS["D2"], 2), (DELTAS["D1"], 3), (DELTAS["D1"], 2), (DELTAS["D3"], 2)]
     assert set(record.sections["searches"]) == {"D1", "D2", "D3"}
 
@@ -178,7 +178,7 @@ def test_a_tiny_run_of_the_plans_and_a_second_that_measures_nothing(tmp_path, mo
     assert content["settings"]["samples"] == 2 and content["machine"]["torch"] == torch.__version__
     assert plot.read_bytes().startswith(b"\x89PNG")
     for name in ("Bench", "greedy_plan", "describe_plan", "sample_images"):
-        monkeypatch.setattr(ditfastattn, name, None)  # they would be needed to measure
+        monkeypatch.setattr(ditfastattn, name, None)  # measuring would need them
     before = out.read_text()
     ditfastattn.main(given)
     assert out.read_text() == before
@@ -189,7 +189,7 @@ def test_a_tiny_run_of_the_plans_and_a_second_that_measures_nothing(tmp_path, mo
 
 @pytest.mark.parametrize("target", [0.1, 0.5, 0.9])
 def test_bisection_finds_where_a_rising_function_meets_its_target(target: float) -> None:
-    """x / (1 + x) meets t at t / (1 - t), below 1 and beyond it."""
+    """x / (1 + x) meets t at t / (1 - t), for results below 1 and above it."""
     tried: list[float] = []
 
     def rising(x: float) -> float:
@@ -203,8 +203,8 @@ def test_bisection_finds_where_a_rising_function_meets_its_target(target: float)
 
 
 def test_bisection_ends_with_the_nearest_of_what_it_tried() -> None:
-    assert bisect(lambda x: x / (1 + x), 0.5, 1e-6, 60) == (1.0, 0.5)  # at once
-    assert bisect(lambda x: x / (1 + x), 2.0, 1e-6, 4) == (8.0, 8 / 9)  # beyond reach: 1, 2, 4, 8
+    assert bisect(lambda x: x / (1 + x), 0.5, 1e-6, 60) == (1.0, 0.5)  # at the first try
+    assert bisect(lambda x: x / (1 + x), 2.0, 1e-6, 4) == (8.0, 8 / 9)  # out of reach: 1, 2, 4, 8
     steps = {"at": 0}
 
     def jump(x: float) -> float:
@@ -216,7 +216,7 @@ def test_bisection_ends_with_the_nearest_of_what_it_tried() -> None:
 
 
 def test_kept_scores_by_step_by_hand() -> None:
-    """Two trajectories of 3 steps of a core with 10 scores: the counters go on within each."""
+    """Two trajectories of 3 steps of a core with 10 scores: the counters continue within each trajectory."""
     sites = [SimpleNamespace(part=Part.CORE), SimpleNamespace(part=Part.CORE_STATE)]
     backend: Any = SimpleNamespace(rewritten=[SimpleNamespace(partition=SimpleNamespace(sites=sites))])
     kept = Kept(backend, 3)
@@ -273,7 +273,7 @@ def test_a_tiny_run_against_static_reuse(small_text, tmp_path, monkeypatch) -> N
     assert found["target"] == 0.5 and rows["sound 2"]["threshold"] == found["threshold"]
     assert 0 <= rows["sound 2"]["reuse"] <= 0.75  # never in the first of four steps
     assert [claim["bound"] for claim in content["claims"]] == ["within 2% of all scores", "relative L2, in every batch"]
-    monkeypatch.setattr(cached_attention.Bench, "run", None)  # it would be needed to measure
+    monkeypatch.setattr(cached_attention.Bench, "run", None)  # measuring would need it
     before = out.read_text()
     cached_attention.main(given)
     assert out.read_text() == before

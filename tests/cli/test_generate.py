@@ -20,7 +20,7 @@ LABELS = ["3", "7"]
 
 
 def build_dit_pipeline() -> diffusers.DiTPipeline:
-    """Random weights; gates, which start at zero, and the head get values, or every policy would look the same."""
+    """Random weights; the head and the zero-initialised gates get values too, or every policy would look the same."""
     torch.manual_seed(0)
     transformer = diffusers.DiTTransformer2DModel(
         num_attention_heads=2, attention_head_dim=8, in_channels=4, out_channels=8, num_layers=2, sample_size=8,
@@ -109,7 +109,7 @@ def test_an_unknown_policy_is_refused(dit_folder, tmp_path, capsys):
 
 @pytest.mark.parametrize("label", ["100000", "1000", "-1"])
 def test_a_class_that_the_model_does_not_have_is_named(dit_folder, tmp_path, capsys, label):
-    """Before anything is sampled; 1000 is the class of no condition."""
+    """The error comes before sampling starts; 1000 is the class without a condition."""
     assert generate(dit_folder, tmp_path / "a.png", "--label", "3", label) == FAILED
     assert f"label={label} is out of range. Give label as class numbers from 0 to 999." in capsys.readouterr().err
 
@@ -142,7 +142,7 @@ def test_a_seed_that_torch_does_not_take(dit_folder, tmp_path, capsys, seed):
 
 class TextPipeline:
     def __call__(self, prompt, num_inference_steps, guidance_scale=4.0, generator=None):
-        """What a text-to-image pipeline takes."""
+        """The arguments of a text-to-image pipeline."""
 
 
 def test_a_text_pipeline_is_asked_in_its_own_words():

@@ -1,4 +1,4 @@
-"""`python -m dit_rewrite latency`: what belongs to which part, the sums, the command line. No time is compared."""
+"""`python -m dit_rewrite latency`: the parts of each time, the sums, the command line. No time is compared."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ PARTS = ["self-attention", "cross-attention", "MLP", "other"]
 
 
 class Work(nn.Module):
-    """Takes so many ticks of a clock."""
+    """Advances a clock by this many ticks."""
 
     def __init__(self, clock: Ticks, ticks: int) -> None:
         super().__init__()
@@ -38,7 +38,7 @@ class Work(nn.Module):
 
 
 class Ticks:
-    """A clock that stands still but for the work that is done; a tick is a millisecond."""
+    """A clock that only work advances; a tick is a millisecond."""
 
     def __init__(self) -> None:
         self.time = 0
@@ -63,7 +63,7 @@ class Block(nn.Module):
 
 
 class Model(nn.Module):
-    """Two blocks, and work before them that belongs to none; notes what it is called with."""
+    """Two blocks, and work before them that belongs to no block; records its arguments."""
 
     def __init__(self, clock: Ticks) -> None:
         super().__init__()
@@ -89,7 +89,7 @@ def test_parts_are_the_mean_over_the_blocks_and_other_is_the_remainder() -> None
         model("")
     assert {name: len(found) for name, found in intervals.items()} == {**dict.fromkeys(PARTS[:3], 2), "block": 2}
     assert split(intervals, clock) == {"self-attention": 12, "cross-attention": 20, "MLP": 40, "other": 4}
-    assert clock.time == 2 * (12 + 20 + 40 + 4) + 1000, "what is outside of the blocks is not counted"
+    assert clock.time == 2 * (12 + 20 + 40 + 4) + 1000, "time outside the blocks is not counted"
 
 
 def test_no_hook_is_left_behind_even_after_an_error() -> None:
@@ -111,7 +111,7 @@ def test_rounds_alternate_between_the_lengths_and_the_first_are_not_counted() ->
 
 
 def test_medians_are_taken_of_each_part_and_shares_of_their_sum() -> None:
-    """The medians are those of different rounds: 2 and 30, whose sum no round had."""
+    """The medians come from different rounds: 2 and 30, whose sum occurred in no round."""
     found = Breakdown.of(16, [{"MLP": 1, "other": 99}, {"MLP": 2, "other": 30}, {"MLP": 7, "other": 0}])
     assert found.median == {"MLP": 2, "other": 30}
     assert found.total == 32
@@ -148,7 +148,7 @@ def test_the_model_has_the_geometry(model: nn.Module) -> None:
 
 
 def test_parts_lie_within_their_block_one_after_the_other(model: nn.Module) -> None:
-    """So their times sum to the block's with a remainder that is not negative."""
+    """Their times therefore sum to the block's with a remainder that is not negative."""
     (found,) = measure(model, {5: make_call(TINY, 5, CPU, torch.float32)}, 2, latency.HostClock())
     for times in found.rounds:
         assert list(times) == PARTS
@@ -180,7 +180,7 @@ def test_a_list_of_lengths() -> None:
 
 @pytest.mark.parametrize("text", ["", "16,", "16,,64", "1.5", "many", "0", "16,-4", "16,16", "16 64"])
 def test_a_list_that_is_none(text: str, capsys: pytest.CaptureFixture[str]) -> None:
-    """argparse's exit code, and a message that names the option and what was given."""
+    """argparse's exit code, and a message that names the option and its value."""
     with pytest.raises(SystemExit) as stopped:
         main(["latency", f"--conditions={text}"])
     assert stopped.value.code == 2
@@ -215,7 +215,7 @@ def test_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_wide_figures_cut_no_heading_and_no_cell(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """A slow machine: the table is wider than the 80 columns that a log is taken to have."""
+    """A slow machine: the table is wider than the 80 columns that a log is assumed to have."""
     times = {"self-attention": 1.5e7, "cross-attention": 3.25e8, "MLP": 2.125e9, "other": 4.25e10}
     found = [Breakdown.of(1 << 40, [times])]
     latency.write(found, "PixArt", {}, tmp_path)
@@ -250,7 +250,7 @@ def test_a_gpu_that_is_not_there(monkeypatch: pytest.MonkeyPatch, capsys: pytest
 @pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 def test_events_of_a_gpu() -> None:
-    """The same structure by CUDA's events."""
+    """The same intervals, measured with CUDA events."""
     device = torch.device("cuda")
     model = build(TINY, device, torch.bfloat16)
     calls = {n: make_call(TINY, n, device, torch.bfloat16) for n in (4, 9)}

@@ -43,7 +43,7 @@ def test_what_fails_the_proof_exits_with_1(monkeypatch: pytest.MonkeyPatch) -> N
 
 @pytest.mark.parametrize("model", ["no.such.module:build", "dit_rewrite.demo.shapes.calls:nothing", "math:pi"])
 def test_a_factory_that_cannot_be_used_is_named(model: str, capsys: pytest.CaptureFixture[str]) -> None:
-    """The message says which model, and what a factory must give."""
+    """The message names the model, and says what a factory must return."""
     assert main(["verify", "--model", model]) == FAILED
     said = capsys.readouterr().err
     assert model in said
@@ -51,7 +51,7 @@ def test_a_factory_that_cannot_be_used_is_named(model: str, capsys: pytest.Captu
 
 
 def test_a_policy_that_reaches_nothing_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
-    """There would be nothing to verify."""
+    """Such a verification would check nothing."""
     command = ["verify", "--model", "dit_rewrite.demo.shapes.calls:build", "--policy", "fora:interval=3,kinds=cross"]
     assert main([*command, "--steps", "2"]) == FAILED
     assert "reaches none of the model's 16 sites" in capsys.readouterr().err

@@ -79,7 +79,7 @@ def test_each_control_is_paired_with_its_own_method():
 
 
 def test_wide_figures_cut_no_heading_and_no_cell(capsys):
-    """A slow machine: the table is wider than the 80 columns that a log is taken to have."""
+    """A slow machine: the table is wider than the 80 columns that a log is assumed to have."""
     slow = make_result("FORA(1000000)", seconds=123456789.125, speed_up=123456.75, relative_l2=98765.4321)
     report.print_table(report.build_table([slow]))
     said = capsys.readouterr().out

@@ -1,4 +1,5 @@
-"""The flow-matching toy: the order of words counts, solvers are interchangeable, the bundled weights obey."""
+"""The flow-matching toy: the order of words matters, solvers are interchangeable, the bundled weights follow
+captions."""
 
 from __future__ import annotations
 
@@ -86,7 +87,7 @@ def test_missing_weights_are_named(tmp_path: Path) -> None:
 
 
 class Recorder(nn.Module):
-    """Predicts 1 where the caption has words and 3 where it is empty; keeps what it was called with."""
+    """Predicts 1 where the caption has words and 3 where it is empty; records its arguments."""
 
     def __init__(self, encoder: FlowTextEncoder) -> None:
         super().__init__()
@@ -107,7 +108,7 @@ def encoder() -> FlowTextEncoder:
 
 
 def test_one_call_a_step_with_both_halves_and_one_conditioning(encoder: FlowTextEncoder) -> None:
-    """A rewriter tells a new trajectory by new conditioning objects: they must be the same at every step."""
+    """New conditioning objects start a new trajectory: the objects must be the same at every step."""
     recorder, ticks, captions = Recorder(encoder), [], [CAPTION, "a white cross above a red cross"]
     sample_relations(recorder, encoder, captions, steps=4, seed=0, progress=lambda: ticks.append(1))
     assert len(recorder.calls) == len(ticks) == 4
@@ -154,7 +155,7 @@ class Grey(nn.Module):
     UniPCMultistepScheduler(**SCHEDULE),
 ], ids=["DDIM", "DPM-Solver++ 2M", "DPM-Solver++ 3M", "UniPC"])  # fmt: skip
 def test_other_solvers_take_the_older_toys_to_the_picture_too(scheduler: Any) -> None:
-    """One call a step, at the timesteps of the scheduler that is given."""
+    """One call a step, at the timesteps of the given scheduler."""
     grey = Grey()
     images = sample_images(grey, torch.tensor([0, 1]), steps=6, guidance=2.0, seed=1, scheduler=scheduler)
     assert images.shape == (2, 3, SMALL, SMALL) and torch.allclose(images, torch.tensor(0.25), atol=1e-2)
@@ -198,7 +199,7 @@ def run(script: str, monkeypatch: pytest.MonkeyPatch, *arguments: str) -> dict[s
 
 
 def test_training_goes_on_from_its_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Interrupted and run again, training ends where it would have ended, and leaves usable weights."""
+    """Interrupted and run again, training ends in the same state, and leaves usable weights."""
     small = ("--batch", "2", "--steps", "4", "--hold", "2", "--save-every", "1", "--eager")
     run("train_flow.py", monkeypatch, "--out", str(tmp_path / "whole"), *small)
     run("train_flow.py", monkeypatch, "--out", str(tmp_path / "parts"), "--stop", "2", *small)

@@ -1,4 +1,4 @@
-"""Two shapes in relation: what is drawn is what is said, and what is drawn is read."""
+"""Two shapes in relation: pictures match their captions, and the bundled reader reads them."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def test_too_many_words_or_an_unknown_one_are_refused(caption: str) -> None:
 
 
 def test_every_word_is_there_once_and_is_used() -> None:
-    """No word of the vocabulary is one that the model never saw."""
+    """Every word of the vocabulary occurs in the captions that the model is trained on."""
     said = relations.describe(relations.draw_pairs(500, Generator().manual_seed(1)), Generator().manual_seed(2))
     assert {word for caption in said for word in caption.split()} == set(relations.WORDS[2:])
     assert len(set(relations.WORDS)) == len(relations.WORDS)
@@ -51,7 +51,7 @@ def test_either_object_is_named_first(vertical: int, captions: set[str]) -> None
 
 
 def test_pairs_are_of_two_classes() -> None:
-    """Every class stands in either place, and both arrangements are drawn."""
+    """Every class occurs in either place, and both arrangements are drawn."""
     pairs = relations.draw_pairs(2000, Generator().manual_seed(3))
     assert (pairs.first != pairs.second).all()
     assert [len(values.unique()) for values in pairs] == [20, 20, 2]
@@ -59,7 +59,7 @@ def test_pairs_are_of_two_classes() -> None:
 
 @pytest.mark.parametrize("vertical", [0, 1])
 def test_each_object_lies_in_its_half_whole(vertical: int) -> None:
-    """So they never overlap. Across, they lie anywhere."""
+    """So they never overlap. Along the other axis, they lie anywhere."""
     layout = relations.lay_out(pair("red circle", "blue square", vertical, n=500), Generator().manual_seed(4))
     assert ((layout.radii >= 4.6) & (layout.radii <= 6.4)).all()
     slack = 1e-5
@@ -73,7 +73,7 @@ def test_each_object_lies_in_its_half_whole(vertical: int) -> None:
 
 @pytest.mark.parametrize("vertical", [0, 1])
 def test_a_picture_has_each_object_in_its_colour_and_place(vertical: int) -> None:
-    """Its ink is at its centre, and the other half is the same whatever it is."""
+    """Its ink is centred on its place, and the other half does not depend on it."""
     one, other = pair("red circle", "blue square", vertical, n=50), pair("red circle", "white cross", vertical, n=50)
     layout = relations.lay_out(one, Generator().manual_seed(5))
     images, others = relations.render(one, layout), relations.render(other, layout)
@@ -108,7 +108,7 @@ def test_samples_repeat_with_their_seed() -> None:
 def test_which_relations_are_true(
     circle: tuple[float, float], square: tuple[float, float], relations_: set[str], turned: bool
 ) -> None:
-    """Of a circle and a square at these centres, in whichever order they were read."""
+    """For a circle and a square at these centres, in either order of reading."""
     classes, centres = [CLASSES.index("red circle"), CLASSES.index("blue square")], [circle, square]
     order = [1, 0] if turned else [0, 1]
     seen = Objects(torch.tensor([classes])[:, order], torch.tensor([centres])[:, order])
@@ -125,7 +125,7 @@ def test_which_relations_are_true(
 
 
 def test_the_bundled_reader_reads_real_images() -> None:
-    """At least 99 % of images that it was not trained on are read entirely right; the contrary is read of none."""
+    """At least 99 % of images outside the training set are read entirely right; the opposite relation is never read."""
     pytest.importorskip("safetensors")
     images, _, pairs = relations.sample_related(2000, Generator().manual_seed(987654))
     seen = read_objects(load_pair_reader(), images)

@@ -1,4 +1,5 @@
-"""Captioned shapes: what is drawn is what is said, the text's mask counts, and the bundled weights do what is asked."""
+"""Captioned shapes: pictures match their captions, the text's mask has an effect, the bundled weights follow
+captions."""
 
 from __future__ import annotations
 
@@ -67,7 +68,7 @@ def test_an_unknown_word_is_refused(caption: str) -> None:
 
 
 def test_every_word_is_there_once_and_is_used() -> None:
-    """No word of the vocabulary is one that the model never saw."""
+    """Every word of the vocabulary occurs in the captions that the model is trained on."""
     said = captions.describe(captions.draw_scenes(2000, Generator().manual_seed(1)), Generator().manual_seed(2))
     assert {word for caption in said for word in caption.split()} == set(captions.WORDS[2:])
     assert len(set(captions.WORDS)) == len(captions.WORDS)
@@ -89,7 +90,7 @@ def test_places_by_hand() -> None:
     ("the {shape} {place} is {size} and it is {colour}", "the cross at the bottom left is WORD and it is blue"),
 ])  # fmt: skip
 def test_a_caption_says_what_the_scene_is(template: str, caption: str) -> None:
-    """Both words for the size are said."""
+    """Both words for the size appear."""
     one = scene("cross", "blue", size=1, row=2, column=0)
     said = {captions.describe(one, Generator().manual_seed(seed), [template])[0] for seed in range(20)}
     assert said == {caption.replace("WORD", word) for word in ("large", "big")}
@@ -136,7 +137,7 @@ def test_samples_repeat_with_their_seed() -> None:
 
 
 def test_the_bundled_text_classifier_reads_real_images() -> None:
-    """At least 99 % of images that it was not trained on, the small ones among them."""
+    """At least 99 % of images outside the training set, including the small ones."""
     images, _, scenes = captions.sample_captioned(2000, Generator().manual_seed(987654))
     classifier = load_classifier(WEIGHTS / "text_classifier.safetensors")
     assert accuracy(classifier, images, scenes.labels) >= 0.99
@@ -186,7 +187,7 @@ def test_missing_weights_are_named(tmp_path: Path) -> None:
 
 
 class Recorder(nn.Module):
-    """Predicts 1 where the caption has words and 3 where it is empty; keeps what it was called with."""
+    """Predicts 1 where the caption has words and 3 where it is empty; records its arguments."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -201,7 +202,7 @@ class Recorder(nn.Module):
 
 
 def test_one_call_a_step_with_both_halves_and_one_conditioning() -> None:
-    """A rewriter tells a new trajectory by new conditioning objects: they must be the same at every step."""
+    """New conditioning objects start a new trajectory: the objects must be the same at every step."""
     recorder, ticks = Recorder(), []
     captions_ = ["red circle", "a small blue cross at the top"]
     sample_captions(recorder, TextEncoder(), captions_, steps=4, seed=0, progress=lambda: ticks.append(1))
@@ -256,7 +257,7 @@ def run(script: str, monkeypatch: pytest.MonkeyPatch, *arguments: str) -> dict[s
 
 
 def test_training_goes_on_from_its_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Interrupted and run again, training ends where it would have ended, and leaves usable weights."""
+    """Interrupted and run again, training ends in the same state, and leaves usable weights."""
     small = ("--batch", "2", "--steps", "4", "--save-every", "1")
     run("train_text.py", monkeypatch, "--out", str(tmp_path / "whole"), *small)
     run("train_text.py", monkeypatch, "--out", str(tmp_path / "parts"), "--stop", "2", *small)

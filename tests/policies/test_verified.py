@@ -185,7 +185,7 @@ def test_a_verified_slot_stays_as_it_is() -> None:
 
 @pytest.mark.parametrize("place", [None, "block"])
 def test_an_error_of_nan_computes(place: Any) -> None:
-    """One channel of the checked block is NaN: no error is proven small, however large the threshold."""
+    """The MLP of the checked block gives NaN: no error is proven small, however large the threshold."""
     model = tiny.build(LAYERS)
     with torch.no_grad():
         model.blocks[2].mlp[2].bias.fill_(nan)

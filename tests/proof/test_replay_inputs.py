@@ -1,4 +1,4 @@
-"""A replay is given what each graph was given, also where the model changes it in place behind a graph break."""
+"""A replay receives the inputs of each graph, even where the model changes them in place behind a graph break."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tests.helpers.models import prepare
 
 
 class InPlaceBehindBreak(nn.Module):
-    """Attention, a graph break, and what changes the stream in place: an output of one graph, an input of the next."""
+    """Attention, a graph break, and an in-place update of the stream: an output of one graph, an input of the next."""
 
     def __init__(self, changes: str) -> None:
         super().__init__()

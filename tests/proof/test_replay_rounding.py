@@ -1,4 +1,4 @@
-"""How far lowered code may be from the float64 replay: what is rounding, and what is not."""
+"""How far lowered code may be from the float64 replay: rounding errors pass, wrong values fail."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ EPS = 2.0**-23
 
 
 def compared(monkeypatch: pytest.MonkeyPatch, **errors: tuple[float, float]) -> Check:
-    """Tensors near 2.5, of which the lowered code and the interpreter are so many relative roundings off."""
+    """Compares tensors near 2.5; the lowered code and the interpreter are off by these relative roundings."""
     wide = {name: torch.full((4,), 2.5, dtype=torch.float64) for name in errors}
     ours: dict[str, Tensor] = {name: (wide[name] * (1 + a * EPS)).float() for name, (a, _) in errors.items()}
     theirs = {name: (wide[name] * (1 + b * EPS)).float() for name, (_, b) in errors.items()}
@@ -28,7 +28,8 @@ def compared(monkeypatch: pytest.MonkeyPatch, **errors: tuple[float, float]) -> 
 
 
 def test_a_tensor_that_was_rounded_by_luck_hardly_at_all(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The interpreter has it exactly; a rounding or two in the lowered code are no more than others have."""
+    """The interpreter has the exact value; one or two roundings in the lowered code are no more than in other
+    tensors."""
     check = compared(monkeypatch, gates=(2, 0), stream=(3, 2), output=(2, 3))
     assert check.within and not check.exact
     assert check.first_difference is not None and check.first_difference.node == "gates"
@@ -45,7 +46,7 @@ def test_a_tensor_that_was_rounded_by_luck_hardly_at_all(monkeypatch: pytest.Mon
     ids=["exact here", "wrong here", "another route elsewhere", "nothing to compare with"],
 )
 def test_what_is_wrong_stays_wrong(monkeypatch: pytest.MonkeyPatch, errors: dict[str, Any], node: str) -> None:
-    """Also beside a tensor for which float64 took another route."""
+    """A wrong value fails, even beside a tensor that float64 computed in another way."""
     check = compared(monkeypatch, **errors)
     assert not check.within
     assert check.first_difference is not None and check.first_difference.node == node

@@ -1,4 +1,4 @@
-"""`verify` sees what is broken on purpose, at the place where it is; and refuses what it cannot verify."""
+"""`verify` finds deliberate faults and names their place, and refuses inputs that it cannot verify."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ ALWAYS = Policy((Rule(sympy.true),), "always")
 
 
 def verified(policy: Policy | None = None) -> Verification:
-    """The tiny model, over four steps."""
+    """Verify the tiny model over four steps."""
     return verify(tiny.build(), tiny.calls(4), policy=policy or FORA(3), backend="aot_eager")
 
 
 def is_seen(found: Verification, step: int, what: str) -> bool:
-    """Whether the verification failed, and says so at this step of this comparison."""
+    """Whether the verification failed and names this step and this comparison."""
     first = found.first_difference
     assert first is not None
     said = str(found)
@@ -74,7 +74,7 @@ def broken(monkeypatch: pytest.MonkeyPatch, change: Callable[[fx.Graph], None], 
 
 
 def short_circuit(target: Any, argument: int) -> Callable[[fx.Graph], None]:
-    """Put an argument of the first call of an op in the place of its result."""
+    """Replace the result of the first call of an op by one of its arguments."""
 
     def change(graph: fx.Graph) -> None:
         node = graph.find_nodes(op="call_function", target=target)[0]
@@ -87,7 +87,7 @@ def short_circuit(target: Any, argument: int) -> Callable[[fx.Graph], None]:
 @pytest.mark.parametrize("reusing", [True, False], ids=["in reuse", "in compute"])
 def test_a_gate_dropped(monkeypatch: pytest.MonkeyPatch, reusing: bool) -> None:
     def drop(graph: fx.Graph) -> None:
-        """The first product that is as large as the stream is `gate * attention`, the first thing after the value."""
+        """Remove the first product as large as the stream: `gate * attention`, the first op after the value."""
         products = graph.find_nodes(op="call_function", target=aten.mul.Tensor)
         gated = [n for n in products if all(isinstance(a, fx.Node) and a.meta["val"].ndim == 3 for a in n.args)]
         gated[0].replace_all_uses_with(gated[0].args[1])
@@ -124,7 +124,7 @@ def test_a_wrong_live_in(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_value_cached_with_its_gate(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is stored is the product that the gate was taken off: right when computed, stale when reused."""
+    """The slot stores the product with the gate: it is right when computed, stale when reused."""
 
     def swap(graph: fx.Graph) -> None:
         output = graph.output_node()
@@ -139,7 +139,7 @@ def test_a_value_cached_with_its_gate(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_stale_trajectory(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Slots that survive into the second run: with a rule that is always true its first step reuses."""
+    """Slots that survive into the second run: under a rule that is always true, its first step reuses."""
     enter = Session.enter
 
     def entered(session: Session, clock: Any) -> None:
@@ -156,7 +156,7 @@ def test_a_stale_trajectory(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("weights", ["compared", "not compared"])
 def test_layers_that_collide_behind_a_break(monkeypatch: pytest.MonkeyPatch, weights: str) -> None:
-    """Two blocks share slots. The weights in the stamp alone keep that from being wrong: nothing is reused."""
+    """Two blocks share slots. Only the weights in the stamp keep the output right: nothing is reused."""
     enter, fit = Call.enter, Cache.fit
 
     def first(call: Call, *args: Any) -> Any:
@@ -180,7 +180,7 @@ def test_layers_that_collide_behind_a_break(monkeypatch: pytest.MonkeyPatch, wei
         assert found.reused == 8
 
 
-# --- what is verified, and what is refused ----------------------------------------------------------------------------
+# --- verified inputs, and refused ones --------------------------------------------------------------------------------
 
 
 def test_streams_are_verified_apart(capsys: pytest.CaptureFixture[str]) -> None:

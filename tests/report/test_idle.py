@@ -1,4 +1,4 @@
-"""Why a policy can reuse nothing: certain where it is said, and silent where a step may reuse."""
+"""Why a policy can reuse nothing: the warning is certain, and absent where a step may reuse."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ NEVER = "no guard can hold at any of the 12 steps at its 4 sites, in blocks 0 to
 
 
 def rewritten(policy: Policy, model: torch.nn.Module | None = None, calls: Any = None, steps: int = STEPS) -> Any:
-    """The graphs of a model after one call."""
+    """The rewritten graphs of a model after one call."""
     compiled = tiny.rewritten(model or tiny.build(), policy)
     with torch.no_grad(), compiled.trajectory(steps, Scheduler()):
         compiled(**(calls or tiny.calls(1))[0])
@@ -32,7 +32,7 @@ def rewritten(policy: Policy, model: torch.nn.Module | None = None, calls: Any =
 
 
 class Scheduler:
-    """Noise levels for a trajectory to read; the tests give their own."""
+    """Noise levels that a trajectory reads; the tests provide their own."""
 
     timesteps = torch.arange(STEPS - 1, -1, -1)
     alphas_cumprod = torch.linspace(0.99, 0.01, STEPS)
@@ -72,7 +72,7 @@ def one(*guards: Any) -> Policy:
     ids=lambda value: getattr(value, "__name__", None) or str(value),
 )
 def test_what_may_reuse(policy: Policy, steps: int | None, noise: Noise | None) -> None:
-    """At one step at least, or nobody can tell."""
+    """Policies that reuse at one step at least, or for which nothing is certain."""
     assert idle_reason(rewritten(policy), steps, noise) is None
 
 
@@ -96,7 +96,7 @@ def test_what_may_reuse(policy: Policy, steps: int | None, noise: Noise | None) 
     ids=lambda value: getattr(value, "__name__", None) or str(value),
 )
 def test_what_cannot(policy: Policy, steps: int | None, noise: Noise | None, says: str | None) -> None:
-    """The reason says what is lacking, or where the policy looked."""
+    """The reason says what is missing, or which steps and sites the policy covers."""
     found = idle_reason(rewritten(policy), steps, noise)
     if says is None:
         assert found is None
@@ -112,7 +112,7 @@ def test_a_policy_that_reaches_nothing_has_its_own_warning() -> None:
 
 
 def test_attention_that_shares_its_projection() -> None:
-    """The last blocks of FLUX are parallel: attention alone is not reused there, yet they count as layers."""
+    """The last blocks of FLUX are parallel: attention alone is not reused there, but they count as layers."""
     case = MODELS["flux"]
     policy = DQAR(0.2, 0.5, None, order="linear_reverse")
     says = "reaches no site.*; the model's 2 parallel branches are not among them: add the kind 'parallel'"

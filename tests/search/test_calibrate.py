@@ -1,4 +1,4 @@
-"""Calibrated tables, beside numpy's fit and norms of a plain run."""
+"""Calibrated tables, beside numpy's fit and the norms of a plain run."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ STEPS, LAYERS = 20, 4
 
 
 def sampler(*seeds: int, steps: int = STEPS) -> Any:
-    """A picture for each seed; each calls the denoiser once a step."""
+    """One image per seed; each calls the denoiser once a step."""
 
     def sample(denoiser: Any) -> None:
         for seed in seeds:
@@ -36,14 +36,14 @@ def sampler(*seeds: int, steps: int = STEPS) -> Any:
 
 
 def guidance(denoiser: Any) -> None:
-    """Two calls a step, which nobody names."""
+    """Two calls a step, without stream names."""
     with denoiser.trajectory(STEPS):
         for one, other in zip(tiny.calls(STEPS, 0), tiny.calls(STEPS, 0, tiny.condition(5)), strict=True):
             denoiser(**one), denoiser(**other)
 
 
 def pairs_of(*seeds: int) -> list[tuple[float, float]]:
-    """The changes of the modulated input and of the output that a plain run shows, but the last of each picture."""
+    """The changes of the modulated input and of the output in a plain run, except the last ones of each image."""
     model = tiny.build(LAYERS)
     pairs = []
     for seed in seeds:
@@ -54,14 +54,14 @@ def pairs_of(*seeds: int) -> list[tuple[float, float]]:
 
 
 def coefficients_of(policy: dit_rewrite.Policy) -> tuple[float, ...]:
-    """The polynomial in a TeaCache policy's guard."""
+    """The coefficients of the polynomial in a TeaCache policy's guard."""
     (found,) = filter(None, map(measurement, policy.mentions))
     assert isinstance(found.rescale, tuple)
     return found.rescale
 
 
 def test_teacache() -> None:
-    """numpy's polynomial of the pairs of two pictures, its R² in the name, and the model as it was."""
+    """numpy's polynomial through the pairs of two images, its R² in the name, and the model unchanged."""
     model = tiny.build(LAYERS)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -84,7 +84,7 @@ def test_a_fit_that_explains_too_little() -> None:
 
 @pytest.mark.parametrize("seed", range(3))
 def test_polyfit(seed: int) -> None:
-    """As numpy's, where powers are small and alike; and R² of a perfect and a useless fit."""
+    """Equal to numpy's, also where powers are small and similar; and R² of a perfect and a useless fit."""
     generator = np.random.default_rng(seed)
     xs = generator.uniform(0.01, 0.3, 40)
     ys = 100 * xs**4 - 3 * xs**2 + xs + generator.normal(0, 0.01, 40)
@@ -94,7 +94,7 @@ def test_polyfit(seed: int) -> None:
 
 
 def ratios_of(given: list[list[dict[str, Any]]]) -> list[float]:
-    """The mean over tokens and runs of by how much the stack's change of the stream grows in a plain run."""
+    """The growth of the stack's change of the stream in a plain run, averaged over tokens and runs."""
     model, tables = tiny.build(LAYERS), []
     for inputs in given:
         changes = [stream[-1] - stream[0] for stream in record(model, model, inputs).streams]
@@ -103,13 +103,13 @@ def ratios_of(given: list[list[dict[str, Any]]]) -> list[float]:
 
 
 def errors_of(policy: dit_rewrite.Policy) -> list[float]:
-    """What the guard's table says where the step before computed: |1 - ratio|, from step 1 on."""
+    """The entries of the guard's table where the previous step computed: |1 - ratio|, from step 1 on."""
     (found,) = policy.rules[0].when.atoms(table)
     return [row[0] for row in found.args[0].rows[1:]]
 
 
 def test_magcache() -> None:
-    """Of each step the mean ratio over tokens and pictures; the policy decides by them."""
+    """The mean ratio of each step over tokens and images; the policy decides by these ratios."""
     model = tiny.build(LAYERS)
     policy = calibrate("magcache", model, sampler(0, 1), threshold=0.3, backend="aot_eager", max_streak=4)
     expected = ratios_of([tiny.calls(STEPS, seed) for seed in (0, 1)])
@@ -120,20 +120,20 @@ def test_magcache() -> None:
 
 
 def test_streams_of_guidance_are_told_apart() -> None:
-    """Each grows on its own: as many ratios as steps, and not as calls."""
+    """Each stream has its own growth: as many ratios as steps, not as calls."""
     policy = calibrate("magcache", tiny.build(LAYERS), guidance, threshold=0.3, backend="aot_eager", retention=0.5)
     expected = ratios_of([tiny.calls(STEPS, 0), tiny.calls(STEPS, 0, tiny.condition(5))])
     assert errors_of(policy) == pytest.approx([abs(1 - ratio) for ratio in expected[1:]], abs=1e-4)
 
 
 def test_growth() -> None:
-    """Tokens count alike, however long they are."""
+    """All tokens have equal weight, whatever their norm."""
     before = torch.tensor([[[3.0, 4.0], [0.3, 0.4]]])
     assert grown(before * torch.tensor([[[2.0], [4.0]]]), before) == pytest.approx(3.0)
 
 
 def test_runs_that_show_nothing() -> None:
-    """A sampler that does not call what it is given, or ends too early, says so."""
+    """A sampler that does not call the given model, or ends too early, gives an error that says so."""
     model = tiny.build(LAYERS)
     for method, steps, says in [
         ("teacache", 9, "needs 10 changes .*, but saw 7"),

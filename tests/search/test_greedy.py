@@ -22,7 +22,7 @@ from dit_rewrite.search.greedy import DELTAS, STRATEGIES, Found, greedy, loss, r
 
 FULL, AST, ASC, WA_RS, WA_RS_ASC = Choice
 
-# The loss of a step's output: from the rows of the steps before and the choices of all sites in this one.
+# The loss of a step's output, from the rows of the steps before and the choices of all sites in this one.
 Losses = Callable[[Table, Row], Fraction]
 
 LARGE = 2.0**60  # eps is far below its last digit, so that the error of LARGE * (1 - x) is x exactly
@@ -33,7 +33,7 @@ class Interrupted(Exception):
 
 
 class Fake:
-    """A model that is its losses; refuses calls that are out of order, and notes those that cost a run."""
+    """A model that consists of its losses; refuses calls that are out of order, and records those that cost a run."""
 
     def __init__(self, losses: Losses, sites: int, stop_at: tuple[int, int] | None = None) -> None:
         self.losses = losses
@@ -87,7 +87,7 @@ class Fake:
         self.work += 1
 
     def outputs(self, row: Row) -> list[Tensor]:
-        """In buffers that the next call overwrites."""
+        """Outputs in buffers that the next call overwrites."""
         error = float(self.losses(self.history, row))
         self.given[0].fill_(LARGE * (1 - error))
         self.given[1].fill_(-LARGE * (1 - error))
@@ -96,9 +96,8 @@ class Fake:
 
 def algorithm_1(losses: Losses, sites: int, steps: int, delta: Fraction, choices: Row) -> tuple[Table, int]:
     """The paper's algorithm, in fractions: layers count from 1; S is in ascending cost, so that the strategy "with the
-    highest computation reduction ratio" is the first that passes; the first step is not compressed. And how many
-    candidates are tried.
-    """
+    highest computation reduction ratio" is the first that passes; the first step is not compressed. Also returns the
+    number of candidates tried."""
     table: list[list[Choice]] = [[FULL] * sites]
     tried = 0
     for t in range(1, steps):
@@ -119,7 +118,7 @@ def names(sites: int) -> list[str]:
 
 
 def listed(losses: dict[Choice, list[Fraction]]) -> Losses:
-    """A loss for each choice and site, the same at each step; those of one row add up."""
+    """A loss for each choice and site, the same at each step; the losses of one row add up."""
 
     def total(history: Table, row: Row) -> Fraction:
         return sum((losses[choice][i] for i, choice in enumerate(row) if choice is not FULL), Fraction(0))
@@ -128,7 +127,7 @@ def listed(losses: dict[Choice, list[Fraction]]) -> Losses:
 
 
 def drawn(seed: int) -> Losses:
-    """Losses in 64ths that depend on the whole row and on the row before, and are often equal to a threshold."""
+    """Losses in 64ths that depend on the whole row and on the row before, and often equal a threshold."""
 
     def total(history: Table, row: Row) -> Fraction:
         if all(choice is FULL for choice in row):
@@ -175,7 +174,7 @@ def test_a_loss_at_the_threshold_does_not_pass():
 
 
 def test_candidates_are_tried_in_the_order_given():
-    """The first that passes is taken, also where a later one is closer."""
+    """The first candidate that passes is taken, even where a later one is closer."""
     losses = listed({choice: [Fraction(n, 64)] for n, choice in enumerate((ASC, WA_RS, AST))})
     for order in ([AST, WA_RS, ASC], [ASC, WA_RS, AST], [WA_RS]):
         found = greedy(Fake(losses, 1), ["attn"], 2, 0.125, order)
@@ -210,7 +209,8 @@ def test_tables_are_those_of_algorithm_1(seed: int, sites: int, steps: int, delt
 
 
 def test_the_drawn_losses_reach_every_case():
-    """Of the tables above some have every choice, a border that is hit, and an effect of the step before."""
+    """Each choice, a loss exactly at a threshold, and an effect of the step before occur in some of the tables
+    above."""
     rows = [algorithm_1(drawn(seed), 4, 3, Fraction(1, 8), STRATEGIES)[0] for seed in range(50)]
     assert {choice for table in rows for row in table for choice in row} == set(Choice)
     assert any(drawn(seed)(((FULL,) * 4,), (AST, FULL, FULL, FULL)) == Fraction(1, 32) for seed in range(50))
@@ -219,7 +219,7 @@ def test_the_drawn_losses_reach_every_case():
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_nothing_passes_on_a_broken_output(value: float):
-    """An output that is not finite proves nothing, be it the candidate's or the reference's."""
+    """An output that is not finite proves nothing, whether it is the candidate's or the reference's."""
     for broken in ("attempt", "reference", "both"):
 
         class Broken(Fake):
@@ -305,11 +305,11 @@ def test_shapes_must_be_those_of_the_reference():
             loss([torch.ones(2, 2)], other)
 
 
-# --- going on after an interruption -----------------------------------------------------------------------------------
+# --- resuming after an interruption -----------------------------------------------------------------------------------
 
 
 def resumed(partial: Path, stop_at: tuple[int, int], seed: int = 5) -> tuple[Found, Fake, Fake]:
-    """A search that is interrupted, and goes on with another runner; both runners."""
+    """A search that is interrupted and resumes with another runner; returns both runners."""
     first, second = Fake(drawn(seed), 4, stop_at), Fake(drawn(seed), 4)
     with pytest.raises(Interrupted):
         greedy(first, names(4), 5, 0.125, partial=partial)
@@ -318,7 +318,7 @@ def resumed(partial: Path, stop_at: tuple[int, int], seed: int = 5) -> tuple[Fou
 
 @pytest.mark.parametrize("stop_at", [(1, 0), (2, 0), (3, 2), (4, 3)])
 def test_going_on_gives_the_same_table(tmp_path: Path, stop_at: tuple[int, int]):
-    """And no finished step is searched again, only replayed."""
+    """No finished step is searched again; it is only replayed."""
     found, first, second = resumed(tmp_path / "plan.json.partial", stop_at)
     whole = Fake(drawn(5), 4)
     expected = greedy(whole, names(4), 5, 0.125)
@@ -401,11 +401,11 @@ def test_damaged_partial_files(tmp_path: Path, changes: dict[str, Any], says: st
         greedy(Fake(drawn(5), 4), names(4), 5, 0.125, partial=partial)
 
 
-# --- the bar ----------------------------------------------------------------------------------------------------------
+# --- the progress bar -------------------------------------------------------------------------------------------------
 
 
 def test_the_bar_counts_sites(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    """It starts at what an earlier sitting has done, and ends full."""
+    """It starts at the count of the earlier session, and ends full."""
     pytest.importorskip("rich")
     partial = tmp_path / "p"
     with pytest.raises(Interrupted):

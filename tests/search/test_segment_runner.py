@@ -1,4 +1,4 @@
-"""The search over compiled pieces: what it ran is what the plan's policy runs; thresholds, interruptions, refusals."""
+"""The search over compiled segments: the plan's policy runs the searched row; thresholds, interruptions, refusals."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ SETTINGS: dict[str, Any] = {"steps": STEPS, "conditional": "first", "window": 0.
 
 
 class Sampler:
-    """Calls the model once a step; keeps what it returned. Each call's latent depends on the output before."""
+    """Calls the model once a step and keeps its outputs. Each call's latent depends on the output before."""
 
     def __init__(self, seed: int, steps: int = STEPS, told: int | None = STEPS) -> None:
         self.inputs, self.told, self.outputs = CASE.inputs(steps, seed=seed), told, list[Tensor]()
@@ -58,7 +58,7 @@ class Conditioned(Sampler):
 
 
 def sampling(calls: list[dict[str, Any]], steps: int = 3) -> Callable[[Any], None]:
-    """A sampler that makes these calls within a told trajectory."""
+    """A sampler that makes these calls within an explicit trajectory."""
 
     def sample(model: Any) -> None:
         with model.trajectory(num_steps=steps):
@@ -74,7 +74,7 @@ def search(samplers: list[Sampler], delta: float, **more: Any) -> Plan:
 
 
 def test_the_policy_runs_what_the_search_ran() -> None:
-    """Two trajectories side by side: the outputs that the samplers went on with are, bit for bit, the policy's."""
+    """Two trajectories side by side: the outputs that the samplers used equal the policy's, bit for bit."""
     samplers = [Sampler(0), Sampler(1)]
     plan = search(samplers, 0.4)
     assert plan.table[0] == (Choice.FULL,) * 3
@@ -109,7 +109,7 @@ def test_without_guidance() -> None:
 
 
 def test_a_place_that_refuses_a_choice() -> None:
-    """Cross-attention has no window: what it cannot do is never chosen there."""
+    """Cross-attention has no window: a choice that a site refuses is never in its plan."""
     case = MODELS["pixart_alpha"]
     settings = {**SETTINGS, "steps": 3, "kinds": ("self", "cross"), "strategies": (Choice.WA_RS, Choice.AST)}
     plan = greedy_plan(case.build(), [sampling(case.inputs(3))], 100.0, **settings)
@@ -117,7 +117,7 @@ def test_a_place_that_refuses_a_choice() -> None:
     assert {choice for site, choice in chosen.items() if site.endswith("attn1")} == {Choice.WA_RS}
     assert {choice for site, choice in chosen.items() if site.endswith("attn2")} == {Choice.AST}
 
-    assert plan.evaluations == 3 * 2 * (3 - 1), "what it cannot do is not even tried"
+    assert plan.evaluations == 3 * 2 * (3 - 1), "a refused choice is not even tried"
     assert plan.notes == (f"WA-RS refused at 3: {RefusalReason.OTHER_TOKENS}",)
 
 
@@ -128,7 +128,7 @@ WINDOW = 0.125
 
 
 def spent(tokens: int, choice: Choice) -> int:
-    """FLOPs of an attention of the tiny model, batch of two: projections and core, by the paper's formulas."""
+    """FLOPs of one attention of the tiny model at batch two: projections and core, by the paper's formulas."""
     width = tiny.WIDTH
     reach = int(WINDOW * tokens)
     pairs = tokens * (2 * reach + 1) - reach * (reach + 1) if choice in WINDOWED else tokens**2
@@ -138,8 +138,8 @@ def spent(tokens: int, choice: Choice) -> int:
 
 @pytest.mark.parametrize(("tokens", "last"), [(8, (Choice.ASC, Choice.WA_RS)), (128, (Choice.WA_RS, Choice.ASC))])
 def test_the_cheapest_candidate_comes_first(monkeypatch: pytest.MonkeyPatch, tokens: int, last: Row) -> None:
-    """By the FLOPs that it leaves at these sizes: with few tokens half of the batch is cheaper than a window, with
-    many it is not. Nothing passes a threshold of zero, so that all are tried."""
+    """By their FLOPs at these sizes: half of the batch is cheaper than a window with few tokens, but not with many. No
+    candidate passes a threshold of zero, so all are tried."""
     seen: list[Candidates] = []
     orders = Candidates.orders
     monkeypatch.setattr(Candidates, "orders", lambda self, by_cost: seen.append(self) or orders(self, by_cost))
@@ -159,7 +159,7 @@ def test_the_cheapest_candidate_comes_first(monkeypatch: pytest.MonkeyPatch, tok
 
 
 def test_an_order_that_is_given_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A sequence is tried as it stands; a set by cost."""
+    """A sequence is tried in its order; a set by cost."""
     attempts: list[Choice] = []
     attempt = SegmentRunner.attempt
     monkeypatch.setattr(SegmentRunner, "attempt", lambda *a: attempts.append(a[2]) or attempt(*a))
@@ -186,7 +186,7 @@ def test_what_saves_nothing_is_no_candidate() -> None:
 
 
 def test_windows_of_a_grid(tmp_path: Path) -> None:
-    """Rows and columns have a reach each; the plan's policy runs what was searched."""
+    """Rows and columns have separate reaches; the plan's policy runs the searched row."""
     sampler = Sampler(0, steps=3, told=3)
     settings = {**SETTINGS, "steps": 3, "strategies": (Choice.WA_RS,), "window": (1, 2), "grid": (4, 4)}
     plan = greedy_plan(CASE.build(), [sampler], 100.0, **settings, path=tmp_path / "plan.json")
@@ -217,13 +217,13 @@ def test_windows_of_a_grid(tmp_path: Path) -> None:
     ids=str,
 )
 def test_settings_that_do_not_fit(changes: dict[str, Any], says: str) -> None:
-    """Before any step is searched."""
+    """The error comes before any step is searched."""
     with pytest.raises((BadParameter, BadOpArgument), match=says):
         search([Sampler(0)], 0.1, **changes)
 
 
 def test_parallel_blocks_are_searched_too() -> None:
-    """Those of FLUX have attention and MLP in one projection: AST reuses both, a window replaces the attention."""
+    """Those of FLUX have attention and MLP in one projection: AST reuses both, a window replaces the attention only."""
     case = MODELS["flux"]
     settings = {**SETTINGS, "steps": 2, "conditional": None}
     for choice, kinds in ((Choice.AST, None), (Choice.WA_RS, None), (Choice.AST, ("joint",))):
@@ -243,7 +243,7 @@ def test_parallel_blocks_are_searched_too() -> None:
 
 
 def test_an_interrupted_search_goes_on(tmp_path: Path) -> None:
-    """The sampler fails in its fourth call; a second search replays what was found, and finds the same."""
+    """The sampler fails in its fourth call; a second search replays the finished steps, and finds the same plan."""
     whole = search([Sampler(0)], 0.4)
 
     class Failing(Sampler):
@@ -286,7 +286,7 @@ def test_refusals(build: Callable[[], Plan], error: type[Exception], says: str) 
 
 
 def guided(named: bool) -> Callable[[Any], None]:
-    """Guidance in two calls a step, told apart by their conditioning or by name too."""
+    """Guidance in two calls a step, told apart by their conditioning, and by name if `named`."""
     other = tiny.condition(7)
 
     def sample(model: Any) -> None:
@@ -320,13 +320,13 @@ def resized(model: Any) -> None:
     ids=["two calls", "two named calls", "two trajectories", "another size", "another size of another sampler"],
 )
 def test_samplers_that_call_otherwise(samplers: list[Any], says: str) -> None:
-    """They are refused by name, with what to do."""
+    """The error names the fault and says what to do."""
     with pytest.raises(BadTrajectory, match=says):
         greedy_plan(tiny.build(), samplers, 0.1, **{**SETTINGS, "steps": 3})
 
 
 class Halves(torch.nn.Module):
-    """Two denoisers one behind the other, of which Dynamo never sees the call: two whole graphs a call."""
+    """Two denoisers in sequence, whose call Dynamo never sees: two whole graphs a call."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -338,7 +338,7 @@ class Halves(torch.nn.Module):
 
 
 def test_a_model_without_branches() -> None:
-    """It is said as `compile` says it."""
+    """The error is the same as that of `compile`."""
     model = torch.nn.Linear(4, 4).requires_grad_(False)
     with pytest.raises(NoSites, match="Linear has no residual branch"):
         greedy_plan(model, [sampling([{"input": torch.ones(2, 4)}] * 3)], 0.1, **{**SETTINGS, "steps": 3})
@@ -352,7 +352,7 @@ def test_a_model_of_several_graphs_is_refused(build: Callable[[], torch.nn.Modul
 
 
 def test_a_plan_of_another_model_or_length(tmp_path: Path) -> None:
-    """A policy of a plan, from a file and through JSON too, knows what it was made for."""
+    """A policy of a plan checks the model and length that the plan was made for, also from a file and through JSON."""
     plan = search([Sampler(0)], 0.4, path=tmp_path / "plan.json")
     policy = parse(f"ditfastattn:plan={tmp_path / 'plan.json'}")
     assert policy == DiTFastAttn(plan) == from_json(to_json(policy))
