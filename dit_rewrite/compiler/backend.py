@@ -26,6 +26,7 @@ from dit_rewrite.compiler.pipeline import PASSES, STRAIGHT_LINE_PASSES
 from dit_rewrite.compiler.request import Request
 from dit_rewrite.kernels.relative_l1 import relative_l1
 from dit_rewrite.passes.analysis import cost
+from dit_rewrite.passes.analysis.graph import copied
 from dit_rewrite.passes.analysis.site import Found
 from dit_rewrite.passes.analysis.structure import structure
 from dit_rewrite.passes.capture.capture import Captured, capture
@@ -278,7 +279,7 @@ class Backend:
     def _lower(self, rewritten: Rewritten, gm: fx.GraphModule, name: str) -> Compiled:
         """Run the last passes over a copy of a straight-line graph and lower it."""
         watch = None if self.watcher is None else self.watcher.lowering(rewritten.graph.index, name, gm)
-        gm = fx.GraphModule(gm, gm.graph)
+        gm = copied(gm)  # passes, and lowering, may change it in place
         gm = run_passes(STRAIGHT_LINE_PASSES, gm, rewritten.context, rewritten.runs, self.disabled, watch)
         start = time.perf_counter()
         run = self.lowering.lower(gm, rewritten.captured.fake_mode)

@@ -15,8 +15,9 @@ from dit_rewrite.compiler.slot_formats import SlotFormat, SlotFormats
 from dit_rewrite.errors import Reason, RefusalReason
 from dit_rewrite.passes.analysis.attention_sites import find_cores, find_shared
 from dit_rewrite.passes.analysis.branches import Refusal
+from dit_rewrite.passes.analysis.graph import copied
 from dit_rewrite.passes.analysis.output_sites import find_delta, find_output
-from dit_rewrite.passes.analysis.probes import Probes, add_entropy, copied, find_keys
+from dit_rewrite.passes.analysis.probes import Probes, add_entropy, find_keys
 from dit_rewrite.passes.analysis.site import Found, Part, Probe, Site, close
 from dit_rewrite.passes.analysis.spans import Stream, find_spans
 from dit_rewrite.passes.analysis.stacks import Stacks

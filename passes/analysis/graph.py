@@ -39,6 +39,15 @@ def attribute(gm: fx.GraphModule, node: fx.Node) -> Any:
     return value
 
 
+def copied(gm: fx.GraphModule) -> fx.GraphModule:
+    """Return a copy of a graph. Its nodes have the same names."""
+    graph = fx.Graph()
+    env: dict[fx.Node, fx.Node] = {}
+    for node in gm.graph.nodes:
+        env[node] = graph.node_copy(node, lambda n: env[n])
+    return fx.GraphModule(gm, graph)
+
+
 def is_view(node: fx.Node) -> bool:
     """Return whether `node` is a view of all elements of its first operand."""
     return packet(node) in _VIEWS

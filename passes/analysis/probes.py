@@ -28,15 +28,6 @@ from dit_rewrite.passes.analysis.trajectory_invariant import invariant_nodes
 from dit_rewrite.passes.guards.measurements import Measurement, blocks
 
 
-def copied(gm: fx.GraphModule) -> fx.GraphModule:
-    """Return a copy of a graph. Its nodes have the same names."""
-    graph = fx.Graph()
-    env: dict[fx.Node, fx.Node] = {}
-    for node in gm.graph.nodes:
-        env[node] = graph.node_copy(node, lambda n: env[n])
-    return fx.GraphModule(gm, graph)
-
-
 def find_keys(gm: fx.GraphModule, sites: Sequence[Site], invariant: frozenset[int]) -> tuple[list[Site], list[Refusal]]:
     """Return a site for the keys and values of each attention among `sites`, and the refusals.
 

@@ -1,7 +1,6 @@
 """Insert guards: replace each site that a rule can reach by a `cache_or_compute` node.
 
-The node has a guard, a strategy, and a subgraph that computes the values. The guarded graph is executable, with the
-decisions as inputs, and is the only input of the later passes.
+The guarded graph is executable, with the decisions as inputs, and is the only input of the later passes.
 """
 
 from __future__ import annotations

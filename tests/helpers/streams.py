@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dit_rewrite.passes.analysis.probes import copied
+from dit_rewrite.passes.analysis.graph import copied
 from dit_rewrite.passes.analysis.site import Found, Site
 from dit_rewrite.passes.analysis.spans import Stream, find_spans
 from tests.helpers.toys import STEPS, Block
