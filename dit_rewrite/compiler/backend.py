@@ -155,7 +155,8 @@ class Backend:
         call = self.session.call
         if call is None:
             return capture(gm, example_inputs, self._rewrite)
-        return capture(gm, example_inputs, self._rewrite, call.conditioning, call.inputs.tensors)
+        inputs = call.inputs
+        return capture(gm, example_inputs, self._rewrite, call.conditioning, inputs.tensors, inputs.step_input)
 
     def capturing(self) -> contextlib.AbstractContextManager[Any]:
         """Return a context for a call of the model. It serialises first calls, so that only one thread captures."""

@@ -69,6 +69,16 @@ def stored_bytes(node: fx.Node) -> int:
     return hint(value.untyped_storage().nbytes())
 
 
+def tensor_bytes(node: fx.Node) -> int:
+    """Bytes of the elements of the node's value, laid out without gaps."""
+    return _numel(node) * int(node.meta["val"].element_size())
+
+
+def vectors(node: fx.Node) -> int:
+    """How many vectors along the last dimension the node's value holds."""
+    return torch.Size(shape(node.meta["val"])[:-1]).numel()
+
+
 def total_flops(graph: fx.Graph) -> int:
     """Return the FLOPs of a graph."""
     return flops(graph.nodes)

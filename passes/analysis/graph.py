@@ -151,6 +151,19 @@ def needed(graph: fx.Graph, nodes: Iterable[fx.Node]) -> set[fx.Node]:
     return found
 
 
+def ancestors(ends: Iterable[fx.Node], given: Iterable[fx.Node] = ()) -> set[fx.Node]:
+    """The nodes that `ends` are computed from, themselves included, up to those that are given."""
+    stop = set(given)
+    found: set[fx.Node] = set()
+    stack = [node for node in ends if node not in stop]
+    while stack:
+        node = stack.pop()
+        if node not in found:
+            found.add(node)
+            stack.extend(argument for argument in node.all_input_nodes if argument not in stop)
+    return found
+
+
 def closures(
     graph: fx.Graph, groups: Sequence[Sequence[fx.Node]], operands: Sequence[Sequence[fx.Node]] = ()
 ) -> list[frozenset[fx.Node]]:

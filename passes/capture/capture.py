@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,7 +30,7 @@ class Captured:
     ``static``, ``conditioning`` and ``ambient`` are sets of placeholder positions. ``static``: parameters and buffers.
     ``conditioning``: tensors of the call's conditioning. ``ambient``: attributes of the model and global tensors that
     are neither parameters nor arguments. ``parameter_names`` are the names of the parameters relative to the traced
-    module: ``blocks.0.attn.to_q.weight`` for the model, ``attn.to_q.weight`` for a block. ``complete`` is False if
+    module: ``blocks.0.attn.to_q.weight`` for the model, ``attn.to_q.weight`` for a block. ``step`` are those of the timestep, as a tensor or a number. ``complete`` is False if
     Dynamo put a part of the module's forward into another graph.
     """
 
@@ -38,6 +38,7 @@ class Captured:
     static: frozenset[int]
     conditioning: frozenset[int]
     ambient: frozenset[int]
+    step: frozenset[int]
     parameter_names: frozenset[str]
     complete: bool
     fake_mode: FakeTensorMode | None
@@ -90,12 +91,13 @@ def capture(
     then: Callable[[Captured], Runner],
     conditioning: Sequence[torch.Tensor] = (),
     arguments: Sequence[torch.Tensor] = (),
+    timestep: torch.Tensor | str | None = None,
 ) -> Callable[..., Any]:
     """Trace `gm` to a functional ATen graph, call `then` with it, and return the compiled callable.
 
     `then` runs under Dynamo's fake inputs. Elements of `example_inputs` that are in `conditioning` become
-    `Captured.conditioning`. `arguments` are all tensors among the arguments of the call. Raises GradientsNeeded if
-    autograd has to differentiate the graph.
+    `Captured.conditioning`. `arguments` are all tensors among the arguments of the call; `timestep` is one of them, or
+    the name of the argument if it is a number. Raises GradientsNeeded if autograd has to differentiate the graph.
     """
     opaque_attention.mark(gm)
     keep_floats(gm)
@@ -107,6 +109,7 @@ def capture(
     ambient = [i for i in _attributes(gm) if isinstance(example_inputs[i], torch.Tensor)]
     ambient = [i for i in ambient if id(example_inputs[i]) not in given]
     complete = not torch_compat.is_broken(gm)
+    step = frozenset(_step_inputs(gm, example_inputs, timestep if complete or not isinstance(timestep, str) else None))
 
     def inference(functional: fx.GraphModule, fake_inputs: Sequence[Any]) -> Runner:
         functional.graph.eliminate_dead_code()
@@ -117,6 +120,7 @@ def capture(
             torch_compat.static_inputs(),
             invariant if same else frozenset(),
             frozenset(ambient) if same else frozenset(),
+            step if same else frozenset(),
             names,
             complete,
             torch_compat.detect_fake_mode(list(fake_inputs)),
@@ -143,6 +147,21 @@ def _rename_inputs(gm: fx.GraphModule, names: Sequence[str]) -> bool:
         node._rename(name)
         node.target = node.name
     return True
+
+
+def _step_inputs(
+    gm: fx.GraphModule, example_inputs: Sequence[Any], timestep: torch.Tensor | str | None
+) -> Iterator[int]:
+    """The positions of the timestep: of this tensor, or of the number that Dynamo read from the argument of that name.
+
+    Behind a graph break a local variable of that name may be another number: there this must not be asked for a name.
+    """
+    for i, node in enumerate(gm.graph.find_nodes(op="placeholder")):
+        if isinstance(timestep, str):
+            if torch_compat.source_of(node) == f"L['{timestep}']":
+                yield i
+        elif timestep is not None and example_inputs[i] is timestep:
+            yield i
 
 
 _ROOT = re.compile(r"[LG]\['[^']+'\]")

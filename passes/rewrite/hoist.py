@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from torch import fx
 
 from dit_rewrite.passes.analysis import cost
-from dit_rewrite.passes.analysis.graph import attribute
+from dit_rewrite.passes.analysis.graph import ancestors, attribute
 from dit_rewrite.passes.analysis.trajectory_invariant import invariant_values
 from dit_rewrite.passes.capture import module_paths
 
@@ -42,29 +42,16 @@ def hoist(gm: fx.GraphModule, invariant_inputs: Iterable[int]) -> tuple[fx.Graph
     values = invariant_values(gm.graph, invariant_inputs)
     if not values:
         return None
-    needed = _needed(values, ())
+    needed = ancestors(values)
     placeholders = gm.graph.find_nodes(op="placeholder")
     taken = [i for i, node in enumerate(placeholders) if node in needed or not hasattr(node.meta.get("val"), "dtype")]
     prologue = _graph(gm, [placeholders[i] for i in taken], (), needed, values)
     ends = [node for node in gm.graph.nodes if not node.users or node.is_impure()]  # guards measure some of them
-    rest = _graph(gm, placeholders, values, _needed(ends, values), None)
+    rest = _graph(gm, placeholders, values, ancestors(ends, values), None)
     paths = tuple(dict.fromkeys(module_paths.module_path(node) or node.name for node in values))
     size = sum(cost.stored_bytes(node) for node in values)
     flops = cost.flops(node for node in needed if node.op == "call_function")
     return rest, Hoisted(prologue, tuple(taken), tuple(node.name for node in values), paths, flops, size)
-
-
-def _needed(ends: Iterable[fx.Node], given: Iterable[fx.Node]) -> set[fx.Node]:
-    """Return `ends` and the nodes that they are computed from, without the `given` nodes and what lies before them."""
-    stop = set(given)
-    found: set[fx.Node] = set()
-    stack = [node for node in ends if node not in stop]
-    while stack:
-        node = stack.pop()
-        if node not in found:
-            found.add(node)
-            stack.extend(argument for argument in node.all_input_nodes if argument not in stop)
-    return found
 
 
 def _graph(
