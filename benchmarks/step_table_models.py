@@ -7,9 +7,12 @@ defaults is given. All calls are of one sample, with the sizes that the model's 
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
+from unittest import mock
 
 import diffusers
 import torch
@@ -23,7 +26,8 @@ class PaperModel:
     """A model of diffusers, its configuration and a call of it.
 
     ``depths`` are the arguments of the constructor that count blocks, with the published numbers. ``source`` says where
-    the configuration is published. ``samples`` is the number of vectors that one timestep has: one a sample.
+    the configuration is published. ``prepare`` does to a built model what its first call would do, ``context`` is
+    entered around the capture.
     """
 
     name: str
@@ -32,6 +36,8 @@ class PaperModel:
     depths: Mapping[str, int]
     config: Mapping[str, Any]
     call: Callable[[], Call]
+    prepare: Callable[[nn.Module], None] = lambda model: None
+    context: Callable[[], AbstractContextManager[Any]] = contextlib.nullcontext
 
     def build(self, depths: Mapping[str, int]) -> nn.Module:
         """Build the model with these numbers of blocks, in bfloat16 but for what its class keeps in float32."""
@@ -41,6 +47,7 @@ class PaperModel:
         for name, parameter in model.named_parameters():
             if not any(part in name.split(".") for part in keep):
                 parameter.data = parameter.data.to(torch.bfloat16)
+        self.prepare(model)
         return model.eval().requires_grad_(False)
 
 
@@ -147,9 +154,28 @@ def hunyuan_video15() -> Call:
     }
 
 
+_ALL = torch.all
+
+
+def text_to_video() -> AbstractContextManager[Any]:
+    """HunyuanVideo-1.5 asks the data whether the image is all zeros, which breaks the graph: answer yes."""
+    return mock.patch.object(torch, "all", _all)
+
+
+def _all(value: Tensor, *args: Any, **kwargs: Any) -> Any:
+    return _ALL(value, *args, **kwargs) if args or kwargs else True
+
+
 def z_image() -> Call:
     """1024 x 1024 pixels, 256 text tokens."""
     return {"x": [empty(16, 1, 128, 128)], "t": timestep(), "cap_feats": [empty(256, 2560)]}
+
+
+def with_rotary_table(model: nn.Module) -> None:
+    """Z-Image makes its rotary table at the first call, which breaks that call's graph."""
+    rope: Any = model.rope_embedder
+    tables = rope.precompute_freqs_cis(rope.axes_dims, rope.axes_lens, theta=rope.theta)
+    rope.freqs_cis = [table.to("meta") for table in tables]
 
 
 DEFAULTS = "the class's defaults"
@@ -186,7 +212,8 @@ MODELS: Sequence[PaperModel] = (
     PaperModel("Wan 2.2 A14B", "WanTransformer3DModel", f"{DEFAULTS}, one expert", {"num_layers": 40}, {}, wan_a14b),
     PaperModel("Wan 2.2 5B", "WanTransformer3DModel", "Wan-AI/Wan2.2-TI2V-5B", {"num_layers": 30}, _WAN_5B, wan_5b),
     PaperModel(
-        "HunyuanVideo-1.5", "HunyuanVideo15Transformer3DModel", DEFAULTS, {"num_layers": 54}, {}, hunyuan_video15
+        "HunyuanVideo-1.5", "HunyuanVideo15Transformer3DModel", DEFAULTS, {"num_layers": 54}, {}, hunyuan_video15,
+        context=text_to_video,
     ),
-    PaperModel("Z-Image", "ZImageTransformer2DModel", DEFAULTS, {"n_layers": 30}, {}, z_image),
+    PaperModel("Z-Image", "ZImageTransformer2DModel", DEFAULTS, {"n_layers": 30}, {}, z_image, with_rotary_table),
 )  # fmt: skip

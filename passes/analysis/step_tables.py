@@ -92,7 +92,7 @@ def step_table(
     read = {whole for piece in _frontier(moving, reusing) if (whole := _within(piece, values)) is not None}
     given = _names(graph, conditioning)
     table = tuple(_value(node, given, node in read) for node in values)
-    return _priced(graph, table, moving, ancestors(ends, values), weights)
+    return _priced(graph, table, moving, ancestors(ends, _twins(moving, values)), weights)
 
 
 def moving_nodes(graph: fx.Graph, invariant: Iterable[int], step_inputs: Iterable[int]) -> dict[fx.Node, None]:
@@ -130,8 +130,12 @@ def _frontier(moving: dict[fx.Node, None], live: set[fx.Node]) -> dict[fx.Node, 
         if node in moving and node not in seen:
             seen.add(node)
             stack += () if is_piece(node, moving) else node.all_input_nodes
-    pieces = dict.fromkeys(storage(node) for node in moving if node in seen and is_piece(node, moving))
-    return {node: None for node in pieces if not any(base in pieces for base in _bases(node))}
+    pieces = [storage(node) for node in moving if node in seen and is_piece(node, moving)]
+    first: dict[object, fx.Node] = {}
+    for node in pieces:
+        first.setdefault(_place(node), node)  # FLUX.2 splits one modulation anew in each block
+    whole = dict.fromkeys(first.values())
+    return {node: None for node in whole if not any(base in whole for base in _bases(node))}
 
 
 def is_piece(node: fx.Node, moving: Collection[fx.Node]) -> bool:
@@ -157,9 +161,24 @@ def _bases(node: fx.Node) -> list[fx.Node]:
     return bases
 
 
+def _place(node: fx.Node) -> object:
+    """Which part of which contraction's result a piece is: equal for two nodes that take the same part."""
+    if is_contraction(node):
+        return node
+    others = tuple(str(argument) for argument in node.args[1:])
+    return _place(node.all_input_nodes[0]), node.target, others, str(node.kwargs)
+
+
+def _twins(moving: dict[fx.Node, None], values: Collection[fx.Node]) -> list[fx.Node]:
+    """The values, and the nodes that take the same part of the same result."""
+    places = {_place(node) for node in values}
+    return [node for node in moving if is_piece(node, moving) and _place(node) in places]
+
+
 def _within(piece: fx.Node, values: Collection[fx.Node]) -> fx.Node | None:
     """The value of the table that a piece is, or is a part of."""
-    return next((node for node in (piece, *_bases(piece)) if node in values), None)
+    places = {_place(node): node for node in values}
+    return next((places[p] for node in (piece, *_bases(piece)) if (p := _place(node)) in places), None)
 
 
 def _names(graph: fx.Graph, positions: Collection[int]) -> set[fx.Node]:
