@@ -44,9 +44,12 @@ class PaperModel:
         with torch.device("meta"):
             model: nn.Module = getattr(diffusers, self.cls)(**{**self.config, **depths})
         keep = getattr(model, "_keep_in_fp32_modules", None) or ()
-        for name, parameter in model.named_parameters():
-            if not any(part in name.split(".") for part in keep):
-                parameter.data = parameter.data.to(torch.bfloat16)
+        for name, tensor in model.state_dict(keep_vars=True).items():
+            if tensor.is_floating_point() and not any(part in name.split(".") for part in keep):
+                tensor.data = tensor.data.to(torch.bfloat16)
+        for module in model.modules():  # a buffer that is a view keeps a base of the old dtype, which Dynamo refuses
+            for name, buffer in module.named_buffers(recurse=False):
+                setattr(module, name, buffer.clone())
         self.prepare(model)
         return model.eval().requires_grad_(False)
 

@@ -46,11 +46,6 @@ class Inputs:
         return (*self.latents, *timestep, *self.conditioning)
 
     @property
-    def step_input(self) -> Tensor | str | None:
-        """The timestep if it is a tensor, or the name of its argument if it is a number."""
-        return self.timestep if isinstance(self.timestep, Tensor) else self.number
-
-    @property
     def latent(self) -> Tensor | None:
         """The first latent, or None if no argument contains a tensor."""
         return self.latents[0] if self.latents else None

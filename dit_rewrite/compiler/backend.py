@@ -156,7 +156,8 @@ class Backend:
         if call is None:
             return capture(gm, example_inputs, self._rewrite)
         inputs = call.inputs
-        return capture(gm, example_inputs, self._rewrite, call.conditioning, inputs.tensors, inputs.step_input)
+        told = call.conditioning, inputs.tensors, inputs.timestep, inputs.number
+        return capture(gm, example_inputs, self._rewrite, *told)
 
     def capturing(self) -> contextlib.AbstractContextManager[Any]:
         """Return a context for a call of the model. It serialises first calls, so that only one thread captures."""

@@ -7,7 +7,7 @@ analysis finds the values that a table would store, and what the table saves and
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from operator import getitem
 
@@ -89,7 +89,8 @@ def step_table(
     values = _frontier(moving, ancestors(ends))
     names = set(reused)
     reusing = ancestors(ends, [node for node in graph.nodes if node.name in names])
-    read = {whole for piece in _frontier(moving, reusing) if (whole := _within(piece, values)) is not None}
+    places = {_place(node): node for node in values}
+    read = {whole for piece in _frontier(moving, reusing) if (whole := _within(piece, places)) is not None}
     given = _names(graph, conditioning)
     table = tuple(_value(node, given, node in read) for node in values)
     return _priced(graph, table, moving, ancestors(ends, _twins(moving, values)), weights)
@@ -175,10 +176,10 @@ def _twins(moving: dict[fx.Node, None], values: Collection[fx.Node]) -> list[fx.
     return [node for node in moving if is_piece(node, moving) and _place(node) in places]
 
 
-def _within(piece: fx.Node, values: Collection[fx.Node]) -> fx.Node | None:
-    """The value of the table that a piece is, or is a part of."""
-    places = {_place(node): node for node in values}
-    return next((places[p] for node in (piece, *_bases(piece)) if (p := _place(node)) in places), None)
+def _within(piece: fx.Node, places: Mapping[object, fx.Node]) -> fx.Node | None:
+    """The value of the table, by its place, that a piece is or is a part of."""
+    around = map(_place, (piece, *_bases(piece)))
+    return next((places[place] for place in around if place in places), None)
 
 
 def _names(graph: fx.Graph, positions: Collection[int]) -> set[fx.Node]:

@@ -30,8 +30,8 @@ class Captured:
     ``static``, ``conditioning`` and ``ambient`` are sets of placeholder positions. ``static``: parameters and buffers.
     ``conditioning``: tensors of the call's conditioning. ``ambient``: attributes of the model and global tensors that
     are neither parameters nor arguments. ``parameter_names`` are the names of the parameters relative to the traced
-    module: ``blocks.0.attn.to_q.weight`` for the model, ``attn.to_q.weight`` for a block. ``step`` are those of the timestep, as a tensor or a number. ``complete`` is False if
-    Dynamo put a part of the module's forward into another graph.
+    module: ``blocks.0.attn.to_q.weight`` for the model, ``attn.to_q.weight`` for a block. ``step``: the timestep, as a
+    tensor or a number. ``complete`` is False if Dynamo put a part of the module's forward into another graph.
     """
 
     gm: fx.GraphModule
@@ -91,13 +91,15 @@ def capture(
     then: Callable[[Captured], Runner],
     conditioning: Sequence[torch.Tensor] = (),
     arguments: Sequence[torch.Tensor] = (),
-    timestep: torch.Tensor | str | None = None,
+    timestep: torch.Tensor | float | None = None,
+    number: str | None = None,
 ) -> Callable[..., Any]:
     """Trace `gm` to a functional ATen graph, call `then` with it, and return the compiled callable.
 
     `then` runs under Dynamo's fake inputs. Elements of `example_inputs` that are in `conditioning` become
-    `Captured.conditioning`. `arguments` are all tensors among the arguments of the call; `timestep` is one of them, or
-    the name of the argument if it is a number. Raises GradientsNeeded if autograd has to differentiate the graph.
+    `Captured.conditioning`. `arguments` are all tensors among the arguments of the call; `timestep` is one of them, or a
+    number, and then `number` is the name of the argument. Raises GradientsNeeded if autograd has to differentiate the
+    graph.
     """
     opaque_attention.mark(gm)
     keep_floats(gm)
@@ -109,7 +111,7 @@ def capture(
     ambient = [i for i in _attributes(gm) if isinstance(example_inputs[i], torch.Tensor)]
     ambient = [i for i in ambient if id(example_inputs[i]) not in given]
     complete = not torch_compat.is_broken(gm)
-    step = frozenset(_step_inputs(gm, example_inputs, timestep if complete or not isinstance(timestep, str) else None))
+    step = frozenset(_step_inputs(gm, example_inputs, timestep, number))
 
     def inference(functional: fx.GraphModule, fake_inputs: Sequence[Any]) -> Runner:
         functional.graph.eliminate_dead_code()
@@ -150,18 +152,26 @@ def _rename_inputs(gm: fx.GraphModule, names: Sequence[str]) -> bool:
 
 
 def _step_inputs(
-    gm: fx.GraphModule, example_inputs: Sequence[Any], timestep: torch.Tensor | str | None
+    gm: fx.GraphModule, example_inputs: Sequence[Any], timestep: torch.Tensor | float | None, number: str | None
 ) -> Iterator[int]:
-    """The positions of the timestep: of this tensor, or of the number that Dynamo read from the argument of that name.
+    """The positions of the timestep: of the tensor itself, or of the number where Dynamo read it from its argument.
 
-    Behind a graph break a local variable of that name may be another number: there this must not be asked for a name.
+    Behind a graph break, or in a block, a variable of that name may hold another number.
     """
     for i, node in enumerate(gm.graph.find_nodes(op="placeholder")):
-        if isinstance(timestep, str):
-            if torch_compat.source_of(node) == f"L['{timestep}']":
-                yield i
-        elif timestep is not None and example_inputs[i] is timestep:
+        if number is None:
+            found = timestep is not None and example_inputs[i] is timestep
+        else:
+            found = torch_compat.source_of(node) == f"L['{number}']" and _number(example_inputs[i]) == timestep
+        if found:
             yield i
+
+
+def _number(value: Any) -> Any:
+    """The number that an input of Dynamo's graph stands for: a float comes as a tensor, an int as a symbol."""
+    if isinstance(value, torch.SymInt):
+        return value.node.hint
+    return value.item() if isinstance(value, torch.Tensor) and value.dim() == 0 and value.device.type == "cpu" else None
 
 
 _ROOT = re.compile(r"[LG]\['[^']+'\]")

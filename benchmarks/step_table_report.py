@@ -1,0 +1,123 @@
+"""The page of benchmarks/step_tables.py: figures as Markdown tables."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+STEPS = 50  # rows of a table
+
+INTRODUCTION = """# Step tables on paper
+
+Written by `python -m benchmarks.step_tables` from `step_tables.json` (torch {torch}, diffusers {diffusers}).
+
+A step table holds what a step computes from its timestep, the conditioning and weights alone, and took a matrix
+product to compute: timestep embedders, AdaLN modulation, the final modulation. Nothing ran: the models have their
+published configurations on torch's meta device, weights in bfloat16 (in float32 what the class keeps so), and are
+called with one sample; with classifier-free guidance rows are twice as large. FLOPs are unknown where sizes depend on
+data, as the numbers of text tokens of HunyuanVideo-1.5 do.
+
+- *depends on*: the conditioning that the values depend on besides the timestep: then they hold for one trajectory.
+- *row*: bytes of all values at one step, and of {steps} steps.
+- *FLOPs*: what a step spends on the values, and its share of the whole step.
+- *weights*: the bytes that nothing but the values reads, and their share of all weights of the graph.
+- *for good*: those of them that only values of the timestep alone read. Such values outlive the trajectory.
+- *read in reuse*: what a step reads of a row if it reuses every site. Where many blocks add weights of their own to one
+  value (PixArt, Wan), each step reads all of it.
+"""
+
+SAMPLES = """## Values with one vector for each sample
+
+Modulation and embeddings. Where each block has a modulation of its own, as in DiT, SD3.5, FLUX.1, Qwen-Image and
+HunyuanVideo-1.5, it has about a third of the weights, and next to no FLOPs; where blocks share one, or make it from a
+narrow embedding (PixArt, Wan, FLUX.2, Z-Image), a table frees little.
+"""
+
+TOKENS = """## All values
+
+Where the first block projects its text before it meets the image, these projections depend on the text and the
+timestep alone, and so do text refiners that take the timestep. They have one vector for each token. Where the pipeline
+gives each token a timestep of its own (Wan 2.2 5B), modulation too has one vector for each token.
+"""
+
+CONFIGURATIONS = "## Configurations\n"
+
+FOR_GOOD = "for good"
+_COLUMNS = ("model", "depends on", "values", "row", f"{STEPS} rows", "FLOPs", "weights", FOR_GOOD, "read in reuse")
+
+
+def render(content: Mapping[str, Any]) -> str:
+    """Return the whole page."""
+    rows = content["rows"]
+    parts = [
+        INTRODUCTION.format(torch=content["torch"], diffusers=content["diffusers"], steps=STEPS),
+        SAMPLES,
+        _table(_COLUMNS, (_cells(row, "samples") for row in rows)),
+        TOKENS,
+        _table(
+            [column for column in _COLUMNS if column != FOR_GOOD],
+            (_cells(row, "tokens") for row in rows if row["tokens"] != row["samples"]),
+        ),
+        CONFIGURATIONS,
+        _table(("model", "class", "configuration", "blocks", "weights"), map(_configuration, rows)),
+    ]
+    return "\n".join(parts)
+
+
+def _cells(row: Mapping[str, Any], section: str) -> tuple[str, ...]:
+    figures, step = row[section], row["step"]
+    depends = ", ".join(f"`{name}`" for name in row["conditioning"][section]) or "timestep alone"
+    if not figures["values"]:
+        return (row["name"], "", "none", *[""] * (len(_COLUMNS) - 3))
+    return (
+        row["name"],
+        depends,
+        f"{figures['values']:,}",
+        size(figures["row_bytes"]),
+        size(STEPS * figures["row_bytes"]),
+        f"{count(figures['flops'])} ({percent(figures['flops'], step['flops'])})",
+        _released(figures, step),
+        *([_released(row["timestep"], step)] if section == "samples" else ()),
+        f"{figures['reuse_values']:,} values, {size(figures['reuse_bytes'])}",
+    )
+
+
+def _released(figures: Mapping[str, int], step: Mapping[str, int]) -> str:
+    released = figures["released_bytes"]
+    return f"{size(released)} ({percent(released, step['weight_bytes'])})"
+
+
+def _configuration(row: Mapping[str, Any]) -> tuple[str, ...]:
+    blocks = ", ".join(f"{name} {number}" for name, number in row["depths"].items())
+    return row["name"], f"`{row['class']}`", row["source"], blocks, size(row["step"]["weight_bytes"])
+
+
+def _table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = [columns, ["---"] * len(columns), *rows]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines) + "\n"
+
+
+def size(count: float) -> str:
+    """Return bytes with three digits and a binary unit."""
+    return _scaled(count, 1024, ("B", "KiB", "MiB", "GiB", "TiB"))
+
+
+def count(number: float) -> str:
+    """Return a number with three digits and a decimal prefix."""
+    return _scaled(number, 1000, ("", "k", "M", "G", "T")).strip()
+
+
+def _scaled(number: float, base: int, units: Sequence[str]) -> str:
+    for unit in units[:-1]:
+        if number < base:
+            return f"{number:.3g} {unit}"
+        number /= base
+    return f"{number:.3g} {units[-1]}"
+
+
+def percent(part: float, whole: float) -> str:
+    """Return a share with two digits; unknown if there is no whole."""
+    if not whole:
+        return "unknown"
+    share = 100 * part / whole
+    return "< 0.01 %" if 0 < share < 0.01 else f"{share:.2g} %"
