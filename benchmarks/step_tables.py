@@ -73,7 +73,7 @@ def _stop(arguments: list[Any]) -> Sequence[Any]:
 def tables(captured: Captured) -> dict[str, StepTable]:
     """The step tables by section: of values of the timestep alone and of all, with one vector for each sample; and of
     all values, those with a vector for each token too."""
-    graph, held = captured.gm.graph, captured.steady
+    graph, held = captured.gm.graph, captured.conditioning
     found = find_sites(captured.gm, captured.static, held)
     reused = [value for site in found.sites for value in site.values]
     chosen: dict[str, tuple[frozenset[int], int | None]] = {

@@ -97,9 +97,9 @@ def capture(
     """Trace `gm` to a functional ATen graph, call `then` with it, and return the compiled callable.
 
     `then` runs under Dynamo's fake inputs. Elements of `example_inputs` that are in `conditioning` become
-    `Captured.conditioning`. `arguments` are all tensors among the arguments of the call; `timestep` is one of them, or a
-    number, and then `number` is the name of the argument. Raises GradientsNeeded if autograd has to differentiate the
-    graph.
+    `Captured.conditioning`. `arguments` are all tensors among the arguments of the call; `timestep` is one of them, or
+    a number, and then `number` is the name of the argument. Raises GradientsNeeded if autograd has to differentiate
+    the graph.
     """
     opaque_attention.mark(gm)
     keep_floats(gm)
