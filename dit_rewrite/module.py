@@ -20,8 +20,9 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from dit_rewrite.compiler.backend import Backend, Rewritten
+from dit_rewrite.compiler.backend import Backend
 from dit_rewrite.compiler.lowering import isolated
+from dit_rewrite.compiler.rewritten import Rewritten
 from dit_rewrite.errors import (
     DitRewriteError,
     GradientsNeeded,

@@ -9,7 +9,6 @@ import time
 import weakref
 from collections import Counter
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import sympy
@@ -24,19 +23,15 @@ from dit_rewrite.compiler.lowering import Compiled, Lowering
 from dit_rewrite.compiler.partition import Partition
 from dit_rewrite.compiler.pipeline import PASSES, STRAIGHT_LINE_PASSES
 from dit_rewrite.compiler.request import Request
+from dit_rewrite.compiler.rewritten import Rewritten, row_name
 from dit_rewrite.kernels.relative_l1 import relative_l1
-from dit_rewrite.passes.analysis import cost
 from dit_rewrite.passes.analysis.graph import copied
-from dit_rewrite.passes.analysis.site import Found
 from dit_rewrite.passes.analysis.structure import structure
 from dit_rewrite.passes.capture.capture import Captured, capture
 from dit_rewrite.passes.pipeline import Context, PassRun, Watch, check_disabled, run_passes
-from dit_rewrite.passes.rewrite.guarded_graph import GuardedGraph
 from dit_rewrite.passes.rewrite.hoist import Hoisted
-from dit_rewrite.passes.rewrite.segments import whole
-from dit_rewrite.passes.rewrite.specialise import Row, Variant, specialise
+from dit_rewrite.passes.rewrite.specialise import Row, specialise
 from dit_rewrite.policy.rules import Policy
-from dit_rewrite.policy.site_rules import SiteRules
 from dit_rewrite.runtime.dispatch import CompiledGraph
 from dit_rewrite.runtime.segments import Executable
 from dit_rewrite.runtime.session import Session
@@ -51,73 +46,6 @@ class Watcher(Protocol):
     def begin(self, graph: int, captured: Captured) -> Watch: ...
 
     def lowering(self, graph: int, name: str, gm: fx.GraphModule) -> Watch: ...
-
-
-@dataclass
-class Rewritten:
-    """A captured graph with the results of all passes. The keys of ``variants`` are (segment, row).
-
-    ``gm`` is the graph from which the guarded graph was built: without hoisted values, with the probes of guards.
-    """
-
-    captured: Captured
-    context: Context
-    runs: list[PassRun]
-    graph: CompiledGraph
-    variants: dict[tuple[int, Row], Variant] = field(default_factory=dict)
-    compiled: dict[Any, tuple[Variant, Callable[..., Any]]] = field(default_factory=dict)  # by structure
-
-    @property
-    def bound(self) -> Bound:
-        return self.context[Bound]
-
-    @property
-    def guarded(self) -> GuardedGraph:
-        return self.context[GuardedGraph]
-
-    @property
-    def partition(self) -> Partition:
-        return self.context[Partition]
-
-    @property
-    def hoisted(self) -> Hoisted | None:
-        return self.context.get(Hoisted)
-
-    @property
-    def gm(self) -> fx.GraphModule:
-        return self.guarded.source
-
-    @property
-    def found(self) -> Found:
-        return self.bound.found
-
-    @property
-    def rules(self) -> tuple[SiteRules, ...]:
-        return self.bound.rules
-
-    @property
-    def reached(self) -> tuple[int, ...]:
-        """The indices of the guarded sites."""
-        return self.bound.reached
-
-    @property
-    def slot_bytes(self) -> dict[int, int]:
-        """The bytes per stream in the slot of each guarded site, by the index of the site among all sites."""
-        slots = zip(self.reached, self.guarded.slot_tensors, strict=True)
-        return {i: sum(map(cost.stored_bytes, slot)) for i, slot in slots}
-
-    def straight(self, row: Row) -> Variant:
-        """Return the whole graph specialised for a row of decisions, as one segment. It is only used for printing."""
-        return specialise(self.guarded, row, whole(self.gm, self.partition.sites))
-
-    @property
-    def most_reused(self) -> Row:
-        """The row that reuses each site that some compiled variant reuses."""
-        row = [False] * len(self.partition.sites)
-        for number, part in self.variants:
-            for site, reused in zip(self.partition.depends[number], part, strict=True):
-                row[site] |= reused
-        return tuple(row)
 
 
 class Backend:
@@ -297,13 +225,6 @@ def _size_check(captured: Captured, assumed: tuple[sympy.Basic, ...]) -> Callabl
     """Return a check of the sizes that a late compilation assumed, or None if it assumed none."""
     symbols = {i: s for i, node in enumerate(captured.placeholders) if (s := _symbol(node)) is not None}
     return lowering.admits(assumed, symbols) if assumed else None
-
-
-def row_name(row: Sequence[bool]) -> str:
-    """Return a row of decisions as letters, C for compute and R for reuse, or "all_compute" or "all_reuse"."""
-    if not row or len(set(row)) == 1:
-        return "all_reuse" if row and row[0] else "all_compute"
-    return "".join("R" if reused else "C" for reused in row)
 
 
 def half_of_memory(model: torch.nn.Module | None) -> int:

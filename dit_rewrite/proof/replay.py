@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from dit_rewrite import torch_compat
-from dit_rewrite.compiler.backend import Rewritten
+from dit_rewrite.compiler.rewritten import Rewritten
 from dit_rewrite.compiler.slot_formats import SlotFormat
 from dit_rewrite.errors import DecisionReason
 from dit_rewrite.passes.analysis.site import Part, Site

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from dit_rewrite import torch_compat
-from dit_rewrite.compiler.backend import Rewritten, row_name
+from dit_rewrite.compiler.rewritten import Rewritten, row_name
 from dit_rewrite.errors import UnreachedReason
 from dit_rewrite.passes.analysis import cost
 from dit_rewrite.passes.analysis.branches import Refusal

@@ -8,7 +8,7 @@ from fractions import Fraction
 
 import sympy
 
-from dit_rewrite.compiler.backend import Rewritten
+from dit_rewrite.compiler.rewritten import Rewritten
 from dit_rewrite.errors import UnreachedReason
 from dit_rewrite.passes.analysis.site import Kind, Part, Site
 from dit_rewrite.passes.guards.satisfiability import Verdict, verdict

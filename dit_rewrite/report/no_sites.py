@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 
 from torch import nn
 
-from dit_rewrite.compiler.backend import Rewritten
+from dit_rewrite.compiler.rewritten import Rewritten
 from dit_rewrite.errors import BrokenUp, NoSites
 
 

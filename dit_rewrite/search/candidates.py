@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 from functools import cached_property
 
-from dit_rewrite.compiler.backend import Rewritten
+from dit_rewrite.compiler.rewritten import Rewritten
 from dit_rewrite.passes.analysis import cost
 from dit_rewrite.passes.analysis.site import Kind, Part, Site
 from dit_rewrite.policy.plan import Choice

@@ -22,10 +22,7 @@ from dit_rewrite.passes.rewrite.slot import Slot
 
 
 def insert_guards(gm: fx.GraphModule, sites: Sequence[Site], guarded: Sequence[Guarded]) -> GuardedGraph:
-    """Return a copy of the captured graph `gm` in which the `guarded` sites are cache_or_compute nodes.
-
-    `guarded` has the order of `sites`, in which inner sites precede the sites around them.
-    """
+    """Return a copy of `gm` whose `guarded` sites, in the order of `sites` (inner ones first), are guarded."""
     chosen = tuple(sites[g.site] for g in guarded)
     around = tuple(_parent(sites, guarded, g.site) for g in guarded)
     return _Rewriter(gm, chosen, around, tuple(guarded)).run()

@@ -12,8 +12,9 @@ import pytest
 import torch
 
 from dit_rewrite import BlockwiseReuse, Policy, Rule, Where, WindowResidual
-from dit_rewrite.compiler.backend import Backend, Rewritten
+from dit_rewrite.compiler.backend import Backend
 from dit_rewrite.compiler.lowering import Lowering
+from dit_rewrite.compiler.rewritten import Rewritten
 from dit_rewrite.errors import DecisionReason, RefusalReason
 from dit_rewrite.guards import step
 from dit_rewrite.module import attach, twin

@@ -50,9 +50,9 @@ def captured(model: nn.Module, *calls: dict[str, Any]) -> Captured:
 
 def table_of(graph: Captured, max_vectors: int | None = None) -> StepTable:
     """The table of a captured graph."""
-    found = find_sites(graph.gm, graph.static, graph.steady)
+    found = find_sites(graph.gm, graph.static, graph.conditioning)
     reused = [value for site in found.sites for value in site.values]
-    return step_table(graph.gm.graph, graph.static, graph.steady, graph.step, reused, max_vectors)
+    return step_table(graph.gm.graph, graph.static, graph.conditioning, graph.step, reused, max_vectors)
 
 
 class Denoiser(Toy):
@@ -139,10 +139,10 @@ def test_what_is_not_known_to_stay_is_no_conditioning() -> None:
     model = Denoiser(lambda m, x, t, c: x * m.a(t + c)[:, None], a=linear())
     call = {"x": tokens(0), "timestep": tokens(1, BATCH, WIDTH), "condition": tokens(2, BATCH, WIDTH)}
     graph = captured(model, call)
-    positions = (graph.gm.graph, graph.static, graph.steady, graph.step)
+    positions = (graph.gm.graph, graph.static, graph.conditioning, graph.step)
     assert len(step_table(*positions).values) == 1
     assert step_table(graph.gm.graph, graph.static, (), graph.step).values == ()
-    assert step_table(graph.gm.graph, graph.static, graph.steady, ()).values == ()
+    assert step_table(graph.gm.graph, graph.static, graph.conditioning, ()).values == ()
 
 
 def modulated(m: Toy, x: Tensor, t: Tensor, c: Tensor | None) -> Tensor:
@@ -227,7 +227,7 @@ def test_the_timestep_may_be_a_number(timesteps: tuple[Any, ...]) -> None:
     x, condition = tokens(0), tokens(2, BATCH, WIDTH)
     graph = captured(model, *({"x": x, "timestep": t, "condition": condition} for t in timesteps))
     assert [graph.placeholders[i].name for i in graph.step] == ["timestep"]
-    assert [graph.placeholders[i].name for i in graph.steady] == ["condition"]
+    assert [graph.placeholders[i].name for i in graph.conditioning] == ["condition"]
     (value,) = table_of(graph).values
     assert (value.path, value.conditioning) == ("a", ("condition",))
 
@@ -292,7 +292,7 @@ def test_toy_models(name: str) -> None:
     read = {value.node for value in found.values if value.read_in_reuse}
     per_token = sum(value.vectors > BATCH for value in found.values)
     assert (len(found.values), len(read), per_token) == COUNTS[name]
-    sites = find_sites(graph.gm, graph.static, graph.steady).sites
+    sites = find_sites(graph.gm, graph.static, graph.conditioning).sites
     guarded = insert_guards(graph.gm, sites, [Guarded(i, "", "") for i in range(len(sites))])
     reusing = specialise(guarded, [True] * len(sites), whole(guarded.source, sites)).gm
     assert read == {value.node for value in found.values} & {node.name for node in reusing.graph.nodes if node.users}

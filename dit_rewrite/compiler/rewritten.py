@@ -1,0 +1,96 @@
+"""A captured graph with the results of all passes over it, and with its compiled variants."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import fx
+
+from dit_rewrite.compiler.bind import Bound
+from dit_rewrite.compiler.partition import Partition
+from dit_rewrite.passes.analysis import cost
+from dit_rewrite.passes.analysis.site import Found
+from dit_rewrite.passes.capture.capture import Captured
+from dit_rewrite.passes.pipeline import Context, PassRun
+from dit_rewrite.passes.rewrite.guarded_graph import GuardedGraph
+from dit_rewrite.passes.rewrite.hoist import Hoisted
+from dit_rewrite.passes.rewrite.segments import whole
+from dit_rewrite.passes.rewrite.specialise import Row, Variant, specialise
+from dit_rewrite.policy.site_rules import SiteRules
+from dit_rewrite.runtime.dispatch import CompiledGraph
+
+
+@dataclass
+class Rewritten:
+    """A captured graph with the results of all passes. The keys of ``variants`` are (segment, row).
+
+    ``gm`` is the graph from which the guarded graph was built: without hoisted values, with the probes of guards.
+    """
+
+    captured: Captured
+    context: Context
+    runs: list[PassRun]
+    graph: CompiledGraph
+    variants: dict[tuple[int, Row], Variant] = field(default_factory=dict)
+    compiled: dict[Any, tuple[Variant, Callable[..., Any]]] = field(default_factory=dict)  # by structure
+
+    @property
+    def bound(self) -> Bound:
+        return self.context[Bound]
+
+    @property
+    def guarded(self) -> GuardedGraph:
+        return self.context[GuardedGraph]
+
+    @property
+    def partition(self) -> Partition:
+        return self.context[Partition]
+
+    @property
+    def hoisted(self) -> Hoisted | None:
+        return self.context.get(Hoisted)
+
+    @property
+    def gm(self) -> fx.GraphModule:
+        return self.guarded.source
+
+    @property
+    def found(self) -> Found:
+        return self.bound.found
+
+    @property
+    def rules(self) -> tuple[SiteRules, ...]:
+        return self.bound.rules
+
+    @property
+    def reached(self) -> tuple[int, ...]:
+        """The indices of the guarded sites."""
+        return self.bound.reached
+
+    @property
+    def slot_bytes(self) -> dict[int, int]:
+        """The bytes per stream in the slot of each guarded site, by the index of the site among all sites."""
+        slots = zip(self.reached, self.guarded.slot_tensors, strict=True)
+        return {i: sum(map(cost.stored_bytes, slot)) for i, slot in slots}
+
+    def straight(self, row: Row) -> Variant:
+        """Return the whole graph specialised for a row of decisions, as one segment. It is only used for printing."""
+        return specialise(self.guarded, row, whole(self.gm, self.partition.sites))
+
+    @property
+    def most_reused(self) -> Row:
+        """The row that reuses each site that some compiled variant reuses."""
+        row = [False] * len(self.partition.sites)
+        for number, part in self.variants:
+            for site, reused in zip(self.partition.depends[number], part, strict=True):
+                row[site] |= reused
+        return tuple(row)
+
+
+def row_name(row: Sequence[bool]) -> str:
+    """Return a row of decisions as letters, C for compute and R for reuse, or "all_compute" or "all_reuse"."""
+    if not row or len(set(row)) == 1:
+        return "all_reuse" if row and row[0] else "all_compute"
+    return "".join("R" if reused else "C" for reused in row)
