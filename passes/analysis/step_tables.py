@@ -82,7 +82,7 @@ def step_table(
     `reused` names the nodes whose values a reusing step takes from the cache: those of all sites. Values of more than
     `max_vectors` vectors are left out, and what is computed from them: rows with a vector for each token are large.
     """
-    moving = moving_nodes(graph, {*weights, *conditioning}, step_inputs)
+    moving = _moving_nodes(graph, {*weights, *conditioning}, step_inputs)
     if max_vectors is not None:
         moving = _without_large(moving, max_vectors)
     ends = [node for node in graph.nodes if node.op == "output" or _acts(node)]
@@ -91,12 +91,12 @@ def step_table(
     reusing = ancestors(ends, [node for node in graph.nodes if node.name in names])
     places = {_place(node): node for node in values}
     read = {whole for piece in _frontier(moving, reusing) if (whole := _within(piece, places)) is not None}
-    given = _names(graph, conditioning)
+    given = _at(graph, conditioning)
     table = tuple(_value(node, given, node in read) for node in values)
     return _priced(graph, table, moving, ancestors(ends, _twins(moving, values)), weights)
 
 
-def moving_nodes(graph: fx.Graph, invariant: Iterable[int], step_inputs: Iterable[int]) -> dict[fx.Node, None]:
+def _moving_nodes(graph: fx.Graph, invariant: Iterable[int], step_inputs: Iterable[int]) -> dict[fx.Node, None]:
     """The nodes that depend on a step input, and otherwise on the invariant inputs alone, in the order of the graph."""
     invariant = set(invariant)
     steady = invariant_nodes(graph, invariant)
@@ -130,8 +130,8 @@ def _frontier(moving: dict[fx.Node, None], live: set[fx.Node]) -> dict[fx.Node, 
         node = stack.pop()
         if node in moving and node not in seen:
             seen.add(node)
-            stack += () if is_piece(node, moving) else node.all_input_nodes
-    pieces = [storage(node) for node in moving if node in seen and is_piece(node, moving)]
+            stack += () if _is_piece(node, moving) else node.all_input_nodes
+    pieces = [storage(node) for node in moving if node in seen and _is_piece(node, moving)]
     first: dict[object, fx.Node] = {}
     for node in pieces:
         first.setdefault(_place(node), node)  # FLUX.2 splits one modulation anew in each block
@@ -139,7 +139,7 @@ def _frontier(moving: dict[fx.Node, None], live: set[fx.Node]) -> dict[fx.Node, 
     return {node: None for node in whole if not any(base in whole for base in _bases(node))}
 
 
-def is_piece(node: fx.Node, moving: Collection[fx.Node]) -> bool:
+def _is_piece(node: fx.Node, moving: Collection[fx.Node]) -> bool:
     """Whether a node is the result of a contraction that belongs to the step, a view of it, or a part of it."""
     while node in moving and not is_contraction(node):
         if not (is_view(node) or _is_part(node)):
@@ -173,7 +173,7 @@ def _place(node: fx.Node) -> object:
 def _twins(moving: dict[fx.Node, None], values: Collection[fx.Node]) -> list[fx.Node]:
     """The values, and the nodes that take the same part of the same result."""
     places = {_place(node) for node in values}
-    return [node for node in moving if is_piece(node, moving) and _place(node) in places]
+    return [node for node in moving if _is_piece(node, moving) and _place(node) in places]
 
 
 def _within(piece: fx.Node, places: Mapping[object, fx.Node]) -> fx.Node | None:
@@ -182,7 +182,8 @@ def _within(piece: fx.Node, places: Mapping[object, fx.Node]) -> fx.Node | None:
     return next((places[place] for place in around if place in places), None)
 
 
-def _names(graph: fx.Graph, positions: Collection[int]) -> set[fx.Node]:
+def _at(graph: fx.Graph, positions: Collection[int]) -> set[fx.Node]:
+    """The placeholders at some positions."""
     return {node for i, node in enumerate(graph.find_nodes(op="placeholder")) if i in positions}
 
 
@@ -201,7 +202,8 @@ def _priced(
     weights: Collection[int],
 ) -> StepTable:
     """The table of these values; `kept` are the nodes that a step still needs which is given them."""
-    held = [node for node in graph.find_nodes(op="placeholder") if node in _names(graph, weights)]
+    known = _at(graph, weights)
+    held = [node for node in graph.nodes if node in known]
     released = [node for node in held if node.users and node not in kept]
     return StepTable(
         values,
