@@ -12,12 +12,13 @@ from typing import Any
 
 from torch import Tensor
 
+from dit_rewrite.decision_row import DecisionRow
 from dit_rewrite.errors import DecisionReason, MissReason, Reason
 from dit_rewrite.runtime.cache import Cache, Memoized, stamp_of
 from dit_rewrite.runtime.decide import Computed, Decider, Decisions, Moment, Past, SiteSpec, Weights
 from dit_rewrite.runtime.forecast_errors import ForecastErrors, Fresh
 from dit_rewrite.runtime.measure import Distance, Meter
-from dit_rewrite.runtime.segments import Executable, Row, Segment, SizesNotCompiled, Wiring, execute
+from dit_rewrite.runtime.segments import Executable, Segment, SizesNotCompiled, Wiring, execute
 from dit_rewrite.runtime.session import Call, Observation, Session
 from dit_rewrite.runtime.slots import transition
 from dit_rewrite.runtime.spectral import noise_share
@@ -45,7 +46,7 @@ class CompiledGraph:
         wiring: Wiring,
         segments: Sequence[Segment],
         session: Session,
-        compile_variant: Callable[[int, Row], Executable | None],
+        compile_variant: Callable[[int, DecisionRow], Executable | None],
         lag: int,
         distance: Distance,
     ) -> None:
@@ -78,7 +79,7 @@ class CompiledGraph:
         self._forecasting = tuple(tuple(i for i in segment.sites if i in forecasting) for segment in self.segments)
         self._compiling = threading.RLock()
         self._room = [None] * (wiring.num_wires - wiring.num_inputs)
-        self._shared: dict[tuple[Row, Row], tuple[int, ...]] = {}  # outputs that alias a slot, by row
+        self._shared: dict[tuple[DecisionRow, DecisionRow], tuple[int, ...]] = {}  # outputs that alias a slot, by row
 
     def __call__(self, args: list[Any]) -> Sequence[Any]:
         """Run the graph on its flat inputs; this is the calling convention of AOTAutograd. Clears `args`."""
@@ -256,7 +257,7 @@ class CompiledGraph:
             position, slots = len(call.graphs) - 1, tuple(cache.values)
             self.session.observer(Observation(self.index, position, record, tuple(args), tuple(outputs), slots))
 
-    def add_variant(self, segment: int, row: Row, late: bool = False) -> Executable | None:
+    def add_variant(self, segment: int, row: DecisionRow, late: bool = False) -> Executable | None:
         """Compile a segment for a row of decisions, unless it is compiled already.
 
         late: the variant was not predicted when the model was compiled, and is compiled during a call.

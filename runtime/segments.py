@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
-Row = tuple[bool, ...]
+from dit_rewrite.decision_row import DecisionRow
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Segment:
 
     sites: tuple[int, ...]
     spent: tuple[int, ...] = ()
-    variants: dict[Row, Executable | None] = field(default_factory=dict)
+    variants: dict[DecisionRow, Executable | None] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

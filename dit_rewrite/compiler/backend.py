@@ -24,13 +24,14 @@ from dit_rewrite.compiler.partition import Partition
 from dit_rewrite.compiler.pipeline import PASSES, STRAIGHT_LINE_PASSES
 from dit_rewrite.compiler.request import Request
 from dit_rewrite.compiler.rewritten import Rewritten, row_name
+from dit_rewrite.decision_row import DecisionRow
 from dit_rewrite.kernels.relative_l1 import relative_l1
 from dit_rewrite.passes.analysis.graph import copied
 from dit_rewrite.passes.analysis.structure import structure
 from dit_rewrite.passes.capture.capture import Captured, capture
 from dit_rewrite.passes.pipeline import Context, PassRun, Watch, check_disabled, run_passes
 from dit_rewrite.passes.rewrite.hoist import Hoisted
-from dit_rewrite.passes.rewrite.specialise import Row, specialise
+from dit_rewrite.passes.rewrite.specialise import specialise
 from dit_rewrite.policy.rules import Policy
 from dit_rewrite.runtime.dispatch import CompiledGraph
 from dit_rewrite.runtime.segments import Executable
@@ -126,7 +127,7 @@ class Backend:
         rewritten: Rewritten
         partition, hoisted = ctx[Partition], ctx.get(Hoisted)
 
-        def compile_variant(number: int, row: Row) -> Executable | None:
+        def compile_variant(number: int, row: DecisionRow) -> Executable | None:
             return self._compile(rewritten, number, row)
 
         graph = CompiledGraph(
@@ -165,7 +166,7 @@ class Backend:
         fresh = tuple((0, k) for k in range(len(hoisted.values)))
         return Executable(run, hoisted.inputs, (), (), fresh, None)
 
-    def _compile(self, rewritten: Rewritten, number: int, row: Row) -> Executable | None:
+    def _compile(self, rewritten: Rewritten, number: int, row: DecisionRow) -> Executable | None:
         """Compile the variant of a segment for a row of the decisions it depends on. Returns None if it has no nodes.
 
         Segments with equal structure share their code. Sizes that lowering assumes after Dynamo has finished are not in
@@ -200,7 +201,7 @@ class Backend:
         )
 
     @staticmethod
-    def _name(rewritten: Rewritten, number: int, row: Row) -> str:
+    def _name(rewritten: Rewritten, number: int, row: DecisionRow) -> str:
         """Return the name of a variant in the dump."""
         if rewritten.partition.segments.count == 1:
             return f"variant{len(rewritten.compiled)}_{row_name(row)}"

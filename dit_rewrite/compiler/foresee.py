@@ -10,6 +10,7 @@ from torch import fx
 
 from dit_rewrite.compiler.bind import Bound
 from dit_rewrite.compiler.request import Noise, Request, unknown_noise
+from dit_rewrite.decision_row import DecisionRow
 from dit_rewrite.passes.analysis.site import Part
 from dit_rewrite.passes.guards.symbols import measured
 from dit_rewrite.passes.pipeline import Context
@@ -25,15 +26,13 @@ FORESEEN_STEPS = 64  # steps to simulate if the number of steps is unknown
 LONGEST = 1000  # maximum number of steps to simulate
 ANSWERS = (None, 0.0, 1e6)  # simulated measurements: unknown, no change, a large change
 
-Row = tuple[bool, ...]
-
 
 @dataclass(frozen=True)
 class Foreseen:
     """``specs`` describes the guarded sites to dispatch; ``rows`` has the decisions of each foreseen step."""
 
     specs: tuple[SiteSpec, ...]
-    rows: tuple[Row, ...]
+    rows: tuple[DecisionRow, ...]
 
     def describe(self) -> Iterator[str]:
         """Yield each distinct row as letters (C for compute, R for reuse), with its number of foreseen steps."""
@@ -96,7 +95,7 @@ def simulate(
     noise: Noise = unknown_noise,
     streams: Collection[str] = (),
     measures: bool = False,
-) -> list[Row]:
+) -> list[DecisionRow]:
     """Return the rows of a trajectory without misses, once for each stream that rules name and once for any other.
 
     `noise` returns sigma and SNR of a step. Without `num_steps`, the first steps of a long trajectory are simulated. If
@@ -109,7 +108,7 @@ def simulate(
 
 def _rows(
     specs: Sequence[SiteSpec], num_steps: int | None, noise: Noise, stream: str | None, answer: float | None
-) -> list[Row]:
+) -> list[DecisionRow]:
     past, streak, holds = [NEVER] * len(specs), [0] * len(specs), [False] * len(specs)
     rows = []
     for step in range(min(num_steps or FORESEEN_STEPS, LONGEST)):

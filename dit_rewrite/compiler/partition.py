@@ -11,6 +11,7 @@ from torch import fx
 from dit_rewrite.compiler.bind import Bound
 from dit_rewrite.compiler.foresee import Foreseen
 from dit_rewrite.compiler.lowering import Lowering
+from dit_rewrite.decision_row import DecisionRow
 from dit_rewrite.errors import LoweringReason, NeedsSegments
 from dit_rewrite.passes.analysis.site import Probe, Site
 from dit_rewrite.passes.capture.capture import Captured
@@ -18,7 +19,6 @@ from dit_rewrite.passes.guards.measurements import measurement
 from dit_rewrite.passes.pipeline import Context
 from dit_rewrite.passes.rewrite.guarded_graph import GuardedGraph
 from dit_rewrite.passes.rewrite.segments import Segments, cut, relevant, whole
-from dit_rewrite.passes.rewrite.specialise import Row
 from dit_rewrite.policy.rules import Policy
 from dit_rewrite.runtime.decide import SiteSpec
 from dit_rewrite.runtime.measure import Measured
@@ -45,7 +45,7 @@ class Partition:
 
     @classmethod
     def of(
-        cls, bound: Bound, guarded: GuardedGraph, rows: Sequence[Row], lowering: Lowering, policy: Policy
+        cls, bound: Bound, guarded: GuardedGraph, rows: Sequence[DecisionRow], lowering: Lowering, policy: Policy
     ) -> Partition:
         """Partition as `lowering` requests. With "auto", cut into segments if there are too many distinct rows, or if a
         guard measures the call that it decides. Raises NeedsSegments in that case if `lowering` requests variants.
@@ -144,7 +144,7 @@ class Partition:
         for number, depends in enumerate(self.depends):
             yield f"segment {number}: {', '.join(self.sites[i].name for i in depends) or 'no site'}"
 
-    def foreseen(self, rows: Sequence[Row]) -> Iterator[tuple[int, Row]]:
+    def foreseen(self, rows: Sequence[DecisionRow]) -> Iterator[tuple[int, DecisionRow]]:
         """Yield (segment, row) for the variants that the foreseen rows need: first the computing one, then the most
         frequent ones, at most `max_variants` per segment."""
         for number, depends in enumerate(self.depends):
@@ -153,7 +153,7 @@ class Partition:
             counted = sorted(set(parts) - {never}, key=lambda row: (any(row), -parts.count(row)))
             yield from ((number, row) for row in (never, *counted[: self.max_variants - 1]))
 
-    def full_row(self, number: int, row: Row) -> Row:
+    def full_row(self, number: int, row: DecisionRow) -> DecisionRow:
         """Extend a segment's row to all sites. The other sites compute; they do not affect the segment's code."""
         reused = dict(zip(self.depends[number], row, strict=True))
         return tuple(reused.get(i, False) for i in range(len(self.sites)))

@@ -10,6 +10,7 @@ from torch import fx
 
 from dit_rewrite.compiler.bind import Bound
 from dit_rewrite.compiler.partition import Partition
+from dit_rewrite.decision_row import DecisionRow
 from dit_rewrite.passes.analysis import cost
 from dit_rewrite.passes.analysis.site import Found
 from dit_rewrite.passes.capture.capture import Captured
@@ -17,7 +18,7 @@ from dit_rewrite.passes.pipeline import Context, PassRun
 from dit_rewrite.passes.rewrite.guarded_graph import GuardedGraph
 from dit_rewrite.passes.rewrite.hoist import Hoisted
 from dit_rewrite.passes.rewrite.segments import whole
-from dit_rewrite.passes.rewrite.specialise import Row, Variant, specialise
+from dit_rewrite.passes.rewrite.specialise import Variant, specialise
 from dit_rewrite.policy.site_rules import SiteRules
 from dit_rewrite.runtime.dispatch import CompiledGraph
 
@@ -33,7 +34,7 @@ class Rewritten:
     context: Context
     runs: list[PassRun]
     graph: CompiledGraph
-    variants: dict[tuple[int, Row], Variant] = field(default_factory=dict)
+    variants: dict[tuple[int, DecisionRow], Variant] = field(default_factory=dict)
     compiled: dict[Any, tuple[Variant, Callable[..., Any]]] = field(default_factory=dict)  # by structure
 
     @property
@@ -75,12 +76,12 @@ class Rewritten:
         slots = zip(self.reached, self.guarded.slot_tensors, strict=True)
         return {i: sum(map(cost.stored_bytes, slot)) for i, slot in slots}
 
-    def straight(self, row: Row) -> Variant:
+    def straight(self, row: DecisionRow) -> Variant:
         """Return the whole graph specialised for a row of decisions, as one segment. It is only used for printing."""
         return specialise(self.guarded, row, whole(self.gm, self.partition.sites))
 
     @property
-    def most_reused(self) -> Row:
+    def most_reused(self) -> DecisionRow:
         """The row that reuses each site that some compiled variant reuses."""
         row = [False] * len(self.partition.sites)
         for number, part in self.variants:

@@ -38,8 +38,8 @@ class Choice(str, Enum):
         return self.value
 
 
-Row = tuple[Choice, ...]
-Table = tuple[Row, ...]
+PlanRow = tuple[Choice, ...]
+Table = tuple[PlanRow, ...]
 Window = float | tuple[int, ...]
 Grid = tuple[int, ...]
 
@@ -187,12 +187,12 @@ def _original(model: nn.Module) -> nn.Module:
     return original if isinstance(original, nn.Module) else model
 
 
-def row_text(row: Row) -> str:
+def row_text(row: PlanRow) -> str:
     """Return a step's choices as a line of text."""
     return " ".join(choice.value for choice in row)
 
 
-def parse_row(text: object) -> Row:
+def parse_row(text: object) -> PlanRow:
     """Parse the text of `row_text`. Raises BadParameter for unknown choices."""
     names = text.split(" ") if isinstance(text, str) else [text]
     known = [choice.value for choice in Choice]

@@ -25,7 +25,7 @@ from torch import Tensor
 from dit_rewrite.errors import BadParameter, BadPlan, MissingExtra, OtherSearch
 from dit_rewrite.policy.plan import (
     Choice,
-    Row,
+    PlanRow,
     Table,
     are_names,
     is_real,
@@ -60,7 +60,7 @@ class Runner(Protocol):
     def work(self) -> float:
         """Runs of the network so far. A run for all trajectories counts 1, a partial run counts its fraction."""
 
-    def replay(self, row: Row) -> None:
+    def replay(self, row: PlanRow) -> None:
         """Run the next step (from 0) with these choices, one for each site."""
 
     def begin(self, step: int) -> None:
@@ -174,11 +174,11 @@ def greedy(
     return found
 
 
-def _choose(runner: Runner, step: int, search: Search, tick: Callable[[], None]) -> tuple[Row, int]:
+def _choose(runner: Runner, step: int, search: Search, tick: Callable[[], None]) -> tuple[PlanRow, int]:
     """Search one step. Returns its choices, and the number of candidates that were tried."""
     runner.begin(step)
     reference = [output.clone() for output in runner.reference()]
-    row: Row = ()
+    row: PlanRow = ()
     evaluations = 0
     for index in range(len(search.sites)):
         choice, tried = _first_passing(runner, index, reference, search)

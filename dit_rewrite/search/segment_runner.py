@@ -35,7 +35,7 @@ from dit_rewrite.policy.plan import (
     Choice,
     Grid,
     Plan,
-    Row,
+    PlanRow,
     Window,
     check_window,
     describe_scheduler,
@@ -227,7 +227,7 @@ class SegmentRunner:
         self._waiting = None
         return arrivals
 
-    def replay(self, row: Row) -> None:
+    def replay(self, row: PlanRow) -> None:
         """Run the next step with these choices."""
         self.begin(-1)
         self.row = list(row)

@@ -10,13 +10,14 @@ ROOT = Path(__file__).parents[2]
 FOLDERS = ("dit_rewrite", "passes", "kernels", "runtime")  # each is installed inside dit_rewrite
 PASSES = ("passes.guards", "passes.capture", "passes.analysis", "passes.rewrite")
 PUBLIC = ("compile", "denoiser", "enable", "guards", "module")  # single files of dit_rewrite that users import from
-LEAVES = ("errors", "torch_compat")
+LEAVES = ("errors", "torch_compat", "decision_row")
 LANGUAGE = (*LEAVES, "passes.guards", "passes.analysis", "passes.rewrite", "runtime", "policy")
 COMPILER = (*LANGUAGE, "passes.pipeline", "passes.capture", "kernels", "policies", "compiler")
 # what each room may import, itself aside
 MAY_IMPORT = {
     "errors": (),
     "torch_compat": ("errors",),
+    "decision_row": (),
     "passes.pipeline": LEAVES,
     "passes.guards": LEAVES,
     "passes.capture": (*LEAVES, "passes.pipeline"),

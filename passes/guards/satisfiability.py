@@ -34,8 +34,11 @@ MAX_TERMS = 64  # terms of an expanded product
 MAX_ROWS = 4000  # inequalities processed for one verdict, about 10 us each
 
 Linear = dict[Expr, Fraction]  # unknown -> coefficient; that of 1 is the constant
-Row = tuple[Linear, bool]  # (form, strict): form <= 0, or < 0
-Rows = dict[frozenset[tuple[Expr, int]], tuple[Fraction, bool]]  # terms -> (c, strict): their sum + c <= 0, or < 0
+Inequality = tuple[Linear, bool]  # (form, strict): form <= 0, or < 0
+# terms -> (c, strict): their sum + c <= 0, or < 0
+Inequalities = dict[
+    frozenset[tuple[Expr, int]], tuple[Fraction, bool]
+]  # terms -> (c, strict): their sum + c <= 0, or < 0
 
 _ONE = sympy.S.One
 _EXACT = frozenset({step, num_steps, progress, layer, num_layers, age, streak})
@@ -114,7 +117,7 @@ def _possible(guard: Boolean, holds: bool, facts: Sequence[Boolean]) -> bool:
 # Conjunctions
 
 
-def _cubes(formula: Boolean, holds: bool, lenient: bool) -> list[list[Row]]:
+def _cubes(formula: Boolean, holds: bool, lenient: bool) -> list[list[Inequality]]:
     """Return the disjunctive normal form of `formula`, or of its negation if `holds` is False.
 
     If `lenient`, an undecided part counts as possibly true. Otherwise it raises _Undecided: if Python raises while it
@@ -138,14 +141,14 @@ def _cubes(formula: Boolean, holds: bool, lenient: bool) -> list[list[Row]]:
         raise
 
 
-def _comparison(formula: Boolean, holds: bool) -> list[list[Row]]:
+def _comparison(formula: Boolean, holds: bool) -> list[list[Inequality]]:
     """Return a comparison, or its negation, as a list of conjunctions; `Ne` gives two. Raises _Undecided."""
     if not isinstance(formula, Relational):
         raise _Undecided
     relation = formula if holds else formula.negated
     under = _sum(_side(relation.lhs), _negative(_side(relation.rhs)))
     over = _negative(under)
-    cubes: dict[type[Relational], list[list[Row]]] = {
+    cubes: dict[type[Relational], list[list[Inequality]]] = {
         Le: [[(under, False)]],
         Lt: [[(under, True)]],
         Ge: [[(over, False)]],
@@ -213,9 +216,9 @@ def _times(a: Linear, b: Linear) -> Linear:
 # Bounds of unknowns
 
 
-def _bounds(rows: Iterable[Row]) -> list[Row]:
+def _bounds(rows: Iterable[Inequality]) -> list[Inequality]:
     """Return the bounds of the unknowns in `rows`, and of the unknowns in these bounds, recursively."""
-    found: list[Row] = []
+    found: list[Inequality] = []
     fresh, seen = list(rows), {_ONE}
     while fresh:
         unknowns = {unknown for form, _ in fresh for unknown in form} - seen
@@ -225,7 +228,7 @@ def _bounds(rows: Iterable[Row]) -> list[Row]:
 
 
 @lru_cache(maxsize=4096)
-def _bounds_of(unknown: Expr) -> tuple[Row, ...]:
+def _bounds_of(unknown: Expr) -> tuple[Inequality, ...]:
     least = [(sympy.S.Zero, unknown, False)] if unknown.is_nonnegative else []
     bounds = [*least, *_function_bounds(unknown), *_product_bounds(unknown)]
     return tuple((_sum(_side(low), _negative(_side(high))), strict) for low, high, strict in bounds)
@@ -262,9 +265,9 @@ def _product_bounds(unknown: Expr) -> Iterator[tuple[Expr, Expr, bool]]:
 # Elimination
 
 
-def _tightest(rows: Iterable[Row], work: Iterator[int]) -> Rows:
+def _tightest(rows: Iterable[Inequality], work: Iterator[int]) -> Inequalities:
     """Return the rows scaled to coprime coefficients. Of rows with equal coefficients, keep the tightest."""
-    found: Rows = {}
+    found: Inequalities = {}
     for form, strict in rows:
         if next(work) > MAX_ROWS:
             raise _Undecided
@@ -281,7 +284,7 @@ def _tightest(rows: Iterable[Row], work: Iterator[int]) -> Rows:
     return found
 
 
-def _feasible(rows: Rows, work: Iterator[int]) -> bool:
+def _feasible(rows: Inequalities, work: Iterator[int]) -> bool:
     """Return whether some real numbers satisfy all rows. May also return False if no integers satisfy them."""
     while True:
         constant, strict = rows.pop(frozenset(), (Fraction(-1), False))
@@ -292,11 +295,11 @@ def _feasible(rows: Rows, work: Iterator[int]) -> bool:
         rows = _eliminate(rows, work)
 
 
-def _eliminate(rows: Rows, work: Iterator[int]) -> Rows:
+def _eliminate(rows: Inequalities, work: Iterator[int]) -> Inequalities:
     """Eliminate the unknown that gives the fewest new rows: combine each upper bound of it with each lower bound."""
     signs = Counter((unknown, q > 0) for terms in rows for unknown, q in terms)
     unknown = min((u for u, _ in signs), key=lambda u: signs[u, True] * signs[u, False])
-    kept, sides = list[Row](), (list[Row](), list[Row]())
+    kept, sides = list[Inequality](), (list[Inequality](), list[Inequality]())
     for terms, (constant, strict) in rows.items():
         form: Linear = {u: Fraction(q) for u, q in terms} | {_ONE: constant}
         factor = form.get(unknown, Fraction(0))

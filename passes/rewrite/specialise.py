@@ -15,13 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from dit_rewrite.decision_row import DecisionRow
 from dit_rewrite.passes.analysis.graph import aten, attribute
 from dit_rewrite.passes.analysis.unbacked import is_contiguous
 from dit_rewrite.passes.rewrite.cache_or_compute import cache_or_compute
 from dit_rewrite.passes.rewrite.guarded_graph import GuardedGraph
 from dit_rewrite.passes.rewrite.segments import Segments
-
-Row = tuple[bool, ...]  # for each guarded site: True if it, or a site around it, is reused
 
 
 @dataclass(frozen=True)
@@ -34,14 +33,14 @@ class Variant:
     """
 
     gm: fx.GraphModule
-    row: Row
+    row: DecisionRow
     inputs: tuple[int, ...]
     cached: tuple[tuple[int, int], ...]
     outputs: tuple[int, ...]
     fresh: tuple[tuple[int, int], ...]
 
 
-def normalise(row: Sequence[bool], parents: Sequence[int | None]) -> Row:
+def normalise(row: Sequence[bool], parents: Sequence[int | None]) -> DecisionRow:
     """Return the row with each site inside a reused site marked as reused: it is neither computed nor stored."""
     result: list[bool] = list(row)
     for i in range(len(row)):
@@ -78,7 +77,7 @@ class _Flat:
     node to its graph module.
     """
 
-    def __init__(self, guarded: GuardedGraph, row: Row) -> None:
+    def __init__(self, guarded: GuardedGraph, row: DecisionRow) -> None:
         self.meaning: dict[fx.Node, Any] = {}
         self.home: dict[fx.Node, fx.GraphModule] = {}
         inputs = guarded.gm.graph.find_nodes(op="placeholder")[guarded.num_inputs :]

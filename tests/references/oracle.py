@@ -12,12 +12,13 @@ from typing import Any, cast
 import torch
 from torch import Tensor, fx
 
+from dit_rewrite.decision_row import DecisionRow
 from dit_rewrite.passes.analysis.site import Found, Part, Site, close
 from dit_rewrite.passes.rewrite.codec import Codec, ValueCodec
 from dit_rewrite.passes.rewrite.guarded_graph import Guarded, GuardedGraph, Guidance
 from dit_rewrite.passes.rewrite.insert_guards import insert_guards
 from dit_rewrite.passes.rewrite.segments import Segments, cut, relevant, whole
-from dit_rewrite.passes.rewrite.specialise import Row, Variant, normalise, specialise
+from dit_rewrite.passes.rewrite.specialise import Variant, normalise, specialise
 from tests.helpers.tracing import Traced
 from tests.references.dictionary import Dictionary, Recall
 
@@ -265,7 +266,7 @@ class Rewritten:
             outputs, _ = self.string(self.whole, [variant], step, {})
             assert same(outputs, list(self.traced.returned[step]))
 
-    def random_table(self, seed: int) -> list[Row]:
+    def random_table(self, seed: int) -> list[DecisionRow]:
         """Return random decisions for each step."""
         chance = random.Random(seed)
         return [tuple(chance.random() < 0.5 for _ in self.sites) for _ in self.traced.arguments]

@@ -10,11 +10,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from dit_rewrite.decision_row import DecisionRow
 from dit_rewrite.errors import DecisionReason, MissReason
 from dit_rewrite.runtime.decide import Choice, Choose, Moment, SiteSpec
 from dit_rewrite.runtime.dispatch import CompiledGraph
 from dit_rewrite.runtime.inputs import Inputs
-from dit_rewrite.runtime.segments import Executable, Row, Segment, Wiring
+from dit_rewrite.runtime.segments import Executable, Segment, Wiring
 from dit_rewrite.runtime.session import Observation, Session
 from dit_rewrite.runtime.stats import Stats
 from dit_rewrite.runtime.trajectory import Clock
@@ -42,13 +43,13 @@ class Doubling:
         self.session = Session(Stats())
         self.session.enter(Clock(9))
         self.admits, self.leak = admits, leak
-        self.compiled: list[Row] = []
+        self.compiled: list[DecisionRow] = []
         site = SiteSpec("product", "mlp", 0, None, choose)
         self.outputs = (2, 3) if leak else (2,)
         wiring = Wiring(2 + len(self.outputs), 2, self.outputs, static=frozenset({1}))
         self.graph = CompiledGraph(0, [site], 1, wiring, [Segment((0,))], self.session, self.compile, 0, unmeasured)
 
-    def compile(self, segment: int, row: Row) -> Executable:
+    def compile(self, segment: int, row: DecisionRow) -> Executable:
         assert segment == 0
         self.compiled.append(row)
         if row == (True,):
@@ -202,7 +203,7 @@ class InSegments:
     def choose(site: int, reuse: Callable[[int, int], bool]) -> Any:
         return lambda moment, *_: Choice(reuse(site, moment.step), DecisionReason.RULE)
 
-    def compile(self, segment: int, row: Row) -> Executable | None:
+    def compile(self, segment: int, row: DecisionRow) -> Executable | None:
         admits = self.admits if True in row else None
         if segment == 0:
             return None if row[0] else self.noted(lambda x, w: (x * w,) * 2, (0, 1), (), (2,), ((0, 0),))

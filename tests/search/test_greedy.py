@@ -17,13 +17,13 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from dit_rewrite.errors import BadParameter, BadPlan, MissingExtra, PlanMismatch
-from dit_rewrite.policy.plan import Choice, Row, Table
+from dit_rewrite.policy.plan import Choice, PlanRow, Table
 from dit_rewrite.search.greedy import DELTAS, STRATEGIES, Found, greedy, loss, relative_error
 
 FULL, AST, ASC, WA_RS, WA_RS_ASC = Choice
 
 # The loss of a step's output, from the rows of the steps before and the choices of all sites in this one.
-Losses = Callable[[Table, Row], Fraction]
+Losses = Callable[[Table, PlanRow], Fraction]
 
 LARGE = 2.0**60  # eps is far below its last digit, so that the error of LARGE * (1 - x) is x exactly
 
@@ -40,14 +40,14 @@ class Fake:
         self.sites = sites
         self.stop_at = stop_at  # the step and site whose first attempt is interrupted
         self.history: Table = ()
-        self.row: Row | None = None
+        self.row: PlanRow | None = None
         self.work = 0.0
-        self.replayed: list[Row] = []
+        self.replayed: list[PlanRow] = []
         self.begun: list[int] = []
         self.attempts: list[tuple[int, int, Choice]] = []
         self.given = [torch.full((2, 3), LARGE), torch.full((2,), -LARGE)]
 
-    def replay(self, row: Row) -> None:
+    def replay(self, row: PlanRow) -> None:
         assert self.row is None
         assert len(row) == self.sites
         self.history += (row,)
@@ -86,7 +86,7 @@ class Fake:
         self.history, self.row = (*self.history, self.row), None
         self.work += 1
 
-    def outputs(self, row: Row) -> list[Tensor]:
+    def outputs(self, row: PlanRow) -> list[Tensor]:
         """Outputs in buffers that the next call overwrites."""
         error = float(self.losses(self.history, row))
         self.given[0].fill_(LARGE * (1 - error))
@@ -94,7 +94,7 @@ class Fake:
         return self.given
 
 
-def algorithm_1(losses: Losses, sites: int, steps: int, delta: Fraction, choices: Row) -> tuple[Table, int]:
+def algorithm_1(losses: Losses, sites: int, steps: int, delta: Fraction, choices: PlanRow) -> tuple[Table, int]:
     """The paper's algorithm, in fractions: layers count from 1; S is in ascending cost, so that the strategy "with the
     highest computation reduction ratio" is the first that passes; the first step is not compressed. Also returns the
     number of candidates tried."""
@@ -120,7 +120,7 @@ def names(sites: int) -> list[str]:
 def listed(losses: dict[Choice, list[Fraction]]) -> Losses:
     """A loss for each choice and site, the same at each step; the losses of one row add up."""
 
-    def total(history: Table, row: Row) -> Fraction:
+    def total(history: Table, row: PlanRow) -> Fraction:
         return sum((losses[choice][i] for i, choice in enumerate(row) if choice is not FULL), Fraction(0))
 
     return total
@@ -129,7 +129,7 @@ def listed(losses: dict[Choice, list[Fraction]]) -> Losses:
 def drawn(seed: int) -> Losses:
     """Losses in 64ths that depend on the whole row and on the row before, and often equal a threshold."""
 
-    def total(history: Table, row: Row) -> Fraction:
+    def total(history: Table, row: PlanRow) -> Fraction:
         if all(choice is FULL for choice in row):
             return Fraction(0)
         before = history[-1] if history else ()
@@ -196,7 +196,7 @@ def test_the_paper_tries_the_cheapest_first():
     st.permutations(STRATEGIES).flatmap(lambda order: st.integers(1, 4).map(lambda n: tuple(order[:n]))),
 )
 @example(0, 4, 1, Fraction(1, 8), STRATEGIES)
-def test_tables_are_those_of_algorithm_1(seed: int, sites: int, steps: int, delta: Fraction, choices: Row):
+def test_tables_are_those_of_algorithm_1(seed: int, sites: int, steps: int, delta: Fraction, choices: PlanRow):
     losses = drawn(seed)
     fake = Fake(losses, sites)
     found = greedy(fake, names(sites), steps, float(delta), choices)
@@ -223,7 +223,7 @@ def test_nothing_passes_on_a_broken_output(value: float):
     for broken in ("attempt", "reference", "both"):
 
         class Broken(Fake):
-            def outputs(self, row: Row, broken: str = broken) -> list[Tensor]:
+            def outputs(self, row: PlanRow, broken: str = broken) -> list[Tensor]:
                 outputs = super().outputs(row)
                 is_reference = all(choice is FULL for choice in row)
                 if broken == "both" or is_reference == (broken == "reference"):

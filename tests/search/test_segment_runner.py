@@ -14,7 +14,7 @@ from torch import Tensor
 import dit_rewrite
 from dit_rewrite.errors import BadOpArgument, BadParameter, BadTrajectory, NoSites, PlanMismatch, RefusalReason
 from dit_rewrite.policies import DiTFastAttn, parse
-from dit_rewrite.policy.plan import SHARED, WINDOWED, Choice, Plan, Row
+from dit_rewrite.policy.plan import SHARED, WINDOWED, Choice, Plan, PlanRow
 from dit_rewrite.policy.serialise import from_json, to_json
 from dit_rewrite.policy.strategies import WindowResidual
 from dit_rewrite.search.candidates import Candidates
@@ -137,7 +137,7 @@ def spent(tokens: int, choice: Choice) -> int:
 
 
 @pytest.mark.parametrize(("tokens", "last"), [(8, (Choice.ASC, Choice.WA_RS)), (128, (Choice.WA_RS, Choice.ASC))])
-def test_the_cheapest_candidate_comes_first(monkeypatch: pytest.MonkeyPatch, tokens: int, last: Row) -> None:
+def test_the_cheapest_candidate_comes_first(monkeypatch: pytest.MonkeyPatch, tokens: int, last: PlanRow) -> None:
     """By their FLOPs at these sizes: half of the batch is cheaper than a window with few tokens, but not with many. No
     candidate passes a threshold of zero, so all are tried."""
     seen: list[Candidates] = []
