@@ -22,7 +22,7 @@ from dit_rewrite.compiler.foresee import Foreseen
 from dit_rewrite.compiler.lowering import Compiled, Lowering
 from dit_rewrite.compiler.partition import Partition
 from dit_rewrite.compiler.pipeline import PASSES, STRAIGHT_LINE_PASSES
-from dit_rewrite.compiler.request import Request
+from dit_rewrite.compiler.request import Request, num_foreseen
 from dit_rewrite.compiler.rewritten import Rewritten, row_name
 from dit_rewrite.decision_row import DecisionRow
 from dit_rewrite.kernels.relative_l1 import relative_l1
@@ -110,7 +110,8 @@ class Backend:
     def _rewrite_alone(self, captured: Captured) -> CompiledGraph:
         trajectory = self.session.call.trajectory if self.session.call is not None else Trajectory(None)
         hoist = "hoist" not in self.disabled
-        request = Request(self._is_whole(captured), trajectory.num_steps, trajectory.noise, hoist, self.force)
+        levels = tuple(map(trajectory.noise, range(num_foreseen(trajectory.num_steps))))
+        request = Request(self._is_whole(captured), trajectory.num_steps, levels, hoist, self.force)
         ctx = Context(captured, self.policy, self.lowering, request)
         runs: list[PassRun] = []
         watch = None if self.watcher is None else self.watcher.begin(len(self.rewritten), captured)

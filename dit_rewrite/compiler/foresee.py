@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from torch import fx
 
 from dit_rewrite.compiler.bind import Bound
-from dit_rewrite.compiler.request import Noise, Request, unknown_noise
+from dit_rewrite.compiler.request import Request, num_foreseen
 from dit_rewrite.decision_row import DecisionRow
 from dit_rewrite.passes.analysis.site import Part
 from dit_rewrite.passes.guards.symbols import measured
@@ -22,9 +22,14 @@ from dit_rewrite.runtime.decide import NEVER, NO_SLOT, Choose, Computed, Decider
 from dit_rewrite.runtime.measure import ForecastError
 from dit_rewrite.runtime.slots import Transition, after, transition
 
-FORESEEN_STEPS = 64  # steps to simulate if the number of steps is unknown
-LONGEST = 1000  # maximum number of steps to simulate
 ANSWERS = (None, 0.0, 1e6)  # simulated measurements: unknown, no change, a large change
+
+Noise = Callable[[int], tuple[float | None, float | None]]
+
+
+def unknown_noise(step: int) -> tuple[None, None]:
+    """The noise of a trajectory without a scheduler: sigma and SNR are unknown."""
+    return None, None
 
 
 @dataclass(frozen=True)
@@ -48,7 +53,9 @@ def run(gm: fx.GraphModule, ctx: Context) -> Foreseen:
         replace(_spec(guarded, k, each, request.force), errors=_errors(k, rules)) for k, each in enumerate(rules)
     )
     measures = bool(measured(policy.mentions))
-    return Foreseen(specs, tuple(simulate(specs, request.num_steps, request.noise, policy.streams, measures)))
+    return Foreseen(
+        specs, tuple(simulate(specs, request.num_steps, request.levels.__getitem__, policy.streams, measures))
+    )
 
 
 def _errors(index: int, rules: Sequence[SiteRules]) -> dict[str, ForecastError]:
@@ -111,7 +118,7 @@ def _rows(
 ) -> list[DecisionRow]:
     past, streak, holds = [NEVER] * len(specs), [0] * len(specs), [False] * len(specs)
     rows = []
-    for step in range(min(num_steps or FORESEEN_STEPS, LONGEST)):
+    for step in range(num_foreseen(num_steps)):
         sigma, snr = noise(step)
         moment, now = Moment(step, num_steps, sigma=sigma, snr=snr, stream=stream), Computed(step, sigma, snr)
         decided = Decider(specs, moment, past, streak, holds, measure=lambda _, __: answer).decisions()

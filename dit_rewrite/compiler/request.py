@@ -2,25 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
-Noise = Callable[[int], tuple[float | None, float | None]]
+FORESEEN_STEPS = 64  # steps to look ahead if the number of steps is unknown
+LONGEST = 1000  # maximum number of steps to look ahead
+
+Level = tuple[float | None, float | None]  # sigma and SNR of a step; None means unknown
 
 
-def unknown_noise(step: int) -> tuple[None, None]:
-    """The noise of a trajectory without a scheduler: sigma and SNR are unknown."""
-    return None, None
+def num_foreseen(num_steps: int | None) -> int:
+    """Return how many steps of a trajectory to look ahead; `num_steps` is None if it is unknown."""
+    return min(num_steps or FORESEEN_STEPS, LONGEST)
 
 
 @dataclass(frozen=True)
 class Request:
-    """``whole``: the graph is the whole model. ``num_steps`` and ``noise``, which returns sigma and SNR of a step, are
-    those of the trajectory; None means unknown. ``hoist``: trajectory-invariant values are computed once per
-    trajectory. ``force``: every decision computes, for `verify`."""
+    """``whole``: the graph is the whole model. ``num_steps`` is that of the trajectory, None means unknown, and
+    ``levels`` has the noise of its first steps. ``hoist``: trajectory-invariant values are computed once per
+    trajectory. ``force``: every decision computes, for `verify`.
+
+    It holds numbers alone: a reference to the trajectory would keep its caches alive.
+    """
 
     whole: bool
     num_steps: int | None = None
-    noise: Noise = unknown_noise
+    levels: tuple[Level, ...] = ()
     hoist: bool = True
     force: bool = False

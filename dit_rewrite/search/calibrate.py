@@ -76,7 +76,7 @@ def _teacache(
 ) -> Policy:
     pairs = _changes(model, sample, backend)
     if len(pairs) < LEAST:
-        raise TooFewChanges(len(pairs), LEAST)
+        raise TooFewChanges(count=len(pairs), least=LEAST)
     changes, outcomes = zip(*pairs, strict=True)
     coefficients = tuple(float(f"{c:.{DIGITS}g}") for c in polyfit(changes, outcomes, DEGREE))
     r2 = explained(coefficients, pairs)

@@ -115,7 +115,7 @@ def test_pixels_are_enlarged_without_smoothing(tmp_path):
         ["generate", "--label", "1"],
         ["generate", "--model", "x"],
         ["generate", "--model", "x", "--prompt", "a", "--label", "1"],
-        ["verify"],
+        ["verify", "--steps", "none"],
     ],
 )
 def test_a_wrong_command_line_ends_with_the_usage(line, capsys):

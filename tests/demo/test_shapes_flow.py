@@ -43,7 +43,7 @@ from dit_rewrite.demo.shapes.sampling import sample_images  # noqa: E402
 from dit_rewrite.errors import DamagedWeights  # noqa: E402
 from dit_rewrite.module import twin  # noqa: E402
 
-SCRIPTS = Path(__file__).parent.parent / "examples" / "shapes"
+SCRIPTS = Path(__file__).parents[2] / "examples" / "shapes"
 CAPTION = "a red circle left of a blue square"
 
 

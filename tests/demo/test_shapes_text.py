@@ -28,7 +28,7 @@ from dit_rewrite.demo.shapes.text_sampling import sample_captions  # noqa: E402
 from dit_rewrite.errors import BadArgument, DamagedWeights
 from dit_rewrite.module import twin
 
-SCRIPTS = Path(__file__).parent.parent / "examples" / "shapes"
+SCRIPTS = Path(__file__).parents[2] / "examples" / "shapes"
 
 
 def scene(shape: str, colour: str, size: int, row: int, column: int) -> captions.Scenes:

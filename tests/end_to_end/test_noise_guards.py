@@ -54,7 +54,7 @@ def test_a_guard_on_sigma_under_flow_matching() -> None:
 
 def test_the_snr_without_a_scheduler_is_an_error() -> None:
     """An explicit trajectory could never reuse: the error says so, and how to correct it."""
-    with pytest.raises(NoiseUnknown, match=r"no scheduler was given.*Give trajectory\(scheduler="):
+    with pytest.raises(NoiseUnknown, match=r"no scheduler was given.*Use trajectory\(scheduler="):
         decisions(Policy((Rule(snr > 0.0),)), num_steps=STEPS)
 
 

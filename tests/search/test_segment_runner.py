@@ -313,7 +313,7 @@ def resized(model: Any) -> None:
     [
         ([guided(named=False)], "called more than once at step 0: .*Give both halves of the guidance in one batch"),
         ([guided(named=True)], "called more than once at step 0: .*Give both halves of the guidance in one batch"),
-        ([restarted], "call for step 1 is of step 0 of another trajectory"),
+        ([restarted], "call for step 1 belongs to step 0 of another trajectory"),
         ([resized], "At step 2 the denoiser was compiled again, for other shapes"),
         ([sampling(tiny.calls(3)), sampling(tiny.calls(3, tokens=12))], "At step 0 the denoiser was compiled again"),
     ],
