@@ -12,9 +12,9 @@ from torch import Tensor, fx, nn
 
 import dit_rewrite.kernels.attention_entropy  # noqa: F401  # registers the op
 from dit_rewrite.errors import RefusalReason
-from dit_rewrite.passes.analysis.graph import aten
+from dit_rewrite.passes.analysis.graph import aten, copied
 from dit_rewrite.passes.analysis.output_sites import find_latent
-from dit_rewrite.passes.analysis.probes import Probes, add_entropy, copied, find_keys, measurable
+from dit_rewrite.passes.analysis.probes import Probes, add_entropy, find_keys, measurable
 from dit_rewrite.passes.analysis.site import Part, Probe, Site, close
 from dit_rewrite.passes.guards.measurements import Measurement
 from dit_rewrite.passes.rewrite.printing import op_counts

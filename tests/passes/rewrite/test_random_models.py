@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 import dit_rewrite.kernels.attention_entropy  # noqa: F401  # registers the op
 from dit_rewrite.passes.analysis.attention_sites import find_cores, find_shared
-from dit_rewrite.passes.analysis.probes import Probes, add_entropy, copied, find_keys
+from dit_rewrite.passes.analysis.graph import copied
+from dit_rewrite.passes.analysis.probes import Probes, add_entropy, find_keys
 from dit_rewrite.passes.analysis.site import Part, Probe, Site
 from dit_rewrite.passes.analysis.spans import Stream, find_spans
 from dit_rewrite.passes.rewrite.batch import batch_labels

@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch import Tensor, fx, nn
 
-from dit_rewrite.passes.analysis.probes import Probes, copied
+from dit_rewrite.passes.analysis.graph import copied
+from dit_rewrite.passes.analysis.probes import Probes
 from dit_rewrite.passes.analysis.site import Probe
 from dit_rewrite.passes.analysis.structure import structure
 from dit_rewrite.passes.rewrite.printing import op_counts
