@@ -139,7 +139,7 @@ def is_uneven(timestep: Any) -> bool:
     """Return whether a CPU timestep has several different values; 0 is ignored, as it marks clean frames."""
     if not isinstance(timestep, Tensor) or timestep.device.type != "cpu" or not any(timestep.stride()):
         return False
-    return len(timestep[timestep != 0].unique()) > 1
+    return len(set(filter(None, timestep.flatten().tolist()))) > 1  # each call asks: no op for a few numbers
 
 
 def on_host(timestep: Any) -> float | None:

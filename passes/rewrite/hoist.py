@@ -1,7 +1,7 @@
 """Hoist trajectory-invariant values: compute them once per trajectory, in a separate graph. Lossless.
 
 The rest of the graph takes them as its last inputs. A call reuses them as long as its conditioning and the weights are
-the same, unmodified tensors (`runtime.cache.Hoisted`).
+the same, unmodified tensors (`runtime.cache.Memoized`).
 """
 
 from __future__ import annotations
