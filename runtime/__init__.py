@@ -13,6 +13,8 @@ measure.py       measurements that guards read
 spectral.py      SeaCache's spectral filter of a measured tensor
 decide.py        the decisions of a call, as a pure function
 session.py       the state of one thread: its trajectory and its current call
+step_tables.py   the step tables of a graph
+prologue.py      the hoisted values of a graph
 segments.py      compiled segments and the wires between them
 dispatch.py      runs the segments of a graph by the decisions
 stats.py         counters

@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import operator
-import weakref
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import lru_cache
+from operator import itemgetter
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from dit_rewrite.errors import MissReason
-from dit_rewrite.runtime.decide import NEVER, Computed, Past, Weights
+from dit_rewrite.runtime.decide import Decisions, SiteSpec, Weights
+from dit_rewrite.runtime.history import NEVER, Computed, Moment, Past
 from dit_rewrite.runtime.measure import Tracked
 from dit_rewrite.runtime.slots import Transition, after
-from dit_rewrite.runtime.tensors import version
+from dit_rewrite.runtime.step_tables import Bookmark
+from dit_rewrite.runtime.tensors import Memoized, version
 
 Stamp = tuple[Any, ...]
 
@@ -27,33 +28,6 @@ def stamp_of(arguments: Sequence[Any], numbers: bool = True) -> Stamp:
     Other inputs are included by value if `numbers` is True, and as None otherwise.
     """
     return tuple((a.shape, a.dtype, a.device) if isinstance(a, Tensor) else a if numbers else None for a in arguments)
-
-
-@dataclass(frozen=True)
-class Memoized:
-    """Values together with the input tensors, and their version counters, that they were computed from.
-
-    The inputs are weak references, because a tensor that was freed cannot be passed again.
-    """
-
-    inputs: tuple[weakref.ref[Tensor], ...]
-    versions: tuple[int | None, ...]
-    values: tuple[Tensor, ...]
-
-    @classmethod
-    def of(cls, inputs: Sequence[Tensor], values: Sequence[Tensor]) -> Memoized:
-        return cls(tuple(map(weakref.ref, inputs)), tuple(map(version, inputs)), tuple(values))
-
-    def valid_for(self, inputs: Sequence[Tensor], explicit: bool) -> bool:
-        """Return whether `inputs` are the same tensor objects, unmodified since.
-
-        Inference tensors have no version counter. They count as unmodified only in an `explicit` trajectory, whose
-        contract is that the caller does not modify the conditioning.
-        """
-        return all(before() is now for before, now in zip(self.inputs, inputs, strict=True)) and all(
-            explicit if now is None else now == before
-            for before, now in zip(self.versions, map(version, inputs), strict=True)
-        )
 
 
 @lru_cache(maxsize=1024)
@@ -84,6 +58,7 @@ class Cache:
         self.tracked = Tracked()
         self.lent: dict[int, tuple[Tensor, ...]] = {}  # by site: values of another stream from this step
         self.hoisted: Memoized | None = None
+        self.bookmark = Bookmark()
         self.conditioning: Memoized | None = None  # has no values; `validate_conditioning` compares its inputs
         self.stamp: Stamp | None = None
         self.weights: tuple[Any, ...] = ()
@@ -118,6 +93,7 @@ class Cache:
     def clear(self) -> None:
         """Empty all slots."""
         self.hoisted = None
+        self.bookmark.table = None  # compares the weights again
         self.tracked = Tracked()
         self.values = [None] * len(self.values)
         self.past = [NEVER] * len(self.past)
@@ -159,6 +135,27 @@ class Cache:
             self.values[site] = (*value, *older[: len(value) * (depth - 1)])
         elif change is Transition.EMPTY:
             self.values[site] = None
+
+    def commit(
+        self,
+        sites: Sequence[SiteSpec],
+        fresh: Sequence[tuple[tuple[int, int], Tensor]],
+        moment: Moment,
+        decided: Decisions,
+    ) -> None:
+        """Apply the decisions of a call of `sites` to their slots. `fresh` has the new tensors by site and index."""
+        now = Computed(moment.step, moment.sigma, moment.snr)
+        values: dict[int, list[tuple[int, Tensor]]] = {}
+        for (site, index), value in fresh:
+            values.setdefault(site, []).append((index, value))
+        for site, change in decided.changes:
+            if change is Transition.USE:  # the case of most sites in most calls
+                self.streak[site] += 1
+                continue
+            made = tuple([value for _, value in sorted(values.get(site, ()), key=itemgetter(0))]) or None
+            if sites[site].differs and sites[site].borrows != moment.stream:
+                made = self.less_lent(site, made)
+            self.update(site, change, made, now, sites[site].kept(moment.stream))
 
     def weighted(self, site: int, weights: Weights, width: int) -> tuple[Tensor, ...]:
         """Return the inputs of a weighted sum over a slot: one value for each weight, then the weights as a tensor.

@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor
 
 from dit_rewrite.errors import NoSteps, NoTimesteps, NumStepsNotWhole, TrajectoryReason
-from dit_rewrite.runtime.schedule import Schedule, is_uneven, on_host
+from dit_rewrite.runtime.schedule import Schedule, on_host
 from dit_rewrite.runtime.tensors import version
 
 
@@ -95,16 +95,30 @@ class Clock:
             return None, None  # the trajectory covers an unknown part of the schedule
         return schedule.levels.at(schedule.entry_at((self._begin or 0) + step))
 
+    def on_host(self, timestep: Tensor) -> Tensor | None:
+        """Return the values of a call's timestep, or None if reading them would synchronise with a device."""
+        if timestep.device.type == "cpu":
+            return timestep
+        return None if self.schedule is None else self.schedule.on_host(timestep)
+
+    def upcoming(self, timestep: Tensor) -> list[Tensor]:
+        """Return the timesteps of the current step and of all further ones, on the CPU; none if they are not known."""
+        host = self.on_host(timestep)
+        if host is None or self.schedule is None or self._entry is None or self._uneven:
+            return []
+        return self.schedule.upcoming(host, self._entry)
+
     def read(self, timestep: Tensor | float | None, named: Named) -> Reading:
         """Return the time of a call. Updates only the schedule, and whether frames are at different steps."""
         started = self.started
         restart = TrajectoryReason.SCHEDULE_SET if self._read_schedule() and started else None
         time = timestep if timestep is not None else named.timestep
-        self._uneven = self._uneven or is_uneven(time)
-        entry = None if self.schedule is None or self._uneven else self.schedule.entry(time, self._entry)
+        value, uneven = on_host(time)
+        self._uneven = self._uneven or uneven
+        entry = None if self.schedule is None or self._uneven else self.schedule.entry(time, value, self._entry)
         if entry is None and self.schedule is not None and not (started or self._uneven):
             entry = self.schedule.begin_index
-        value = on_host(time) if entry is None else None
+        value = value if entry is None else None
         repeats = None if self.schedule is None else entry is not None and self.schedule.repeats(entry)
         same, turned = self._compared(entry, value, timestep, named) if started else (False, False)
         if turned and restart is None:

@@ -4,74 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import cached_property
 from typing import NamedTuple, Protocol
 
 from dit_rewrite.errors import DecisionReason, MissReason, Reason
+from dit_rewrite.runtime.history import Moment, Past
 from dit_rewrite.runtime.measure import ForecastError, Measured
+from dit_rewrite.runtime.slots import Transition, transition
 
 NO_SLOT = -1
 HORIZON = 32  # steps to look ahead if the number of steps is unknown
 
 Read = Callable[[str], float | None]  # returns the value of a measured symbol; None if there is none
 Weights = tuple[float, ...]  # weights of the values in a slot, newest first
-
-
-class Moment(NamedTuple):
-    """The position of a graph call in its trajectory. None means unknown.
-
-    layer_offset: blocks that earlier graphs of this call of the model have run. snr: signal-to-noise ratio (power).
-    """
-
-    step: int
-    num_steps: int | None
-    layer_offset: int = 0
-    num_layers: int | None = None
-    sigma: float | None = None
-    snr: float | None = None
-    stream: Hashable = None
-
-
-class Computed(NamedTuple):
-    """The step at which a value was computed, with its sigma and SNR (None means unknown)."""
-
-    step: int
-    sigma: float | None = None
-    snr: float | None = None
-
-
-class Past:
-    """When the values in a slot were computed, newest first.
-
-    The hash is computed once, because a Past is part of the key under which decisions are cached.
-    """
-
-    __slots__ = ("_hash", "computed")
-
-    def __init__(self, computed: tuple[Computed, ...] = ()) -> None:
-        self.computed, self._hash = computed, hash(computed)
-
-    def __hash__(self) -> int:
-        return self._hash
-
-    def __eq__(self, other: object) -> bool:
-        return self is other or (isinstance(other, Past) and self.computed == other.computed)
-
-    def __repr__(self) -> str:
-        return f"Past({self.computed})"
-
-    def age(self, step: int) -> int | None:
-        """Return the number of steps since the newest value was computed, or None if there is no value."""
-        return step - self.computed[0].step if self.computed else None
-
-
-NEVER = Past()
-
-
-@lru_cache(maxsize=4096)
-def pushed(past: Past, now: Computed, depth: int) -> Past:
-    """Return `past` with `now` added, limited to `depth` entries. Equal arguments give the same object."""
-    return Past((now, *past.computed)[:depth])
 
 
 def unmeasured(symbol: str) -> None:
@@ -158,13 +103,20 @@ class Decisions:
     weights: tuple[Weights | None, ...] = ()
     measured: Mapping[int, Mapping[str, float]] = field(default_factory=dict)
 
+    @cached_property
+    def changes(self) -> tuple[tuple[int, Transition], ...]:
+        """What the call does to the slot of each site, without the sites to which it does nothing."""
+        each = enumerate(map(transition, self.row, self.reasons))
+        return tuple((site, change) for site, change in each if change is not Transition.NONE)
+
     def weigh(self, i: int) -> Weights | None:
         """Return the weights of the values in the slot of site `i`, or None if it uses the newest."""
         return self.weights[i] if self.weights else None
 
-    def settle(self, i: int) -> bool:
-        """Whether a site is reused."""
-        return self.row[i]
+    @cached_property
+    def settle(self) -> Callable[[int], bool]:
+        """A function that returns whether a site is reused."""
+        return self.row.__getitem__
 
     def is_verified(self, i: int) -> bool:
         """Whether a site computes for its forecast to be compared with, and leaves its slot as it is."""

@@ -14,15 +14,17 @@ from torch import Tensor
 
 from dit_rewrite.decision_row import DecisionRow
 from dit_rewrite.errors import DecisionReason, MissReason, Reason
-from dit_rewrite.runtime.cache import Cache, Memoized, stamp_of
-from dit_rewrite.runtime.decide import Computed, Decider, Decisions, Moment, Past, SiteSpec, Weights
+from dit_rewrite.runtime.cache import Cache, stamp_of
+from dit_rewrite.runtime.decide import Decider, Decisions, SiteSpec, Weights
 from dit_rewrite.runtime.forecast_errors import ForecastErrors, Fresh
+from dit_rewrite.runtime.history import Moment, Past
 from dit_rewrite.runtime.measure import Distance, Meter
-from dit_rewrite.runtime.segments import Executable, Segment, SizesNotCompiled, Wiring, execute
+from dit_rewrite.runtime.prologue import Prologue
+from dit_rewrite.runtime.segments import Executable, Segment, SizesNotCompiled, Wiring, chosen, execute
 from dit_rewrite.runtime.session import Call, Observation, Session
-from dit_rewrite.runtime.slots import transition
 from dit_rewrite.runtime.spectral import noise_share
 from dit_rewrite.runtime.stats import Record
+from dit_rewrite.runtime.step_tables import Program
 
 # The arguments of `Decider` after `sites`. Without measurements they determine the decisions.
 State = tuple[Moment, tuple[Past, ...], tuple[int, ...], tuple[bool, ...], Reason | None]
@@ -62,7 +64,8 @@ class CompiledGraph:
         self.num_layers = num_layers
         self.wiring, self.segments = wiring, tuple(segments)
         self.session = session
-        self.prologue: Executable | None = None  # computes the hoisted values
+        self.prologue: Prologue | None = None  # computes the hoisted values
+        self.program: Program | None = None  # computes the rows of the step table
         self._compile = compile_variant
         self._lag, self._distance = lag, distance
         self._measured = tuple(site.measured for site in self.sites)
@@ -71,10 +74,10 @@ class CompiledGraph:
         self._decided = lru_cache(maxsize=PLANS)(self._decide)
         self._borrowing = tuple((i, site.borrows) for i, site in enumerate(self.sites) if site.borrows is not None)
         self._conditioned = tuple(i for i, site in enumerate(self.sites) if site.conditioned)
-        self._weights = tuple(sorted(wiring.static))
-        self._steady = tuple(sorted(wiring.steady))
-        self._ambient = tuple(sorted(wiring.ambient))
-        self._data = tuple(i for i in range(wiring.num_inputs - wiring.num_hoisted) if i not in wiring.static)
+        self._weights, self._steady = chosen(sorted(wiring.static)), chosen(sorted(wiring.steady))
+        self._ambient = chosen(sorted(wiring.ambient))
+        num_given = wiring.num_inputs - wiring.num_hoisted
+        self._data = chosen([i for i in range(num_given) if i not in wiring.static])
         forecasting = {i for i, site in enumerate(self.sites) if site.depth > 1}
         self._forecasting = tuple(tuple(i for i in segment.sites if i in forecasting) for segment in self.segments)
         self._compiling = threading.RLock()
@@ -87,13 +90,12 @@ class CompiledGraph:
         if call is None:
             return self._outside(args)
         occurrence, cache, changed = call.enter(self.index, len(self.sites))
-        stamp = stamp_of([args[i] for i in self._data], not isinstance(call.inputs.timestep, (int, float)))
-        weights = tuple(map(args.__getitem__, self._weights))
-        unfit: Reason | None = cache.fit(stamp, weights, [args[i] for i in self._ambient])
+        stamp = stamp_of(self._data(args), not isinstance(call.inputs.timestep, (int, float)))
+        unfit: Reason | None = cache.fit(stamp, self._weights(args), self._ambient(args))
         if unfit is MissReason.EMPTY and call.fresh is not None:
             unfit = call.fresh
         if self._conditioned:
-            steady = [args[i] for i in self._steady]
+            steady = self._steady(args)
             unfit = cache.validate_conditioning(steady, call.explicit, self._conditioned) or unfit
         inputs = [*args, *self._hoisted(args, cache, call.explicit)]
         for site, lender in self._borrowing:
@@ -179,16 +181,16 @@ class CompiledGraph:
         The oldest value of a site that computes is freed first, since nothing reads it any more and it would occupy
         memory beside the new value; its forecast is made before. If the call fails, the stream's slots are cleared.
         """
-        fresh, foretold = Fresh(), dict[int, list[Tensor]]()
+        fresh, foretold, settle = Fresh(), dict[int, list[Tensor]](), by.settle
         for number, segment in enumerate(self.segments):
-            for site in segment.sites:
-                if by.settle(site) or site in foretold:
+            for site in [site for site in segment.sites if not settle(site)]:
+                if site in foretold:
                     continue
                 if site in self._errors:
                     foretold[site] = self._errors.foretell(site, cache.values[site], by.foretell(site))
                 if not by.is_verified(site):
                     cache.release(site, self.sites[site].width, self.sites[site].kept(stream))
-            fresh += self.run_segment(number, by.settle, args, wires, cache, by.weigh)
+            fresh += self.run_segment(number, settle, args, wires, cache, by.weigh)
         self._errors.note(foretold, fresh, cache.tracked)
         return fresh
 
@@ -204,14 +206,14 @@ class CompiledGraph:
         Raises SizesNotCompiled if the segment was compiled for other sizes.
         """
         segment = self.segments[number]
-        row = tuple([decide(site) for site in segment.sites])
+        row = tuple(map(decide, segment.sites))
         executable = segment.variants[row] if row in segment.variants else self.add_variant(number, row, late=True)
         fresh: Fresh = []
         if executable is not None:
             if executable.admits is not None and not executable.admits(args):
                 raise SizesNotCompiled
             slots = self._weighted(number, decide, weigh, cache) if self._forecasting[number] else cache.values
-            fresh = execute(executable, wires, slots)
+            fresh = execute(executable, wires, slots, self._table(executable, args, cache))
         for wire in segment.spent:
             wires[wire] = None
         return fresh
@@ -270,32 +272,21 @@ class CompiledGraph:
         return executable
 
     def _hoisted(self, args: list[Any], cache: Cache, explicit: bool) -> Sequence[Tensor]:
-        """Return the hoisted values. Compute them, unless the cache has them for the same, unmodified inputs."""
-        if self.prologue is None:
+        return () if self.prologue is None else self.prologue.values(args, cache, explicit)
+
+    def _table(self, executable: Executable, args: list[Any], cache: Cache) -> Sequence[Tensor]:
+        """Return the values of the step table that a variant takes."""
+        if not executable.columns or self.program is None:
             return ()
-        inputs = [args[i] for i in self.prologue.inputs if isinstance(args[i], Tensor)]  # weights may be changed too
-        if cache.hoisted is None or not cache.hoisted.valid_for(inputs, explicit):
-            values = [value for _, value in execute(self.prologue, args, ())]
-            cache.hoisted = Memoized.of(inputs, values)
-            self.session.stats.add("hoists")
-            self.session.note_bytes()
-        return cache.hoisted.values
+        call, tables = self.session.call, self.session.tables_of(self.index, self.program)
+        explicit, clock = (False, None) if call is None else (call.explicit, call.trajectory.clock)
+        return tables.read(executable.columns, args, cache.bookmark, explicit, clock)
 
     def commit(
         self, fresh: Sequence[tuple[tuple[int, int], Tensor]], cache: Cache, moment: Moment, decided: Decisions
     ) -> None:
         """Fill the slots with the new tensors after all segments have run, and update their histories."""
-        now = Computed(moment.step, moment.sigma, moment.snr)
-        values: dict[int, dict[int, Tensor]] = {}
-        for (site, index), value in fresh:
-            values.setdefault(site, {})[index] = value
-        for site, reason in enumerate(decided.reasons):
-            tensors = values.get(site, {})
-            made = tuple(tensors[k] for k in range(len(tensors))) or None
-            if self.sites[site].differs and self.sites[site].borrows != moment.stream:
-                made = cache.less_lent(site, made)
-            change = transition(decided.row[site], reason)
-            cache.update(site, change, made, now, self.sites[site].kept(moment.stream))
+        cache.commit(self.sites, fresh, moment, decided)
         if fresh:
             self.session.note_bytes()
 
@@ -315,5 +306,5 @@ class CompiledGraph:
         for segment in self.segments:
             executable = segment.variants[(False,) * len(segment.sites)]
             if executable is not None:
-                execute(executable, wires, cache.values)
+                execute(executable, wires, cache.values, self._table(executable, args, cache))
         return self.results(wires)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,11 +18,18 @@ from torch import Tensor
 from dit_rewrite.runtime.noise import NoiseLevels, noise_levels, setting
 
 # The units in which pipelines pass a timestep t of a scheduler with n training steps.
-_UNITS: tuple[Callable[[float, float], float], ...] = (
+_UNITS: tuple[Callable[[Any, float], Any], ...] = (
     lambda t, n: t,
     lambda t, n: t / n,
     lambda t, n: 1 - t / n,
 )
+
+
+def _forms(dtype: torch.dtype) -> list[Callable[[Tensor, float], Tensor]]:
+    """Return the ways in which pipelines turn the timesteps of a scheduler into tensors of `dtype`."""
+    late = [lambda t, n, unit=unit: unit(t, n).to(dtype) for unit in _UNITS]
+    early = [lambda t, n, unit=unit: unit(t.to(dtype), n).to(dtype) for unit in _UNITS]
+    return [*late, *early]
 
 
 class Schedule:
@@ -37,6 +44,7 @@ class Schedule:
         self._ranks = _ranks(self.times)
         self._stepped: tuple[int, float | None] | None = None  # the scheduler's step_index, and the timestep then
         self._unit: Sequence[float] | None = None  # the timesteps in the unit that the model is given
+        self._forms: dict[torch.dtype, list[Tensor]] = {}  # the timesteps as the model may be given them
 
     @property
     def begin_index(self) -> int | None:
@@ -66,16 +74,16 @@ class Schedule:
         """The number of distinct timesteps."""
         return self._ranks[-1] + 1 if self._ranks else 0
 
-    def entry(self, timestep: Tensor | float | None, last: int | None) -> int | None:
+    def entry(self, timestep: Tensor | float | None, value: float | None, last: int | None) -> int | None:
         """Return the entry of a call, or None if it is unknown.
 
-        last: the entry of the previous call; of several matches, the first one that is not before it is returned.
+        value: the timestep on the host, if it is there. last: the entry of the previous call; of several matches, the
+        first one that is not before it is returned.
         """
         if isinstance(timestep, Tensor) and isinstance(self.tensor, Tensor):
             place = _place_in(self.tensor, timestep)
             if place is not None:
                 return place
-        value = on_host(timestep)
         index = self._step_index(value)
         fitting = self._of_value(timestep, value) if value is not None else []
         if index is not None and (not fitting or index in fitting):
@@ -83,6 +91,31 @@ class Schedule:
         if not fitting:
             return None
         return next((i for i in fitting if last is None or i >= last), fitting[0])
+
+    def on_host(self, timestep: Tensor) -> Tensor | None:
+        """Return the values of a timestep on a device, or None if it is not an entry of the schedule."""
+        place = _place_in(self.tensor, timestep) if isinstance(self.tensor, Tensor) else None
+        return None if place is None else torch.tensor(self.times[place], dtype=timestep.dtype).expand(timestep.shape)
+
+    def upcoming(self, timestep: Tensor, entry: int) -> list[Tensor]:
+        """Return the timesteps from that of `entry` on, on the CPU, in the form in which the model is given them.
+
+        timestep: the one of the call at `entry`, on the CPU. The list is empty if its form is not known. Several forms
+        may fit it; a later call excludes those that do not fit. A wrong form costs time, but is never taken for the
+        right one, because rows are found by the values of a call's own timestep.
+        """
+        if timestep.dtype not in self._forms:
+            times = torch.tensor(self.times, dtype=getattr(self.tensor, "dtype", torch.float32))
+            self._forms[timestep.dtype] = [form(times, self._total) for form in _forms(timestep.dtype)]
+        fits = [t for t in self._forms[timestep.dtype] if torch.equal(t[entry].expand(timestep.shape), timestep)]
+        self._forms[timestep.dtype] = fits
+        entries = range(entry, len(self.times)) if fits else ()
+        return [fits[0][i].expand(timestep.shape) for i in entries if i == entry or self.rank(i) != self.rank(i - 1)]
+
+    @property
+    def _total(self) -> float:
+        total = setting(self.scheduler, "num_train_timesteps")
+        return float(total) if isinstance(total, int | float) else 1000.0
 
     def _step_index(self, value: float | None) -> int | None:
         """Return the scheduler's step_index, or None if it does not advance with the timestep.
@@ -101,11 +134,10 @@ class Schedule:
 
     def _of_value(self, timestep: Tensor | float | None, value: float) -> list[int]:
         """Return the entries whose timestep equals `value`, in the unit that matched first."""
-        total = setting(self.scheduler, "num_train_timesteps")
-        total = float(total) if isinstance(total, int | float) else 1000.0
         coarse = isinstance(timestep, Tensor) and timestep.is_floating_point() and timestep.dtype.itemsize < 4
         precision = torch.finfo(timestep.dtype).eps if coarse else 1e-6  # type: ignore[union-attr]
-        for unit in (self._unit,) if self._unit is not None else ([f(t, total) for t in self.times] for f in _UNITS):
+        units = ([unit(t, self._total) for t in self.times] for unit in _UNITS)
+        for unit in units if self._unit is None else (self._unit,):
             scale = max(map(abs, unit), default=0.0)
             fitting = [i for i, t in enumerate(unit) if abs(t - value) <= precision * scale]
             if fitting:
@@ -135,22 +167,22 @@ def _place_in(schedule: Tensor, timestep: Tensor) -> int | None:
     return entry if rest == 0 and 0 <= entry < len(schedule) else None
 
 
-def is_uneven(timestep: Any) -> bool:
-    """Return whether a CPU timestep has several different values; 0 is ignored, as it marks clean frames."""
-    if not isinstance(timestep, Tensor) or timestep.device.type != "cpu" or not any(timestep.stride()):
-        return False
-    return len(set(filter(None, timestep.flatten().tolist()))) > 1  # each call asks: no op for a few numbers
+class OnHost(NamedTuple):
+    """A timestep on the host. value: None if reading it would synchronise with a device. For a timestep per frame or
+    token it is the mean if these are at different steps (``uneven``), and the largest one otherwise."""
+
+    value: float | None
+    uneven: bool = False
 
 
-def on_host(timestep: Any) -> float | None:
-    """Return a timestep's value, or None if reading it would synchronise with a device.
-
-    For a timestep per frame or token it is the mean if these are at different steps, and the largest one otherwise.
-    """
+def on_host(timestep: Any) -> OnHost:
+    """Read a timestep, unless that would synchronise with a device. Zeros mark clean frames, which have no step."""
     if isinstance(timestep, (int, float)):
-        return float(timestep)
+        return OnHost(float(timestep))
     if not isinstance(timestep, Tensor) or timestep.device.type != "cpu" or timestep.numel() == 0:
-        return None
-    if timestep.numel() == 1 or not any(timestep.stride()):
-        return timestep.flatten()[0].item()  # type: ignore[no-any-return]
-    return (timestep.double().mean() if is_uneven(timestep) else timestep.max()).item()  # type: ignore[no-any-return]
+        return OnHost(None)
+    if not any(timestep.stride()):  # one number, perhaps expanded
+        return OnHost(timestep[(0,) * timestep.ndim].item())
+    numbers = timestep.flatten().tolist()  # each call asks: no op on a few numbers
+    uneven = len(set(filter(None, numbers))) > 1
+    return OnHost(float(sum(numbers) / len(numbers) if uneven else max(numbers)), uneven)

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
+from operator import itemgetter
 from typing import Any
 
 from torch import Tensor
@@ -20,7 +22,8 @@ class Executable:
 
     ``run`` takes the wires ``inputs`` and the cached tensors at ``cached``, pairs of site and index in its slot. It
     returns the wires ``outputs``, followed by the new tensors of the slots at ``fresh``. If compilation specialised on
-    sizes that Dynamo does not guard, ``admits`` returns whether the graph's inputs have these sizes.
+    sizes that Dynamo does not guard, ``admits`` returns whether the graph's inputs have these sizes. The last inputs of
+    ``run`` are the values of the step table in ``columns``.
     """
 
     run: Callable[..., Sequence[Any]]
@@ -29,6 +32,12 @@ class Executable:
     outputs: tuple[int, ...]
     fresh: tuple[tuple[int, int], ...]
     admits: Callable[[Sequence[Any]], bool] | None = None
+    columns: tuple[str, ...] = ()
+
+    @cached_property
+    def take(self) -> Callable[[Sequence[Any]], tuple[Any, ...]]:
+        """Returns the wires that ``run`` takes."""
+        return chosen(self.inputs)
 
 
 @dataclass
@@ -65,12 +74,25 @@ class SizesNotCompiled(Exception):
     """Raised if a segment was compiled for other input sizes."""
 
 
+def chosen(positions: Sequence[int]) -> Callable[[Sequence[Any]], tuple[Any, ...]]:
+    """Return a function that takes the items at `positions` from a sequence. It is fast for many positions."""
+    if len(positions) > 1:
+        return itemgetter(*positions)
+    return lambda items: tuple([items[i] for i in positions])
+
+
 def execute(
-    executable: Executable, wires: list[Any], slots: Sequence[tuple[Tensor, ...] | None]
+    executable: Executable,
+    wires: list[Any],
+    slots: Sequence[tuple[Tensor, ...] | None],
+    table: Sequence[Tensor] = (),
 ) -> list[tuple[tuple[int, int], Tensor]]:
-    """Run a variant and write its outputs to `wires`. Returns its new slot tensors as ((site, index), tensor) pairs."""
+    """Run a variant and write its outputs to `wires`. `table` has the values of its columns.
+
+    Returns its new slot tensors as ((site, index), tensor) pairs.
+    """
     cached = [slots[site][k] for site, k in executable.cached]  # type: ignore[index]
-    results = executable.run(*[wires[i] for i in executable.inputs], *cached)
+    results = executable.run(*executable.take(wires), *cached, *table)
     for wire, value in zip(executable.outputs, results, strict=False):
         wires[wire] = value
     return list(zip(executable.fresh, results[len(executable.outputs) :], strict=True))

@@ -13,9 +13,10 @@ from torch import Tensor
 
 from dit_rewrite.errors import MissReason, NestedTrajectory, StreamReason
 from dit_rewrite.runtime.cache import Cache
-from dit_rewrite.runtime.decide import Moment
+from dit_rewrite.runtime.history import Moment
 from dit_rewrite.runtime.inputs import Inputs
 from dit_rewrite.runtime.stats import Record, Stats
+from dit_rewrite.runtime.step_tables import Program, Tables
 from dit_rewrite.runtime.trajectory import (
     Clock,
     ExplicitTrajectory,
@@ -108,6 +109,13 @@ class Session(threading.local):
         self.observer: Callable[[Observation], None] | None = None
         self.director: Callable[[Any, list[Any], Call, Cache], Any] | None = None  # if set, decides and runs each graph
         self._limit = limit
+        self._tables: dict[int, Tables] = {}  # by graph
+
+    def tables_of(self, graph: int, program: Program) -> Tables:
+        """Return the step tables of a graph."""
+        if graph not in self._tables:
+            self._tables[graph] = Tables(program, self.stats, self._limit)
+        return self._tables[graph]
 
     def begin(self, inputs: Inputs) -> Call:
         """Begin a call of the model: find its trajectory and stream."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from enum import Enum
 
 from dit_rewrite.errors import DecisionReason, Reason
-from dit_rewrite.runtime.decide import NEVER, Computed, Past, pushed
+from dit_rewrite.runtime.history import NEVER, Computed, Past, pushed
 
 
 class Transition(Enum):

@@ -8,7 +8,7 @@ from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from dit_rewrite.errors import DecisionReason, Reason, StreamReason, TrajectoryReason
+from dit_rewrite.errors import DecisionReason, Reason, StreamReason, TableReason, TrajectoryReason
 
 
 @dataclass(frozen=True)
@@ -29,6 +29,7 @@ class Decision:
     measured: dict[str, dict[str, float]]
 
 
+_COUNTERS = ("misses", "trajectories", "streams", "tables")
 _SLOTS: dict[Reason, str] = {
     DecisionReason.WILL_BE_READ: "fill",  # a site that only keeps a value for another site
     DecisionReason.UNREAD: "leave",
@@ -79,6 +80,8 @@ class Stats:
     misses: by reason, how often a rule would have reused a site whose slot had no valid value.
     num_trajectories: all trajectories. trajectories: those that the caller did not mark, by the reason they began.
     streams: streams that have no values, or have lost them, by reason.
+    table_rows: rows of step tables that were computed. table_bytes: the largest size of a graph's rows so far.
+    tables: by reason, how often rows were dropped or computed anew.
     """
 
     calls: int = 0
@@ -95,6 +98,9 @@ class Stats:
     num_trajectories: int = 0
     trajectories: Counter[TrajectoryReason] = field(default_factory=Counter)
     streams: Counter[StreamReason] = field(default_factory=Counter)
+    table_rows: int = 0
+    table_bytes: int = 0
+    tables: Counter[TableReason] = field(default_factory=Counter)
     records: deque[Record] = field(default_factory=lambda: deque(maxlen=10_000), repr=False)
     records_seen: int = 0
     lock: threading.Lock = field(default_factory=threading.Lock, repr=False, compare=False)
@@ -131,6 +137,11 @@ class Stats:
         with self.lock:
             self.misses[reason] += 1
 
+    def dropped(self, reason: TableReason, count: int = 1) -> None:
+        """Count rows of step tables that were dropped, or computed anew."""
+        with self.lock:
+            self.tables[reason] += count
+
     def begin(self, why: TrajectoryReason | None) -> None:
         """Count a new trajectory. `why` is None if the caller marked it."""
         with self.lock:
@@ -148,7 +159,7 @@ class Stats:
         numbers = ["calls", "computed", "reused", "variants", "late_variants", "recompiles", "graph_breaks", "hoists"]
         numbers += ["num_trajectories"]
         changes: dict[str, Any] = {name: getattr(self, name) - getattr(earlier, name) for name in numbers}
-        for name in ("misses", "trajectories", "streams"):
+        for name in _COUNTERS:
             changes[name] = getattr(self, name) - getattr(earlier, name)
         calls = self.records_seen - earlier.records_seen
         return replace(self, **changes, records=deque(list(self.records)[max(len(self.records) - calls, 0) :]))
@@ -156,7 +167,7 @@ class Stats:
     def copy(self, **changes: Any) -> Stats:
         """Return a copy of the counters; the records of decisions are shared."""
         with self.lock:
-            counters = {name: getattr(self, name).copy() for name in ("misses", "trajectories", "streams")}
+            counters = {name: getattr(self, name).copy() for name in _COUNTERS}
             return replace(self, **counters, **changes)
 
     def __str__(self) -> str:
@@ -169,5 +180,8 @@ class Stats:
         lines += [f"missed {n} times: {reason}" for reason, n in self.misses.most_common()]
         lines += [f"{self.num_trajectories} trajectories"]
         lines += [f"a trajectory began {n} times: {why}" for why, n in self.trajectories.most_common()]
+        if self.table_rows:
+            lines += [f"{self.table_rows} rows of step tables computed, {self.table_bytes / 2**20:.2f} MiB at most"]
+        lines += [f"step table, {n} times: {why}" for why, n in self.tables.most_common()]
         lines += [f"stream, {n} times: {why}" for why, n in self.streams.most_common() if n]
         return "\n".join(lines)

@@ -1,8 +1,10 @@
-"""Comparison of tensors by version counter and relative change."""
+"""Comparison of tensors by identity, version counter and relative change."""
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -11,6 +13,38 @@ from torch import Tensor
 def version(tensor: Tensor) -> int | None:
     """Return the version counter of a tensor, or None for inference tensors, which have none."""
     return None if tensor.is_inference() else tensor._version
+
+
+@dataclass(frozen=True)
+class Memoized:
+    """Values together with the input tensors, and their version counters, that they were computed from.
+
+    The inputs are weak references, because a tensor that was freed cannot be passed again.
+    """
+
+    inputs: tuple[weakref.ref[Tensor], ...]
+    versions: tuple[int | None, ...]
+    values: tuple[Tensor, ...]
+
+    @classmethod
+    def of(cls, inputs: Sequence[Tensor], values: Sequence[Tensor]) -> Memoized:
+        return cls(tuple(map(weakref.ref, inputs)), tuple(map(version, inputs)), tuple(values))
+
+    @property
+    def is_alive(self) -> bool:
+        """Return whether the same inputs can be passed again."""
+        return all(reference() is not None for reference in self.inputs)
+
+    def valid_for(self, inputs: Sequence[Tensor], explicit: bool) -> bool:
+        """Return whether `inputs` are the same tensor objects, unmodified since.
+
+        Inference tensors have no version counter. They count as unmodified only in an `explicit` trajectory, whose
+        contract is that the caller does not modify the conditioning.
+        """
+        return all(before() is now for before, now in zip(self.inputs, inputs, strict=True)) and all(
+            explicit if now is None else now == before
+            for before, now in zip(self.versions, map(version, inputs), strict=True)
+        )
 
 
 def alike(a: Tensor, b: Tensor) -> bool:

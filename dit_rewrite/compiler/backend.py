@@ -24,6 +24,7 @@ from dit_rewrite.compiler.partition import Partition
 from dit_rewrite.compiler.pipeline import PASSES, STRAIGHT_LINE_PASSES
 from dit_rewrite.compiler.request import Request, num_foreseen
 from dit_rewrite.compiler.rewritten import Rewritten, row_name
+from dit_rewrite.compiler.step_tables import TableProgram, timesteps_known
 from dit_rewrite.decision_row import DecisionRow
 from dit_rewrite.kernels.relative_l1 import relative_l1
 from dit_rewrite.passes.analysis.graph import copied
@@ -34,6 +35,7 @@ from dit_rewrite.passes.rewrite.hoist import Hoisted
 from dit_rewrite.passes.rewrite.specialise import specialise
 from dit_rewrite.policy.rules import Policy
 from dit_rewrite.runtime.dispatch import CompiledGraph
+from dit_rewrite.runtime.prologue import Prologue
 from dit_rewrite.runtime.segments import Executable
 from dit_rewrite.runtime.session import Session
 from dit_rewrite.runtime.stats import Stats
@@ -108,17 +110,21 @@ class Backend:
             return self._rewrite_alone(captured)
 
     def _rewrite_alone(self, captured: Captured) -> CompiledGraph:
-        trajectory = self.session.call.trajectory if self.session.call is not None else Trajectory(None)
+        call = self.session.call
+        trajectory = call.trajectory if call is not None else Trajectory(None)
+        known = (False, False) if call is None else timesteps_known(trajectory, call.inputs.timestep)
         hoist = "hoist" not in self.disabled
         levels = tuple(map(trajectory.noise, range(num_foreseen(trajectory.num_steps))))
-        request = Request(self._is_whole(captured), trajectory.num_steps, levels, hoist, self.force)
+        request = Request(self._is_whole(captured), trajectory.num_steps, levels, hoist, self.force, *known)
         ctx = Context(captured, self.policy, self.lowering, request)
         runs: list[PassRun] = []
         watch = None if self.watcher is None else self.watcher.begin(len(self.rewritten), captured)
         run_passes(PASSES, captured.gm, ctx, runs, self.disabled, watch)
         rewritten = self._dispatched(captured, ctx, runs)
         if rewritten.hoisted is not None:
-            rewritten.graph.prologue = self._compile_prologue(rewritten, rewritten.hoisted)
+            rewritten.graph.prologue = Prologue(self._compile_prologue(rewritten, rewritten.hoisted), self.session)
+        if rewritten.tables is not None and rewritten.has_table:
+            rewritten.graph.program = TableProgram(rewritten.tables)
         for number, row in ctx[Partition].foreseen(ctx[Foreseen].rows):
             rewritten.graph.add_variant(number, row)
         self.rewritten.append(rewritten)
@@ -176,9 +182,8 @@ class Backend:
         guarded, partition = rewritten.guarded, rewritten.partition
         stored = None if self.store is None else [i < self.store for i in range(len(guarded.sites))]
         start = time.perf_counter()
-        variant = specialise(
-            guarded, partition.full_row(number, row), partition.segments, number, stored, self.lowering.lays_out
-        )
+        full, dense = partition.full_row(number, row), self.lowering.lays_out
+        variant = specialise(guarded, full, partition.segments, number, stored, dense, rewritten.tables)
         rewritten.runs.append(_timed("specialise", start, guarded.gm, variant.gm))
         rewritten.variants[number, row] = variant
         if partition.segments.count > 1 and not (variant.outputs or variant.fresh):
@@ -192,6 +197,8 @@ class Backend:
         late = not torch_compat.is_compiling()
         admits = _size_check(rewritten.captured, lowering.new_guards(fake_mode, before)) if late else None
         wire = partition.wire
+        if variant.columns and rewritten.graph.program is not None:
+            rewritten.graph.program.add(variant.columns)
         return Executable(
             run,
             tuple(map(wire, variant.inputs)),
@@ -199,6 +206,7 @@ class Backend:
             tuple(map(wire, variant.outputs)),
             variant.fresh,
             admits,
+            variant.columns,
         )
 
     @staticmethod

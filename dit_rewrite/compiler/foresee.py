@@ -18,7 +18,8 @@ from dit_rewrite.passes.rewrite.guarded_graph import GuardedGraph
 from dit_rewrite.policy.rules import Policy
 from dit_rewrite.policy.site_rules import SiteRules, forced
 from dit_rewrite.policy.strategies import GuidanceDelta, ShareGuidance
-from dit_rewrite.runtime.decide import NEVER, NO_SLOT, Choose, Computed, Decider, Moment, SiteSpec
+from dit_rewrite.runtime.decide import NO_SLOT, Choose, Decider, SiteSpec
+from dit_rewrite.runtime.history import NEVER, Computed, Moment
 from dit_rewrite.runtime.measure import ForecastError
 from dit_rewrite.runtime.slots import Transition, after, transition
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import fx
 
-from dit_rewrite.compiler import bind, foresee, fuse_window_refresh, partition
+from dit_rewrite.compiler import bind, foresee, fuse_window_refresh, partition, step_tables
 from dit_rewrite.compiler.bind import Bound
 from dit_rewrite.compiler.request import Request
 from dit_rewrite.passes.analysis.site import Found
@@ -47,6 +47,7 @@ def _unmark_attention(gm: fx.GraphModule, ctx: Context) -> fx.GraphModule:
 PASSES = (
     Pass("find_sites", _find_sites),
     Pass("bind", bind.run),
+    Pass("step_tables", step_tables.run, optional=True),
     Pass("hoist", _hoist, optional=True),
     Pass("insert_guards", _insert_guards),
     Pass("foresee", foresee.run),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 FORESEEN_STEPS = 64  # steps to look ahead if the number of steps is unknown
 LONGEST = 1000  # maximum number of steps to look ahead
@@ -19,7 +20,8 @@ def num_foreseen(num_steps: int | None) -> int:
 class Request:
     """``whole``: the graph is the whole model. ``num_steps`` is that of the trajectory, None means unknown, and
     ``levels`` has the noise of its first steps. ``hoist``: trajectory-invariant values are computed once per
-    trajectory. ``force``: every decision computes, for `verify`.
+    trajectory. ``force``: every decision computes, for `verify`. ``readable``: the timestep of the call is known
+    without a device read; ``told``: so are those of further steps. ``tables``: which steps read the step table.
 
     It holds numbers alone: a reference to the trajectory would keep its caches alive.
     """
@@ -29,3 +31,6 @@ class Request:
     levels: tuple[Level, ...] = ()
     hoist: bool = True
     force: bool = False
+    readable: bool = False
+    told: bool = False
+    tables: Literal["reuse", "all"] = "reuse"

@@ -13,12 +13,14 @@ from dit_rewrite.compiler.partition import Partition
 from dit_rewrite.decision_row import DecisionRow
 from dit_rewrite.passes.analysis import cost
 from dit_rewrite.passes.analysis.site import Found
+from dit_rewrite.passes.analysis.step_tables import StepTable, step_table
 from dit_rewrite.passes.capture.capture import Captured
 from dit_rewrite.passes.pipeline import Context, PassRun
 from dit_rewrite.passes.rewrite.guarded_graph import GuardedGraph
 from dit_rewrite.passes.rewrite.hoist import Hoisted
 from dit_rewrite.passes.rewrite.segments import whole
 from dit_rewrite.passes.rewrite.specialise import Variant, specialise
+from dit_rewrite.passes.rewrite.step_tables import StepTables
 from dit_rewrite.policy.site_rules import SiteRules
 from dit_rewrite.runtime.dispatch import CompiledGraph
 
@@ -54,6 +56,24 @@ class Rewritten:
         return self.context.get(Hoisted)
 
     @property
+    def tables(self) -> StepTables | None:
+        return self.context.get(StepTables)
+
+    @property
+    def has_table(self) -> bool:
+        """Whether some steps read values from a step table."""
+        return self.tables is not None and bool(self.tables.columns)
+
+    @property
+    def step_table(self) -> StepTable | None:
+        """What the step table holds and saves, or None if there is none."""
+        if self.tables is None or not self.has_table:
+            return None
+        reused = [value for i in self.reached for value in self.found.sites[i].values]
+        captured = self.captured
+        return step_table(self.tables.source.graph, captured.static, captured.conditioning, captured.step, reused)
+
+    @property
     def gm(self) -> fx.GraphModule:
         return self.guarded.source
 
@@ -78,7 +98,7 @@ class Rewritten:
 
     def straight(self, row: DecisionRow) -> Variant:
         """Return the whole graph specialised for a row of decisions, as one segment. It is only used for printing."""
-        return specialise(self.guarded, row, whole(self.gm, self.partition.sites))
+        return specialise(self.guarded, row, whole(self.gm, self.partition.sites), tables=self.tables)
 
     @property
     def most_reused(self) -> DecisionRow:

@@ -70,6 +70,7 @@ from dit_rewrite.errors.reasons import (
     Reason,
     RefusalReason,
     StreamReason,
+    TableReason,
     TrajectoryReason,
     UnreachedReason,
 )
@@ -146,6 +147,7 @@ __all__ = [
     "SearchRecompiled",
     "SearchRestarted",
     "StreamReason",
+    "TableReason",
     "TooFewChanges",
     "TooFewSteps",
     "TorchChanged",

@@ -124,3 +124,19 @@ class TrajectoryReason(Reason):
     SCHEDULE_SET = "the scheduler's timesteps were set again"
     REPEATED = "the latent is the same as in the previous call"
     RESET = "the caller reset the model"
+
+
+class TableReason(Reason):
+    """Step tables: why a graph has none, or why rows were computed anew."""
+
+    # there is no table
+    NO_TIMESTEP = "no input of the graph is the timestep of the call"
+    NO_VALUES = "no matrix product depends on the timestep and the conditioning alone"
+    ON_DEVICE = "the timestep is on a GPU and no entry of a scheduler's timesteps: reading it would synchronise"
+    NOT_TOLD = "the values depend on the conditioning and no scheduler was given, so each row would be read only once"
+    # rows are computed anew
+    NEW_WEIGHTS = "a weight was replaced or changed in place"
+    NEW_CONDITIONING = "the conditioning is a new object, or was changed in place"
+    UNREADABLE = "the timestep of the call cannot be read without synchronising with a GPU"
+    NOT_BATCHED = "an op cannot be batched over the steps, so rows are computed one at a time"
+    OVER_LIMIT = "the rows exceeded the limit of memory, and the oldest ones were dropped"

@@ -14,7 +14,8 @@ from dit_rewrite.passes.guards.notation import show
 from dit_rewrite.passes.guards.symbols import Predicate, Value, is_known
 from dit_rewrite.policy.strategies import COMPARABLE, Core, Forecast, GuidanceDelta, ShareGuidance, Strategy, Verify
 from dit_rewrite.policy.where import Where
-from dit_rewrite.runtime.decide import Choice, Choose, Moment, Read
+from dit_rewrite.runtime.decide import Choice, Choose, Read
+from dit_rewrite.runtime.history import Moment
 
 WEIGHING = (Forecast, GuidanceDelta)  # strategies that compute a weighted sum of the tensors in a slot
 

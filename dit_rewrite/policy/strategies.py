@@ -13,7 +13,8 @@ from dit_rewrite.passes.analysis.sites import Part
 from dit_rewrite.passes.rewrite.codec import FORMATS
 from dit_rewrite.policy.bases import BASES, Basis
 from dit_rewrite.policy.plan import is_whole
-from dit_rewrite.runtime.decide import Computed, Moment, Past, Read, Weights, unmeasured
+from dit_rewrite.runtime.decide import Read, Weights, unmeasured
+from dit_rewrite.runtime.history import Computed, Moment, Past
 
 Store = Literal["bf16", "fp8", "int8"] | None
 MOST = 8  # maximum order of a forecast; the weights of higher orders are too large to sum in fp32

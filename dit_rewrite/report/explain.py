@@ -94,6 +94,8 @@ class Report:
             f"cached    {_quantity(self.stream_bytes, 1024)}B per stream at most, {_quantity(self.peak_bytes, 1024)}B "
             f"in the {self.streams} known so far",
             *self._hoisted(),
+            *self._tables(),
+            "",
             *_table(self._rows()),
         ]
         if self.refused:
@@ -126,7 +128,18 @@ class Report:
             if found is not None:
                 size = f"{_quantity(found.flops)} FLOPs, {_quantity(found.bytes, 1024)}B"
                 yield f"hoisted   {size}: {', '.join(found.paths)}"
-        yield ""
+
+    def _tables(self) -> Iterator[str]:
+        """Yield a line for the step table of each graph, or for the reason why it has none."""
+        for i, rewritten in enumerate(self.rewritten):
+            table, tables = rewritten.step_table, rewritten.tables
+            if table is not None and tables is not None:
+                who = "all steps read" if tables.everywhere else "reusing steps read"
+                size = f"{_quantity(table.flops)} FLOPs, {_quantity(table.reuse_bytes, 1024)}B per step"
+                weights = f"{_quantity(table.released_bytes, 1024)}B of weights ({table.released_share:.1%})"
+                yield f"table {i}   {who} {len(table.values)} values: {size}; {weights} serve them alone"
+            elif tables is not None and rewritten.reached:
+                yield f"table {i}   none: {tables.why}"
 
     def _rows(self) -> Iterator[tuple[str, ...]]:
         yield "graph", "site", "kind", "layer", "guard of reuse", "values", "FLOPs", "bytes"

@@ -11,7 +11,7 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from operator import getitem
 
-from torch import fx
+from torch import Tensor, fx
 
 from dit_rewrite.passes.analysis import cost
 from dit_rewrite.passes.analysis.graph import ancestors, aten, is_contraction, is_view, packet
@@ -94,6 +94,36 @@ def step_table(
     given = _at(graph, conditioning)
     table = tuple(_value(node, given, node in read) for node in values)
     return _priced(graph, table, moving, ancestors(ends, _twins(moving, values)), weights)
+
+
+def table_columns(graph: fx.Graph, invariant: Iterable[int], step_inputs: Iterable[int]) -> dict[fx.Node, fx.Node]:
+    """Map each node that a step may read from its table to the column that holds its value, in the order of the graph.
+
+    `invariant` are the positions of weights and conditioning. A column is the result of a contraction, or a part of it;
+    nodes that take the same part of the same result share the first one's column.
+    """
+    moving = _without_collectives(_moving_nodes(graph, invariant, step_inputs))
+    first: dict[object, fx.Node] = {}
+    pieces = (node for node in moving if isinstance(node.meta["val"], Tensor) and storage(node) is node)
+    return {node: first.setdefault(_place(node), node) for node in pieces if _is_piece(node, moving)}
+
+
+def containing_columns(column: fx.Node, columns: Collection[fx.Node]) -> frozenset[fx.Node]:
+    """Return the columns that `column` is a part of."""
+    return frozenset(base for base in _bases(column) if base in columns)
+
+
+def _without_collectives(moving: dict[fx.Node, None]) -> dict[fx.Node, None]:
+    """Return the moving nodes without collectives, and without what is computed from those.
+
+    Ranks that fill their tables at different times would wait for each other.
+    """
+    left: set[fx.Node] = set()
+    for node in moving:
+        collective = "c10d" in str(getattr(node.target, "namespace", ""))
+        if collective or any(argument in left for argument in node.all_input_nodes):
+            left.add(node)
+    return dict.fromkeys(node for node in moving if node not in left)
 
 
 def _moving_nodes(graph: fx.Graph, invariant: Iterable[int], step_inputs: Iterable[int]) -> dict[fx.Node, None]:

@@ -59,7 +59,7 @@ class one_graph:
     __slots__ = ("number",)
     _lock = threading.Lock()
     _inside = 0  # number of active contexts in all threads, because threads share the settings
-    _before: tuple[bool, bool, str]
+    _before: tuple[bool, bool, str | None]
 
     def __init__(self, number: str | None = None) -> None:
         self.number = number
@@ -68,11 +68,13 @@ class one_graph:
         dynamo, compiler = torch_compat.dynamo_config(), torch.compiler.config
         with self._lock:
             if one_graph._inside == 0:
-                before = dynamo.capture_dynamic_output_shape_ops, dynamo.specialize_float, compiler.dynamic_sources
-                one_graph._before = before
+                one_graph._before = dynamo.capture_dynamic_output_shape_ops, dynamo.specialize_float, None
                 dynamo.capture_dynamic_output_shape_ops, dynamo.specialize_float = True, False
             if self.number is not None:
-                compiler.dynamic_sources = ",".join(filter(None, (one_graph._before[2], f"L['{self.number}']")))
+                shapes, floats, sources = one_graph._before
+                sources = compiler.dynamic_sources if sources is None else sources
+                compiler.dynamic_sources = ",".join(filter(None, (sources, f"L['{self.number}']")))
+                one_graph._before = shapes, floats, sources
             one_graph._inside += 1
 
     def __exit__(self, *_: object) -> None:
@@ -82,7 +84,8 @@ class one_graph:
             if one_graph._inside == 0:
                 shapes, floats, sources = one_graph._before
                 dynamo.capture_dynamic_output_shape_ops, dynamo.specialize_float = shapes, floats
-                compiler.dynamic_sources = sources
+                if sources is not None:
+                    compiler.dynamic_sources = sources
 
 
 def capture(

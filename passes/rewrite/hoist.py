@@ -12,9 +12,10 @@ from dataclasses import dataclass
 from torch import fx
 
 from dit_rewrite.passes.analysis import cost
-from dit_rewrite.passes.analysis.graph import ancestors, attribute
+from dit_rewrite.passes.analysis.graph import ancestors
 from dit_rewrite.passes.analysis.trajectory_invariant import invariant_values
 from dit_rewrite.passes.capture import module_paths
+from dit_rewrite.passes.rewrite.subgraph import subgraph
 
 
 @dataclass(frozen=True)
@@ -45,37 +46,10 @@ def hoist(gm: fx.GraphModule, invariant_inputs: Iterable[int]) -> tuple[fx.Graph
     needed = ancestors(values)
     placeholders = gm.graph.find_nodes(op="placeholder")
     taken = [i for i, node in enumerate(placeholders) if node in needed or not hasattr(node.meta.get("val"), "dtype")]
-    prologue = _graph(gm, [placeholders[i] for i in taken], (), needed, values)
+    prologue = subgraph(gm, [placeholders[i] for i in taken], (), needed, values)
     ends = [node for node in gm.graph.nodes if not node.users or node.is_impure()]  # guards measure some of them
-    rest = _graph(gm, placeholders, values, ancestors(ends, values), None)
+    rest = subgraph(gm, placeholders, values, ancestors(ends, values))
     paths = tuple(dict.fromkeys(module_paths.module_path(node) or node.name for node in values))
     size = sum(cost.stored_bytes(node) for node in values)
     flops = cost.flops(node for node in needed if node.op == "call_function")
     return rest, Hoisted(prologue, tuple(taken), tuple(node.name for node in values), paths, flops, size)
-
-
-def _graph(
-    gm: fx.GraphModule,
-    inputs: Iterable[fx.Node],
-    given: Iterable[fx.Node],
-    needed: set[fx.Node],
-    returned: tuple[fx.Node, ...] | None,
-) -> fx.GraphModule:
-    """Return a graph of the `needed` nodes in order, with the `given` nodes as additional inputs.
-
-    It returns the nodes `returned`, or the outputs of `gm` if that is None.
-    """
-    graph = fx.Graph()
-    env = {node: graph.node_copy(node) for node in inputs}
-    for node in given:
-        env[node] = graph.placeholder(node.name)
-        env[node].meta = dict(node.meta)
-    attributes = {}
-    for node in gm.graph.nodes:
-        if node in needed and node not in env and node.op != "output":
-            env[node] = graph.node_copy(node, lambda n: env[n])
-            if node.op == "get_attr":
-                attributes[str(node.target)] = attribute(gm, node)
-    results = gm.graph.output_node().args[0] if returned is None else returned
-    graph.output(fx.map_arg(results, lambda n: env[n]))
-    return fx.GraphModule(attributes, graph)

@@ -7,7 +7,7 @@ segment takes the values of other segments as inputs and returns the values that
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from operator import getitem
 from typing import Any
@@ -21,15 +21,16 @@ from dit_rewrite.passes.analysis.unbacked import is_contiguous
 from dit_rewrite.passes.rewrite.cache_or_compute import cache_or_compute
 from dit_rewrite.passes.rewrite.guarded_graph import GuardedGraph
 from dit_rewrite.passes.rewrite.segments import Segments
+from dit_rewrite.passes.rewrite.step_tables import StepTables
 
 
 @dataclass(frozen=True)
 class Variant:
     """A straight-line graph for one row of decisions, with its calling convention.
 
-    Inputs: the wires ``inputs``, then the slot tensors ``cached``. Outputs: the wires ``outputs``, then the new slot
-    tensors ``fresh``. A wire is the position of a node in the captured graph, so the first wires are its inputs. A slot
-    tensor is a (site, index) pair.
+    Inputs: the wires ``inputs``, the slot tensors ``cached``, the values of the step table in ``columns``. Outputs: the
+    wires ``outputs``, then the new slot tensors ``fresh``. A wire is the position of a node in the captured graph, so
+    the first wires are its inputs. A slot tensor is a (site, index) pair.
     """
 
     gm: fx.GraphModule
@@ -38,6 +39,7 @@ class Variant:
     cached: tuple[tuple[int, int], ...]
     outputs: tuple[int, ...]
     fresh: tuple[tuple[int, int], ...]
+    columns: tuple[str, ...] = ()
 
 
 def normalise(row: Sequence[bool], parents: Sequence[int | None]) -> DecisionRow:
@@ -58,15 +60,18 @@ def specialise(
     segment: int = 0,
     stored: Sequence[bool] | None = None,
     dense: bool = True,
+    tables: StepTables | None = None,
 ) -> Variant:
     """Return the variant of a segment of the guarded graph for a row of decisions.
 
     `stored`: for each site, whether its new slot tensors are returned; by default those of all computed sites. With
     `dense`, values that cross a cut are made contiguous. Pass False if the variant is not compiled, because an eager op
-    may round differently for another memory layout.
+    may round differently for another memory layout. `tables`: the step table, which the variant reads if
+    `StepTables.reads` says so.
     """
     flat = _Flat(guarded, normalise(row, guarded.parents))
-    return _Segment(guarded, flat, segments.of, segment, dense=dense).variant(segments.exports[segment], stored)
+    table = None if tables is None or not tables.reads(flat.row) else tables
+    return _Segment(guarded, flat, segments.of, segment, dense, table).variant(segments.exports[segment], stored)
 
 
 class _Flat:
@@ -131,9 +136,11 @@ class _Segment:
         of: Sequence[int | None],
         segment: int,
         dense: bool = True,
+        tables: StepTables | None = None,
     ) -> None:
         self.guarded, self.flat, self.of, self.segment = guarded, flat, of, segment
-        self.dense = dense
+        self.dense, self.tables = dense, tables
+        self.names = [] if tables is None else [node.name for node in guarded.source.graph.nodes]
         self.placeholders = guarded.gm.graph.find_nodes(op="placeholder")
         self.number = {node: i for i, node in enumerate(self.placeholders)}
         results = self.flat.outputs[: guarded.num_outputs]
@@ -144,8 +151,36 @@ class _Segment:
         fresh = self._fresh(stored)
         outputs = (*(self.flat.at[p] for p in wires), *fresh.values())
         dense = [i for i, p in enumerate(wires) if self._is_dense(p)]
-        gm, inputs, cached = self._straighten(outputs, frozenset(dense))
-        return Variant(gm, self.flat.row, inputs, cached, wires, tuple(fresh))
+        needed, table = self._needed(outputs)
+        gm, inputs, cached = self._straighten(outputs, needed, table, frozenset(dense))
+        return Variant(gm, self.flat.row, inputs, cached, wires, tuple(fresh), tuple(table.values()))
+
+    def _needed(self, outputs: tuple[fx.Node, ...]) -> tuple[set[fx.Node], dict[fx.Node, str]]:
+        """Return the nodes of the variant, and the column of each node that it reads from the step table.
+
+        Of a column and a part of it, only the column is read.
+        """
+        needed = self._reached(outputs, {})
+        if self.tables is None:
+            return needed, {}
+        columns = {node: column for node in needed if (column := self._column(node)) is not None}
+        read = self._reached(outputs, columns) & columns.keys()
+        named = {columns[node] for node in read}
+        whole = {node: column for node, column in columns.items() if not self.tables.within[column] & named}
+        needed = self._reached(outputs, whole)
+        ordered = sorted((node for node in whole if node in needed), key=lambda node: node.meta["position"])
+        return needed, {node: whole[node] for node in ordered}
+
+    def _column(self, node: fx.Node) -> str | None:
+        """Return the column of the step table that holds the value of a node of this segment, or None.
+
+        A value that the call returns is not read from the table, because the caller may modify it.
+        """
+        if node.op != "call_function" or "home" in node.meta or self._is_input(node) or self.tables is None:
+            return None
+        if self._wire(node) in self.returned:
+            return None
+        return self.tables.columns.get(self.names[node.meta["position"]])
 
     def _fresh(self, stored: Sequence[bool] | None) -> dict[tuple[int, int], fx.Node]:
         """Return the new slot tensors that this segment computes."""
@@ -173,14 +208,13 @@ class _Segment:
         return node.op == "placeholder"
 
     def _straighten(
-        self, outputs: tuple[fx.Node, ...], dense: frozenset[int]
+        self, outputs: tuple[fx.Node, ...], needed: set[fx.Node], table: Iterable[fx.Node], dense: frozenset[int]
     ) -> tuple[fx.GraphModule, tuple[int, ...], tuple[tuple[int, int], ...]]:
-        """Return a graph that computes `outputs`, with the wires and slot tensors that it takes.
+        """Return a graph of the `needed` nodes that computes `outputs`, with the wires and slot tensors that it takes.
 
         The outputs at the indices `dense` are made contiguous. Nodes keep the order of the captured graph, because
         Inductor's decisions depend on it, and at reuse 0 they must be those for the captured graph.
         """
-        needed = self._reached(outputs)
         sizes = [n for n in self.placeholders[: self.guarded.num_inputs] if not hasattr(n.meta.get("val"), "dtype")]
         known = sorted({*sizes, *filter(self.number.__contains__, needed)}, key=self.number.__getitem__)
         first = [node for node in known if self.number[node] < self.guarded.num_inputs]
@@ -190,6 +224,7 @@ class _Segment:
         env = {node: graph.node_copy(node) for node in first}
         env.update({node: _placeholder(graph, node, self._is_dense(self._wire(node))) for node in handed})
         env.update({node: _placeholder(graph, node) for node in slots})
+        env.update({node: _placeholder(graph, node, dense=True) for node in table})
         attributes: dict[str, Any] = {}
         for node in sorted((n for n in needed if n not in env), key=lambda n: n.meta["position"]):
             env[node] = graph.node_copy(node, lambda n: env[self.flat.resolve(n)])
@@ -209,8 +244,8 @@ class _Segment:
             index -= count
         raise AssertionError(node)
 
-    def _reached(self, outputs: tuple[fx.Node, ...]) -> set[fx.Node]:
-        """Return the outputs and impure nodes of this segment, and the nodes that they are computed from."""
+    def _reached(self, outputs: tuple[fx.Node, ...], given: Collection[fx.Node]) -> set[fx.Node]:
+        """Return the outputs and impure nodes of this segment, and the nodes that they depend on, down to `given`."""
         acting = (node for node in self.flat.home if node in self.guarded.acting)
         reached: set[fx.Node] = set()
         stack = [*outputs, *filter(self._is_own, acting)]
@@ -218,7 +253,7 @@ class _Segment:
             node = stack.pop()
             if node not in reached:
                 reached.add(node)
-                stack.extend(() if self._is_input(node) else self._operands(node))
+                stack.extend(() if self._is_input(node) or node in given else self._operands(node))
         return reached
 
     def _operands(self, node: fx.Node) -> Iterator[fx.Node]:

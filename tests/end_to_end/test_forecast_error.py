@@ -18,7 +18,7 @@ from dit_rewrite.policy.rules import Policy, Rule
 from dit_rewrite.policy.serialise import from_json, to_json
 from dit_rewrite.policy.strategies import Forecast, GuidanceDelta, Reuse, Verify
 from dit_rewrite.policy.where import Where
-from dit_rewrite.runtime.decide import Computed, Moment, Past
+from dit_rewrite.runtime.history import Computed, Moment, Past
 from dit_rewrite.runtime.measure import ForecastError, Number, Tracked
 from tests.helpers import tiny
 from tests.helpers.broken import broken_blocks

@@ -41,7 +41,8 @@ from dit_rewrite.policy.strategies import (
     WindowResidual,
 )
 from dit_rewrite.policy.where import Where
-from dit_rewrite.runtime.decide import Choice, Computed, Decider, Decisions, Moment, Past, SiteSpec
+from dit_rewrite.runtime.decide import Choice, Decider, Decisions, SiteSpec
+from dit_rewrite.runtime.history import Computed, Moment, Past
 
 SPAN = Where(span="stack")
 

@@ -7,7 +7,7 @@ import torch
 
 from dit_rewrite.errors import MissReason
 from dit_rewrite.runtime.cache import Cache, stamp_of
-from dit_rewrite.runtime.decide import Computed
+from dit_rewrite.runtime.history import Computed
 from dit_rewrite.runtime.slots import Transition
 
 WEIGHTS = (torch.ones(1), torch.ones(1))

@@ -9,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dit_rewrite.errors import DecisionReason, MissReason, Reason
-from dit_rewrite.runtime.decide import HORIZON, NO_SLOT, Choice, Computed, Decider, Decisions, Moment, Past, SiteSpec
+from dit_rewrite.runtime.decide import HORIZON, NO_SLOT, Choice, Decider, Decisions, SiteSpec
+from dit_rewrite.runtime.history import Computed, Moment, Past
 
 YES, NO = DecisionReason.RULE, DecisionReason.NO_RULE
 

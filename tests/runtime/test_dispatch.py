@@ -12,8 +12,9 @@ from torch import Tensor
 
 from dit_rewrite.decision_row import DecisionRow
 from dit_rewrite.errors import DecisionReason, MissReason
-from dit_rewrite.runtime.decide import Choice, Choose, Moment, SiteSpec
+from dit_rewrite.runtime.decide import Choice, Choose, SiteSpec
 from dit_rewrite.runtime.dispatch import CompiledGraph
+from dit_rewrite.runtime.history import Moment
 from dit_rewrite.runtime.inputs import Inputs
 from dit_rewrite.runtime.segments import Executable, Segment, Wiring
 from dit_rewrite.runtime.session import Observation, Session

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from dit_rewrite.errors import BadTrajectory, DecisionReason, MissReason, TrajectoryReason
-from dit_rewrite.runtime.decide import Computed, Moment
+from dit_rewrite.runtime.history import Computed, Moment
 from dit_rewrite.runtime.inputs import Inputs
 from dit_rewrite.runtime.session import Call, Session
 from dit_rewrite.runtime.slots import Transition

@@ -1,0 +1,213 @@
+"""The step tables of a graph at run time: rows of values that depend on the step and the conditioning alone.
+
+A row is found by the value of the timestep, and belongs to the weights and the conditioning that it was computed from.
+If the timesteps of the trajectory are known, the rows of all further steps are computed by one batched call; otherwise
+a row is computed when a step first reads it. Rows that depend on no conditioning outlive the trajectory.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from dit_rewrite.errors import TableReason
+from dit_rewrite.runtime.clock import Clock
+from dit_rewrite.runtime.stats import Stats
+from dit_rewrite.runtime.tensors import Memoized
+
+SHARE = 8  # the rows of a graph take at most this part of the memory that caches may take
+BATCH = 64  # rows that are computed at once
+STEADY = 2  # how often the conditioning of a cache may change before rows are no longer computed ahead
+
+Columns = tuple[str, ...]
+
+
+class Program(Protocol):
+    """Computes rows. ``step``, ``weights``, ``conditioning`` and ``sizes`` are positions among a graph's inputs.
+    ``columns`` are those that some variant reads."""
+
+    columns: Columns
+    step: tuple[int, ...]
+    weights: tuple[int, ...]
+    conditioning: tuple[int, ...]
+    sizes: tuple[int, ...]
+
+    def add(self, columns: Columns) -> None:
+        """Add the columns that a variant reads."""
+
+    def bytes_of(self, columns: Columns) -> int:
+        """Return the bytes of a row with these columns."""
+
+    def row(self, columns: Columns, args: Sequence[Any]) -> Sequence[Tensor]:
+        """Return the values of `columns` for the timestep in `args`."""
+
+    def rows(self, columns: Columns, args: Sequence[Any], timesteps: Tensor) -> Sequence[Tensor] | None:
+        """Return the values of `columns` for each of `timesteps`, stacked; None if an op cannot be batched."""
+
+
+class Row:
+    """The values of one step by column, and the tuples of them that variants take."""
+
+    __slots__ = ("values", "bytes", "_taken")
+
+    def __init__(self) -> None:
+        self.values: dict[str, Tensor] = {}
+        self.bytes = 0
+        self._taken: dict[Columns, tuple[Tensor, ...]] = {}
+
+    def take(self, columns: Columns) -> tuple[Tensor, ...] | None:
+        """Return the values of `columns`, or None if one is missing."""
+        taken = self._taken.get(columns)
+        if taken is None and all(column in self.values for column in columns):
+            taken = self._taken[columns] = tuple(map(self.values.__getitem__, columns))
+        return taken
+
+    def put(self, columns: Columns, values: Sequence[Tensor]) -> None:
+        """Set the values of `columns`."""
+        self.values.update(zip(columns, values, strict=True))
+        self._taken.clear()
+        self.bytes = sum(value.nbytes for value in self.values.values())
+
+
+@dataclass
+class Table:
+    """The rows for one state of the weights and one conditioning, by timestep, the oldest first."""
+
+    weights: Memoized
+    conditioning: Memoized
+    rows: OrderedDict[Hashable, Row] = field(default_factory=OrderedDict)
+
+    @property
+    def bytes(self) -> int:
+        return sum(row.bytes for row in self.rows.values())
+
+
+@dataclass
+class Bookmark:
+    """The table that the last call of a cache's graph read, and the number of tables that such calls have read."""
+
+    table: Table | None = None
+    count: int = 0
+
+
+class Tables:
+    """The tables of one graph in one thread. Their rows take at most `limit` bytes."""
+
+    def __init__(self, program: Program, stats: Stats, limit: Callable[[], int]) -> None:
+        self._program, self._stats, self._limit = program, stats, limit
+        self._tables: list[Table] = []  # the most recently used last
+        self._batched = True
+
+    def read(
+        self, columns: Columns, args: Sequence[Any], bookmark: Bookmark, explicit: bool, clock: Clock | None
+    ) -> tuple[Tensor, ...]:
+        """Return the values of `columns` for the call of a graph with the inputs `args`.
+
+        `explicit`: whether the caller marked the trajectory. `clock` knows its timesteps.
+        """
+        table, key = self._table(args, bookmark, explicit), self._key(args, clock)
+        row = table.rows.get(key) if key is not None else None
+        taken = None if row is None else row.take(columns)
+        if taken is not None:
+            return taken
+        if key is None:
+            self._stats.dropped(TableReason.UNREADABLE)
+            return tuple(self._program.row(columns, args))
+        self._fill(table, key, args, clock if bookmark.count <= STEADY else None)
+        filled = table.rows[key].take(columns)
+        assert filled is not None
+        self._bound(table, key)
+        return filled
+
+    @property
+    def bytes(self) -> int:
+        return sum(table.bytes for table in self._tables)
+
+    def _table(self, args: Sequence[Any], bookmark: Bookmark, explicit: bool) -> Table:
+        """Return the table for the weights and the conditioning of a call. Weights are compared once per trajectory."""
+        conditioning = [args[i] for i in self._program.conditioning]
+        before = bookmark.table
+        if before is not None and before.conditioning.valid_for(conditioning, explicit):
+            return before
+        weights = [args[i] for i in self._program.weights]
+        current = [table for table in self._tables if table.weights.valid_for(weights, explicit=False)]
+        if len(current) < len(self._tables):
+            self._stats.dropped(TableReason.NEW_WEIGHTS, len(self._tables) - len(current))
+        fitting = [table for table in current if table.conditioning.valid_for(conditioning, explicit=False)]
+        if before is not None and not fitting:
+            self._stats.dropped(TableReason.NEW_CONDITIONING)
+        found = fitting[0] if fitting else Table(Memoized.of(weights, ()), Memoized.of(conditioning, ()))
+        alive = [table for table in current if table is not found and table.conditioning.is_alive]
+        self._tables = [*alive, found]
+        bookmark.table, bookmark.count = found, bookmark.count + 1
+        return found
+
+    def _key(self, args: Sequence[Any], clock: Clock | None) -> Hashable:
+        """Return the value of the timestep with its dtype and shape, and all sizes; None if it cannot be read."""
+        parts: list[Hashable] = [args[i] for i in self._program.sizes]
+        for i in self._program.step:
+            value = args[i]
+            if isinstance(value, Tensor):
+                host = value if value.device.type == "cpu" else None if clock is None else clock.on_host(value)
+                if host is None:
+                    return None
+                value = _key_of(host)
+            parts.append(value)
+        return tuple(parts)
+
+    def _fill(self, table: Table, key: Hashable, args: Sequence[Any], clock: Clock | None) -> None:
+        """Compute the row of a call and, if the timesteps are known ahead, the rows of further steps."""
+        columns = self._program.columns
+        ahead = self._ahead(table, columns, args, clock)
+        if len(ahead) > 1 and key in ahead:
+            device = args[self._program.step[0]].device
+            stacked = self._program.rows(columns, args, torch.stack(list(ahead.values())).to(device))
+            if stacked is not None:
+                for number, each in enumerate(ahead):
+                    self._put(table, each, columns, [values[number].clone() for values in stacked])
+                return
+            self._batched = False
+            self._stats.dropped(TableReason.NOT_BATCHED)
+        self._put(table, key, columns, self._program.row(columns, args))
+
+    def _ahead(
+        self, table: Table, columns: Columns, args: Sequence[Any], clock: Clock | None
+    ) -> dict[Hashable, Tensor]:
+        """Return the timesteps of this step and of further ones whose rows are missing, by key."""
+        if clock is None or not self._batched or len(self._program.step) != 1:
+            return {}
+        timestep = args[self._program.step[0]]
+        sizes = [args[i] for i in self._program.sizes]
+        found: dict[Hashable, Tensor] = {}
+        for value in clock.upcoming(timestep) if isinstance(timestep, Tensor) else ():
+            row = table.rows.get(each := (*sizes, _key_of(value)))
+            if row is None or row.take(columns) is None:
+                found[each] = value
+        fitting = self._limit() // SHARE // max(self._program.bytes_of(columns), 1)
+        return dict(list(found.items())[: min(fitting, BATCH)])
+
+    def _put(self, table: Table, key: Hashable, columns: Columns, values: Sequence[Tensor]) -> None:
+        table.rows.setdefault(key, Row()).put(columns, values)
+        self._stats.add("table_rows")
+
+    def _bound(self, table: Table, key: Hashable) -> None:
+        """Drop the oldest rows, of other tables first, until the rest is within the limit or only this call's row."""
+        limit, total, dropped = self._limit() // SHARE, self.bytes, False
+        for each in list(self._tables):
+            for old in list(each.rows):
+                if total <= limit or (each is table and old == key):
+                    continue
+                total -= each.rows.pop(old).bytes
+                dropped = True
+        if dropped:
+            self._stats.dropped(TableReason.OVER_LIMIT)
+        self._stats.table_bytes = max(self._stats.table_bytes, total)
+
+
+def _key_of(timestep: Tensor) -> Hashable:
+    return timestep.dtype, timestep.shape, *timestep.flatten().tolist()

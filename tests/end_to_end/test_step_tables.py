@@ -1,0 +1,182 @@
+"""Step tables in models: reuse 0 is exact, reusing steps read what they would compute, and never a stale row."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import dit_rewrite
+from dit_rewrite.errors import TableReason
+from dit_rewrite.module import twin
+from dit_rewrite.passes.rewrite.printing import op_counts
+from dit_rewrite.policies import FORA, Never
+from tests.helpers.models import MODELS, output
+
+STEPS = 6
+CONDITIONED = "dit"  # the class enters the modulation
+UNCONDITIONED = "pixart_sigma"
+
+
+def scheduler(calls: list[dict[str, Any]]) -> SimpleNamespace:
+    """A scheduler with the timesteps of the calls."""
+    return SimpleNamespace(timesteps=torch.stack([call["timestep"].flatten()[0] for call in calls]))
+
+
+def compiled(name: str, dtype: torch.dtype = torch.float32, **options: Any) -> Any:
+    options.setdefault("policy", FORA(3))
+    return dit_rewrite.compile(MODELS[name].build(dtype), backend="aot_eager", **options)
+
+
+def run(model: Any, calls: list[dict[str, Any]], **told: Any) -> list[Tensor]:
+    with torch.no_grad(), model.trajectory(**(told or {"scheduler": scheduler(calls)})):
+        return [output(model(**call)).clone() for call in calls]
+
+
+def without_tables(model: Any, policy: Any = None) -> Any:
+    return dit_rewrite.compile(twin(model), policy or FORA(3), backend="aot_eager", disable_passes=("step_tables",))
+
+
+def close(ours: list[Tensor], theirs: list[Tensor]) -> None:
+    """A batched product may round otherwise than one of a single step."""
+    for a, b in zip(ours, theirs, strict=True):
+        bound = 32 * torch.finfo(a.dtype).eps
+        torch.testing.assert_close(a, b, rtol=bound, atol=bound)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", [CONDITIONED, UNCONDITIONED, "sd3", "flux", "wan"])
+def test_reusing_steps_read_what_they_would_compute(name: str, dtype: torch.dtype) -> None:
+    """The rows of the schedule are computed in one batch, a second trajectory computes none, and computing steps are
+    bit-equal."""
+    model, calls = compiled(name, dtype), MODELS[name].inputs(STEPS, dtype)
+    told = {"scheduler": scheduler(calls)}
+    (first, second), plain = [run(model, calls, **told) for _ in range(2)], run(without_tables(model), calls, **told)
+    close(first, plain)
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(first[::3], plain[::3], strict=True))
+    assert model.stats().table_rows == STEPS - 1
+    assert model.explain().rewritten[0].has_table
+    assert "reusing steps read" in str(model.explain())
+
+
+def test_reusing_variants_lose_the_embedders() -> None:
+    """Without tables a reusing step of this DiT runs the embedder's linears and the modulation of each block."""
+    model, calls = compiled(CONDITIONED), MODELS[CONDITIONED].inputs(STEPS)
+    plain = without_tables(model)
+    for each in (model, plain):
+        run(each, calls)
+    variants = [each.explain().rewritten[0].variants.values() for each in (model, plain)]
+    ours, theirs = ({any(v.row): op_counts(v.gm) for v in each} for each in variants)
+    assert ours[False] == theirs[False]
+    assert ours[True]["aten.addmm"] == 1 < theirs[True]["aten.addmm"]  # the projection to the output is left
+
+
+def test_reuse_0_is_exact() -> None:
+    """A policy that never reuses reads no table."""
+    model, calls = compiled(CONDITIONED, policy=Never()), MODELS[CONDITIONED].inputs(3)
+    found = run(model, calls)
+    dit_rewrite.restore(model)
+    with torch.no_grad():
+        assert all(torch.equal(a, output(model(**call))) for a, call in zip(found, calls, strict=True))
+
+
+@contextmanager
+def fresh_comparison(model: Any, calls: list[dict[str, Any]]) -> Iterator[Callable[[list[dict[str, Any]]], None]]:
+    """Fill the tables, let the caller change something, and compare the next trajectory with one without tables."""
+    run(model, calls)
+
+    def compare(changed: list[dict[str, Any]]) -> None:
+        close(run(model, changed), run(without_tables(model), changed))
+
+    yield compare
+
+
+def test_other_timesteps() -> None:
+    model, calls = compiled(UNCONDITIONED), MODELS[UNCONDITIONED].inputs(STEPS)
+    with fresh_comparison(model, calls) as compare:
+        compare([{**call, "timestep": call["timestep"] - 7} for call in calls])
+    assert model.stats().table_rows == 2 * (STEPS - 1)
+
+
+@pytest.mark.parametrize("in_place", [True, False])
+def test_other_conditioning(in_place: bool) -> None:
+    """The labels of the next trajectory are other objects, or the same ones with other values."""
+    model, calls = compiled(CONDITIONED), MODELS[CONDITIONED].inputs(STEPS)
+    labels = calls[0]["class_labels"]
+    with fresh_comparison(model, calls) as compare:
+        labels = labels.copy_(labels.flip(0)) if in_place else labels.flip(0)
+        compare([{**call, "class_labels": labels} for call in calls])
+
+
+def test_guidance() -> None:
+    """FLUX embeds the guidance scale beside the timestep."""
+    model, calls = compiled("flux"), MODELS["flux"].inputs(STEPS)
+    assert calls[0].get("guidance") is not None
+    with fresh_comparison(model, calls) as compare:
+        guidance = calls[0]["guidance"] + 1
+        compare([{**call, "guidance": guidance} for call in calls])
+
+
+def test_pooled_text() -> None:
+    model, calls = compiled("sd3"), MODELS["sd3"].inputs(STEPS)
+    with fresh_comparison(model, calls) as compare:
+        pooled = calls[0]["pooled_projections"] + 1
+        compare([{**call, "pooled_projections": pooled} for call in calls])
+
+
+@pytest.mark.parametrize("how", ["in place", "replaced"])
+def test_changed_modulation_weights(how: str) -> None:
+    """As a fused LoRA does, or another checkpoint: a row is never older than the weights that it depends on."""
+    model, calls = compiled(UNCONDITIONED), MODELS[UNCONDITIONED].inputs(STEPS)
+    with fresh_comparison(model, calls) as compare:
+        linear = model.adaln_single.linear
+        if how == "in place":
+            with torch.no_grad():
+                linear.weight.mul_(1.5)
+        else:
+            linear.weight = nn.Parameter(linear.weight.detach() * 1.5, requires_grad=False)
+        compare(calls)
+    assert model.stats().tables[TableReason.NEW_WEIGHTS] == 1 or model.stats().recompiles
+
+
+def test_lora_on_a_modulation_layer() -> None:
+    peft = pytest.importorskip("peft")
+    model, calls = compiled(UNCONDITIONED), MODELS[UNCONDITIONED].inputs(STEPS)
+    with fresh_comparison(model, calls) as compare:
+        peft.inject_adapter_in_model(
+            peft.LoraConfig(target_modules=["adaln_single.linear"], init_lora_weights=False), model
+        )
+        model.requires_grad_(False)
+        compare(calls)
+
+
+def test_without_a_schedule_only_rows_that_outlive_the_trajectory_are_kept() -> None:
+    """With the conditioning in the modulation each row would be read once: there is no table, and explain() says so."""
+    calls = {name: MODELS[name].inputs(STEPS) for name in (CONDITIONED, UNCONDITIONED)}
+    models = {name: compiled(name) for name in calls}
+    for name, model in models.items():
+        for _ in range(2):
+            run(model, calls[name], num_steps=STEPS)
+    assert models[UNCONDITIONED].stats().table_rows == 4  # the reusing steps, each once
+    assert models[CONDITIONED].stats().table_rows == 0
+    assert str(TableReason.NOT_TOLD) in str(models[CONDITIONED].explain())
+
+
+def test_segments_read_tables_too() -> None:
+    model, calls = compiled(CONDITIONED, lowering="segments"), MODELS[CONDITIONED].inputs(STEPS)
+    found, plain = run(model, calls), run(without_tables(model), calls)
+    close(found, plain)
+    assert model.stats().table_rows == STEPS - 1
+
+
+def test_disabled() -> None:
+    model, calls = compiled(UNCONDITIONED, disable_passes=("step_tables",)), MODELS[UNCONDITIONED].inputs(STEPS)
+    run(model, calls)
+    assert model.stats().table_rows == 0
+    assert not model.explain().rewritten[0].has_table

@@ -1,0 +1,73 @@
+"""The timesteps that are still to come, in the form in which a pipeline passes them to the model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import Tensor
+
+from dit_rewrite.runtime.schedule import OnHost, Schedule, on_host
+
+FLOATS = torch.tensor([999.0, 750.5, 333.3, 0.125])
+FORMS: dict[str, Callable[[Tensor], Tensor]] = {
+    "as they are": lambda t: t.expand(2),
+    "divided": lambda t: (t / 1000).expand(2),
+    "reversed": lambda t: 1 - t.expand(2) / 1000,
+    "divided in bfloat16": lambda t: t.expand(2).to(torch.bfloat16) / 1000,
+    "divided, then bfloat16": lambda t: (t / 1000).to(torch.bfloat16).expand(2),
+    "a double": lambda t: t.to(torch.float64)[None] / 1000,
+}
+
+
+def schedule(times: Tensor) -> Schedule:
+    return Schedule(SimpleNamespace(timesteps=times, config=SimpleNamespace(num_train_timesteps=1000)), noise=False)
+
+
+@pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
+def test_upcoming_timesteps_are_bitwise_those_that_the_pipeline_passes(form: Callable[[Tensor], Tensor]) -> None:
+    """The first timestep may fit several forms, the second one tells them apart."""
+    found = schedule(FLOATS)
+    assert torch.equal(found.upcoming(form(FLOATS[0]), 0)[0], form(FLOATS[0]))
+    for entry in range(1, 4):
+        coming = found.upcoming(form(FLOATS[entry]), entry)
+        assert all(torch.equal(a, form(b)) for a, b in zip(coming, FLOATS[entry:], strict=True))
+
+
+def test_a_wrong_form_is_excluded_by_the_next_call() -> None:
+    """The first timestep fits two forms: rounded to bfloat16 before the division, and after it."""
+    found, early, late = schedule(FLOATS), FORMS["divided in bfloat16"], FORMS["divided, then bfloat16"]
+    assert torch.equal(early(FLOATS[0]), late(FLOATS[0]))
+    assert not torch.equal(early(FLOATS[1]), late(FLOATS[1]))
+    assert torch.equal(found.upcoming(early(FLOATS[0]), 0)[1], late(FLOATS[1]))
+    assert torch.equal(found.upcoming(early(FLOATS[1]), 1)[0], early(FLOATS[1]))
+
+
+def test_a_form_that_is_not_known() -> None:
+    assert schedule(FLOATS).upcoming(FLOATS[0].expand(2) * 3, 0) == []
+    assert schedule(FLOATS).upcoming(torch.stack([FLOATS[0], FLOATS[1]]), 0) == []  # samples at different steps
+
+
+def test_a_timestep_that_is_listed_twice_comes_once() -> None:
+    """Second-order solvers call the denoiser twice at a timestep."""
+    coming = schedule(torch.tensor([9, 5, 5, 1])).upcoming(torch.tensor([9]), 0)
+    assert [int(t) for t in coming] == [9, 5, 1]
+
+
+@pytest.mark.parametrize(
+    ("timestep", "value", "uneven"),
+    [
+        (7, 7.0, False),
+        (torch.tensor(7), 7.0, False),
+        (torch.tensor(7.0).expand(3), 7.0, False),
+        (torch.tensor([7.0, 7.0]), 7.0, False),
+        (torch.tensor([0.0, 7.0]), 7.0, False),  # a clean frame
+        (torch.tensor([5.0, 7.0]), 6.0, True),
+        (torch.tensor([]), None, False),
+        (None, None, False),
+    ],
+)
+def test_a_timestep_on_the_host(timestep: Tensor | float | None, value: float | None, uneven: bool) -> None:
+    assert on_host(timestep) == OnHost(value, uneven)

@@ -1,0 +1,230 @@
+"""The rows of step tables: when they are computed, ahead or one by one, and when they are not used."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from dit_rewrite.errors import TableReason
+from dit_rewrite.runtime.clock import Clock, Named
+from dit_rewrite.runtime.stats import Stats
+from dit_rewrite.runtime.step_tables import BATCH, SHARE, Bookmark, Tables
+
+TIMESTEPS = torch.tensor([900, 600, 300, 0])
+ROW_BYTES = 2 * 3 * 4
+
+
+class Product:
+    """Computes two columns of 2 x 3 numbers: the timestep times a weight, plus a condition."""
+
+    step, weights, conditioning, sizes = (0,), (1,), (2,), (3,)
+
+    def __init__(self, batched: bool = True) -> None:
+        self.batched, self.single, self.batches = batched, 0, list[int]()
+        self.columns: tuple[str, ...] = ()
+
+    def add(self, columns: tuple[str, ...]) -> None:
+        self.columns = tuple(dict.fromkeys((*self.columns, *columns)))
+
+    def bytes_of(self, columns: tuple[str, ...]) -> int:
+        return ROW_BYTES * len(columns)
+
+    def row(self, columns: tuple[str, ...], args: Sequence[Any]) -> list[Tensor]:
+        self.single += 1
+        return [self.column(name, args[0], args) for name in columns]
+
+    def rows(self, columns: tuple[str, ...], args: Sequence[Any], timesteps: Tensor) -> list[Tensor] | None:
+        self.batches += [len(timesteps)]
+        one = [[self.column(name, t, args) for t in timesteps] for name in columns]
+        return [torch.stack(column) for column in one] if self.batched else None
+
+    @staticmethod
+    def column(name: str, timestep: Tensor, args: Sequence[Any]) -> Tensor:
+        return timestep[:, None] * args[1] * (2.0 if name == "b" else 1.0) + args[2]
+
+
+class Steps:
+    """Calls of a graph with a table. The inputs are those of `Product`: timestep, weight, condition, a size."""
+
+    def __init__(self, batched: bool = True, limit: int = 1 << 20, scheduled: bool = True) -> None:
+        self.program, self.stats = Product(batched), Stats()
+        self.tables = Tables(self.program, self.stats, lambda: limit * SHARE)
+        self.weight, self.condition = torch.arange(3.0), torch.ones(1)
+        self.scheduler = SimpleNamespace(timesteps=TIMESTEPS) if scheduled else None
+        self.begin()
+
+    def begin(self) -> None:
+        """Begin another trajectory."""
+        self.clock, self.bookmark = Clock(scheduler=self.scheduler), Bookmark()
+
+    def __call__(self, value: int, *columns: str, dtype: torch.dtype = torch.int64, size: int = 2) -> list[Tensor]:
+        """Read the table at a timestep, check it, and return the values."""
+        timestep = torch.full((2,), value, dtype=dtype)
+        self.clock.enter(self.clock.read(timestep, Named()), timestep, Named(), "stream")
+        args, columns = [timestep, self.weight, self.condition, size], columns or ("a",)
+        self.program.add(columns)
+        found = self.tables.read(columns, args, self.bookmark, True, self.clock)
+        expected = [Product.column(name, timestep, args) for name in columns]
+        assert all(torch.equal(ours, theirs) for ours, theirs in zip(found, expected, strict=True))
+        return list(found)
+
+
+def test_the_rows_of_a_schedule_are_computed_at_once() -> None:
+    """The first read computes the rows of this and all further steps in one batch, and later ones compute nothing."""
+    run = Steps()
+    for value in (600, 300, 0):
+        run(value)
+    assert (run.program.single, run.program.batches) == (0, [3])
+    assert run.stats.table_rows == 3
+    assert run.stats.table_bytes == 3 * ROW_BYTES
+    assert not run.stats.tables
+
+
+def test_the_next_trajectory_reads_the_same_rows() -> None:
+    run = Steps()
+    run(600)
+    run.begin()
+    run(600)
+    run(300)
+    assert run.program.batches == [3]
+
+
+def test_a_timestep_that_is_not_scheduled_gets_its_own_row() -> None:
+    run = Steps()
+    run(600)
+    run(599)
+    run(599)
+    assert (run.program.single, run.program.batches) == (1, [3])
+
+
+def test_without_a_schedule_rows_are_computed_when_they_are_read() -> None:
+    run = Steps(scheduled=False)
+    for value in (600, 300, 600):
+        run(value)
+    assert (run.program.single, run.program.batches) == (2, [])
+
+
+@pytest.mark.parametrize("change", ["dtype", "size"])
+def test_rows_belong_to_a_dtype_and_to_sizes(change: str) -> None:
+    run = Steps(scheduled=False)
+    run(600)
+    run(600, **{"dtype": {"dtype": torch.float32}, "size": {"size": 3}}[change])
+    assert run.program.single == 2
+
+
+def test_a_row_is_completed_when_a_variant_reads_more_columns() -> None:
+    """A variant that is compiled later reads another column: the rows get both, and each is computed once more."""
+    run = Steps()
+    run(600, "a")
+    run(600, "a", "b")
+    run(300, "b")
+    assert run.program.batches == [3, 3]
+    assert run.stats.table_bytes == 3 * 2 * ROW_BYTES
+
+
+def test_a_weight_that_was_changed_in_place_drops_the_rows() -> None:
+    """Weights are compared at the first read of a trajectory."""
+    run = Steps()
+    run(600)
+    run.weight.mul_(2)
+    run.begin()
+    run(600)
+    assert run.program.batches == [3, 3]
+    assert run.stats.tables == {TableReason.NEW_WEIGHTS: 1}
+
+
+def test_a_weight_that_was_replaced_drops_the_rows() -> None:
+    run = Steps()
+    run(600)
+    run.weight = run.weight * 2
+    run.begin()
+    run(600)
+    assert run.stats.tables == {TableReason.NEW_WEIGHTS: 1}
+
+
+@pytest.mark.parametrize("in_place", [True, False])
+def test_other_conditioning_in_a_trajectory_gets_other_rows(in_place: bool) -> None:
+    """Conditioning is compared at every read."""
+    run = Steps()
+    run(600)
+    run.condition = run.condition.add_(1) if in_place else run.condition + 1
+    run(300)
+    assert run.stats.tables == {TableReason.NEW_CONDITIONING: 1}
+
+
+def test_two_conditions_keep_their_rows() -> None:
+    """As the two streams of guidance do: each has its own bookmark, and neither drops the other's rows."""
+    run = Steps()
+    other, bookmark = torch.zeros(1), Bookmark()
+    for value in (600, 300, 0):
+        for _ in range(2):
+            run(value)
+            run.condition, other = other, run.condition
+            run.bookmark, bookmark = bookmark, run.bookmark
+    assert run.program.batches == [3, 3]
+    assert not run.stats.tables
+
+
+def test_conditioning_that_changes_in_every_call_stops_the_batches() -> None:
+    """After the second change, rows are computed one by one: what is computed ahead would not be read."""
+    run = Steps()
+    for value in (900, 600, 300, 0):
+        run.condition = run.condition + 1
+        run(value)
+    assert (run.program.batches, run.program.single) == ([4, 3], 2)
+
+
+def test_an_op_that_cannot_be_batched() -> None:
+    """Rows are computed one by one from then on, and the reason is counted once."""
+    run = Steps(batched=False)
+    for value in (900, 600, 300):
+        run(value)
+    assert (run.program.batches, run.program.single) == ([4], 3)
+    assert run.stats.tables == {TableReason.NOT_BATCHED: 1}
+
+
+def test_rows_beyond_the_limit_are_dropped() -> None:
+    """A batch is as large as the limit allows, and the rows before it are dropped."""
+    run = Steps(limit=2 * ROW_BYTES)
+    for value in (900, 600, 300, 0):
+        run(value)
+        assert run.tables.bytes == 2 * ROW_BYTES
+    assert run.program.batches == [2, 2]
+    assert run.stats.tables == {TableReason.OVER_LIMIT: 1}
+
+
+def test_a_row_larger_than_the_limit_is_the_only_one() -> None:
+    run = Steps(limit=1)
+    run(900)
+    assert run.tables.bytes == ROW_BYTES
+
+
+def test_rows_of_a_batch_own_their_memory() -> None:
+    """A dropped row frees its memory: no row is a view of the batch."""
+    (value,) = Steps()(900)
+    assert value.untyped_storage().nbytes() == ROW_BYTES
+
+
+def test_a_long_schedule_is_computed_in_several_batches() -> None:
+    run = Steps()
+    run.scheduler = SimpleNamespace(timesteps=torch.arange(2 * BATCH, 0, -1))
+    run.begin()
+    for value in range(2 * BATCH, 0, -1):
+        run(value)
+    assert run.program.batches == [BATCH, BATCH]
+
+
+def test_nothing_is_read_for_a_timestep_that_is_not_a_number() -> None:
+    """A NaN equals no key, so that its row is computed at each read."""
+    run = Steps(scheduled=False)
+    run.program.add(("a",))
+    args = [torch.full((2,), float("nan")), run.weight, run.condition, 2]
+    for _ in range(2):
+        (value,) = run.tables.read(("a",), args, run.bookmark, True, run.clock)
+        assert value.isnan().all()
+    assert run.program.single == 2
