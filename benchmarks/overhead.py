@@ -11,22 +11,27 @@ from __future__ import annotations
 import argparse
 import itertools
 from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import torch
 
 import dit_rewrite
 from benchmarks import overhead_report, segments
+from benchmarks.geometries import measure_geometries
 from benchmarks.timing import Row, Spread, alternate, ratio, report, seconds
-from benchmarks.workload import ALWAYS, STEPS, Stepper, alternate_steps, build, calls, cold, instant
+from benchmarks.warm_start import measure_warm_start
+from benchmarks.workload import ALWAYS, STEPS, Stepper, alternate_steps, build, calls, cold, instant, scheduler
 from dit_rewrite.compiler.backend import Backend
 from dit_rewrite.compiler.lowering import Lowering, isolated
 from dit_rewrite.guards import step
-from dit_rewrite.module import attach, twin
+from dit_rewrite.module import RewrittenModule, attach, twin
 from dit_rewrite.policies import FORA
 from dit_rewrite.policy.rules import Policy, Rule
 from dit_rewrite.policy.strategies import Forecast
 
 INTERVAL = 3
+SHARES = {3: 0.96, 5: 0.93}  # of the ideal speed-up, by interval
 FORECASTS = {
     f"step of a forecast, order {order}": Policy((Rule(step > order, Forecast(order)),), f"order {order}")
     for order in (1, 2)
@@ -54,6 +59,7 @@ def measure_steps(device: str, rounds: int) -> list[Row]:
         Row("A/A: plain / plain", again, "", "noise floor", True),
         Row("reuse 0 / plain", computed, "", "<= 1.02", computed.median <= 1.02),
         Row("reusing step / computing step", reused, "", "<= 0.02", reused.median <= 0.02),
+        first_trajectory(inputs, plain, reusing, max(rounds // 8, 3)),
         *(
             Row(f"{name} / reusing step", each, "", "<= 1.1", each.median <= 1.1)
             for name, each in zip(FORECASTS, forecast, strict=True)
@@ -64,29 +70,49 @@ def measure_steps(device: str, rounds: int) -> list[Row]:
 _PAIRS = (("plain again", "plain"), ("reuse 0", "plain"), ("reusing", "reuse 0"))
 
 
+def first_trajectory(inputs: list[dict[str, Any]], plain: Any, reusing: RewrittenModule, rounds: int) -> Row:
+    """Measure the reusing steps of trajectories with new conditioning, whose step table has no rows yet."""
+    found = []
+    for _ in range(rounds):
+        labels = inputs[0]["class_labels"].clone()
+        steps = [{**kwargs, "class_labels": labels} for kwargs in inputs]
+        computing = seconds(lambda: plain(**inputs[0]))
+        with reusing.trajectory(scheduler=scheduler()):
+            reusing(**steps[0])
+            spent = seconds(lambda: [reusing(**kwargs) for kwargs in steps[1:]])  # noqa: B023
+        found.append(spent / (STEPS - 1) / computing)
+    each = Spread.of(found)
+    return Row("… mean over the first trajectory of a conditioning", each, "", "<= 0.03", each.median <= 0.03)
+
+
 def measure_trajectory(device: str, rounds: int) -> list[Row]:
     """Measure FORA over a whole trajectory, against plain torch.compile and the ideal of steps / computed steps."""
     model, inputs = build(device), calls(device)
-    plain, rewritten = isolated(model, "inductor"), dit_rewrite.compile(twin(model), FORA(INTERVAL))
+    plain = isolated(model, "inductor")
 
     def run_plain() -> None:
         for kwargs in inputs:
             plain(**kwargs)
 
-    def run_fora() -> None:
-        with rewritten.trajectory(num_steps=STEPS):
+    def run_fora(rewritten: RewrittenModule) -> None:
+        with rewritten.trajectory(scheduler=scheduler()):
             for kwargs in inputs:
                 rewritten(**kwargs)
 
-    run_plain()
-    run_fora()
-    samples = alternate({"plain": run_plain, "FORA": run_fora}, rounds)
-    speedup = ratio(samples, "plain", "FORA")
-    ideal = STEPS / len(range(0, STEPS, INTERVAL))
+    runs: dict[str, Callable[[], object]] = {"plain": run_plain}
+    runs |= {f"{n}": partial(run_fora, dit_rewrite.compile(twin(model), FORA(n))) for n in SHARES}
+    for run in runs.values():
+        run()
+    samples = alternate(runs, rounds)
+    return [row for n, share in SHARES.items() for row in _shares(ratio(samples, "plain", f"{n}"), n, share)]
+
+
+def _shares(speedup: Spread, interval: int, bound: float) -> list[Row]:
+    ideal = STEPS / len(range(0, STEPS, interval))
     share = Spread(speedup.median / ideal, speedup.low / ideal, speedup.high / ideal, speedup.runs)
     return [
-        Row(f"FORA({INTERVAL}), {STEPS} steps: speed-up", speedup, "", f"ideal {ideal:.3f}", True),
-        Row("… as a share of the ideal", share, "", ">= 0.96", share.median >= 0.96),
+        Row(f"FORA({interval}), {STEPS} steps: speed-up", speedup, "", f"ideal {ideal:.3f}", True),
+        Row("… as a share of the ideal", share, "", f">= {bound}", share.median >= bound),
     ]
 
 
@@ -103,7 +129,7 @@ def measure_compile(device: str, rounds: int) -> list[Row]:
     found = ratio(samples, "FORA", "plain")
     return [
         Row("plain torch.compile, first call", Spread.of(samples["plain"]), "s", "", True),
-        Row(f"FORA({INTERVAL}) / plain, first call", found, "", "<= 1.4", found.median <= 1.4),
+        Row(f"FORA({INTERVAL}) / plain, first call", found, "", "<= 1.3", found.median <= 1.3),
     ]
 
 
@@ -112,7 +138,7 @@ def measure_host(device: str, rounds: int) -> list[Row]:
     model, inputs = build(device), calls(device)
 
     plain = Stepper(isolated(model, instant), inputs)
-    explicit = Stepper(dit_rewrite.compile(twin(model), FORA(INTERVAL), backend=instant), inputs, STEPS)
+    explicit = Stepper(dit_rewrite.compile(twin(model), FORA(INTERVAL), backend=instant), inputs)
     inferred = dit_rewrite.compile(twin(model), FORA(INTERVAL), backend=instant)
     each = itertools.cycle(inputs)
     runs: dict[str, Callable[[], object]] = {
@@ -125,7 +151,7 @@ def measure_host(device: str, rounds: int) -> list[Row]:
     samples = alternate(runs, rounds * 25)
     explicit.close()
     rows = []
-    for name, bound in (("explicit trajectory", 100.0), ("inferred trajectory", None)):
+    for name, bound in (("explicit trajectory", 80.0), ("inferred trajectory", None)):
         added = Spread.of([(a - b) * 1e6 for a, b in zip(samples[name], samples["plain"], strict=True)])
         held = bound is None or added.median <= bound
         rows.append(Row(f"host time added to a call, {name}", added, "µs", f"<= {bound:.0f}" if bound else "", held))
@@ -145,7 +171,9 @@ def main() -> None:
         rows += measure_trajectory(arguments.device, max(arguments.rounds // 8, 3))
         rows += measure_host(arguments.device, arguments.rounds)
         rows += measure_compile(arguments.device, arguments.compiles)
+        rows += measure_geometries(arguments.device, arguments.rounds)
     rows += segments.measure_all(arguments.device, arguments.rounds, arguments.compiles)
+    rows += measure_warm_start(arguments.compiles)
     model = "DiTTransformer2DModel, 6 layers, width 384, 2 x 256 tokens, float32, random weights"
     report("overhead", rows, {"model": model})
     overhead_report.write_page()

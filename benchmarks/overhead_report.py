@@ -23,8 +23,9 @@ ratio can be trusted. First calls are timed with empty caches. *Reuse 0* is the 
 and every decision forced to compute; a *reusing step* reuses every site."""
 EXPLANATION = """## What is missed, and why
 
-- **A fully reusing step** still runs the timestep embedders and the modulation layers of every block, because the gates
-  are this step's. A third of what these layers compute would do.
+- **The first trajectory of a conditioning** computes the rows of its step table, all steps in one batched call. The
+  class is in this DiT's modulation, so its rows belong to a conditioning. Rows that depend on the timestep alone are
+  computed once for all trajectories.
 - **The first call of a deep model by segments** compiles five segments instead of one graph of 28 blocks. On a CPU each
   costs runs of the C++ compiler, and Dynamo and AOTAutograd trace all blocks either way. A further cut, between the
   embedding and block 0, would spare two of the five, and would cost STDiT and Mochi the equal bits that they have by

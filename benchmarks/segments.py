@@ -10,7 +10,7 @@ import torch
 
 import dit_rewrite
 from benchmarks.timing import Row, Spread, alternate, ratio, seconds
-from benchmarks.workload import ALWAYS, STEPS, Stepper, alternate_steps, build, calls, cold, instant
+from benchmarks.workload import ALWAYS, STEPS, Stepper, alternate_steps, build, calls, cold, instant, scheduler
 from dit_rewrite.compiler.backend import Backend
 from dit_rewrite.compiler.lowering import Lowering, isolated
 from dit_rewrite.guards import step
@@ -77,7 +77,7 @@ def measure_first_block(device: str, rounds: int) -> list[Row]:
 
 def trajectory(model: RewrittenModule, inputs: list[dict[str, Any]]) -> None:
     """Run one explicit trajectory."""
-    with model.trajectory(num_steps=len(inputs)):
+    with model.trajectory(scheduler=scheduler()):
         for kwargs in inputs:
             model(**kwargs)
 
@@ -88,7 +88,7 @@ def measure_segment_host(device: str, rounds: int) -> list[Row]:
     policy = FORA(3)
     whole = dit_rewrite.compile(twin(model), policy, backend=instant)
     cut = dit_rewrite.compile(twin(model), policy, backend=instant, lowering="segments")
-    runs = {"whole": Stepper(whole, inputs, STEPS), "cut": Stepper(cut, inputs, STEPS)}
+    runs = {"whole": Stepper(whole, inputs), "cut": Stepper(cut, inputs)}
     for run in runs.values():
         run()
     pieces = cut._backend.rewritten[0].partition.segments.count

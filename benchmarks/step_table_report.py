@@ -7,15 +7,33 @@ from typing import Any
 
 STEPS = 50  # rows of a table
 
-INTRODUCTION = """# Step tables on paper
+INTRODUCTION = """# Step tables
+
+A step table holds what depends on the timestep, the conditioning and weights alone, and took a matrix product to
+compute: timestep embedders, AdaLN modulation, the final modulation. A step that reuses something reads these values
+from the table. A step that computes every site computes them as ever, so reuse 0 stays bit-equal; with
+`compile(…, tables="all")` it reads them too, within rounding.
+
+- **Rows.** If a scheduler tells the timesteps of the trajectory, as in a pipeline, the rows of all further steps are
+  computed by one call, batched over the steps, when a step first reads the table: weights are read once instead of once
+  a step. Without one, a row is computed when it is read.
+- **Keys.** A row is found by the value of the timestep, with its dtype and shape. It belongs to the weights and the
+  conditioning that it was computed from, compared by identity and version: conditioning in each call, weights in each
+  trajectory. Rows that depend on no conditioning outlive the trajectory.
+- **Memory.** Only values that some compiled variant reads are stored, such as the gates of a modulation. The rows of a
+  graph take at most an eighth of `cache_limit`; the oldest ones are dropped first.
+- **No table.** Values that depend on the conditioning have no table without a scheduler, because each row would be read
+  once. Nor is there one if reading the timestep would wait for a GPU: it is read on the host, or found as an entry of
+  the scheduler's timesteps. `explain()` names the reason, and `stats().tables` counts dropped rows by reason.
+- `disable_passes=("step_tables",)` turns tables off.
+
+## On paper
 
 Written by `python -m benchmarks.step_tables` from `step_tables.json` (torch {torch}, diffusers {diffusers}).
 
-A step table holds what a step computes from its timestep, the conditioning and weights alone, and took a matrix
-product to compute: timestep embedders, AdaLN modulation, the final modulation. Nothing ran: the models have their
-published configurations on torch's meta device, weights in bfloat16 (in float32 what the class keeps so), and are
-called with one sample; with classifier-free guidance rows are twice as large. FLOPs are unknown where sizes depend on
-data, as the numbers of text tokens of HunyuanVideo-1.5 do.
+Nothing ran: the models have their published configurations on torch's meta device, weights in bfloat16 (in float32 what
+the class keeps so), and are called with one sample; with classifier-free guidance rows are twice as large. FLOPs are
+unknown where sizes depend on data, as the numbers of text tokens of HunyuanVideo-1.5 do.
 
 - *depends on*: the conditioning that the values depend on besides the timestep: then they hold for one trajectory.
 - *row*: bytes of all values at one step, and of {steps} steps.
@@ -27,21 +45,21 @@ data, as the numbers of text tokens of HunyuanVideo-1.5 do.
   depend on data read its joint attention, which a reusing step then still computes.
 """
 
-SAMPLES = """## Values with one vector for each sample
+SAMPLES = """### Values with one vector for each sample
 
 Modulation and embeddings. Where each block has a modulation of its own, as in DiT, SD3.5, FLUX.1, Qwen-Image and
 HunyuanVideo-1.5, it has about a third of the weights, and next to no FLOPs; where blocks share one, or make it from a
 narrow embedding (PixArt, Wan, FLUX.2, Z-Image), a table frees little.
 """
 
-TOKENS = """## All values
+TOKENS = """### All values
 
 Where the first block projects its text before it meets the image, these projections depend on the text and the
 timestep alone, and so do text refiners that take the timestep. They have one vector for each token. Where the pipeline
 gives each token a timestep of its own (Wan 2.2 5B), modulation too has one vector for each token.
 """
 
-CONFIGURATIONS = "## Configurations\n"
+CONFIGURATIONS = "### Configurations\n"
 
 FOR_GOOD = "for good"
 _COLUMNS = ("model", "depends on", "values", "row", f"{STEPS} rows", "FLOPs", "weights", FOR_GOOD, "read in reuse")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Mapping, Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import sympy
@@ -29,6 +30,12 @@ def build(device: str, layers: int = 6) -> DiTTransformer2DModel:
     return model.to(device).eval().requires_grad_(False)
 
 
+def scheduler() -> Any:
+    """Return a scheduler with the timesteps of `calls`."""
+    config = SimpleNamespace(num_train_timesteps=1000)
+    return SimpleNamespace(timesteps=torch.tensor([999 - 20 * step for step in range(STEPS)]), config=config)
+
+
 def calls(device: str) -> list[dict[str, Any]]:
     """Return the keyword arguments of each step, with one conditioning and continuing latents."""
     labels = torch.tensor([1, 2], device=device)
@@ -46,19 +53,19 @@ def calls(device: str) -> list[dict[str, Any]]:
 
 
 class Stepper:
-    """Calls a model with the inputs of the next step, in endless explicit trajectories of `steps` steps."""
+    """Calls a model with the inputs of the next step, in endless explicit trajectories.
 
-    def __init__(self, model: Any, inputs: Sequence[dict[str, Any]], steps: int = 1 << 30) -> None:
-        self.model, self.steps, self.inputs = model, steps, itertools.cycle(inputs)
+    Time goes back after the last step, which begins the next trajectory.
+    """
+
+    def __init__(self, model: Any, inputs: Sequence[dict[str, Any]]) -> None:
+        self.model, self.inputs = model, itertools.cycle(inputs)
         self.context: Any = None
-        self.count = 0
 
     def __call__(self) -> None:
-        if isinstance(self.model, RewrittenModule) and self.count % self.steps == 0:
-            self.close()
-            self.context = self.model.trajectory(self.steps)
+        if isinstance(self.model, RewrittenModule) and self.context is None:
+            self.context = self.model.trajectory(scheduler=scheduler())
             self.context.__enter__()
-        self.count += 1
         self.model(**next(self.inputs))
 
     def close(self) -> None:

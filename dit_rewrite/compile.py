@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from dit_rewrite.compiler.lowering import InnerBackend
+from dit_rewrite.compiler.request import Tables
 from dit_rewrite.denoiser import compile_denoiser, restore_denoiser
 from dit_rewrite.enable import disable, enable
 from dit_rewrite.module import RewrittenModule
@@ -31,6 +32,7 @@ def compile(
     dump: str | Path | None = None,
     disable_passes: Collection[str] = (),
     cache_limit: int | None = None,
+    tables: Tables = "reuse",
 ) -> Any:
     """Compile a diffusion transformer so that its residual branches are computed or reused as `policy` says.
 
@@ -49,6 +51,11 @@ def compile(
     the graph after each pass and the diffs. `cache_limit` is the maximum number of bytes that the slots of all streams
     of a trajectory take, by default half of the memory of the model's device.
 
+    Values that depend on the timestep and the conditioning alone, such as the modulation, are kept in step tables, from
+    which steps that reuse something read them. With `tables="all"`, steps that compute every site read them too: their
+    results are then within rounding of the original model's, and no longer bit-equal.
+    `disable_passes=("step_tables",)` turns tables off.
+
     The model is compiled at its first call, for inference only. Raises NotAModule if `model` is not a module,
     BadArgument for other invalid arguments, and PlanMismatch for a policy that was searched for another model.
     """
@@ -63,6 +70,7 @@ def compile(
         "dump": dump,
         "disable_passes": disable_passes,
         "cache_limit": cache_limit,
+        "tables": tables,
     }
     return enable(model, policy, **given) if is_pipeline(model) else compile_denoiser(model, policy, **given)
 

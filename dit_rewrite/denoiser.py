@@ -10,6 +10,7 @@ import torch
 
 from dit_rewrite.compiler.backend import Backend
 from dit_rewrite.compiler.lowering import InnerBackend, Lowering
+from dit_rewrite.compiler.request import Tables
 from dit_rewrite.errors import NotAModule, PolicyForOtherModel
 from dit_rewrite.module import attach, detach, unwrapped
 from dit_rewrite.policies import as_policy
@@ -32,6 +33,7 @@ def compile_denoiser(
     dump: str | Path | None = None,
     disable_passes: Collection[str] = (),
     cache_limit: int | None = None,
+    tables: Tables = "reuse",
 ) -> Any:
     """Compile a module; arguments and errors are those of `compile`."""
     model = _module(model)
@@ -40,7 +42,9 @@ def compile_denoiser(
         raise PolicyForOtherModel(policy)
     lower = Lowering.of(backend, mode, options, lowering, max_variants)
     dumps = Dump(Path(dump)) if dump is not None else None
-    made = Backend(model, policy, lower, watcher=dumps, disable_passes=disable_passes, cache_limit=cache_limit)
+    made = Backend(
+        model, policy, lower, watcher=dumps, disable_passes=disable_passes, cache_limit=cache_limit, tables=tables
+    )
     return attach(model, made, fullgraph, dynamic)
 
 

@@ -9,7 +9,7 @@ import time
 import weakref
 from collections import Counter
 from collections.abc import Callable, Collection, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, get_args
 
 import sympy
 import torch
@@ -22,10 +22,11 @@ from dit_rewrite.compiler.foresee import Foreseen
 from dit_rewrite.compiler.lowering import Compiled, Lowering
 from dit_rewrite.compiler.partition import Partition
 from dit_rewrite.compiler.pipeline import PASSES, STRAIGHT_LINE_PASSES
-from dit_rewrite.compiler.request import Request, num_foreseen
+from dit_rewrite.compiler.request import Request, Tables, num_foreseen
 from dit_rewrite.compiler.rewritten import Rewritten, row_name
 from dit_rewrite.compiler.step_tables import TableProgram, timesteps_known
 from dit_rewrite.decision_row import DecisionRow
+from dit_rewrite.errors import BadArgument
 from dit_rewrite.kernels.relative_l1 import relative_l1
 from dit_rewrite.passes.analysis.graph import copied
 from dit_rewrite.passes.analysis.structure import structure
@@ -64,16 +65,20 @@ class Backend:
         store: int | None = None,
         disable_passes: Collection[str] = (),
         cache_limit: int | None = None,
+        tables: Tables = "reuse",
     ) -> None:
         """`force` makes every decision compute, and `store` limits the number of sites whose new slot tensors are
         returned; `verify` uses both. `watcher` observes each graph after each pass. The slots of all streams of a
-        trajectory take at most `cache_limit` bytes, by default half of the memory of the model's device. Raises
-        BadParameter if a name in `disable_passes` is not an optional pass."""
+        trajectory take at most `cache_limit` bytes, by default half of the memory of the model's device. `tables`:
+        "reuse" if only reusing steps read step tables, "all" if computing ones do too. Raises BadArgument if a name in
+        `disable_passes` is not an optional pass, or for another value of `tables`."""
         self.policy, self.lowering, self.force, self.watcher, self.store = policy, lowering, force, watcher, store
         self.disabled = check_disabled(disable_passes, (*PASSES, *STRAIGHT_LINE_PASSES))
         self.stats = Stats()
         self._model = weakref.ref(model)  # the model refers to its backend
-        self.cache_limit = cache_limit
+        self.cache_limit, self.tables = cache_limit, tables
+        if tables not in get_args(Tables):
+            raise BadArgument("compile", "tables", tables, " or ".join(map(repr, get_args(Tables))))
         self.session = Session(self.stats, self._limit)
         self.rewritten: list[Rewritten] = []
         self.breaks: Counter[str] = Counter()  # graph breaks by location and reason
@@ -115,7 +120,9 @@ class Backend:
         known = (False, False) if call is None else timesteps_known(trajectory, call.inputs.timestep)
         hoist = "hoist" not in self.disabled
         levels = tuple(map(trajectory.noise, range(num_foreseen(trajectory.num_steps))))
-        request = Request(self._is_whole(captured), trajectory.num_steps, levels, hoist, self.force, *known)
+        request = Request(
+            self._is_whole(captured), trajectory.num_steps, levels, hoist, self.force, *known, self.tables
+        )
         ctx = Context(captured, self.policy, self.lowering, request)
         runs: list[PassRun] = []
         watch = None if self.watcher is None else self.watcher.begin(len(self.rewritten), captured)

@@ -8,6 +8,7 @@ from typing import Literal
 FORESEEN_STEPS = 64  # steps to look ahead if the number of steps is unknown
 LONGEST = 1000  # maximum number of steps to look ahead
 
+Tables = Literal["reuse", "all"]  # the steps that read step tables
 Level = tuple[float | None, float | None]  # sigma and SNR of a step; None means unknown
 
 
@@ -33,4 +34,4 @@ class Request:
     force: bool = False
     readable: bool = False
     told: bool = False
-    tables: Literal["reuse", "all"] = "reuse"
+    tables: Tables = "reuse"

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import dit_rewrite
-from dit_rewrite.errors import TableReason
+from dit_rewrite.errors import BadArgument, TableReason
 from dit_rewrite.module import twin
 from dit_rewrite.passes.rewrite.printing import op_counts
 from dit_rewrite.policies import FORA, Never
@@ -180,3 +180,29 @@ def test_disabled() -> None:
     run(model, calls)
     assert model.stats().table_rows == 0
     assert not model.explain().rewritten[0].has_table
+
+
+def test_computing_steps_read_tables_on_request() -> None:
+    """With tables="all" no variant runs the embedders, results are within rounding, and explain() names the weights."""
+    model, calls = compiled(CONDITIONED, tables="all"), MODELS[CONDITIONED].inputs(STEPS)
+    plain = without_tables(model)
+    close(run(model, calls), run(plain, calls))
+    computing = next(v for v in model.explain().rewritten[0].variants.values() if not any(v.row))
+    ours, theirs = (op_counts(gm)["aten.addmm"] for gm in (computing.gm, plain.explain().rewritten[0].captured.gm))
+    assert ours == theirs - 12  # of 3 blocks, and of the embedder that the final modulation runs again
+    assert "all steps read" in str(model.explain())
+    assert model.stats().table_rows == STEPS
+
+
+def test_an_inferred_trajectory_reads_tables_too() -> None:
+    """Rows do not need a schedule."""
+    model, calls = compiled(UNCONDITIONED, tables="all"), MODELS[UNCONDITIONED].inputs(2)
+    with torch.no_grad():
+        found = [output(model(**call)) for call in calls]
+        model.reset()
+        close(found, [output(model(**call)) for call in calls])
+
+
+def test_an_unknown_choice_of_steps() -> None:
+    with pytest.raises(BadArgument, match="tables='some' is out of range"):
+        compiled(UNCONDITIONED, tables="some")
