@@ -79,7 +79,7 @@ def measure_geometries(device: str, rounds: int) -> list[Row]:
 
 
 def _placed(calls: list[Call], device: str) -> list[Call]:
-    """Return the calls on a device, with a timestep for each sample. Equal objects stay equal: they are conditioning."""
+    """Return the calls on a device, with a timestep for each sample. A tensor of several calls stays one object."""
     on_device = {id(v): v.to(device) for call in calls for v in call.values() if isinstance(v, torch.Tensor)}
     batch = calls[0]["hidden_states"].shape[0]
     times = scheduler().timesteps.float()[:, None].expand(-1, batch).to(device)
