@@ -5,6 +5,9 @@ dit_rewrite.compile(model, policies.FORA(interval=3))  # a denoiser
 """
 
 from dit_rewrite import errors, guards, policies
+from dit_rewrite.analysis.analyze import analyze
+from dit_rewrite.analysis.result import Analysis
+from dit_rewrite.analysis.reuse_errors import reuse_errors
 from dit_rewrite.compile import RewrittenModule, compile, restore
 from dit_rewrite.enable import enable
 from dit_rewrite.policy import bases
@@ -25,6 +28,7 @@ from dit_rewrite.proof.verify import Verification, verify
 from dit_rewrite.search.calibrate import calibrate
 
 __all__ = [
+    "Analysis",
     "BlockwiseReuse",
     "Compute",
     "Forecast",
@@ -39,6 +43,7 @@ __all__ = [
     "Verify",
     "Where",
     "WindowResidual",
+    "analyze",
     "bases",
     "calibrate",
     "compile",
@@ -47,5 +52,6 @@ __all__ = [
     "guards",
     "policies",
     "restore",
+    "reuse_errors",
     "verify",
 ]

@@ -1,4 +1,4 @@
-"""The command line: ``python -m dit_rewrite demo | generate | latency | verify``."""
+"""The command line: ``python -m dit_rewrite analyze | demo | generate | latency | verify``."""
 
 from __future__ import annotations
 
@@ -95,7 +95,14 @@ def _add_verify(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dump", type=Path, help="output folder for the graphs after each pass and their diffs")
 
 
+def _add_analyze(parser: argparse.ArgumentParser) -> None:
+    from dit_rewrite.cli import analyze
+
+    analyze.add_arguments(parser)
+
+
 COMMANDS = {
+    "analyze": (_add_analyze, "dit_rewrite.cli.analyze", "measure how much a model's tensors change between steps"),
     "demo": (_add_demo, "dit_rewrite.demo.run", "sample images with and without caching, and compare"),
     "generate": (_add_generate, "dit_rewrite.cli.generate", "run a diffusers pipeline with its denoiser rewritten"),
     "latency": (_add_latency, "dit_rewrite.cli.latency", "time the parts of a text-conditional block"),

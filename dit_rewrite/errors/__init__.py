@@ -5,6 +5,14 @@ An error is raised if continuing would be wrong. Its message says what happened,
 `DitRewriteError` of one family: `PolicyError`, `KernelError`, `CommandError`, `ModelError` or `BadTrajectory`.
 """
 
+from dit_rewrite.errors.analysis import (
+    AnalysisError,
+    BadAnalysis,
+    NoImage,
+    NothingMeasured,
+    OtherAnalysis,
+    OverlappingAnalyses,
+)
 from dit_rewrite.errors.base import DitRewriteError
 from dit_rewrite.errors.cli import (
     BadModel,
@@ -90,6 +98,8 @@ from dit_rewrite.errors.trajectories import (
 )
 
 __all__ = [
+    "AnalysisError",
+    "BadAnalysis",
     "BadArgument",
     "BadGuardText",
     "BadModel",
@@ -115,6 +125,7 @@ __all__ = [
     "ModelError",
     "NeedsSegments",
     "NestedTrajectory",
+    "NoImage",
     "NoSites",
     "NoSteps",
     "NoTimesteps",
@@ -126,8 +137,11 @@ __all__ = [
     "NotCalibrated",
     "NotCaptured",
     "NotRewritten",
+    "NothingMeasured",
     "NumStepsNotWhole",
+    "OtherAnalysis",
     "OtherSearch",
+    "OverlappingAnalyses",
     "OverlappingSpans",
     "PassFailed",
     "PipelineNotLoaded",

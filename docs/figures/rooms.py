@@ -32,8 +32,9 @@ MAY_IMPORT = {
     "public": (*COMPILER, "report"),
     "proof": (*COMPILER, "report", "public"),
     "search": (*COMPILER, "report", "public"),
+    "analysis": (*COMPILER, "report", "public", "proof"),
     "demo": (*COMPILER, "report", "public", "proof", "search"),
-    "cli": (*COMPILER, "report", "public", "proof", "search", "demo"),
+    "cli": (*COMPILER, "report", "public", "proof", "search", "analysis", "demo"),
 }
 
 

@@ -1,8 +1,8 @@
 """The factory that ``dit-rewrite verify`` uses by default: the bundled denoiser and the calls of one trajectory.
 
-Write a similar factory for your model: ``--model my_package.models:build``. It takes the number of steps, and returns
-the model and the keyword arguments of the call in each step. Conditioning tensors must be the same objects in every
-step, as in a pipeline.
+Write a similar factory for your model: ``--model my_package.models:build``. It takes the number of steps, and for
+``dit-rewrite analyze`` also a seed. It returns the model and the keyword arguments of the call in each step.
+Conditioning tensors must be the same objects in every step, as in a pipeline.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ import torch
 from dit_rewrite.demo.shapes import SIZE, load_denoiser
 
 
-def build(steps: int) -> tuple[torch.nn.Module, list[dict[str, Any]]]:
+def build(steps: int, seed: int = 0) -> tuple[torch.nn.Module, list[dict[str, Any]]]:
     """Return the bundled denoiser and the inputs of one trajectory: two images from noise to a fixed target."""
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(seed)
     noise, target = torch.randn(2, 2, 3, SIZE, SIZE, generator=generator)
     labels = torch.tensor([1, 8])
     calls = [

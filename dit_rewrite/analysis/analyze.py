@@ -1,0 +1,205 @@
+"""`dit_rewrite.analyze`: measure how much the tensors of a model change between the steps of its sampler."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from dit_rewrite.analysis.places import Keys
+from dit_rewrite.analysis.probing import ProbingBackend, Settings
+from dit_rewrite.analysis.result import Analysis
+from dit_rewrite.analysis.sampling import Sample, sampler
+from dit_rewrite.compiler.backend import Backend
+from dit_rewrite.compiler.lowering import InnerBackend, Lowering
+from dit_rewrite.enable import denoisers
+from dit_rewrite.errors import BadArgument, NotAModule, NothingMeasured, NoTransformer
+from dit_rewrite.module import attach, inside, twin, unwrapped
+from dit_rewrite.policy.plan import fingerprint, is_whole
+from dit_rewrite.runtime.clock import Clock
+
+Make = Callable[[nn.Module, str], Backend]  # makes the backend of a denoiser; the text begins the names of its sites
+
+
+def analyze(
+    model: Any,
+    sample: Sample,
+    prompts: Sequence[Any] | None = None,
+    *,
+    steps: int | None = None,
+    distances: Sequence[int] = (1,),
+    keys: Keys = "core",
+    heads: bool = False,
+    window: float | None = None,
+    conditional: str | None = None,
+    backend: InnerBackend = "inductor",
+    path: str | Path | None = None,
+    progress: Callable[[int], object] | None = None,
+) -> Analysis:
+    """Measure how much the tensors of a denoiser, or of the denoisers of a diffusers pipeline, change between steps.
+
+    `sample` is one of
+
+    - a function ``sample(model, prompt)`` that runs the sampler for each of `prompts` with the denoiser, or pipeline,
+      that it is given (with several trajectories per prompt, each counts);
+    - for a pipeline, a list of prompts, or of dicts with the arguments of its call, which runs `steps` steps;
+    - for a module, a list of trajectories: each a list with the keyword arguments of every call.
+
+    Every tensor is reduced in the compiled graph, where it is made, against the tensors of the last ``max(distances)``
+    steps, which alone are stored. `model` itself is not changed.
+
+    `keys`: whether keys and values are measured as the attention op reads them ("core": behind norms and rotations) or
+    as their projection computes them ("projection"). `heads` also measures each attention head. `window` also measures
+    window attention with that fraction of the tokens, and its residual to full attention. `conditional` is as in
+    `ShareGuidance`: "first" or "second" if both halves of the guidance are in one batch, which are then measured apart,
+    or the name of the conditional stream, which must be called first; the unconditional tensors are then compared with
+    the conditional ones, too.
+
+    With a `path` the analysis is saved there after each prompt, and an existing file is continued. Under `torchrun` the
+    processes share the prompts, and each writes a file of its own, with its rank in the name; `Analysis.merge` puts
+    them together. `progress` is called with the number of each finished prompt.
+
+    Raises BadArgument, NotAModule, NoTransformer, NothingMeasured, BadAnalysis or OtherAnalysis.
+    """
+    settings = _settings(distances, keys, heads, window, conditional)
+    run, given = sampler("analyze", model, sample, prompts, steps)
+    lowering = Lowering.of(backend)
+
+    def make(denoiser: nn.Module, prefix: str) -> Backend:
+        return ProbingBackend(denoiser, lowering, settings, prefix)
+
+    found, target = _begin(model, settings, given, path)
+    with probed(model, make) as (ours, backends), torch.no_grad():
+        for number in _own(len(given)):
+            if number in found.prompts:
+                continue
+            run(ours, given[number])
+            collectors = [backend.collector for backend in backends if isinstance(backend, ProbingBackend)]
+            profiles = [profile for collector in collectors for profile in collector.take()]
+            if not any(row.distance for profile in profiles for row in profile):
+                raise NothingMeasured(number)
+            found.add(number, profiles)
+            refused = (f"{r.path or r.node}: {r.reason}" for b in backends for r in getattr(b, "refused", ()))
+            found.refused = list(dict.fromkeys([*found.refused, *refused]))
+            if target is not None:
+                found.save(target)
+            if progress is not None:
+                progress(number)
+    return found
+
+
+def _settings(
+    distances: Sequence[int], keys: Keys, heads: bool, window: float | None, conditional: str | None
+) -> Settings:
+    given = tuple(dict.fromkeys(distances)) if isinstance(distances, Sequence) else ()
+    if not given or not all(is_whole(distance, 1) for distance in given):
+        raise BadArgument("analyze", "distances", distances, "a list of whole numbers >= 1")
+    if keys not in ("core", "projection"):
+        raise BadArgument("analyze", "keys", keys, '"core" or "projection"')
+    if window is not None and not (isinstance(window, float) and 0 < window <= 1):
+        raise BadArgument("analyze", "window", window, "a fraction in (0, 1], or None")
+    if conditional is not None and not (isinstance(conditional, str) and conditional):
+        raise BadArgument("analyze", "conditional", conditional, '"first", "second", a stream, or None')
+    return Settings(given, keys, heads, window, conditional)
+
+
+def _begin(
+    model: Any, settings: Settings, prompts: Sequence[Any], path: str | Path | None
+) -> tuple[Analysis, Path | None]:
+    """Return the analysis to continue, and where to save it."""
+    parts = components(model)
+    known = asdict(settings) | {"distances": list(settings.distances), "prompts": _digest(prompts)}
+    name = " ".join(type(part).__name__ for part in parts.values())
+    fresh = Analysis("+".join(fingerprint(part) for part in parts.values()), name, known)
+    target = None if path is None else _ranked(Path(path))
+    if target is None or not target.exists():
+        return fresh, target
+    found = Analysis.load(target)
+    found.check(fresh.key, target)
+    return found, target
+
+
+def _digest(prompts: Sequence[Any]) -> str:
+    """Return a hash of the prompts that are texts or numbers; of others, only their number counts."""
+    plain = [p if isinstance(p, str | int | float | None) else type(p).__name__ for p in prompts]
+    return hashlib.sha256(repr(plain).encode()).hexdigest()[:16]
+
+
+def _rank() -> tuple[int, int]:
+    """Return the number of this process, and how many there are, as `torchrun` tells them."""
+    return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def _own(count: int) -> range:
+    """Return the numbers of the prompts of this process."""
+    rank, world = _rank()
+    return range(rank, count, world)
+
+
+def _ranked(path: Path) -> Path:
+    rank, world = _rank()
+    return path if world == 1 else path.with_name(f"{path.stem}.{rank}-of-{world}{path.suffix}")
+
+
+def components(model: Any) -> dict[str, nn.Module]:
+    """Return the denoisers of a pipeline by the names of their components, or the module itself under "".
+
+    Raises NotAModule or NoTransformer.
+    """
+    if hasattr(model, "components") and not isinstance(model, nn.Module):
+        found = denoisers(model)
+        if not found:
+            raise NoTransformer(type(model).__name__, getattr(model, "components", ()))
+        return found
+    model = unwrapped(model)
+    if not isinstance(model, nn.Module):
+        raise NotAModule(model)
+    return {"": model}
+
+
+@contextmanager
+def probed(model: Any, make: Make) -> Iterator[tuple[Any, list[Backend]]]:
+    """Provide a copy of a module that is compiled with a backend of `make`, and the backend.
+
+    For a pipeline, its denoisers are exchanged for such copies, and each call of it is a trajectory, until the context
+    ends.
+    """
+    parts = components(model)
+    several = len(parts) > 1
+    backends = {name: make(part, f"{name}." if several else "") for name, part in parts.items()}
+    copies = {name: attach(twin(part), backends[name], dynamic=False) for name, part in parts.items()}
+    if "" in parts:
+        yield copies[""], list(backends.values())
+        return
+    before = {name: getattr(model, name) for name in parts}
+    try:
+        for name, part in copies.items():
+            setattr(model, name, part)
+        yield _Tied(model, list(copies.values())), list(backends.values())
+    finally:
+        for name, part in before.items():
+            setattr(model, name, part)
+
+
+class _Tied:
+    """A pipeline each call of which is one trajectory of its denoisers."""
+
+    def __init__(self, pipeline: Any, models: Sequence[nn.Module]) -> None:
+        self._pipeline, self._models = pipeline, models
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        clock = Clock(scheduler=getattr(self._pipeline, "scheduler", None))
+        with ExitStack() as stack:
+            for model in self._models:
+                stack.enter_context(inside(model, clock))
+            return self._pipeline(*args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._pipeline, name)

@@ -1,0 +1,142 @@
+"""``python -m dit_rewrite analyze``: measure how much the tensors of a model change between steps."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import inspect
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from dit_rewrite.analysis import plots
+from dit_rewrite.analysis.analyze import analyze
+from dit_rewrite.analysis.result import Analysis
+from dit_rewrite.cli.generate import load_pipeline
+from dit_rewrite.errors import BadModel, BadOption
+
+BUNDLED = "dit_rewrite.demo.shapes.calls:build"
+FILE = "analysis.safetensors"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of the command."""
+    parser.add_argument(
+        "--model",
+        default=BUNDLED,
+        help="module:factory, where the factory takes steps and a seed; a folder; or a hub id",
+    )
+    parser.add_argument(
+        "--prompts", default="4", help="number of seeds of a factory, or a text file with a prompt on each line"
+    )
+    parser.add_argument("--steps", type=int, default=28, help="number of steps of each trajectory")
+    parser.add_argument("--distances", type=int, nargs="+", default=[1], help="steps between the compared tensors")
+    parser.add_argument("--keys", choices=("core", "projection"), default="core", help="where keys are measured")
+    parser.add_argument("--heads", action="store_true", help="also measure each attention head")
+    parser.add_argument("--window", type=float, help="also measure window attention with this fraction of the tokens")
+    parser.add_argument("--conditional", help="conditional half of the batch, first or second, or a stream's name")
+    parser.add_argument("--backend", default="aot_eager", help="aot_eager or inductor")
+    parser.add_argument("--out", type=Path, default=Path("analysis"), help="output folder for the analysis and plots")
+    parser.add_argument("--no-plots", dest="plots", action="store_false", help="write the analysis alone")
+    parser.add_argument(
+        "--merge",
+        type=Path,
+        nargs="+",
+        metavar="FILE",
+        help="merge these analyses instead of making one",
+    )
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Run ``python -m dit_rewrite analyze``; an analysis that was interrupted is continued. Returns the exit code."""
+    path = arguments.out / FILE
+    if arguments.merge:
+        found = Analysis.merge([Analysis.load(each) for each in arguments.merge])
+        found.save(path)
+    else:
+        found = _analyze(arguments, path)
+    print(found)
+    print(f"wrote {path}")
+    if arguments.plots:
+        for picture in plots.draw(found, arguments.out):
+            print(f"wrote {picture}")
+    return 0
+
+
+def _analyze(arguments: argparse.Namespace, path: Path) -> Analysis:
+    if arguments.steps < 2:
+        raise BadOption("analyze", "steps", arguments.steps, "a whole number >= 2")
+    load = _from_factory if ":" in arguments.model else _from_pipeline
+    model, sample, prompts = load(arguments.model, arguments.prompts, arguments.steps)
+    print(f"analyzing {len(prompts)} prompts", file=sys.stderr)
+    return analyze(
+        model,
+        sample,
+        prompts,
+        distances=arguments.distances,
+        keys=arguments.keys,
+        heads=arguments.heads,
+        window=arguments.window,
+        conditional=arguments.conditional,
+        backend=arguments.backend,
+        path=path,
+        progress=lambda number: print(f"prompt {number + 1}", file=sys.stderr),
+    )
+
+
+def _from_factory(text: str, prompts: str, steps: int) -> tuple[Any, Callable[[Any, Any], None], Sequence[int]]:
+    """Call the factory ``module:factory`` with the steps and each seed. Raises BadModel, or BadOption."""
+    module, _, name = text.partition(":")
+    sys.path.insert(0, str(Path.cwd()))
+    try:
+        factory = getattr(importlib.import_module(module), name)
+        takes = len(inspect.signature(factory).parameters)
+        model, calls, *_ = factory(steps, 0) if takes > 1 else factory(steps)
+        list(calls)
+    except (ImportError, AttributeError, TypeError, ValueError) as error:
+        raise BadModel(text, f"{type(error).__name__}: {error}") from error
+    finally:
+        sys.path.pop(0)
+    count = _number(prompts)
+    if takes < 2 and count > 1:
+        raise BadOption("analyze", "prompts", prompts, f"1, or let {name} take (steps, seed)")
+
+    def sample(ours: Any, seed: int) -> None:
+        _, calls, *rest = factory(steps, seed) if takes > 1 else factory(steps)
+        with ours.trajectory(steps, *rest):
+            for call in list(calls)[:steps]:
+                ours(**call)
+
+    return model, sample, range(count)
+
+
+def _number(prompts: str) -> int:
+    if not prompts.isdigit() or int(prompts) < 1:
+        raise BadOption("analyze", "prompts", prompts, "the number of seeds, for a factory")
+    return int(prompts)
+
+
+def _from_pipeline(model: str, prompts: str, steps: int) -> tuple[Any, Callable[[Any, Any], Any], Sequence[Any]]:
+    """Load a pipeline from a folder or hub id. Its prompts are the lines of a file, or the first classes."""
+    import torch
+
+    pipeline: Any = load_pipeline(model, torch.float32)
+    labels = "class_labels" in inspect.signature(pipeline.__call__).parameters
+    path = Path(prompts)
+    if path.is_file():
+        given: list[Any] = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        given = [int(line) for line in given] if labels else given
+    elif labels:
+        given = list(range(_number(prompts)))
+    else:
+        raise BadOption("analyze", "prompts", prompts, "a text file with a prompt on each line, for a pipeline")
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline, _call(pipeline, steps), given
+
+
+def _call(pipeline: Any, steps: int) -> Callable[[Any, Any], Any]:
+    from dit_rewrite.analysis.sampling import sampler
+
+    run, _ = sampler("analyze", pipeline, [""], None, steps)
+    return run

@@ -1,0 +1,40 @@
+"""Errors of redundancy analyses and of their files."""
+
+from __future__ import annotations
+
+from dit_rewrite.errors.models import ModelError
+
+
+class AnalysisError(ModelError):
+    """An analysis cannot be made, loaded, continued or merged."""
+
+
+class BadAnalysis(AnalysisError, ValueError):
+    template = (
+        "{path} cannot be used as an analysis: {problem:.300}. Give a file that Analysis.save wrote, or analyze the "
+        "model again."
+    )
+
+
+class OtherAnalysis(AnalysisError, ValueError):
+    template = (
+        "{what} belongs to another analysis ({differences}). Use the same model and settings, or give another file."
+    )
+
+
+class OverlappingAnalyses(AnalysisError, ValueError):
+    template = "The analyses to merge both have prompt {prompt}. Give analyses of different prompts."
+
+
+class NothingMeasured(AnalysisError, RuntimeError):
+    template = (
+        "Sampling prompt {prompt} never called the denoiser at two steps of one trajectory, so nothing could be "
+        "compared. Call the denoiser that `sample` receives, at every step."
+    )
+
+
+class NoImage(AnalysisError, TypeError):
+    template = (
+        "Reuse errors compare the final images, but sampling returned {found}. Give a `sample` that returns the image "
+        "or the latent as a tensor."
+    )
