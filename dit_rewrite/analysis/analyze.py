@@ -69,6 +69,7 @@ def analyze(
     Raises BadArgument, NotAModule, NoTransformer, NothingMeasured, BadAnalysis or OtherAnalysis.
     """
     settings = _settings(distances, keys, heads, window, conditional)
+    components(model)  # raises for what is neither a module nor a pipeline
     run, given = sampler("analyze", model, sample, prompts, steps)
     lowering = Lowering.of(backend)
 
@@ -103,8 +104,8 @@ def _settings(
         raise BadArgument("analyze", "distances", distances, "a list of whole numbers >= 1")
     if keys not in ("core", "projection"):
         raise BadArgument("analyze", "keys", keys, '"core" or "projection"')
-    if window is not None and not (isinstance(window, float) and 0 < window <= 1):
-        raise BadArgument("analyze", "window", window, "a fraction in (0, 1], or None")
+    if window is not None and not (isinstance(window, float) and 0 < window < 1):
+        raise BadArgument("analyze", "window", window, "a fraction between 0 and 1, or None")
     if conditional is not None and not (isinstance(conditional, str) and conditional):
         raise BadArgument("analyze", "conditional", conditional, '"first", "second", a stream, or None')
     return Settings(given, keys, heads, window, conditional)

@@ -179,6 +179,8 @@ class Places:
         made: Any = RefusalReason.CAUSAL
         if is_unbacked(core.meta["val"]):
             made = RefusalReason.MOVING_SIZE
+        elif site.kind is Kind.CROSS:
+            made = RefusalReason.OTHER_TOKENS
         elif not (given["is_causal"] or given["enable_gqa"] or given["dropout_p"]):
             made = codec(WindowResidual(window), core, self._image, False, False)
         if isinstance(made, RefusalReason):

@@ -28,8 +28,9 @@ def lines(analysis: Analysis, quantity: str, path: str | Path, measure: str = "l
     for row in rows:
         mean, spread = analysis.mean(row, measure), analysis.deviation(row, measure)
         color = colors(row.layer / depth)
-        axes.plot(range(len(mean)), mean, color=color, label=_name(row), linewidth=1)
-        axes.fill_between(range(len(mean)), mean - spread, mean + spread, color=color, alpha=0.12, linewidth=0)
+        axes.plot(range(len(mean)), mean.numpy(), color=color, label=_name(row), linewidth=1)
+        band = (mean - spread).numpy(), (mean + spread).numpy()
+        axes.fill_between(range(len(mean)), *band, color=color, alpha=0.12, linewidth=0)
     axes.set(xlabel="step", ylabel=f"{measure} of {quantity}", title=f"{analysis.name}: {quantity} by layer")
     if len(rows) <= 12:
         axes.legend(fontsize=6)
@@ -41,7 +42,7 @@ def heat_map(analysis: Analysis, quantity: str, path: str | Path, measure: str =
     rows = _rows(analysis, quantity, conditions)
     figure, axes = _figure()
     values = torch.stack([analysis.mean(row, measure) for row in rows])
-    picture = axes.imshow(values, aspect="auto", origin="lower", interpolation="nearest")
+    picture = axes.imshow(values.numpy(), aspect="auto", origin="lower", interpolation="nearest")
     figure.colorbar(picture, label=measure)
     if len(rows) <= 40:
         axes.set_yticks(range(len(rows)), [_name(row) for row in rows], fontsize=5)
@@ -65,7 +66,7 @@ def step_similarity(analysis: Analysis, row: Row, measure: str = "cosine") -> Te
 def similarity_map(analysis: Analysis, row: Row, path: str | Path, measure: str = "cosine") -> Path:
     """Draw `step_similarity` as a map. Analyze with many `distances`, such as range(1, steps)."""
     figure, axes = _figure(square=True)
-    picture = axes.imshow(step_similarity(analysis, row._replace(distance=1), measure), origin="lower")
+    picture = axes.imshow(step_similarity(analysis, row._replace(distance=1), measure).numpy(), origin="lower")
     figure.colorbar(picture, label=measure)
     axes.set(xlabel="step", ylabel="step", title=f"{_name(row)}: {row.quantity}")
     return _saved(figure, path)
@@ -82,7 +83,7 @@ def stability(
     for name, analysis in analyses.items():
         rows = _rows(analysis, quantity, conditions)
         mean = torch.stack([analysis.mean(row, measure) for row in rows]).nanmean(0)[1:]
-        axes.plot(torch.linspace(0, 1, len(mean)), mean / mean.nanmean(), label=name)
+        axes.plot(torch.linspace(0, 1, len(mean)).numpy(), (mean / mean.nanmean()).numpy(), label=name)
     axes.set(xlabel="progress", ylabel=f"{measure} / its mean", title=quantity)
     axes.legend()
     return _saved(figure, path)

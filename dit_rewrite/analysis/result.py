@@ -170,10 +170,8 @@ class Analysis:
         found._forget()
         return found
 
-    def __str__(self) -> str:
-        from dit_rewrite.analysis.compare import summary
-
-        return summary(self)
+    def __repr__(self) -> str:
+        return f"Analysis of {self.name}: {len(self.prompts)} prompts, {self.steps} steps, {len(self.table.rows)} rows"
 
 
 _FIELDS: Mapping[str, Any] = {

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dit_rewrite.analysis.analyze import probed
+from dit_rewrite.analysis.analyze import components, probed
 from dit_rewrite.analysis.result import ReuseErrors
 from dit_rewrite.analysis.sampling import Sample, image_of, replay, sampler
 from dit_rewrite.compiler.backend import Backend
@@ -43,6 +43,7 @@ def reuse_errors(
 
     Raises BadArgument for unknown sites, NoImage, NotAModule or NoTransformer.
     """
+    components(model)  # raises for what is neither a module nor a pipeline
     run, given = sampler("reuse_errors", model, sample, prompts, steps)
     if run is replay:
         raise BadArgument("reuse_errors", "sample", "recorded calls", "a function, as reuse must change later inputs")

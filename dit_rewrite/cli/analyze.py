@@ -12,6 +12,7 @@ from typing import Any
 
 from dit_rewrite.analysis import plots
 from dit_rewrite.analysis.analyze import analyze
+from dit_rewrite.analysis.compare import summary
 from dit_rewrite.analysis.result import Analysis
 from dit_rewrite.cli.generate import load_pipeline
 from dit_rewrite.errors import BadModel, BadOption
@@ -56,7 +57,7 @@ def run(arguments: argparse.Namespace) -> int:
         found.save(path)
     else:
         found = _analyze(arguments, path)
-    print(found)
+    print(summary(found))
     print(f"wrote {path}")
     if arguments.plots:
         for picture in plots.draw(found, arguments.out):

@@ -6,7 +6,6 @@ An error is raised if continuing would be wrong. Its message says what happened,
 """
 
 from dit_rewrite.errors.analysis import (
-    AnalysisError,
     BadAnalysis,
     NoImage,
     NothingMeasured,
@@ -98,7 +97,6 @@ from dit_rewrite.errors.trajectories import (
 )
 
 __all__ = [
-    "AnalysisError",
     "BadAnalysis",
     "BadArgument",
     "BadGuardText",

@@ -115,9 +115,8 @@ def _inputs(graph: fx.Graph, tap: int, example: Tensor, distances: Sequence[int]
     inputs = []
     for distance in distances:
         node = graph.placeholder(f"tap{tap}_{'lent' if distance == LENT else f'before{distance}'}")
-        node.meta = {
-            "val": example.new_empty_strided(example.shape, example.stride())
-        }  # tracing tells inputs by object
+        # a tensor of its own, because tracing takes two inputs with one fake tensor for the same input
+        node.meta = {"val": example.new_empty_strided(example.shape, example.stride())}
         inputs.append(node)
     return inputs
 

@@ -1,0 +1,334 @@
+"""`analyze`: known rates of change, resumed and merged runs, streams, heads, and arguments."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import dit_rewrite
+from dit_rewrite.analysis import analyze as module
+from dit_rewrite.analysis.result import KEPT, Analysis
+from dit_rewrite.analysis.statistics import MEASURES, Row, Table
+from dit_rewrite.errors import BadArgument, NotAModule, NothingMeasured, OtherAnalysis, OverlappingAnalyses
+from tests.helpers import tiny
+from tests.helpers.planted import CHANNELS, KEY_RATE, RATES, VALUE_RATE, Planted, numbers, planted_calls
+
+STEPS = 5
+
+
+def analyze(model: Any, sample: Any, *args: Any, **options: Any) -> Analysis:
+    return dit_rewrite.analyze(model, sample, *args, backend="aot_eager", **options)
+
+
+def same(a: Analysis, b: Analysis) -> bool:
+    """Whether two analyses are equal bit for bit."""
+    tables = (a.table.count, a.table.mean, a.table.squares), (b.table.count, b.table.mean, b.table.squares)
+    kept = a.profiles.keys() == b.profiles.keys()
+    kept = kept and all(torch.equal(a._profile(p).nan_to_num(), b._profile(p).nan_to_num()) for p in a.profiles)
+    equal = all(map(torch.equal, *tables))
+    return equal and kept and (a.table.rows, a.prompts, a.settings) == (b.table.rows, b.prompts, b.settings)
+
+
+def row(found: Analysis, **conditions: Any) -> Row:
+    (only,) = found.rows(**conditions)
+    return only
+
+
+@pytest.fixture(scope="module")
+def planted() -> Analysis:
+    """Two prompts of the planted model, at distances 1 and 3, with heads."""
+    torch.compiler.reset()
+    sample = [planted_calls(STEPS), planted_calls(STEPS, seed=1)]
+    return analyze(Planted(), sample, distances=(1, 3), heads=True)
+
+
+# --- planted rates ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("distance", [1, 3])
+def test_mlps_change_at_their_rates(planted: Analysis, distance: int) -> None:
+    """An MLP changes in one channel of its own, by its rate times the fall of the number."""
+    one, two = numbers(STEPS), numbers(STEPS, seed=1)
+    for i, rate in enumerate(RATES):
+        found = row(planted, site=f"blocks.{i}.mlp", quantity="mlp", distance=distance)
+        for step in range(STEPS):
+            if step < distance:
+                assert planted.mean(found)[step].isnan()
+                continue
+            falls = [values[step - distance] - values[step] for values in (one, two)]
+            share = [fall / values[step - distance] for fall, values in zip(falls, (one, two), strict=True)]
+            each = torch.tensor([fall * rate / CHANNELS for fall in falls], dtype=torch.float64)
+            assert planted.mean(found)[step] == pytest.approx(float(each.mean()))
+            assert planted.deviation(found)[step] == pytest.approx(float(each.std()))
+            assert planted.mean(found, "relative_l1")[step] == pytest.approx(sum(share) / 2)
+            assert planted.mean(found, "cosine")[step] == pytest.approx(1.0)
+            spread = each.square() * (CHANNELS - 1)  # one channel of 8 changes
+            assert planted.mean(found, "variance")[step] == pytest.approx(float(spread.mean()))
+            assert planted.mean(found, "mse")[step] == pytest.approx(float((each.square() * CHANNELS).mean()))
+
+
+def test_keys_values_and_the_attention_change_at_theirs(planted: Analysis) -> None:
+    """All their channels have the number times a rate, in both heads alike."""
+    falls = torch.tensor([numbers(STEPS)[0] - numbers(STEPS)[1], numbers(STEPS, 1)[0] - numbers(STEPS, 1)[1]])
+    for quantity, rate in (("keys", KEY_RATE), ("values", VALUE_RATE), ("attention", VALUE_RATE)):
+        for head in (None, 0, 1):
+            found = row(planted, quantity=quantity, head=head)
+            assert planted.mean(found)[1] == pytest.approx(float(falls.mean()) * rate)
+            assert planted.mean(found, "variance")[1] == pytest.approx(0, abs=1e-6)
+            assert planted.profile(1, found)[1] == pytest.approx(float(falls[1]) * rate)
+
+
+def test_the_residuals_sum_up_what_is_inside(planted: Analysis) -> None:
+    """A block with one branch changes as that branch; the stack as all its branches, in other channels."""
+    blocks = planted.rows(quantity="block")
+    assert [r.site for r in blocks] == ["block 0", "blocks.0", "blocks.1", "blocks.2"]
+    for found, rate in zip(blocks, (VALUE_RATE, *RATES), strict=True):
+        assert planted.mean(found)[1] == pytest.approx(1.5 * rate / CHANNELS)
+    stack = row(planted, quantity="stack")
+    assert planted.mean(stack)[1] == pytest.approx(1.5 * (VALUE_RATE + sum(RATES)) / CHANNELS)
+    output = row(planted, quantity="output")
+    assert planted.mean(output)[1] == pytest.approx(1.5 * (1 + VALUE_RATE + sum(RATES)) / CHANNELS)
+
+
+def test_the_model_is_left_alone() -> None:
+    model = Planted()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    analyze(model, [planted_calls(2)])
+    assert not isinstance(model, dit_rewrite.RewrittenModule)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+# --- many prompts -----------------------------------------------------------------------------------------------------
+
+
+def test_a_killed_run_goes_on_to_the_same_result(tmp_path: Path) -> None:
+    """It is killed after the second of four prompts, and continued from its file in another call."""
+    sample = [planted_calls(3, seed) for seed in range(4)]
+    whole = analyze(Planted(), sample)
+
+    def kill(number: int) -> None:
+        if number == 1:
+            raise KeyboardInterrupt
+
+    path = tmp_path / "a.safetensors"
+    with pytest.raises(KeyboardInterrupt):
+        analyze(Planted(), sample, path=path, progress=kill)
+    assert Analysis.load(path).prompts == [0, 1]
+    ran: list[int] = []
+    found = analyze(Planted(), sample, path=path, progress=ran.append)
+    assert ran == [2, 3]
+    assert same(found, whole)
+    assert same(Analysis.load(path), whole)
+
+
+def test_processes_share_the_prompts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each rank of torchrun writes a file of its own prompts; merged, they are those of a single process."""
+    sample = [planted_calls(3, seed) for seed in range(5)]
+    whole = analyze(Planted(), sample)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    parts = []
+    for rank in range(2):
+        monkeypatch.setenv("RANK", str(rank))
+        analyze(Planted(), sample, path=tmp_path / "a.safetensors")
+        parts.append(Analysis.load(tmp_path / f"a.{rank}-of-2.safetensors"))
+    assert [part.prompts for part in parts] == [[0, 2, 4], [1, 3]]
+    merged = Analysis.merge(parts)
+    assert (merged.prompts, merged.table.rows) == (whole.prompts, whole.table.rows)
+    assert torch.equal(merged.table.count, whole.table.count)
+    assert torch.allclose(merged.table.mean, whole.table.mean, rtol=1e-12)
+    assert torch.allclose(merged.table.squares, whole.table.squares, rtol=1e-9, atol=1e-15)
+    assert all(torch.equal(merged._profile(p).nan_to_num(), whole._profile(p).nan_to_num()) for p in range(5))
+    with pytest.raises(OverlappingAnalyses, match="both have prompt 0"):
+        Analysis.merge([whole, parts[0]])
+
+
+def test_memory_does_not_grow_with_prompts(tmp_path: Path) -> None:
+    """100 observations take as much as 20: the profiles of 16 prompts are kept."""
+    sizes = []
+    found = Analysis("f", "Model", {"keys": "core"})
+    rows = [Row(f"site {i}", "mlp", i, "mlp", "all", "0", None, 1) for i in range(10)]
+    for prompt in range(100):
+        found.add(prompt, [{row: torch.rand(20, len(MEASURES), dtype=torch.float64) for row in rows}])
+        found.save(tmp_path / "a.safetensors")
+        sizes.append((tmp_path / "a.safetensors").stat().st_size)
+    assert len(found.profiles) == KEPT
+    assert sizes[99] - sizes[20] < 600, "the numbers of 79 more prompts in the header"
+
+
+def test_only_the_steps_that_are_compared_with_are_stored() -> None:
+    """The cache holds the tensors of two steps at most, however long the trajectory is."""
+    peaks = []
+    for steps in (3, 9):
+        with module.probed(Planted(), _backend(distances=(1, 2))) as (model, (backend,)), torch.no_grad():
+            with model.trajectory(steps):
+                for call in planted_calls(steps):
+                    model(**call)
+            peaks.append(model.stats().peak_bytes)
+            tensor = 2 * 4 * CHANNELS * 4
+            held = len(backend.runners[0].tapped.taps)
+    assert peaks[0] == peaks[1]
+    assert 0 < peaks[1] <= 2 * held * tensor
+
+
+def _backend(**settings: Any) -> Any:
+    from dit_rewrite.analysis.probing import ProbingBackend, Settings
+    from dit_rewrite.compiler.lowering import Lowering
+
+    return lambda model, prefix: ProbingBackend(model, Lowering.of("aot_eager"), Settings(**settings), prefix)
+
+
+def test_chan_merge_equals_the_direct_formulas() -> None:
+    values = torch.randn(7, 3, len(MEASURES), dtype=torch.float64)
+    values[2, 1, 0] = float("nan")
+    only = Row("a", "mlp", 0, "mlp", "all", "0", None, 1)
+    table = Table()
+    for value in values:
+        table.add({only: value})
+    expected = values.nanmean(0)
+    assert torch.allclose(table.means[0], expected)
+    assert table.count[0, 1, 0] == 6
+    kept = values[[0, 1, 3, 4, 5, 6], 1, 0]
+    assert table.deviations[0, 1, 0] == pytest.approx(float(kept.std()))
+
+
+# --- streams ----------------------------------------------------------------------------------------------------------
+
+
+def two_streams(model: Any, steps: int) -> None:
+    """Each step calls the model for a conditional and an unconditional stream, whose numbers differ by 1."""
+    with model.trajectory(steps):
+        for call in planted_calls(steps):
+            with model.cache_context("cond"):
+                model(**call)
+            with model.cache_context("uncond"):
+                model(call["latent"] + torch.eye(CHANNELS)[0], call["timestep"])
+
+
+def test_streams_are_measured_apart_and_against_each_other() -> None:
+    found = analyze(Planted(), two_streams, [STEPS], conditional="cond")
+    for stream in ("cond", "uncond"):
+        mlp = row(found, site="blocks.2.mlp", quantity="mlp", stream=stream)
+        falls = [a - b for a, b in zip(numbers(STEPS), numbers(STEPS)[1:], strict=False)]
+        assert found.mean(mlp)[1:].tolist() == pytest.approx([RATES[2] * fall / CHANNELS for fall in falls])
+    apart = row(found, site="blocks.2.mlp", quantity="mlp", distance=0)
+    assert apart.stream == "uncond"
+    assert found.mean(apart).tolist() == pytest.approx([RATES[2] / CHANNELS] * STEPS)
+    shares = [1 / number for number in numbers(STEPS)]
+    assert found.mean(apart, "relative_l1").tolist() == pytest.approx(shares)
+
+
+@pytest.mark.parametrize("conditional", ["first", "second"])
+def test_halves_of_a_batch(conditional: str) -> None:
+    """The second sample's number is twice that of the first."""
+    calls = planted_calls(STEPS)
+    for call in calls:
+        call["latent"][1] *= 2
+    found = analyze(Planted(), [calls], conditional=conditional)
+    falls = [a - b for a, b in zip(numbers(STEPS), numbers(STEPS)[1:], strict=False)]
+    for stream, factor in (("cond", 1), ("uncond", 2)) if conditional == "first" else (("cond", 2), ("uncond", 1)):
+        mlp = row(found, site="blocks.0.mlp", quantity="mlp", stream=stream)
+        assert found.mean(mlp)[1:].tolist() == pytest.approx([factor * fall / CHANNELS for fall in falls])
+    apart = row(found, site="blocks.0.mlp", quantity="mlp", distance=0)
+    assert found.mean(apart, "relative_l1").tolist() == pytest.approx([1.0 if conditional == "first" else 0.5] * STEPS)
+
+
+def test_two_trajectories_of_a_prompt_count_twice_and_do_not_mix() -> None:
+    def sample(model: Any, seed: int) -> None:
+        for each in (seed, seed + 1):
+            with model.trajectory(STEPS):
+                for call in planted_calls(STEPS, each):
+                    model(**call)
+
+    found = analyze(Planted(), sample, [0])
+    mlp = row(found, site="blocks.0.mlp", quantity="mlp")
+    assert found.table.count[found.table.index(mlp), :, 0].tolist() == [0, 2, 2, 2, 2]
+    assert found.mean(mlp)[1] == pytest.approx(1.5 / CHANNELS)
+
+
+def test_outputs_that_the_sampler_changes_in_place() -> None:
+    """The output is a tapped tensor; what the sampler does to it must not reach the statistics."""
+
+    def sample(model: Any, steps: int) -> None:
+        with model.trajectory(steps):
+            for call in planted_calls(steps):
+                model(**call).mul_(1000)
+
+    found = analyze(Planted(), sample, [STEPS])
+    output = row(found, quantity="output")
+    assert found.mean(output)[1] == pytest.approx((1 + VALUE_RATE + sum(RATES)) / CHANNELS)
+
+
+# --- what is measured -------------------------------------------------------------------------------------------------
+
+
+def test_window_attention_and_its_residual() -> None:
+    """They sum up to the attention, so that with a window over all tokens the residual is zero."""
+    sample = [tiny.calls(3)]
+    found = analyze(tiny.build(), sample, window=0.99)
+    inside, residual = found.rows(quantity="window"), found.rows(quantity="window residual")
+    whole = found.rows(quantity="attention")
+    assert len(inside) == len(residual) == len(whole) == 2
+    for a, b, c in zip(inside, residual, whole, strict=True):
+        assert found.mean(a)[1:].tolist() == pytest.approx(found.mean(c)[1:].tolist(), rel=1e-4)
+        assert found.mean(b)[1:].tolist() == pytest.approx([0, 0], abs=1e-6)
+
+
+# --- arguments --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ({"distances": ()}, "distances"),
+        ({"distances": (0,)}, "distances"),
+        ({"keys": "norm"}, "keys"),
+        ({"window": 1.0}, "window"),
+        ({"conditional": ""}, "conditional"),
+    ],
+)
+def test_arguments_out_of_range(options: dict[str, Any], named: str) -> None:
+    with pytest.raises(BadArgument, match=f"analyze: {named}="):
+        analyze(Planted(), [planted_calls(2)], **options)
+
+
+def test_what_cannot_be_sampled() -> None:
+    model = Planted()
+    for sample, prompts in (("a cat", None), ([], None), (two_streams, None), (two_streams, []), ([3], None)):
+        with pytest.raises(BadArgument, match="analyze: "):
+            analyze(model, sample, prompts)
+    with pytest.raises(NotAModule):
+        analyze(3, [planted_calls(2)])
+    with pytest.raises(NothingMeasured, match="prompt 0 never called the denoiser at two steps"):
+        analyze(model, lambda *_: None, [0])
+
+
+def test_a_file_of_another_analysis_is_not_continued(tmp_path: Path) -> None:
+    path = tmp_path / "a.safetensors"
+    analyze(Planted(), [planted_calls(2)], path=path)
+    with pytest.raises(
+        OtherAnalysis, match=r"a\.safetensors belongs to another analysis \(keys: 'core', not 'projection'"
+    ):
+        analyze(Planted(), [planted_calls(2)], path=path, keys="projection")
+    with pytest.raises(OtherAnalysis, match="model: "):
+        analyze(Planted(rates=(1.0,)), [planted_calls(2)], path=path)
+
+
+def test_a_pipeline(tmp_path: Path) -> None:
+    """Each call is a trajectory of the pipeline's own scheduler, and its denoiser is put back."""
+    from tests.cli.test_generate import build_dit_pipeline
+
+    pipeline = build_dit_pipeline()
+    pipeline.set_progress_bar_config(disable=True)
+    denoiser = pipeline.transformer
+    found = analyze(pipeline, [1, {"class_labels": [2], "guidance_scale": 1.0}], steps=3)
+    assert pipeline.transformer is denoiser
+    assert not isinstance(denoiser, dit_rewrite.RewrittenModule)
+    assert found.steps == 3
+    assert found.prompts == [0, 1]
+    finite: list[Tensor] = [found.mean(row)[1:] for row in found.rows(quantity="keys")]
+    assert finite
+    assert all(bool((values > 0).all()) for values in finite)
