@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import torch
 from torch import nn
 
 from dit_rewrite.analysis.places import Keys
-from dit_rewrite.analysis.probing import ProbingBackend, Settings
+from dit_rewrite.analysis.probing import ProbingBackend, Profile, Settings
 from dit_rewrite.analysis.result import Analysis
 from dit_rewrite.analysis.sampling import Sample, sampler
 from dit_rewrite.compiler.backend import Backend
@@ -82,8 +83,7 @@ def analyze(
             if number in found.prompts:
                 continue
             run(ours, given[number])
-            collectors = [backend.collector for backend in backends if isinstance(backend, ProbingBackend)]
-            profiles = [profile for collector in collectors for profile in collector.take()]
+            profiles = _taken(backends)
             if not any(row.distance for profile in profiles for row in profile):
                 raise NothingMeasured(number)
             found.add(number, profiles)
@@ -94,6 +94,13 @@ def analyze(
             if progress is not None:
                 progress(number)
     return found
+
+
+def _taken(backends: Sequence[Backend]) -> list[Profile]:
+    """Return the profile of each trajectory, with the rows of all denoisers of a pipeline."""
+    each = [backend.collector.take() for backend in backends if isinstance(backend, ProbingBackend)]
+    joined = zip_longest(*each, fillvalue={})
+    return [{row: values for profile in profiles for row, values in profile.items()} for profiles in joined]
 
 
 def _settings(

@@ -68,13 +68,14 @@ def run(arguments: argparse.Namespace) -> int:
 def _analyze(arguments: argparse.Namespace, path: Path) -> Analysis:
     if arguments.steps < 2:
         raise BadOption("analyze", "steps", arguments.steps, "a whole number >= 2")
-    load = _from_factory if ":" in arguments.model else _from_pipeline
+    load: Callable[..., tuple[Any, Any, Any]] = _from_factory if ":" in arguments.model else _from_pipeline
     model, sample, prompts = load(arguments.model, arguments.prompts, arguments.steps)
-    print(f"analyzing {len(prompts)} prompts", file=sys.stderr)
+    print(f"analyzing {len(sample if prompts is None else prompts)} prompts", file=sys.stderr)
     return analyze(
         model,
         sample,
         prompts,
+        steps=None if prompts is not None else arguments.steps,
         distances=arguments.distances,
         keys=arguments.keys,
         heads=arguments.heads,
@@ -118,7 +119,7 @@ def _number(prompts: str) -> int:
     return int(prompts)
 
 
-def _from_pipeline(model: str, prompts: str, steps: int) -> tuple[Any, Callable[[Any, Any], Any], Sequence[Any]]:
+def _from_pipeline(model: str, prompts: str, _: int) -> tuple[Any, list[Any], None]:
     """Load a pipeline from a folder or hub id. Its prompts are the lines of a file, or the first classes."""
     import torch
 
@@ -133,11 +134,4 @@ def _from_pipeline(model: str, prompts: str, steps: int) -> tuple[Any, Callable[
     else:
         raise BadOption("analyze", "prompts", prompts, "a text file with a prompt on each line, for a pipeline")
     pipeline.set_progress_bar_config(disable=True)
-    return pipeline, _call(pipeline, steps), given
-
-
-def _call(pipeline: Any, steps: int) -> Callable[[Any, Any], Any]:
-    from dit_rewrite.analysis.sampling import sampler
-
-    run, _ = sampler("analyze", pipeline, [""], None, steps)
-    return run
+    return pipeline, given, None

@@ -9,6 +9,7 @@ import pytest
 
 from dit_rewrite.analysis.result import Analysis
 from dit_rewrite.cli.main import FAILED, main
+from tests.cli.test_generate import build_dit_pipeline
 from tests.helpers.planted import Planted, planted_calls
 
 pytest.importorskip("matplotlib")
@@ -34,6 +35,18 @@ def test_an_analysis_is_written_drawn_and_continued(tmp_path: Path, capsys: pyte
     assert {"mlp_lines.png", "mlp_map.png", "keys_lines.png"} <= {path.name for path in tmp_path.iterdir()}
     assert main([*command, "--no-plots"]) == 0
     assert "prompt 1" not in capsys.readouterr().err, "both were there"
+
+
+def test_a_pipeline_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A class-conditional pipeline takes the first classes, or the numbers in a file."""
+    pytest.importorskip("diffusers")
+    build_dit_pipeline().save_pretrained(tmp_path / "dit")
+    (tmp_path / "classes.txt").write_text("3\n\n1\n")
+    command = ["analyze", "--model", str(tmp_path / "dit"), "--steps", "3", "--no-plots", "--out", str(tmp_path)]
+    assert main([*command, "--prompts", str(tmp_path / "classes.txt")]) == 0
+    found = Analysis.load(tmp_path / "analysis.safetensors")
+    assert (found.prompts, found.steps) == ([0, 1], 3)
+    assert "analyzing 2 prompts" in capsys.readouterr().err
 
 
 def test_merged_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
