@@ -30,6 +30,7 @@ from benchmarks.redundancy_report import render
 from benchmarks.timing import RESULTS, machine
 from dit_rewrite.analysis import plots
 from dit_rewrite.analysis.compare import coefficient_of_variation, predictions, prompt_stability, spearman, stability
+from dit_rewrite.analysis.places import Keys
 from dit_rewrite.analysis.result import Analysis
 from dit_rewrite.demo.report import console, versions
 from dit_rewrite.demo.shapes.captions import sample_captioned
@@ -238,7 +239,7 @@ def measure_family(name: str, arguments: argparse.Namespace) -> Entry:
     torch.compiler.reset()
     case = MODELS[name]
     trajectories = [case.inputs(SHORT, seed=seed) for seed in range(arguments.fewer)]
-    keys = "projection" if name == "mochi" else "core"  # Mochi's attention takes as many tokens as the mask keeps
+    keys: Keys = "projection" if name == "mochi" else "core"  # Mochi's attention takes as many tokens as the mask keeps
     found = dit_rewrite.analyze(case.build(), trajectories, keys=keys, backend="aot_eager")
     quantities = {each: shape(found, each) for each in QUANTITIES if found.rows(quantity=each)}
     return {"model": FAMILIES[name], "quantities": quantities, "refused": len(found.refused)}

@@ -31,11 +31,11 @@ class Interval(NamedTuple):
 
 
 class Correlation(NamedTuple):
-    """Rank correlations: their mean, their tenth percentile, and how many there are."""
+    """Rank correlations: their mean, their tenth percentile, and their number."""
 
     mean: float
     low: float
-    count: int
+    number: int
 
 
 class Prediction(NamedTuple):

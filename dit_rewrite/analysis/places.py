@@ -207,6 +207,7 @@ class Places:
             return
         stream = Stream(self.gm.graph, self.found)
         stack = Stacks(stream).find().layers
+        wanted: list[tuple[Quantity, tuple[int, ...]]]
         wanted = [(Quantity.BLOCK, (layer,)) for layer in sorted({site.layer for site in self.found.sites})]
         if len(stack) > 1:
             wanted.append((Quantity.STACK, tuple(stack)))

@@ -195,7 +195,7 @@ class ProbingBackend(Backend):
         settings = self.settings
         places = Places(captured, found, settings.keys, settings.window, settings.heads, self._is_whole(captured))
         wanted = places.find()
-        parts = [[(label, None) for label in place.labels] for place in wanted]
+        parts: list[list[Part]] = [[(label, None) for label in place.labels] for place in wanted]
         if settings.half is not None:
             wanted, parts = self._halved(captured, wanted, settings.half)
         distances = (*settings.distances, *([LENT] if settings.lender is not None else []))
@@ -246,7 +246,8 @@ def _labels(tapped: TappedGraph, places: Sequence[Place], parts: Sequence[Sequen
         for cut, head, distance in tapped.comparisons(i):
             modality, half = parts[i][cut]
             key = (modality, half, head, distance)
-            again = seen[(place.site, place.quantity, *key)]
+            whole = (place.site, place.quantity, *key)
+            again = seen[whole]
             numbers[key] = f"{modality}#{again}" if again else modality
             found.append(Label(place, numbers[key], half, head, distance))
         seen.update((place.site, place.quantity, *key) for key in numbers)

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, fx
@@ -96,7 +97,7 @@ def insert_taps(gm: fx.GraphModule, taps: Sequence[Tap], distances: Sequence[int
         for i in waiting.get(node.name, ()):
             read = [env[nodes[name]] for name in taps[i].read]
             tapped[i], moments[i] = _reduce(graph, taps[i], read, past[i], place[node.name])
-    results = gm.graph.output_node().args[0]
+    results: Any = gm.graph.output_node().args[0]
     outputs = fx.node.map_arg(results, env.__getitem__)
     numbers = _joined(graph, [moments[i] for i in range(len(taps))])
     graph.output((*outputs, *numbers, *(tapped[i] for i in range(len(taps)))))

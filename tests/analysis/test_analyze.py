@@ -277,6 +277,18 @@ def test_window_attention_and_its_residual() -> None:
         assert found.mean(b)[1:].tolist() == pytest.approx([0, 0], abs=1e-6)
 
 
+@pytest.mark.slow
+def test_inductor_measures_the_same() -> None:
+    """Inductor chooses other strides and fuses the reductions with the producers."""
+    options: dict[str, Any] = {"distances": (1, 2), "heads": True, "window": 0.5, "conditional": "first"}
+    eager = analyze(tiny.build(), [tiny.calls(4)], **options)
+    torch.compiler.reset()
+    compiled = dit_rewrite.analyze(tiny.build(), [tiny.calls(4)], backend="inductor", **options)
+    assert compiled.table.rows == eager.table.rows
+    assert torch.equal(compiled.table.count, eager.table.count)
+    assert torch.allclose(compiled.table.mean, eager.table.mean, rtol=1e-3, atol=1e-5)
+
+
 # --- arguments --------------------------------------------------------------------------------------------------------
 
 

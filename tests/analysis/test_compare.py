@@ -79,7 +79,7 @@ def test_prompts_and_schedules_are_compared_over_progress() -> None:
     assert stability(same, longer, "branch").mean == pytest.approx(1)
     assert stability(longer, same, "branch").mean == pytest.approx(1)
     assert stability(same, other, "branch").mean == pytest.approx(-1)
-    assert stability(same, analysis([shape], "keys"), "branch").count == 0
+    assert stability(same, analysis([shape], "keys"), "branch").number == 0
     assert resampled(torch.tensor([0.0, 2.0, 4.0]), 5).tolist() == [0, 1, 2, 3, 4]
 
 
