@@ -15,6 +15,7 @@ from dit_rewrite.analysis.result import KEPT, Analysis
 from dit_rewrite.analysis.statistics import MEASURES, Row, Table
 from dit_rewrite.errors import BadArgument, NotAModule, NothingMeasured, OtherAnalysis, OverlappingAnalyses
 from tests.helpers import tiny
+from tests.helpers.broken import broken_blocks
 from tests.helpers.planted import CHANNELS, KEY_RATE, RATES, VALUE_RATE, Planted, numbers, planted_calls
 
 STEPS = 5
@@ -260,6 +261,25 @@ def test_outputs_that_the_sampler_changes_in_place() -> None:
     found = analyze(Planted(), sample, [STEPS])
     output = row(found, quantity="output")
     assert found.mean(output)[1] == pytest.approx((1 + VALUE_RATE + sum(RATES)) / CHANNELS)
+
+
+def test_blocks_that_share_a_graph_are_measured_one_by_one() -> None:
+    """Each block has a graph break, so that one graph runs for several blocks: occurrences have rows of their own."""
+    case = broken_blocks(4)
+    found = analyze(case.build(), [case.inputs(3)])
+    mlps = found.rows(quantity="mlp")
+    assert len({row.site for row in mlps}) == len(mlps) == 4
+    assert any("@1" in row.site for row in mlps)
+    means = [round(float(found.mean(row)[1]), 6) for row in mlps]
+    assert len(set(means)) == 4, "no block is compared with another one's tensor"
+    model, outputs = case.build(), list[list[Tensor]]([[] for _ in range(4)])
+    for block, kept in zip(model.blocks, outputs, strict=True):  # type: ignore[arg-type]
+        block.mlp.register_forward_hook(lambda _, __, result, kept=kept: kept.append(result))
+    with torch.no_grad():
+        for call in case.inputs(3):
+            model(**call)
+    expected = [round(float((kept[1] - kept[0]).abs().mean()), 6) for kept in outputs]
+    assert sorted(means) == pytest.approx(sorted(expected), rel=1e-3)
 
 
 # --- what is measured -------------------------------------------------------------------------------------------------
