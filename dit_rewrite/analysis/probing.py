@@ -27,7 +27,7 @@ from dit_rewrite.passes.rewrite.batch_rules import rows_of
 from dit_rewrite.passes.rewrite.tap import LENT, MOMENTS, TappedGraph, insert_taps
 from dit_rewrite.policy.rules import Policy
 from dit_rewrite.runtime.cache import stamp_of
-from dit_rewrite.runtime.decide import Computed
+from dit_rewrite.runtime.history import Computed
 from dit_rewrite.runtime.session import Session
 from dit_rewrite.runtime.slots import Transition
 
