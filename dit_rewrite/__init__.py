@@ -5,7 +5,7 @@ dit_rewrite.compile(model, policies.FORA(interval=3))  # a denoiser
 """
 
 from dit_rewrite import errors, guards, policies
-from dit_rewrite.compile import RewrittenModule, compile, restore
+from dit_rewrite.compile import RewrittenModule, compile, predict, restore
 from dit_rewrite.enable import enable
 from dit_rewrite.policy import bases
 from dit_rewrite.policy.rules import Policy, Rule
@@ -46,6 +46,7 @@ __all__ = [
     "errors",
     "guards",
     "policies",
+    "predict",
     "restore",
     "verify",
 ]

@@ -32,6 +32,7 @@ def compile_denoiser(
     dump: str | Path | None = None,
     disable_passes: Collection[str] = (),
     cache_limit: int | None = None,
+    timing: bool = False,
 ) -> Any:
     """Compile a module; arguments and errors are those of `compile`."""
     model = _module(model)
@@ -40,7 +41,15 @@ def compile_denoiser(
         raise PolicyForOtherModel(policy)
     lower = Lowering.of(backend, mode, options, lowering, max_variants)
     dumps = Dump(Path(dump)) if dump is not None else None
-    made = Backend(model, policy, lower, watcher=dumps, disable_passes=disable_passes, cache_limit=cache_limit)
+    made = Backend(
+        model,
+        policy,
+        lower,
+        watcher=dumps,
+        disable_passes=disable_passes,
+        cache_limit=cache_limit,
+        timing=timing,
+    )
     return attach(model, made, fullgraph, dynamic)
 
 

@@ -62,16 +62,18 @@ class Backend:
         store: int | None = None,
         disable_passes: Collection[str] = (),
         cache_limit: int | None = None,
+        timing: bool = False,
     ) -> None:
         """`force` makes every decision compute, and `store` limits the number of sites whose new slot tensors are
         returned; `verify` uses both. `watcher` observes each graph after each pass. The slots of all streams of a
-        trajectory take at most `cache_limit` bytes, by default half of the memory of the model's device. Raises
+        trajectory take at most `cache_limit` bytes, by default half of the memory of the model's device. `timing`:
+        the time of each call is measured, which waits for the device. Raises
         BadParameter if a name in `disable_passes` is not an optional pass."""
         self.policy, self.lowering, self.force, self.watcher, self.store = policy, lowering, force, watcher, store
         self.disabled = check_disabled(disable_passes, (*PASSES, *STRAIGHT_LINE_PASSES))
         self.stats = Stats()
         self._model = weakref.ref(model)  # the model refers to its backend
-        self.cache_limit = cache_limit
+        self.cache_limit, self.timing = cache_limit, timing
         self.session = Session(self.stats, self._limit)
         self.rewritten: list[Rewritten] = []
         self.breaks: Counter[str] = Counter()  # graph breaks by location and reason

@@ -124,3 +124,12 @@ class TrajectoryReason(Reason):
     SCHEDULE_SET = "the scheduler's timesteps were set again"
     REPEATED = "the latent is the same as in the previous call"
     RESET = "the caller reset the model"
+
+
+class PredictionReason(Reason):
+    """Predictions: why the decisions of a policy cannot be foreseen."""
+
+    TOTAL_UNKNOWN = "the number of steps is not known: call explain(num_steps=…)"
+    NOISE_UNKNOWN = "a guard needs the noise level: set the scheduler's timesteps and call explain(scheduler=…)"
+    MEASURES = "a guard or a forecast needs measurements of the run itself"
+    BLOCKWISE = "the device decides during the run how many blocks of attention it computes"

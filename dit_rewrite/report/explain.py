@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 
 from dit_rewrite import torch_compat
 from dit_rewrite.compiler.rewritten import Rewritten, row_name
-from dit_rewrite.errors import UnreachedReason
+from dit_rewrite.errors import PredictionReason, UnreachedReason
 from dit_rewrite.passes.analysis import cost
 from dit_rewrite.passes.analysis.branches import Refusal
-from dit_rewrite.passes.analysis.site import Site
+from dit_rewrite.passes.analysis.cost_model import CostModel, model_costs
+from dit_rewrite.passes.analysis.site import Found, Site
 from dit_rewrite.passes.guards.notation import show
 from dit_rewrite.passes.guards.satisfiability import verdict
 from dit_rewrite.passes.rewrite import printing
 from dit_rewrite.passes.rewrite.segments import crossing_bytes
 from dit_rewrite.policy.rules import Policy
+from dit_rewrite.report.comparison import comparison
+from dit_rewrite.report.prediction import Prediction
+from dit_rewrite.runtime.stats import Stats
 
 
 @dataclass(frozen=True)
@@ -39,13 +44,29 @@ class Report:
     """Prints as a table. ``sites`` has a row per site of each graph, ``refused`` the candidates that are not sites.
 
     ``occurrences`` is how often each graph ran in the last call; after a graph break, identical blocks share a graph.
-    ``streams`` is the number of streams seen so far, each of which has slots of its own.
+    ``streams`` is the number of streams seen so far, each of which has slots of its own. ``predict`` predicts the costs
+    of a trajectory, or returns why it cannot. ``measured`` has the counts, and perhaps times, of the calls so far.
     """
 
     policy: Policy
     rewritten: tuple[Rewritten, ...]
     occurrences: Mapping[int, int]
     streams: int = 1
+    predict: Callable[[], Prediction | PredictionReason] = lambda: PredictionReason.TOTAL_UNKNOWN
+    measured: Stats | None = None
+
+    @cached_property
+    def prediction(self) -> Prediction | PredictionReason:
+        """The predicted costs of a trajectory, or the reason why they cannot be foreseen."""
+        return self.predict()
+
+    @cached_property
+    def costs(self) -> tuple[CostModel, ...]:
+        """The FLOPs and bytes of each graph and its branches, as expressions of batch, tokens, text tokens, frames."""
+        return tuple(
+            model_costs(r.captured.gm, r.captured.static | r.captured.ambient, r.context[Found].sites)
+            for r in self.rewritten
+        )
 
     @property
     def sites(self) -> tuple[Place, ...]:
@@ -93,6 +114,8 @@ class Report:
             f"FLOPs     {_quantity(total)} per call, {_quantity(saved)} of them ({saved / max(total, 1):.1%}) in sites",
             f"cached    {_quantity(self.stream_bytes, 1024)}B per stream at most, {_quantity(self.peak_bytes, 1024)}B "
             f"in the {self.streams} known so far",
+            *(f"scaling   graph {i}: {each.total} FLOPs" for i, each in enumerate(self.costs)),
+            *comparison(self.prediction, self.measured),
             *self._hoisted(),
             *_table(self._rows()),
         ]
