@@ -33,7 +33,7 @@ def compile(
     max_variants: int = 8,
     dump: str | Path | None = None,
     disable_passes: Collection[str] = (),
-    cache_limit: int | None = None,
+    memory_budget: int | None = None,
     timing: bool = False,
 ) -> Any:
     """Compile a diffusion transformer so that its residual branches are computed or reused as `policy` says.
@@ -50,9 +50,13 @@ def compile(
     segments are compiled once, and decisions can be made between them), or "auto": variants unless there are more than
     `max_variants` of them, or a guard measures the call that it decides. Values that depend on the conditioning alone
     are computed once per trajectory, which is exact; `disable_passes=("hoist",)` turns that off. `dump` is a folder for
-    the graph after each pass and the diffs. `cache_limit` is the maximum number of bytes that the slots of all streams
-    of a trajectory take, by default half of the memory of the model's device. `timing` measures the time of each call,
+    the graph after each pass and the diffs. `timing` measures the time of each call,
     which `explain` sets beside the prediction; it waits for the device twice per call.
+
+    `memory_budget` is the maximum number of bytes that the slots of all streams of a trajectory take, by default half
+    of the memory of the model's device. If the slots of one stream, or of two where the pipeline names its streams, do
+    not fit, the sites that save most time per byte are cached, and `explain` names the others. If there are more
+    streams at run time, whole streams are evicted.
 
     The model is compiled at its first call, for inference only. Raises NotAModule if `model` is not a module,
     BadArgument for other invalid arguments, and PlanMismatch for a policy that was searched for another model.
@@ -67,7 +71,7 @@ def compile(
         "max_variants": max_variants,
         "dump": dump,
         "disable_passes": disable_passes,
-        "cache_limit": cache_limit,
+        "memory_budget": memory_budget,
         "timing": timing,
     }
     return enable(model, policy, **given) if is_pipeline(model) else compile_denoiser(model, policy, **given)

@@ -31,7 +31,7 @@ def compile_denoiser(
     max_variants: int = 8,
     dump: str | Path | None = None,
     disable_passes: Collection[str] = (),
-    cache_limit: int | None = None,
+    memory_budget: int | None = None,
     timing: bool = False,
 ) -> Any:
     """Compile a module; arguments and errors are those of `compile`."""
@@ -47,7 +47,7 @@ def compile_denoiser(
         lower,
         watcher=dumps,
         disable_passes=disable_passes,
-        cache_limit=cache_limit,
+        memory_budget=memory_budget,
         timing=timing,
     )
     return attach(model, made, fullgraph, dynamic)

@@ -144,33 +144,6 @@ def _call(model: nn.Module, rewrite: Rewrite, args: tuple[Any, ...], kwargs: dic
     Raises GradientsNeeded if autograd would record the call, and NoSites if the model has no site.
     """
     _refuse_gradients(model, args, kwargs)
-    if rewrite.backend.timing:
-        return _timed(model, rewrite, args, kwargs)
-    return _run(model, rewrite, args, kwargs)
-
-
-def _timed(model: nn.Module, rewrite: Rewrite, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Run one call and record its time, which waits for the device before and after it."""
-    backend = rewrite.backend
-    stats, graphs = backend.stats, len(backend.rewritten)
-    variants, reused = stats.variants, stats.reused
-    wait_for_device()
-    began = time.perf_counter()
-    output = _run(model, rewrite, args, kwargs)
-    wait_for_device()
-    seconds = time.perf_counter() - began
-    compiles = (variants, graphs) != (stats.variants, len(backend.rewritten))
-    stats.time(TimedCall(backend.session.known, seconds, stats.reused - reused, compiles))
-    return output
-
-
-def wait_for_device() -> None:
-    """Wait until a GPU, if there is one, has done its work."""
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-
-
-def _run(model: nn.Module, rewrite: Rewrite, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     session = rewrite.backend.session
     call = session.begin(rewrite.reader.read(args, kwargs))
     try:
@@ -187,6 +160,27 @@ def _run(model: nn.Module, rewrite: Rewrite, args: tuple[Any, ...], kwargs: dict
         gc.collect()  # reference cycles of compilation keep the call's inputs alive, as if the caller did
         _check_policy(model, rewrite.backend, call.trajectory)
     return output
+
+
+def _timed(model: nn.Module, rewrite: Rewrite, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Run one call and record its time, which waits for the device before and after it."""
+    backend = rewrite.backend
+    stats, graphs = backend.stats, len(backend.rewritten)
+    variants, reused = stats.variants, stats.reused
+    wait_for_device()
+    began = time.perf_counter()
+    output = _call(model, rewrite, args, kwargs)
+    wait_for_device()
+    seconds = time.perf_counter() - began
+    compiles = (variants, graphs) != (stats.variants, len(backend.rewritten))
+    stats.time(TimedCall(backend.session.known, seconds, stats.reused - reused, compiles))
+    return output
+
+
+def wait_for_device() -> None:
+    """Wait until a GPU, if there is one, has done its work."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
 
 
 def _refuse_gradients(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
@@ -268,7 +262,8 @@ def attach(model: nn.Module, backend: Backend, fullgraph: bool = False, dynamic:
     for name in _METHODS:
         model.__dict__[name] = types.MethodType(vars(RewrittenModule)[name], model)
     model.__dict__["__getstate__"] = lambda: _plain_state(model)
-    set_compiled_call(model, lambda *args, **kwargs: _call(model, rewrite, args, kwargs))
+    call = _timed if backend.timing else _call
+    set_compiled_call(model, lambda *args, **kwargs: call(model, rewrite, args, kwargs))
     return model  # type: ignore[return-value]  # it has the methods of RewrittenModule now
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import sys
 import threading
 import time
 import weakref
@@ -25,6 +26,7 @@ from dit_rewrite.compiler.pipeline import PASSES, STRAIGHT_LINE_PASSES
 from dit_rewrite.compiler.request import Request, num_foreseen
 from dit_rewrite.compiler.rewritten import Rewritten, row_name
 from dit_rewrite.decision_row import DecisionRow
+from dit_rewrite.errors import BadArgument
 from dit_rewrite.kernels.relative_l1 import relative_l1
 from dit_rewrite.passes.analysis.graph import copied
 from dit_rewrite.passes.analysis.structure import structure
@@ -38,6 +40,8 @@ from dit_rewrite.runtime.segments import Executable
 from dit_rewrite.runtime.session import Session
 from dit_rewrite.runtime.stats import Stats
 from dit_rewrite.runtime.trajectory import Trajectory
+
+NAMED_STREAMS = 2  # a pipeline that names its streams has a conditional and an unconditional one
 
 
 class Watcher(Protocol):
@@ -61,19 +65,22 @@ class Backend:
         watcher: Watcher | None = None,
         store: int | None = None,
         disable_passes: Collection[str] = (),
-        cache_limit: int | None = None,
+        memory_budget: int | None = None,
         timing: bool = False,
     ) -> None:
         """`force` makes every decision compute, and `store` limits the number of sites whose new slot tensors are
         returned; `verify` uses both. `watcher` observes each graph after each pass. The slots of all streams of a
-        trajectory take at most `cache_limit` bytes, by default half of the memory of the model's device. `timing`:
+        trajectory take at most `memory_budget` bytes, by default half of the memory of the model's device. `timing`:
         the time of each call is measured, which waits for the device. Raises
-        BadParameter if a name in `disable_passes` is not an optional pass."""
+        BadArgument if a name in `disable_passes` is not an optional pass, or for another budget."""
         self.policy, self.lowering, self.force, self.watcher, self.store = policy, lowering, force, watcher, store
+        whole = isinstance(memory_budget, int) and not isinstance(memory_budget, bool) and memory_budget >= 0
+        if memory_budget is not None and not whole:
+            raise BadArgument("compile", "memory_budget", memory_budget, "a whole number of bytes >= 0, or None")
         self.disabled = check_disabled(disable_passes, (*PASSES, *STRAIGHT_LINE_PASSES))
         self.stats = Stats()
         self._model = weakref.ref(model)  # the model refers to its backend
-        self.cache_limit, self.timing = cache_limit, timing
+        self.memory_budget, self.timing = memory_budget, timing
         self.session = Session(self.stats, self._limit)
         self.rewritten: list[Rewritten] = []
         self.breaks: Counter[str] = Counter()  # graph breaks by location and reason
@@ -113,7 +120,10 @@ class Backend:
         trajectory = self.session.call.trajectory if self.session.call is not None else Trajectory(None)
         hoist = "hoist" not in self.disabled
         levels = tuple(map(trajectory.noise, range(num_foreseen(trajectory.num_steps))))
-        request = Request(self._is_whole(captured), trajectory.num_steps, levels, hoist, self.force)
+        streams = 1 if self.session.named.name is None else NAMED_STREAMS
+        free = self._limit() - streams * sum(each.stored_bytes for each in self.rewritten)
+        limit = sys.maxsize if self.force else free
+        request = Request(self._is_whole(captured), trajectory.num_steps, levels, hoist, self.force, limit, streams)
         ctx = Context(captured, self.policy, self.lowering, request)
         runs: list[PassRun] = []
         watch = None if self.watcher is None else self.watcher.begin(len(self.rewritten), captured)
@@ -155,7 +165,7 @@ class Backend:
         return captured.complete and rooted and (call is None or not call.graphs)
 
     def _limit(self) -> int:
-        return half_of_memory(self._model()) if self.cache_limit is None else self.cache_limit
+        return half_of_memory(self._model()) if self.memory_budget is None else self.memory_budget
 
     def _names(self) -> frozenset[str]:
         """Return the names of the model's current parameters and buffers. They change if a LoRA is loaded."""

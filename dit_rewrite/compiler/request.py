@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 
 FORESEEN_STEPS = 64  # steps to look ahead if the number of steps is unknown
@@ -19,7 +20,8 @@ def num_foreseen(num_steps: int | None) -> int:
 class Request:
     """``whole``: the graph is the whole model. ``num_steps`` is that of the trajectory, None means unknown, and
     ``levels`` has the noise of its first steps. ``hoist``: trajectory-invariant values are computed once per
-    trajectory. ``force``: every decision computes, for `verify`.
+    trajectory. ``force``: every decision computes, for `verify`. The slots of ``streams`` streams may take
+    ``memory_budget`` bytes.
 
     It holds numbers alone: a reference to the trajectory would keep its caches alive.
     """
@@ -29,3 +31,5 @@ class Request:
     levels: tuple[Level, ...] = ()
     hoist: bool = True
     force: bool = False
+    memory_budget: int = sys.maxsize
+    streams: int = 1

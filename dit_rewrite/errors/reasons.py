@@ -42,6 +42,7 @@ class RefusalReason(Reason):
     MIXES_SAMPLES = "the samples of the batch cannot be separated, so half of the batch cannot be computed alone"
     ODD_BATCH = "the batch cannot be divided into two halves"
     MOVING_SIZE = "the size of the value depends on data that change from step to step"
+    OVER_BUDGET = "its slot exceeds the memory budget, and it saves less time per byte than the sites that are cached"
     # a measurement
     NO_PROBE = "the graph has no probe of this name"
     PROBE_WITHIN = "the probe is computed after the value that it decides: give the policy lag=1"

@@ -6,9 +6,8 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
-from dit_rewrite import torch_compat
 from dit_rewrite.compiler.rewritten import Rewritten, row_name
-from dit_rewrite.errors import PredictionReason, UnreachedReason
+from dit_rewrite.errors import PredictionReason, Reason, RefusalReason, UnreachedReason
 from dit_rewrite.passes.analysis import cost
 from dit_rewrite.passes.analysis.branches import Refusal
 from dit_rewrite.passes.analysis.cost_model import CostModel, model_costs
@@ -92,7 +91,7 @@ class Report:
     def stream_bytes(self) -> int:
         """The bytes stored for one stream: the slots of all reached sites, the hoisted values, and the earlier values
         of probes that guards compare with."""
-        return sum((self.occurrences.get(i, 0) or 1) * _stored_bytes(r) for i, r in enumerate(self.rewritten))
+        return sum((self.occurrences.get(i, 0) or 1) * r.stored_bytes for i, r in enumerate(self.rewritten))
 
     def graph_diff(self, graph: int | None = None) -> str:
         """Return a unified diff of a captured graph and its variant that reuses most, with op counts on top.
@@ -151,6 +150,11 @@ class Report:
                 yield f"hoisted   {size}: {', '.join(found.paths)}"
         yield ""
 
+    def _unreached(self, place: Place) -> Reason:
+        refused = self.rewritten[place.graph].found.refused
+        over = Refusal(place.site.values[0], place.site.name, RefusalReason.OVER_BUDGET)
+        return RefusalReason.OVER_BUDGET if over in refused else UnreachedReason.NO_RULE
+
     def _rows(self) -> Iterator[tuple[str, ...]]:
         yield "graph", "site", "kind", "layer", "guard of reuse", "values", "FLOPs", "bytes"
         for place in self.sites:
@@ -160,21 +164,11 @@ class Report:
                 site.name,
                 str(site.kind),
                 str(site.layer),
-                place.guard if place.reachable else f"({UnreachedReason.NO_RULE})",
+                place.guard if place.reachable else f"({self._unreached(place)})",
                 str(len(site.values)),
                 _quantity(site.flops),
                 _quantity(place.bytes, 1024),
             )
-
-
-def _stored_bytes(rewritten: Rewritten) -> int:
-    """Return the bytes stored for one graph and one stream. Storage that values share is counted once."""
-    guarded, nodes = rewritten.guarded, {node.name: node for node in rewritten.gm.graph.nodes}
-    hoisted = [] if rewritten.hoisted is None else [nodes[name] for name in rewritten.hoisted.values]
-    stored = (*hoisted, *(node for slot in guarded.slot_tensors for node in slot))
-    storages = {torch_compat.storage_id(node.meta["val"]): cost.stored_bytes(node) for node in stored}
-    compared = sum(cost.stored_bytes(nodes[name]) for name in _probes(rewritten))
-    return sum(storages.values()) + 2 * compared  # the probe of the last computed step, and of the last call
 
 
 def _working_bytes(rewritten: Rewritten) -> int:
@@ -187,12 +181,7 @@ def _working_bytes(rewritten: Rewritten) -> int:
     spans = [site for site in rewritten.partition.sites if site.bases]
     bases, values = ({n for site in spans for n in getattr(site, side)} for side in ("bases", "values"))
     kept, replaced = (sum(cost.stored_bytes(nodes[name]) for name in names) for names in (bases, values))
-    return sum(cost.stored_bytes(nodes[name]) for name in _probes(rewritten)) + max(kept - replaced, 0)
-
-
-def _probes(rewritten: Rewritten) -> set[str]:
-    """Return the nodes that guards measure."""
-    return {node for site in rewritten.partition.sites for node in site.measured}
+    return sum(cost.stored_bytes(nodes[name]) for name in rewritten.probes) + max(kept - replaced, 0)
 
 
 def _places(graph: int, occurrence: int, rewritten: Rewritten) -> Iterator[Place]:

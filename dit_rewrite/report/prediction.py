@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -194,7 +194,7 @@ def _request(rewritten: Rewritten, num_steps: int, levels: Sequence[Level]) -> R
     known: Request = rewritten.context[Request]
     unknown: Level = (None, None)
     padded = (*levels, *[unknown] * num_foreseen(num_steps))[: num_foreseen(num_steps)]
-    return Request(known.whole, num_steps, padded, known.hoist)
+    return replace(known, num_steps=num_steps, levels=padded, force=False)
 
 
 class _Graph:
