@@ -1,4 +1,4 @@
-"""The command line: ``python -m dit_rewrite demo | generate | latency | verify``."""
+"""The command line: ``python -m dit_rewrite demo | explain | generate | latency | report | verify``."""
 
 from __future__ import annotations
 
@@ -95,10 +95,36 @@ def _add_verify(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dump", type=Path, help="output folder for the graphs after each pass and their diffs")
 
 
+def _add_observed(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of `cli.observe`."""
+    parser.add_argument("--model", default=BUNDLED, help="module:factory, a folder, or a hub id")
+    parser.add_argument("--policy", default="fora:interval=3", help="for example fora:interval=3")
+    parser.add_argument("--steps", type=positive, default=12, help="number of steps of the trajectory")
+    parser.add_argument(
+        "--backend", default="aot_eager", help="backend that compiles the graphs: aot_eager or inductor"
+    )
+
+
+def _add_explain(parser: argparse.ArgumentParser) -> None:
+    _add_observed(parser)
+    parser.add_argument("--json", action="store_true", help="print JSON instead of text")
+
+
+def _add_report(parser: argparse.ArgumentParser) -> None:
+    _add_observed(parser)
+    parser.add_argument("--plan", type=Path, help="file of a searched plan, drawn as a heat map")
+    parser.add_argument("--front", type=Path, help="JSON file with the points that tuning found")
+    parser.add_argument("--figures", type=Path, help="folder with plots of the analysis, as SVG or PNG")
+    parser.add_argument("--images", type=Path, nargs="+", default=(), help="samples to show side by side, PNG or SVG")
+    parser.add_argument("--out", type=Path, default=Path("report.html"), help="the page")
+
+
 COMMANDS = {
     "demo": (_add_demo, "dit_rewrite.demo.run", "sample images with and without caching, and compare"),
+    "explain": (_add_explain, "dit_rewrite.cli.explain", "show a model's sites, and what a policy saves"),
     "generate": (_add_generate, "dit_rewrite.cli.generate", "run a diffusers pipeline with its denoiser rewritten"),
     "latency": (_add_latency, "dit_rewrite.cli.latency", "time the parts of a text-conditional block"),
+    "report": (_add_report, "dit_rewrite.cli.report", "write one HTML page about a model under a policy"),
     "verify": (_add_verify, "dit_rewrite.cli.verify", "verify a rewrite against the unmodified model"),
 }
 
