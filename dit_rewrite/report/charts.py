@@ -14,7 +14,7 @@ from dit_rewrite.report.explain import Report
 from dit_rewrite.report.prediction import Prediction
 from dit_rewrite.runtime.stats import Decision, Stats
 
-LABELS, WIDTH, ROW = 150, 600, 9  # in units of the view box
+LABELS, WIDTH, ROW = 190, 600, 14  # in units of the view box
 OUTSIDE = "outside of blocks"
 
 
@@ -83,7 +83,7 @@ def _decision_chart(name: str, decisions: Sequence[Decision]) -> Chart:
     step = WIDTH / (last - first + 1)
     labels, bars = [], []
     for number, ((site, _), cells) in enumerate(sites.items()):
-        labels.append(Label(site[-40:], number * ROW + 7))
+        labels.append(Label(site[-36:], number * ROW + 10))
         for (what, why), run in itertools.groupby(cells, key=lambda cell: cell[1:]):
             steps = [cell[0] for cell in run]
             x, width = LABELS + (steps[0] - first) * step, (steps[-1] - steps[0] + 1) * step
@@ -114,7 +114,7 @@ def _time_chart(name: str, seconds: Sequence[float]) -> Chart:
         )
         for i, each in enumerate(seconds)
     ]
-    return Chart(name, (), [Label(f"{1000 * most:.3g} ms", 7)], bars, height)
+    return Chart(name, (), [Label(f"{1000 * most:.3g} ms", 10)], bars, height)
 
 
 def graph_folds(report: Report) -> Iterator[Fold]:
