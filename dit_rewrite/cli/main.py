@@ -12,6 +12,7 @@ from dit_rewrite.errors import DitRewriteError
 
 BUNDLED = "dit_rewrite.demo.shapes.calls:build"  # the factory of the bundled denoiser
 FAILED = 2  # the exit code for errors, which argparse also uses for an invalid command line
+INTERRUPTED = 130  # the exit code that a shell gives for Ctrl-C
 
 
 def positive(text: str) -> int:
@@ -59,15 +60,20 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", required=True, help="hub id, or a folder written by save_pretrained")
     parser.add_argument("--policy", default="fora:interval=3", help="for example fora:interval=3, or never")
     wanted = parser.add_mutually_exclusive_group(required=True)
-    wanted.add_argument("--prompt", help="prompt, for text-conditional pipelines")
+    wanted.add_argument("--prompt", nargs="+", help="prompts, for text-conditional pipelines; one image for each")
     wanted.add_argument("--label", type=int, nargs="+", help="class numbers, for class-conditional pipelines")
     parser.add_argument("--steps", type=positive, default=50)
     parser.add_argument("--guidance", type=float, help="guidance scale (default: the pipeline's)")
-    parser.add_argument("--seed", type=seed, default=0)
+    parser.add_argument("--negative-prompt", help="what the images should not show")
+    parser.add_argument("--height", type=positive, help="height in pixels (default: the pipeline's)")
+    parser.add_argument("--width", type=positive, help="width in pixels (default: the pipeline's)")
+    parser.add_argument("--frames", type=positive, help="frames of a video (default: the pipeline's)")
+    parser.add_argument("--seed", type=seed, default=0, help="seed of the noise; further prompts take the next seeds")
     parser.add_argument("--backend", default="inductor", help="backend that compiles the graphs: inductor or aot_eager")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto")
     parser.add_argument("--out", type=Path, default=Path("image.png"), help="further images get a number")
+    parser.add_argument("--json", action="store_true", help="print the files, the time and the counts as JSON")
 
 
 def _add_latency(parser: argparse.ArgumentParser) -> None:
@@ -129,23 +135,59 @@ COMMANDS = {
 }
 
 
+# command lines for the help of each command, without the name of the program
+EXAMPLES = {
+    "demo": ("demo", "demo --images 4 --intervals 2 3 --out demo"),
+    "explain": (
+        "explain --policy taylorseer:interval=3 --steps 50",
+        "explain --model my_package.models:build --policy fora:interval=2 --json",
+    ),
+    "generate": (
+        "generate --model facebook/DiT-XL-2-256 --label 207 --policy fora:interval=3",
+        "generate --model ./wan --prompt 'a cat on a sofa' 'a dog' --negative-prompt blurry --frames 17 --seed 7",
+    ),
+    "latency": ("latency --conditions 16,64,256 --width 288",),
+    "report": (
+        "report --policy fora:interval=3 --steps 50 --out report.html",
+        "report --model ./dit --plan plan.json --figures analysis --images reference.png fora.png",
+    ),
+    "verify": ("verify", "verify --model my_package.models:build --policy fora:interval=3 --dump graphs"),
+}
+PROGRAM = "python -m dit_rewrite"
+
+
+class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Shows defaults, and keeps the lines of the examples."""
+
+
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m dit_rewrite", description=__doc__)
+    parser = argparse.ArgumentParser(prog=PROGRAM, description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     for name, (add_arguments, _, summary) in COMMANDS.items():
-        command = commands.add_parser(
-            name, help=summary, description=summary, formatter_class=argparse.ArgumentDefaultsHelpFormatter
-        )
+        lines = "\n".join(f"  {PROGRAM} {line}" for line in EXAMPLES.get(name, ()))
+        examples = f"examples:\n{lines}\n\nexit codes: 0 success, 1 a check failed, {FAILED} an error"
+        command = commands.add_parser(name, help=summary, description=summary, epilog=examples, formatter_class=_Help)
         add_arguments(command)
+        command.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command. Returns 0 for success, or 2 after an error, whose message goes to stderr."""
+    """Run one command. Returns 0 for success, 1 for a check that failed, or 2 after an error.
+
+    The message of an error is one line on stderr; with ``--debug`` the error is raised instead.
+    """
     arguments = build_parser().parse_args(argv)
     _, module, _ = COMMANDS[arguments.command]
     try:
         return import_module(module).run(arguments)
-    except DitRewriteError as error:
-        print(f"error: {error}", file=sys.stderr)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return INTERRUPTED
+    except Exception as error:
+        if arguments.debug:
+            raise
+        known = isinstance(error, DitRewriteError)
+        text = str(error) if known else f"{type(error).__name__}: {error} (--debug shows where)"
+        print(f"error: {' '.join(text.split()) if not known else text}", file=sys.stderr)
         return FAILED

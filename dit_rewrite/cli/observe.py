@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
 from dit_rewrite import policies
+from dit_rewrite.cli.progress import progress
 from dit_rewrite.cli.verify import Loaded, from_factory, from_pipeline
 from dit_rewrite.compile import RewrittenModule, compile
 
@@ -22,14 +24,16 @@ def observed(arguments: argparse.Namespace, runs: int = 1, timing: bool = False)
     policy = policies.parse(arguments.policy)
     loaded = load(arguments.model, arguments.steps)
     model: RewrittenModule = compile(loaded.model, policy, backend=arguments.backend, timing=timing)
-    for _ in range(runs):
-        with torch.no_grad(), model.trajectory(None if loaded.scheduler else arguments.steps, loaded.scheduler):
-            _replay(model, loaded)
+    with torch.no_grad(), progress("sampling", runs * len(loaded.calls)) as tick:
+        for _ in range(runs):
+            with model.trajectory(None if loaded.scheduler else arguments.steps, loaded.scheduler):
+                _replay(model, loaded, tick)
     return model
 
 
-def _replay(model: Any, loaded: Loaded) -> None:
+def _replay(model: Any, loaded: Loaded, tick: Callable[[], None]) -> None:
     streams = loaded.streams or [None] * len(loaded.calls)
     for stream, call in zip(streams, loaded.calls, strict=True):
         with contextlib.nullcontext() if stream is None else model.cache_context(stream):
             model(**call)
+        tick()

@@ -13,6 +13,7 @@ from dit_rewrite.errors.cli import (
     HubUnreachable,
     MissingExtra,
     PipelineNotLoaded,
+    UnknownInput,
     WrongInput,
 )
 from dit_rewrite.errors.kernels import BadOpArgument, KernelError
@@ -152,6 +153,7 @@ __all__ = [
     "TooFewSteps",
     "TorchChanged",
     "TrajectoryReason",
+    "UnknownInput",
     "TwoStores",
     "UnevenStreams",
     "UnknownPolicy",
