@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -32,7 +32,7 @@ def observed(arguments: argparse.Namespace, runs: int = 1, timing: bool = False)
 
 
 def _replay(model: Any, loaded: Loaded, tick: Callable[[], None]) -> None:
-    streams = loaded.streams or [None] * len(loaded.calls)
+    streams: Sequence[str | None] = loaded.streams or [None] * len(loaded.calls)
     for stream, call in zip(streams, loaded.calls, strict=True):
         with contextlib.nullcontext() if stream is None else model.cache_context(stream):
             model(**call)

@@ -17,6 +17,7 @@ import time
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -40,7 +41,7 @@ class Machine:
 
     device: str
     threads: int
-    torch: str
+    torch_version: str
     dtype: str
 
     @classmethod
@@ -108,11 +109,11 @@ def measure(device: torch.device, dtype: torch.dtype) -> Roofline:
     for side in SIDES["cuda" if device.type == "cuda" else "cpu"]:
         a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
         out = torch.empty_like(a)
-        products.append((2.0 * side**3, _fastest(lambda a=a, b=b, out=out: torch.mm(a, b, out=out), device)))
+        products.append((2.0 * side**3, _fastest(partial(torch.mm, a, b, out=out), device)))
     for size in BYTES:
         source = torch.empty(size // 2, dtype=torch.uint8, device=device)
         target = torch.empty_like(source)
-        copies.append((float(size), _fastest(lambda s=source, t=target: t.copy_(s), device)))
+        copies.append((float(size), _fastest(partial(target.copy_, source), device)))
     return Roofline(_ascending(products), _ascending(copies))
 
 

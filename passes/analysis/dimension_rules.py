@@ -168,7 +168,8 @@ def _stack(known: Sizes, node: fx.Node, sizes: list[int]) -> Shape:
 def _slice(known: Sizes, node: fx.Node, sizes: list[int]) -> Shape:
     shape = list(known.of(node.args[0]))
     axis = _dim(node, 1, len(shape))
-    start, _, step = (*node.args[2:], *(None, None, 1)[len(node.args) - 2 :])
+    start = node.args[2] if len(node.args) > 2 else None
+    step = node.args[4] if len(node.args) > 4 else 1
     length = size_of(shape[axis])
     begin = _place(known, start, length, 0)
     if step == 1:
