@@ -21,7 +21,7 @@ from the table. A step that computes every site computes them as ever, so reuse 
   conditioning that it was computed from, compared by identity and version: conditioning in each call, weights in each
   trajectory. Rows that depend on no conditioning outlive the trajectory.
 - **Memory.** Only values that some compiled variant reads are stored, such as the gates of a modulation. The rows of a
-  graph take at most an eighth of `cache_limit`; the oldest ones are dropped first.
+  graph take at most an eighth of `memory_budget`; the oldest ones are dropped first.
 - **No table.** Values that depend on the conditioning have no table without a scheduler, because each row would be read
   once. Nor is there one if reading the timestep would wait for a GPU: it is read on the host, or found as an entry of
   the scheduler's timesteps. `explain()` names the reason, and `stats().tables` counts dropped rows by reason.

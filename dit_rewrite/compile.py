@@ -12,10 +12,13 @@ from dit_rewrite.compiler.lowering import InnerBackend
 from dit_rewrite.compiler.request import Tables
 from dit_rewrite.denoiser import compile_denoiser, restore_denoiser
 from dit_rewrite.enable import disable, enable
-from dit_rewrite.module import RewrittenModule
+from dit_rewrite.errors import NotCaptured, PredictionReason
+from dit_rewrite.module import RewrittenModule, backend_of
+from dit_rewrite.policies import as_policy
 from dit_rewrite.policy.rules import Policy
+from dit_rewrite.report.prediction import Prediction, predict_model
 
-__all__ = ["RewrittenModule", "compile", "restore"]
+__all__ = ["RewrittenModule", "compile", "predict", "restore"]
 
 
 def compile(
@@ -31,7 +34,8 @@ def compile(
     max_variants: int = 8,
     dump: str | Path | None = None,
     disable_passes: Collection[str] = (),
-    cache_limit: int | None = None,
+    memory_budget: int | None = None,
+    timing: bool = False,
     tables: Tables = "reuse",
 ) -> Any:
     """Compile a diffusion transformer so that its residual branches are computed or reused as `policy` says.
@@ -48,8 +52,13 @@ def compile(
     segments are compiled once, and decisions can be made between them), or "auto": variants unless there are more than
     `max_variants` of them, or a guard measures the call that it decides. Values that depend on the conditioning alone
     are computed once per trajectory, which is exact; `disable_passes=("hoist",)` turns that off. `dump` is a folder for
-    the graph after each pass and the diffs. `cache_limit` is the maximum number of bytes that the slots of all streams
-    of a trajectory take, by default half of the memory of the model's device.
+    the graph after each pass and the diffs. `timing` measures the time of each call,
+    which `explain` sets beside the prediction; it waits for the device twice per call.
+
+    `memory_budget` is the maximum number of bytes that the slots of all streams of a trajectory take, by default half
+    of the memory of the model's device. If the slots of one stream, or of two where the pipeline names its streams, do
+    not fit, the sites that save most time per byte are cached, and `explain` names the others. If there are more
+    streams at run time, whole streams are evicted.
 
     Values that depend on the timestep and the conditioning alone, such as the modulation, are kept in step tables, from
     which steps that reuse something read them. With `tables="all"`, steps that compute every site read them too: their
@@ -69,10 +78,26 @@ def compile(
         "max_variants": max_variants,
         "dump": dump,
         "disable_passes": disable_passes,
-        "cache_limit": cache_limit,
+        "memory_budget": memory_budget,
+        "timing": timing,
         "tables": tables,
     }
     return enable(model, policy, **given) if is_pipeline(model) else compile_denoiser(model, policy, **given)
+
+
+def predict(
+    model: Any, policy: Policy | str | None = None, num_steps: int | None = None, scheduler: Any = None
+) -> Prediction | PredictionReason:
+    """Predict the FLOPs, the counts and the times of a policy for a rewritten model, without compiling it.
+
+    `policy` may be another one than that of the model, which is the default. Without `num_steps`, the number of steps
+    is that of a `scheduler` whose timesteps are set, or that of the trajectory of the first call. Returns the reason if
+    the decisions cannot be foreseen. Raises NotRewritten, or NotCaptured before the first call.
+    """
+    backend = backend_of(model)
+    if not backend.rewritten:
+        raise NotCaptured("predict")
+    return predict_model(backend, model, backend.policy if policy is None else as_policy(policy), num_steps, scheduler)
 
 
 def restore(model: Any) -> Any:

@@ -32,7 +32,8 @@ def compile_denoiser(
     max_variants: int = 8,
     dump: str | Path | None = None,
     disable_passes: Collection[str] = (),
-    cache_limit: int | None = None,
+    memory_budget: int | None = None,
+    timing: bool = False,
     tables: Tables = "reuse",
 ) -> Any:
     """Compile a module; arguments and errors are those of `compile`."""
@@ -43,7 +44,14 @@ def compile_denoiser(
     lower = Lowering.of(backend, mode, options, lowering, max_variants)
     dumps = Dump(Path(dump)) if dump is not None else None
     made = Backend(
-        model, policy, lower, watcher=dumps, disable_passes=disable_passes, cache_limit=cache_limit, tables=tables
+        model,
+        policy,
+        lower,
+        watcher=dumps,
+        disable_passes=disable_passes,
+        memory_budget=memory_budget,
+        timing=timing,
+        tables=tables,
     )
     return attach(model, made, fullgraph, dynamic)
 

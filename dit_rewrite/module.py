@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import gc
+import time
 import types
 import warnings
 from collections import Counter
@@ -38,9 +40,10 @@ from dit_rewrite.passes.guards.symbols import reads_noise
 from dit_rewrite.report.explain import Report
 from dit_rewrite.report.idle import idle_reason, left_out
 from dit_rewrite.report.no_sites import why_no_sites
+from dit_rewrite.report.prediction import predict_model
 from dit_rewrite.runtime.clock import Clock, Named
 from dit_rewrite.runtime.inputs import Reader
-from dit_rewrite.runtime.stats import Stats
+from dit_rewrite.runtime.stats import Stats, TimedCall
 from dit_rewrite.runtime.trajectory import Trajectory
 from dit_rewrite.torch_compat import (
     BackendCompilerFailed,
@@ -110,13 +113,19 @@ class RewrittenModule(nn.Module, metaclass=_IsRewritten):
         finally:
             session.named = before
 
-    def explain(self) -> Report:
-        """Return a report of the sites and how they were rewritten. Raises NotCaptured before the first call."""
+    def explain(self, num_steps: int | None = None, scheduler: Any = None) -> Report:
+        """Return a report of the sites and how they were rewritten. Raises NotCaptured before the first call.
+
+        It predicts the costs of `num_steps` steps, or of the steps of a `scheduler` whose timesteps are set. By default
+        the number of steps is that of the trajectory in which the model was captured, if it was explicit. The first
+        prediction measures the machine, which takes a second, and writes the result to the user's cache folder.
+        """
         backend = self._backend
         if not backend.rewritten:
             raise NotCaptured("explain()")
         ran, streams = Counter(backend.session.ran), backend.session.num_streams
-        return Report(backend.policy, tuple(backend.rewritten), ran, max(streams, 1))
+        predict = functools.partial(predict_model, backend, self, backend.policy, num_steps, scheduler)
+        return Report(backend.policy, tuple(backend.rewritten), ran, max(streams, 1), predict, self.stats())
 
     def stats(self) -> Stats:
         """Return a copy of the statistics so far. The copy shares the rows of decisions."""
@@ -151,6 +160,27 @@ def _call(model: nn.Module, rewrite: Rewrite, args: tuple[Any, ...], kwargs: dic
         gc.collect()  # reference cycles of compilation keep the call's inputs alive, as if the caller did
         _check_policy(model, rewrite.backend, call.trajectory)
     return output
+
+
+def _timed(model: nn.Module, rewrite: Rewrite, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Run one call and record its time, which waits for the device before and after it."""
+    backend = rewrite.backend
+    stats, graphs = backend.stats, len(backend.rewritten)
+    variants, reused = stats.variants, stats.reused
+    wait_for_device()
+    began = time.perf_counter()
+    output = _call(model, rewrite, args, kwargs)
+    wait_for_device()
+    seconds = time.perf_counter() - began
+    compiles = (variants, graphs) != (stats.variants, len(backend.rewritten))
+    stats.time(TimedCall(backend.session.known, seconds, stats.reused - reused, compiles))
+    return output
+
+
+def wait_for_device() -> None:
+    """Wait until a GPU, if there is one, has done its work."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
 
 
 def _refuse_gradients(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
@@ -232,7 +262,8 @@ def attach(model: nn.Module, backend: Backend, fullgraph: bool = False, dynamic:
     for name in _METHODS:
         model.__dict__[name] = types.MethodType(vars(RewrittenModule)[name], model)
     model.__dict__["__getstate__"] = lambda: _plain_state(model)
-    set_compiled_call(model, lambda *args, **kwargs: _call(model, rewrite, args, kwargs))
+    call = _timed if backend.timing else _call
+    set_compiled_call(model, lambda *args, **kwargs: call(model, rewrite, args, kwargs))
     return model  # type: ignore[return-value]  # it has the methods of RewrittenModule now
 
 

@@ -6,7 +6,8 @@ import threading
 from collections import Counter, deque
 from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from statistics import median
+from typing import Any, NamedTuple
 
 from dit_rewrite.errors import DecisionReason, Reason, StreamReason, TableReason, TrajectoryReason
 
@@ -27,6 +28,18 @@ class Decision:
     strategies: dict[str, str]
     reasons: dict[str, Reason]
     measured: dict[str, dict[str, float]]
+
+
+class TimedCall(NamedTuple):
+    """The seconds of one call of the model, the device's work included.
+
+    ``reused``: how many site decisions reused a value. ``compiles``: the call also compiled something.
+    """
+
+    trajectory: int | None
+    seconds: float
+    reused: int
+    compiles: bool
 
 
 _COUNTERS = ("misses", "trajectories", "streams", "tables")
@@ -82,6 +95,7 @@ class Stats:
     streams: streams that have no values, or have lost them, by reason.
     table_rows: rows of step tables that were computed. table_bytes: the largest size of a graph's rows so far.
     tables: by reason, how often rows were dropped or computed anew.
+    timed: the last 10,000 calls with their times, if the caller asked for these.
     """
 
     calls: int = 0
@@ -101,6 +115,7 @@ class Stats:
     table_rows: int = 0
     table_bytes: int = 0
     tables: Counter[TableReason] = field(default_factory=Counter)
+    timed: deque[TimedCall] = field(default_factory=lambda: deque(maxlen=10_000), repr=False)
     records: deque[Record] = field(default_factory=lambda: deque(maxlen=10_000), repr=False)
     records_seen: int = 0
     lock: threading.Lock = field(default_factory=threading.Lock, repr=False, compare=False)
@@ -110,6 +125,28 @@ class Stats:
         """Fraction of the site decisions that computed: Recomp% of FORA (table 1), as a fraction of 1."""
         total = self.computed + self.reused
         return self.computed / total if total else 1.0
+
+    @property
+    def computing_seconds(self) -> float | None:
+        """The median seconds of a call whose sites all computed, or None without one."""
+        seconds = [call.seconds for call in self.timed if not (call.reused or call.compiles)]
+        return median(seconds) if seconds else None
+
+    @property
+    def speedup(self) -> float | None:
+        """The measured speed-up over the trajectories that compiled nothing; None without one.
+
+        It is the time of as many computing calls, divided by that of the calls. Calls with as many reused sites count
+        with their median, because other load on the machine delays single calls.
+        """
+        compiled = {call.trajectory for call in self.timed if call.compiles}
+        groups: dict[int, list[float]] = {}
+        for call in self.timed:
+            if call.trajectory not in compiled:
+                groups.setdefault(call.reused, []).append(call.seconds)
+        took = sum(len(group) * median(group) for group in groups.values())
+        whole = self.computing_seconds
+        return sum(map(len, groups.values())) * whole / took if took and whole is not None else None
 
     @property
     def decisions(self) -> list[Decision]:
@@ -126,6 +163,11 @@ class Stats:
                 self.misses.update(misses)
             self.records.append(record)
             self.records_seen += 1
+
+    def time(self, call: TimedCall) -> None:
+        """Record the time of a call."""
+        with self.lock:
+            self.timed.append(call)
 
     def called(self) -> None:
         """Count a call of the model."""

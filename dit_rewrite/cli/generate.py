@@ -5,22 +5,31 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import inspect
+import json
 import socket
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 import dit_rewrite
-from dit_rewrite.errors import BadOption, HubUnreachable, MissingExtra, PipelineNotLoaded, WrongInput
+from dit_rewrite.errors import BadOption, HubUnreachable, MissingExtra, PipelineNotLoaded, UnknownInput, WrongInput
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
 
+# the options that only some pipelines take, with the keywords that pipelines have for them
+OPTIONS = {
+    "guidance": ("guidance_scale",),
+    "negative_prompt": ("negative_prompt",),
+    "height": ("height",),
+    "width": ("width",),
+    "frames": ("num_frames", "video_length"),
+}
 TRANSPORTS = ("httpx", "httpx2", "requests")  # HTTP clients that versions of huggingface_hub use
 
 
@@ -72,18 +81,43 @@ def load_pipeline(model: str, dtype: torch.dtype) -> DiffusionPipeline:
 
 
 def call_arguments(pipeline: DiffusionPipeline, arguments: argparse.Namespace) -> dict[str, Any]:
-    """Return the keyword arguments for the call of the pipeline. Raises WrongInput or BadOption."""
+    """Return the keyword arguments for the call of the pipeline. Raises WrongInput, UnknownInput or
+    BadOption."""
     name, known = type(pipeline).__name__, inspect.signature(pipeline.__call__).parameters
     if arguments.label is not None and "class_labels" not in known:
         raise WrongInput(name, "--label", "--prompt")
     if arguments.prompt is not None and "prompt" not in known:
         raise WrongInput(name, "--prompt", "--label")
     _check_labels(pipeline, arguments.label or ())
-    asked = {"prompt": arguments.prompt} if arguments.label is None else {"class_labels": arguments.label}
-    if arguments.guidance is not None:
-        asked["guidance_scale"] = arguments.guidance
-    generator = torch.Generator().manual_seed(arguments.seed)
-    return {**asked, "num_inference_steps": arguments.steps, "generator": generator}
+    asked = {"prompt": _prompts(arguments)} if arguments.label is None else {"class_labels": arguments.label}
+    asked |= _options(name, known, arguments)
+    return {**asked, "num_inference_steps": arguments.steps, "generator": _generators(arguments)}
+
+
+def _prompts(arguments: argparse.Namespace) -> str | list[str]:
+    return arguments.prompt[0] if len(arguments.prompt) == 1 else list(arguments.prompt)
+
+
+def _options(name: str, known: Collection[str], arguments: argparse.Namespace) -> dict[str, Any]:
+    """Return the arguments that only some pipelines take. Raises UnknownInput for one that this pipeline does not."""
+    found = {}
+    for option, keywords in OPTIONS.items():
+        value = getattr(arguments, option)
+        keyword = next((each for each in keywords if each in known), None)
+        if value is not None and keyword is None:
+            raise UnknownInput(name, f"--{option.replace('_', '-')}")
+        if value is not None and keyword is not None:
+            several = option == "negative_prompt" and len(arguments.prompt or ()) > 1
+            found[keyword] = [value] * len(arguments.prompt) if several else value
+    return found
+
+
+def _generators(arguments: argparse.Namespace) -> torch.Generator | list[torch.Generator]:
+    """Return a generator, or one for each of several prompts, so that an image does not depend on the others."""
+    count = len(arguments.prompt or ())
+    seeds = range(arguments.seed, arguments.seed + max(count, 1))
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    return generators[0] if count < 2 else generators
 
 
 def _check_labels(pipeline: DiffusionPipeline, labels: Sequence[int]) -> None:
@@ -124,7 +158,12 @@ def run(arguments: argparse.Namespace) -> int:
     with torch.no_grad():
         output = pipeline(**asked)
     seconds = time.perf_counter() - began
-    for path in save_pictures(pictures_of(output), arguments.out):
+    paths, stats = save_pictures(pictures_of(output), arguments.out), pipeline.transformer.stats()
+    if arguments.json:
+        counts = {name: getattr(stats, name) for name in ("calls", "computed", "reused", "peak_bytes")}
+        print(json.dumps({"files": [str(path) for path in paths], "seconds": seconds, **counts}))
+        return 0
+    for path in paths:
         print(f"wrote {path}")
-    print(f"{seconds:.1f} s with compilation; {pipeline.transformer.stats()}")
+    print(f"{seconds:.1f} s with compilation; {stats}")
     return 0

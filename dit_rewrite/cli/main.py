@@ -1,4 +1,4 @@
-"""The command line: ``python -m dit_rewrite analyze | demo | generate | latency | verify``."""
+"""The command line: ``python -m dit_rewrite analyze | demo | explain | generate | latency | report | verify``."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from dit_rewrite.errors import DitRewriteError
 
 BUNDLED = "dit_rewrite.demo.shapes.calls:build"  # the factory of the bundled denoiser
 FAILED = 2  # the exit code for errors, which argparse also uses for an invalid command line
+INTERRUPTED = 130  # the exit code that a shell gives for Ctrl-C
 
 
 def positive(text: str) -> int:
@@ -59,15 +60,20 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", required=True, help="hub id, or a folder written by save_pretrained")
     parser.add_argument("--policy", default="fora:interval=3", help="for example fora:interval=3, or never")
     wanted = parser.add_mutually_exclusive_group(required=True)
-    wanted.add_argument("--prompt", help="prompt, for text-conditional pipelines")
+    wanted.add_argument("--prompt", nargs="+", help="prompts, for text-conditional pipelines; one image for each")
     wanted.add_argument("--label", type=int, nargs="+", help="class numbers, for class-conditional pipelines")
     parser.add_argument("--steps", type=positive, default=50)
     parser.add_argument("--guidance", type=float, help="guidance scale (default: the pipeline's)")
-    parser.add_argument("--seed", type=seed, default=0)
+    parser.add_argument("--negative-prompt", help="what the images should not show")
+    parser.add_argument("--height", type=positive, help="height in pixels (default: the pipeline's)")
+    parser.add_argument("--width", type=positive, help="width in pixels (default: the pipeline's)")
+    parser.add_argument("--frames", type=positive, help="frames of a video (default: the pipeline's)")
+    parser.add_argument("--seed", type=seed, default=0, help="seed of the noise; further prompts take the next seeds")
     parser.add_argument("--backend", default="inductor", help="backend that compiles the graphs: inductor or aot_eager")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto")
     parser.add_argument("--out", type=Path, default=Path("image.png"), help="further images get a number")
+    parser.add_argument("--json", action="store_true", help="print the files, the time and the counts as JSON")
 
 
 def _add_latency(parser: argparse.ArgumentParser) -> None:
@@ -101,32 +107,95 @@ def _add_analyze(parser: argparse.ArgumentParser) -> None:
     analyze.add_arguments(parser)
 
 
+def _add_observed(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of `cli.observe`."""
+    parser.add_argument("--model", default=BUNDLED, help="module:factory, a folder, or a hub id")
+    parser.add_argument("--policy", default="fora:interval=3", help="for example fora:interval=3")
+    parser.add_argument("--steps", type=positive, default=12, help="number of steps of the trajectory")
+    parser.add_argument(
+        "--backend", default="aot_eager", help="backend that compiles the graphs: aot_eager or inductor"
+    )
+
+
+def _add_explain(parser: argparse.ArgumentParser) -> None:
+    _add_observed(parser)
+    parser.add_argument("--json", action="store_true", help="print JSON instead of text")
+
+
+def _add_report(parser: argparse.ArgumentParser) -> None:
+    _add_observed(parser)
+    parser.add_argument("--plan", type=Path, help="file of a searched plan, drawn as a heat map")
+    parser.add_argument("--front", type=Path, help="JSON file with the points that tuning found")
+    parser.add_argument("--figures", type=Path, help="folder with plots of the analysis, as SVG or PNG")
+    parser.add_argument("--images", type=Path, nargs="+", default=(), help="samples to show side by side, PNG or SVG")
+    parser.add_argument("--out", type=Path, default=Path("report.html"), help="the page")
+
+
 COMMANDS = {
     "analyze": (_add_analyze, "dit_rewrite.cli.analyze", "measure how much a model's tensors change between steps"),
     "demo": (_add_demo, "dit_rewrite.demo.run", "sample images with and without caching, and compare"),
+    "explain": (_add_explain, "dit_rewrite.cli.explain", "show a model's sites, and what a policy saves"),
     "generate": (_add_generate, "dit_rewrite.cli.generate", "run a diffusers pipeline with its denoiser rewritten"),
     "latency": (_add_latency, "dit_rewrite.cli.latency", "time the parts of a text-conditional block"),
+    "report": (_add_report, "dit_rewrite.cli.report", "write one HTML page about a model under a policy"),
     "verify": (_add_verify, "dit_rewrite.cli.verify", "verify a rewrite against the unmodified model"),
 }
 
 
+# command lines for the help of each command, without the name of the program
+EXAMPLES = {
+    "analyze": ("analyze --prompts 8 --out analysis", "analyze --model ./dit --prompts prompts.txt --steps 28 --heads"),
+    "demo": ("demo", "demo --images 4 --intervals 2 3 --out demo"),
+    "explain": (
+        "explain --policy taylorseer:interval=3 --steps 50",
+        "explain --model my_package.models:build --policy fora:interval=2 --json",
+    ),
+    "generate": (
+        "generate --model facebook/DiT-XL-2-256 --label 207 --policy fora:interval=3",
+        "generate --model ./wan --prompt 'a cat on a sofa' 'a dog' --negative-prompt blurry --frames 17 --seed 7",
+    ),
+    "latency": ("latency --conditions 16,64,256 --width 288",),
+    "report": (
+        "report --policy fora:interval=3 --steps 50 --out report.html",
+        "report --model ./dit --plan plan.json --figures analysis --images reference.png fora.png",
+    ),
+    "verify": ("verify", "verify --model my_package.models:build --policy fora:interval=3 --dump graphs"),
+}
+PROGRAM = "python -m dit_rewrite"
+
+
+class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Shows defaults, and keeps the lines of the examples."""
+
+
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m dit_rewrite", description=__doc__)
+    parser = argparse.ArgumentParser(prog=PROGRAM, description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     for name, (add_arguments, _, summary) in COMMANDS.items():
-        command = commands.add_parser(
-            name, help=summary, description=summary, formatter_class=argparse.ArgumentDefaultsHelpFormatter
-        )
+        lines = "\n".join(f"  {PROGRAM} {line}" for line in EXAMPLES.get(name, ()))
+        examples = f"examples:\n{lines}\n\nexit codes: 0 success, 1 a check failed, {FAILED} an error"
+        command = commands.add_parser(name, help=summary, description=summary, epilog=examples, formatter_class=_Help)
         add_arguments(command)
+        command.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command. Returns 0 for success, or 2 after an error, whose message goes to stderr."""
+    """Run one command. Returns 0 for success, 1 for a check that failed, or 2 after an error.
+
+    The message of an error is one line on stderr; with ``--debug`` the error is raised instead.
+    """
     arguments = build_parser().parse_args(argv)
     _, module, _ = COMMANDS[arguments.command]
     try:
         return import_module(module).run(arguments)
-    except DitRewriteError as error:
-        print(f"error: {error}", file=sys.stderr)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return INTERRUPTED
+    except Exception as error:
+        if arguments.debug:
+            raise
+        known = isinstance(error, DitRewriteError)
+        text = str(error) if known else f"{type(error).__name__}: {error} (--debug shows where)"
+        print(f"error: {' '.join(text.split()) if not known else text}", file=sys.stderr)
         return FAILED

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import sys
 import threading
 import time
 import weakref
@@ -42,6 +43,8 @@ from dit_rewrite.runtime.session import Session
 from dit_rewrite.runtime.stats import Stats
 from dit_rewrite.runtime.trajectory import Trajectory
 
+NAMED_STREAMS = 2  # a pipeline that names its streams has a conditional and an unconditional one
+
 
 class Watcher(Protocol):
     """Observes compilation: it takes each captured and each straight-line graph, and returns a callback that is called
@@ -64,19 +67,24 @@ class Backend:
         watcher: Watcher | None = None,
         store: int | None = None,
         disable_passes: Collection[str] = (),
-        cache_limit: int | None = None,
+        memory_budget: int | None = None,
+        timing: bool = False,
         tables: Tables = "reuse",
     ) -> None:
         """`force` makes every decision compute, and `store` limits the number of sites whose new slot tensors are
         returned; `verify` uses both. `watcher` observes each graph after each pass. The slots of all streams of a
-        trajectory take at most `cache_limit` bytes, by default half of the memory of the model's device. `tables`:
-        "reuse" if only reusing steps read step tables, "all" if computing ones do too. Raises BadArgument if a name in
-        `disable_passes` is not an optional pass, or for another value of `tables`."""
+        trajectory take at most `memory_budget` bytes, by default half of the memory of the model's device. `timing`:
+        the time of each call is measured, which waits for the device. `tables`: "reuse" if only reusing steps read step
+        tables, "all" if computing ones do too. Raises BadArgument if a name in `disable_passes` is not an optional
+        pass, and for other values of `memory_budget` and `tables`."""
         self.policy, self.lowering, self.force, self.watcher, self.store = policy, lowering, force, watcher, store
+        whole = isinstance(memory_budget, int) and not isinstance(memory_budget, bool) and memory_budget >= 0
+        if memory_budget is not None and not whole:
+            raise BadArgument("compile", "memory_budget", memory_budget, "a whole number of bytes >= 0, or None")
         self.disabled = check_disabled(disable_passes, (*PASSES, *STRAIGHT_LINE_PASSES))
         self.stats = Stats()
         self._model = weakref.ref(model)  # the model refers to its backend
-        self.cache_limit, self.tables = cache_limit, tables
+        self.memory_budget, self.timing, self.tables = memory_budget, timing, tables
         if tables not in get_args(Tables):
             raise BadArgument("compile", "tables", tables, " or ".join(map(repr, get_args(Tables))))
         self.session = Session(self.stats, self._limit)
@@ -120,9 +128,11 @@ class Backend:
         known = (False, False) if call is None else timesteps_known(trajectory, call.inputs.timestep)
         hoist = "hoist" not in self.disabled
         levels = tuple(map(trajectory.noise, range(num_foreseen(trajectory.num_steps))))
-        request = Request(
-            self._is_whole(captured), trajectory.num_steps, levels, hoist, self.force, *known, self.tables
-        )
+        streams = 1 if self.session.named.name is None else NAMED_STREAMS
+        free = self._limit() - streams * sum(each.stored_bytes for each in self.rewritten)
+        limit = sys.maxsize if self.force else free
+        whole, steps = self._is_whole(captured), trajectory.num_steps
+        request = Request(whole, steps, levels, hoist, self.force, limit, streams, *known, self.tables)
         ctx = Context(captured, self.policy, self.lowering, request)
         runs: list[PassRun] = []
         watch = None if self.watcher is None else self.watcher.begin(len(self.rewritten), captured)
@@ -166,7 +176,7 @@ class Backend:
         return captured.complete and rooted and (call is None or not call.graphs)
 
     def _limit(self) -> int:
-        return half_of_memory(self._model()) if self.cache_limit is None else self.cache_limit
+        return half_of_memory(self._model()) if self.memory_budget is None else self.memory_budget
 
     def _names(self) -> frozenset[str]:
         """Return the names of the model's current parameters and buffers. They change if a LoRA is loaded."""

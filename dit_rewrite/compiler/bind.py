@@ -53,6 +53,20 @@ class Bound:
         """Return a copy with the closures and costs of the sites in `gm`, a graph with fewer nodes."""
         return replace(self, found=replace(self.found, sites=close(gm.graph, self.found.sites)))
 
+    def without(self, sites: Collection[int]) -> Bound:
+        """Return a copy in which these sites are not guarded, because their values exceed the memory budget."""
+        rules = tuple(SiteRules(()) if i in sites else each for i, each in enumerate(self.rules))
+        found = [self.found.sites[i] for i in sorted(sites)]
+        left = [
+            Refusal(site.values[0], site.name, RefusalReason.OVER_BUDGET)
+            for site in found
+            if site.part is not Part.CORE_STATE
+        ]
+        formats = {i: each for i, each in self.formats.items() if i not in sites}
+        return replace(
+            self, rules=rules, formats=formats, found=replace(self.found, refused=(*self.found.refused, *left))
+        )
+
     @property
     def reached(self) -> tuple[int, ...]:
         """The indices of the guarded sites."""

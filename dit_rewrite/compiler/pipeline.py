@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import fx
 
-from dit_rewrite.compiler import bind, foresee, fuse_window_refresh, partition, step_tables
+from dit_rewrite.compiler import bind, budget, foresee, fuse_window_refresh, partition, step_tables
 from dit_rewrite.compiler.bind import Bound
 from dit_rewrite.compiler.request import Request
 from dit_rewrite.passes.analysis.site import Found
@@ -51,6 +51,7 @@ PASSES = (
     Pass("hoist", _hoist, optional=True),
     Pass("insert_guards", _insert_guards),
     Pass("foresee", foresee.run),
+    Pass("fit_budget", budget.run),
     Pass("partition", partition.run),
 )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 from typing import Literal
 
@@ -21,8 +22,9 @@ def num_foreseen(num_steps: int | None) -> int:
 class Request:
     """``whole``: the graph is the whole model. ``num_steps`` is that of the trajectory, None means unknown, and
     ``levels`` has the noise of its first steps. ``hoist``: trajectory-invariant values are computed once per
-    trajectory. ``force``: every decision computes, for `verify`. ``readable``: the timestep of the call is known
-    without a device read; ``told``: so are those of further steps. ``tables``: which steps read the step table.
+    trajectory. ``force``: every decision computes, for `verify`. The slots of ``streams`` streams may take
+    ``memory_budget`` bytes. ``readable``: the timestep of the call is known without a device read; ``told``: so are
+    those of further steps. ``tables``: which steps read the step table.
 
     It holds numbers alone: a reference to the trajectory would keep its caches alive.
     """
@@ -32,6 +34,8 @@ class Request:
     levels: tuple[Level, ...] = ()
     hoist: bool = True
     force: bool = False
+    memory_budget: int = sys.maxsize
+    streams: int = 1
     readable: bool = False
     told: bool = False
     tables: Tables = "reuse"

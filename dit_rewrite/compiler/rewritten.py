@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import fx
 
+from dit_rewrite import torch_compat
 from dit_rewrite.compiler.bind import Bound
 from dit_rewrite.compiler.partition import Partition
 from dit_rewrite.decision_row import DecisionRow
@@ -95,6 +96,21 @@ class Rewritten:
         """The bytes per stream in the slot of each guarded site, by the index of the site among all sites."""
         slots = zip(self.reached, self.guarded.slot_tensors, strict=True)
         return {i: sum(map(cost.stored_bytes, slot)) for i, slot in slots}
+
+    @property
+    def stored_bytes(self) -> int:
+        """The bytes stored for one stream: slots, hoisted values, and probes. Storage that values share counts once."""
+        nodes = {node.name: node for node in self.gm.graph.nodes}
+        hoisted = [] if self.hoisted is None else [nodes[name] for name in self.hoisted.values]
+        stored = (*hoisted, *(node for slot in self.guarded.slot_tensors for node in slot))
+        storages = {torch_compat.storage_id(node.meta["val"]): cost.stored_bytes(node) for node in stored}
+        compared = sum(cost.stored_bytes(nodes[name]) for name in self.probes)
+        return sum(storages.values()) + 2 * compared  # the probe of the last computed step, and of the last call
+
+    @property
+    def probes(self) -> set[str]:
+        """The nodes that guards measure."""
+        return {node for site in self.partition.sites for node in site.measured}
 
     def straight(self, row: DecisionRow) -> Variant:
         """Return the whole graph specialised for a row of decisions, as one segment. It is only used for printing."""

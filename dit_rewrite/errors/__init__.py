@@ -20,6 +20,7 @@ from dit_rewrite.errors.cli import (
     HubUnreachable,
     MissingExtra,
     PipelineNotLoaded,
+    UnknownInput,
     WrongInput,
 )
 from dit_rewrite.errors.kernels import BadOpArgument, KernelError
@@ -74,6 +75,7 @@ from dit_rewrite.errors.reasons import (
     DecisionReason,
     LoweringReason,
     MissReason,
+    PredictionReason,
     Reason,
     RefusalReason,
     StreamReason,
@@ -150,6 +152,7 @@ __all__ = [
     "PolicyForOtherModel",
     "PolicyForOtherSteps",
     "PoorFit",
+    "PredictionReason",
     "Reason",
     "RefusalReason",
     "SamplerEnded",
@@ -164,6 +167,7 @@ __all__ = [
     "TooFewSteps",
     "TorchChanged",
     "TrajectoryReason",
+    "UnknownInput",
     "TwoStores",
     "UnevenStreams",
     "UnknownPolicy",

@@ -17,6 +17,10 @@ class WrongInput(CommandError, ValueError):
     template = "{pipeline} takes no {given}. Give {wanted} instead."
 
 
+class UnknownInput(CommandError, ValueError):
+    template = "{pipeline} takes no {given}. Leave it out, or use a pipeline that does."
+
+
 class BadModel(CommandError, ValueError):
     template = (
         "--model {text} cannot be used ({cause}). Give module:factory, where factory(steps) returns (model, calls) or "

@@ -42,6 +42,7 @@ class RefusalReason(Reason):
     MIXES_SAMPLES = "the samples of the batch cannot be separated, so half of the batch cannot be computed alone"
     ODD_BATCH = "the batch cannot be divided into two halves"
     MOVING_SIZE = "the size of the value depends on data that change from step to step"
+    OVER_BUDGET = "its slot exceeds the memory budget, and it saves less time per byte than the sites that are cached"
     # a measurement
     NO_PROBE = "the graph has no probe of this name"
     PROBE_WITHIN = "the probe is computed after the value that it decides: give the policy lag=1"
@@ -136,7 +137,16 @@ class TableReason(Reason):
     NOT_TOLD = "the values depend on the conditioning and no scheduler was given, so each row would be read only once"
     # rows are computed anew
     NEW_WEIGHTS = "a weight was replaced or changed in place"
-    NEW_CONDITIONING = "the conditioning is a new object, or was changed in place"
+    NEW_CONDITIONING = "the rows belong to other conditioning"
     UNREADABLE = "the timestep of the call cannot be read without synchronising with a GPU"
     NOT_BATCHED = "an op cannot be batched over the steps, so rows are computed one at a time"
     OVER_LIMIT = "the rows exceeded the limit of memory, and the oldest ones were dropped"
+
+
+class PredictionReason(Reason):
+    """Predictions: why the decisions of a policy cannot be foreseen."""
+
+    TOTAL_UNKNOWN = "the number of steps is not known: call explain(num_steps=…)"
+    NOISE_UNKNOWN = "a guard needs the noise level: set the scheduler's timesteps and call explain(scheduler=…)"
+    MEASURES = "a guard or a forecast needs measurements of the run itself"
+    BLOCKWISE = "the device decides during the run how many blocks of attention it computes"

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 
-from dit_rewrite import torch_compat
 from dit_rewrite.compiler.rewritten import Rewritten, row_name
-from dit_rewrite.errors import UnreachedReason
+from dit_rewrite.errors import PredictionReason, Reason, RefusalReason, UnreachedReason
 from dit_rewrite.passes.analysis import cost
 from dit_rewrite.passes.analysis.branches import Refusal
-from dit_rewrite.passes.analysis.site import Site
+from dit_rewrite.passes.analysis.cost_model import CostModel, model_costs
+from dit_rewrite.passes.analysis.site import Found, Site
 from dit_rewrite.passes.guards.notation import show
 from dit_rewrite.passes.guards.satisfiability import verdict
 from dit_rewrite.passes.rewrite import printing
 from dit_rewrite.passes.rewrite.segments import crossing_bytes
 from dit_rewrite.policy.rules import Policy
+from dit_rewrite.report.comparison import comparison
+from dit_rewrite.report.prediction import Prediction
+from dit_rewrite.runtime.stats import Stats
 
 
 @dataclass(frozen=True)
@@ -39,13 +43,29 @@ class Report:
     """Prints as a table. ``sites`` has a row per site of each graph, ``refused`` the candidates that are not sites.
 
     ``occurrences`` is how often each graph ran in the last call; after a graph break, identical blocks share a graph.
-    ``streams`` is the number of streams seen so far, each of which has slots of its own.
+    ``streams`` is the number of streams seen so far, each of which has slots of its own. ``predict`` predicts the costs
+    of a trajectory, or returns why it cannot. ``measured`` has the counts, and perhaps times, of the calls so far.
     """
 
     policy: Policy
     rewritten: tuple[Rewritten, ...]
     occurrences: Mapping[int, int]
     streams: int = 1
+    predict: Callable[[], Prediction | PredictionReason] = lambda: PredictionReason.TOTAL_UNKNOWN
+    measured: Stats | None = None
+
+    @cached_property
+    def prediction(self) -> Prediction | PredictionReason:
+        """The predicted costs of a trajectory, or the reason why they cannot be foreseen."""
+        return self.predict()
+
+    @cached_property
+    def costs(self) -> tuple[CostModel, ...]:
+        """The FLOPs and bytes of each graph and its branches, as expressions of batch, tokens, text tokens, frames."""
+        return tuple(
+            model_costs(r.captured.gm, r.captured.static | r.captured.ambient, r.context[Found].sites)
+            for r in self.rewritten
+        )
 
     @property
     def sites(self) -> tuple[Place, ...]:
@@ -71,7 +91,7 @@ class Report:
     def stream_bytes(self) -> int:
         """The bytes stored for one stream: the slots of all reached sites, the hoisted values, and the earlier values
         of probes that guards compare with."""
-        return sum((self.occurrences.get(i, 0) or 1) * _stored_bytes(r) for i, r in enumerate(self.rewritten))
+        return sum((self.occurrences.get(i, 0) or 1) * r.stored_bytes for i, r in enumerate(self.rewritten))
 
     def graph_diff(self, graph: int | None = None) -> str:
         """Return a unified diff of a captured graph and its variant that reuses most, with op counts on top.
@@ -93,6 +113,8 @@ class Report:
             f"FLOPs     {_quantity(total)} per call, {_quantity(saved)} of them ({saved / max(total, 1):.1%}) in sites",
             f"cached    {_quantity(self.stream_bytes, 1024)}B per stream at most, {_quantity(self.peak_bytes, 1024)}B "
             f"in the {self.streams} known so far",
+            *(f"scaling   graph {i}: {each.total} FLOPs" for i, each in enumerate(self.costs)),
+            *comparison(self.prediction, self.measured),
             *self._hoisted(),
             *self._tables(),
             "",
@@ -141,6 +163,11 @@ class Report:
             elif tables is not None and rewritten.reached:
                 yield f"table {i}   none: {tables.why}"
 
+    def _unreached(self, place: Place) -> Reason:
+        refused = self.rewritten[place.graph].found.refused
+        over = Refusal(place.site.values[0], place.site.name, RefusalReason.OVER_BUDGET)
+        return RefusalReason.OVER_BUDGET if over in refused else UnreachedReason.NO_RULE
+
     def _rows(self) -> Iterator[tuple[str, ...]]:
         yield "graph", "site", "kind", "layer", "guard of reuse", "values", "FLOPs", "bytes"
         for place in self.sites:
@@ -150,21 +177,11 @@ class Report:
                 site.name,
                 str(site.kind),
                 str(site.layer),
-                place.guard if place.reachable else f"({UnreachedReason.NO_RULE})",
+                place.guard if place.reachable else f"({self._unreached(place)})",
                 str(len(site.values)),
                 _quantity(site.flops),
                 _quantity(place.bytes, 1024),
             )
-
-
-def _stored_bytes(rewritten: Rewritten) -> int:
-    """Return the bytes stored for one graph and one stream. Storage that values share is counted once."""
-    guarded, nodes = rewritten.guarded, {node.name: node for node in rewritten.gm.graph.nodes}
-    hoisted = [] if rewritten.hoisted is None else [nodes[name] for name in rewritten.hoisted.values]
-    stored = (*hoisted, *(node for slot in guarded.slot_tensors for node in slot))
-    storages = {torch_compat.storage_id(node.meta["val"]): cost.stored_bytes(node) for node in stored}
-    compared = sum(cost.stored_bytes(nodes[name]) for name in _probes(rewritten))
-    return sum(storages.values()) + 2 * compared  # the probe of the last computed step, and of the last call
 
 
 def _working_bytes(rewritten: Rewritten) -> int:
@@ -177,12 +194,7 @@ def _working_bytes(rewritten: Rewritten) -> int:
     spans = [site for site in rewritten.partition.sites if site.bases]
     bases, values = ({n for site in spans for n in getattr(site, side)} for side in ("bases", "values"))
     kept, replaced = (sum(cost.stored_bytes(nodes[name]) for name in names) for names in (bases, values))
-    return sum(cost.stored_bytes(nodes[name]) for name in _probes(rewritten)) + max(kept - replaced, 0)
-
-
-def _probes(rewritten: Rewritten) -> set[str]:
-    """Return the nodes that guards measure."""
-    return {node for site in rewritten.partition.sites for node in site.measured}
+    return sum(cost.stored_bytes(nodes[name]) for name in rewritten.probes) + max(kept - replaced, 0)
 
 
 def _places(graph: int, occurrence: int, rewritten: Rewritten) -> Iterator[Place]:

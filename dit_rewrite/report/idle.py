@@ -9,7 +9,7 @@ from fractions import Fraction
 import sympy
 
 from dit_rewrite.compiler.rewritten import Rewritten
-from dit_rewrite.errors import UnreachedReason
+from dit_rewrite.errors import RefusalReason, UnreachedReason
 from dit_rewrite.passes.analysis.site import Kind, Part, Site
 from dit_rewrite.passes.guards.satisfiability import Verdict, verdict
 from dit_rewrite.passes.guards.symbols import NOISE, TOTALS, Predicate, Value, mentions, reads_noise
@@ -59,7 +59,11 @@ def _ranges(numbers: Sequence[int]) -> str:
 
 
 def left_out(wheres: Iterable[Where], rewritten: Iterable[Rewritten]) -> str:
-    """Return a hint, or "", about parallel branches (attention and MLP in one projection) that no rule selects."""
+    """Return a hint, or "", about sites that exceed the memory budget, or parallel branches (attention and MLP in one
+    projection) that no rule selects."""
+    rewritten = tuple(rewritten)
+    if any(refusal.reason is RefusalReason.OVER_BUDGET for graph in rewritten for refusal in graph.found.refused):
+        return "; the slots of its sites exceed the memory budget"
     kinds = frozenset[Kind]().union(*(FAMILIES[kind] for where in wheres for kind in where.kinds if not where.span))
     parallel = sum(site.kind is Kind.PARALLEL for graph in rewritten for site in graph.found.sites)
     if not parallel or not kinds or Kind.PARALLEL in kinds or {Kind.SELF, Kind.MLP} <= kinds:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import math
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -36,31 +37,38 @@ def shape(value: Tensor) -> tuple[int, ...]:
 
 def flops(nodes: Iterable[fx.Node]) -> int:
     """Return the floating-point operations of the contractions among `nodes`. A multiply-add counts as two."""
-    return sum(_flops(node) for node in nodes)
+    return sum(int(contraction_flops(node, _shape)) for node in nodes)
 
 
-def _flops(node: fx.Node) -> int:
+def contraction_flops(node: fx.Node, shape_of: Callable[[fx.Node], Sequence[Any]]) -> Any:
+    """Return the floating-point operations of a node, 0 unless it is a contraction, from the shapes of its operands.
+
+    The sizes that `shape_of` returns may be numbers or sympy expressions.
+    """
     if node.target is opaque_attention.OP:
-        return sdpa_flop_count(*(shape(n.meta["val"]) for n in operands(node)))
+        return sdpa_flop_count(*map(shape_of, operands(node)))
     formula = flop_registry.get(packet(node))
     if formula is None:
-        return _product_flops(node) if packet(node) in PRODUCTS else 0
-    args, kwargs, out = tree_map(_shapes, (node.args, node.kwargs, node))
-    return int(formula(*args, **kwargs, out_val=out))
+        return _product_flops(node, shape_of) if packet(node) in PRODUCTS else 0
+
+    def replaced(argument: Any) -> Any:  # FLOP formulas take shapes in the place of tensors
+        value = argument.meta.get("val") if isinstance(argument, fx.Node) else argument
+        return shape_of(argument) if isinstance(argument, fx.Node) and isinstance(value, Tensor) else argument
+
+    args, kwargs, out = tree_map(replaced, (node.args, node.kwargs, node))
+    return formula(*args, **kwargs, out_val=out)
 
 
-def _product_flops(node: fx.Node) -> int:
-    return 2 * shape(node.all_input_nodes[0].meta["val"])[-1] * _numel(node)
+def _product_flops(node: fx.Node, shape_of: Callable[[fx.Node], Sequence[Any]]) -> Any:
+    return 2 * shape_of(node.all_input_nodes[0])[-1] * math.prod(shape_of(node))
+
+
+def _shape(node: fx.Node) -> torch.Size:
+    return torch.Size(shape(node.meta["val"]))
 
 
 def _numel(node: fx.Node) -> int:
-    return torch.Size(shape(node.meta["val"])).numel()
-
-
-def _shapes(argument: Any) -> Any:
-    """Replace a tensor by its shape, because FLOP formulas take shapes."""
-    value = argument.meta.get("val") if isinstance(argument, fx.Node) else argument
-    return torch.Size(shape(value)) if isinstance(value, Tensor) else argument
+    return _shape(node).numel()
 
 
 def stored_bytes(node: fx.Node) -> int:
