@@ -35,6 +35,7 @@ from dit_rewrite.passes.rewrite.guarded_graph import GuardedGraph
 from dit_rewrite.passes.rewrite.hoist import Hoisted
 from dit_rewrite.passes.rewrite.segments import whole
 from dit_rewrite.passes.rewrite.specialise import specialise
+from dit_rewrite.passes.rewrite.step_tables import StepTables
 from dit_rewrite.policy.rules import Policy
 from dit_rewrite.policy.strategies import BlockwiseReuse
 from dit_rewrite.runtime.schedule import Schedule
@@ -208,7 +209,7 @@ class _Graph:
         run_passes(PASSES, captured.gm, ctx, runs, disabled)
         self.guarded, self.rows_foreseen = ctx[GuardedGraph], ctx[Foreseen].rows
         self.names = [node.name for node in self.guarded.source.graph.nodes]
-        self._sites = ctx[Bound].found.sites
+        self._sites, self._tables = ctx[Bound].found.sites, ctx.get(StepTables)
         self._costs: dict[DecisionRow, StepCost] = {}
         found = ctx[Found].sites
         self.plain = _cost([(node.name, node, work) for node, work in kernels(captured.gm.graph)], found)
@@ -223,7 +224,8 @@ class _Graph:
 
     def _row(self, row: DecisionRow) -> StepCost:
         if row not in self._costs:
-            variant = specialise(self.guarded, row, whole(self.guarded.source, self.guarded.sites))
+            segments = whole(self.guarded.source, self.guarded.sites)
+            variant = specialise(self.guarded, row, segments, tables=self._tables)
             work = [(self._home(node), node, work) for node, work in kernels(variant.gm.graph)]
             self._costs[row] = _cost(work, self._sites)
         return self._costs[row]
