@@ -73,7 +73,7 @@ def launch(
     q, k, mask = _four_dimensional(query, key, attn_mask, enable_gqa)
     (batch, heads, n, head_size), m = q.shape, k.shape[2]
     mask, mask_strides, kind = mask_arguments(mask, (batch, heads, n, m), q)
-    block_m, block_n = block or _block(q)
+    block_m, block_n = block or block_of(q)
     programs = batch * heads * triton.cdiv(n, block_m)
     partials = torch.empty(2, programs, dtype=torch.float64, device=q.device)
     with torch.cuda.device_of(q):
@@ -86,7 +86,7 @@ def launch(
         return ratio_of_sums(partials)
 
 
-def _block(query: Tensor) -> tuple[int, int]:
+def block_of(query: Tensor) -> tuple[int, int]:
     """Choose tiles such that one of queries and two of keys (for prefetching) fit in shared memory."""
     row = padded(query.shape[-1]) * query.element_size()
     return (128, 64) if row <= 256 else (64, 32)

@@ -133,7 +133,7 @@ def attend(
     tiles, blocks, tile = state.partial.shape[2:5]
     out = torch.empty_like(q)
     given, mask_strides, kind = mask_arguments(mask, (*q.shape[:3], k.shape[2]), q)
-    rows, steps = _sizes(size, q.dtype, tile)
+    rows, steps = sizes(size, q.dtype, tile)
     with torch.cuda.device_of(q):
         attention_kernel[(batch * heads * tiles * (tile // rows),)](
             q, k, v, given, out, decision.recompute, decision.change, state.row_max, state.row_sum, state.partial,
@@ -145,7 +145,7 @@ def attend(
     return out
 
 
-def _sizes(size: int, dtype: torch.dtype, tile: int) -> tuple[int, int]:
+def sizes(size: int, dtype: torch.dtype, tile: int) -> tuple[int, int]:
     """Return ROWS and KEYS such that both accumulators hardly spill registers (ptxas for sm_90, 8 warps)."""
     wide = size > 128 or dtype == torch.float32
     return (min(tile, 32), 32) if wide else (min(tile, 64), 64)
