@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -17,8 +17,9 @@ from dit_rewrite.kernels.blockwise_attention.bounds import Decision
 from dit_rewrite.kernels.blockwise_attention.state import State, layout
 from dit_rewrite.kernels.common import reduction
 from dit_rewrite.kernels.relative_l1 import triton_kernel as change
+from dit_rewrite.kernels.window_attention import launch as window
 from dit_rewrite.kernels.window_attention import paper_window
-from dit_rewrite.kernels.window_attention import triton_kernel as window
+from dit_rewrite.kernels.window_attention import triton_kernel as window_kernel
 from dit_rewrite.kernels.window_attention.geometry import make_window
 
 BATCH, HEADS, BLOCK = 2, 16, 512
@@ -46,23 +47,18 @@ def heads_first(tokens: int, size: int, dtype: torch.dtype = BF16) -> Tensor:
 
 
 def window_launch(
-    size: int, dtype: torch.dtype, tokens: int, where: dict[str, Any], tile: tuple[int, int, int, int], refresh: bool,
+    size: int, dtype: torch.dtype, tokens: int, where: dict[str, Any], tile: window.Tile, refresh: bool,
     mask: Tensor | None = None,
 ) -> Launch:  # fmt: skip
     """Record a launch of window attention with one of its tiles."""
     q = heads_first(tokens, size, dtype)
     shape = make_window("static_kernels", tokens, **where)
-    with recorded((window, "window_kernel")) as (kernel,):
+    with recorded((window_kernel, "window_kernel")) as (kernel,):
         if refresh:
-            window.launch_refresh(q, q, q, shape, mask, None, block=tile[:2])
+            window.launch_refresh(q, q, q, shape, mask, None, tile=tile)
         else:
-            window.launch_reuse(q, q, q, q, shape, mask, None, block=tile[:2])
-    return with_options(kernel.launches[0], *tile[2:])
-
-
-def with_options(launch: Launch, warps: int, stages: int) -> Launch:
-    """Return the launch with other numbers of warps and stages."""
-    return replace(launch, kwargs={**launch.kwargs, "num_warps": warps, "num_stages": stages})
+            window.launch_reuse(q, q, q, q, shape, mask, None, tile=tile)
+    return kernel.launches[0]
 
 
 def windows(size: int, tokens: int, dtype: torch.dtype = BF16, **options: Any) -> Iterator[Case]:
@@ -73,9 +69,9 @@ def windows(size: int, tokens: int, dtype: torch.dtype = BF16, **options: Any) -
     for name, refresh in (("reuse", False), ("refresh", True)):
         for tile in window.WIDE_TILES if wide else window.TILES:
             kind = f"window {name}, d={size}"
-            title = f"{kind}, {label}, {str(dtype).removeprefix('torch.')}, {tile[0]}x{tile[1]}"
+            title = f"{kind}, {label}, {str(dtype).removeprefix('torch.')}, {tile.queries}x{tile.keys}"
             launch = partial(window_launch, size, dtype, tokens, where, tile, refresh, **options)
-            yield Case(title, launch, tile[0] * tile[1], kind, not wide)
+            yield Case(title, launch, tile.queries * tile.keys, kind, not wide)
 
 
 def entropy_case(size: int, tokens: int) -> Case:

@@ -23,14 +23,13 @@ from dit_rewrite.policy.strategies import BlockwiseReuse, Core, WindowResidual
 class Windowed:
     """DiTFastAttn's WA-RS (equations 1 and 2): the slot stores the residual R = O - W, and `decode` returns O' = W + R.
 
-    ``last``: the `prefix` tokens come after the grid. The op expects them first, so the sequence is reversed for it;
-    a window is symmetric.
+    ``prefix`` and ``suffix``: the tokens of text before and behind the grid.
     """
 
     reach: tuple[int, ...]
     grid: tuple[int, ...] | None
     prefix: int
-    last: bool
+    suffix: int
     scale: float | None
     residual: bool = True
 
@@ -38,23 +37,16 @@ class Windowed:
         return False
 
     def encode(self, value: Tensor, read: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        query, key, values, *mask = read
-        if not self.residual:
-            return (torch.zeros_like(value),)
-        return (self._window(query, key, -values, value, mask),)  # attention is linear in V: O + W(Q, K, -V) = O - W
+        return (self._window(value, read, subtract=True) if self.residual else torch.zeros_like(value),)
 
     def decode(self, held: Sequence[Tensor], read: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
-        query, key, values, *mask = read
-        return self._window(query, key, values, held[0], mask)
+        return self._window(held[0], read, subtract=False)
 
-    def _window(self, query: Tensor, key: Tensor, value: Tensor, residual: Tensor, mask: Sequence[Tensor]) -> Tensor:
-        tensors: list[Tensor] = [query, key, value, residual]
-        seen = mask[0] if mask else None
-        if self.last:
-            tensors = [tensor.flip(2) for tensor in tensors]
-            seen = None if seen is None else seen.flip((-2, -1))
-        found: Tensor = window_reuse(*tensors, self.reach, self.grid, self.prefix, seen, self.scale)
-        return found.flip(2) if self.last else found
+    def _window(self, residual: Tensor, read: Sequence[Tensor], subtract: bool) -> Tensor:
+        query, key, values, *mask = read
+        where = (self.reach, self.grid, self.prefix, mask[0] if mask else None, self.scale, self.suffix, subtract)
+        found: Tensor = window_reuse(query, key, values, residual, *where)
+        return found
 
 
 @dataclass(frozen=True)
@@ -111,7 +103,8 @@ def _windowed(
     text, last = (0, False) if image is None else text_tokens(core, image)
     shape: Any = core.meta["val"].shape
     tokens = shape[2] - text
-    return Windowed(strategy.reach(tokens), strategy.grid, text, last, given["scale"], strategy.residual)
+    before, behind = (0, text) if last else (text, 0)
+    return Windowed(strategy.reach(tokens), strategy.grid, before, behind, given["scale"], strategy.residual)
 
 
 @codec.register

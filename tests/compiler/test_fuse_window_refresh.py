@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -24,6 +25,7 @@ from dit_rewrite.passes.rewrite.printing import op_counts
 
 N, D = 12, 8
 MASK = torch.rand(2, 1, N, N, generator=torch.Generator().manual_seed(1)) < 0.7
+residual = functools.partial(window_reuse, subtract=True)
 Two = Callable[..., tuple[Tensor, Tensor]]
 
 
@@ -43,7 +45,7 @@ def traced(two: Two, *inputs: Tensor) -> fx.GraphModule:
 def kept(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, scale: float | None = None, **where: Any) -> Any:
     """The values that a computing step writes: O and R = O - W."""
     full = opaque_attention.OP(q, k, v, mask, scale=scale)
-    return full, window_reuse(q, k, -v, full, where.pop("window", [2]), **where, attn_mask=mask, scale=scale)
+    return full, residual(q, k, v, full, where.pop("window", [2]), **where, attn_mask=mask, scale=scale)
 
 
 def plain(q: Tensor, k: Tensor, v: Tensor) -> Any:
@@ -57,9 +59,10 @@ def plain(q: Tensor, k: Tensor, v: Tensor) -> Any:
         (lambda q, k, v, mask: kept(q, k, v, mask), [MASK]),
         (lambda q, k, v: kept(q, k, v, scale=0.5), []),
         (lambda q, k, v: kept(q, k, v, window=[1, 1], grid=[2, 5], prefix=2), []),
+        (lambda q, k, v: kept(q, k, v, window=[1, 1], grid=[2, 5], suffix=2), []),
         (lambda q, k, v: kept(q, k, k), []),
     ],
-    ids=["plain", "mask", "scale", "grid behind text", "keys are values"],
+    ids=["plain", "mask", "scale", "grid behind text", "text behind grid", "keys are values"],
 )
 def test_one_op_gives_both(two: Two, masks: list[Tensor]) -> None:
     inputs = [*tensors(), *masks]
@@ -72,15 +75,15 @@ def test_one_op_gives_both(two: Two, masks: list[Tensor]) -> None:
 
 def of_other_values(q: Tensor, k: Tensor, v: Tensor) -> Any:
     full = opaque_attention.OP(q, k, v)
-    return full, window_reuse(q, k, -k, full, [2])
+    return full, residual(q, k, k, full, [2])
 
 
 def of_other_queries(q: Tensor, k: Tensor, v: Tensor) -> Any:
     full = opaque_attention.OP(q, k, v)
-    return full, window_reuse(q * 2, k, -v, full, [2])
+    return full, residual(q * 2, k, v, full, [2])
 
 
-def not_negated(q: Tensor, k: Tensor, v: Tensor) -> Any:
+def not_subtracted(q: Tensor, k: Tensor, v: Tensor) -> Any:
     """A step that reuses: the window added to a residual, which is another attention here."""
     full = opaque_attention.OP(q, k, v)
     return full, window_reuse(q, k, v, full, [2])
@@ -88,26 +91,26 @@ def not_negated(q: Tensor, k: Tensor, v: Tensor) -> Any:
 
 def of_other_masks(q: Tensor, k: Tensor, v: Tensor) -> Any:
     full = opaque_attention.OP(q, k, v, q[:, :1] @ k[:, :1].mT)
-    return full, window_reuse(q, k, -v, full, [2])
+    return full, residual(q, k, v, full, [2])
 
 
 def of_other_scales(q: Tensor, k: Tensor, v: Tensor) -> Any:
     full = opaque_attention.OP(q, k, v, scale=0.5)
-    return full, window_reuse(q, k, -v, full, [2])
+    return full, residual(q, k, v, full, [2])
 
 
 def causal(q: Tensor, k: Tensor, v: Tensor) -> Any:
     full = opaque_attention.OP(q, k, v, is_causal=True)
-    return full, window_reuse(q, k, -v, full, [2])
+    return full, residual(q, k, v, full, [2])
 
 
 def on_something_else(q: Tensor, k: Tensor, v: Tensor) -> Any:
-    return q, window_reuse(q, k, -v, q, [2])
+    return q, residual(q, k, v, q, [2])
 
 
 @pytest.mark.parametrize(
     "two",
-    [of_other_values, of_other_queries, not_negated, of_other_masks, of_other_scales, causal, on_something_else],
+    [of_other_values, of_other_queries, not_subtracted, of_other_masks, of_other_scales, causal, on_something_else],
 )
 def test_what_is_no_refresh(two: Two) -> None:
     gm = traced(two, *tensors())
@@ -146,7 +149,7 @@ def test_what_is_measured(seconds: list[Any], monkeypatch: pytest.MonkeyPatch) -
     q, k, v = (tensor.transpose(1, 2).contiguous().transpose(1, 2) for tensor in tensors())
     mask = MASK.float()
     specs = tuple(map(fuse_window_refresh._Spec.of, (q, k, v, mask)))
-    assert fuse_window_refresh._measured.__wrapped__(specs, (2,), None, 0, None) == (seconds == [1.0, 2.0])
+    assert fuse_window_refresh._measured.__wrapped__(specs, (2,), None, 0, None, 0) == (seconds == [1.0, 2.0])
     assert timed == ([] if len(seconds) == 1 else [(q.stride(),) * 2, (q.stride(),)])
 
 
