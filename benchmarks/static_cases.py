@@ -148,6 +148,8 @@ def every() -> Iterator[Case]:
         yield from blockwise_cases(size, 4096, BLOCK)
     text = torch.empty(BATCH, 1, 1, 300, dtype=torch.bool, device="meta")
     yield from blockwise_cases(72, 300, 300, text)
+    ones = {"window": (0, 1, 0), "grid": (1, 64, 1), "prefix": 1, "suffix": 1}  # the JIT makes constants of these
+    yield from windows(72, 66, where=ones, label="sizes of 1")
     for size in (16, 40, 80, 96, 160, 256):
         yield from windows(size, 4096)
     yield from windows(72, 4096, torch.float16)

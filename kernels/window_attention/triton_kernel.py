@@ -147,7 +147,7 @@ def window_kernel(
     inner = unless_empty((in_t0, in_t1, in_y0, in_y1, in_x0, in_x1), box)
     none = (0, 0, 0, 0, 0, 0)
     whole_text = prefix // BLOCK_N + suffix // BLOCK_N if TEXT else 0
-    rest_text = (prefix % BLOCK_N > 0).to(tl.int32) + (suffix % BLOCK_N > 0).to(tl.int32) if TEXT else 0
+    rest_text = tl.minimum(prefix % BLOCK_N, 1) + tl.minimum(suffix % BLOCK_N, 1) if TEXT else 0
 
     query += batch * (q_batch * UNIT) + head * (q_head * UNIT)
     key += batch * (k_batch * UNIT) + head * (k_head * UNIT)
