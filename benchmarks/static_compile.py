@@ -32,6 +32,8 @@ LINE = re.compile(r"^\s+/\*([0-9a-f]{4,})\*/\s+(.*?)\s*;", re.MULTILINE)
 BRANCH = re.compile(r"\bBRA\b.*?\b0x([0-9a-f]+)")
 TENSOR = re.compile(r"\b(?:HGMMA|HMMA|IMMA|DMMA)\b")
 COPY = re.compile(r"\b(?:LDGSTS|UTMALDG|UBLKCP)\b")
+LOAD = re.compile(r"\bLDG\b")
+EXPONENTIAL = re.compile(r"\bMUFU\.EX2\b")
 SPILL = re.compile(r"\b(?:LDL|STL)\b")
 
 
@@ -58,6 +60,7 @@ class Loop:
     copies: int
     loads: int
     exponentials: int
+    spills: int = 0  # loads and stores of local memory in the loop
 
 
 @dataclass(frozen=True)
@@ -216,6 +219,5 @@ def innermost_loops(lines: list[tuple[int, str]]) -> Iterator[Loop]:
         if any((a, b) != (start, end) and start <= a and b <= end for a, b in spans):
             continue
         body = [text for address, text in lines if start <= address <= end]
-        counts = (sum(pattern.search(text) is not None for text in body) for pattern in (TENSOR, COPY))
-        loads = sum(re.search(r"\bLDG\b", text) is not None for text in body)
-        yield Loop(len(body), *counts, loads, sum("MUFU.EX2" in text for text in body))
+        patterns = (TENSOR, COPY, LOAD, EXPONENTIAL, SPILL)
+        yield Loop(len(body), *(sum(pattern.search(text) is not None for text in body) for pattern in patterns))

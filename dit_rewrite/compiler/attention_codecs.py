@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
 from dit_rewrite.errors import RefusalReason
+from dit_rewrite.kernels.blockwise_attention import block_size
 from dit_rewrite.kernels.blockwise_attention.graph_ops import blockwise_fill, blockwise_step
 from dit_rewrite.kernels.blockwise_attention.state import DTYPES, HEAD_SIZES
 from dit_rewrite.kernels.window_attention import window_reuse
@@ -54,6 +55,7 @@ class Blockwise:
     """CachedAttention: the slot stores partial results per key block; blocks that may have changed are recomputed."""
 
     strategy: BlockwiseReuse
+    block: int
     scale: float | None
     kv_static: bool
 
@@ -62,14 +64,13 @@ class Blockwise:
 
     def encode(self, value: Tensor, read: Sequence[Tensor]) -> Sequence[Tensor]:
         query, key, values, *mask = map(_float32_for_float64, read)
-        how = self.strategy
-        return blockwise_fill(query, key, values, mask[0] if mask else None, how.block, self.scale, self.kv_static)
+        return blockwise_fill(query, key, values, mask[0] if mask else None, self.block, self.scale, self.kv_static)
 
     def decode(self, held: Sequence[Tensor], read: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
         query, key, values, *mask = map(_float32_for_float64, read)
         how, seen = self.strategy, mask[0] if mask else None
         found = blockwise_step(
-            query, key, values, list(held), seen, how.threshold, how.block, how.bound, self.scale, self.kv_static
+            query, key, values, list(held), seen, how.threshold, self.block, how.bound, self.scale, self.kv_static
         )
         return found.to(dtype)
 
@@ -119,4 +120,7 @@ def _blockwise(
         return RefusalReason.HEAD_SIZE
     if strategy.bound == "paper" and not invariant_kv:
         return RefusalReason.MOVING_KEYS
-    return Blockwise(replace(strategy, block=min(strategy.block, key.shape[2])), given["scale"], invariant_kv)
+    if query.device.type == "cuda" and not invariant_kv:
+        return RefusalReason.MOVING_KEYS_ON_CUDA
+    block = block_size(key.shape[2], invariant_kv) if strategy.block is None else strategy.block
+    return Blockwise(strategy, min(block, key.shape[2]), given["scale"], invariant_kv)

@@ -26,12 +26,19 @@ device; reuse the whole branch with its projections instead. Conditions of 1000 
 self-attention gain with blocks of 256 to 1024 keys.
 """
 
-from dit_rewrite.kernels.blockwise_attention.arithmetic import break_even_block, break_even_keys, flops, speedup
+from dit_rewrite.kernels.blockwise_attention.arithmetic import (
+    block_size,
+    break_even_block,
+    break_even_keys,
+    flops,
+    speedup,
+)
 from dit_rewrite.kernels.blockwise_attention.op import blockwise_attention
 from dit_rewrite.kernels.blockwise_attention.state import State, kept_fraction, new_state, reset, state_bytes
 
 __all__ = [
     "State",
+    "block_size",
     "blockwise_attention",
     "break_even_block",
     "break_even_keys",

@@ -30,7 +30,7 @@ CODE = """
         /*00b0*/                   BRA 0xb0;
         /*00c0*/                   NOP;
 """
-LOOP = Loop(5, 1, 1, 0, 1)
+LOOP = Loop(5, 1, 1, 0, 1, 1)
 
 
 def test_figures_of_machine_code() -> None:
