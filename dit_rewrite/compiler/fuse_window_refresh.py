@@ -2,7 +2,7 @@
 
 A computing step subtracts window attention from the result O of PyTorch's own attention: the residual is R = O - W.
 The op `window_refresh` computes both in one pass. Which is faster depends on the device and the sizes, so it is
-measured once for each combination.
+measured once for each combination, and the choice is kept on disk.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
+from dit_rewrite.compiler.measured_choices import choose
 from dit_rewrite.kernels.window_attention import window_refresh, window_reuse
 from dit_rewrite.passes.analysis.attention_sites import arguments
 from dit_rewrite.passes.capture import opaque_attention
@@ -95,8 +96,12 @@ class _Spec(NamedTuple):
 
         Not of ones: a GPU draws less power for constant data, and its clock is higher.
         """
-        made = torch.empty_strided(self.shape, self.stride, dtype=self.dtype, device=self.device)
-        return made.fill_(1) if self.dtype == torch.bool else made.normal_()
+        size = 1 + sum((n - 1) * step for n, step in zip(self.shape, self.stride, strict=True))
+        if self.dtype == torch.bool:
+            flat = torch.ones(size, dtype=self.dtype, device=self.device)
+        else:
+            flat = torch.randn(size, dtype=self.dtype, device=self.device)
+        return flat.as_strided(self.shape, self.stride)
 
 
 def is_faster(refresh: Refresh) -> bool:
@@ -118,9 +123,7 @@ def _measured(
     specs: tuple[_Spec, ...], window: tuple[int, ...], grid: tuple[int, ...] | None, prefix: int, scale: float | None,
     suffix: int,
 ) -> bool:  # fmt: skip
-    from triton.runtime.errors import OutOfResources
-    from triton.testing import do_bench
-
+    """Return whether the fused op is the faster one, as measured now or in an earlier process."""
     with unset_fake_temporarily(), torch.no_grad():
         query, key, value, *mask = (spec.make() for spec in specs)
         seen = mask[0] if mask else None
@@ -130,8 +133,6 @@ def _measured(
             full = F.scaled_dot_product_attention(query, key, value, seen, scale=scale)
             return window_reuse(query, key, value, full, *where, subtract=True)
 
-        one = functools.partial(window_refresh, query, key, value, *where)
-        try:
-            return bool(do_bench(one, return_mode="median") < do_bench(two, return_mode="median"))
-        except (OutOfResources, torch.OutOfMemoryError):  # shared memory for the tiles, or memory beside the model
-            return False
+        runs = {"one": functools.partial(window_refresh, query, key, value, *where), "two": two}
+        depends_on = {"tensors": specs, "window": window, "grid": grid, "text": (prefix, suffix), "scale": scale}
+        return choose("window_refresh", depends_on, runs) == "one"

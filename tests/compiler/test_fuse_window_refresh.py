@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -131,26 +132,49 @@ def test_on_a_cpu_nothing_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     assert fuse(gm, is_faster) == 0
 
 
-@pytest.mark.parametrize("seconds", [[1.0, 2.0], [2.0, 1.0], [OutOfResources(9, 8, "shared memory")]], ids=str)
-def test_what_is_measured(seconds: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Both versions run on tensors like those of the graph; one that does not fit on the device is not faster."""
-    timed: list[tuple[tuple[int, ...], ...]] = []
+TOO_LARGE = OutOfResources(9, 8, "shared memory")
+
+
+@pytest.mark.parametrize(
+    ("seconds", "fused"), [([1.0, 2.0], True), ([2.0, 1.0], False), ([TOO_LARGE, 1.0], False), ([1.0, TOO_LARGE], True)]
+)
+def test_what_is_measured(
+    seconds: list[Any], fused: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:  # fmt: skip
+    """Both versions run once on random tensors like those of the graph. One that does not fit on the device is not the
+    faster one. Another process finds the choice on disk, and measures for other arguments or if the file is damaged."""
+    timed: list[tuple[Tensor, ...]] = []
     left = list(seconds)
 
     def do_bench(run: Callable[[], Tensor | tuple[Tensor, ...]], return_mode: str) -> float:
-        found = left.pop(0)
+        found, result = left.pop(0), run()
+        timed.append(result if isinstance(result, tuple) else (result,))
         if isinstance(found, Exception):
             raise found
-        result = run()
-        timed.append(tuple(t.stride() for t in (result if isinstance(result, tuple) else (result,))))
         return float(found)
 
     monkeypatch.setattr(triton.testing, "do_bench", do_bench)
+    monkeypatch.setenv("DIT_REWRITE_CACHE", str(tmp_path))
     q, k, v = (tensor.transpose(1, 2).contiguous().transpose(1, 2) for tensor in tensors())
-    mask = MASK.float()
-    specs = tuple(map(fuse_window_refresh._Spec.of, (q, k, v, mask)))
-    assert fuse_window_refresh._measured.__wrapped__(specs, (2,), None, 0, None, 0) == (seconds == [1.0, 2.0])
-    assert timed == ([] if len(seconds) == 1 else [(q.stride(),) * 2, (q.stride(),)])
+    specs = tuple(map(fuse_window_refresh._Spec.of, (q, k, v, MASK.float().expand(2, 3, N, N))))
+    measured = fuse_window_refresh._measured.__wrapped__
+    for _ in range(2):
+        assert measured(specs, (2,), None, 0, None, 0) is fused
+    assert [[t.stride() for t in results] for results in timed] == [[q.stride()] * 2, [q.stride()]]
+    assert all(result.std() > 0.1 for results in timed for result in results)
+    for arguments in [
+        ((3,), None, 0, None, 0),
+        ((2,), None, 1, None, 0),
+        ((2,), None, 0, 0.5, 0),
+        ((2,), None, 0, None, 1),
+    ]:
+        left += seconds
+        assert measured(specs, *arguments) is fused and not left
+    assert len(list(tmp_path.iterdir())) == 5
+    for file in tmp_path.iterdir():
+        file.write_text("{")
+    left += seconds
+    assert measured(specs, (2,), None, 0, None, 0) is fused and not left
 
 
 @pytest.mark.parametrize("name", ["tiny", "pixart_sigma", "stdit"])
