@@ -192,7 +192,8 @@ def main(given: list[str] | None = None) -> int:
     stance = "default" if options.device == "cuda" else "force_eager"
     with torch.no_grad(), torch.compiler.set_stance(stance):
         bench = Bench(DeviceClock() if options.device == "cuda" else HostClock(), options.rounds)
-        measure(bench, PARTS if options.part == "all" else [options.part], sizes, like, options.minutes)
+        parts = list(PARTS) if options.part == "all" else [options.part]
+        measure(bench, parts, sizes, like, options.minutes)
     if options.tiny:
         show("attention, toy sizes", bench.rows)
     else:

@@ -62,12 +62,13 @@ def window_launch(
 
 
 def windows(size: int, tokens: int, dtype: torch.dtype = BF16, **options: Any) -> Iterator[Case]:
-    """Refresh and reuse of a window, with every tile that is tuned over."""
+    """Refresh and reuse of a window, with every tile that is tuned over, or the first `tiles` of them."""
+    count = options.pop("tiles", None)
     where = options.pop("where", None) or {"window": paper_window(tokens), "grid": None, "prefix": 0}
     label = options.pop("label", f"{tokens} tokens")
     wide = dtype == torch.float32 or size > 128
     for name, refresh in (("reuse", False), ("refresh", True)):
-        for tile in window.WIDE_TILES if wide else window.TILES:
+        for tile in (window.WIDE_TILES if wide else window.TILES)[:count]:
             kind = f"window {name}, d={size}"
             title = f"{kind}, {label}, {str(dtype).removeprefix('torch.')}, {tile.queries}x{tile.keys}"
             launch = partial(window_launch, size, dtype, tokens, where, tile, refresh, **options)
@@ -127,7 +128,7 @@ def change_case(count: int) -> Case:
 def quick() -> Iterator[Case]:
     """One shape for each kernel and head size of the papers' models."""
     for size in (64, 72, 128):
-        yield from (case for case in windows(size, 4096) if "128x64" in case.name)
+        yield from windows(size, 4096, tiles=1)
         yield entropy_case(size, 4096)
         yield from blockwise_cases(size, 4096, BLOCK)
     yield change_case(2 * 4096 * 1152)
@@ -138,22 +139,19 @@ def every() -> Iterator[Case]:
     for size in (64, 72, 128):
         for tokens in (1024, 4096, 16384):
             yield from windows(size, tokens)
-        square = {"window": (8, 8), "grid": (64, 64), "prefix": 0}
-        yield from windows(size, 4096, where=square, label="64 x 64 tokens")
-        video = {"window": (2, 8, 8), "grid": (8, 32, 32), "prefix": 333}
-        yield from windows(size, 8192 + 333, where=video, label="8 x 32 x 32 tokens and text")
-        padding = torch.empty(BATCH, 1, 1, 4096, dtype=torch.bool, device="meta")
-        yield from windows(size, 4096, mask=padding, label="4096 tokens, masked")
         yield entropy_case(size, 4096)
         yield from blockwise_cases(size, 4096, BLOCK)
+    square = {"window": (8, 8), "grid": (64, 64), "prefix": 0}
+    yield from windows(72, 4096, where=square, label="64 x 64 tokens", tiles=1)
+    video = {"window": (2, 8, 8), "grid": (8, 32, 32), "prefix": 333}
+    yield from windows(72, 8192 + 333, where=video, label="8 x 32 x 32 tokens and text", tiles=1)
+    padding = torch.empty(BATCH, 1, 1, 4096, dtype=torch.bool, device="meta")
+    yield from windows(72, 4096, mask=padding, label="4096 tokens, masked", tiles=1)
     text = torch.empty(BATCH, 1, 1, 300, dtype=torch.bool, device="meta")
     yield from blockwise_cases(72, 300, 300, text)
     ones = {"window": (0, 1, 0), "grid": (1, 64, 1), "prefix": 1, "suffix": 1}  # the JIT makes constants of these
-    yield from windows(72, 66, where=ones, label="sizes of 1")
-    for size in (16, 40, 80, 96, 160, 256):
-        yield from windows(size, 4096)
-    yield from windows(72, 4096, torch.float16)
-    yield from windows(72, 4096, torch.float32)
-    yield entropy_case(256, 4096)
+    yield from windows(72, 66, where=ones, label="sizes of 1", tiles=1)
+    yield from windows(256, 4096, tiles=1)
+    yield from windows(72, 4096, torch.float32, tiles=1)
     yield change_case(2 * 4096 * 1152)
     yield change_case(2 * 4095 * 1151)

@@ -1,9 +1,9 @@
 """Figures of the Triton kernels from the compiler alone: python -m benchmarks.static_kernels [--quick] [--jobs 4]
 
-Every kernel is compiled for Hopper (sm_90) and Ampere (sm_80) on any machine; no GPU is needed. The table gives, for
-each launch, registers and spills, shared memory, occupancy, the tensor-core and asynchronous copy instructions of the
-main loop, and its issue: the instructions that each of a multiprocessor's four schedulers issues for 128 x 64 scores.
-The main loop is the one without masks where there are several.
+Every kernel is compiled for Hopper (sm_90), and the main ones for Ampere (sm_80), on any machine; no GPU is needed. The
+table gives, for each launch, registers and spills, shared memory, occupancy, the tensor-core and asynchronous copy
+instructions of the main loop, and its issue: the instructions that each of a multiprocessor's four schedulers issues
+for 128 x 64 scores. The main loop is the one without masks where there are several.
 
 The exit code is 1 if a limit is missed. The limits hold for 16-bit window attention and entropy with heads of up to
 128 channels on sm_90: no spills, tensor cores, an asynchronous copy in every loop with tensor cores, and window
@@ -90,10 +90,16 @@ def cell(value: Any) -> str:
     return ", ".join(value) if isinstance(value, list) else "" if value is None else str(value)
 
 
+def jobs_of(cases: list[Case], quick: bool) -> list[tuple[int, int]]:
+    """Return what to compile: every case for sm_90, and those of a quick run for sm_80, except in a quick run."""
+    both = set() if quick else {case.name for case in static_cases.quick()}
+    return [(i, 90) for i in range(len(cases))] + [(i, 80) for i, case in enumerate(cases) if case.name in both]
+
+
 def measure(quick: bool, jobs: int) -> list[tuple[Case, int, Figures]]:
     """Compile every case, in `jobs` processes if that is more than one."""
     cases = chosen(quick)
-    todo = [(i, capability) for capability in ((90,) if quick else (90, 80)) for i in range(len(cases))]
+    todo = jobs_of(cases, quick)
     work = partial(compiled, quick)
     if jobs > 1:
         with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:

@@ -133,6 +133,15 @@ def _measured(
             full = F.scaled_dot_product_attention(query, key, value, seen, scale=scale)
             return window_reuse(query, key, value, full, *where, subtract=True)
 
-        runs = {"one": functools.partial(window_refresh, query, key, value, *where), "two": two}
-        depends_on = {"tensors": specs, "window": window, "grid": grid, "text": (prefix, suffix), "scale": scale}
+        runs: dict[str, Callable[[], object]] = {
+            "one": functools.partial(window_refresh, query, key, value, *where),
+            "two": two,
+        }
+        depends_on: dict[str, object] = {
+            "tensors": specs,
+            "window": window,
+            "grid": grid,
+            "text": (prefix, suffix),
+            "scale": scale,
+        }
         return choose("window_refresh", depends_on, runs) == "one"

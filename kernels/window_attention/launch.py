@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Hashable
 from typing import Any, NamedTuple
 
 import torch
@@ -30,6 +31,7 @@ class Tile(NamedTuple):
 TILES = (Tile(128, 64, 8, 3), Tile(64, 64, 4, 3))
 WIDE_TILES = (Tile(64, 32, 8, 2), Tile(32, 32, 4, 2))  # for float32 and large heads, which need more registers
 INTERPRETED = Tile(32, 32)
+_tuned_launches: set[Hashable] = set()
 # everything that the time depends on, apart from dtypes, which Triton adds
 KEY = [
     *("batches", "heads", "n", "prefix", "suffix", "frames", "height", "width", "reach_t", "reach_y", "reach_x"),
@@ -70,6 +72,8 @@ def _launch(
     size, turn = scale_arguments(default_scale(query, scale))
     first, second = split(head_size)
     wide = query.element_size() > 2 or head_size > 128
+    if tile is None and query.is_cuda:
+        tile = _fixed_tile((refresh, kind, window, query.dtype, query.shape, tuple(steps), tuple(mask_strides)), wide)
     kernel, options = _kernel(query.is_cuda, wide, window.sizes, tile)
     with torch.cuda.device_of(query):
         kernel[lambda meta: (batch * heads * _tiles(window, meta),)](
@@ -78,6 +82,17 @@ def _launch(
             *mask_strides, REFRESH=refresh, AXES=window.axes, TEXT=window.prefix + window.suffix > 0, KIND=kind,
             ONE_ROW=kind > 0 and mask_strides[2] == 0, D=head_size, D1=first, D2=second, UNIT=unit, **options,
         )  # fmt: skip
+
+
+def _fixed_tile(launch: Hashable, wide: bool) -> Tile | None:
+    """Return None where the tile is tuned. A CUDA graph cannot be captured while tuning measures: a launch whose first
+    call is inside a capture takes the first tile."""
+    if launch in _tuned_launches:
+        return None
+    if torch.cuda.is_current_stream_capturing():
+        return (WIDE_TILES if wide else TILES)[0]
+    _tuned_launches.add(launch)
+    return None
 
 
 def _tiles(window: Window, meta: dict[str, Any]) -> int:

@@ -312,6 +312,22 @@ def test_tuning_depends_on_every_argument() -> None:
     assert numbers - set(KEY) == {"scale", "turn", "sign"} and set(KEY) - numbers <= constants
 
 
+def test_nothing_is_tuned_inside_a_capture(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A launch that is new inside a capture takes the first tile; one that was called before is tuned already."""
+    pytest.importorskip("triton")
+    from dit_rewrite.kernels.window_attention import launch
+
+    capturing = [False]
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing[0])
+    assert launch._fixed_tile("before", False) is None
+    capturing[0] = True
+    assert launch._fixed_tile("before", False) is None
+    assert launch._fixed_tile("inside", False) == launch.TILES[0]
+    assert launch._fixed_tile("inside", True) == launch.WIDE_TILES[0]
+    capturing[0] = False
+    assert launch._fixed_tile("inside", False) is None
+
+
 def test_naive_reuse_skips_keys(monkeypatch: pytest.MonkeyPatch) -> None:
     """The naive reference multiplies only keys in the window of a block, and never allocates all scores."""
     monkeypatch.setattr(naive, "ROWS", 16)
