@@ -16,7 +16,8 @@ help:
 	@echo "make demo       sample images with and without caching; table, pictures and graphs in demo/"
 	@echo "make test       the tests, without the slow ones"
 	@echo "make test-full  all tests"
-	@echo "make gpu        on a machine with an NVIDIA GPU: the checks that need one, and the kernels' benchmark"
+	@echo "make gpu        on a machine with an NVIDIA GPU: the checks that need one, and the kernels' benchmark;"
+	@echo "                make gpu PART=window runs one part of $(GPU_PARTS)"
 	@echo "make lint       ruff: rules and format (make format repairs)"
 	@echo "make types      mypy on an installed copy of the package, the benchmarks and the examples"
 	@echo "make verify     prove the rewrite of the bundled denoiser; graphs and diffs in build/verify/"
@@ -41,21 +42,42 @@ test-full: $(INSTALLED)
 	$(BIN)/python -m pytest -q -n $(WORKERS) --hypothesis-profile=search
 
 # For a machine that has torch, Triton, setuptools and perhaps pytest, and may reach no package index: into the Python
-# that is there, without dependencies, and editable, as the tests and the benchmark run from this folder. A failing test
-# does not keep the benchmark from running, which checks results too. With pytest-xdist, PYTEST_FLAGS="-n 8" compiles the
-# tests' kernels on more cores. Those of whole models need diffusers, and are skipped without.
-GPU_TESTS := tests/kernels tests/cli/test_latency.py tests/compiler/test_fuse_window_refresh.py \
+# that is there, without dependencies, and editable, as the tests and the benchmark run from this folder. Whole models need
+# diffusers, and are skipped without. `make gpu PART=window` runs one part, each of which ends within nine minutes;
+# `make gpu` runs all of them, and goes on behind one that fails. With pytest-xdist the tests compile on several cores.
+GPU_PARTS := static tests tests_window tests_blockwise window change blockwise models
+PART ?= $(GPU_PARTS)
+GPU_JOBS ?= 8
+GPU_SECONDS ?= 530
+GPU_TESTS_tests := tests/kernels/test_attention_entropy.py tests/kernels/test_relative_l1.py tests/cli/test_latency.py \
 	tests/end_to_end/test_strategies_cuda.py
+GPU_TESTS_tests_window := tests/kernels/test_window_attention.py tests/compiler/test_fuse_window_refresh.py
+GPU_TESTS_tests_blockwise := $(addprefix tests/kernels/test_blockwise_,attention.py bounds.py graph_ops.py interface.py)
 PIP_INSTALL := $(PYTHON) -m pip install --quiet --disable-pip-version-check --no-deps
-gpu:
+comma := ,
+HAS = $(PYTHON) -c "import $(1)" 2>/dev/null
+.PHONY: gpu_install $(addprefix gpu_,$(GPU_PARTS))
+
+gpu: gpu_install
+	@failed=""; for part in $(PART); do \
+		echo "== $$part"; timeout $(GPU_SECONDS) $(MAKE) --no-print-directory gpu_$$part || failed="$$failed $$part"; \
+	done; test -z "$$failed" || { echo "failed:$$failed"; exit 1; }
+
+gpu_install:
 	$(PIP_INSTALL) --no-build-isolation -e . || $(PIP_INSTALL) -e .
-	@tests=0; \
-	if $(PYTHON) -c "import pytest, hypothesis" 2>/dev/null; then \
-		CUBLAS_WORKSPACE_CONFIG=:4096:8 $(PYTHON) -m pytest -q -m cuda $(PYTEST_FLAGS) $(GPU_TESTS) || tests=$$?; \
-	else \
-		echo "without pytest and hypothesis the tests are left out"; \
-	fi; \
-	$(PYTHON) -m benchmarks.attention --device cuda && exit $$tests
+
+gpu_static:
+	$(PYTHON) -m benchmarks.static_kernels --quick --jobs $(GPU_JOBS)
+
+gpu_tests gpu_tests_window gpu_tests_blockwise:
+	@if ! $(call HAS,pytest$(comma) hypothesis); then echo "left out without pytest and hypothesis"; else \
+		workers=""; if $(call HAS,xdist); then workers="-n $(GPU_JOBS)"; fi; \
+		CUBLAS_WORKSPACE_CONFIG=:4096:8 $(PYTHON) -m pytest -q -m cuda $$workers $(PYTEST_FLAGS) \
+			$(GPU_TESTS_$(@:gpu_%=%)); \
+	fi
+
+gpu_window gpu_change gpu_blockwise gpu_models:
+	$(PYTHON) -m benchmarks.attention --device cuda --part $(@:gpu_%=%) --minutes 6
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -1,4 +1,4 @@
-"""Benchmark of the kernels on an NVIDIA GPU: python -m benchmarks.attention [--device cuda] [--dtype bfloat16]
+"""Benchmark of the kernels on an NVIDIA GPU: python -m benchmarks.attention [--part window] [--dtype bfloat16]
 
 Attention has 2 x 16 heads of size 72 (DiT-XL, PixArt) and 128. The benchmark compares window attention with a residual
 and the attention entropy with the fastest backend of PyTorch's scaled dot product attention, and with FlexAttention on
@@ -7,7 +7,8 @@ copy. Rows are ratios of alternating runs. The result of every kernel is compare
 before it is timed. The results file also has the seconds of each run, its FLOP/s and bytes/s as shares of those of a
 large matrix product and a large copy, and its time over the lower bound that these two imply. If diffusers is
 installed, whole steps of DiT-XL/2-512 and PixArt-Σ at 1024 and 2K pixels follow (attention_models.py); the rest needs
-only torch and triton. `--device cpu --tiny` runs every path with the naive references and writes nothing.
+only torch and triton. `--part` measures one of these groups, in less than nine minutes with compilation, and writes
+results/attention_<part>.json. `--device cpu --tiny` runs every path with the naive references and writes nothing.
 """
 
 from __future__ import annotations
@@ -15,9 +16,10 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
+from itertools import chain
 from typing import Any
 
 import torch
@@ -65,28 +67,46 @@ TINY = Sizes(
 )  # fmt: skip
 
 
-def cases(bench: Bench, sizes: Sizes, like: Tensor) -> Iterator[tuple[str, Callable[[], None]]]:
-    """Return the cases to measure; cases with a goal come first."""
+Cases = Iterator[tuple[str, Callable[[], None]]]
+
+
+def windows(bench: Bench, sizes: Sizes, like: Tensor) -> Cases:
+    """Window attention and the entropy; cases with a goal come first."""
     for d in sizes.head_sizes:
         for n in sizes.tokens:
             title, shape = f"d={d}, {n} tokens", (sizes.batch, sizes.heads, n, d)
             where: dict[str, Any] = {"window": paper_window(n)}
             goal = REUSE_GOAL if n in REUSE_TOKENS else None
             yield title, partial(window_attention, bench, title, shape, where, like, goal=goal)
-    for sides in sizes.changes:
-        yield f"relative_l1 {sides}", partial(change, bench, sides, like)
-    backend = "inductor" if like.is_cuda else "aot_eager"
-    for geometry in sizes.models if has_diffusers() else ():
-        yield geometry.title, partial(attention_models.end_to_end, bench, geometry, like, backend)
     for d in sizes.head_sizes:
         height, width = sizes.grid
         title, shape = f"d={d}, 2-D, {height} x {width} tokens", (sizes.batch, sizes.heads, height * width, d)
         where = {"window": sizes.grid_window, "grid": sizes.grid}
         yield title, partial(window_attention, bench, title, shape, where, like)
+
+
+def changes(bench: Bench, sizes: Sizes, like: Tensor) -> Cases:
+    """The relative change of a tensor."""
+    for sides in sizes.changes:
+        yield f"relative_l1 {sides}", partial(change, bench, sides, like)
+
+
+def models(bench: Bench, sizes: Sizes, like: Tensor) -> Cases:
+    """Steps of whole models, if diffusers is installed."""
+    backend = "inductor" if like.is_cuda else "aot_eager"
+    for geometry in sizes.models if has_diffusers() else ():
+        yield geometry.title, partial(attention_models.end_to_end, bench, geometry, like, backend)
+
+
+def conditions(bench: Bench, sizes: Sizes, like: Tensor) -> Cases:
+    """Blockwise attention, by the length of the condition."""
     for d in sizes.head_sizes:
         for keys, block in sizes.conditions:
             title, shape = f"blockwise, d={d}, {keys} keys by {block}", (sizes.batch, sizes.heads, sizes.queries, d)
             yield title, partial(blockwise, bench, title, shape, keys, block, sizes.tile, like)
+
+
+PARTS = {"window": windows, "change": changes, "models": models, "blockwise": conditions}
 
 
 def has_diffusers() -> bool:
@@ -98,11 +118,11 @@ def has_diffusers() -> bool:
     return True
 
 
-def measure_all(bench: Bench, sizes: Sizes, like: Tensor, minutes: float) -> None:
+def measure(bench: Bench, parts: Iterable[str], sizes: Sizes, like: Tensor, minutes: float) -> None:
     """Measure the ceilings, then each case until the time limit. A case that fails is recorded and skipped."""
     end = time.monotonic() + 60 * minutes
     bench.ceilings = ceilings(bench, sizes.product, sizes.bytes_copied, like)
-    for title, case in cases(bench, sizes, like):
+    for title, case in chain.from_iterable(PARTS[part](bench, sizes, like) for part in parts):
         if time.monotonic() > end:
             bench.failures[title] = f"not measured: the {minutes:g} minutes were over"
             continue
@@ -149,6 +169,7 @@ def summary(bench: Bench) -> None:
 def arguments(given: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    parser.add_argument("--part", choices=(*PARTS, "all"), default="all", help="the group of cases to measure")
     parser.add_argument("--dtype", choices=("bfloat16", "float16"), default="bfloat16")
     parser.add_argument("--rounds", type=int, default=30, help="samples of each run")
     parser.add_argument("--minutes", type=float, default=7.0, help="no case begins later")
@@ -171,12 +192,13 @@ def main(given: list[str] | None = None) -> int:
     stance = "default" if options.device == "cuda" else "force_eager"
     with torch.no_grad(), torch.compiler.set_stance(stance):
         bench = Bench(DeviceClock() if options.device == "cuda" else HostClock(), options.rounds)
-        measure_all(bench, sizes, like, options.minutes)
+        parts = list(PARTS) if options.part == "all" else [options.part]
+        measure(bench, parts, sizes, like, options.minutes)
     if options.tiny:
         show("attention, toy sizes", bench.rows)
     else:
-        name = "attention" if dtype == torch.bfloat16 else f"attention_{options.dtype}"
-        report(name, bench.rows, details(bench, sizes, dtype))
+        names = ["attention", options.part * (options.part != "all"), options.dtype * (dtype != torch.bfloat16)]
+        report("_".join(filter(None, names)), bench.rows, details(bench, sizes, dtype))
     summary(bench)
     return 1 if bench.failures else 0
 

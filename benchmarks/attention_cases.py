@@ -105,10 +105,10 @@ def _window_runs(
         return flex_window(q.shape[2], **where, device=str(q.device))
 
     def two_kernels() -> tuple[Tensor, Tensor]:
-        """Compute O and O - W by two calls. Attention is linear in V, so window attention of -V plus O is O - W."""
+        """Compute O and O - W by two calls."""
         whole = full.call()
         assert isinstance(whole, Tensor)
-        return whole, window_reuse(q, k, -v, whole, **where)
+        return whole, window_reuse(q, k, v, whole, **where, subtract=True)
 
     near, each = window_flops(q.shape, k.shape, **where), q.nbytes
     both = full.flops + near // 2  # O and W share the scores

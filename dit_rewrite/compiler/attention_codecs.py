@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
 from dit_rewrite.errors import RefusalReason
+from dit_rewrite.kernels.blockwise_attention import block_size
 from dit_rewrite.kernels.blockwise_attention.graph_ops import blockwise_fill, blockwise_step
 from dit_rewrite.kernels.blockwise_attention.state import DTYPES, HEAD_SIZES
 from dit_rewrite.kernels.window_attention import window_reuse
@@ -23,14 +24,13 @@ from dit_rewrite.policy.strategies import BlockwiseReuse, Core, WindowResidual
 class Windowed:
     """DiTFastAttn's WA-RS (equations 1 and 2): the slot stores the residual R = O - W, and `decode` returns O' = W + R.
 
-    ``last``: the `prefix` tokens come after the grid. The op expects them first, so the sequence is reversed for it;
-    a window is symmetric.
+    ``prefix`` and ``suffix``: the tokens of text before and behind the grid.
     """
 
     reach: tuple[int, ...]
     grid: tuple[int, ...] | None
     prefix: int
-    last: bool
+    suffix: int
     scale: float | None
     residual: bool = True
 
@@ -38,23 +38,16 @@ class Windowed:
         return False
 
     def encode(self, value: Tensor, read: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        query, key, values, *mask = read
-        if not self.residual:
-            return (torch.zeros_like(value),)
-        return (self._window(query, key, -values, value, mask),)  # attention is linear in V: O + W(Q, K, -V) = O - W
+        return (self._window(value, read, subtract=True) if self.residual else torch.zeros_like(value),)
 
     def decode(self, held: Sequence[Tensor], read: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
-        query, key, values, *mask = read
-        return self._window(query, key, values, held[0], mask)
+        return self._window(held[0], read, subtract=False)
 
-    def _window(self, query: Tensor, key: Tensor, value: Tensor, residual: Tensor, mask: Sequence[Tensor]) -> Tensor:
-        tensors: list[Tensor] = [query, key, value, residual]
-        seen = mask[0] if mask else None
-        if self.last:
-            tensors = [tensor.flip(2) for tensor in tensors]
-            seen = None if seen is None else seen.flip((-2, -1))
-        found: Tensor = window_reuse(*tensors, self.reach, self.grid, self.prefix, seen, self.scale)
-        return found.flip(2) if self.last else found
+    def _window(self, residual: Tensor, read: Sequence[Tensor], subtract: bool) -> Tensor:
+        query, key, values, *mask = read
+        where = (self.reach, self.grid, self.prefix, mask[0] if mask else None, self.scale, self.suffix, subtract)
+        found: Tensor = window_reuse(query, key, values, residual, *where)
+        return found
 
 
 @dataclass(frozen=True)
@@ -62,6 +55,7 @@ class Blockwise:
     """CachedAttention: the slot stores partial results per key block; blocks that may have changed are recomputed."""
 
     strategy: BlockwiseReuse
+    block: int
     scale: float | None
     kv_static: bool
 
@@ -70,14 +64,13 @@ class Blockwise:
 
     def encode(self, value: Tensor, read: Sequence[Tensor]) -> Sequence[Tensor]:
         query, key, values, *mask = map(_float32_for_float64, read)
-        how = self.strategy
-        return blockwise_fill(query, key, values, mask[0] if mask else None, how.block, self.scale, self.kv_static)
+        return blockwise_fill(query, key, values, mask[0] if mask else None, self.block, self.scale, self.kv_static)
 
     def decode(self, held: Sequence[Tensor], read: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
         query, key, values, *mask = map(_float32_for_float64, read)
         how, seen = self.strategy, mask[0] if mask else None
         found = blockwise_step(
-            query, key, values, list(held), seen, how.threshold, how.block, how.bound, self.scale, self.kv_static
+            query, key, values, list(held), seen, how.threshold, self.block, how.bound, self.scale, self.kv_static
         )
         return found.to(dtype)
 
@@ -111,7 +104,8 @@ def _windowed(
     text, last = (0, False) if image is None else text_tokens(core, image)
     shape: Any = core.meta["val"].shape
     tokens = shape[2] - text
-    return Windowed(strategy.reach(tokens), strategy.grid, text, last, given["scale"], strategy.residual)
+    before, behind = (0, text) if last else (text, 0)
+    return Windowed(strategy.reach(tokens), strategy.grid, before, behind, given["scale"], strategy.residual)
 
 
 @codec.register
@@ -126,4 +120,7 @@ def _blockwise(
         return RefusalReason.HEAD_SIZE
     if strategy.bound == "paper" and not invariant_kv:
         return RefusalReason.MOVING_KEYS
-    return Blockwise(replace(strategy, block=min(strategy.block, key.shape[2])), given["scale"], invariant_kv)
+    if query.device.type == "cuda" and not invariant_kv:
+        return RefusalReason.MOVING_KEYS_ON_CUDA
+    block = block_size(key.shape[2], invariant_kv) if strategy.block is None else strategy.block
+    return Blockwise(strategy, min(block, key.shape[2]), given["scale"], invariant_kv)

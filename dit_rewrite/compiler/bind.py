@@ -10,8 +10,10 @@ import torch
 from torch import fx
 
 import dit_rewrite.kernels.attention_entropy  # noqa: F401  # registers the op
+from dit_rewrite.compiler.attention_codecs import Blockwise
 from dit_rewrite.compiler.request import Request
 from dit_rewrite.compiler.slot_formats import SlotFormat, SlotFormats
+from dit_rewrite.compiler.state_memory import require_room
 from dit_rewrite.errors import Reason, RefusalReason
 from dit_rewrite.passes.analysis.attention_sites import find_cores, find_shared
 from dit_rewrite.passes.analysis.branches import Refusal
@@ -194,6 +196,8 @@ def _formats(
         else:
             rules[i] = SiteRules(())
             refused += [Refusal(site.values[0], site.name, chosen)] if site.part is not Part.CORE_STATE else []
+    codecs = ((chosen[0], sites[i]) for i, chosen in formats.items() if sites[i].part is Part.CORE)
+    require_room([(codec, known.nodes[site.values[0]]) for codec, site in codecs if isinstance(codec, Blockwise)])
     return formats, refused
 
 

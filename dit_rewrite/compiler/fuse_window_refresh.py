@@ -1,8 +1,8 @@
 """Fuse full attention and the residual to its window attention into one pass over keys and values, if it is faster.
 
-A computing step calculates the residual R = O - W as window attention of -V added to O, after PyTorch's own attention.
+A computing step subtracts window attention from the result O of PyTorch's own attention: the residual is R = O - W.
 The op `window_refresh` computes both in one pass. Which is faster depends on the device and the sizes, so it is
-measured once for each combination.
+measured once for each combination, and the choice is kept on disk.
 """
 
 from __future__ import annotations
@@ -16,17 +16,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
+from dit_rewrite.compiler.measured_choices import choose
 from dit_rewrite.kernels.window_attention import window_refresh, window_reuse
 from dit_rewrite.passes.analysis.attention_sites import arguments
-from dit_rewrite.passes.analysis.graph import aten
 from dit_rewrite.passes.capture import opaque_attention
 from dit_rewrite.passes.pipeline import Context
 from dit_rewrite.torch_compat import unset_fake_temporarily
 
 REUSE, REFRESH = torch.ops.dit_rewrite.window_reuse.default, torch.ops.dit_rewrite.window_refresh.default
-_PLACES = ("query", "key", "value", "residual", "window", "grid", "prefix", "attn_mask", "scale")
-_DEFAULTS = {"grid": None, "prefix": 0, "attn_mask": None, "scale": None}
-_SHARED = ("query", "key", "attn_mask", "scale")  # arguments that attention and its window must share
+_PLACES = ("query", "key", "value", "residual", "window", "grid", "prefix", "attn_mask", "scale", "suffix", "subtract")
+_DEFAULTS = {"grid": None, "prefix": 0, "attn_mask": None, "scale": None, "suffix": 0, "subtract": False}
+_SHARED = ("query", "key", "value", "attn_mask", "scale")  # arguments that attention and its window must share
 
 
 class Refresh(NamedTuple):
@@ -57,15 +57,15 @@ def fuse(gm: fx.GraphModule, faster: Callable[[Refresh], bool]) -> int:
 def match(node: fx.Node) -> Refresh | None:
     """Return the refresh that a `window_reuse` node is part of, or None."""
     given: dict[str, Any] = {**_DEFAULTS, **dict(zip(_PLACES, node.args, strict=False)), **node.kwargs}
-    core, negated = given.pop("residual"), given["value"]
-    if core.target is not opaque_attention.OP or negated.target is not aten.neg.default:
+    core = given.pop("residual")
+    if not given.pop("subtract") or core.target is not opaque_attention.OP:
         return None
     full = arguments(core)
-    if full["is_causal"] or full["dropout_p"] or full["enable_gqa"] or full["value"] is not negated.args[0]:
+    if full["is_causal"] or full["dropout_p"] or full["enable_gqa"]:
         return None
     if any(full[name] is not given[name] and full[name] != given[name] for name in _SHARED):
         return None
-    return Refresh(core, node, {**given, "value": full["value"]})
+    return Refresh(core, node, given)
 
 
 def _write(graph: fx.Graph, refresh: Refresh) -> None:
@@ -92,8 +92,16 @@ class _Spec(NamedTuple):
         return cls(tuple(tensor.shape), tensor.stride(), tensor.dtype, tensor.device)
 
     def make(self) -> Tensor:
-        """Return a tensor of ones with these properties; ones are valid for every kind of mask."""
-        return torch.empty_strided(self.shape, self.stride, dtype=self.dtype, device=self.device).fill_(1)
+        """Return a tensor of normal random numbers with these properties; a boolean mask is True everywhere.
+
+        Not of ones: a GPU draws less power for constant data, and its clock is higher.
+        """
+        size = 1 + sum((n - 1) * step for n, step in zip(self.shape, self.stride, strict=True))
+        if self.dtype == torch.bool:
+            flat = torch.ones(size, dtype=self.dtype, device=self.device)
+        else:
+            flat = torch.randn(size, dtype=self.dtype, device=self.device)
+        return flat.as_strided(self.shape, self.stride)
 
 
 def is_faster(refresh: Refresh) -> bool:
@@ -107,27 +115,33 @@ def is_faster(refresh: Refresh) -> bool:
     if not known or any(spec.device.type != "cuda" for spec in specs):
         return False
     grid = None if given["grid"] is None else tuple(given["grid"])
-    return _measured(specs, tuple(given["window"]), grid, given["prefix"], given["scale"])
+    return _measured(specs, tuple(given["window"]), grid, given["prefix"], given["scale"], given["suffix"])
 
 
 @functools.cache
 def _measured(
-    specs: tuple[_Spec, ...], window: tuple[int, ...], grid: tuple[int, ...] | None, prefix: int, scale: float | None
-) -> bool:
-    from triton.runtime.errors import OutOfResources
-    from triton.testing import do_bench
-
+    specs: tuple[_Spec, ...], window: tuple[int, ...], grid: tuple[int, ...] | None, prefix: int, scale: float | None,
+    suffix: int,
+) -> bool:  # fmt: skip
+    """Return whether the fused op is the faster one, as measured now or in an earlier process."""
     with unset_fake_temporarily(), torch.no_grad():
         query, key, value, *mask = (spec.make() for spec in specs)
         seen = mask[0] if mask else None
-        where: Any = (list(window), None if grid is None else list(grid), prefix, seen, scale)
+        where: Any = (list(window), None if grid is None else list(grid), prefix, seen, scale, suffix)
 
         def two() -> Tensor:
             full = F.scaled_dot_product_attention(query, key, value, seen, scale=scale)
-            return window_reuse(query, key, -value, full, *where)
+            return window_reuse(query, key, value, full, *where, subtract=True)
 
-        one = functools.partial(window_refresh, query, key, value, *where)
-        try:
-            return bool(do_bench(one, return_mode="median") < do_bench(two, return_mode="median"))
-        except (OutOfResources, torch.OutOfMemoryError):  # shared memory for the tiles, or memory beside the model
-            return False
+        runs: dict[str, Callable[[], object]] = {
+            "one": functools.partial(window_refresh, query, key, value, *where),
+            "two": two,
+        }
+        depends_on: dict[str, object] = {
+            "tensors": specs,
+            "window": window,
+            "grid": grid,
+            "text": (prefix, suffix),
+            "scale": scale,
+        }
+        return choose("window_refresh", depends_on, runs) == "one"

@@ -123,3 +123,11 @@ class UnknownVersion(BadPolicyText):
         "This policy in JSON cannot be read: its version is {version!r:.100}, and this dit_rewrite reads version "
         "{known}. Write it with dit_rewrite.policy.serialise.to_json."
     )
+
+
+class StatesTooLarge(PolicyError, MemoryError):
+    template = (
+        "Blockwise attention at {sites} sites would store {needed} for each stream, which is more than {share} of the "
+        "{memory} of {device}. Give BlockwiseReuse larger blocks than {blocks} keys, block=None, which chooses "
+        "them by shape, or fewer sites."
+    )

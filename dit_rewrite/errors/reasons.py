@@ -38,6 +38,9 @@ class RefusalReason(Reason):
     OTHER_TOKENS = "the queries and keys belong to different tokens, so a window is not defined"
     HEAD_SIZE = "blockwise attention supports only heads of 16 to 256 channels, in 16 or 32 bits"
     MOVING_KEYS = "the keys change from step to step, and the paper's bound assumes that they do not: use bound='sound'"
+    MOVING_KEYS_ON_CUDA = (
+        "the keys change from step to step: measuring by how much takes about 88 launches a call, longer than attention"
+    )
     MOVING_MASK = "the attention mask changes from step to step, and the bound assumes that it does not"
     MIXES_SAMPLES = "the samples of the batch cannot be separated, so half of the batch cannot be computed alone"
     ODD_BATCH = "the batch cannot be divided into two halves"

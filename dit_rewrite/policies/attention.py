@@ -77,10 +77,13 @@ def DQAR(
 
 
 def CachedAttention(
-    threshold: float, block: int = 64, bound: Literal["paper", "sound"] = "sound", kinds: tuple[str, ...] = ("cross",)
+    threshold: float,
+    block: int | None = None,
+    bound: Literal["paper", "sound"] = "sound",
+    kinds: tuple[str, ...] = ("cross",),
 ) -> Policy:
     """Recompute attention for the blocks of `block` keys whose scores may have changed by more than `threshold`
-    (CachedAttention, algorithms 1 and 2).
+    (CachedAttention, algorithms 1 and 2). With block=None the block is chosen by shape, see `BlockwiseReuse`.
 
     It applies to cross-attention, or with kinds=("self",) to models that read condition and image in one sequence.
     bound="paper" is equation 14 as printed, for constant keys; "sound" is a true upper bound. `threshold` is in units

@@ -288,19 +288,22 @@ class BlockwiseReuse(Core):
     """Recompute attention for the blocks of keys whose scores may have changed by more than `threshold`, and reuse the
     partial results of the others (CachedAttention, algorithms 1 and 2; kernels/blockwise_attention).
 
-    `block` is the number of keys in a block. `bound` estimates the change of the scores: "paper" is equation 14 as
-    printed, which can be negative; "sound" is a true upper bound. Raises BadParameter.
+    `block` is the number of keys in a block. None chooses it by shape: one block for keys that do not change, and at
+    most eight for others, since each block stores a partial output as large as the output. `bound` estimates the change
+    of the scores: "paper" is equation 14 as printed, which can be negative; "sound" is a true upper bound. Raises
+    BadParameter.
     """
 
     threshold: float
-    block: int = 64
+    block: int | None = None
     bound: Literal["paper", "sound"] = "sound"
 
     def __post_init__(self) -> None:
         if not is_number(self.threshold) or math.isnan(self.threshold):
             raise BadParameter("BlockwiseReuse", "threshold", self.threshold, "a number, inf or -inf")
-        if not isinstance(self.block, int) or isinstance(self.block, bool) or self.block < 1:
-            raise BadParameter("BlockwiseReuse", "block", self.block, "a number of keys >= 1")
+        whole = isinstance(self.block, int) and not isinstance(self.block, bool)
+        if self.block is not None and not (whole and self.block >= 1):
+            raise BadParameter("BlockwiseReuse", "block", self.block, "a number of keys >= 1, or None")
         if self.bound not in ("paper", "sound"):
             raise BadParameter("BlockwiseReuse", "bound", self.bound, '"paper" or "sound"')
 

@@ -22,16 +22,24 @@ Speedup of the whole op by `arithmetic.speedup` (d = 64, bfloat16; first at peak
     4096     512       2.74   4.52              4.29   7.08              9.93  16.38
 
 Cross-attention over the text of PixArt (120 or 300 tokens) therefore gains nothing from blockwise reuse on such a
-device; reuse the whole branch with its projections instead. Conditions of 1000 tokens or more, joint attention and
-self-attention gain with blocks of 256 to 1024 keys.
+device; reuse the whole branch with its projections instead. Conditions of 1000 tokens or more gain. Where keys and
+values move (joint attention, self-attention), measuring their change takes more launches than attention has, so it is
+refused on CUDA.
 """
 
-from dit_rewrite.kernels.blockwise_attention.arithmetic import break_even_block, break_even_keys, flops, speedup
+from dit_rewrite.kernels.blockwise_attention.arithmetic import (
+    block_size,
+    break_even_block,
+    break_even_keys,
+    flops,
+    speedup,
+)
 from dit_rewrite.kernels.blockwise_attention.op import blockwise_attention
 from dit_rewrite.kernels.blockwise_attention.state import State, kept_fraction, new_state, reset, state_bytes
 
 __all__ = [
     "State",
+    "block_size",
     "blockwise_attention",
     "break_even_block",
     "break_even_keys",

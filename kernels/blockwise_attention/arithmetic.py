@@ -11,7 +11,17 @@ from __future__ import annotations
 
 from dit_rewrite.errors import BadOpArgument
 
+LEAST_BLOCK, MOST_BLOCKS = 512, 8  # where keys move; shorter blocks cost more to load than to compute
 BLOCK_WORDS = 8  # bytes of the two float32 sums m and l per row and block
+
+
+def block_size(keys: int, kv_static: bool) -> int:
+    """Return the number of keys of a block where none is given.
+
+    Keys that do not change are one block: of the partial outputs, which are as large as the output each, one is least,
+    and conditions are rarely longer than the keys at which a block pays. Keys that move have at most `MOST_BLOCKS`.
+    """
+    return keys if kv_static else min(keys, max(LEAST_BLOCK, -(-keys // MOST_BLOCKS)))
 
 
 def flops(batch: int, heads: int, queries: int, keys: int, head_size: int, kept: float = 0.0) -> int:

@@ -73,8 +73,8 @@ def new_state(q: Tensor, k: Tensor, v: Tensor, block: int, tile: int = 128, *, k
     """
     check_inputs(q, k, v, block)
     checks.require(tile >= 16 and tile & (tile - 1) == 0, NAME, "tile", tile, "a power of two from 16 up")
-    layout = _layout(q.shape, k.shape, q.dtype, block, tile, kv_static)
-    tensors = [torch.empty(shape, dtype=dtype, device=q.device) for shape, dtype in layout]
+    fields = layout(q.shape, k.shape, q.dtype, block, tile, kv_static)
+    tensors = [torch.empty(shape, dtype=dtype, device=q.device) for shape, dtype in fields]
     state = State._make((*tensors, block, q.shape[2], k.shape[2]))
     reset(state, k, v)
     return state
@@ -101,8 +101,8 @@ def state_bytes(
     kv_static: bool = True,
 ) -> int:
     """Return the size in bytes of the tensors that `new_state` allocates for these shapes."""
-    layout = _layout(q_shape, k_shape, dtype, block, tile, kv_static)
-    return sum(math.prod(shape) * kind.itemsize for shape, kind in layout)
+    fields = layout(q_shape, k_shape, dtype, block, tile, kv_static)
+    return sum(math.prod(shape) * kind.itemsize for shape, kind in fields)
 
 
 def kept_fraction(state: State) -> float:
@@ -131,13 +131,13 @@ def check_state(state: State, q: Tensor, k: Tensor, block: int, kv_static: bool)
     for name, size, wanted in zip(("q.shape[2]", "k.shape[2]"), sizes, (state.queries, state.keys), strict=True):
         checks.require(size == wanted, NAME, name, size, f"that of the state, {wanted}")
     checks.require_same_dtype_and_device(NAME, "q", q, "the state", state.q_ref)
-    layout = _layout(q.shape, k.shape, q.dtype, block, state.partial.shape[-2], kv_static)
-    for name, (shape, _), tensor in zip(State._fields, layout, state.tensors, strict=False):
+    fields = layout(q.shape, k.shape, q.dtype, block, state.partial.shape[-2], kv_static)
+    for name, (shape, _), tensor in zip(State._fields, fields, state.tensors, strict=False):
         fits = tuple(tensor.shape) == shape and tensor.is_contiguous()
         checks.require(fits, NAME, f"state.{name}.shape", tuple(tensor.shape), f"the shape from new_state, {shape}")
 
 
-def _layout(
+def layout(
     q_shape: Sequence[int], k_shape: Sequence[int], dtype: torch.dtype, block: int, tile: int, kv_static: bool
 ) -> list[tuple[tuple[int, ...], torch.dtype]]:
     """Return the shape and dtype of each tensor, in the order of the fields of State."""

@@ -1,4 +1,4 @@
-"""Device functions that the attention kernels share: loads of tiles, masked scores, and their launch arguments."""
+"""Loads of tiles, and the launch arguments of masks."""
 
 # Arguments of Triton kernels have no Python types.
 # ruff: noqa: ANN001, ANN201
@@ -40,25 +40,3 @@ def load_tile(base, rows, row_stride, row_count, dims, dim_stride, dim_count):
     """Load the tile [rows, dims] of a matrix; elements outside the matrix are 0."""
     inside = (rows < row_count) & (dims < dim_count)
     return tl.load(base + rows.to(tl.int64) * row_stride + dims.to(tl.int64) * dim_stride, mask=inside, other=0.0)
-
-
-@triton.jit
-def masked_scores(
-    q, k, scale, mask, rows, row_stride, row_count, cols, col_stride, col_count, KIND: tl.constexpr, UNIT: tl.constexpr
-):
-    """Return a tile of masked scores in units of 1/UNIT nats; masked keys and keys beyond `col_count` are -inf.
-
-    `scale` includes the factor UNIT; the mask is in nats.
-    """
-    scores = tl.dot(q, k, input_precision="ieee") * scale
-    inside = (rows < row_count) & (cols < col_count)
-    at = mask + rows.to(tl.int64) * row_stride + cols.to(tl.int64) * col_stride
-    if KIND == 1:
-        scores = tl.where(tl.load(at, mask=inside, other=0) != 0, scores, float("-inf"))
-    if KIND == 2:
-        added = tl.load(at, mask=inside, other=0.0).to(tl.float32)
-        if UNIT != 1:  # some models pad with the lowest float32, which must stay finite after the change of units
-            finite = tl.maximum(added * UNIT, -3.4e38, propagate_nan=tl.PropagateNan.ALL)
-            added = tl.where(added == float("-inf"), added, finite)
-        scores += added
-    return tl.where(cols < col_count, scores, float("-inf"))

@@ -30,9 +30,12 @@ def window_refresh(
 
 def window_reuse(
     query: Tensor, key: Tensor, value: Tensor, residual: Tensor, window: Window, attn_mask: Tensor | None,
-    scale: float | None,
+    scale: float | None, subtract: bool = False,
 ) -> Tensor:  # fmt: skip
-    """Return WindowAttention(Q, K, V) + R (DiTFastAttn, equation 2). A block skips keys outside all its windows."""
+    """Return R + WindowAttention(Q, K, V) (DiTFastAttn, equation 2), or R - WindowAttention with `subtract`.
+
+    A block skips keys outside all its windows.
+    """
     out = torch.empty_like(query)
     query, key, value, mask = _prepare(query, key, value, attn_mask, scale)
     for rows, seen in _blocks(query, window):
@@ -40,7 +43,7 @@ def window_reuse(
         block = query[:, :, rows] @ key[:, :, cols].mT
         block = scores.apply_mask(block, None if mask is None else mask[:, :, rows][..., cols])
         near = _attend(block.masked_fill(~seen[:, cols], -math.inf), value[:, :, cols])
-        out[:, :, rows] = near + residual[:, :, rows].to(near.dtype)
+        out[:, :, rows] = residual[:, :, rows].to(near.dtype) + (-near if subtract else near)
     return out
 
 

@@ -168,6 +168,26 @@ def test_when_the_time_is_over(capsys: pytest.CaptureFixture[str]) -> None:
     assert printed.count("FAILED") == 11 + len(attention_models.TINY) and "not measured" in printed
 
 
+def test_one_part(capsys: pytest.CaptureFixture[str]) -> None:
+    assert attention.main(["--device", "cpu", "--tiny", "--rounds", "1", "--part", "change"]) == 0
+    printed = capsys.readouterr().out
+    assert "relative_l1, 2 x 8 x 24" in printed and "reuse" not in printed and "blockwise" not in printed
+
+
+def test_parts_of_make_gpu() -> None:
+    """Every part of the benchmark, and every file with tests that need a GPU, is in a part of `make gpu`."""
+    root = Path(attention.__file__).parents[1]
+    makefile = (root / "Makefile").read_text()
+    (parts,) = (line.partition(":=")[2].split() for line in makefile.splitlines() if line.startswith("GPU_PARTS"))
+    assert set(attention.PARTS) < set(parts)
+    files = [path for path in (root / "tests").rglob("test_*.py") if "mark.cuda" in path.read_text()]
+    files += (root / "tests" / "kernels").glob("test_*.py")
+    named = makefile.replace("$(addprefix tests/kernels/test_blockwise_,", "")
+    for path in files:
+        name = path.relative_to(root).as_posix()
+        assert name in named or name.removeprefix("tests/kernels/test_blockwise_") in named or path == Path(__file__)
+
+
 @pytest.mark.parametrize("given", [["--device", "cpu"], ["--dtype", "float32"]])
 def test_refused(given: list[str]) -> None:
     with pytest.raises(SystemExit, match="2"):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -24,6 +26,7 @@ from dit_rewrite.passes.rewrite.printing import op_counts
 
 N, D = 12, 8
 MASK = torch.rand(2, 1, N, N, generator=torch.Generator().manual_seed(1)) < 0.7
+residual = functools.partial(window_reuse, subtract=True)
 Two = Callable[..., tuple[Tensor, Tensor]]
 
 
@@ -43,7 +46,7 @@ def traced(two: Two, *inputs: Tensor) -> fx.GraphModule:
 def kept(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, scale: float | None = None, **where: Any) -> Any:
     """The values that a computing step writes: O and R = O - W."""
     full = opaque_attention.OP(q, k, v, mask, scale=scale)
-    return full, window_reuse(q, k, -v, full, where.pop("window", [2]), **where, attn_mask=mask, scale=scale)
+    return full, residual(q, k, v, full, where.pop("window", [2]), **where, attn_mask=mask, scale=scale)
 
 
 def plain(q: Tensor, k: Tensor, v: Tensor) -> Any:
@@ -57,9 +60,10 @@ def plain(q: Tensor, k: Tensor, v: Tensor) -> Any:
         (lambda q, k, v, mask: kept(q, k, v, mask), [MASK]),
         (lambda q, k, v: kept(q, k, v, scale=0.5), []),
         (lambda q, k, v: kept(q, k, v, window=[1, 1], grid=[2, 5], prefix=2), []),
+        (lambda q, k, v: kept(q, k, v, window=[1, 1], grid=[2, 5], suffix=2), []),
         (lambda q, k, v: kept(q, k, k), []),
     ],
-    ids=["plain", "mask", "scale", "grid behind text", "keys are values"],
+    ids=["plain", "mask", "scale", "grid behind text", "text behind grid", "keys are values"],
 )
 def test_one_op_gives_both(two: Two, masks: list[Tensor]) -> None:
     inputs = [*tensors(), *masks]
@@ -72,15 +76,15 @@ def test_one_op_gives_both(two: Two, masks: list[Tensor]) -> None:
 
 def of_other_values(q: Tensor, k: Tensor, v: Tensor) -> Any:
     full = opaque_attention.OP(q, k, v)
-    return full, window_reuse(q, k, -k, full, [2])
+    return full, residual(q, k, k, full, [2])
 
 
 def of_other_queries(q: Tensor, k: Tensor, v: Tensor) -> Any:
     full = opaque_attention.OP(q, k, v)
-    return full, window_reuse(q * 2, k, -v, full, [2])
+    return full, residual(q * 2, k, v, full, [2])
 
 
-def not_negated(q: Tensor, k: Tensor, v: Tensor) -> Any:
+def not_subtracted(q: Tensor, k: Tensor, v: Tensor) -> Any:
     """A step that reuses: the window added to a residual, which is another attention here."""
     full = opaque_attention.OP(q, k, v)
     return full, window_reuse(q, k, v, full, [2])
@@ -88,26 +92,26 @@ def not_negated(q: Tensor, k: Tensor, v: Tensor) -> Any:
 
 def of_other_masks(q: Tensor, k: Tensor, v: Tensor) -> Any:
     full = opaque_attention.OP(q, k, v, q[:, :1] @ k[:, :1].mT)
-    return full, window_reuse(q, k, -v, full, [2])
+    return full, residual(q, k, v, full, [2])
 
 
 def of_other_scales(q: Tensor, k: Tensor, v: Tensor) -> Any:
     full = opaque_attention.OP(q, k, v, scale=0.5)
-    return full, window_reuse(q, k, -v, full, [2])
+    return full, residual(q, k, v, full, [2])
 
 
 def causal(q: Tensor, k: Tensor, v: Tensor) -> Any:
     full = opaque_attention.OP(q, k, v, is_causal=True)
-    return full, window_reuse(q, k, -v, full, [2])
+    return full, residual(q, k, v, full, [2])
 
 
 def on_something_else(q: Tensor, k: Tensor, v: Tensor) -> Any:
-    return q, window_reuse(q, k, -v, q, [2])
+    return q, residual(q, k, v, q, [2])
 
 
 @pytest.mark.parametrize(
     "two",
-    [of_other_values, of_other_queries, not_negated, of_other_masks, of_other_scales, causal, on_something_else],
+    [of_other_values, of_other_queries, not_subtracted, of_other_masks, of_other_scales, causal, on_something_else],
 )
 def test_what_is_no_refresh(two: Two) -> None:
     gm = traced(two, *tensors())
@@ -128,26 +132,49 @@ def test_on_a_cpu_nothing_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     assert fuse(gm, is_faster) == 0
 
 
-@pytest.mark.parametrize("seconds", [[1.0, 2.0], [2.0, 1.0], [OutOfResources(9, 8, "shared memory")]], ids=str)
-def test_what_is_measured(seconds: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Both versions run on tensors like those of the graph; one that does not fit on the device is not faster."""
-    timed: list[tuple[tuple[int, ...], ...]] = []
+TOO_LARGE = OutOfResources(9, 8, "shared memory")
+
+
+@pytest.mark.parametrize(
+    ("seconds", "fused"), [([1.0, 2.0], True), ([2.0, 1.0], False), ([TOO_LARGE, 1.0], False), ([1.0, TOO_LARGE], True)]
+)
+def test_what_is_measured(
+    seconds: list[Any], fused: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:  # fmt: skip
+    """Both versions run once on random tensors like those of the graph. One that does not fit on the device is not the
+    faster one. Another process finds the choice on disk, and measures for other arguments or if the file is damaged."""
+    timed: list[tuple[Tensor, ...]] = []
     left = list(seconds)
 
     def do_bench(run: Callable[[], Tensor | tuple[Tensor, ...]], return_mode: str) -> float:
-        found = left.pop(0)
+        found, result = left.pop(0), run()
+        timed.append(result if isinstance(result, tuple) else (result,))
         if isinstance(found, Exception):
             raise found
-        result = run()
-        timed.append(tuple(t.stride() for t in (result if isinstance(result, tuple) else (result,))))
         return float(found)
 
     monkeypatch.setattr(triton.testing, "do_bench", do_bench)
+    monkeypatch.setenv("DIT_REWRITE_CACHE", str(tmp_path))
     q, k, v = (tensor.transpose(1, 2).contiguous().transpose(1, 2) for tensor in tensors())
-    mask = MASK.float()
-    specs = tuple(map(fuse_window_refresh._Spec.of, (q, k, v, mask)))
-    assert fuse_window_refresh._measured.__wrapped__(specs, (2,), None, 0, None) == (seconds == [1.0, 2.0])
-    assert timed == ([] if len(seconds) == 1 else [(q.stride(),) * 2, (q.stride(),)])
+    specs = tuple(map(fuse_window_refresh._Spec.of, (q, k, v, MASK.float().expand(2, 3, N, N))))
+    measured = fuse_window_refresh._measured.__wrapped__
+    for _ in range(2):
+        assert measured(specs, (2,), None, 0, None, 0) is fused
+    assert [[t.stride() for t in results] for results in timed] == [[q.stride()] * 2, [q.stride()]]
+    assert all(result.std() > 0.1 for results in timed for result in results)
+    for arguments in [
+        ((3,), None, 0, None, 0),
+        ((2,), None, 1, None, 0),
+        ((2,), None, 0, 0.5, 0),
+        ((2,), None, 0, None, 1),
+    ]:
+        left += seconds
+        assert measured(specs, *arguments) is fused and not left
+    assert len(list(tmp_path.iterdir())) == 5
+    for file in tmp_path.iterdir():
+        file.write_text("{")
+    left += seconds
+    assert measured(specs, (2,), None, 0, None, 0) is fused and not left
 
 
 @pytest.mark.parametrize("name", ["tiny", "pixart_sigma", "stdit"])

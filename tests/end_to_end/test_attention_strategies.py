@@ -15,8 +15,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import dit_rewrite
 from dit_rewrite import BlockwiseReuse, Policy, Reuse, Rule, ShareGuidance, Where, WindowResidual
-from dit_rewrite.errors import BadOpArgument, RefusalReason
+from dit_rewrite.compiler import state_memory
+from dit_rewrite.errors import BadOpArgument, RefusalReason, StatesTooLarge
 from dit_rewrite.guards import step
+from dit_rewrite.kernels.blockwise_attention import state_bytes
 from dit_rewrite.kernels.blockwise_attention.state import State
 from dit_rewrite.module import twin
 from dit_rewrite.policy.strategies import Strategy
@@ -364,6 +366,19 @@ def test_refusals(model: nn.Module, batch: int, do: Strategy, reasons: dict[Refu
     found += tiny.outputs(compiled, inputs[1:])
     assert dict(Counter(refusal.reason for refusal in compiled.explain().refused)) == reasons
     assert tiny.same(found, plain(model, inputs))
+
+
+def test_states_that_do_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first call says so, and not the allocator in the middle of a trajectory."""
+    needed = state_bytes((2, 2, 8, 16), (2, 2, 8, 16), torch.float32, 4, kv_static=False)
+    for memory in (2 * needed, 2 * needed - 1):
+        monkeypatch.setattr(state_memory, "device_memory", lambda _, memory=memory: memory)
+        compiled = tiny.rewritten(Small(), Policy((Rule(step > 0, BlockwiseReuse(0.1, 4)),)))
+        if memory == 2 * needed:
+            tiny.outputs(compiled, small_calls(1))
+        else:
+            with pytest.raises(StatesTooLarge, match="at 1 sites"):
+                tiny.outputs(compiled, small_calls(1))
 
 
 def test_heads_that_are_too_narrow() -> None:

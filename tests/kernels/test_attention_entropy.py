@@ -111,11 +111,15 @@ def test_default_tiles(device: str, head_size: int, dtype: torch.dtype) -> None:
 
 
 def test_large_scores(device: str, op: Op) -> None:
-    """Scores near 40,000, exact in float32, keep their entropy of 0.58 despite the difference of large sums."""
+    """Scores near 40,000, exact in float32, keep their entropy of 0.58 despite the difference of large sums.
+
+    The kernel scales and subtracts in one multiply-add, which a GPU rounds once and the interpreter twice.
+    """
     query = torch.full((1, 4, 16), 100.0, device=device)
     key = torch.full((1, 33, 16), 25.0, device=device)
     key[0, ::3, 0] -= 0.01171875  # -1.171875 for each third score
-    assert op(query, key, scale=1.0).item() == pytest.approx(expected(query, key, scale=1.0), rel=1e-5)
+    rounding = 1e-4 if op is triton and device == "cpu" else 1e-5
+    assert op(query, key, scale=1.0).item() == pytest.approx(expected(query, key, scale=1.0), rel=rounding)
 
 
 @pytest.mark.parametrize("boolean", [True, False])

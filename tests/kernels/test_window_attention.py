@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import itertools
 import math
 import runpy
@@ -39,26 +40,32 @@ WINDOWS: list[tuple[int, dict[str, Any]]] = [
     (60, {"window": (2, 1, 4), "grid": (3, 4, 5)}),
     (60, {"window": (0, 3, 1), "grid": (1, 12, 5)}),
     (60, {"window": (2, 0, 0), "grid": (60, 1, 1)}),
+    (61, {"window": (9,), "suffix": 5}),
+    (96, {"window": (2, 3), "grid": (7, 9), "suffix": 33}),
+    (70, {"window": (1, 0), "grid": (7, 7), "prefix": 17, "suffix": 4}),
+    (150, {"window": (1, 2, 3), "grid": (5, 5, 5), "prefix": 16, "suffix": 9}),
 ]
 
 
 def triton(block: tuple[int, int] | None = None) -> Ops:
     """Return the kernels as functions with the arguments of the ops; `block` is (queries, keys) of a tile."""
+    from dit_rewrite.kernels.window_attention.launch import Tile, launch_refresh, launch_reuse
+
+    tile = None if block is None else Tile(*block)
 
     def arguments(
-        query: Tensor, window: Any, grid: Any = None, prefix: int = 0, attn_mask: Any = None, scale: Any = None
-    ):
-        return make_window("test", query.shape[2], window, grid, prefix), attn_mask, scale
+        query: Tensor, window: Any, grid: Any = None, prefix: int = 0, attn_mask: Any = None, scale: Any = None,
+        suffix: int = 0,
+    ):  # fmt: skip
+        return make_window("test", query.shape[2], window, grid, prefix, suffix), attn_mask, scale
 
     def refresh(query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        from dit_rewrite.kernels.window_attention.triton_kernel import launch_refresh
+        return launch_refresh(query, key, value, *arguments(query, *args, **kwargs), tile=tile)
 
-        return launch_refresh(query, key, value, *arguments(query, *args, **kwargs), block=block)
-
-    def reuse(query: Tensor, key: Tensor, value: Tensor, residual: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        from dit_rewrite.kernels.window_attention.triton_kernel import launch_reuse
-
-        return launch_reuse(query, key, value, residual, *arguments(query, *args, **kwargs), block=block)
+    def reuse(
+        query: Tensor, key: Tensor, value: Tensor, residual: Tensor, *args: Any, subtract: bool = False, **kwargs: Any
+    ) -> Tensor:
+        return launch_reuse(query, key, value, residual, *arguments(query, *args, **kwargs), subtract, tile=tile)
 
     return refresh, reuse
 
@@ -73,9 +80,11 @@ def ops(request: pytest.FixtureRequest) -> Ops:
 
 
 @functools.cache
-def visible(tokens: int, window: tuple[int, ...], grid: tuple[int, ...] | None = None, prefix: int = 0) -> Tensor:
+def visible(
+    tokens: int, window: tuple[int, ...], grid: tuple[int, ...] | None = None, prefix: int = 0, suffix: int = 0
+) -> Tensor:
     """Return which keys are in the window of each query, from a loop over all pairs."""
-    places = list(itertools.product(*map(range, grid or (tokens - prefix,))))
+    places = list(itertools.product(*map(range, grid or (tokens - prefix - suffix,))))
     seen = torch.ones(tokens, tokens, dtype=torch.bool)
     for (i, a), (j, b) in itertools.product(enumerate(places), repeat=2):
         seen[prefix + i, prefix + j] = all(abs(x - y) <= w for x, y, w in zip(a, b, window, strict=True))
@@ -122,26 +131,29 @@ def test_definition(device: str, ops: Ops, tokens: int, where: dict[str, Any], d
     assert out.dtype == residual.dtype == dtype
     assert close(out, full, TOLERANCE[dtype]) and close(residual, full - near, TOLERANCE[dtype])
     other = random(1, 2, tokens, 16, seed=1, dtype=dtype, device=device)
-    result = reuse(q, k, v, other, **where)
-    assert result.dtype == dtype and close(result, near + other.double(), TOLERANCE[dtype])
+    for subtract in (False, True):
+        result = reuse(q, k, v, other, **where, subtract=subtract)
+        wanted = other.double() + (-near if subtract else near)
+        assert result.dtype == dtype and close(result, wanted, TOLERANCE[dtype])
 
 
 @pytest.mark.parametrize("name", ["op", "16x32"])
 @settings(max_examples=12, deadline=None)
 @given(
-    sizes=st.lists(st.integers(1, 5), min_size=1, max_size=3), prefix=st.integers(0, 20), data=st.data(),
+    sizes=st.lists(st.integers(1, 5), min_size=1, max_size=3), prefix=st.integers(0, 20), suffix=st.integers(0, 20),
+    data=st.data(),
     size=st.sampled_from([1, 16, 40]), mask=st.sampled_from(["none", "boolean", "additive", "padding", "column"]),
-    scale=st.sampled_from([None, 0.5, -1.0]), seed=st.integers(0, 99),
+    scale=st.sampled_from([None, 0.5, -1.0, 0.0]), seed=st.integers(0, 99),
 )  # fmt: skip
 def test_any_window(
-    device: str, name: str, sizes: list[int], prefix: int, data: st.DataObject, size: int, mask: str,
+    device: str, name: str, sizes: list[int], prefix: int, suffix: int, data: st.DataObject, size: int, mask: str,
     scale: float | None, seed: int,
 ) -> None:  # fmt: skip
     """Random grids, prefixes, head sizes, masks and scales, including rows whose window is fully masked."""
     sizes = [sizes[0] * 8] if len(sizes) == 1 else sizes
     window = tuple(data.draw(st.integers(0, n - 1)) for n in sizes)
-    where = {"window": window, "grid": None if len(sizes) == 1 else tuple(sizes), "prefix": prefix}
-    tokens = prefix + math.prod(sizes)
+    where = {"window": window, "grid": None if len(sizes) == 1 else tuple(sizes), "prefix": prefix, "suffix": suffix}
+    tokens = prefix + suffix + math.prod(sizes)
     q, k, v = qkv(tokens, size, batch=2, seed=seed, device=device)
     added = random(2, 1, tokens, tokens, seed=seed + 1, device=device)
     masks = {"boolean": added > 0.8, "additive": added, "padding": torch.zeros(tokens, device=device)}
@@ -246,29 +258,74 @@ def test_layout(device: str, ops: Ops) -> None:
         assert again.stride() == strides and close(again, out.double(), 5e-6)
 
 
+def tiles_of(tokens: int, window: Any, grid: Any = None, prefix: int = 0, suffix: int = 0) -> list[tuple[Any, ...]]:
+    """Return the tile of 16 tokens that each token belongs to: a patch of the grid, or a run of text."""
+    from dit_rewrite.kernels.window_attention.patches import patch
+
+    behind = tokens - suffix
+    sizes = tuple(grid or (behind - prefix,))
+    sides = patch(16, (1,) * (3 - len(sizes)) + sizes)[3 - len(sizes) :]
+    assert math.prod(sides) == 16
+    places = [
+        tuple(x // side for x, side in zip(at, sides, strict=True)) for at in itertools.product(*map(range, sizes))
+    ]
+    text = [("before", i // 16) for i in range(prefix)], [("behind", i // 16) for i in range(suffix)]
+    return [*text[0], *places, *text[1]]
+
+
 @pytest.mark.parametrize(
-    ("where", "rows", "reached"),
+    ("where", "patches"),
     [
-        ({"window": (20,)}, range(64, 80), range(32, 112)),
-        ({"window": (20,), "prefix": 8}, range(64, 80), {*range(16), *range(32, 112)}),
-        ({"window": (20,), "prefix": 8}, range(0, 8), range(160)),
-        ({"window": (1, 3), "grid": (10, 16)}, range(64, 80), range(48, 96)),
-        ({"window": (1, 3), "grid": (20, 8)}, range(64, 80), range(48, 96)),
-        ({"window": (0, 2, 1), "grid": (2, 10, 8)}, range(32, 48), range(80)),
-        ({"window": (1, 0, 15), "grid": (2, 5, 16)}, range(32, 48), {*range(32, 48), *range(112, 128)}),
+        ({"window": (20,)}, 5),
+        ({"window": (20,), "prefix": 8}, 6),
+        ({"window": (20,), "prefix": 20, "suffix": 16}, 8),
+        ({"window": (1, 3), "grid": (10, 16)}, 9),
+        ({"window": (1, 3), "grid": (20, 8)}, 6),
+        ({"window": (0, 2, 1), "grid": (2, 10, 8)}, 4),
+        ({"window": (1, 0, 15), "grid": (2, 5, 16)}, 8),
     ],
 )
-def test_reuse_skips_far_tiles(device: str, where: dict[str, Any], rows: range, reached: Any) -> None:
-    """Key tiles of 16 outside the window of a tile of 16 queries are not read; the test sets them to NaN."""
+def test_reuse_skips_far_tiles(device: str, where: dict[str, Any], patches: int) -> None:
+    """A tile of queries reads only the tiles of keys that it reaches into; the test sets the others to NaN."""
     q, k, v = qkv(160, heads=1, device=device)
-    near = expected(q, k, v, **where)[1]
+    near, tiles = expected(q, k, v, **where)[1], tiles_of(160, **where)
+    rows = [i for i, tile in enumerate(tiles) if tile == tiles[70]]
+    reached = {tiles[i] for i in visible(160, **where)[rows].any(0).nonzero().flatten().tolist()}
+    away = torch.tensor([tile not in reached for tile in tiles], device=device)
+    assert len(reached) == patches < len(set(tiles))
     k, v = k.clone(), v.clone()
-    away = torch.tensor([token not in set(reached) for token in range(160)], device=device)
     k[:, :, away], v[:, :, away] = math.nan, math.nan
     result = triton((16, 16))[1](q, k, v, torch.zeros_like(q), **where)
-    assert close(result[:, :, list(rows)], near[:, :, list(rows)], 5e-6)
-    if not away.any():
-        assert close(result, near, 5e-6)
+    assert close(result[:, :, rows], near[:, :, rows], 5e-6)
+
+
+def test_tuning_depends_on_every_argument() -> None:
+    """Only the values of the scale and the signs are not part of the key."""
+    pytest.importorskip("triton")
+    from dit_rewrite.kernels.window_attention.launch import KEY
+    from dit_rewrite.kernels.window_attention.triton_kernel import window_kernel
+
+    tensors = {"query", "key", "value", "mask", "residual", "out"}
+    parameters = inspect.signature(window_kernel.fn).parameters.values()
+    constants = {p.name for p in parameters if p.annotation == "tl.constexpr"}
+    numbers = {p.name for p in parameters} - tensors - constants
+    assert numbers - set(KEY) == {"scale", "turn", "sign"} and set(KEY) - numbers <= constants
+
+
+def test_nothing_is_tuned_inside_a_capture(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A launch that is new inside a capture takes the first tile; one that was called before is tuned already."""
+    pytest.importorskip("triton")
+    from dit_rewrite.kernels.window_attention import launch
+
+    capturing = [False]
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing[0])
+    assert launch._fixed_tile("before", False) is None
+    capturing[0] = True
+    assert launch._fixed_tile("before", False) is None
+    assert launch._fixed_tile("inside", False) == launch.TILES[0]
+    assert launch._fixed_tile("inside", True) == launch.WIDE_TILES[0]
+    capturing[0] = False
+    assert launch._fixed_tile("inside", False) is None
 
 
 def test_naive_reuse_skips_keys(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -325,6 +382,8 @@ QUERY = torch.ones(1, 2, 12, 8)
         ("grid", {"window": (1, 1, 0, 0), "grid": (3, 4, 1, 1)}),
         ("prefix", {"window": (0,), "prefix": 12}),
         ("prefix", {"window": (0,), "prefix": -1}),
+        ("suffix", {"window": (0,), "suffix": -1}),
+        ("suffix", {"window": (0,), "prefix": 6, "suffix": 6}),
         ("query.ndim", {"query": QUERY[0]}),
         ("query.dtype", {"query": QUERY.int()}),
         ("key.shape", {"key": QUERY[:, :, :6]}),
