@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -29,8 +29,7 @@ class Named:
     timestep: Tensor | float | None = None
 
 
-@dataclass(frozen=True)
-class Reading:
+class Reading(NamedTuple):
     """The time of a call as far as it is known before its stream is.
 
     entry: index in the schedule. value: the timestep, if there is no entry and reading it does not synchronise.

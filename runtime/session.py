@@ -67,7 +67,9 @@ class Call:
         self._occurrences[graph] += 1
         position = len(self.graphs)
         self.graphs.append(graph)
-        cache = self.stream.caches.setdefault((graph, occurrence), Cache(num_sites))
+        cache = self.stream.caches.get((graph, occurrence))
+        if cache is None:
+            cache = self.stream.caches[graph, occurrence] = Cache(num_sites)
         before = self.stream.sequence
         if before is not None and before[position : position + 1] != (graph,):
             cache.clear()

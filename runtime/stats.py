@@ -7,6 +7,7 @@ from collections import Counter, deque
 from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, field, replace
 from statistics import median
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from dit_rewrite.errors import DecisionReason, Reason, StreamReason, TableReason, TrajectoryReason
@@ -50,8 +51,7 @@ _SLOTS: dict[Reason, str] = {
 }
 
 
-@dataclass(frozen=True)
-class Record:
+class Record(NamedTuple):
     """A Decision in the compact form that is recorded during a call; `decision` converts it on demand."""
 
     trajectory: int
@@ -63,7 +63,7 @@ class Record:
     row: tuple[bool, ...]
     reasons: tuple[Reason, ...]
     weights: tuple[tuple[float, ...] | None, ...] = ()
-    measured: Mapping[int, Mapping[str, float]] = field(default_factory=dict)
+    measured: Mapping[int, Mapping[str, float]] = MappingProxyType({})
 
     def decision(self) -> Decision:
         did = ["reuse" if reused else "compute" for reused in self.row]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -47,8 +48,7 @@ class Trajectory:
         return (self.sigma if step == self.step else None), None
 
 
-@dataclass(frozen=True)
-class Place:
+class Place(NamedTuple):
     """The trajectory and stream of a call.
 
     why: a specific reason why the stream has no values yet, if there is one. lapsed: how many streams gave their
