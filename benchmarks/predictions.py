@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import json
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -17,11 +18,11 @@ from typing import Any
 import torch
 
 import dit_rewrite
-from benchmarks.timing import Row, Spread, report, seconds
+from benchmarks.timing import RESULTS, Row, Spread, report, seconds
 from benchmarks.workload import STEPS, build, calls
 from dit_rewrite.compiler.lowering import isolated
 from dit_rewrite.module import RewrittenModule, twin
-from dit_rewrite.policies import DQAR, FORA, TaylorSeer
+from dit_rewrite.policies import DQAR, FORA, Never, TaylorSeer
 from dit_rewrite.policy.rules import Policy
 from dit_rewrite.report.prediction import Prediction
 
@@ -52,22 +53,41 @@ def speedup(rounds: Sequence[Mapping[str, list[float]]], name: str) -> Spread:
     return Spread(plain / ours, single.low, single.high, len(rounds))
 
 
-def measure(device: str, rounds: int) -> tuple[list[Row], list[dict[str, Any]]]:
-    """Return the rows of the table, and the predictions in numbers."""
+def measure(device: str, rounds: int) -> dict[str, Spread]:
+    """Return the measured speed-up of each policy."""
     model, inputs = build(device), calls(device)
     rewritten = {str(policy): dit_rewrite.compile(twin(model), policy) for policy in POLICIES}
     models = {"plain": isolated(model, "inductor"), **rewritten}
     lockstep(models, inputs)  # compiles
-    predictions = {name: dit_rewrite.predict(each, num_steps=STEPS) for name, each in rewritten.items()}
     samples = [lockstep(models, inputs) for _ in range(rounds)]
+    return {name: speedup(samples, name) for name in rewritten}
+
+
+def measured_before() -> dict[str, Spread]:
+    """Return the measured speed-ups of the results file."""
+    content = json.loads((RESULTS / "predictions.json").read_text(encoding="utf-8"))
+    spreads = [Spread(**row["value"]) for row in content["rows"]]
+    return dict(zip((found["policy"] for found in content["predictions"]), spreads, strict=True))
+
+
+def predict(device: str) -> dict[str, Prediction]:
+    """Return the prediction of each policy, from one call of the model. What compiles the graphs does not matter."""
+    model, (first, *_) = dit_rewrite.compile(build(device), Never(), backend="aot_eager"), calls(device)
+    model(**first)
+    found = {str(policy): dit_rewrite.predict(model, policy, STEPS) for policy in POLICIES}
+    assert all(isinstance(each, Prediction) for each in found.values()), found
+    return found  # type: ignore[return-value]
+
+
+def compare(predicted: dict[str, Prediction], measured: dict[str, Spread]) -> tuple[list[Row], list[dict[str, Any]]]:
+    """Return the rows of the table, and the predictions in numbers."""
     rows, numbers = [], []
-    for name, found in predictions.items():
-        assert isinstance(found, Prediction), found
-        measured = speedup(samples, name)
-        off = found.speedup / measured.median - 1
+    for name, found in predicted.items():
+        off = found.speedup / measured[name].median - 1
         bound = f"{found.speedup:.3f} predicted, within {GOAL:.0%}"
-        rows.append(Row(f"{name.split('(')[0]}{_interval(name)}: speed-up", measured, "", bound, abs(off) <= GOAL))
-        numbers.append(describe(name, found, measured, off))
+        row = f"{name.split('(')[0]}{_interval(name)}: speed-up"
+        rows.append(Row(row, measured[name], "", bound, abs(off) <= GOAL))
+        numbers.append(describe(name, found, measured[name], off))
     return rows, numbers
 
 
@@ -94,12 +114,15 @@ def describe(name: str, found: Prediction, measured: Spread, off: float) -> dict
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5, help="trajectories")
+    parser.add_argument("--predict", action="store_true", help="keep the measured speed-ups of the results file")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=1, help="more than the idle cores spin against each other")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     with torch.no_grad():
-        rows, numbers = measure(arguments.device, arguments.rounds)
+        predicted = predict(arguments.device)
+        measured = measured_before() if arguments.predict else measure(arguments.device, arguments.rounds)
+    rows, numbers = compare(predicted, measured)
     report("predictions", rows, {"steps": STEPS, "goal": GOAL, "predictions": numbers})
 
 

@@ -118,7 +118,7 @@ class RewrittenModule(nn.Module, metaclass=_IsRewritten):
 
         It predicts the costs of `num_steps` steps, or of the steps of a `scheduler` whose timesteps are set. By default
         the number of steps is that of the trajectory in which the model was captured, if it was explicit. The first
-        prediction measures the machine, which takes a second, and writes the result to the user's cache folder.
+        prediction measures the machine in a few seconds, and writes the result to the user's cache folder.
         """
         backend = self._backend
         if not backend.rewritten:

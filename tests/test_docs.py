@@ -116,7 +116,7 @@ def test_overhead_is_rendered_from_its_results() -> None:
     assert read("overhead.md") == overhead_report.render(results("overhead"))
 
 
-@pytest.mark.parametrize("name", ["hoisting", "peak_memory"])
+@pytest.mark.parametrize("name", ["hoisting", "peak_memory", "predictions"])
 def test_tables_of_other_benchmarks(name: str) -> None:
     from benchmarks import overhead_report
 

@@ -41,7 +41,7 @@ def run(gm: fx.GraphModule, ctx: Context) -> fx.GraphModule:
     guarded, request = ctx[GuardedGraph], ctx[Request]
     hoisted = ctx.get(Hoisted)
     free = request.memory_budget // request.streams - (0 if hoisted is None else hoisted.bytes)
-    if sum(_slot_bytes(guarded)) <= free:
+    if not guarded.sites or sum(_slot_bytes(guarded)) <= free:
         return gm
     left_out = not_chosen(list(_candidates(guarded, ctx[Foreseen].rows)), free)
     bound = ctx[Bound]

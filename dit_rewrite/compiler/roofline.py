@@ -1,8 +1,10 @@
 """The speed of this machine: seconds of matrix products and of copies at a few sizes, measured once and kept in a file.
 
 A kernel takes as long as its floating-point operations or its bytes, whichever takes longer (the roofline). Speeds
-depend on the size, so both are interpolated between the measured ones. The file is in the user's cache folder, named by
-the device, the threads, the version of torch and the dtype.
+depend on the size, so both are interpolated between the measured ones. How fast a product reads its weights is measured
+where nothing else counts: with two rows, as in the modulation layers of a batch with guidance, and with weights that
+are no longer in a cache, because a step of the model was between two reads. The file is in the user's cache folder,
+named by the device, the threads, the version of torch and the dtype.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ import platform
 import time
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -27,9 +29,13 @@ import torch
 from dit_rewrite.passes.analysis.work import Work
 from dit_rewrite.policy.plan import is_real, write_whole
 
-VERSION = 1
+VERSION = 2
 SIDES = {"cpu": (16, 64, 192, 512, 1024), "cuda": (64, 512, 1024, 2048, 4096)}  # of the square matrices
 BYTES = (1 << 12, 1 << 17, 1 << 20, 1 << 23, 1 << 26)  # read and written by a copy
+WIDTHS = {"cpu": (16, 64, 192, 384, 1152), "cuda": (64, 384, 1152, 3072)}  # of modulation layers
+ROWS, PARTS = 2, 6  # a modulation layer maps a vector of each sample to six of its width
+MOST_WEIGHTS = 128
+OUT_OF_CACHE = 3 << 25  # bytes of weights that are read between two reads of one
 ROUNDS = 5  # the fastest counts, since other load can only slow a run down
 
 Points = tuple[tuple[float, float], ...]  # size and seconds, both ascending
@@ -60,14 +66,17 @@ class Machine:
 
 @dataclass(frozen=True)
 class Roofline:
-    """Seconds of a matrix product by its FLOPs, and of a copy by its bytes."""
+    """Seconds of a matrix product by its FLOPs, of one with two rows by its bytes, and of a copy by its bytes."""
 
     products: Points
+    thin: Points
     copies: Points
 
     def seconds(self, work: Work) -> float:
         """Return the seconds of one kernel."""
-        return max(_interpolated(self.products, work.flops), _interpolated(self.copies, work.bytes))
+        if work.flops == 0:
+            return _interpolated(self.copies, work.bytes)
+        return max(_interpolated(self.products, work.flops), _interpolated(self.thin, work.bytes))
 
     def total(self, works: Iterable[Work]) -> float:
         """Return the seconds of kernels that run one after the other."""
@@ -104,9 +113,10 @@ def _interpolated(points: Points, size: float) -> float:
 
 @torch.inference_mode()
 def measure(device: torch.device, dtype: torch.dtype) -> Roofline:
-    """Measure this machine, in about a second."""
+    """Measure this machine, in a few seconds."""
+    kind = "cuda" if device.type == "cuda" else "cpu"
     products, copies = [], []
-    for side in SIDES["cuda" if device.type == "cuda" else "cpu"]:
+    for side in SIDES[kind]:
         a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
         out = torch.empty_like(a)
         products.append((2.0 * side**3, _fastest(partial(torch.mm, a, b, out=out), device)))
@@ -114,7 +124,26 @@ def measure(device: torch.device, dtype: torch.dtype) -> Roofline:
         source = torch.empty(size // 2, dtype=torch.uint8, device=device)
         target = torch.empty_like(source)
         copies.append((float(size), _fastest(partial(target.copy_, source), device)))
-    return Roofline(_ascending(products), _ascending(copies))
+    thin = [_thin(width, device, dtype) for width in WIDTHS[kind]]
+    return Roofline(_ascending(products), _ascending(thin), _ascending(copies))
+
+
+def _thin(width: int, device: torch.device, dtype: torch.dtype) -> tuple[float, float]:
+    """Return the bytes and the seconds of a modulation layer, whose weights are read from memory if they are large."""
+    rows, bias = (
+        torch.ones(ROWS, width, device=device, dtype=dtype),
+        torch.ones(PARTS * width, device=device, dtype=dtype),
+    )
+    first = torch.ones(PARTS * width, width, device=device, dtype=dtype)
+    size = first.numel() * first.element_size()
+    weights = [first, *(torch.ones_like(first) for _ in range(min(OUT_OF_CACHE // size, MOST_WEIGHTS) - 1))]
+
+    def run() -> None:
+        for weight in weights:
+            torch.addmm(bias, rows, weight.t())
+
+    traffic = size + (rows.numel() + (ROWS + 1) * PARTS * width) * first.element_size()
+    return float(traffic), _fastest(run, device) / len(weights)
 
 
 def _ascending(points: Sequence[tuple[float, float]]) -> Points:
@@ -158,7 +187,7 @@ def _read(machine: Machine) -> Roofline | None:
         content = json.loads(machine.file.read_text(encoding="utf-8"))
         if content["version"] != VERSION or content["machine"] != asdict(machine):
             return None
-        return Roofline(_points(content["products"]), _points(content["copies"]))
+        return Roofline(*(_points(content[field.name]) for field in fields(Roofline)))
     except (OSError, ValueError, LookupError, TypeError):
         return None
 

@@ -10,7 +10,8 @@ from typing import NamedTuple
 from torch import Tensor, fx
 
 from dit_rewrite.passes.analysis import cost
-from dit_rewrite.passes.analysis.graph import is_contraction, is_view
+from dit_rewrite.passes.analysis.dimension_rules import SPLITS
+from dit_rewrite.passes.analysis.graph import aten, is_contraction, is_view, packet
 
 
 class Work(NamedTuple):
@@ -39,9 +40,17 @@ def _bytes(nodes: Iterable[fx.Node]) -> int:
     return sum(cost.tensor_bytes(node) for node in nodes if isinstance(node.meta.get("val"), Tensor))
 
 
+def _is_part(node: fx.Node) -> bool:
+    """Return whether a node is a view, of all elements or of some, or a tuple of such views."""
+    return is_view(node) or packet(node) in _PARTS or (node.target is getitem and _is_part(node.all_input_nodes[0]))
+
+
+_PARTS = {*SPLITS, aten.slice, aten.select}
+
+
 def _source(node: fx.Node) -> fx.Node:
     """Return the tensor in memory that a view reads."""
-    while node.op == "call_function" and (is_view(node) or node.target is getitem):
+    while node.op == "call_function" and _is_part(node):
         node = node.all_input_nodes[0]
     return node
 
@@ -55,7 +64,7 @@ def _is_written(node: fx.Node) -> bool:
         reader = readers.pop()
         if reader.op == "output" or is_contraction(reader):
             return True
-        if reader not in seen and is_view(reader):
+        if reader not in seen and _is_part(reader):
             seen.add(reader)
             readers += reader.users
     return False

@@ -10,7 +10,7 @@ import pytest
 import dit_rewrite
 from dit_rewrite.compiler.budget import Candidate, not_chosen
 from dit_rewrite.errors import BadArgument, RefusalReason
-from dit_rewrite.policies import FORA, TaylorSeer
+from dit_rewrite.policies import FORA, Never, TaylorSeer
 from dit_rewrite.policy.plan import Choice
 from tests.helpers import tiny
 from tests.report.test_prediction import plan, run
@@ -85,6 +85,11 @@ def test_two_named_streams_share_it() -> None:
     assert sorted(left_out(model)) == ["blocks.0.mlp", "blocks.1.mlp"]
     assert model.stats().peak_bytes == 4 * SLOT
     assert not model.stats().streams
+
+
+def test_a_budget_that_hoisted_values_exceed() -> None:
+    """They are computed once anyway; a policy that guards nothing is not the budget's concern."""
+    assert left_out(run(Never(), 3, memory_budget=0)) == []
 
 
 @pytest.mark.parametrize("budget", [-1, 1.5, True, "1 GiB"])

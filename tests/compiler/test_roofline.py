@@ -13,7 +13,7 @@ from dit_rewrite.compiler.roofline import Machine, Roofline
 from dit_rewrite.passes.analysis.work import Work
 
 CPU = torch.device("cpu")
-KNOWN = Roofline(((100.0, 1.0), (10_000.0, 4.0)), ((10.0, 0.5), (1000.0, 8.0)))
+KNOWN = Roofline(((100.0, 1.0), (10_000.0, 4.0)), ((10.0, 0.25), (1000.0, 16.0)), ((10.0, 0.5), (1000.0, 8.0)))
 
 
 def test_interpolation() -> None:
@@ -23,7 +23,7 @@ def test_interpolation() -> None:
     assert KNOWN.seconds(Work(1000, 0)) == pytest.approx(2)
     assert KNOWN.seconds(Work(20_000, 0)) == 8
     assert KNOWN.seconds(Work(0, 100)) == pytest.approx(2)
-    assert KNOWN.seconds(Work(1000, 1000)) == 8, "the bytes take longer"
+    assert KNOWN.seconds(Work(1000, 1000)) == 16, "the bytes of a product with few rows take longer"
     assert KNOWN.total([Work(100, 0), Work(0, 10)]) == 1.5
 
 
@@ -78,8 +78,11 @@ def test_measurement(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(roofline, "ROUNDS", 1)
     monkeypatch.setitem(roofline.SIDES, "cpu", (8, 64))
     monkeypatch.setattr(roofline, "BYTES", (1 << 10, 1 << 16))
+    monkeypatch.setitem(roofline.WIDTHS, "cpu", (8, 16))
+    monkeypatch.setattr(roofline, "OUT_OF_CACHE", 1 << 14)
     found = roofline.measure(CPU, torch.float32)
-    for points in (found.products, found.copies):
+    assert [size for size, _ in found.thin] == [4 * (6 * 8 * 8 + 2 * 8 + 3 * 48), 4 * (6 * 16 * 16 + 2 * 16 + 3 * 96)]
+    for points in (found.products, found.thin, found.copies):
         (a, begin), (b, end) = points
         assert 0 < a < b
         assert 0 < begin <= end
