@@ -34,6 +34,7 @@ def compile_denoiser(
     disable_passes: Collection[str] = (),
     cache_limit: int | None = None,
     tables: Tables = "reuse",
+    release: bool = False,
 ) -> Any:
     """Compile a module; arguments and errors are those of `compile`."""
     model = _module(model)
@@ -43,7 +44,14 @@ def compile_denoiser(
     lower = Lowering.of(backend, mode, options, lowering, max_variants)
     dumps = Dump(Path(dump)) if dump is not None else None
     made = Backend(
-        model, policy, lower, watcher=dumps, disable_passes=disable_passes, cache_limit=cache_limit, tables=tables
+        model,
+        policy,
+        lower,
+        watcher=dumps,
+        disable_passes=disable_passes,
+        cache_limit=cache_limit,
+        tables=tables,
+        release=release,
     )
     return attach(model, made, fullgraph, dynamic)
 

@@ -116,12 +116,13 @@ class RewrittenModule(nn.Module, metaclass=_IsRewritten):
         if not backend.rewritten:
             raise NotCaptured("explain()")
         ran, streams = Counter(backend.session.ran), backend.session.num_streams
-        return Report(backend.policy, tuple(backend.rewritten), ran, max(streams, 1))
+        released = backend.weights.bytes if backend.release else None
+        return Report(backend.policy, tuple(backend.rewritten), ran, max(streams, 1), released)
 
     def stats(self) -> Stats:
         """Return a copy of the statistics so far. The copy shares the rows of decisions."""
         backend = self._backend
-        return backend.stats.copy(cache_bytes=backend.session.cache_bytes())
+        return backend.stats.copy(cache_bytes=backend.session.cache_bytes(), released_bytes=backend.weights.bytes)
 
     def reset(self) -> None:
         """Discard all trajectories of the calling thread and their cached values."""
@@ -248,9 +249,10 @@ def _traceable(self: nn.Module) -> Callable[..., Any]:
 
 
 def detach(model: Module) -> Module:
-    """Undo `attach`. A module that is not rewritten is returned unchanged."""
+    """Undo `attach`, and bring released weights back. A module that is not rewritten is returned unchanged."""
     rewrite = model.__dict__.get(_STATE)
     if rewrite is not None:
+        rewrite.backend.weights.bring_back()
         for name in _ATTRIBUTES:
             del model.__dict__[name]
         set_compiled_call(model, rewrite.compiled_before)

@@ -40,12 +40,14 @@ class Report:
 
     ``occurrences`` is how often each graph ran in the last call; after a graph break, identical blocks share a graph.
     ``streams`` is the number of streams seen so far, each of which has slots of its own.
+    ``released`` are the bytes of weights that are released now, None if the caller did not ask for that.
     """
 
     policy: Policy
     rewritten: tuple[Rewritten, ...]
     occurrences: Mapping[int, int]
     streams: int = 1
+    released: int | None = None
 
     @property
     def sites(self) -> tuple[Place, ...]:
@@ -95,6 +97,7 @@ class Report:
             f"in the {self.streams} known so far",
             *self._hoisted(),
             *self._tables(),
+            *(() if self.released is None else (f"released  {_quantity(self.released, 1024)}B of weights",)),
             "",
             *_table(self._rows()),
         ]
