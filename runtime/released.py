@@ -143,8 +143,11 @@ def _mapped(storages: Sequence[torch.UntypedStorage]) -> list[torch.UntypedStora
 
 
 def _rebind(tensor: Tensor, storage: torch.UntypedStorage) -> None:
-    """Give a tensor another storage with the same contents. Its metadata and version counter stay."""
-    with torch_compat.unset_fake_temporarily(), torch.inference_mode(False), torch.no_grad():
+    """Give a tensor another storage with the same contents.
+
+    Its metadata and version counter stay. In inference mode it would become an inference tensor, which has none.
+    """
+    with torch.inference_mode(False):
         empty = torch.empty(0, dtype=tensor.dtype)
         tensor.data = empty.set_(storage, 0, tensor.shape, tensor.stride())  # type: ignore[call-overload]
 

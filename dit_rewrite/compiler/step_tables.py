@@ -81,9 +81,7 @@ class TableProgram:
     def release(self, args: Sequence[Any]) -> None:
         """Release the weights that only rows are computed from."""
         if self._weights is not None:
-            chosen = frozenset(self._released())
-            others = {id(value) for i, value in enumerate(args) if i not in chosen}  # a tied weight has two inputs
-            self._weights.release([args[i] for i in chosen if id(args[i]) not in others])
+            self._weights.release([args[i] for i in self._released()])
 
 
 class _plain:

@@ -173,24 +173,25 @@ def test_tied_weights_stay() -> None:
 
 
 def test_threads() -> None:
-    """Rows are computed in one thread while another one releases the weights, or loses its rows."""
+    """Rows are not computed in one thread while another one moves the weights."""
     model, calls = releasing(UNCONDITIONED)
-    expected = run(model, calls)
-    found: dict[int, list[Tensor]] = {}
+    expected, found = run(model, calls), list[list[Tensor]]()
+    weights = model._backend.weights
 
-    def sample(number: int) -> None:
-        shifted = [{**call, "timestep": call["timestep"] + 0} for call in calls]
-        for _ in range(2):
-            model._backend.weights.bring_back()
-            found[number] = run(model, shifted)
+    def sample() -> None:
+        found.append(run(model, calls))  # in a thread of its own, with rows of its own
+        weights.bring_back()
 
-    threads = [threading.Thread(target=sample, args=(number,)) for number in range(2)]
-    for thread in threads:
-        thread.start()
+    threads = [threading.Thread(target=sample) for _ in range(2)]
+    with weights.lock:
+        for thread in threads:
+            thread.start()
+        threads[0].join(timeout=2)
+        assert model.stats().table_rows == STEPS
     for thread in threads:
         thread.join()
-    assert len(found) == 2
-    for outputs in found.values():
+    assert len(found) == len(threads)
+    for outputs in found:
         close(outputs, expected)
 
 

@@ -56,6 +56,18 @@ def test_a_released_weight_is_the_same_object_with_the_same_metadata(weights: We
     assert weight.untyped_storage().resizable()
 
 
+def test_inference_mode(weights: Weights) -> None:
+    """A trajectory in inference mode leaves weights that can be changed, with a version counter."""
+    weight = parameters()[1]
+    for act in (lambda: weights.release([weight]), weights.bring_back):
+        with torch.inference_mode():
+            act()
+        assert not weight.is_inference()
+        before = weight._version
+        weight.mul_(2)
+        assert weight._version == before + 1
+
+
 def test_bytes(weights: Weights) -> None:
     held = parameters()
     weights.release(held)
