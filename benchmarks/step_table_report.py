@@ -27,6 +27,27 @@ from the table. A step that computes every site computes them as ever, so reuse 
   the scheduler's timesteps. `explain()` names the reason, and `stats().tables` counts dropped rows by reason.
 - `disable_passes=("step_tables",)` turns tables off.
 
+## Released weights
+
+With `tables="all"` no step reads the weights that only tables are computed from. `compile(…, tables="all",
+release=True)` releases their memory once the rows of a schedule were computed by one call; `restore` brings it back.
+
+- **How.** The contents are written to a temporary file without a name, and the storage of each weight is replaced by a
+  private mapping of it. The parameter stays the same object, with its metadata and version counter, so Dynamo does not
+  recompile. Reading it works everywhere: in `state_dict`, `save_pretrained`, copies, and for rows that are computed
+  later. The operating system reads pages from the file, and drops them when it needs the memory.
+- **Changed weights.** What is written to a released weight stays in memory. The next trajectory computes rows from the
+  new values, as ever, and releases the weight again.
+- **Which.** Weights that no compiled variant, no value that is computed once per trajectory and no other graph of the
+  model reads. A graph that is compiled later brings all of them back first, as it may read them. None is released if a
+  graph is not the whole model, because the readers of its weights are then unknown, nor if rows are computed one by
+  one. A weight that shares its storage stays, and so does everything if the folder of temporary files (`TMPDIR`) is in
+  memory or full. `stats().tables` counts the reasons.
+- **How much.** `stats().released_bytes` and `explain()` say how many bytes are released now.
+- **GPUs.** Weights on a GPU are not released. An emptied storage there would make whatever reads it fail or crash.
+- **Threads.** Tables lock the weights while they compute rows. Other code must not read a weight in one thread at the
+  moment when another thread releases it or brings it back.
+
 ## On paper
 
 Written by `python -m benchmarks.step_tables` from `step_tables.json` (torch {torch}, diffusers {diffusers}).

@@ -37,6 +37,7 @@ def compile(
     memory_budget: int | None = None,
     timing: bool = False,
     tables: Tables = "reuse",
+    release: bool = False,
 ) -> Any:
     """Compile a diffusion transformer so that its residual branches are computed or reused as `policy` says.
 
@@ -65,6 +66,10 @@ def compile(
     results are then within rounding of the original model's, and no longer bit-equal.
     `disable_passes=("step_tables",)` turns tables off.
 
+    With `release=True`, which needs `tables="all"`, weights that only tables are computed from leave the CPU's memory
+    once the rows of a schedule are computed: they are mapped from a temporary file, and can be read as before.
+    `restore` brings them back. Weights on other devices stay where they are.
+
     The model is compiled at its first call, for inference only. Raises NotAModule if `model` is not a module,
     BadArgument for other invalid arguments, and PlanMismatch for a policy that was searched for another model.
     """
@@ -81,6 +86,7 @@ def compile(
         "memory_budget": memory_budget,
         "timing": timing,
         "tables": tables,
+        "release": release,
     }
     return enable(model, policy, **given) if is_pipeline(model) else compile_denoiser(model, policy, **given)
 

@@ -35,6 +35,7 @@ def compile_denoiser(
     memory_budget: int | None = None,
     timing: bool = False,
     tables: Tables = "reuse",
+    release: bool = False,
 ) -> Any:
     """Compile a module; arguments and errors are those of `compile`."""
     model = _module(model)
@@ -52,6 +53,7 @@ def compile_denoiser(
         memory_budget=memory_budget,
         timing=timing,
         tables=tables,
+        release=release,
     )
     return attach(model, made, fullgraph, dynamic)
 

@@ -125,12 +125,14 @@ class RewrittenModule(nn.Module, metaclass=_IsRewritten):
             raise NotCaptured("explain()")
         ran, streams = Counter(backend.session.ran), backend.session.num_streams
         predict = functools.partial(predict_model, backend, self, backend.policy, num_steps, scheduler)
-        return Report(backend.policy, tuple(backend.rewritten), ran, max(streams, 1), predict, self.stats())
+        released = backend.weights.bytes if backend.release else None
+        rewritten = tuple(backend.rewritten)
+        return Report(backend.policy, rewritten, ran, max(streams, 1), predict, self.stats(), released)
 
     def stats(self) -> Stats:
         """Return a copy of the statistics so far. The copy shares the rows of decisions."""
         backend = self._backend
-        return backend.stats.copy(cache_bytes=backend.session.cache_bytes())
+        return backend.stats.copy(cache_bytes=backend.session.cache_bytes(), released_bytes=backend.weights.bytes)
 
     def reset(self) -> None:
         """Discard all trajectories of the calling thread and their cached values."""
@@ -279,9 +281,10 @@ def _traceable(self: nn.Module) -> Callable[..., Any]:
 
 
 def detach(model: Module) -> Module:
-    """Undo `attach`. A module that is not rewritten is returned unchanged."""
+    """Undo `attach`, and bring released weights back. A module that is not rewritten is returned unchanged."""
     rewrite = model.__dict__.get(_STATE)
     if rewrite is not None:
+        rewrite.backend.weights.bring_back()
         for name in _ATTRIBUTES:
             del model.__dict__[name]
         set_compiled_call(model, rewrite.compiled_before)

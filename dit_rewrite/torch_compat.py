@@ -181,6 +181,12 @@ def storage_id(value: Tensor) -> int:
     return found
 
 
+def is_unshared(storage: torch.UntypedStorage) -> bool:
+    """Return whether a single tensor has this storage: nothing but it and the `storage` object refers to it."""
+    count: int = _get(torch._C, "_storage_Use_Count")(_get(storage, "_cdata"))
+    return count <= 2
+
+
 def size_guards(fake_mode: FakeTensorMode | None) -> Sequence[sympy.Basic]:
     """Return the size guards that a trace has added so far."""
     shape_env = None if fake_mode is None else _get(fake_mode, "shape_env")

@@ -94,7 +94,8 @@ class Stats:
     num_trajectories: all trajectories. trajectories: those that the caller did not mark, by the reason they began.
     streams: streams that have no values, or have lost them, by reason.
     table_rows: rows of step tables that were computed. table_bytes: the largest size of a graph's rows so far.
-    tables: by reason, how often rows were dropped or computed anew.
+    tables: by reason, how often rows were dropped or computed anew, or weights were not released. released_bytes: the
+    bytes of weights that are released now.
     timed: the last 10,000 calls with their times, if the caller asked for these.
     """
 
@@ -116,6 +117,7 @@ class Stats:
     table_bytes: int = 0
     tables: Counter[TableReason] = field(default_factory=Counter)
     timed: deque[TimedCall] = field(default_factory=lambda: deque(maxlen=10_000), repr=False)
+    released_bytes: int = 0
     records: deque[Record] = field(default_factory=lambda: deque(maxlen=10_000), repr=False)
     records_seen: int = 0
     lock: threading.Lock = field(default_factory=threading.Lock, repr=False, compare=False)
@@ -224,6 +226,8 @@ class Stats:
         lines += [f"a trajectory began {n} times: {why}" for why, n in self.trajectories.most_common()]
         if self.table_rows:
             lines += [f"{self.table_rows} rows of step tables computed, {self.table_bytes / 2**20:.2f} MiB at most"]
+        if self.released_bytes:
+            lines += [f"{self.released_bytes / 2**20:.2f} MiB of weights released"]
         lines += [f"step table, {n} times: {why}" for why, n in self.tables.most_common()]
         lines += [f"stream, {n} times: {why}" for why, n in self.streams.most_common() if n]
         return "\n".join(lines)

@@ -49,6 +49,9 @@ class Program(Protocol):
     def rows(self, columns: Columns, args: Sequence[Any], timesteps: Tensor) -> Sequence[Tensor] | None:
         """Return the values of `columns` for each of `timesteps`, stacked; None if an op cannot be batched."""
 
+    def release(self, args: Sequence[Any]) -> None:
+        """Release the weights that only rows are computed from, if the caller asked for that."""
+
 
 class Row:
     """The values of one step by column, and the tuples of them that variants take."""
@@ -170,6 +173,7 @@ class Tables:
             if stacked is not None:
                 for number, each in enumerate(ahead):
                     self._put(table, each, columns, [values[number].clone() for values in stacked])
+                self._program.release(args)  # not after a single row: the next step may compute another one
                 return
             self._batched = False
             self._stats.dropped(TableReason.NOT_BATCHED)

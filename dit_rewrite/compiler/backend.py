@@ -10,6 +10,7 @@ import time
 import weakref
 from collections import Counter
 from collections.abc import Callable, Collection, Sequence
+from functools import partial
 from typing import Any, Protocol, get_args
 
 import sympy
@@ -27,7 +28,7 @@ from dit_rewrite.compiler.request import Request, Tables, num_foreseen
 from dit_rewrite.compiler.rewritten import Rewritten, row_name
 from dit_rewrite.compiler.step_tables import TableProgram, timesteps_known
 from dit_rewrite.decision_row import DecisionRow
-from dit_rewrite.errors import BadArgument
+from dit_rewrite.errors import BadArgument, TableReason
 from dit_rewrite.kernels.relative_l1 import relative_l1
 from dit_rewrite.passes.analysis.graph import copied
 from dit_rewrite.passes.analysis.structure import structure
@@ -38,6 +39,7 @@ from dit_rewrite.passes.rewrite.specialise import specialise
 from dit_rewrite.policy.rules import Policy
 from dit_rewrite.runtime.dispatch import CompiledGraph
 from dit_rewrite.runtime.prologue import Prologue
+from dit_rewrite.runtime.released import Weights
 from dit_rewrite.runtime.segments import Executable
 from dit_rewrite.runtime.session import Session
 from dit_rewrite.runtime.stats import Stats
@@ -70,13 +72,15 @@ class Backend:
         memory_budget: int | None = None,
         timing: bool = False,
         tables: Tables = "reuse",
+        release: bool = False,
     ) -> None:
         """`force` makes every decision compute, and `store` limits the number of sites whose new slot tensors are
         returned; `verify` uses both. `watcher` observes each graph after each pass. The slots of all streams of a
         trajectory take at most `memory_budget` bytes, by default half of the memory of the model's device. `timing`:
         the time of each call is measured, which waits for the device. `tables`: "reuse" if only reusing steps read step
-        tables, "all" if computing ones do too. Raises BadArgument if a name in `disable_passes` is not an optional
-        pass, and for other values of `memory_budget` and `tables`."""
+        tables, "all" if computing ones do too. `release`: weights that only rows of step tables are computed from leave
+        the memory. Raises BadArgument if a name in `disable_passes` is not an optional pass, for other values of
+        `memory_budget` and `tables`, or for `release` without "all"."""
         self.policy, self.lowering, self.force, self.watcher, self.store = policy, lowering, force, watcher, store
         whole = isinstance(memory_budget, int) and not isinstance(memory_budget, bool) and memory_budget >= 0
         if memory_budget is not None and not whole:
@@ -87,6 +91,9 @@ class Backend:
         self.memory_budget, self.timing, self.tables = memory_budget, timing, tables
         if tables not in get_args(Tables):
             raise BadArgument("compile", "tables", tables, " or ".join(map(repr, get_args(Tables))))
+        if release and tables != "all":
+            raise BadArgument("compile", "release", release, 'False, or with tables="all"')
+        self.release, self.weights = release, Weights(self.stats)
         self.session = Session(self.stats, self._limit)
         self.rewritten: list[Rewritten] = []
         self.breaks: Counter[str] = Counter()  # graph breaks by location and reason
@@ -96,6 +103,7 @@ class Backend:
     def __call__(self, gm: fx.GraphModule, example_inputs: Sequence[Any], **_: Any) -> Callable[..., Any]:
         """Compile a graph; Dynamo calls this for each graph that it captures."""
         self._count(gm)
+        self.weights.bring_back()  # this graph may read them in each step
         call = self.session.call
         if call is None:
             return capture(gm, example_inputs, self._rewrite)
@@ -141,11 +149,21 @@ class Backend:
         if rewritten.hoisted is not None:
             rewritten.graph.prologue = Prologue(self._compile_prologue(rewritten, rewritten.hoisted), self.session)
         if rewritten.tables is not None and rewritten.has_table:
-            rewritten.graph.program = TableProgram(rewritten.tables)
+            released = partial(self._released, rewritten)
+            weights = self.weights if self.release else None
+            rewritten.graph.program = TableProgram(rewritten.tables, weights, released)
         for number, row in ctx[Partition].foreseen(ctx[Foreseen].rows):
             rewritten.graph.add_variant(number, row)
         self.rewritten.append(rewritten)
         return rewritten.graph
+
+    def _released(self, rewritten: Rewritten) -> tuple[int, ...]:
+        """Return the positions of the weights that only rows of step tables are computed from, in every graph."""
+        graphs = list(self.rewritten)
+        if not all(each.context[Request].whole for each in graphs):
+            self.stats.dropped(TableReason.PART_OF_MODEL)
+            return ()
+        return rewritten.positions(frozenset().union(*(each.weights_read for each in graphs)))
 
     def _dispatched(self, captured: Captured, ctx: Context, runs: list[PassRun]) -> Rewritten:
         rewritten: Rewritten

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 from torch import fx
@@ -65,7 +66,7 @@ class Rewritten:
         """Whether some steps read values from a step table."""
         return self.tables is not None and bool(self.tables.columns)
 
-    @property
+    @cached_property
     def step_table(self) -> StepTable | None:
         """What the step table holds and saves, or None if there is none."""
         if self.tables is None or not self.has_table:
@@ -73,6 +74,28 @@ class Rewritten:
         reused = [value for i in self.reached for value in self.found.sites[i].values]
         captured = self.captured
         return step_table(self.tables.source.graph, captured.static, captured.conditioning, captured.step, reused)
+
+    @property
+    def weights_read(self) -> frozenset[str]:
+        """The names of the weights that something else reads than the rows of a step table that all steps read."""
+        read = {node.name for i, node in enumerate(self._inputs()) if i in self.captured.static and node.users}
+        table = self.step_table if self.tables is not None and self.tables.everywhere else None
+        return frozenset(read - set(() if table is None else table.released) | self._compiled_reads())
+
+    def positions(self, names: Collection[str]) -> tuple[int, ...]:
+        """Return the positions of those weights that the step table is computed from, less the ones in `names`."""
+        weights = () if self.tables is None else self.tables.weights
+        return tuple(i for i, node in enumerate(self._inputs()) if i in weights and node.name not in names)
+
+    def _inputs(self) -> Sequence[fx.Node]:
+        return self.captured.gm.graph.find_nodes(op="placeholder")
+
+    def _compiled_reads(self) -> set[str]:
+        """The names of the inputs that compiled variants and the prologue take."""
+        variants = [variant for segment in self.graph.segments for variant in segment.variants.values()]
+        taken = {wire for variant in variants if variant is not None for wire in variant.inputs}
+        taken |= set(() if self.hoisted is None else self.hoisted.inputs)
+        return {node.name for i, node in enumerate(self._inputs()) if i in taken}
 
     @property
     def gm(self) -> fx.GraphModule:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import threading
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -14,6 +15,7 @@ from dit_rewrite.compiler.request import Request
 from dit_rewrite.passes.capture.capture import Captured
 from dit_rewrite.passes.pipeline import Context
 from dit_rewrite.passes.rewrite.step_tables import StepTables, tabulate
+from dit_rewrite.runtime.released import Weights
 from dit_rewrite.runtime.step_tables import Columns
 from dit_rewrite.runtime.trajectory import Trajectory
 
@@ -35,9 +37,16 @@ def run(gm: fx.GraphModule, ctx: Context) -> StepTables:
 
 
 class TableProgram:
-    """Computes rows of a step table with the captured ops; many rows at once with each op batched over the steps."""
+    """Computes rows of a step table with the captured ops; many rows at once with each op batched over the steps.
 
-    def __init__(self, tables: StepTables) -> None:
+    `weights` may release those of its weights that `released` returns the positions of; None releases none.
+    """
+
+    def __init__(
+        self, tables: StepTables, weights: Weights | None = None, released: Callable[[], Sequence[int]] = tuple
+    ) -> None:
+        self._weights, self._released = weights, released
+        self._lock = threading.RLock() if weights is None else weights.lock
         self.step, self.weights, self.conditioning = tables.step, tables.weights, tables.conditioning
         self.sizes = tables.sizes
         self.columns: Columns = ()
@@ -51,7 +60,7 @@ class TableProgram:
     def row(self, columns: Columns, args: Sequence[Any]) -> Sequence[Tensor]:
         """Return the values of `columns` for the timestep in `args`."""
         gm, inputs = self._program(columns)
-        with _plain():
+        with self._lock, _plain():
             return [value.contiguous() for value in gm(*map(args.__getitem__, inputs))]
 
     def rows(self, columns: Columns, args: Sequence[Any], timesteps: Tensor) -> Sequence[Tensor] | None:
@@ -59,7 +68,7 @@ class TableProgram:
         gm, inputs = self._program(columns)
         dims = tuple(0 if i in self.step else None for i in inputs)
         given = [timesteps if i in self.step else args[i] for i in inputs]
-        with _plain():
+        with self._lock, _plain():
             try:
                 return [value.contiguous() for value in torch.vmap(gm, dims)(*given)]
             except (
@@ -68,6 +77,11 @@ class TableProgram:
                 ValueError,
             ):  # an op has no batching rule
                 return None
+
+    def release(self, args: Sequence[Any]) -> None:
+        """Release the weights that only rows are computed from."""
+        if self._weights is not None:
+            self._weights.release([args[i] for i in self._released()])
 
 
 class _plain:

@@ -131,7 +131,7 @@ class TrajectoryReason(Reason):
 
 
 class TableReason(Reason):
-    """Step tables: why a graph has none, or why rows were computed anew."""
+    """Step tables: why a graph has none, why rows were computed anew, or why weights were not released."""
 
     # there is no table
     NO_TIMESTEP = "no input of the graph is the timestep of the call"
@@ -144,6 +144,13 @@ class TableReason(Reason):
     UNREADABLE = "the timestep of the call cannot be read without synchronising with a GPU"
     NOT_BATCHED = "an op cannot be batched over the steps, so rows are computed one at a time"
     OVER_LIMIT = "the rows exceeded the limit of memory, and the oldest ones were dropped"
+    # weights stay in memory
+    OFF_CPU = "a weight is not in the CPU's memory, so it is not released"
+    NOT_PLAIN = "a weight is a tensor subclass, not strided, or an inference tensor, so it is not released"
+    SHARED_STORAGE = "a weight shares its storage with another tensor or fills only a part of it, so it is not released"
+    FILES_IN_MEMORY = "the folder of temporary files is in memory, so weights are not released: set TMPDIR"
+    NO_SPACE = "the folder of temporary files has no space, so weights are not released"
+    PART_OF_MODEL = "a captured graph is not the whole model, so it is unknown who reads its weights: none is released"
 
 
 class PredictionReason(Reason):

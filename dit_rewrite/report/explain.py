@@ -45,6 +45,7 @@ class Report:
     ``occurrences`` is how often each graph ran in the last call; after a graph break, identical blocks share a graph.
     ``streams`` is the number of streams seen so far, each of which has slots of its own. ``predict`` predicts the costs
     of a trajectory, or returns why it cannot. ``measured`` has the counts, and perhaps times, of the calls so far.
+    ``released`` are the bytes of weights that are released now, None if the caller did not ask for that.
     """
 
     policy: Policy
@@ -53,6 +54,7 @@ class Report:
     streams: int = 1
     predict: Callable[[], Prediction | PredictionReason] = lambda: PredictionReason.TOTAL_UNKNOWN
     measured: Stats | None = None
+    released: int | None = None
 
     @cached_property
     def prediction(self) -> Prediction | PredictionReason:
@@ -117,6 +119,7 @@ class Report:
             *comparison(self.prediction, self.measured),
             *self._hoisted(),
             *self._tables(),
+            *(() if self.released is None else (f"released  {_quantity(self.released, 1024)}B of weights",)),
             "",
             *_table(self._rows()),
         ]

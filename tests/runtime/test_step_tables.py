@@ -27,6 +27,7 @@ class Product:
     def __init__(self, batched: bool = True) -> None:
         self.batched, self.single, self.batches = batched, 0, list[int]()
         self.columns: tuple[str, ...] = ()
+        self.released = 0
 
     def add(self, columns: tuple[str, ...]) -> None:
         self.columns = tuple(dict.fromkeys((*self.columns, *columns)))
@@ -42,6 +43,9 @@ class Product:
         self.batches += [len(timesteps)]
         one = [[self.column(name, t, args) for t in timesteps] for name in columns]
         return [torch.stack(column) for column in one] if self.batched else None
+
+    def release(self, args: Sequence[Any]) -> None:
+        self.released += 1
 
     @staticmethod
     def column(name: str, timestep: Tensor, args: Sequence[Any]) -> Tensor:
@@ -83,6 +87,16 @@ def test_the_rows_of_a_schedule_are_computed_at_once() -> None:
     assert run.stats.table_rows == 3
     assert run.stats.table_bytes == 3 * ROW_BYTES
     assert not run.stats.tables
+
+
+def test_weights_are_released_after_a_batch_alone() -> None:
+    """Rows that are computed one at a time would read released weights again and again."""
+    counts = []
+    for run in (Steps(), Steps(scheduled=False), Steps(batched=False)):
+        run(600)
+        run(300)
+        counts.append(run.program.released)
+    assert counts == [1, 0, 0]
 
 
 def test_the_next_trajectory_reads_the_same_rows() -> None:
