@@ -22,9 +22,12 @@ from dit_rewrite.policy.strategies import (
 )
 from dit_rewrite.policy.where import Where
 from dit_rewrite.proof.verify import Verification, verify
+from dit_rewrite.search.autopolicy import autopolicy
 from dit_rewrite.search.calibrate import calibrate
+from dit_rewrite.search.certificate import AutoPolicy
 
 __all__ = [
+    "AutoPolicy",
     "BlockwiseReuse",
     "Compute",
     "Forecast",
@@ -39,6 +42,7 @@ __all__ = [
     "Verify",
     "Where",
     "WindowResidual",
+    "autopolicy",
     "bases",
     "calibrate",
     "compile",

@@ -69,11 +69,11 @@ class CompiledGraph:
         self._errors = ForecastErrors(self.sites, distance)
         self._measures = any(site.measured or site.errors or site.entropy is not None for site in self.sites)
         self._decided = lru_cache(maxsize=PLANS)(self._decide)
+        self.forget_decisions = self._decided.cache_clear  # for a forecast whose weights have changed
         self._borrowing = tuple((i, site.borrows) for i, site in enumerate(self.sites) if site.borrows is not None)
         self._conditioned = tuple(i for i, site in enumerate(self.sites) if site.conditioned)
         self._weights = tuple(sorted(wiring.static))
-        self._steady = tuple(sorted(wiring.steady))
-        self._ambient = tuple(sorted(wiring.ambient))
+        self._steady, self._ambient = tuple(sorted(wiring.steady)), tuple(sorted(wiring.ambient))
         self._data = tuple(i for i in range(wiring.num_inputs - wiring.num_hoisted) if i not in wiring.static)
         forecasting = {i for i, site in enumerate(self.sites) if site.depth > 1}
         self._forecasting = tuple(tuple(i for i in segment.sites if i in forecasting) for segment in self.segments)
