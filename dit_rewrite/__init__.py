@@ -25,14 +25,18 @@ from dit_rewrite.proof.verify import Verification, verify
 from dit_rewrite.search.autopolicy import autopolicy
 from dit_rewrite.search.calibrate import calibrate
 from dit_rewrite.search.certificate import AutoPolicy
+from dit_rewrite.search.evaluation import Evaluation
+from dit_rewrite.search.tune import Range, tune
 
 __all__ = [
     "AutoPolicy",
     "BlockwiseReuse",
     "Compute",
+    "Evaluation",
     "Forecast",
     "GuidanceDelta",
     "Policy",
+    "Range",
     "Reuse",
     "ReuseKV",
     "RewrittenModule",
@@ -51,5 +55,6 @@ __all__ = [
     "guards",
     "policies",
     "restore",
+    "tune",
     "verify",
 ]

@@ -1,4 +1,4 @@
-"""The command line: ``python -m dit_rewrite demo | generate | latency | verify``."""
+"""The command line: ``python -m dit_rewrite autopolicy | demo | generate | latency | tune | verify``."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
 
+from dit_rewrite.cli import autopolicy, tune
 from dit_rewrite.errors import DitRewriteError
 
 BUNDLED = "dit_rewrite.demo.shapes.calls:build"  # the factory of the bundled denoiser
@@ -96,9 +97,11 @@ def _add_verify(parser: argparse.ArgumentParser) -> None:
 
 
 COMMANDS = {
+    "autopolicy": (autopolicy.add_arguments, "dit_rewrite.cli.autopolicy", "find a policy from one number"),
     "demo": (_add_demo, "dit_rewrite.demo.run", "sample images with and without caching, and compare"),
     "generate": (_add_generate, "dit_rewrite.cli.generate", "run a diffusers pipeline with its denoiser rewritten"),
     "latency": (_add_latency, "dit_rewrite.cli.latency", "time the parts of a text-conditional block"),
+    "tune": (tune.add_arguments, "dit_rewrite.cli.tune", "search the parameters of a policy"),
     "verify": (_add_verify, "dit_rewrite.cli.verify", "verify a rewrite against the unmodified model"),
 }
 

@@ -9,6 +9,7 @@ from dit_rewrite.errors.base import DitRewriteError
 from dit_rewrite.errors.cli import (
     BadModel,
     BadOption,
+    BadSampler,
     CommandError,
     HubUnreachable,
     MissingExtra,
@@ -103,6 +104,7 @@ __all__ = [
     "BadParameter",
     "BadPlan",
     "BadPolicyText",
+    "BadSampler",
     "BadTrajectory",
     "BrokenUp",
     "CommandError",

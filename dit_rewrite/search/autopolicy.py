@@ -23,6 +23,7 @@ from dit_rewrite.policy.rules import MadeFor, Policy
 from dit_rewrite.search.certificate import AutoPolicy, Control, Errors
 from dit_rewrite.search.controls import Controls, Solver, is_better
 from dit_rewrite.search.measurements import Candidate, Measurements, Report, Tried
+from dit_rewrite.search.pipeline_sampler import of_pipeline
 from dit_rewrite.search.refine import first_guess, refine
 from dit_rewrite.search.trials import DEPTH, WHERE, Place, Sample, images_of
 
@@ -54,7 +55,7 @@ class Bound:
 
 def autopolicy(
     model: Any,
-    sample: Sample,
+    sample: Sample | Mapping[str, Any],
     *,
     speedup: float | None = None,
     max_error: float | None = None,
@@ -74,7 +75,8 @@ def autopolicy(
     """Return the policy with the least error under a bound, chosen by measurements of the model, with its certificate.
 
     `sample(denoiser, seed)` runs the sampler with the denoiser that it takes and returns the images, or latents, as a
-    tensor; equal seeds give equal noise. `model` itself is not changed. The bound is one number: the least `speedup`,
+    tensor; equal seeds give equal noise. For a diffusers pipeline, `sample` has the arguments of its call, and the
+    controls are its compatible schedulers. `model` itself is not changed. The bound is one number: the least `speedup`,
     the most `max_error` (relative L2 error to the images of the same sampler that computes everything, averaged over
     seeds) or the most `max_seconds` of a run; `max_bytes` limits the cached values, and may stand beside one of them or
     alone, where the speed-up is 2.
@@ -83,10 +85,10 @@ def autopolicy(
     forecast steps of the error of the forecast, computed from the values of full runs, times the influence of the step
     on the final image, measured by replacing its value alone. A dynamic programme minimises it for each number of
     computed steps (`placement`). The best placements run with several weights, and computed steps are moved one at a
-    time while the measured error on `calibration_seeds` falls, for `trials` runs (`refine`). Then the error is measured
-    on `held_out_seeds`; for `max_error` the number of computed steps grows until the upper end of the error's 95 %
-    interval is within the bound. `measure="time"` compares the times of compiled runs in alternation; "flops" counts
-    FLOPs, for machines under load. `backend` compiles the models.
+    time while the mean error of the images of `calibration_seeds` falls, for `trials` runs (`refine`). Then the error
+    is measured on `held_out_seeds`; for `max_error` the number of computed steps grows until the upper end of the
+    error's 95 % interval is within the bound. `measure="time"` compares the times of compiled runs in alternation;
+    "flops" counts FLOPs, for machines under load. `backend` compiles the models.
 
     The control always runs if there is one: `controls` maps names of solvers to functions ``(denoiser, steps, seed) ->
     images``. The best of them at the cost of the policy is compared on the held-out seeds, and returned where it is
@@ -95,6 +97,9 @@ def autopolicy(
     Raises BadParameter, NotAModule, NothingRecorded, NotImages, and NothingFits if no placement keeps the bound.
     """
     bound = Bound(speedup, max_error, max_seconds, max_bytes)
+    if isinstance(sample, Mapping):
+        model, sample, derived = of_pipeline(model, sample)
+        controls = derived if controls is None else controls
     if measure not in ("time", "flops") or (max_seconds is not None and measure != "time"):
         raise BadParameter("autopolicy", "measure", measure, '"time", or "flops" without max_seconds')
     if not isinstance(unwrapped(model), nn.Module):

@@ -68,8 +68,8 @@ class AutoPolicy:
     the bound as text. ``cost`` is the time or the FLOPs, as ``measure`` says, over those of a run that computes
     everything; ``seconds`` is the time of a run if it was measured. ``model``, ``steps`` and ``scheduler`` say what
     the policy is valid for. ``place``, ``computed`` and ``style`` describe the forecasts: the place, the steps that
-    compute, and the weights. ``predicted`` is the objective of the dynamic programme, ``calibration_error`` the error
-    on the seeds of the search, and ``errors`` those on held-out seeds. ``rank_correlation`` is Spearman's, of
+    compute, and the weights. ``predicted`` is the objective of the dynamic programme, ``calibration_error`` the mean
+    error of the images of the search, and ``errors`` those on held-out seeds. ``rank_correlation`` is Spearman's, of
     predicted and measured errors over the ``trials`` of the search.
     """
 

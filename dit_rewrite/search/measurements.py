@@ -28,7 +28,7 @@ from dit_rewrite.search.placement import (
 from dit_rewrite.search.trials import DEPTH, Place, Sample, Trials
 
 Report = Callable[[str], object]
-STYLES: dict[str, int] = {"fitted 2": 2, "fitted 3": 3, "fitted 4": DEPTH, "taylorseer": 3}  # values that each reads
+STYLES: dict[str, int] = {"fitted": DEPTH, "taylorseer": 3}  # kinds of weights, and the values that each reads
 STRIDE = 4  # the influence is measured at one step in so many, and interpolated
 
 
@@ -41,7 +41,11 @@ class Candidate(NamedTuple):
 
 
 class Tried(NamedTuple):
-    """A candidate, the objective that was predicted for it, and its measured error on the calibration seeds."""
+    """A candidate, the objective that was predicted for it, and its error on the calibration images.
+
+    The error is the mean of the images' own relative L2 errors, in which single images weigh less than in the error of
+    a batch: they differ much, and the search should not follow a few of them.
+    """
 
     candidate: Candidate
     predicted: float
@@ -95,7 +99,8 @@ class Measurements:
     def _weigh(self, found: Measured) -> None:
         """Measure the influence of each step: the final error per error of its value, if it alone is replaced.
 
-        The value is replaced by the one two steps before, or by that of step 0.
+        The value is replaced by the one two steps before, or by that of step 0. The influence is tempered: its
+        geometric mean with a uniform one, since a few images decide what is measured.
         """
         seed, known = self.seeds[0], {}
         for step in sorted({1, *range(2, self.steps, STRIDE), self.steps - 1}):
@@ -105,9 +110,11 @@ class Measurements:
             error = math.sqrt(squared_error(found.gram, step, anchors_of(step, range(self.steps), len(row)), row))
             known[step] = relative_l2(images, self.images[seed]) / max(error, 1e-12)
         self.report(f"measured the influence of {len(known)} steps of the {found.trials.place}")
-        found.influence = interpolate(known, self.steps)
-        for power in (1.0, 2.0):
-            found.placements.append(place(gap_costs(found.gram, found.influence, power), self.steps))
+        measured = interpolate(known, self.steps)
+        found.influence = (measured * measured.mean()).sqrt()
+        uniform = torch.full_like(measured, float(measured.mean()))
+        for influence, power in ((found.influence, 1.0), (found.influence, 2.0), (uniform, 1.0)):
+            found.placements.append(place(gap_costs(found.gram, influence, power), self.steps))
 
     def reference(self, seed: int) -> Tensor:
         """Return the images of the model that computes every step."""
@@ -146,15 +153,22 @@ class Measurements:
         for tried in self.runs:
             if tried.candidate == candidate:
                 return tried
-        errors, flops = self.errors(candidate, self.seeds)
-        self.runs.append(Tried(candidate, self.predicted(candidate), statistics.fmean(errors), flops))
+        trials, table = self.places[candidate.place].trials, self.table(candidate)
+        errors, flops = [], []
+        for seed in self.seeds:
+            run = trials.run(table, seed)
+            errors += [relative_l2(a, b) for a, b in zip(run.images, self.images[seed], strict=True)]
+            flops.append(run.flops)
+        predicted = self.predicted(candidate)
+        self.runs.append(Tried(candidate, predicted, statistics.fmean(errors), statistics.fmean(flops)))
         return self.runs[-1]
 
     def starts(self, name: Place, count: int) -> list[Candidate]:
         """Return the candidates from which a search for `count` computed steps starts, without duplicates."""
         found = [placements[count - 1].computed for placements in self.places[name].placements]
-        found.append(even(count, self.steps))
-        return [Candidate(name, computed, style) for computed in dict.fromkeys(found) for style in STYLES]
+        starts = [Candidate(name, computed, "fitted") for computed in found]
+        others = (found[0], even(count, self.steps))
+        return list(dict.fromkeys([*starts, *(Candidate(name, computed, "taylorseer") for computed in others)]))
 
     def rank_correlation(self) -> float | None:
         """Return Spearman's correlation of predicted and measured errors over all candidates that ran."""

@@ -193,7 +193,7 @@ class Made:
         self.report = [].append
 
     def starts(self, name: Place, count: int) -> list[Candidate]:
-        return [Candidate(name, tuple(range(count)), "fitted 2")]
+        return [Candidate(name, tuple(range(count)), "fitted")]
 
     def predicted(self, candidate: Candidate) -> float:
         return float(abs(candidate.computed[-1] - self.steps // 2))
@@ -221,7 +221,7 @@ def test_the_number_of_computed_steps_grows_until_the_held_out_error_fits() -> N
     count = len(found.tried.candidate.computed)
     upper = Errors.of(Made().errors(found.tried.candidate, (5, 6))[0]).high
     assert upper <= 0.04 and count > 5
-    before = Errors.of(Made().errors(Candidate("output", tuple(range(count - 1)), "fitted 2"), (5, 6))[0]).high
+    before = Errors.of(Made().errors(Candidate("output", tuple(range(count - 1)), "fitted"), (5, 6))[0]).high
     assert before > 0.04
     assert len(search(Made(0.1), max_error=0.04).run().tried.candidate.computed) == 5
     with pytest.raises(NothingFits, match="max_error=0.04"):
@@ -239,10 +239,10 @@ def test_local_search_follows_the_measured_error() -> None:
             return (known or self.runs)[-1]
 
     made = Valley()
-    start = made.attempt(Candidate("output", (0, 3), "fitted 2"))
+    start = made.attempt(Candidate("output", (0, 3), "fitted"))
     assert refine(made, start, 50).candidate.computed == (0, 7)  # type: ignore[arg-type]
     made = Valley()
-    start = made.attempt(Candidate("output", (0, 3), "fitted 2"))
+    start = made.attempt(Candidate("output", (0, 3), "fitted"))
     assert refine(made, start, 1).error == 2 and len(made.runs) == 2  # type: ignore[arg-type]
 
 
