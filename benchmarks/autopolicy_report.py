@@ -8,6 +8,8 @@ from typing import Any
 
 from benchmarks.record import VERDICTS, Claim, Record
 
+Entry = dict[str, Any]
+
 INTRODUCTION = """# A policy from one number
 
 Written by `python -m benchmarks.autopolicy` from `autopolicy.json`.
@@ -28,7 +30,9 @@ found.save("policy.json")  # the policy with its certificate: dit-rewrite genera
 sampler that computes everything: `held out` is the mean over the certificate's seeds with its 95 % interval, `unseen`
 the mean over batches of 12 images of seeds that the search never saw, and `same images` the error on the 24 images of
 [the fidelity benchmark](fidelity.md). `hand-set` is the front of its hand-set policies on these images, interpolated at
-the same FLOPs. `fewer steps` is the best solver at the same number of calls, on the held-out seeds. Errors differ much
+the same FLOPs; the best of about 70 policies on the images that it is judged by has an advantage. `even` is a plan of
+as many evenly spaced computed steps with TaylorSeer's forecasts of the output, among the best by hand, on the unseen
+images. `fewer steps` is the best solver at the same number of calls, on the held-out seeds. Errors differ much
 between images, so that a few images decide a mean.
 """
 
@@ -50,13 +54,16 @@ def _claims(toy: str, claims: Sequence[Claim]) -> Iterator[str]:
 
 
 def _table(toy: str, record: Record, claims: Sequence[Claim]) -> Iterator[str]:
-    titles = "bound, cost, computed, weights, held out, unseen, same images, hand-set, fewer steps, winner, search"
+    titles = (
+        "bound, cost, computed, weights, held out, unseen, even, same images, hand-set, fewer steps, winner, search"
+    )
     yield f"| {titles.replace(', ', ' | ')} |"
-    yield "|---|---:|---:|---|---:|---:|---:|---:|---:|---|---:|"
+    yield "|---|---:|---:|---|---:|---:|---:|---:|---:|---:|---|---:|"
     best = {e["bound"]: e for c in claims if c.claim.startswith(f"{toy}: against the best hand") for e in c.evidence}
     for bound, found in record.sections[toy].items():
         unseen = record.sections.get(f"{toy}, unseen", {}).get(bound)
-        yield f"| {' | '.join(_cells(bound, found, unseen, best.get(bound)))} |"
+        plan = record.sections.get(f"{toy}, even", {}).get(bound)
+        yield f"| {' | '.join(_cells(bound, found, unseen, plan, best.get(bound)))} |"
     first = next(iter(record.sections[toy].values()))
     yield ""
     yield (
@@ -66,7 +73,7 @@ def _table(toy: str, record: Record, claims: Sequence[Claim]) -> Iterator[str]:
     )
 
 
-def _cells(bound: str, found: dict[str, Any], unseen: dict[str, Any] | None, best: dict[str, Any] | None) -> list[str]:
+def _cells(bound: str, found: Entry, unseen: Entry | None, even: Entry | None, best: Entry | None) -> list[str]:
     control = found["control"]
     return [
         bound,
@@ -75,6 +82,7 @@ def _cells(bound: str, found: dict[str, Any], unseen: dict[str, Any] | None, bes
         found["style"],
         f"{found['error']:.4f} ({found['low']:.4f} to {found['high']:.4f})",
         "" if unseen is None else f"{unseen['mean']:.4f} ({unseen['unseen']} images)",
+        "" if even is None else f"{even['mean']:.4f}",
         "" if unseen is None else f"{unseen['fidelity']:.4f}",
         "" if best is None else f"{best['hand_set']:.4f} ({best['policy'][:40]})",
         "" if control is None else f"{control['error']:.4f} ({control['solver']}, {control['steps']})",

@@ -136,7 +136,7 @@ def follow_certificate(arguments: argparse.Namespace, policy: dit_rewrite.Policy
     found = AutoPolicy.load(path)
     found.check(pipeline.transformer, arguments.steps, pipeline.scheduler)
     if found.winner == "control" and found.control is not None:
-        kinds = {kind.__name__: kind for kind in compatible(pipeline.scheduler)}
+        kinds: dict[str, Any] = {kind.__name__: kind for kind in compatible(pipeline.scheduler)}
         if found.control.solver not in kinds:
             raise BadOption("generate", "policy", arguments.policy, f"a file whose control is among {', '.join(kinds)}")
         pipeline.scheduler = kinds[found.control.solver].from_config(pipeline.scheduler.config)

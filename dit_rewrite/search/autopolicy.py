@@ -241,10 +241,9 @@ class Search:
         """Return the best of fewer steps at the cost of the policy."""
         measured = self.measured
         runner = Controls(measured.model, solvers, measured.calls)
-        images: list[dict[int, Tensor]] = [
-            {seed: measured.reference(seed) for seed in seeds} for seeds in (measured.seeds, self.held_out)
-        ]
-        return runner.best(found.cost, *images)
+        searched = {seed: measured.reference(seed) for seed in measured.seeds}
+        held_out = {seed: measured.reference(seed) for seed in self.held_out}
+        return runner.best(found.cost, searched, held_out)
 
     def result(self, found: Verified, control: Control | None, seconds: float) -> AutoPolicy:
         """Return the certificate of the better one."""

@@ -70,7 +70,7 @@ def tune(
         load_if_exists=True,
     )
 
-    def objective(trial: optuna.Trial) -> tuple[float, ...]:
+    def objective(trial: Any) -> tuple[float, ...]:
         parameters = {name: _suggest(trial, name, values) for name, values in space.items()}
         try:
             policy = make_policy(**parameters)

@@ -53,12 +53,14 @@ def test_claims_and_page(fidelity: Path, tmp_path: Path) -> None:
     }
     unseen = {"unseen": 96, "mean": 0.011, "fidelity": 0.015}
     record.sections["class, unseen"] = {"speedup=3": unseen, "speedup=2": unseen, "max_error=0.01": unseen}
-    bounds, best, fewer = judge(record, fidelity)
+    record.sections["class, even"] = {"speedup=3": {"mean": 0.022}, "speedup=2": {"mean": 0.012}}
+    bounds, even, best, fewer = judge(record, fidelity)
+    assert [e["held"] for e in even.evidence] == [True, False]
     assert [e["held"] for e in bounds.evidence] == [True, False, False]
     assert [e["bound"] for e in best.evidence] == ["speedup=3", "max_error=0.01"]
     assert [e["share"] for e in best.evidence] == pytest.approx([0.75, 0.75])
     assert [e["held"] for e in fewer.evidence] == [True, False]
-    page = write_page(record, [bounds, best, fewer], tmp_path).read_text()
+    page = write_page(record, [bounds, even, best, fewer], tmp_path).read_text()
     assert "| speedup=3 | 0.300 | 2 | fitted |" in page and "**not held** (1 of 2;" in page
 
 
