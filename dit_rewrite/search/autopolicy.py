@@ -104,6 +104,9 @@ def autopolicy(
         raise BadParameter("autopolicy", "measure", measure, '"time", or "flops" without max_seconds')
     if not isinstance(unwrapped(model), nn.Module):
         raise NotAModule(model)
+    if measurements is not None and fingerprint(measurements.model) != fingerprint(unwrapped(model)):
+        raise BadParameter("autopolicy", "measurements", "…", "those of this model")
+    calibration_seeds = calibration_seeds if measurements is None else measurements.seeds
     if set(calibration_seeds) & set(held_out_seeds) or not calibration_seeds or len(held_out_seeds) < 2:
         allowed = "two or more seeds that are not among calibration_seeds, of which there is one or more"
         raise BadParameter("autopolicy", "held_out_seeds", held_out_seeds, allowed)
@@ -166,7 +169,8 @@ class Search:
             share = self.bound.max_seconds / full
         count = min(steps - 1, math.floor(steps * share + 1e-9))
         while count >= FEWEST:
-            best = refine(self.measured, first_guess(self.measured, self.places, count), self.trials)
+            most = share + 1e-9 if self.measure == "flops" else math.inf
+            best = refine(self.measured, first_guess(self.measured, self.places, count, most), self.trials)
             cost, seconds = self._cost(best)
             if cost <= share + 1e-9:
                 return self._verify(best, cost, seconds)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 
 from dit_rewrite.search.measurements import Candidate, Measurements, Tried
@@ -10,10 +11,14 @@ from dit_rewrite.search.trials import Place
 SHIFTS = (-1, 1, -2, 2)
 
 
-def first_guess(measured: Measurements, places: Sequence[Place], count: int) -> Tried:
-    """Return the best of the starting candidates of all places, by their measured errors."""
-    starts = [start for name in places for start in measured.starts(name, count)]
-    return min((measured.attempt(start) for start in starts), key=lambda tried: tried.error)
+def first_guess(measured: Measurements, places: Sequence[Place], count: int, most: float = math.inf) -> Tried:
+    """Return the best of the starting candidates of all places, by their measured errors.
+
+    Those that cost at most `most` FLOPs, over those of a run that computes everything, come before the others: a
+    forecast of the stack or of branches leaves the rest of the model to compute.
+    """
+    tried = [measured.attempt(start) for name in places for start in measured.starts(name, count)]
+    return min(tried, key=lambda one: (one.flops > most, one.error))
 
 
 def refine(measured: Measurements, start: Tried, trials: int) -> Tried:

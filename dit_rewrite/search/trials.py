@@ -76,6 +76,7 @@ class Trials:
         self._rows: dict[tuple[int, tuple[bool, ...]], int] = defaultdict(int)
         self._flops: dict[tuple[int, tuple[bool, ...]], int] = {}
         self.scheduler: str | None = None
+        self._held = 0  # bytes in the slots with DEPTH values
         self._values: dict[Hashable, list[tuple[Tensor, ...]]] | None = None
         self._backend.session.observer = self._see
 
@@ -99,6 +100,9 @@ class Trials:
         self._values = defaultdict(list)
         trial = self.run(None, seed)
         values, self._values = self._values, None
+        graphs = [self._backend.rewritten[graph] for graph in {graph for graph, _ in self._rows}]
+        streams = max(self._backend.session.num_streams, 1)
+        self._held = sum(sum(graph.slot_bytes.values()) for graph in graphs) * streams
         counts = {len(steps) for steps in values.values()}
         if len(counts) != 1 or min(counts) < 3:
             raise NothingRecorded(self.place, " and ".join(map(str, sorted(counts))) or "0")
@@ -106,10 +110,8 @@ class Trials:
         return torch.stack(grams).mean(0), trial
 
     def slot_bytes(self, depth: int) -> int:
-        """Return the bytes in the slots with `depth` values per site, over all streams."""
-        streams = max(self._backend.session.num_streams, 1)
-        held = sum(sum(r.slot_bytes.values()) for r in self._backend.rewritten)
-        return held * depth // DEPTH * streams
+        """Return the bytes in the slots of the recorded runs with `depth` values per site, over all streams."""
+        return self._held * depth // DEPTH
 
     def _see(self, observation: Observation) -> None:
         record = observation.record

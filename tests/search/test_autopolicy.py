@@ -29,7 +29,7 @@ from dit_rewrite.proof.image_metrics import relative_l2
 from dit_rewrite.search.autopolicy import Bound, Search
 from dit_rewrite.search.certificate import AutoPolicy, Errors
 from dit_rewrite.search.measurements import Candidate, Measurements, Tried, rank_correlation
-from dit_rewrite.search.refine import refine
+from dit_rewrite.search.refine import first_guess, refine
 from dit_rewrite.search.trials import Place
 from tests.helpers import tiny
 
@@ -126,7 +126,9 @@ def test_a_bound_on_the_error_holds_on_held_out_seeds(measured: Measurements) ->
 
 def test_bytes_limit_the_places(measured: Measurements) -> None:
     kept = autopolicy(tiny.build(), sample, speedup=2, max_bytes=10**6, measurements=measured, **SETTINGS)
-    assert 0 < kept.cache_bytes <= 10**6
+    values = 2 * 8 * tiny.CHANNELS * 4  # bytes of an output
+    assert kept.cache_bytes == values * max(len(row) for row in measured.table(
+        Candidate("output", kept.computed, kept.style)).rows)  # fmt: skip
     with pytest.raises(NothingFits, match="bytes"):
         autopolicy(tiny.build(), sample, max_bytes=10, measurements=measured, **SETTINGS)
 
@@ -279,6 +281,26 @@ def test_models_and_images_are_checked() -> None:
         autopolicy(sample, sample, speedup=2)
     with pytest.raises(NotImages):
         autopolicy(tiny.build(), lambda model, seed: [sample(model, seed)], speedup=2, **SETTINGS)  # type: ignore[arg-type, return-value]
+
+
+def test_cheap_candidates_come_first() -> None:
+    """At the same number of computed steps, a place within the cost is taken before a better one beyond it."""
+
+    class TwoPlaces(Made):
+        def attempt(self, candidate: Candidate) -> Tried:
+            stack = candidate.place == "stack"
+            return Tried(candidate, 0.0, 0.1 if stack else 0.2, 0.6 if stack else 0.5)
+
+    places: list[Place] = ["output", "stack"]
+    found = [first_guess(TwoPlaces(), places, 3, most).candidate.place for most in (0.5, 0.7, 0.1)]  # type: ignore[arg-type]
+    assert found == ["output", "stack", "stack"]
+
+
+def test_measurements_of_another_model_are_refused(measured: Measurements) -> None:
+    with pytest.raises(BadParameter, match="those of this model"):
+        autopolicy(tiny.build(3), sample, speedup=2, measurements=measured, **SETTINGS)
+    with pytest.raises(BadParameter, match="held_out_seeds"):
+        autopolicy(tiny.build(), sample, speedup=2, measurements=measured, **SETTINGS | {"held_out_seeds": (0, 5)})
 
 
 def test_stack_and_branches_are_places_too() -> None:
