@@ -171,6 +171,13 @@ def judge(record: Record, fidelity: Path) -> list[Claim]:
     return claims
 
 
+def missing(record: Record) -> list[str]:
+    """Return the toys and bounds that are not in the file."""
+    wanted = {toy: [name_of(bound) for bound in BOUNDS] for toy in ("class", "text", "flow")}
+    left = {toy: [b for b in bounds if _unseen(record, toy, b) is None] for toy, bounds in wanted.items()}
+    return [f"{toy}: {', '.join(bounds)}" for toy, bounds in left.items() if bounds]
+
+
 def _unseen(record: Record, toy: str, bound: str) -> Entry | None:
     found: Entry | None = record.sections.get(f"{toy}, unseen", {}).get(bound)
     return found
@@ -246,7 +253,7 @@ def main(argv: list[str] | None = None) -> None:
     record = run(arguments)
     claims = judge(record, arguments.fidelity)
     print_claims(claims)
-    write_page(record, claims, arguments.docs)
+    write_page(record, claims, arguments.docs, missing(record))
 
 
 if __name__ == "__main__":

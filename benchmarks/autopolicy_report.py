@@ -37,11 +37,13 @@ between images, so that a few images decide a mean.
 """
 
 
-def write_page(record: Record, claims: Sequence[Claim], docs: Path) -> Path:
-    """Write the page from the rows and the claims."""
+def write_page(record: Record, claims: Sequence[Claim], docs: Path, missing: Sequence[str] = ()) -> Path:
+    """Write the page from the rows and the claims. `missing` are the rows that were not measured."""
     lines = [INTRODUCTION]
     for toy in (name for name in record.sections if ", " not in name):
         lines += [f"## {toy}", "", *_claims(toy, claims), "", *_table(toy, record, claims), ""]
+    if missing:
+        lines += ["## Not measured yet", "", f"{'; '.join(missing)}.", ""]
     path = docs / "autopolicy.md"
     path.write_text("\n".join(lines).rstrip() + "\n", encoding="utf-8")
     return path
