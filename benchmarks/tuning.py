@@ -43,6 +43,13 @@ GRID: Space = {
 }
 THRESHOLDS: Space = {"snr_threshold": Range(0.02, 2.0), "entropy_threshold": Range(3.0, 4.2)}  # the maximum is log 64
 INTERVALS = {"interval": [2, 3, 5]}
+GUIDANCES, LENGTHS = (1.25, 3.0, 4.5), (25, 50, 100)
+WANTED = {  # the trials of each study
+    "DQAR: warmup, layer fraction, order": 40,
+    "DQAR: SNR and entropy": 30,
+    **{f"FORA: guidance {guidance}": 3 for guidance in GUIDANCES},
+    **{f"FORA: {steps} steps": 3 for steps in LENGTHS},
+}
 Trial = dict[str, Any]
 
 INTRODUCTION = """# Parameter studies
@@ -91,7 +98,16 @@ class Bench:
 
         def run() -> Mapping[str, Any]:
             journal = self.arguments.out.with_suffix(".journal")
-            front = tune(make, space, evaluate, storage=journal, study=name, report=self.say, **how)
+            front = tune(
+                make,
+                space,
+                evaluate,
+                storage=journal,
+                study=name,
+                report=self.say,
+                timeout=self.arguments.timeout,
+                **how,
+            )
             return trials_of(front)
 
         self.record.get("studies", name, run)
@@ -106,11 +122,11 @@ class Bench:
         if "thresholds" in chosen:
             evaluate = self.evaluation()
             self.study("DQAR: SNR and entropy", eager, THRESHOLDS, evaluate, sampler="tpe", trials=30)
-        for guidance in (1.25, 3.0, 4.5) if "guidance" in chosen else ():
+        for guidance in GUIDANCES if "guidance" in chosen else ():
             self.study(
                 f"FORA: guidance {guidance}", FORA, INTERVALS, self.evaluation(guidance=guidance), sampler="grid"
             )
-        for steps in (25, 50, 100) if "steps" in chosen else ():
+        for steps in LENGTHS if "steps" in chosen else ():
             self.study(f"FORA: {steps} steps", FORA, INTERVALS, self.evaluation(steps), sampler="grid")
 
 
@@ -144,8 +160,11 @@ def page(record: Record, docs: Path) -> Path:
         best = [t for t in trials if t["front"]] if name.startswith("DQAR") else trials
         told = ", ".join(f"`{key}` {share:.2f}" for key, share in shares(trials).items())
         pruned = f", {study['pruned']} pruned" if study["pruned"] else ""
-        what = f"The front of {len(trials)} trials{pruned}" if name.startswith("DQAR") else f"{len(trials)} trials"
+        count = f"{len(trials)} of {WANTED[name]} trials{pruned}"
+        what = f"The front of {count}" if name.startswith("DQAR") else count
         lines += [f"## {name}", "", f"{what}; share of the variance: {told}.", "", *_table(best), ""]
+    missing = [name for name in WANTED if name not in record.sections.get("studies", {})]
+    lines += ["## Not measured yet", "", f"{'; '.join(missing)}.", ""] if missing else []
     path = docs / "tuning.md"
     path.write_text("\n".join(lines).rstrip() + "\n", encoding="utf-8")
     return path
@@ -165,6 +184,7 @@ def build_parser() -> argparse.ArgumentParser:
     names = ["grid", "thresholds", "guidance", "steps"]
     parser.add_argument("--studies", nargs="*", choices=names, default=names)
     parser.add_argument("--images", type=int, default=8)
+    parser.add_argument("--timeout", type=float, help="seconds after which a study begins no further trial")
     parser.add_argument("--out", type=Path, default=RESULTS / "tuning.json")
     parser.add_argument("--docs", type=Path, default=Path("docs"))
     return parser

@@ -44,6 +44,7 @@ def tune(
     study: str = "dit_rewrite",
     seed: int = 0,
     prune: bool = True,
+    timeout: float | None = None,
     report: Callable[[str], object] = lambda _: None,
 ) -> Front:
     """Search the parameters of a policy. Returns all trials, and the front of those that no other dominates.
@@ -56,8 +57,8 @@ def tune(
     one.
 
     `storage` is a journal file, or the URL of a database. Several processes or machines that are given the same one
-    share the study, and a study that was interrupted goes on: `trials` counts those that are already in it. Raises
-    BadParameter, and MissingExtra without Optuna.
+    share the study, and a study that was interrupted goes on: `trials` counts those that are already in it. No trial
+    begins after `timeout` seconds. Raises BadParameter, and MissingExtra without Optuna.
     """
     optuna = _optuna()
     _check(space, objectives, sampler, trials)
@@ -84,7 +85,7 @@ def tune(
 
     left = count - len(_ended(found))
     if left > 0:
-        found.optimize(objective, n_trials=left, callbacks=[told])
+        found.optimize(objective, n_trials=left, timeout=timeout, callbacks=[told])
     return _front(found, make_policy, tuple(objectives))
 
 

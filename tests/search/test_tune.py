@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -68,6 +69,16 @@ def test_a_study_goes_on_from_its_journal(tmp_path: Path) -> None:
     assert tune(made, SPACE, known, sampler="tpe", trials=6, storage=journal) == again and known.calls == 6
     tune(made, SPACE, known, sampler="tpe", trials=1, storage=journal, study="other")
     assert known.calls == 7
+
+
+def test_no_trial_begins_after_the_timeout(tmp_path: Path) -> None:
+    def slow(policy: Policy) -> Iterator[dict[str, float]]:
+        time.sleep(0.3)
+        yield from Known()(policy)
+
+    journal = tmp_path / "study.journal"
+    assert 0 < len(tune(made, SPACE, slow, sampler="grid", storage=journal, timeout=0.5).points) < 6
+    assert len(tune(made, SPACE, Known(), sampler="grid", storage=journal).points) == 6
 
 
 def test_a_database_is_shared(tmp_path: Path) -> None:
