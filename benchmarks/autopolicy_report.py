@@ -22,7 +22,7 @@ best solver at the same cost run as the control, which is returned where it is b
 
 ```python
 found = dit_rewrite.autopolicy(model, sample, speedup=3, controls={"DPM-Solver++ 2M": fewer_steps})
-print(found)               # both errors with their intervals, and the winner
+print(found)  # both errors with their intervals, and the winner
 found.save("policy.json")  # the policy with its certificate: dit-rewrite generate --policy policy.json
 ```
 
