@@ -25,15 +25,22 @@ from dit_rewrite.policy.strategies import (
 )
 from dit_rewrite.policy.where import Where
 from dit_rewrite.proof.verify import Verification, verify
+from dit_rewrite.search.autopolicy import autopolicy
 from dit_rewrite.search.calibrate import calibrate
+from dit_rewrite.search.certificate import AutoPolicy
+from dit_rewrite.search.evaluation import Evaluation
+from dit_rewrite.search.tune import Range, tune
 
 __all__ = [
     "Analysis",
+    "AutoPolicy",
     "BlockwiseReuse",
     "Compute",
+    "Evaluation",
     "Forecast",
     "GuidanceDelta",
     "Policy",
+    "Range",
     "Reuse",
     "ReuseKV",
     "RewrittenModule",
@@ -44,6 +51,7 @@ __all__ = [
     "Where",
     "WindowResidual",
     "analyze",
+    "autopolicy",
     "bases",
     "calibrate",
     "compile",
@@ -54,5 +62,6 @@ __all__ = [
     "predict",
     "restore",
     "reuse_errors",
+    "tune",
     "verify",
 ]

@@ -32,11 +32,13 @@ from dit_rewrite.errors import (
     NoiseUnknown,
     NotCaptured,
     NotRewritten,
+    PolicyForOtherScheduler,
     PolicyForOtherSteps,
     TrajectoryReason,
 )
 from dit_rewrite.passes.capture.capture import one_graph
 from dit_rewrite.passes.guards.symbols import reads_noise
+from dit_rewrite.policy.plan import describe_scheduler
 from dit_rewrite.report.explain import Report
 from dit_rewrite.report.idle import idle_reason, left_out
 from dit_rewrite.report.no_sites import why_no_sites
@@ -232,14 +234,17 @@ def needs_noise(model: nn.Module) -> bool:
 
 @contextlib.contextmanager
 def inside(model: nn.Module, clock: Clock) -> Iterator[None]:
-    """Open an explicit trajectory of a rewritten module with the given clock. Raises NoiseUnknown, PolicyForOtherSteps
-    or BadTrajectory."""
+    """Open an explicit trajectory of a rewritten module with the given clock. Raises NoiseUnknown, PolicyForOtherSteps,
+    PolicyForOtherScheduler or BadTrajectory."""
     backend = backend_of(model)
     policy = backend.policy
     if clock.scheduler is None and "snr" in policy.reads:
         raise NoiseUnknown(policy, clock.scheduler)
     if policy.made_for is not None and clock.explicit_num_steps not in (None, policy.made_for.steps):
         raise PolicyForOtherSteps(policy, policy.made_for.steps, clock.explicit_num_steps)
+    made = None if policy.made_for is None or clock.scheduler is None else policy.made_for.scheduler
+    if made is not None and made != (found := describe_scheduler(clock.scheduler)):
+        raise PolicyForOtherScheduler(policy, made, found)
     backend.session.enter(clock)
     try:
         yield

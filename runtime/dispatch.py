@@ -72,6 +72,7 @@ class CompiledGraph:
         self._errors = ForecastErrors(self.sites, distance)
         self._measures = any(site.measured or site.errors or site.entropy is not None for site in self.sites)
         self._decided = lru_cache(maxsize=PLANS)(self._decide)
+        self.forget_decisions = self._decided.cache_clear  # for a forecast whose weights have changed
         self._borrowing = tuple((i, site.borrows) for i, site in enumerate(self.sites) if site.borrows is not None)
         self._conditioned = tuple(i for i, site in enumerate(self.sites) if site.conditioned)
         self._weights, self._steady = chosen(sorted(wiring.static)), chosen(sorted(wiring.steady))

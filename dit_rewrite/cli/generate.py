@@ -16,7 +16,17 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 import dit_rewrite
-from dit_rewrite.errors import BadOption, HubUnreachable, MissingExtra, PipelineNotLoaded, UnknownInput, WrongInput
+from dit_rewrite.errors import (
+    BadOption,
+    HubUnreachable,
+    MissingExtra,
+    PipelineNotLoaded,
+    PolicyForOtherSteps,
+    UnknownInput,
+    WrongInput,
+)
+from dit_rewrite.search.certificate import AutoPolicy
+from dit_rewrite.search.pipeline_sampler import compatible
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -147,11 +157,33 @@ def save_pictures(pictures: Sequence[Sequence[Any]], out: Path) -> list[Path]:
     return paths
 
 
+def follow_certificate(arguments: argparse.Namespace, policy: dit_rewrite.Policy, pipeline: DiffusionPipeline) -> None:
+    """Check the certificate of a policy that `autopolicy` found, and take over the control's solver where that won.
+
+    Raises PlanMismatch if the policy was made for another model, number of steps or scheduler.
+    """
+    if policy.made_for is not None and arguments.steps != policy.made_for.steps:
+        raise PolicyForOtherSteps(policy, policy.made_for.steps, arguments.steps)
+    path = Path(arguments.policy)
+    if path.suffix != ".json" or "certificate" not in json.loads(path.read_text(encoding="utf-8")):
+        return
+    found = AutoPolicy.load(path)
+    found.check(pipeline.transformer, arguments.steps, pipeline.scheduler)
+    if found.winner == "control" and found.control is not None:
+        kinds: dict[str, Any] = {kind.__name__: kind for kind in compatible(pipeline.scheduler)}
+        if found.control.solver not in kinds:
+            raise BadOption("generate", "policy", arguments.policy, f"a file whose control is among {', '.join(kinds)}")
+        pipeline.scheduler = kinds[found.control.solver].from_config(pipeline.scheduler.config)
+        arguments.steps = found.control.steps
+        print(f"the control won: {found.control.solver} with {found.control.steps} steps, nothing is reused")
+
+
 def run(arguments: argparse.Namespace) -> int:
     """Run ``python -m dit_rewrite generate``; returns the exit code."""
     policy = dit_rewrite.policies.parse(arguments.policy)
     device, dtype = choose_device(arguments.device, arguments.dtype)
     pipeline = load_pipeline(arguments.model, dtype).to(device)
+    follow_certificate(arguments, policy, pipeline)
     dit_rewrite.enable(pipeline, policy, backend=arguments.backend)
     asked = call_arguments(pipeline, arguments)
     began = time.perf_counter()

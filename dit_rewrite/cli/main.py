@@ -1,4 +1,4 @@
-"""The command line: ``python -m dit_rewrite analyze | demo | explain | generate | latency | report | verify``."""
+"""The command line: ``python -m dit_rewrite COMMAND``; ``--help`` lists the commands."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
 
+from dit_rewrite.cli import analyze, autopolicy, tune
 from dit_rewrite.errors import DitRewriteError
 
 BUNDLED = "dit_rewrite.demo.shapes.calls:build"  # the factory of the bundled denoiser
@@ -101,12 +102,6 @@ def _add_verify(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dump", type=Path, help="output folder for the graphs after each pass and their diffs")
 
 
-def _add_analyze(parser: argparse.ArgumentParser) -> None:
-    from dit_rewrite.cli import analyze
-
-    analyze.add_arguments(parser)
-
-
 def _add_observed(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `cli.observe`."""
     parser.add_argument("--model", default=BUNDLED, help="module:factory, a folder, or a hub id")
@@ -132,12 +127,18 @@ def _add_report(parser: argparse.ArgumentParser) -> None:
 
 
 COMMANDS = {
-    "analyze": (_add_analyze, "dit_rewrite.cli.analyze", "measure how much a model's tensors change between steps"),
+    "analyze": (
+        analyze.add_arguments,
+        "dit_rewrite.cli.analyze",
+        "measure how much a model's tensors change between steps",
+    ),
+    "autopolicy": (autopolicy.add_arguments, "dit_rewrite.cli.autopolicy", "find a policy from one number"),
     "demo": (_add_demo, "dit_rewrite.demo.run", "sample images with and without caching, and compare"),
     "explain": (_add_explain, "dit_rewrite.cli.explain", "show a model's sites, and what a policy saves"),
     "generate": (_add_generate, "dit_rewrite.cli.generate", "run a diffusers pipeline with its denoiser rewritten"),
     "latency": (_add_latency, "dit_rewrite.cli.latency", "time the parts of a text-conditional block"),
     "report": (_add_report, "dit_rewrite.cli.report", "write one HTML page about a model under a policy"),
+    "tune": (tune.add_arguments, "dit_rewrite.cli.tune", "search the parameters of a policy"),
     "verify": (_add_verify, "dit_rewrite.cli.verify", "verify a rewrite against the unmodified model"),
 }
 
@@ -145,6 +146,10 @@ COMMANDS = {
 # command lines for the help of each command, without the name of the program
 EXAMPLES = {
     "analyze": ("analyze --prompts 8 --out analysis", "analyze --model ./dit --prompts prompts.txt --steps 28 --heads"),
+    "autopolicy": (
+        "autopolicy --speedup 3 --out policy.json",
+        "autopolicy --model my_package.my_module:factory --max-error 0.02",
+    ),
     "demo": ("demo", "demo --images 4 --intervals 2 3 --out demo"),
     "explain": (
         "explain --policy taylorseer:interval=3 --steps 50",
@@ -158,6 +163,10 @@ EXAMPLES = {
     "report": (
         "report --policy fora:interval=3 --steps 50 --out report.html",
         "report --model ./dit --plan plan.json --figures analysis --images reference.png fora.png",
+    ),
+    "tune": (
+        "tune --policy fora --space 'interval=2|3|4' 'anchor=start|paper' --sampler grid",
+        "tune --policy dqar --space 'warmup=0.0..0.4' --trials 30 --storage dqar.journal",
     ),
     "verify": ("verify", "verify --model my_package.models:build --policy fora:interval=3 --dump graphs"),
 }

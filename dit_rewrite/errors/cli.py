@@ -28,6 +28,14 @@ class BadModel(CommandError, ValueError):
     )
 
 
+class BadSampler(CommandError, ValueError):
+    template = (
+        "--model {text} cannot be used ({cause}). Give module:factory, where factory() returns (model, sample) or "
+        "(model, sample, controls). sample(denoiser, seed) returns images as a tensor, and controls maps names of "
+        "solvers to functions (denoiser, steps, seed) -> images."
+    )
+
+
 class MissingExtra(CommandError, ImportError):
     template = "{purpose} needs {package}. Install it: pip install 'dit_rewrite[{extra}]'."
 

@@ -48,6 +48,33 @@ class PolicyForOtherSteps(PlanMismatch):
     )
 
 
+class PolicyForOtherScheduler(PlanMismatch):
+    template = (
+        "{policy} was made for the scheduler {scheduler}, not {found}. Sample with the scheduler and the settings that "
+        "it was searched with, or search a policy for this one."
+    )
+
+
+class BadCertificate(PolicyError):
+    template = (
+        "{path} cannot be read as the result of autopolicy: {problem:.300}. Give a file that AutoPolicy.save wrote."
+    )
+
+
+class NothingFits(PolicyError):
+    template = (
+        "No placement of forecasts keeps {bound}: {problem}. Give a weaker bound, or other `places` such as "
+        '("output", "stack").'
+    )
+
+
+class NotImages(PolicyError):
+    template = (
+        "The sampler returned {kind}, whose error cannot be measured. Give a function that returns the images or "
+        "latents as one floating-point tensor: sample(denoiser, seed) -> Tensor."
+    )
+
+
 class NotCalibrated(PolicyError):
     """The parameters of a policy cannot be calibrated from a run."""
 
@@ -77,4 +104,11 @@ class UnevenStreams(NotCalibrated):
     template = (
         "MagCache cannot be calibrated: its streams were called at different numbers of steps ({counts}). Sample so "
         "that all streams are called at every step."
+    )
+
+
+class NothingRecorded(NotCalibrated):
+    template = (
+        "The values of {place} cannot be recorded: they were computed at {counts} steps. Call the denoiser that "
+        "`sample` receives at each of 3 or more steps, in all streams alike, or choose another place."
     )

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from dit_rewrite.errors import BadParameter
 from dit_rewrite.passes.guards.symbols import advance
 from dit_rewrite.policy.bases import KINDS
+from dit_rewrite.policy.fitted import Fitted
 from dit_rewrite.policy.strategies import is_number
 
 
@@ -51,4 +52,4 @@ class Aligned:
         return [share, 1 - share]
 
 
-MEASURED_KINDS: dict[str, type] = {**KINDS, "aligned": Aligned}  # the bases that can be saved
+MEASURED_KINDS: dict[str, type] = {**KINDS, "aligned": Aligned, "fitted": Fitted}  # the bases that can be saved

@@ -90,10 +90,12 @@ def _whole(where: str, name: str, value: object, least: int) -> None:
 
 @dataclass(frozen=True)
 class MadeFor:
-    """The model (by `plan.fingerprint`) and the number of steps that a policy was searched for."""
+    """The model (by `plan.fingerprint`), the number of steps, and the scheduler (by `plan.describe_scheduler`, None if
+    it is unknown) that a policy was searched for."""
 
     model: str
     steps: int
+    scheduler: str | None = None
 
 
 @dataclass(frozen=True)

@@ -70,7 +70,10 @@ def _basis(basis: object) -> object:
 
 
 def from_json(text: str) -> Policy:
-    """Parse the JSON of `to_json`. Raises BadPolicyText, UnknownVersion, BadGuardText, or an error of Rule or Where."""
+    """Parse the JSON of `to_json`; the certificate of `autopolicy` beside the rules is not read.
+
+    Raises BadPolicyText, UnknownVersion, BadGuardText, or an error of Rule or Where.
+    """
     try:
         value = json.loads(text)
     except (ValueError, RecursionError) as error:
@@ -78,7 +81,7 @@ def from_json(text: str) -> Policy:
     version = _as(value, dict, "the text").get("version", VERSION)
     if type(version) is not int or version != VERSION:
         raise UnknownVersion(version, VERSION)
-    fields = _fields(value, "the policy", ("name", "rules"), ("version", "lag", "made_for"))
+    fields = _fields(value, "the policy", ("name", "rules"), ("version", "lag", "made_for", "certificate"))
     rules = _as(fields["rules"], list, "rules")
     read = tuple(_rule(rule, f"rules[{i}]") for i, rule in enumerate(rules))
     made_for = _record(fields["made_for"], MadeFor, "made_for") if "made_for" in fields else None

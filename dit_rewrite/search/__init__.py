@@ -1,4 +1,5 @@
-"""Searches: DiTFastAttn's greedy search of plans over compiled segments, and calibration of policies.
+"""Searches: policies from one number (autopolicy), tuning by Optuna (tune), DiTFastAttn's greedy search of plans over
+compiled segments, and calibration of policies.
 
-The package imports the public API and the compiler; cli and demo may import it.
+The package imports the public API, the compiler and the metrics of proof; cli and demo may import it.
 """

@@ -31,7 +31,7 @@ MAY_IMPORT = {
     "report": COMPILER[:-2] + ("compiler",),
     "public": (*COMPILER, "report"),
     "proof": (*COMPILER, "report", "public"),
-    "search": (*COMPILER, "report", "public"),
+    "search": (*COMPILER, "report", "public", "proof"),
     "analysis": (*COMPILER, "report", "public", "proof"),
     "demo": (*COMPILER, "report", "public", "proof", "search"),
     "cli": (*COMPILER, "report", "public", "proof", "search", "analysis", "demo"),

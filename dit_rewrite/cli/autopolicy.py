@@ -1,0 +1,60 @@
+"""``dit-rewrite autopolicy``: a policy from one number, saved with its certificate.
+
+dit-rewrite autopolicy --speedup 3 --out policy.json
+dit-rewrite autopolicy --model my_package.my_module:factory --max-error 0.02
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+from dit_rewrite.cli.factory import add_model, load
+from dit_rewrite.search.autopolicy import autopolicy
+from dit_rewrite.search.trials import WHERE
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_model(parser)
+    bound = parser.add_mutually_exclusive_group()
+    bound.add_argument("--speedup", type=float, help="the least speed-up")
+    bound.add_argument("--max-error", type=float, help="the most relative L2 error to the uncached images")
+    bound.add_argument("--max-seconds", type=float, help="the most seconds of a run")
+    parser.add_argument("--max-bytes", type=int, help="the most bytes of cached values; may stand beside another bound")
+    parser.add_argument("--places", nargs="+", choices=WHERE, default=["output", "stack"], help="that may be forecast")
+    parser.add_argument("--calibration", type=int, default=2, help="number of seeds of the search")
+    parser.add_argument("--held-out", type=int, default=8, help="number of other seeds, by which the bound is judged")
+    parser.add_argument("--trials", type=int, default=32, help="runs of the local search")
+    parser.add_argument("--measure", choices=("time", "flops"), default="time", help="flops: for machines under load")
+    parser.add_argument("--backend", default="inductor", help="backend that compiles the graphs: inductor or aot_eager")
+    parser.add_argument("--out", type=Path, default=Path("policy.json"), help="the file of the policy")
+    parser.add_argument("--json", action="store_true", help="print the certificate as JSON")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Run ``dit-rewrite autopolicy``; returns the exit code. Progress goes to stderr."""
+    loaded = load(arguments)
+    found = autopolicy(
+        loaded.model,
+        loaded.sample,
+        speedup=arguments.speedup,
+        max_error=arguments.max_error,
+        max_seconds=arguments.max_seconds,
+        max_bytes=arguments.max_bytes,
+        controls=loaded.controls,
+        places=arguments.places,
+        calibration_seeds=range(arguments.calibration),
+        held_out_seeds=range(1000, 1000 + arguments.held_out),
+        trials=arguments.trials,
+        measure=arguments.measure,
+        backend=arguments.backend,
+        path=arguments.out,
+        report=lambda line: print(line, file=sys.stderr),
+    )
+    if arguments.json:
+        print(json.dumps(json.loads(arguments.out.read_text(encoding="utf-8"))["certificate"]))
+    else:
+        print(f"{found}\nwrote {arguments.out}")
+    return 0

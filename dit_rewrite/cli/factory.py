@@ -1,0 +1,60 @@
+"""Samplers for commands: from a factory in a module, or of a pipeline."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from dit_rewrite.cli.generate import load_pipeline
+from dit_rewrite.errors import BadSampler
+from dit_rewrite.search.controls import Solver
+from dit_rewrite.search.pipeline_sampler import of_pipeline
+from dit_rewrite.search.trials import Sample
+
+BUNDLED = "dit_rewrite.demo.shapes.calls:sampler"
+
+
+class Loaded(NamedTuple):
+    """A denoiser, its sampler, and the solvers of the controls."""
+
+    model: torch.nn.Module
+    sample: Sample
+    controls: Mapping[str, Solver]
+
+
+def add_model(parser: argparse.ArgumentParser) -> None:
+    """Add the options that name a model and its sampler."""
+    parser.add_argument("--model", default=BUNDLED, help="module:factory, a folder of a pipeline, or a hub id")
+    parser.add_argument("--prompt", help="prompt, for a text-conditional pipeline")
+    parser.add_argument("--label", type=int, nargs="+", help="class numbers, for a class-conditional pipeline")
+    parser.add_argument("--steps", type=int, default=50, help="steps of a pipeline")
+
+
+def load(arguments: argparse.Namespace) -> Loaded:
+    """Return the model and sampler that the options name. Raises BadSampler, or the errors of `load_pipeline`."""
+    if ":" in arguments.model:
+        return from_factory(arguments.model)
+    pipeline = load_pipeline(arguments.model, torch.float32)
+    subject = {"prompt": arguments.prompt} if arguments.label is None else {"class_labels": arguments.label}
+    return Loaded(*of_pipeline(pipeline, {**subject, "num_inference_steps": arguments.steps}))
+
+
+def from_factory(text: str) -> Loaded:
+    """Call the factory ``module:factory``, which returns (model, sample) or (model, sample, controls)."""
+    module, _, name = text.partition(":")
+    sys.path.insert(0, str(Path.cwd()))
+    try:
+        made: Any = getattr(importlib.import_module(module), name)()
+        model, sample, *controls = made
+        loaded = Loaded(model, sample, *(controls or [{}]))
+    except (ImportError, AttributeError, TypeError, ValueError) as error:
+        raise BadSampler(text, f"{type(error).__name__}: {error}") from error
+    finally:
+        sys.path.pop(0)
+    return loaded

@@ -1,0 +1,96 @@
+"""``dit-rewrite tune``: search the parameters of a policy by a grid, TPE or NSGA-II.
+
+dit-rewrite tune --policy fora --space "interval=2|3|4" "anchor=start|paper" --sampler grid
+dit-rewrite tune --policy dqar --space "warmup=0.0..0.4" "layer_fraction=0.25..1.0" --trials 30 --storage dqar.journal
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from dit_rewrite.cli.factory import add_model, load
+from dit_rewrite.errors import BadOption
+from dit_rewrite.policies import parse
+from dit_rewrite.policy.rules import Policy
+from dit_rewrite.search.evaluation import Evaluation
+from dit_rewrite.search.tune import Range, tune
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_model(parser)
+    parser.add_argument("--policy", required=True, help="a policy, with its fixed parameters: dqar:layer_fraction=0.5")
+    parser.add_argument("--space", nargs="+", required=True, help="name=a|b|c, name=low..high, or name=low..high:log")
+    parser.add_argument("--sampler", choices=("grid", "tpe", "nsga2"), default="tpe")
+    parser.add_argument("--trials", type=int, help="number of trials; a grid needs none")
+    parser.add_argument("--objectives", nargs="+", choices=("error", "flops", "time"), default=["error", "flops"])
+    parser.add_argument("--storage", help="a journal file, or the URL of a database; several processes may share it")
+    parser.add_argument("--study", default="dit_rewrite", help="name of the study in the storage")
+    parser.add_argument("--seeds", type=int, default=2, help="number of seeds that each trial runs")
+    parser.add_argument("--no-prune", action="store_true", help="finish trials that are dominated after the first seed")
+    parser.add_argument("--backend", default="inductor", help="backend that compiles the graphs: inductor or aot_eager")
+    parser.add_argument("--out", type=Path, default=Path("front"), help="folder for the front and its policies")
+    parser.add_argument("--json", action="store_true", help="print the trials as JSON")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Run ``dit-rewrite tune``; returns the exit code. Progress goes to stderr."""
+    space = dict(map(parse_values, arguments.space))
+    if len(space) < len(arguments.space):
+        raise BadOption("tune", "space", " ".join(arguments.space), "each parameter once")
+    loaded = load(arguments)
+    wants_time = "time" in arguments.objectives
+    evaluate = Evaluation(
+        loaded.model, loaded.sample, range(arguments.seeds), time=wants_time, backend=arguments.backend
+    )
+    front = tune(
+        maker(arguments.policy),
+        space,
+        evaluate,
+        objectives=arguments.objectives,
+        sampler=arguments.sampler,
+        trials=arguments.trials,
+        storage=arguments.storage,
+        study=arguments.study,
+        prune=not arguments.no_prune,
+        report=lambda line: print(line, file=sys.stderr),
+    )
+    folder = front.save(arguments.out)
+    print(front.to_json() if arguments.json else f"{front.table()}\nwrote {folder}")
+    return 0
+
+
+def maker(text: str) -> Callable[..., Policy]:
+    """Return a function of further parameters of the policy `text`."""
+
+    def make(**parameters: Any) -> Policy:
+        items = ",".join(f"{name}={value}" for name, value in parameters.items())
+        return parse(f"{text}{',' if ':' in text else ':'}{items}")
+
+    return make
+
+
+def parse_values(text: str) -> tuple[str, Sequence[Any] | Range]:
+    """Parse ``name=a|b|c`` or ``name=low..high``, with ``:log`` for a logarithmic range. Raises BadOption."""
+    name, equals, values = text.partition("=")
+    allowed = "name=a|b|c, name=low..high, or name=low..high:log"
+    if not equals or not name or not values:
+        raise BadOption("tune", "space", text, allowed)
+    if ".." not in values:
+        return name, [_literal(value) for value in values.split("|")]
+    bounds, _, scale = values.partition(":")
+    low, high = map(_literal, bounds.split("..", 1))
+    if not all(isinstance(end, int | float) for end in (low, high)) or not low < high or scale not in ("", "log"):
+        raise BadOption("tune", "space", text, allowed)
+    return name, Range(low, high, scale == "log")
+
+
+def _literal(text: str) -> Any:
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text

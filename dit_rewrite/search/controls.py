@@ -1,0 +1,71 @@
+"""The control of `autopolicy`: fewer steps of the best solver, without a policy, at the same cost."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from dit_rewrite.module import twin
+from dit_rewrite.proof.image_metrics import relative_l2
+from dit_rewrite.search.certificate import Control, Errors
+from dit_rewrite.search.trials import images_of
+
+Solver = Callable[[Any, int, int], Tensor]  # (denoiser, steps, seed) -> images
+
+
+class Controls:
+    """Runs the plain model with fewer steps of several solvers, and counts the calls of the model."""
+
+    def __init__(self, model: nn.Module, solvers: Mapping[str, Solver], full_calls: int) -> None:
+        self.solvers, self.full_calls = dict(solvers), full_calls
+        self._model = twin(model)
+        self._calls = 0
+        self._model.register_forward_hook(self._count)
+
+    def _count(self, *_: object) -> None:
+        self._calls += 1
+
+    def best(
+        self, cost: float, search: Mapping[int, Tensor], held_out: Mapping[int, Tensor], slack: float = 1e-6
+    ) -> Control | None:
+        """Return the solver with the least error on the images `search`, by seed, among those that cost at most `cost`,
+        with its errors on the images `held_out`; None if none is as cheap.
+
+        Each solver runs with the most steps that it may take.
+        """
+        ranked = []
+        for name in self.solvers:
+            steps, calls = self._most_steps(name, cost + slack, next(iter(search)))
+            if steps:
+                ranked.append((self._error(name, steps, search), name, steps, calls))
+        if not ranked:
+            return None
+        _, name, steps, calls = min(ranked)
+        errors = [relative_l2(self._run(name, steps, seed), images) for seed, images in held_out.items()]
+        return Control(name, steps, calls / self.full_calls, Errors.of(errors))
+
+    def _most_steps(self, name: str, cost: float, seed: int) -> tuple[int, int]:
+        """Return the most steps of a solver at this cost, and how often they call the model."""
+        allowed = math.floor(cost * self.full_calls)
+        steps, calls = allowed, allowed + 1
+        while steps > 0 and calls > allowed:
+            self._run(name, steps, seed)
+            calls = self._calls
+            steps = steps if calls <= allowed else min(steps - 1, steps * allowed // calls)
+        return (steps, calls) if steps > 0 else (0, 0)
+
+    def _error(self, name: str, steps: int, targets: Mapping[int, Tensor]) -> float:
+        return statistics.fmean(relative_l2(self._run(name, steps, seed), t) for seed, t in targets.items())
+
+    def _run(self, name: str, steps: int, seed: int) -> Tensor:
+        self._calls = 0
+        return images_of(lambda model, s: self.solvers[name](model, steps, s), self._model, seed)
+
+
+def is_better(control: Control, errors: Sequence[float]) -> bool:
+    """Return whether the control's error is less than that of the policy, on average over the same seeds."""
+    return control.errors.mean < statistics.fmean(errors)

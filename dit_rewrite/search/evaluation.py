@@ -1,0 +1,82 @@
+"""The error and the cost of any policy on a model, seed by seed: what `tune` minimises."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from dit_rewrite.compiler.lowering import InnerBackend
+from dit_rewrite.denoiser import compile_denoiser
+from dit_rewrite.errors import BadParameter
+from dit_rewrite.module import backend_of, twin, unwrapped
+from dit_rewrite.passes.analysis import cost
+from dit_rewrite.policies.static import Never
+from dit_rewrite.policy.rules import Policy
+from dit_rewrite.proof.image_metrics import relative_l2
+from dit_rewrite.runtime.session import Observation
+from dit_rewrite.search.trials import Sample, images_of
+
+
+class Evaluation:
+    """Runs a sampler with policies. After each seed it yields the means so far over the seeds:
+
+    "error": the relative L2 error to the images of the model that computes everything; "flops": the FLOPs over those of
+    its run; with `time`, "time": the seconds over those of its run, in alternation. Equal seeds must give equal noise.
+    Raises BadParameter without seeds.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        sample: Sample,
+        seeds: Sequence[int] = (0, 1),
+        *,
+        time: bool = False,
+        backend: InnerBackend = "inductor",
+    ) -> None:
+        if not seeds:
+            raise BadParameter("Evaluation", "seeds", seeds, "one or more whole numbers")
+        self.model, self.sample, self.seeds, self.time, self.backend = unwrapped(model), sample, seeds, time, backend
+        self._plain: Any = compile_denoiser(twin(self.model), Never(), backend=backend) if time else twin(self.model)
+        self._images: dict[int, Tensor] = {}
+
+    def __call__(self, policy: Policy) -> Iterator[dict[str, float]]:
+        model = compile_denoiser(twin(self.model), policy, backend=self.backend)
+        rows: Counter[tuple[int, tuple[bool, ...]]] = Counter()
+
+        def see(observation: Observation) -> None:
+            rows[observation.graph, observation.record.row] += 1
+
+        backend_of(model).session.observer = see
+        if self.time:
+            self._run(model, self.seeds[0])  # compiles
+            rows.clear()
+        found: dict[str, list[float]] = {"error": [], **({"time": []} if self.time else {})}
+        for seed in self.seeds:
+            images, seconds = self._run(model, seed)
+            found["error"].append(relative_l2(images, self._reference(seed)))
+            if self.time:
+                found["time"].append(seconds / self._run(self._plain, seed)[1])
+            yield {name: statistics.fmean(values) for name, values in found.items()} | {"flops": _share(model, rows)}
+
+    def _reference(self, seed: int) -> Tensor:
+        if seed not in self._images:
+            self._images[seed] = self._run(self._plain, seed)[0]
+        return self._images[seed]
+
+    def _run(self, model: Any, seed: int) -> tuple[Tensor, float]:
+        began = time.perf_counter()
+        images = images_of(self.sample, model, seed)
+        return images, time.perf_counter() - began
+
+
+def _share(model: Any, rows: Counter[tuple[int, tuple[bool, ...]]]) -> float:
+    """Return the FLOPs of calls with these rows of decisions, over those of as many calls that compute everything."""
+    graphs = backend_of(model).rewritten
+    spent = sum(n * cost.total_flops(graphs[graph].straight(row).gm.graph) for (graph, row), n in rows.items())
+    return spent / sum(n * cost.total_flops(graphs[graph].bound.gm.graph) for (graph, _), n in rows.items())

@@ -1,0 +1,195 @@
+"""The measurements of `autopolicy`: the values of full runs, the influence of each step, the best placements."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from dit_rewrite.compiler.lowering import InnerBackend
+from dit_rewrite.policy.bases import TaylorSeer
+from dit_rewrite.policy.fitted import Fitted
+from dit_rewrite.proof.image_metrics import relative_l2
+from dit_rewrite.search.placement import (
+    Placement,
+    anchors_of,
+    even,
+    fit_weights,
+    gap_costs,
+    place,
+    predict,
+    squared_error,
+)
+from dit_rewrite.search.trials import DEPTH, Place, Sample, Trials
+
+Report = Callable[[str], object]
+STYLES: dict[str, int] = {"fitted": DEPTH, "taylorseer": 3}  # kinds of weights, and the values that each reads
+STRIDE = 4  # the influence is measured at one step in so many, and interpolated
+
+
+class Candidate(NamedTuple):
+    """Forecasts of a place between computed steps, by weights of one of `STYLES`."""
+
+    place: Place
+    computed: tuple[int, ...]
+    style: str
+
+
+class Tried(NamedTuple):
+    """A candidate, the objective that was predicted for it, and its error on the calibration images.
+
+    The error is the mean of the images' own relative L2 errors, in which single images weigh less than in the error of
+    a batch: they differ much, and the search should not follow a few of them.
+    """
+
+    candidate: Candidate
+    predicted: float
+    error: float
+    flops: float
+
+
+@dataclass
+class Measured:
+    """A place of the model: its runner, its Gram matrix, the influence of its steps, and its placements by count."""
+
+    trials: Trials
+    gram: Tensor
+    influence: Tensor = field(default_factory=lambda: torch.empty(0))
+    placements: list[list[Placement]] = field(default_factory=list)
+
+
+class Measurements:
+    """The measurements of a model under one sampler. Several bounds can be searched with the same ones."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        sample: Sample,
+        places: Sequence[Place] = ("output",),
+        seeds: Sequence[int] = (0,),
+        backend: InnerBackend = "inductor",
+        report: Report = lambda _: None,
+    ) -> None:
+        self.model, self.sample, self.seeds, self.backend, self.report = model, sample, tuple(seeds), backend, report
+        self.images: dict[int, Tensor] = {}
+        self.calls = 0  # of the model in a full run
+        self.runs: list[Tried] = []
+        self.places: dict[Place, Measured] = {name: self._record(name) for name in places}
+        self.steps = len(next(iter(self.places.values())).gram)
+        self.scheduler = next(iter(self.places.values())).trials.scheduler
+        for found in self.places.values():
+            self._weigh(found)
+
+    def _record(self, name: Place) -> Measured:
+        trials = Trials(self.model, self.sample, name, self.backend)
+        grams = []
+        for seed in self.seeds:
+            gram, trial = trials.record(seed)
+            self.images.setdefault(seed, trial.images)
+            self.calls = trial.calls
+            grams.append(gram)
+            self.report(f"recorded the {name} with seed {seed} in {trial.seconds:.1f} s")
+        return Measured(trials, torch.stack(grams).mean(0))
+
+    def _weigh(self, found: Measured) -> None:
+        """Measure the influence of each step: the final error per error of its value, if it alone is replaced.
+
+        The value is replaced by the one two steps before, or by that of step 0. The influence is tempered: its
+        geometric mean with a uniform one, since a few images decide what is measured.
+        """
+        seed, known = self.seeds[0], {}
+        for step in sorted({1, *range(2, self.steps, STRIDE), self.steps - 1}):
+            row = (1.0,) if step == 1 else (0.0, 1.0)
+            rows = tuple(row if i == step else () for i in range(self.steps))
+            images = found.trials.run(Fitted(rows), seed).images
+            error = math.sqrt(squared_error(found.gram, step, anchors_of(step, range(self.steps), len(row)), row))
+            known[step] = relative_l2(images, self.images[seed]) / max(error, 1e-12)
+        self.report(f"measured the influence of {len(known)} steps of the {found.trials.place}")
+        measured = interpolate(known, self.steps)
+        found.influence = (measured * measured.mean()).sqrt()
+        uniform = torch.full_like(measured, float(measured.mean()))
+        for influence, power in ((found.influence, 1.0), (found.influence, 2.0), (uniform, 1.0)):
+            found.placements.append(place(gap_costs(found.gram, influence, power), self.steps))
+
+    def reference(self, seed: int) -> Tensor:
+        """Return the images of the model that computes every step."""
+        if seed not in self.images:
+            self.images[seed] = next(iter(self.places.values())).trials.run(None, seed).images
+        return self.images[seed]
+
+    def table(self, candidate: Candidate) -> Fitted:
+        """Return the weights of a candidate."""
+        gram, depth = self.places[candidate.place].gram, STYLES[candidate.style]
+        rows: list[tuple[float, ...]] = []
+        for step in range(self.steps):
+            anchors = anchors_of(step, candidate.computed, depth)
+            if step in candidate.computed:
+                rows.append(())
+            elif candidate.style == "taylorseer":
+                rows.append(tuple(TaylorSeer().weights(anchors, step, len(anchors) - 1)))
+            else:
+                rows.append(tuple(fit_weights(gram, step, anchors)))
+        return Fitted(tuple(rows))
+
+    def predicted(self, candidate: Candidate) -> float:
+        """Return the objective of the dynamic programme for a candidate, with its own weights."""
+        found = self.places[candidate.place]
+        return predict(found.gram, found.influence, self.table(candidate).rows, candidate.computed)
+
+    def errors(self, candidate: Candidate, seeds: Sequence[int]) -> tuple[list[float], float]:
+        """Run a candidate. Returns its error on each seed, and the FLOPs over those of a run that computes all."""
+        trials, table = self.places[candidate.place].trials, self.table(candidate)
+        runs = {seed: trials.run(table, seed) for seed in seeds}
+        errors = [relative_l2(run.images, self.reference(seed)) for seed, run in runs.items()]
+        return errors, statistics.fmean(run.flops for run in runs.values())
+
+    def attempt(self, candidate: Candidate) -> Tried:
+        """Run a candidate on the calibration seeds, at most once."""
+        for tried in self.runs:
+            if tried.candidate == candidate:
+                return tried
+        trials, table = self.places[candidate.place].trials, self.table(candidate)
+        errors, flops = [], []
+        for seed in self.seeds:
+            run = trials.run(table, seed)
+            errors += [relative_l2(a, b) for a, b in zip(run.images, self.images[seed], strict=True)]
+            flops.append(run.flops)
+        predicted = self.predicted(candidate)
+        self.runs.append(Tried(candidate, predicted, statistics.fmean(errors), statistics.fmean(flops)))
+        return self.runs[-1]
+
+    def starts(self, name: Place, count: int) -> list[Candidate]:
+        """Return the candidates from which a search for `count` computed steps starts, without duplicates."""
+        found = [placements[count - 1].computed for placements in self.places[name].placements]
+        starts = [Candidate(name, computed, "fitted") for computed in found]
+        others = (found[0], even(count, self.steps))
+        return list(dict.fromkeys([*starts, *(Candidate(name, computed, "taylorseer") for computed in others)]))
+
+    def rank_correlation(self) -> float | None:
+        """Return Spearman's correlation of predicted and measured errors over all candidates that ran."""
+        if len(self.runs) < 3:
+            return None
+        return rank_correlation([t.predicted for t in self.runs], [t.error for t in self.runs])
+
+
+def interpolate(known: dict[int, float], steps: int) -> Tensor:
+    """Return a value for each step, linearly between the known ones. That of step 0, which always computes, is 0."""
+    places = sorted(known)
+    values = [0.0]
+    for step in range(1, steps):
+        low = max(p for p in places if p <= step)
+        high = min(p for p in places if p >= step)
+        share = 0.0 if low == high else (step - low) / (high - low)
+        values.append(known[low] * (1 - share) + known[high] * share)
+    return torch.tensor(values, dtype=torch.float64)
+
+
+def rank_correlation(xs: Sequence[float], ys: Sequence[float]) -> float:
+    """Return Spearman's rank correlation."""
+    ranks = [torch.tensor(v, dtype=torch.float64).argsort().argsort().double() for v in (xs, ys)]
+    return float(torch.corrcoef(torch.stack(ranks))[0, 1])

@@ -1,0 +1,62 @@
+"""The sampler and the controls of a diffusers pipeline, for `autopolicy`."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dit_rewrite.enable import denoisers
+from dit_rewrite.errors import BadParameter
+from dit_rewrite.module import RewrittenModule
+from dit_rewrite.search.controls import Solver
+from dit_rewrite.search.trials import Sample
+
+CONTROLS = ("DDIMScheduler", "DPMSolverMultistepScheduler", "UniPCMultistepScheduler", "EulerDiscreteScheduler")
+
+
+def of_pipeline(pipe: Any, call: Mapping[str, Any]) -> tuple[nn.Module, Sample, dict[str, Solver]]:
+    """Return the denoiser of a pipeline, its sampler, and the controls, by the class names of their schedulers.
+
+    `call` has the arguments of the pipeline's call without `generator`; `num_inference_steps` must be among them. A
+    control is the pipeline's scheduler, or one of `CONTROLS` that is compatible with it and takes its config. Raises
+    BadParameter for a pipeline with several denoisers, or a call without the number of steps.
+    """
+    found = denoisers(pipe)
+    if len(found) != 1:
+        raise BadParameter("autopolicy", "model", type(pipe).__name__, "a pipeline with one denoiser")
+    if "num_inference_steps" not in call:
+        raise BadParameter("autopolicy", "sample", dict(call), "a call with num_inference_steps")
+    (name, denoiser) = next(iter(found.items()))
+
+    def sample(model: Any, seed: int) -> Tensor:
+        return run(pipe, name, model, seed, call, type(pipe.scheduler))
+
+    def fewer(kind: type, model: Any, steps: int, seed: int) -> Tensor:
+        return run(pipe, name, model, seed, {**call, "num_inference_steps": steps}, kind)
+
+    return denoiser, sample, {kind.__name__: partial(fewer, kind) for kind in compatible(pipe.scheduler)}
+
+
+def compatible(scheduler: Any) -> list[type]:
+    """Return the class of a scheduler, and those of `CONTROLS` that are compatible with it."""
+    others = [kind for kind in getattr(scheduler, "compatibles", ()) if kind.__name__ in CONTROLS]
+    return [type(scheduler), *sorted((k for k in others if k is not type(scheduler)), key=lambda k: k.__name__)]
+
+
+def run(pipe: Any, name: str, model: Any, seed: int, call: Mapping[str, Any], kind: Any) -> Tensor:
+    """Run a copy of a pipeline with another denoiser and a new scheduler, and return its images or frames."""
+    copied = copy.copy(pipe)
+    copied.scheduler = kind.from_config(pipe.scheduler.config)
+    setattr(copied, name, model)
+    copied.set_progress_bar_config(disable=True)
+    given = {**call, "generator": torch.Generator().manual_seed(seed), "output_type": "np"}
+    rewritten = isinstance(model, RewrittenModule)
+    with model.trajectory(scheduler=copied.scheduler) if rewritten else contextlib.nullcontext():
+        output = copied(**given)
+    return torch.as_tensor(output.frames if hasattr(output, "frames") else output.images)

@@ -1,0 +1,61 @@
+"""Local search over placements, with measured errors: it moves computed steps while the true error falls."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+
+from dit_rewrite.search.measurements import Candidate, Measurements, Tried
+from dit_rewrite.search.trials import Place
+
+SHIFTS = (-1, 1, -2, 2)
+
+
+def first_guess(measured: Measurements, places: Sequence[Place], count: int, most: float = math.inf) -> Tried:
+    """Return the best of the starting candidates of all places, by their measured errors.
+
+    Those that cost at most `most` FLOPs, over those of a run that computes everything, come before the others: a
+    forecast of the stack or of branches leaves the rest of the model to compute.
+    """
+    tried = [measured.attempt(start) for name in places for start in measured.starts(name, count)]
+    return min(tried, key=lambda one: (one.flops > most, one.error))
+
+
+def refine(measured: Measurements, start: Tried, trials: int) -> Tried:
+    """Improve a candidate by moving one computed step at a time, in at most `trials` runs.
+
+    The neighbours run in the order of their predicted errors. The first one that is better than the best so far, by its
+    measured error on the calibration seeds, takes its place, and the search goes on from there.
+    """
+    best, left = start, trials
+    while left > 0:
+        better = None
+        for neighbour in neighbours(measured, best.candidate):
+            known = any(tried.candidate == neighbour for tried in measured.runs)
+            left -= not known
+            tried = measured.attempt(neighbour)
+            if tried.error < best.error:
+                better = tried
+                break
+            if left <= 0:
+                break
+        if better is None:
+            break
+        best = better
+        measured.report(f"{len(best.candidate.computed)} computed steps: error {best.error:.4f}, {left} trials left")
+    return best
+
+
+def neighbours(measured: Measurements, candidate: Candidate) -> list[Candidate]:
+    """Return the candidates in which one computed step is moved, the least predicted error first."""
+    found = dict.fromkeys(_moved(candidate, measured.steps))
+    return sorted(found, key=measured.predicted)
+
+
+def _moved(candidate: Candidate, steps: int) -> Iterator[Candidate]:
+    computed = candidate.computed
+    for position in range(1, len(computed)):
+        for shift in SHIFTS:
+            moved = computed[position] + shift
+            if 0 < moved < steps and moved not in computed:
+                yield candidate._replace(computed=tuple(sorted({*computed, moved} - {computed[position]})))

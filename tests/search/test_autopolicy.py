@@ -1,0 +1,312 @@
+"""The search for a policy: its bounds, the tightening on held-out seeds, the control, and one run on a real model."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import DDIMScheduler
+from torch import Tensor
+
+from dit_rewrite import autopolicy, compile
+from dit_rewrite.errors import (
+    BadCertificate,
+    BadParameter,
+    NotAModule,
+    NothingFits,
+    NotImages,
+    PolicyForOtherModel,
+    PolicyForOtherScheduler,
+    PolicyForOtherSteps,
+)
+from dit_rewrite.policies import Never, parse
+from dit_rewrite.proof.image_metrics import relative_l2
+from dit_rewrite.search.autopolicy import Bound, Search
+from dit_rewrite.search.certificate import AutoPolicy, Errors
+from dit_rewrite.search.measurements import Candidate, Measurements, Tried, rank_correlation
+from dit_rewrite.search.refine import first_guess, refine
+from dit_rewrite.search.trials import Place
+from tests.helpers import tiny
+
+STEPS, BOUNDS = 10, (0.6, 0.25)
+SETTINGS: dict[str, Any] = {
+    "places": ("output",),
+    "calibration_seeds": (0,),
+    "held_out_seeds": (5, 6, 7),
+    "trials": 3,
+    "measure": "flops",
+    "backend": "aot_eager",
+}
+
+
+def scheduler_of(steps: int) -> DDIMScheduler:
+    scheduler = DDIMScheduler(timestep_spacing="trailing", clip_sample=False, prediction_type="v_prediction")
+    scheduler.set_timesteps(steps)
+    return scheduler
+
+
+@torch.no_grad()
+def sample(denoiser: Any, seed: int, steps: int = STEPS) -> Tensor:
+    """DDIM with the tiny denoiser."""
+    scheduler, condition = scheduler_of(steps), tiny.condition()
+    latents = torch.randn(2, 8, tiny.CHANNELS, generator=torch.Generator().manual_seed(seed))
+
+    def loop(latents: Tensor) -> Tensor:
+        for timestep in scheduler.timesteps:
+            output = denoiser(latents, timestep.expand(2).float(), condition)
+            latents = scheduler.step(output, timestep, latents, return_dict=False)[0]
+        return latents
+
+    if not hasattr(denoiser, "trajectory"):
+        return loop(latents)
+    with denoiser.trajectory(steps, scheduler):
+        return loop(latents)
+
+
+def fewer(denoiser: Any, steps: int, seed: int) -> Tensor:
+    return sample(denoiser, seed, steps)
+
+
+def perfect(denoiser: Any, steps: int, seed: int) -> Tensor:
+    """A solver that has the images of the full run, for fewer calls."""
+    sample(denoiser, seed, steps)
+    return sample(tiny.build(), seed)
+
+
+@pytest.fixture(scope="module")
+def measured() -> Measurements:
+    return Measurements(tiny.build(), sample, ("output",), (0,), "aot_eager")
+
+
+@pytest.fixture(scope="module")
+def found(measured: Measurements) -> AutoPolicy:
+    return autopolicy(tiny.build(), sample, speedup=2, controls={"DDIM": fewer}, measurements=measured, **SETTINGS)
+
+
+def test_a_speedup_is_kept_and_verified_by_running(found: AutoPolicy) -> None:
+    """Half of the steps compute, and the policy run as such has the certified error, the control its own."""
+    assert len(found.computed) == STEPS // 2 and found.computed[0] == 0
+    assert found.speedup == pytest.approx(2, rel=0.01)
+    model = compile(tiny.build(), replace(parse("never"), rules=()) if found.winner == "control" else found.policy,
+                    backend="aot_eager")  # fmt: skip
+    plain = tiny.build()
+    if found.winner == "policy":
+        errors = [relative_l2(sample(model, seed), sample(plain, seed)) for seed in (5, 6, 7)]
+        assert errors == pytest.approx(found.errors.each, rel=1e-3)
+    assert found.control is not None and (found.control.solver, found.control.steps) == ("DDIM", 5)
+    controlled = [relative_l2(sample(plain, seed, 5), sample(plain, seed)) for seed in (5, 6, 7)]
+    assert controlled == pytest.approx(found.control.errors.each, rel=1e-3)
+    assert (found.winner == "control") == (found.control.errors.mean < found.errors.mean)
+    assert f"the {found.winner} wins" in str(found) and "DDIM with 5 steps" in str(found)
+
+
+def test_the_control_is_returned_where_it_wins(measured: Measurements) -> None:
+    found = autopolicy(
+        tiny.build(), sample, speedup=2, controls={"perfect": perfect}, measurements=measured, **SETTINGS
+    )
+    assert found.winner == "control" and found.policy == Never()
+    assert found.control is not None and found.control.errors.mean == pytest.approx(0, abs=1e-6)
+    alone = autopolicy(tiny.build(), sample, speedup=2, measurements=measured, **SETTINGS)
+    assert alone.winner == "policy" and alone.control is None and alone.policy.rules
+    assert "no control" in str(alone)
+
+
+def test_a_bound_on_the_error_holds_on_held_out_seeds(measured: Measurements) -> None:
+    loose, tight = (
+        autopolicy(tiny.build(), sample, max_error=bound, measurements=measured, **SETTINGS) for bound in BOUNDS
+    )
+    assert (loose.errors.high <= BOUNDS[0]) and (tight.errors.high <= BOUNDS[1])
+    assert len(loose.computed) < len(tight.computed) < STEPS
+
+
+def test_bytes_limit_the_places(measured: Measurements) -> None:
+    kept = autopolicy(tiny.build(), sample, speedup=2, max_bytes=10**6, measurements=measured, **SETTINGS)
+    values = 2 * 8 * tiny.CHANNELS * 4  # bytes of an output
+    assert kept.cache_bytes == values * max(len(row) for row in measured.table(
+        Candidate("output", kept.computed, kept.style)).rows)  # fmt: skip
+    with pytest.raises(NothingFits, match="bytes"):
+        autopolicy(tiny.build(), sample, max_bytes=10, measurements=measured, **SETTINGS)
+
+
+def test_time_is_measured_in_alternation(measured: Measurements) -> None:
+    """The tiny model gains nothing, so a bound that no policy keeps is refused, and a weak one is kept."""
+    settings = SETTINGS | {"measure": "time", "trials": 1}
+    found = autopolicy(tiny.build(), sample, max_seconds=60.0, measurements=measured, **settings)
+    assert found.seconds is not None and 0 < found.seconds < 60
+    with pytest.raises(NothingFits, match="max_seconds"):
+        autopolicy(tiny.build(), sample, max_seconds=1e-9, measurements=measured, **settings)
+
+
+# --- the file ---------------------------------------------------------------------------------------------------------
+
+
+def test_certificate_round_trip(found: AutoPolicy, tmp_path: Path) -> None:
+    path = tmp_path / "policy.json"
+    found.save(path)
+    assert AutoPolicy.load(path) == found
+    assert parse(str(path)) == found.policy
+    content = json.loads(path.read_text())
+    del content["certificate"]["errors"]
+    path.write_text(json.dumps(content))
+    with pytest.raises(BadCertificate, match="errors"):
+        AutoPolicy.load(path)
+    path.write_text("{")
+    with pytest.raises(BadCertificate):
+        AutoPolicy.load(path)
+
+
+def test_other_models_steps_and_schedules_are_refused(measured: Measurements) -> None:
+    found = autopolicy(tiny.build(), sample, speedup=2, measurements=measured, **SETTINGS)
+    found.check(tiny.build(), STEPS, scheduler_of(STEPS))
+    with pytest.raises(PolicyForOtherModel):
+        found.check(tiny.build(3), STEPS)
+    with pytest.raises(PolicyForOtherSteps):
+        found.check(tiny.build(), STEPS + 1)
+    other = DDIMScheduler(timestep_spacing="leading")
+    other.set_timesteps(STEPS)
+    with pytest.raises(PolicyForOtherScheduler):
+        found.check(tiny.build(), STEPS, other)
+    with pytest.raises(PolicyForOtherModel):
+        compile(tiny.build(3), found.policy, backend="aot_eager")
+    model = compile(tiny.build(), found.policy, backend="aot_eager")
+    with pytest.raises(PolicyForOtherScheduler), model.trajectory(STEPS, other):
+        pass
+    with model.trajectory(STEPS, scheduler_of(STEPS)):
+        pass
+
+
+# --- the search, with made measurements -------------------------------------------------------------------------------
+
+
+class Made:
+    """Measurements whose error is 1 / count² on the calibration seeds, and three times that on held-out seeds."""
+
+    steps, seeds = 20, (0,)
+
+    def __init__(self, excess: float = 3.0) -> None:
+        self.runs: list[Tried] = []
+        self.excess = excess
+        self.places: dict[Place, Any] = {"output": None}
+        self.report = [].append
+
+    def starts(self, name: Place, count: int) -> list[Candidate]:
+        return [Candidate(name, tuple(range(count)), "fitted")]
+
+    def predicted(self, candidate: Candidate) -> float:
+        return float(abs(candidate.computed[-1] - self.steps // 2))
+
+    def attempt(self, candidate: Candidate) -> Tried:
+        error = 1 / len(candidate.computed) ** 2
+        self.runs.append(Tried(candidate, 0.0, error, len(candidate.computed) / self.steps))
+        return self.runs[-1]
+
+    def errors(self, candidate: Candidate, seeds: Sequence[int]) -> tuple[list[float], float]:
+        spread = [0.9, 1.1]
+        return [self.excess * s / len(candidate.computed) ** 2 for s in spread], 0.0
+
+
+def search(made: Made, **bound: float) -> Search:
+    found = object.__new__(Search)
+    found.measured, found.bound, found.held_out = made, Bound(**bound), (5, 6)  # type: ignore[assignment, arg-type]
+    found.trials, found.measure, found.ran, found.places = 0, "flops", 0, ["output"]
+    return found
+
+
+def test_the_number_of_computed_steps_grows_until_the_held_out_error_fits() -> None:
+    """The calibration seeds ask for 5 steps at 0.04; on held-out seeds the upper end of the interval does."""
+    found = search(Made(), max_error=0.04).run()
+    count = len(found.tried.candidate.computed)
+    upper = Errors.of(Made().errors(found.tried.candidate, (5, 6))[0]).high
+    assert upper <= 0.04 and count > 5
+    before = Errors.of(Made().errors(Candidate("output", tuple(range(count - 1)), "fitted"), (5, 6))[0]).high
+    assert before > 0.04
+    assert len(search(Made(0.1), max_error=0.04).run().tried.candidate.computed) == 5
+    with pytest.raises(NothingFits, match="max_error=0.04"):
+        search(Made(1000.0), max_error=0.04).run()
+
+
+def test_local_search_follows_the_measured_error() -> None:
+    class Valley(Made):
+        """The error is the distance of the second computed step from 7."""
+
+        def attempt(self, candidate: Candidate) -> Tried:
+            known = [t for t in self.runs if t.candidate == candidate]
+            if not known:
+                self.runs.append(Tried(candidate, 0.0, abs(candidate.computed[1] - 7), 0.1))
+            return (known or self.runs)[-1]
+
+    made = Valley()
+    start = made.attempt(Candidate("output", (0, 3), "fitted"))
+    assert refine(made, start, 50).candidate.computed == (0, 7)  # type: ignore[arg-type]
+    made = Valley()
+    start = made.attempt(Candidate("output", (0, 3), "fitted"))
+    assert refine(made, start, 1).error == 2 and len(made.runs) == 2  # type: ignore[arg-type]
+
+
+def test_interval_and_ranks() -> None:
+    errors = Errors.of([1.1, 1.2, 1.3])
+    assert errors.mean == pytest.approx(1.2)
+    assert [errors.high - 1.2, 1.2 - errors.low] == pytest.approx([4.30 * 0.1 / 3**0.5] * 2, rel=0.01)
+    assert Errors.of([0.1] * 30).high == pytest.approx(0.1)
+    assert rank_correlation([1, 2, 3], [1, 8, 27]) == pytest.approx(1)
+    assert rank_correlation([1, 2, 3], [3, 2, 1]) == pytest.approx(-1)
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {},
+        {"speedup": 1.0},
+        {"speedup": 2, "max_error": 0.1},
+        {"max_error": 0.0},
+        {"max_error": float("nan")},
+        {"max_seconds": 1.0},
+        {"speedup": 2, "held_out_seeds": (0, 5)},
+        {"speedup": 2, "places": ("blocks",)},
+        {"speedup": 2, "measure": "steps"},
+    ],
+)
+def test_invalid_arguments_are_refused(given: dict[str, Any]) -> None:
+    with pytest.raises(BadParameter):
+        autopolicy(tiny.build(), sample, **SETTINGS | given)
+
+
+def test_models_and_images_are_checked() -> None:
+    with pytest.raises(NotAModule):
+        autopolicy(sample, sample, speedup=2)
+    with pytest.raises(NotImages):
+        autopolicy(tiny.build(), lambda model, seed: [sample(model, seed)], speedup=2, **SETTINGS)  # type: ignore[arg-type, return-value]
+
+
+def test_cheap_candidates_come_first() -> None:
+    """At the same number of computed steps, a place within the cost is taken before a better one beyond it."""
+
+    class TwoPlaces(Made):
+        def attempt(self, candidate: Candidate) -> Tried:
+            stack = candidate.place == "stack"
+            return Tried(candidate, 0.0, 0.1 if stack else 0.2, 0.6 if stack else 0.5)
+
+    places: list[Place] = ["output", "stack"]
+    found = [first_guess(TwoPlaces(), places, 3, most).candidate.place for most in (0.5, 0.7, 0.1)]  # type: ignore[arg-type]
+    assert found == ["output", "stack", "stack"]
+
+
+def test_measurements_of_another_model_are_refused(measured: Measurements) -> None:
+    with pytest.raises(BadParameter, match="those of this model"):
+        autopolicy(tiny.build(3), sample, speedup=2, measurements=measured, **SETTINGS)
+    with pytest.raises(BadParameter, match="held_out_seeds"):
+        autopolicy(tiny.build(), sample, speedup=2, measurements=measured, **SETTINGS | {"held_out_seeds": (0, 5)})
+
+
+def test_stack_and_branches_are_places_too() -> None:
+    settings = SETTINGS | {"places": ("stack", "branches"), "trials": 1}
+    found = autopolicy(tiny.build(), sample, speedup=1.5, **settings)
+    assert found.place in ("stack", "branches") and found.cost <= 1 / 1.5
+    model = compile(tiny.build(), found.policy, backend="aot_eager")
+    error = relative_l2(sample(model, 5), sample(tiny.build(), 5))
+    assert error == pytest.approx(found.errors.each[0], rel=1e-3)
