@@ -13,6 +13,7 @@ import contextlib
 import json
 import re
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -39,7 +40,7 @@ def lockstep(models: Mapping[str, Any], inputs: Sequence[dict[str, Any]]) -> dic
                 stack.enter_context(model.trajectory(num_steps=STEPS))
         for arguments in inputs:
             for name, model in models.items():
-                samples[name].append(seconds(lambda model=model, arguments=arguments: model(**arguments)))
+                samples[name].append(seconds(partial(model, **arguments)))
     return samples
 
 

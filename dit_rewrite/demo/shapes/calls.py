@@ -56,8 +56,5 @@ def sampler(steps: int = 50, images: int = 8) -> tuple[torch.nn.Module, Callable
         "DPM-Solver++ 2M": partial(DPMSolverMultistepScheduler, **spaced),
         "UniPC": partial(UniPCMultistepScheduler, **spaced),
     }
-    controls: Solvers = {
-        name: lambda denoiser, count, seed, make=make: sample(denoiser, count, seed, make)
-        for name, make in solvers.items()
-    }
+    controls: Solvers = {name: partial(sample, scheduler=make) for name, make in solvers.items()}
     return load_denoiser(), lambda denoiser, seed: sample(denoiser, steps, seed), controls
