@@ -7,7 +7,7 @@ Such a graph therefore gets new symbols, each of which is bound by an input.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import sympy
@@ -15,14 +15,36 @@ import torch
 from torch import SymInt, Tensor, fx
 
 from dit_rewrite import torch_compat
+from dit_rewrite.passes.analysis.graph import aten, packet
 from dit_rewrite.torch_compat import FakeTensorMode, tree_leaves
 
 _ONE = sympy.S.One
+_SIZES = {aten.sym_size, aten.sym_stride, aten.sym_numel, aten.sym_storage_offset}
 
 
 def is_unbacked(value: Any) -> bool:
     """Return whether `value` is, or has, a data-dependent size."""
     return bool(torch_compat.unbacked_symbols(value))
+
+
+def asserted_tensors(node: fx.Node, operands: Callable[[fx.Node], Iterable[fx.Node]]) -> set[fx.Node] | None:
+    """Return the tensors whose sizes `node` asserts something about, or None if it does anything else.
+
+    `operands` returns the nodes that a node reads. An assertion about an element of a tensor reads the tensor itself.
+    """
+    if packet(node) is not aten._assert_scalar:
+        return None
+    tensors: set[fx.Node] = set()
+    stack = [*operands(node)]
+    while stack:
+        read = stack.pop()
+        if packet(read) in _SIZES:
+            tensors.update(operand for operand in operands(read) if isinstance(operand.meta["val"], Tensor))
+        elif isinstance(read.meta.get("val"), Tensor):
+            return None
+        else:
+            stack.extend(operands(read))
+    return tensors
 
 
 def moving_sizes(graph: fx.Graph, invariant: Iterable[int]) -> frozenset[sympy.Symbol]:

@@ -17,7 +17,7 @@ from torch import Tensor, fx
 
 from dit_rewrite.decision_row import DecisionRow
 from dit_rewrite.passes.analysis.graph import aten, attribute
-from dit_rewrite.passes.analysis.unbacked import is_contiguous
+from dit_rewrite.passes.analysis.unbacked import asserted_tensors, is_contiguous
 from dit_rewrite.passes.rewrite.cache_or_compute import cache_or_compute
 from dit_rewrite.passes.rewrite.guarded_graph import GuardedGraph
 from dit_rewrite.passes.rewrite.segments import Segments
@@ -245,10 +245,21 @@ class _Segment:
         raise AssertionError(node)
 
     def _reached(self, outputs: tuple[fx.Node, ...], given: Collection[fx.Node]) -> set[fx.Node]:
-        """Return the outputs and impure nodes of this segment, and the nodes that they depend on, down to `given`."""
-        acting = (node for node in self.flat.home if node in self.guarded.acting)
+        """Return the outputs and impure nodes of this segment, and the nodes that they depend on, down to `given`.
+
+        In a step that reuses, an assertion about the size of a tensor that nothing else reads is left out, because it
+        would keep the computation of the tensor alive. Data-dependent sizes in a slot follow from the conditioning, so
+        the step that filled the slot has made the same assertion.
+        """
+        acting = [node for node in self.flat.home if node in self.guarded.acting and self._is_own(node)]
+        sized = {node: asserted_tensors(node, self._operands) for node in acting if any(self.flat.row)}
+        reached = self._closed([*outputs, *(node for node in acting if sized.get(node) is None)], given)
+        kept = [node for node, tensors in sized.items() if tensors is not None and tensors <= reached]
+        return reached | self._closed(kept, given)
+
+    def _closed(self, nodes: Iterable[fx.Node], given: Collection[fx.Node]) -> set[fx.Node]:
         reached: set[fx.Node] = set()
-        stack = [*outputs, *filter(self._is_own, acting)]
+        stack = [*nodes]
         while stack:
             node = stack.pop()
             if node not in reached:
