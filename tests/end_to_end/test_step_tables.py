@@ -206,3 +206,35 @@ def test_an_inferred_trajectory_reads_tables_too() -> None:
 def test_an_unknown_choice_of_steps() -> None:
     with pytest.raises(BadArgument, match="tables='some' is out of range"):
         compiled(UNCONDITIONED, tables="some")
+
+
+class ReturnsModulation(nn.Module):
+    """A residual branch modulated by the time, which also returns a part of the modulation as a view."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.modulation, self.branch = nn.Linear(8, 16), nn.Linear(8, 8)
+
+    def forward(self, hidden_states: Tensor, timestep: Tensor) -> tuple[Tensor, Tensor]:
+        modulation = self.modulation(timestep[:, None].expand(-1, 8) / 1000)
+        scale, gate = modulation.chunk(2, dim=1)
+        return hidden_states + gate * self.branch(hidden_states * scale), scale[:, :4]
+
+
+@pytest.mark.parametrize(
+    "how", [{"scheduler": SimpleNamespace(timesteps=torch.tensor([900.0, 600.0]))}, {"num_steps": 2}]
+)
+def test_a_caller_may_modify_what_a_step_returns(how: dict[str, Any]) -> None:
+    """No output is a view of a row, so that the next trajectory reads what it would compute."""
+    torch.manual_seed(0)
+    model = dit_rewrite.compile(ReturnsModulation().eval(), FORA(2, kinds=("mlp",)), backend="aot_eager", tables="all")
+    sample = torch.randn(2, 8)
+    runs = []
+    for _ in range(2):
+        with torch.no_grad(), model.trajectory(**how):
+            results = [model(hidden_states=sample, timestep=torch.full((2,), t)) for t in (900.0, 600.0)]
+        runs.append([output.clone() for result in results for output in result])
+        for result in results:
+            result[1].zero_()
+    assert model.stats().table_rows > 0
+    assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
