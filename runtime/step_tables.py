@@ -148,8 +148,8 @@ class Tables:
         return found
 
     def _key(self, args: Sequence[Any], clock: Clock | None) -> Hashable:
-        """Return the value of the timestep with its dtype and shape, and all sizes; None if it cannot be read."""
-        parts: list[Hashable] = [args[i] for i in self._program.sizes]
+        """Return all sizes, and the value of the timestep with its dtype and shape; None if it cannot be read."""
+        parts: list[Hashable] = self._sizes(args)
         for i in self._program.step:
             value = args[i]
             if isinstance(value, Tensor):
@@ -159,6 +159,11 @@ class Tables:
                 value = _key_of(host)
             parts.append(value)
         return tuple(parts)
+
+    def _sizes(self, args: Sequence[Any]) -> list[Hashable]:
+        """Return the sizes that rows depend on. Of a tensor among these inputs, rows depend on the shape alone."""
+        given = (args[i] for i in self._program.sizes)
+        return [(x.shape, x.dtype, x.device) if isinstance(x, Tensor) else x for x in given]
 
     def _fill(self, table: Table, key: Hashable, args: Sequence[Any], clock: Clock | None) -> None:
         """Compute the row of a call and, if the timesteps are known ahead, the rows of further steps."""
@@ -182,7 +187,7 @@ class Tables:
         if clock is None or not self._batched or len(self._program.step) != 1:
             return {}
         timestep = args[self._program.step[0]]
-        sizes = [args[i] for i in self._program.sizes]
+        sizes = self._sizes(args)
         found: dict[Hashable, Tensor] = {}
         for value in clock.upcoming(timestep) if isinstance(timestep, Tensor) else ():
             row = table.rows.get(each := (*sizes, _key_of(value)))

@@ -52,7 +52,7 @@ class TableProgram:
         """Return the values of `columns` for the timestep in `args`."""
         gm, inputs = self._program(columns)
         with _plain():
-            return [value.contiguous() for value in gm(*map(args.__getitem__, inputs))]
+            return [_owned(value) for value in gm(*map(args.__getitem__, inputs))]
 
     def rows(self, columns: Columns, args: Sequence[Any], timesteps: Tensor) -> Sequence[Tensor] | None:
         """Return the values of `columns` for each of `timesteps`, stacked; None if an op cannot be batched."""
@@ -68,6 +68,12 @@ class TableProgram:
                 ValueError,
             ):  # an op has no batching rule
                 return None
+
+
+def _owned(value: Tensor) -> Tensor:
+    """Return a contiguous tensor that keeps no more memory alive than its own, as a part of a product would."""
+    dense = value.contiguous()
+    return dense if dense.untyped_storage().nbytes() == dense.nbytes else dense.clone()
 
 
 class _plain:

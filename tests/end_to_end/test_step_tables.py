@@ -238,3 +238,16 @@ def test_a_caller_may_modify_what_a_step_returns(how: dict[str, Any]) -> None:
             result[1].zero_()
     assert model.stats().table_rows > 0
     assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
+
+
+def test_a_row_keeps_no_more_memory_than_its_own() -> None:
+    """For one sample, a part of a product is contiguous, and a view of the product with all other parts."""
+    model = dit_rewrite.compile(ReturnsModulation().eval(), FORA(2, kinds=("mlp",)), backend="aot_eager")
+    with torch.no_grad(), model.trajectory(num_steps=2):
+        for time in (900.0, 600.0):
+            model(hidden_states=torch.ones(1, 8), timestep=torch.full((1,), time))
+    graph = model.explain().rewritten[0].graph
+    values = [
+        v for t in graph.session.tables_of(0, graph.program)._tables for r in t.rows.values() for v in r.values.values()
+    ]
+    assert [(value.nbytes, value.untyped_storage().nbytes()) for value in values] == [(32, 32)]

@@ -62,7 +62,7 @@ class Steps:
         """Begin another trajectory."""
         self.clock, self.bookmark = Clock(scheduler=self.scheduler), Bookmark()
 
-    def __call__(self, value: int, *columns: str, dtype: torch.dtype = torch.int64, size: int = 2) -> list[Tensor]:
+    def __call__(self, value: int, *columns: str, dtype: torch.dtype = torch.int64, size: Any = 2) -> list[Tensor]:
         """Read the table at a timestep, check it, and return the values."""
         timestep = torch.full((2,), value, dtype=dtype)
         self.clock.enter(self.clock.read(timestep, Named()), timestep, Named(), "stream")
@@ -115,6 +115,15 @@ def test_rows_belong_to_a_dtype_and_to_sizes(change: str) -> None:
     run(600)
     run(600, **{"dtype": {"dtype": torch.float32}, "size": {"size": 3}}[change])
     assert run.program.single == 2
+
+
+def test_of_a_tensor_that_is_read_for_its_shape_only_the_shape_counts() -> None:
+    """`full_like` and similar ops take the shape of the latent, which is another tensor in each step."""
+    run = Steps()
+    for value in (600, 300, 0):
+        run(value, size=torch.zeros(2, value + 1)[:, :1])
+    run(600, size=torch.zeros(2, 2))
+    assert (run.program.single, run.program.batches) == (0, [3, 3])
 
 
 def test_a_row_is_completed_when_a_variant_reads_more_columns() -> None:
@@ -228,3 +237,11 @@ def test_nothing_is_read_for_a_timestep_that_is_not_a_number() -> None:
         (value,) = run.tables.read(("a",), args, run.bookmark, True, run.clock)
         assert value.isnan().all()
     assert run.program.single == 2
+
+
+def test_rows_are_counted_since_an_earlier_time() -> None:
+    run = Steps()
+    run(600)
+    before = run.stats.copy()
+    run(599)
+    assert run.stats.since(before).table_rows == 1
