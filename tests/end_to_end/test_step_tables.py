@@ -251,3 +251,14 @@ def test_a_row_keeps_no_more_memory_than_its_own() -> None:
         v for t in graph.session.tables_of(0, graph.program)._tables for r in t.rows.values() for v in r.values.values()
     ]
     assert [(value.nbytes, value.untyped_storage().nbytes()) for value in values] == [(32, 32)]
+
+
+def test_a_weight_that_is_changed_in_place_in_a_trajectory() -> None:
+    """Each step computes or reads values of the weights that it is called with."""
+    model, calls = compiled(UNCONDITIONED, tables="all", policy=Never()), MODELS[UNCONDITIONED].inputs(2)
+    plain = without_tables(model, Never())
+    with torch.no_grad(), model.trajectory(scheduler=scheduler(calls)), plain.trajectory(scheduler=scheduler(calls)):
+        for call in calls:
+            close([output(model(**call))], [output(plain(**call))])
+            model.adaln_single.linear.weight.mul_(1.5)
+    assert model.stats().tables == {TableReason.NEW_WEIGHTS: 1}

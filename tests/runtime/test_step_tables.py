@@ -245,3 +245,39 @@ def test_rows_are_counted_since_an_earlier_time() -> None:
     before = run.stats.copy()
     run(599)
     assert run.stats.since(before).table_rows == 1
+
+
+def test_two_conditions_share_the_memory() -> None:
+    """If the limit holds the rows of one of them, they do not fill it in turn with rows that the other one drops."""
+    run = Steps(limit=4 * ROW_BYTES)
+    other, bookmark = torch.zeros(1), Bookmark()
+    for value in (900, 600, 300, 0):
+        for _ in range(2):
+            run(value)
+            assert run.tables.bytes <= 4 * ROW_BYTES
+            run.condition, other = other, run.condition
+            run.bookmark, bookmark = bookmark, run.bookmark
+    assert (run.program.batches, run.program.single) == ([4, 2, 2], 3)
+
+
+def test_rows_of_freed_conditioning_are_dropped() -> None:
+    run = Steps()
+    run(600)
+    run.tables.drop_dead()
+    assert run.tables.bytes == 3 * ROW_BYTES
+    run.condition = torch.ones(1)
+    run.tables.drop_dead()
+    assert run.tables.bytes == 0
+
+
+def test_a_weight_that_was_changed_in_place_in_a_trajectory() -> None:
+    """The bookmark compares the versions at each call of a graph."""
+    run = Steps()
+    run(600)
+    run.bookmark.compare([run.weight])
+    run(300)
+    assert run.program.batches == [3]
+    run.weight.mul_(2)
+    run.bookmark.compare([run.weight])
+    run(0)
+    assert run.stats.tables == {TableReason.NEW_WEIGHTS: 1}
