@@ -91,7 +91,10 @@ class _plain:
 
 
 def timesteps_known(trajectory: Trajectory, timestep: Tensor | float | None) -> tuple[bool, bool]:
-    """Return whether the timestep of a call can be read without a device read, and whether further ones are known."""
+    """Return whether the timestep of a call can be read without a device read, and whether further ones are known.
+
+    They count as known at the last step too: the next trajectory may be longer, as after a warm-up of one step.
+    """
     clock = trajectory.clock
     with torch_compat.unset_fake_temporarily():
         if isinstance(timestep, float):
@@ -100,4 +103,4 @@ def timesteps_known(trajectory: Trajectory, timestep: Tensor | float | None) -> 
             return timestep is not None, False
         if clock is None:
             return timestep.device.type == "cpu", False
-        return clock.on_host(timestep) is not None, len(clock.upcoming(timestep)) > 1
+        return clock.on_host(timestep) is not None, bool(clock.upcoming(timestep))

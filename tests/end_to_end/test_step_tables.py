@@ -262,3 +262,12 @@ def test_a_weight_that_is_changed_in_place_in_a_trajectory() -> None:
             close([output(model(**call))], [output(plain(**call))])
             model.adaln_single.linear.weight.mul_(1.5)
     assert model.stats().tables == {TableReason.NEW_WEIGHTS: 1}
+
+
+@pytest.mark.filterwarnings("ignore:.*reuses nothing")
+def test_a_trajectory_of_one_step_comes_first() -> None:
+    """As in a warm-up: the graph that is captured then has a table for longer trajectories."""
+    model, calls = compiled(CONDITIONED), MODELS[CONDITIONED].inputs(3)
+    run(model, calls[:1])
+    run(model, calls)
+    assert model.stats().table_rows == 2
