@@ -59,8 +59,22 @@ def moving_sizes(graph: fx.Graph, invariant: Iterable[int]) -> frozenset[sympy.S
         drawn = torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
         if drawn or any(argument in moving for argument in node.all_input_nodes):
             moving.add(node)
-            found |= _symbols(node).difference(*map(_symbols, node.all_input_nodes))
+            fresh = _symbols(node).difference(*map(_symbols, node.all_input_nodes))
+            found |= set() if _is_sized_by_others(node, moving, found) else fresh
     return frozenset(found)
+
+
+def _is_sized_by_others(node: fx.Node, moving: set[fx.Node], sizes: set[sympy.Symbol]) -> bool:
+    """Return whether new sizes of a value follow from operands that do not move, though its elements do.
+
+    `index` selects as many elements as its masks do; a slice has the size that its bounds and its operand's shape give.
+    """
+    if packet(node) is aten.index:
+        return not any(mask in moving for mask in node.args[1] if isinstance(mask, fx.Node))  # type: ignore[union-attr]
+    if packet(node) is not aten.slice or any(_symbols(operand) & sizes for operand in node.all_input_nodes):
+        return False
+    bounds = (operand.meta["val"] for operand in node.all_input_nodes[1:])
+    return all(isinstance(b, SymInt) and b.node.expr.free_symbols == torch_compat.unbacked_symbols(b) for b in bounds)
 
 
 def _symbols(node: fx.Node) -> frozenset[sympy.Symbol]:
