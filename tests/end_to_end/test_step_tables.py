@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import dit_rewrite
+from benchmarks.step_table_models import text_to_video
 from dit_rewrite.errors import BadArgument, TableReason
 from dit_rewrite.module import twin
 from dit_rewrite.passes.rewrite.printing import op_counts
@@ -271,3 +272,29 @@ def test_a_trajectory_of_one_step_comes_first() -> None:
     run(model, calls[:1])
     run(model, calls)
     assert model.stats().table_rows == 2
+
+
+def test_a_reusing_step_of_hunyuan_video_computes_no_attention() -> None:
+    """Masks of the text select tokens. Neither their number nor assertions about it keep the joint attention alive."""
+    diffusers = pytest.importorskip("diffusers")
+    sizes = {"in_channels": 9, "out_channels": 4, "num_attention_heads": 2, "attention_head_dim": 16, "num_layers": 2}
+    text = {"num_refiner_layers": 1, "text_embed_dim": 24, "text_embed_2_dim": 20, "image_embed_dim": 12}
+    torch.manual_seed(0)
+    module = diffusers.HunyuanVideo15Transformer3DModel(**sizes, **text, rope_axes_dim=(4, 6, 6))
+    given = {
+        "encoder_hidden_states": torch.randn(1, 10, 24),
+        "encoder_attention_mask": (torch.arange(10) < 7)[None],
+        "encoder_hidden_states_2": torch.randn(1, 6, 20),
+        "encoder_attention_mask_2": (torch.arange(6) < 4)[None],
+        "image_embeds": torch.zeros(1, 5, 12),
+        "return_dict": False,
+    }
+    times = [torch.tensor([900.0 - 100 * i]) for i in range(3)]
+    calls = [{"hidden_states": torch.randn(1, 9, 2, 4, 4), "timestep": time, **given} for time in times]
+    model = dit_rewrite.compile(module.eval().requires_grad_(False), FORA(3), backend="aot_eager")
+    plain = without_tables(model)
+    with text_to_video():
+        close(run(model, calls), run(plain, calls))
+    reusing = next(v for v in model.explain().rewritten[0].variants.values() if all(v.row))
+    counts = op_counts(reusing.gm)
+    assert (counts["dit_rewrite.attention"], counts["aten.addmm"]) == (0, 1)
