@@ -18,10 +18,12 @@ from the table. A step that computes every site computes them as ever, so reuse 
   computed by one call, batched over the steps, when a step first reads the table: weights are read once instead of once
   a step. Without one, a row is computed when it is read.
 - **Keys.** A row is found by the value of the timestep, with its dtype and shape. It belongs to the weights and the
-  conditioning that it was computed from, compared by identity and version: conditioning in each call, weights in each
-  trajectory. Rows that depend on no conditioning outlive the trajectory.
+  conditioning that it was computed from, compared by identity and version in each call, and weights by a checksum of
+  their content in each trajectory. Rows that depend on no conditioning outlive the trajectory, and others last as long
+  as the conditioning is in use.
 - **Memory.** Only values that some compiled variant reads are stored, such as the gates of a modulation. The rows of a
-  graph take at most an eighth of `memory_budget`; the oldest ones are dropped first.
+  graph take at most an eighth of `memory_budget`, in equal shares if there are several conditionings (streams of
+  guidance); the oldest ones are dropped first.
 - **No table.** Values that depend on the conditioning have no table without a scheduler, because each row would be read
   once. Nor is there one if reading the timestep would wait for a GPU: it is read on the host, or found as an entry of
   the scheduler's timesteps. `explain()` names the reason, and `stats().tables` counts dropped rows by reason.

@@ -95,6 +95,8 @@ class CompiledGraph:
         unfit: Reason | None = cache.fit(stamp, self._weights(args), self._ambient(args))
         if unfit is MissReason.EMPTY and call.fresh is not None:
             unfit = call.fresh
+        if self.program is not None:
+            cache.bookmark.compare([args[i] for i in self.program.weights])
         if self._conditioned:
             steady = self._steady(args)
             unfit = cache.validate_conditioning(steady, call.explicit, self._conditioned) or unfit

@@ -172,6 +172,8 @@ class Session(threading.local):
         self.inferred = InferredTrajectory()
         if self.explicit is not None:
             self.explicit.begin()
+        for tables in self._tables.values():
+            tables.drop_dead()
 
     def cache_bytes(self) -> int:
         """Return the size in bytes of the current trajectory's cache."""

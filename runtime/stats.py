@@ -199,9 +199,9 @@ class Stats:
             setattr(self, name, getattr(self, name) + count)
 
     def since(self, earlier: Stats) -> Stats:
-        """Return the counts since `earlier`, which `copy` made. `cache_bytes` and `peak_bytes` are not subtracted."""
+        """Return the counts since `earlier`, which `copy` made. Sizes in bytes are not subtracted."""
         numbers = ["calls", "computed", "reused", "variants", "late_variants", "recompiles", "graph_breaks", "hoists"]
-        numbers += ["num_trajectories"]
+        numbers += ["num_trajectories", "table_rows"]
         changes: dict[str, Any] = {name: getattr(self, name) - getattr(earlier, name) for name in numbers}
         for name in _COUNTERS:
             changes[name] = getattr(self, name) - getattr(earlier, name)

@@ -8,7 +8,7 @@ a row is computed when a step first reads it. Rows that depend on no conditionin
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -18,10 +18,11 @@ from torch import Tensor
 from dit_rewrite.errors import TableReason
 from dit_rewrite.runtime.clock import Clock
 from dit_rewrite.runtime.stats import Stats
-from dit_rewrite.runtime.tensors import Memoized
+from dit_rewrite.runtime.tensors import Memoized, version
 
 SHARE = 8  # the rows of a graph take at most this part of the memory that caches may take
 BATCH = 64  # rows that are computed at once
+MOST = 8  # tables that are kept, of the conditioning of several streams or prompts
 STEADY = 2  # how often the conditioning of a cache may change before rows are no longer computed ahead
 
 Columns = tuple[str, ...]
@@ -97,6 +98,11 @@ class Bookmark:
     table: Table | None = None
     count: int = 0
 
+    def compare(self, weights: Iterable[Tensor]) -> None:
+        """Forget the table if a weight was changed in place since its rows were computed."""
+        if self.table is not None and self.table.weights.versions != tuple(map(version, weights)):
+            self.table = None
+
 
 class Tables:
     """The tables of one graph in one thread. Their rows take at most `limit` bytes."""
@@ -131,8 +137,17 @@ class Tables:
     def bytes(self) -> int:
         return sum(table.bytes for table in self._tables)
 
+    def drop_dead(self) -> None:
+        """Drop the rows of conditioning that was freed."""
+        self._tables = [table for table in self._tables if table.conditioning.is_alive]
+
+    @property
+    def _share(self) -> int:
+        """The bytes that the rows of one table may take. Equal shares: streams would drop each other's rows in turn."""
+        return self._limit() // SHARE // max(len(self._tables), 1)
+
     def _table(self, args: Sequence[Any], bookmark: Bookmark, explicit: bool) -> Table:
-        """Return the table for the weights and the conditioning of a call. Weights are compared once per trajectory."""
+        """Return the table for the weights and the conditioning of a call. `Bookmark.compare` has seen the weights."""
         conditioning = [args[i] for i in self._program.conditioning]
         before = bookmark.table
         if before is not None and before.conditioning.valid_for(conditioning, explicit):
@@ -146,13 +161,13 @@ class Tables:
             self._stats.dropped(TableReason.NEW_CONDITIONING)
         found = fitting[0] if fitting else Table(Memoized.of(weights, ()), Memoized.of(conditioning, ()))
         alive = [table for table in current if table is not found and table.conditioning.is_alive]
-        self._tables = [*alive, found]
+        self._tables = [*alive, found][-MOST:]
         bookmark.table, bookmark.count = found, bookmark.count + 1
         return found
 
     def _key(self, args: Sequence[Any], clock: Clock | None) -> Hashable:
-        """Return the value of the timestep with its dtype and shape, and all sizes; None if it cannot be read."""
-        parts: list[Hashable] = [args[i] for i in self._program.sizes]
+        """Return all sizes, and the value of the timestep with its dtype and shape; None if it cannot be read."""
+        parts: list[Hashable] = self._sizes(args)
         for i in self._program.step:
             value = args[i]
             if isinstance(value, Tensor):
@@ -162,6 +177,11 @@ class Tables:
                 value = _key_of(host)
             parts.append(value)
         return tuple(parts)
+
+    def _sizes(self, args: Sequence[Any]) -> list[Hashable]:
+        """Return the sizes that rows depend on. Of a tensor among these inputs, rows depend on the shape alone."""
+        given = (args[i] for i in self._program.sizes)
+        return [(x.shape, x.dtype, x.device) if isinstance(x, Tensor) else x for x in given]
 
     def _fill(self, table: Table, key: Hashable, args: Sequence[Any], clock: Clock | None) -> None:
         """Compute the row of a call and, if the timesteps are known ahead, the rows of further steps."""
@@ -186,13 +206,13 @@ class Tables:
         if clock is None or not self._batched or len(self._program.step) != 1:
             return {}
         timestep = args[self._program.step[0]]
-        sizes = [args[i] for i in self._program.sizes]
+        sizes = self._sizes(args)
         found: dict[Hashable, Tensor] = {}
         for value in clock.upcoming(timestep) if isinstance(timestep, Tensor) else ():
             row = table.rows.get(each := (*sizes, _key_of(value)))
             if row is None or row.take(columns) is None:
                 found[each] = value
-        fitting = self._limit() // SHARE // max(self._program.bytes_of(columns), 1)
+        fitting = self._share // max(self._program.bytes_of(columns), 1)
         return dict(list(found.items())[: min(fitting, BATCH)])
 
     def _put(self, table: Table, key: Hashable, columns: Columns, values: Sequence[Tensor]) -> None:
@@ -200,17 +220,16 @@ class Tables:
         self._stats.add("table_rows")
 
     def _bound(self, table: Table, key: Hashable) -> None:
-        """Drop the oldest rows, of other tables first, until the rest is within the limit or only this call's row."""
-        limit, total, dropped = self._limit() // SHARE, self.bytes, False
-        for each in list(self._tables):
-            for old in list(each.rows):
-                if total <= limit or (each is table and old == key):
-                    continue
-                total -= each.rows.pop(old).bytes
+        """Drop the oldest rows of each table until the rest is within its share, but not the row of this call."""
+        share, dropped = self._share, False
+        for each in self._tables:
+            size, oldest = each.bytes, [old for old in each.rows if each is not table or old != key]
+            while size > share and oldest:
+                size -= each.rows.pop(oldest.pop(0)).bytes
                 dropped = True
         if dropped:
             self._stats.dropped(TableReason.OVER_LIMIT)
-        self._stats.table_bytes = max(self._stats.table_bytes, total)
+        self._stats.table_bytes = max(self._stats.table_bytes, self.bytes)
 
 
 def _key_of(timestep: Tensor) -> Hashable:

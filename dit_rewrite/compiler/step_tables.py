@@ -61,7 +61,7 @@ class TableProgram:
         """Return the values of `columns` for the timestep in `args`."""
         gm, inputs = self._program(columns)
         with self._lock, _plain():
-            return [value.contiguous() for value in gm(*map(args.__getitem__, inputs))]
+            return [_owned(value) for value in gm(*map(args.__getitem__, inputs))]
 
     def rows(self, columns: Columns, args: Sequence[Any], timesteps: Tensor) -> Sequence[Tensor] | None:
         """Return the values of `columns` for each of `timesteps`, stacked; None if an op cannot be batched."""
@@ -84,6 +84,12 @@ class TableProgram:
             self._weights.release([args[i] for i in self._released()])
 
 
+def _owned(value: Tensor) -> Tensor:
+    """Return a contiguous tensor that keeps no more memory alive than its own, as a part of a product would."""
+    dense = value.contiguous()
+    return dense if dense.untyped_storage().nbytes() == dense.nbytes else dense.clone()
+
+
 class _plain:
     """Context manager under which captured ops run as they were captured: without autocast, autograd and inference
     tensors, which have no version counter."""
@@ -99,7 +105,10 @@ class _plain:
 
 
 def timesteps_known(trajectory: Trajectory, timestep: Tensor | float | None) -> tuple[bool, bool]:
-    """Return whether the timestep of a call can be read without a device read, and whether further ones are known."""
+    """Return whether the timestep of a call can be read without a device read, and whether further ones are known.
+
+    They count as known at the last step too: the next trajectory may be longer, as after a warm-up of one step.
+    """
     clock = trajectory.clock
     with torch_compat.unset_fake_temporarily():
         if isinstance(timestep, float):
@@ -108,4 +117,4 @@ def timesteps_known(trajectory: Trajectory, timestep: Tensor | float | None) -> 
             return timestep is not None, False
         if clock is None:
             return timestep.device.type == "cpu", False
-        return clock.on_host(timestep) is not None, len(clock.upcoming(timestep)) > 1
+        return clock.on_host(timestep) is not None, bool(clock.upcoming(timestep))

@@ -7,7 +7,7 @@ Such a graph therefore gets new symbols, each of which is bound by an input.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import sympy
@@ -15,14 +15,36 @@ import torch
 from torch import SymInt, Tensor, fx
 
 from dit_rewrite import torch_compat
+from dit_rewrite.passes.analysis.graph import aten, packet
 from dit_rewrite.torch_compat import FakeTensorMode, tree_leaves
 
 _ONE = sympy.S.One
+_SIZES = {aten.sym_size, aten.sym_stride, aten.sym_numel, aten.sym_storage_offset}
 
 
 def is_unbacked(value: Any) -> bool:
     """Return whether `value` is, or has, a data-dependent size."""
     return bool(torch_compat.unbacked_symbols(value))
+
+
+def asserted_tensors(node: fx.Node, operands: Callable[[fx.Node], Iterable[fx.Node]]) -> set[fx.Node] | None:
+    """Return the tensors whose sizes `node` asserts something about, or None if it does anything else.
+
+    `operands` returns the nodes that a node reads. An assertion about an element of a tensor reads the tensor itself.
+    """
+    if packet(node) is not aten._assert_scalar:
+        return None
+    tensors: set[fx.Node] = set()
+    stack = [*operands(node)]
+    while stack:
+        read = stack.pop()
+        if packet(read) in _SIZES:
+            tensors.update(operand for operand in operands(read) if isinstance(operand.meta["val"], Tensor))
+        elif isinstance(read.meta.get("val"), Tensor):
+            return None
+        else:
+            stack.extend(operands(read))
+    return tensors
 
 
 def moving_sizes(graph: fx.Graph, invariant: Iterable[int]) -> frozenset[sympy.Symbol]:
@@ -37,8 +59,22 @@ def moving_sizes(graph: fx.Graph, invariant: Iterable[int]) -> frozenset[sympy.S
         drawn = torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
         if drawn or any(argument in moving for argument in node.all_input_nodes):
             moving.add(node)
-            found |= _symbols(node).difference(*map(_symbols, node.all_input_nodes))
+            fresh = _symbols(node).difference(*map(_symbols, node.all_input_nodes))
+            found |= set() if _is_sized_by_others(node, moving, found) else fresh
     return frozenset(found)
+
+
+def _is_sized_by_others(node: fx.Node, moving: set[fx.Node], sizes: set[sympy.Symbol]) -> bool:
+    """Return whether new sizes of a value follow from operands that do not move, though its elements do.
+
+    `index` selects as many elements as its masks do; a slice has the size that its bounds and its operand's shape give.
+    """
+    if packet(node) is aten.index:
+        return not any(mask in moving for mask in node.args[1] if isinstance(mask, fx.Node))  # type: ignore[union-attr]
+    if packet(node) is not aten.slice or any(_symbols(operand) & sizes for operand in node.all_input_nodes):
+        return False
+    bounds = (operand.meta["val"] for operand in node.all_input_nodes[1:])
+    return all(isinstance(b, SymInt) and b.node.expr.free_symbols == torch_compat.unbacked_symbols(b) for b in bounds)
 
 
 def _symbols(node: fx.Node) -> frozenset[sympy.Symbol]:

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, fx
 
 from dit_rewrite.decision_row import DecisionRow
-from dit_rewrite.passes.analysis.graph import aten, attribute
-from dit_rewrite.passes.analysis.unbacked import is_contiguous
+from dit_rewrite.passes.analysis.graph import aten, attribute, is_view
+from dit_rewrite.passes.analysis.unbacked import asserted_tensors, is_contiguous
 from dit_rewrite.passes.rewrite.cache_or_compute import cache_or_compute
 from dit_rewrite.passes.rewrite.guarded_graph import GuardedGraph
 from dit_rewrite.passes.rewrite.segments import Segments
@@ -143,8 +143,9 @@ class _Segment:
         self.names = [] if tables is None else [node.name for node in guarded.source.graph.nodes]
         self.placeholders = guarded.gm.graph.find_nodes(op="placeholder")
         self.number = {node: i for i, node in enumerate(self.placeholders)}
-        results = self.flat.outputs[: guarded.num_outputs]
-        self.returned = {self._wire(n) for n in results if isinstance(n, fx.Node) and n.op == "call_function"}
+        results = [n for n in self.flat.outputs[: guarded.num_outputs] if isinstance(n, fx.Node)]
+        self.returned = {self._wire(n) for n in results if n.op == "call_function"}
+        self.exposed = {viewed for node in results for viewed in self._viewed(node)}
 
     def variant(self, exports: Sequence[int], stored: Sequence[bool] | None) -> Variant:
         wires = tuple(p for p in exports if isinstance(self.flat.at.get(p), fx.Node))
@@ -174,13 +175,20 @@ class _Segment:
     def _column(self, node: fx.Node) -> str | None:
         """Return the column of the step table that holds the value of a node of this segment, or None.
 
-        A value that the call returns is not read from the table, because the caller may modify it.
+        A value that the call returns, or returns a view of, is not read from the table: the caller may modify it.
         """
         if node.op != "call_function" or "home" in node.meta or self._is_input(node) or self.tables is None:
             return None
-        if self._wire(node) in self.returned:
+        if node in self.exposed:
             return None
         return self.tables.columns.get(self.names[node.meta["position"]])
+
+    def _viewed(self, node: fx.Node) -> Iterator[fx.Node]:
+        """Yield a node, and the nodes whose memory it may be a view of."""
+        yield node
+        while is_view(node) or node.target is getitem or _returns_view(node):
+            node = next(self._operands(node))
+            yield node
 
     def _fresh(self, stored: Sequence[bool] | None) -> dict[tuple[int, int], fx.Node]:
         """Return the new slot tensors that this segment computes."""
@@ -245,10 +253,21 @@ class _Segment:
         raise AssertionError(node)
 
     def _reached(self, outputs: tuple[fx.Node, ...], given: Collection[fx.Node]) -> set[fx.Node]:
-        """Return the outputs and impure nodes of this segment, and the nodes that they depend on, down to `given`."""
-        acting = (node for node in self.flat.home if node in self.guarded.acting)
+        """Return the outputs and impure nodes of this segment, and the nodes that they depend on, down to `given`.
+
+        In a step that reuses, an assertion about the size of a tensor that nothing else reads is left out, because it
+        would keep the computation of the tensor alive. Data-dependent sizes in a slot follow from the conditioning, so
+        the step that filled the slot has made the same assertion.
+        """
+        acting = [node for node in self.flat.home if node in self.guarded.acting and self._is_own(node)]
+        sized = {node: asserted_tensors(node, self._operands) for node in acting if any(self.flat.row)}
+        reached = self._closed([*outputs, *(node for node in acting if sized.get(node) is None)], given)
+        kept = [node for node, tensors in sized.items() if tensors is not None and tensors <= reached]
+        return reached | self._closed(kept, given)
+
+    def _closed(self, nodes: Iterable[fx.Node], given: Collection[fx.Node]) -> set[fx.Node]:
         reached: set[fx.Node] = set()
-        stack = [*outputs, *filter(self._is_own, acting)]
+        stack = [*nodes]
         while stack:
             node = stack.pop()
             if node not in reached:
@@ -261,6 +280,12 @@ class _Segment:
             meaning = self.flat.resolve(argument)
             if isinstance(meaning, fx.Node):
                 yield meaning
+
+
+def _returns_view(node: fx.Node) -> bool:
+    """Return whether the schema of an op says that its result may share memory with its first operand."""
+    schema = getattr(node.target, "_schema", None)
+    return schema is not None and bool(schema.arguments) and schema.arguments[0].alias_info is not None
 
 
 def _placeholder(graph: fx.Graph, node: fx.Node, dense: bool = False) -> fx.Node:

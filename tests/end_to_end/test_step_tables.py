@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import dit_rewrite
+from benchmarks.step_table_models import text_to_video
 from dit_rewrite.errors import BadArgument, TableReason
 from dit_rewrite.module import twin
 from dit_rewrite.passes.rewrite.printing import op_counts
@@ -206,3 +207,94 @@ def test_an_inferred_trajectory_reads_tables_too() -> None:
 def test_an_unknown_choice_of_steps() -> None:
     with pytest.raises(BadArgument, match="tables='some' is out of range"):
         compiled(UNCONDITIONED, tables="some")
+
+
+class ReturnsModulation(nn.Module):
+    """A residual branch modulated by the time, which also returns a part of the modulation as a view."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.modulation, self.branch = nn.Linear(8, 16), nn.Linear(8, 8)
+
+    def forward(self, hidden_states: Tensor, timestep: Tensor) -> tuple[Tensor, Tensor]:
+        modulation = self.modulation(timestep[:, None].expand(-1, 8) / 1000)
+        scale, gate = modulation.chunk(2, dim=1)
+        return hidden_states + gate * self.branch(hidden_states * scale), scale[:, :4]
+
+
+@pytest.mark.parametrize(
+    "how", [{"scheduler": SimpleNamespace(timesteps=torch.tensor([900.0, 600.0]))}, {"num_steps": 2}]
+)
+def test_a_caller_may_modify_what_a_step_returns(how: dict[str, Any]) -> None:
+    """No output is a view of a row, so that the next trajectory reads what it would compute."""
+    torch.manual_seed(0)
+    model = dit_rewrite.compile(ReturnsModulation().eval(), FORA(2, kinds=("mlp",)), backend="aot_eager", tables="all")
+    sample = torch.randn(2, 8)
+    runs = []
+    for _ in range(2):
+        with torch.no_grad(), model.trajectory(**how):
+            results = [model(hidden_states=sample, timestep=torch.full((2,), t)) for t in (900.0, 600.0)]
+        runs.append([output.clone() for result in results for output in result])
+        for result in results:
+            result[1].zero_()
+    assert model.stats().table_rows > 0
+    assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
+
+
+def test_a_row_keeps_no_more_memory_than_its_own() -> None:
+    """For one sample, a part of a product is contiguous, and a view of the product with all other parts."""
+    model = dit_rewrite.compile(ReturnsModulation().eval(), FORA(2, kinds=("mlp",)), backend="aot_eager")
+    with torch.no_grad(), model.trajectory(num_steps=2):
+        for time in (900.0, 600.0):
+            model(hidden_states=torch.ones(1, 8), timestep=torch.full((1,), time))
+    graph = model.explain().rewritten[0].graph
+    values = [
+        v for t in graph.session.tables_of(0, graph.program)._tables for r in t.rows.values() for v in r.values.values()
+    ]
+    assert [(value.nbytes, value.untyped_storage().nbytes()) for value in values] == [(32, 32)]
+
+
+def test_a_weight_that_is_changed_in_place_in_a_trajectory() -> None:
+    """Each step computes or reads values of the weights that it is called with."""
+    model, calls = compiled(UNCONDITIONED, tables="all", policy=Never()), MODELS[UNCONDITIONED].inputs(2)
+    plain = without_tables(model, Never())
+    with torch.no_grad(), model.trajectory(scheduler=scheduler(calls)), plain.trajectory(scheduler=scheduler(calls)):
+        for call in calls:
+            close([output(model(**call))], [output(plain(**call))])
+            model.adaln_single.linear.weight.mul_(1.5)
+    assert model.stats().tables == {TableReason.NEW_WEIGHTS: 1}
+
+
+@pytest.mark.filterwarnings("ignore:.*reuses nothing")
+def test_a_trajectory_of_one_step_comes_first() -> None:
+    """As in a warm-up: the graph that is captured then has a table for longer trajectories."""
+    model, calls = compiled(CONDITIONED), MODELS[CONDITIONED].inputs(3)
+    run(model, calls[:1])
+    run(model, calls)
+    assert model.stats().table_rows == 2
+
+
+def test_a_reusing_step_of_hunyuan_video_computes_no_attention() -> None:
+    """Masks of the text select tokens. Neither their number nor assertions about it keep the joint attention alive."""
+    diffusers = pytest.importorskip("diffusers")
+    sizes = {"in_channels": 9, "out_channels": 4, "num_attention_heads": 2, "attention_head_dim": 16, "num_layers": 2}
+    text = {"num_refiner_layers": 1, "text_embed_dim": 24, "text_embed_2_dim": 20, "image_embed_dim": 12}
+    torch.manual_seed(0)
+    module = diffusers.HunyuanVideo15Transformer3DModel(**sizes, **text, rope_axes_dim=(4, 6, 6))
+    given = {
+        "encoder_hidden_states": torch.randn(1, 10, 24),
+        "encoder_attention_mask": (torch.arange(10) < 7)[None],
+        "encoder_hidden_states_2": torch.randn(1, 6, 20),
+        "encoder_attention_mask_2": (torch.arange(6) < 4)[None],
+        "image_embeds": torch.zeros(1, 5, 12),
+        "return_dict": False,
+    }
+    times = [torch.tensor([900.0 - 100 * i]) for i in range(3)]
+    calls = [{"hidden_states": torch.randn(1, 9, 2, 4, 4), "timestep": time, **given} for time in times]
+    model = dit_rewrite.compile(module.eval().requires_grad_(False), FORA(3), backend="aot_eager")
+    plain = without_tables(model)
+    with text_to_video():
+        close(run(model, calls), run(plain, calls))
+    reusing = next(v for v in model.explain().rewritten[0].variants.values() if all(v.row))
+    counts = op_counts(reusing.gm)
+    assert (counts["dit_rewrite.attention"], counts["aten.addmm"]) == (0, 1)

@@ -66,7 +66,7 @@ class Steps:
         """Begin another trajectory."""
         self.clock, self.bookmark = Clock(scheduler=self.scheduler), Bookmark()
 
-    def __call__(self, value: int, *columns: str, dtype: torch.dtype = torch.int64, size: int = 2) -> list[Tensor]:
+    def __call__(self, value: int, *columns: str, dtype: torch.dtype = torch.int64, size: Any = 2) -> list[Tensor]:
         """Read the table at a timestep, check it, and return the values."""
         timestep = torch.full((2,), value, dtype=dtype)
         self.clock.enter(self.clock.read(timestep, Named()), timestep, Named(), "stream")
@@ -129,6 +129,15 @@ def test_rows_belong_to_a_dtype_and_to_sizes(change: str) -> None:
     run(600)
     run(600, **{"dtype": {"dtype": torch.float32}, "size": {"size": 3}}[change])
     assert run.program.single == 2
+
+
+def test_of_a_tensor_that_is_read_for_its_shape_only_the_shape_counts() -> None:
+    """`full_like` and similar ops take the shape of the latent, which is another tensor in each step."""
+    run = Steps()
+    for value in (600, 300, 0):
+        run(value, size=torch.zeros(2, value + 1)[:, :1])
+    run(600, size=torch.zeros(2, 2))
+    assert (run.program.single, run.program.batches) == (0, [3, 3])
 
 
 def test_a_row_is_completed_when_a_variant_reads_more_columns() -> None:
@@ -242,3 +251,47 @@ def test_nothing_is_read_for_a_timestep_that_is_not_a_number() -> None:
         (value,) = run.tables.read(("a",), args, run.bookmark, True, run.clock)
         assert value.isnan().all()
     assert run.program.single == 2
+
+
+def test_rows_are_counted_since_an_earlier_time() -> None:
+    run = Steps()
+    run(600)
+    before = run.stats.copy()
+    run(599)
+    assert run.stats.since(before).table_rows == 1
+
+
+def test_two_conditions_share_the_memory() -> None:
+    """If the limit holds the rows of one of them, they do not fill it in turn with rows that the other one drops."""
+    run = Steps(limit=4 * ROW_BYTES)
+    other, bookmark = torch.zeros(1), Bookmark()
+    for value in (900, 600, 300, 0):
+        for _ in range(2):
+            run(value)
+            assert run.tables.bytes <= 4 * ROW_BYTES
+            run.condition, other = other, run.condition
+            run.bookmark, bookmark = bookmark, run.bookmark
+    assert (run.program.batches, run.program.single) == ([4, 2, 2], 3)
+
+
+def test_rows_of_freed_conditioning_are_dropped() -> None:
+    run = Steps()
+    run(600)
+    run.tables.drop_dead()
+    assert run.tables.bytes == 3 * ROW_BYTES
+    run.condition = torch.ones(1)
+    run.tables.drop_dead()
+    assert run.tables.bytes == 0
+
+
+def test_a_weight_that_was_changed_in_place_in_a_trajectory() -> None:
+    """The bookmark compares the versions at each call of a graph."""
+    run = Steps()
+    run(600)
+    run.bookmark.compare([run.weight])
+    run(300)
+    assert run.program.batches == [3]
+    run.weight.mul_(2)
+    run.bookmark.compare([run.weight])
+    run(0)
+    assert run.stats.tables == {TableReason.NEW_WEIGHTS: 1}

@@ -9,7 +9,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from dit_rewrite import torch_compat
-from dit_rewrite.passes.analysis.unbacked import bind_inputs, is_dense, memory_order
+from dit_rewrite.passes.analysis.unbacked import bind_inputs, is_dense, memory_order, moving_sizes
+from dit_rewrite.passes.capture.capture import one_graph
+from tests.helpers.tracing import Toy, linear, tokens, trace
 
 
 @pytest.fixture
@@ -77,3 +79,23 @@ def test_the_order_of_dimensions_in_memory_is_kept(mode: FakeTensorMode) -> None
     (found,) = bound(mode, heads)
     assert memory_order(found) == [0, 2, 1, 3]  # type: ignore[arg-type]
     assert is_dense(heads) and not is_dense(view)
+
+
+def test_a_size_moves_if_its_mask_or_a_bound_of_the_slice_does() -> None:
+    """Tokens that a fixed mask selects are as many in each step; those that the latent selects are not."""
+
+    def body(toy: Toy, x: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        found = []
+        for chosen in (mask, x[:, 0] > 0):
+            selected = x[chosen]
+            found += [selected, toy.layer(x)[-chosen.nonzero().shape[0] :]]
+        return tuple(found)
+
+    with one_graph():
+        traced = trace(Toy(body, layer=linear()), (tokens(0, 6, 8), torch.tensor([True, False] * 3)))
+    graph = traced.gm.graph
+    shapes = [tuple(node.meta["val"].shape) for node in graph.find_nodes(op="placeholder")]
+    moving = moving_sizes(graph, [i for i, shape in enumerate(shapes) if shape != (6, 8)])
+    results = [torch_compat.unbacked_symbols(node.meta["val"]) for node in graph.output_node().args[0]]  # type: ignore
+    assert all(results)
+    assert [bool(symbols & moving) for symbols in results] == [False, False, True, True]

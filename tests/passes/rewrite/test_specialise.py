@@ -9,6 +9,7 @@ import torch
 from torch import fx
 
 from dit_rewrite.passes.analysis.sites import find_sites
+from dit_rewrite.passes.capture.capture import one_graph
 from dit_rewrite.passes.rewrite.guarded_graph import Guarded
 from dit_rewrite.passes.rewrite.insert_guards import insert_guards
 from dit_rewrite.passes.rewrite.printing import op_counts
@@ -275,3 +276,26 @@ def test_hand_built_graph() -> None:
     assert torch.equal(fresh, two)
     assert torch.equal(total, one + 2)
     assert torch.equal(reuse.gm(3 * one, fresh)[0], 3 * one + 2)
+
+
+def test_an_assertion_about_a_size_does_not_keep_a_reused_branch() -> None:
+    """The check of a slice, whose length is unknown to the trace, is made where the branch is computed.
+
+    That of the mask, which each step reads, is made in each.
+    """
+
+    def body(toy: Toy, x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        kept = mask.nonzero()
+        torch._check(kept.shape[0] <= 4)
+        hidden = toy.first(toy.norm(x)).relu()
+        torch._check(hidden[:, -kept.shape[0] :].shape[1] == kept.shape[0])
+        return (x + toy.second(hidden)) * kept.sum()
+
+    with one_graph():
+        traced = trace(Toy(body, norm=norm(), first=linear(), second=linear()), (tokens(), torch.tensor([1, 0, 1, 1])))
+    rewritten = Rewritten.of(traced)
+    computing, reusing = (op_counts(rewritten.variant((reused,)).gm) for reused in (False, True))
+    assert computing["aten._assert_scalar"] == op_counts(traced.gm)["aten._assert_scalar"]
+    assert computing["aten.addmm"] == 2
+    assert reusing["aten.addmm"] == 0
+    assert 0 < reusing["aten._assert_scalar"] < computing["aten._assert_scalar"]
