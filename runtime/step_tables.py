@@ -18,7 +18,7 @@ from torch import Tensor
 from dit_rewrite.errors import TableReason
 from dit_rewrite.runtime.clock import Clock
 from dit_rewrite.runtime.stats import Stats
-from dit_rewrite.runtime.tensors import Memoized, version
+from dit_rewrite.runtime.tensors import Memoized, checksum, version
 
 SHARE = 8  # the rows of a graph take at most this part of the memory that caches may take
 BATCH = 64  # rows that are computed at once
@@ -80,9 +80,13 @@ class Row:
 
 @dataclass
 class Table:
-    """The rows for one state of the weights and one conditioning, by timestep, the oldest first."""
+    """The rows for one state of the weights and one conditioning, by timestep, the oldest first.
+
+    ``content`` is the checksum of the weights, which a trajectory compares before it reads rows of another one.
+    """
 
     weights: Memoized
+    content: Tensor
     conditioning: Memoized
     rows: OrderedDict[Hashable, Row] = field(default_factory=OrderedDict)
 
@@ -147,7 +151,11 @@ class Tables:
         return self._limit() // SHARE // max(len(self._tables), 1)
 
     def _table(self, args: Sequence[Any], bookmark: Bookmark, explicit: bool) -> Table:
-        """Return the table for the weights and the conditioning of a call. `Bookmark.compare` has seen the weights."""
+        """Return the table for the weights and the conditioning of a call.
+
+        `Bookmark.compare` has compared the versions of the weights. In the first call of a trajectory their content is
+        compared too, which reads the device once if there are rows of another trajectory.
+        """
         conditioning = [args[i] for i in self._program.conditioning]
         before = bookmark.table
         if before is not None and before.conditioning.valid_for(conditioning, explicit):
@@ -159,7 +167,12 @@ class Tables:
         fitting = [table for table in current if table.conditioning.valid_for(conditioning, explicit=False)]
         if before is not None and not fitting:
             self._stats.dropped(TableReason.NEW_CONDITIONING)
-        found = fitting[0] if fitting else Table(Memoized.of(weights, ()), Memoized.of(conditioning, ()))
+        content = checksum(weights)
+        if fitting and not torch.equal(fitting[0].content, content):
+            self._stats.dropped(TableReason.NEW_WEIGHTS)
+            current, fitting = [table for table in current if table is not fitting[0]], []
+        new = Table(Memoized.of(weights, ()), content, Memoized.of(conditioning, ()))
+        found = fitting[0] if fitting else new
         alive = [table for table in current if table is not found and table.conditioning.is_alive]
         self._tables = [*alive, found][-MOST:]
         bookmark.table, bookmark.count = found, bookmark.count + 1

@@ -47,6 +47,23 @@ class Memoized:
         )
 
 
+def checksum(tensors: Sequence[Tensor]) -> Tensor:
+    """Return the sum and the norm of each tensor, as a float64 vector.
+
+    It notices changes that leave the version counter as it is: those of `tensor.data`, by which adapters are merged.
+    """
+    numbers: list[Tensor] = []
+    for tensor in tensors:
+        plain = tensor.detach()
+        if plain.is_complex():
+            plain = torch.view_as_real(plain)
+        if plain.is_floating_point() and plain.itemsize > 1:
+            numbers += [plain.sum(dtype=torch.float64), torch.linalg.vector_norm(plain, dtype=torch.float64)]
+        else:  # integers, and 8-bit floats, for which there is no sum
+            numbers.append((plain.view(torch.uint8) if plain.itemsize == 1 else plain).sum(dtype=torch.int64).double())
+    return torch.stack([number.to(numbers[0].device) for number in numbers]) if numbers else torch.zeros(0)
+
+
 def alike(a: Tensor, b: Tensor) -> bool:
     """Return whether two tensors have the same shape, dtype and device."""
     return a.shape == b.shape and a.dtype == b.dtype and a.device == b.device

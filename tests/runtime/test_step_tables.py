@@ -161,6 +161,19 @@ def test_a_weight_that_was_changed_in_place_drops_the_rows() -> None:
     assert run.stats.tables == {TableReason.NEW_WEIGHTS: 1}
 
 
+def test_a_weight_that_was_changed_behind_its_version_drops_the_rows() -> None:
+    """Adapters are merged into `weight.data`, which counts no version."""
+    run = Steps()
+    run(600)
+    before = run.weight._version
+    run.weight.data.neg_()
+    assert run.weight._version == before
+    run.begin()
+    run(600)
+    assert run.program.batches == [3, 3]
+    assert run.stats.tables == {TableReason.NEW_WEIGHTS: 1}
+
+
 def test_a_weight_that_was_replaced_drops_the_rows() -> None:
     run = Steps()
     run(600)

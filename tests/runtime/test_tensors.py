@@ -1,0 +1,39 @@
+"""Comparison of tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from dit_rewrite.runtime.tensors import checksum
+
+CHANGES: dict[str, Callable[[Tensor], object]] = {
+    "an element": lambda t: t.view(-1)[3].add_(1),
+    "the sign": lambda t: t.neg_(),
+    "two elements that cancel": lambda t: t.view(-1)[:2].copy_(torch.tensor([5, -5], dtype=t.dtype) + t.view(-1)[:2]),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.complex64], ids=str)
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+def test_the_checksum_notices_a_change(change: Callable[[Tensor], object], dtype: torch.dtype) -> None:
+    tensors = [torch.randn(4, 8).to(dtype) for _ in range(2)]
+    before = checksum(tensors)
+    assert torch.equal(before, checksum([tensor.clone() for tensor in tensors]))
+    change(tensors[1])
+    assert not torch.equal(before, checksum(tensors))
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.float8_e4m3fn, torch.int64, torch.bool], ids=str)
+def test_the_checksum_of_other_dtypes(dtype: torch.dtype) -> None:
+    tensor = torch.arange(8).to(dtype)
+    before = checksum([tensor])
+    tensor[0] = 1
+    assert not torch.equal(before, checksum([tensor]))
+
+
+def test_the_checksum_of_nothing() -> None:
+    assert checksum([]).numel() == 0
