@@ -64,8 +64,7 @@ unknown where sizes depend on data, as the numbers of text tokens of HunyuanVide
 - *weights*: the bytes that nothing but the values reads, and their share of all weights of the graph.
 - *for good*: those of them that only values of the timestep alone read. Such values outlive the trajectory.
 - *read in reuse*: what a step reads of a row if it reuses every site. Where many blocks add weights of their own to one
-  value (PixArt, Wan), each step reads all of it. HunyuanVideo-1.5 reads most of it because assertions about sizes that
-  depend on data read its joint attention, which a reusing step then still computes.
+  value (PixArt, Wan), each step reads all of it.
 """
 
 SAMPLES = """### Values with one vector for each sample
