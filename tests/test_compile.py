@@ -94,11 +94,11 @@ def test_the_dump_is_numbered_by_graph_and_pass(tmp_path: Path) -> None:
     ]
     for folder in tmp_path.iterdir():
         names = {path.name for path in folder.iterdir()}
-        assert {"00_captured.py", "01_find_sites.txt", "07_partition.txt", "08_variant0_all_compute.py"} <= names
+        assert {"00_captured.py", "01_find_sites.txt", "08_partition.txt", "09_variant0_all_compute.py"} <= names
         guarded = any(
             case_.found.sites for case_ in compiled.explain().rewritten if folder.name == f"graph{case_.graph.index}"
         )
-        assert ({"04_insert_guards.py", "04_insert_guards.diff"} <= names) == guarded
+        assert ({"05_insert_guards.py", "05_insert_guards.diff"} <= names) == guarded
 
 
 class Returning(nn.Module):

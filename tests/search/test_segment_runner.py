@@ -209,7 +209,7 @@ def test_windows_of_a_grid(tmp_path: Path) -> None:
         ({"window": 4}, "greedy_plan: window=4"),
         ({"window": None}, "greedy_plan: window=None"),
         ({"grid": (4, 0)}, "greedy_plan: grid="),
-        ({"grid": (3, 3)}, r"grid=\(3, 3\) is out of range.*the number of tokens after the prefix, 16"),
+        ({"grid": (3, 3)}, r"grid=\(3, 3\) is out of range.*the number of tokens without text, 16"),
         ({"conditional": "cond"}, "greedy_plan: conditional='cond'"),
         ({"strategies": ["AST", 3]}, "greedy_plan: strategies="),
         ({"kinds": ("cross",)}, r"greedy_plan: kinds=\('cross',\).*kinds of the model's branches: self, mlp"),
