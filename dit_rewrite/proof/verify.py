@@ -106,8 +106,8 @@ def verify(
     outputs must equal those of torch.compile(model, backend) bit for bit. If low precision under Inductor prevents
     that, their RMS distance from a float64 run may be at most eager's, and a note names the stored value.
     (b) *replay*: the policy runs over the trajectory twice, and an interpreter of the captured graphs, which keeps
-    values in a dictionary, replays the recorded decisions. Outputs and stored values must be equal; under Inductor,
-    their RMS distance from a float64 replay may be at most twice the interpreter's.
+    values in a dictionary, replays the recorded decisions. Outputs and stored values must be equal; under Inductor, or
+    if steps read a step table, their RMS distance from a float64 replay may be at most twice the interpreter's.
 
     Raises UnreachedPolicy if the policy reaches no site, BadArgument for arguments that do not form a trajectory.
     """
