@@ -245,16 +245,18 @@ def test_thresholds(threshold: float, lowering: str) -> None:
     compiled = tiny.rewritten(model, Policy((Rule(step > 0, BlockwiseReuse(threshold, 4)),)), lowering=lowering)
     observed: list[Observation] = []
     compiled._backend.session.observer = observed.append
-    seen = []
+    seen, kept = [], []
     with compiled.trajectory(4):
         found = []
         for i, arguments in enumerate(inputs):
             with compiled.cache_context("main", step_index=i):  # or equal inputs would count as one step
                 found += tiny.outputs(compiled, [arguments])
             seen += counters(observed[-1])
+            kept.append(list(compiled.stats().kept_blocks.values()))
     pairs = 2 * 2 * 1 * 2  # batch, heads, tiles of queries, blocks of keys
     assert [count for _, count in seen] == [0, pairs, 2 * pairs, 3 * pairs]
     recomputed = [count for count, _ in seen]
+    assert kept == [[], *([(all - again, all)] for again, all in seen[1:])]
     computed = plain(model, inputs)
     if threshold == INF:
         with torch.no_grad(), ModuleCache([model.out]) as cache:
