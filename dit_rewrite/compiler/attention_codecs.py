@@ -69,9 +69,8 @@ class Blockwise:
     def decode(self, held: Sequence[Tensor], read: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
         query, key, values, *mask = map(_float32_for_float64, read)
         how, seen = self.strategy, mask[0] if mask else None
-        found = blockwise_step(
-            query, key, values, list(held), seen, how.threshold, self.block, how.bound, self.scale, self.kv_static
-        )
+        where = (how.threshold, self.block, how.bound, self.scale, self.kv_static, how.certify)
+        found = blockwise_step(query, key, values, list(held), seen, *where)
         return found.to(dtype)
 
 

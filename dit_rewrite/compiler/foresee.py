@@ -74,7 +74,8 @@ def _spec(guarded: GuardedGraph, index: int, rules: SiteRules, force: bool) -> S
     entropy = None if site.entropy is None else guarded.widths[index] - 1
     parent, reads, serves = guarded.parents[index], None, None
     borrows = rules.slot_format.stream if isinstance(rules.slot_format, ShareGuidance | GuidanceDelta) else None
-    blockwise = isinstance(rules.slot_format, BlockwiseReuse)
+    do = rules.slot_format
+    blockwise = do if isinstance(do, BlockwiseReuse) and site.part is Part.CORE else None
     if site.part is Part.CORE:
         reads = guarded.parents.index(index)
     elif site.part is Part.CFG_SHARED and borrows is None:
@@ -96,7 +97,8 @@ def _spec(guarded: GuardedGraph, index: int, rules: SiteRules, force: bool) -> S
         width=guarded.widths[index],
         depth=guarded.depths[index],
         differs=isinstance(rules.slot_format, GuidanceDelta) and borrows is not None,
-        counters=State._fields.index("counters") if site.part is Part.CORE and blockwise else None,
+        counters=State._fields.index("counters") if blockwise is not None else None,
+        certificate=State._fields.index("error") if blockwise is not None and blockwise.certify else None,
     )
 
 

@@ -81,17 +81,22 @@ def CachedAttention(
     block: int | None = None,
     bound: Literal["paper", "sound"] = "sound",
     kinds: tuple[str, ...] = ("cross",),
+    certify: bool = False,
 ) -> Policy:
     """Recompute attention for the blocks of `block` keys whose scores may have changed by more than `threshold`
     (CachedAttention, algorithms 1 and 2). With block=None the block is chosen by shape, see `BlockwiseReuse`.
 
     It applies to cross-attention, or with kinds=("self",) to models that read condition and image in one sequence.
     bound="paper" is equation 14 as printed, for constant keys; "sound" is a true upper bound. `threshold` is in units
-    of the softmax's exponent. Raises BadParameter for invalid parameters.
+    of the softmax's exponent.
+
+    certify=True bounds the error of the output of each attention at each step, whichever `bound` decides;
+    `stats().certificates` has the numbers. They say nothing of the image, see `BlockwiseReuse`. Raises BadParameter for
+    invalid parameters.
     """
-    rule = Rule(step > 0, BlockwiseReuse(threshold, block, bound), Where(kinds))
-    name = f"CachedAttention(threshold={threshold}, block={block}, bound={bound!r}, kinds={rule.where.kinds})"
-    return Policy((rule,), name)
+    rule = Rule(step > 0, BlockwiseReuse(threshold, block, bound, certify), Where(kinds))
+    given = {"threshold": threshold, "block": block, "bound": bound, "kinds": rule.where.kinds}
+    return Policy((rule,), title("CachedAttention", **given, **({"certify": True} if certify else {})))
 
 
 def DiTFastAttn(plan: Plan | str | Path) -> Policy:

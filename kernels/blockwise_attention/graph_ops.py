@@ -49,8 +49,12 @@ def blockwise_step(
     bound: str,
     scale: float | None,
     kv_static: bool,
+    certify: bool = False,
 ) -> Tensor:
-    """Call `blockwise_attention` with the tensors of a state, which it updates in place. Raises BadOpArgument."""
+    """Call `blockwise_attention` with the tensors of a state, which it updates in place. Raises BadOpArgument.
+
+    With `certify`, the state's `error` becomes the bound on the error of this call.
+    """
     found, _ = blockwise_attention(
         q,
         k,
@@ -62,5 +66,6 @@ def blockwise_step(
         attn_mask=attn_mask,
         scale=default_scale(q, scale),
         kv_static=kv_static,
+        certify=certify,
     )
     return found

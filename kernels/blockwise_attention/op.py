@@ -55,7 +55,7 @@ def blockwise_attention(
       measured and added to the bound, the change of V relative to the greatest |V|. This needs bound="sound", because
       equation 14 does not cover a change of K.
     - certify: the second result is a bound on max |output - exact attention| of each query tile, (B, H, T) float32,
-      which includes rounding (see certificate.py). Otherwise it is None.
+      which includes rounding (see certificate.py). Its greatest number is left in `state.error`. Otherwise it is None.
 
     Fully masked rows give 0, as in PyTorch's attention. Raises BadOpArgument.
     """
@@ -110,7 +110,9 @@ def run(
         update_kv_references(state, decision, kv_change, k, v)
     if not certify:
         return out, q.new_empty((0,), dtype=torch.float32)
-    return out, certified_error(state, decision, kv_change, q, scale)
+    error = certified_error(state, decision, kv_change, q, scale)
+    state.error.copy_(error.amax())
+    return out, error
 
 
 def _check(

@@ -48,6 +48,7 @@ class State(NamedTuple):
     k_stats: Tensor  # (B, H, J, 2d+1) float32: summary of each block of K
     v_stats: Tensor  # (B, H, J, 2d+1) float32: summary of each block of V
     counters: Tensor  # (4,) int64: pairs recomputed, pairs in total, scores recomputed, scores in total
+    error: Tensor  # (1,) float32: the certified error of the last certified call, the greatest over all tiles
     k_ref: Tensor  # (B, H, M, d): the keys when some tile last recomputed the block
     v_ref: Tensor  # (B, H, M, d): the values at the same time
     k_moved: Tensor  # (B, H, T, J, 2d+1) float32: summary of the move of k_ref since the pair's last recompute
@@ -84,6 +85,7 @@ def reset(state: State, k: Tensor, v: Tensor) -> None:
     """Clear the state in place and summarise the new k and v, for the next trajectory with the same shapes."""
     state.computed.zero_()
     state.counters.zero_()
+    state.error.zero_()
     state.k_stats.copy_(bounds.summary(k, state.block))
     state.v_stats.copy_(bounds.summary(v, state.block))
     if state.k_ref.numel():
@@ -159,6 +161,7 @@ def layout(
         ((*per_block, width), f32),
         ((*per_block, width), f32),
         ((4,), torch.int64),
+        ((1,), f32),
         (dynamic, dtype),
         (dynamic, dtype),
         ((*pairs, width) if not kv_static else (0,), f32),
