@@ -89,6 +89,8 @@ def test_compiled(backend: str) -> None:
         ("bound", {"bound": "paper", "kv_static": False}),
         ("scale", {"scale": INF}),
         ("state.", {"kv_static": False}),
+        ("keep", {"keep": 9}),
+        ("keep", {"keep": 20}),
         ("q.shape[2]", {"q": torch.zeros(2, 2, 21, 16)}),
         ("k.shape[2]", {x: torch.zeros(2, 2, 19, 16) for x in "kv"}),
         ("state.", {"q": torch.zeros(1, 2, 20, 16), "k": torch.zeros(1, 2, 20, 16), "v": torch.zeros(1, 2, 20, 16)}),
