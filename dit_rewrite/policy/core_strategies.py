@@ -71,6 +71,12 @@ class BlockwiseReuse(Core):
     most eight for others, since each block stores a partial output as large as the output. `bound` estimates the change
     of the scores: "paper" is equation 14 as printed, which can be negative; "sound" is a true upper bound.
 
+    `keys="condition"` is for attention over one sequence of image and condition (joint attention, or a single stream):
+    only blocks of the condition's keys may be kept, and the image's keys are always recomputed, as one block. Keys of
+    the condition beyond a whole number of blocks are recomputed with them; `block=None` makes the condition one block.
+    There bound="paper" is allowed: a block is kept only if its keys and values did not move at all, where equation 14
+    is defined. Where the graph does not show which keys belong to the condition, the strategy is refused.
+
     `certify` computes a bound on the error that reuse adds to the output of each such attention at each step:
     max |output - softmax(scale q kᵀ + mask) v| over the batch, heads, tokens and channels, for the q, k and v of this
     step, rounding included (kernels/blockwise_attention/certificate.py). It holds for both values of `bound`, and
@@ -83,6 +89,7 @@ class BlockwiseReuse(Core):
     block: int | None = None
     bound: Literal["paper", "sound"] = "sound"
     certify: bool = False
+    keys: Literal["all", "condition"] = "all"
 
     def __post_init__(self) -> None:
         if not is_number(self.threshold) or math.isnan(self.threshold):
@@ -94,3 +101,5 @@ class BlockwiseReuse(Core):
             raise BadParameter("BlockwiseReuse", "bound", self.bound, '"paper" or "sound"')
         if not isinstance(self.certify, bool):
             raise BadParameter("BlockwiseReuse", "certify", self.certify, "True or False")
+        if self.keys not in ("all", "condition"):
+            raise BadParameter("BlockwiseReuse", "keys", self.keys, '"all" or "condition"')
