@@ -97,7 +97,7 @@ def CachedAttention(
     invalid parameters.
     """
     rule = Rule(step > 0, BlockwiseReuse(threshold, block, bound, certify, keys), Where(kinds))
-    given = {"threshold": threshold, "block": block, "bound": bound, "kinds": rule.where.kinds}
+    given: dict[str, object] = {"threshold": threshold, "block": block, "bound": bound, "kinds": rule.where.kinds}
     others = (("certify", certify, False), ("keys", keys, "all"))
     given |= {name: value for name, value, usual in others if value != usual}
     return Policy((rule,), title("CachedAttention", **given))
