@@ -153,7 +153,7 @@ def layout(
     block: int,
     tile: int,
     kv_static: bool,
-    keep: int | None,
+    keep: int | None = None,
 ) -> list[tuple[tuple[int, ...], torch.dtype]]:
     """Return the shape and dtype of each tensor, in the order of the fields of State."""
     batch, heads, queries, size = q_shape
