@@ -66,3 +66,16 @@ def test_old_states_are_added_up(monkeypatch: pytest.MonkeyPatch) -> None:
         counts.note([core(0)], [None, state(1, 4)], decided(RULE), (0, 1, None))
         assert len(counts._states) <= 2
     assert counts.snapshot().kept() == {"core0": (15, 20)}
+
+
+def test_only_reading_needs_the_numbers() -> None:
+    """A step and `stats()` work with tensors that have no numbers, so that they cannot wait for a device."""
+    stats, sites = Stats(), [core(0, certificate=1)]
+    for turn in range(2):
+        meta = tuple(tensor.to("meta") for tensor in state(1, 4))
+        stats.note_blocks(sites, [None, meta], decided(RULE), (0, turn, None))
+    earlier = stats.copy()
+    stats.copy().since(earlier)
+    for read in (lambda: earlier.kept_blocks, lambda: earlier.certificates):
+        with pytest.raises(NotImplementedError):
+            read()
