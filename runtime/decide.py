@@ -63,6 +63,8 @@ class SiteSpec:
     width: tensors per value. depth: values that a reusing step needs.
     differs: its slot holds differences from the output of the stream that it borrows from; a reusing step also takes
     that output, as the first value.
+    counters: the index in the slot that it reads of how many blocks were recomputed. certificate: that of the bound on
+    the error of the last step.
     """
 
     name: str
@@ -82,6 +84,8 @@ class SiteSpec:
     width: int = 1
     depth: int = 1
     differs: bool = False
+    counters: int | None = None
+    certificate: int | None = None
 
     def kept(self, stream: Hashable) -> int:
         """Return how many computed values its slot keeps in `stream`."""
@@ -108,6 +112,10 @@ class Decisions:
         """What the call does to the slot of each site, without the sites to which it does nothing."""
         each = enumerate(map(transition, self.row, self.reasons))
         return tuple((site, change) for site, change in each if change is not Transition.NONE)
+
+    def ran(self, i: int) -> bool:
+        """Return whether the strategy of site `i` ran: the site is reused, and no site around it is."""
+        return self.row[i] and self.reasons[i] is not DecisionReason.COVERED
 
     def weigh(self, i: int) -> Weights | None:
         """Return the weights of the values in the slot of site `i`, or None if it uses the newest."""

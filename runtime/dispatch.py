@@ -79,6 +79,7 @@ class CompiledGraph:
         self._ambient = chosen(sorted(wiring.ambient))
         num_given = wiring.num_inputs - wiring.num_hoisted
         self._data = chosen([i for i in range(num_given) if i not in wiring.static])
+        self._blockwise = [(i, site) for i, site in enumerate(self.sites) if site.counters is not None]
         forecasting = {i for i, site in enumerate(self.sites) if site.depth > 1}
         self._forecasting = tuple(tuple(i for i in segment.sites if i in forecasting) for segment in self.segments)
         self._compiling = threading.RLock()
@@ -290,6 +291,9 @@ class CompiledGraph:
     ) -> None:
         """Fill the slots with the new tensors after all segments have run, and update their histories."""
         cache.commit(self.sites, fresh, moment, decided)
+        if self._blockwise and self.session.call is not None:
+            when = (self.session.call.trajectory.number, moment.step, moment.stream)
+            self.session.stats.note_blocks(self._blockwise, cache.values, decided, when)
         if fresh:
             self.session.note_bytes()
 

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import threading
 from collections import Counter, deque
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from statistics import median
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
+from torch import Tensor
+
 from dit_rewrite.errors import DecisionReason, Reason, StreamReason, TableReason, TrajectoryReason
+from dit_rewrite.runtime.block_counts import BlockCounts, Certificate, KeptBlocks
+from dit_rewrite.runtime.decide import Decisions, SiteSpec
 
 
 @dataclass(frozen=True)
@@ -118,9 +122,26 @@ class Stats:
     tables: Counter[TableReason] = field(default_factory=Counter)
     timed: deque[TimedCall] = field(default_factory=lambda: deque(maxlen=10_000), repr=False)
     released_bytes: int = 0
+    blocks: BlockCounts = field(default_factory=BlockCounts, repr=False, compare=False)
     records: deque[Record] = field(default_factory=lambda: deque(maxlen=10_000), repr=False)
     records_seen: int = 0
     lock: threading.Lock = field(default_factory=threading.Lock, repr=False, compare=False)
+
+    @property
+    def kept_blocks(self) -> dict[str, KeptBlocks]:
+        """For each attention that reused blocks of keys, how many it kept; steps that computed it are not counted.
+
+        Reading this waits for the device. No step of the model did.
+        """
+        return self.blocks.kept()
+
+    @property
+    def certificates(self) -> list[Certificate]:
+        """The last 10,000 bounds of attentions with ``certify=True``, oldest first. Reading this waits for the device.
+
+        Each bounds the error of the output of one attention at one step, not that of the image, see `BlockwiseReuse`.
+        """
+        return self.blocks.certificates()
 
     @property
     def recomputed_fraction(self) -> float:
@@ -166,6 +187,17 @@ class Stats:
             self.records.append(record)
             self.records_seen += 1
 
+    def note_blocks(
+        self,
+        sites: Sequence[tuple[int, SiteSpec]],
+        values: Sequence[tuple[Tensor, ...] | None],
+        decided: Decisions,
+        when: tuple[int, int, Hashable],
+    ) -> None:
+        """Register what a call kept of attention, see `BlockCounts.note`."""
+        with self.lock:
+            self.blocks.note(sites, values, decided, when)
+
     def time(self, call: TimedCall) -> None:
         """Record the time of a call."""
         with self.lock:
@@ -206,13 +238,14 @@ class Stats:
         for name in _COUNTERS:
             changes[name] = getattr(self, name) - getattr(earlier, name)
         calls = self.records_seen - earlier.records_seen
+        changes["blocks"] = self.blocks.since(earlier.blocks)
         return replace(self, **changes, records=deque(list(self.records)[max(len(self.records) - calls, 0) :]))
 
     def copy(self, **changes: Any) -> Stats:
         """Return a copy of the counters; the records of decisions are shared."""
         with self.lock:
             counters = {name: getattr(self, name).copy() for name in _COUNTERS}
-            return replace(self, **counters, **changes)
+            return replace(self, **counters, blocks=self.blocks.snapshot(), **changes)
 
     def __str__(self) -> str:
         lines = [
@@ -224,6 +257,9 @@ class Stats:
         lines += [f"missed {n} times: {reason}" for reason, n in self.misses.most_common()]
         lines += [f"{self.num_trajectories} trajectories"]
         lines += [f"a trajectory began {n} times: {why}" for why, n in self.trajectories.most_common()]
+        if self.blocks.any:
+            kept, total = map(sum, zip(*self.kept_blocks.values(), strict=True))
+            lines += [f"{kept} of {total} blocks of attention kept ({kept / total:.1%})"]
         if self.table_rows:
             lines += [f"{self.table_rows} rows of step tables computed, {self.table_bytes / 2**20:.2f} MiB at most"]
         if self.released_bytes:

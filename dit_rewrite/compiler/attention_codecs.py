@@ -16,6 +16,7 @@ from dit_rewrite.kernels.blockwise_attention.graph_ops import blockwise_fill, bl
 from dit_rewrite.kernels.blockwise_attention.state import DTYPES, HEAD_SIZES
 from dit_rewrite.kernels.window_attention import window_reuse
 from dit_rewrite.passes.analysis.attention_sites import arguments, is_of_one_sequence, text_tokens
+from dit_rewrite.passes.analysis.condition_keys import Range
 from dit_rewrite.passes.rewrite.codec import Codec
 from dit_rewrite.policy.strategies import BlockwiseReuse, Core, WindowResidual
 
@@ -58,21 +59,42 @@ class Blockwise:
     block: int
     scale: float | None
     kv_static: bool
+    condition: Range | None = None  # the keys whose blocks may be kept; None: all
+
+    @property
+    def keep(self) -> int | None:
+        """The number of leading keys that may be kept after `_in_order`."""
+        return None if self.condition is None else self.condition[1]
 
     def is_plain(self, value: Tensor, read: Sequence[Tensor]) -> bool:
         return False
 
     def encode(self, value: Tensor, read: Sequence[Tensor]) -> Sequence[Tensor]:
-        query, key, values, *mask = map(_float32_for_float64, read)
-        return blockwise_fill(query, key, values, mask[0] if mask else None, self.block, self.scale, self.kv_static)
+        query, key, values, mask = self._in_order(read)
+        return blockwise_fill(query, key, values, mask, self.block, self.scale, self.kv_static, self.keep)
 
     def decode(self, held: Sequence[Tensor], read: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+        query, key, values, mask = self._in_order(read)
+        how = self.strategy
+        options = (how.threshold, self.block, how.bound, self.scale, self.kv_static, how.certify, self.keep)
+        return blockwise_step(query, key, values, list(held), mask, *options).to(dtype)
+
+    def _in_order(self, read: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """Return query, key, value and mask with the condition's keys first; attention does not depend on the order."""
         query, key, values, *mask = map(_float32_for_float64, read)
-        how, seen = self.strategy, mask[0] if mask else None
-        found = blockwise_step(
-            query, key, values, list(held), seen, how.threshold, self.block, how.bound, self.scale, self.kv_static
-        )
-        return found.to(dtype)
+        seen = mask[0] if mask else None
+        if self.condition is None or self.condition[0] == 0:
+            return query, key, values, seen
+        if seen is not None and seen.shape[-1] > 1:
+            seen = _moved_first(seen, self.condition, -1)
+        return query, _moved_first(key, self.condition, 2), _moved_first(values, self.condition, 2), seen
+
+
+def _moved_first(tensor: Tensor, condition: Range, dim: int) -> Tensor:
+    first, count = condition
+    rest = tensor.shape[dim] - first - count
+    before, chosen, behind = tensor.split((first, count, rest), dim)
+    return torch.cat((chosen, before, behind), dim)
 
 
 def _float32_for_float64(tensor: Tensor) -> Tensor:
@@ -112,15 +134,30 @@ def _windowed(
 def _blockwise(
     strategy: BlockwiseReuse, core: fx.Node, image: int | None, invariant_kv: bool, invariant_mask: bool
 ) -> Codec | RefusalReason:
+    return blockwise(strategy, core, invariant_kv, invariant_mask, None)
+
+
+def blockwise(
+    strategy: BlockwiseReuse, core: fx.Node, invariant_kv: bool, invariant_mask: bool, condition: Range | None
+) -> Codec | RefusalReason:
+    """Return the codec of CachedAttention, or the reason why there is none, see `codec`.
+
+    `condition`: which keys belong to the condition, if the strategy asks and the graph shows it. Keys that do not
+    change, as in cross-attention, are all of them the condition's.
+    """
     if not invariant_mask:
         return RefusalReason.MOVING_MASK
     given = arguments(core)
     query, key = given["query"].meta["val"], given["key"].meta["val"]
     if query.dtype not in DTYPES or query.shape[-1] not in HEAD_SIZES:
         return RefusalReason.HEAD_SIZE
-    if strategy.bound == "paper" and not invariant_kv:
+    condition = None if invariant_kv or strategy.keys == "all" else condition
+    if condition is None and strategy.keys == "condition" and not invariant_kv:
+        return RefusalReason.NO_CONDITION_KEYS
+    if strategy.bound == "paper" and not invariant_kv and condition is None:
         return RefusalReason.MOVING_KEYS
     if query.device.type == "cuda" and not invariant_kv:
         return RefusalReason.MOVING_KEYS_ON_CUDA
-    block = block_size(key.shape[2], invariant_kv) if strategy.block is None else strategy.block
-    return Blockwise(strategy, min(block, key.shape[2]), given["scale"], invariant_kv)
+    count = key.shape[2] if condition is None else condition[1]
+    block = block_size(count, invariant_kv or condition is not None) if strategy.block is None else strategy.block
+    return Blockwise(strategy, min(block, count), given["scale"], invariant_kv, condition)

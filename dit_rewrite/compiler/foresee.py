@@ -11,13 +11,14 @@ from torch import fx
 from dit_rewrite.compiler.bind import Bound
 from dit_rewrite.compiler.request import Request, num_foreseen
 from dit_rewrite.decision_row import DecisionRow
+from dit_rewrite.kernels.blockwise_attention import State
 from dit_rewrite.passes.analysis.site import Part
 from dit_rewrite.passes.guards.symbols import measured
 from dit_rewrite.passes.pipeline import Context
 from dit_rewrite.passes.rewrite.guarded_graph import GuardedGraph
 from dit_rewrite.policy.rules import Policy
 from dit_rewrite.policy.site_rules import SiteRules, forced
-from dit_rewrite.policy.strategies import GuidanceDelta, ShareGuidance
+from dit_rewrite.policy.strategies import BlockwiseReuse, GuidanceDelta, ShareGuidance
 from dit_rewrite.runtime.decide import NO_SLOT, Choose, Decider, SiteSpec
 from dit_rewrite.runtime.history import NEVER, Computed, Moment
 from dit_rewrite.runtime.measure import ForecastError
@@ -73,6 +74,8 @@ def _spec(guarded: GuardedGraph, index: int, rules: SiteRules, force: bool) -> S
     entropy = None if site.entropy is None else guarded.widths[index] - 1
     parent, reads, serves = guarded.parents[index], None, None
     borrows = rules.slot_format.stream if isinstance(rules.slot_format, ShareGuidance | GuidanceDelta) else None
+    do = rules.slot_format
+    blockwise = do if isinstance(do, BlockwiseReuse) and site.part is Part.CORE else None
     if site.part is Part.CORE:
         reads = guarded.parents.index(index)
     elif site.part is Part.CFG_SHARED and borrows is None:
@@ -94,6 +97,8 @@ def _spec(guarded: GuardedGraph, index: int, rules: SiteRules, force: bool) -> S
         width=guarded.widths[index],
         depth=guarded.depths[index],
         differs=isinstance(rules.slot_format, GuidanceDelta) and borrows is not None,
+        counters=State._fields.index("counters") if blockwise is not None else None,
+        certificate=State._fields.index("error") if blockwise is not None and blockwise.certify else None,
     )
 
 

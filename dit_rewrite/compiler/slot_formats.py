@@ -9,8 +9,9 @@ import sympy
 from torch import fx
 
 from dit_rewrite import torch_compat
-from dit_rewrite.compiler.attention_codecs import Blockwise, codec
+from dit_rewrite.compiler.attention_codecs import Blockwise, blockwise, codec
 from dit_rewrite.errors import RefusalReason
+from dit_rewrite.passes.analysis.condition_keys import condition_keys
 from dit_rewrite.passes.analysis.output_sites import find_latent
 from dit_rewrite.passes.analysis.probes import Probes
 from dit_rewrite.passes.analysis.site import Site
@@ -21,7 +22,7 @@ from dit_rewrite.passes.rewrite.codec import Codec, DeltaCodec, ValueCodec
 from dit_rewrite.passes.rewrite.guarded_graph import Guidance
 from dit_rewrite.passes.rewrite.half_batch import Batch, batch_labels
 from dit_rewrite.policy.site_rules import SiteRules
-from dit_rewrite.policy.strategies import GuidanceDelta, ShareGuidance
+from dit_rewrite.policy.strategies import BlockwiseReuse, GuidanceDelta, ShareGuidance
 
 SlotFormat = tuple[Codec, Guidance | None]
 
@@ -46,7 +47,12 @@ class SlotFormats:
             return ValueCodec(rule_format), None
         core = self.nodes[site.values[0]]
         invariant = [self.nodes[name] in self._invariant for name in site.inputs]
-        found = codec(rule_format, core, self._image, all(invariant[1:3]), all(invariant[3:]))
+        steady = all(invariant[1:3]), all(invariant[3:])
+        if isinstance(rule_format, BlockwiseReuse) and rule_format.keys == "condition":
+            condition = condition_keys(core, self.captured.static, self.captured.conditioning)
+            found = blockwise(rule_format, core, *steady, condition)
+        else:
+            found = codec(rule_format, core, self._image, *steady)
         return found if isinstance(found, RefusalReason) else (found, None)
 
     @cached_property

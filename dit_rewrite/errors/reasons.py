@@ -38,6 +38,7 @@ class RefusalReason(Reason):
     OTHER_TOKENS = "the queries and keys belong to different tokens, so a window is not defined"
     HEAD_SIZE = "blockwise attention supports only heads of 16 to 256 channels, in 16 or 32 bits"
     MOVING_KEYS = "the keys change from step to step, and the paper's bound assumes that they do not: use bound='sound'"
+    NO_CONDITION_KEYS = "the graph does not show which keys belong to the condition, or not how many they are"
     MOVING_KEYS_ON_CUDA = (
         "the keys change from step to step: measuring by how much takes about 88 launches a call, longer than attention"
     )

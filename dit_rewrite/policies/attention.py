@@ -81,17 +81,26 @@ def CachedAttention(
     block: int | None = None,
     bound: Literal["paper", "sound"] = "sound",
     kinds: tuple[str, ...] = ("cross",),
+    certify: bool = False,
+    keys: Literal["all", "condition"] = "all",
 ) -> Policy:
     """Recompute attention for the blocks of `block` keys whose scores may have changed by more than `threshold`
     (CachedAttention, algorithms 1 and 2). With block=None the block is chosen by shape, see `BlockwiseReuse`.
 
-    It applies to cross-attention, or with kinds=("self",) to models that read condition and image in one sequence.
+    It applies to cross-attention. For models that read condition and image in one sequence, give keys="condition" and
+    kinds=("joint", "parallel") or ("self",): then only the condition's keys are reused, and the image's are recomputed.
     bound="paper" is equation 14 as printed, for constant keys; "sound" is a true upper bound. `threshold` is in units
-    of the softmax's exponent. Raises BadParameter for invalid parameters.
+    of the softmax's exponent.
+
+    certify=True bounds the error of the output of each attention at each step, whichever `bound` decides;
+    `stats().certificates` has the numbers. They say nothing of the image, see `BlockwiseReuse`. Raises BadParameter for
+    invalid parameters.
     """
-    rule = Rule(step > 0, BlockwiseReuse(threshold, block, bound), Where(kinds))
-    name = f"CachedAttention(threshold={threshold}, block={block}, bound={bound!r}, kinds={rule.where.kinds})"
-    return Policy((rule,), name)
+    rule = Rule(step > 0, BlockwiseReuse(threshold, block, bound, certify, keys), Where(kinds))
+    given: dict[str, object] = {"threshold": threshold, "block": block, "bound": bound, "kinds": rule.where.kinds}
+    others = (("certify", certify, False), ("keys", keys, "all"))
+    given |= {name: value for name, value, usual in others if value != usual}
+    return Policy((rule,), title("CachedAttention", **given))
 
 
 def DiTFastAttn(plan: Plan | str | Path) -> Policy:

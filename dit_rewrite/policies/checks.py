@@ -8,8 +8,9 @@ from typing import Any
 
 from dit_rewrite.errors import BadParameter
 from dit_rewrite.policy.bases import Basis
+from dit_rewrite.policy.core_strategies import is_number
 from dit_rewrite.policy.plan import is_whole
-from dit_rewrite.policy.strategies import Forecast, Reuse, Store, is_number
+from dit_rewrite.policy.strategies import Forecast, Reuse, Store
 
 LONG = 60  # maximum characters of a parameter in a name
 

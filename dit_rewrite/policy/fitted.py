@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from dit_rewrite.errors import BadParameter
-from dit_rewrite.policy.strategies import is_number
+from dit_rewrite.policy.core_strategies import is_number
 
 
 @dataclass(frozen=True)

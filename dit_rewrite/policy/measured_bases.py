@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from dit_rewrite.errors import BadParameter
 from dit_rewrite.passes.guards.symbols import advance
 from dit_rewrite.policy.bases import KINDS
+from dit_rewrite.policy.core_strategies import is_number
 from dit_rewrite.policy.fitted import Fitted
-from dit_rewrite.policy.strategies import is_number
 
 
 @dataclass(frozen=True)

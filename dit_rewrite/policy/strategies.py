@@ -5,13 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from numbers import Real
 from typing import Any, Literal, get_args
 
 from dit_rewrite.errors import BadParameter, DecisionReason, MissReason, Reason
 from dit_rewrite.passes.analysis.sites import Part
 from dit_rewrite.passes.rewrite.codec import FORMATS
 from dit_rewrite.policy.bases import BASES, Basis
+from dit_rewrite.policy.core_strategies import BlockwiseReuse as BlockwiseReuse
+from dit_rewrite.policy.core_strategies import Core
+from dit_rewrite.policy.core_strategies import WindowResidual as WindowResidual
 from dit_rewrite.policy.plan import is_whole
 from dit_rewrite.runtime.decide import Read, Weights, unmeasured
 from dit_rewrite.runtime.history import Computed, Moment, Past
@@ -156,58 +158,6 @@ class ReuseKV(_Cached):
 
 
 @dataclass(frozen=True)
-class Core:
-    """A strategy in the place of an attention op; `dit_rewrite.compiler.attention_codecs.codec` implements it."""
-
-
-@dataclass(frozen=True)
-class WindowResidual(Core):
-    """Window attention plus the cached residual to full attention (DiTFastAttn's WA-RS, section 3.2).
-
-    `window` is the distance that a token attends to on each side: a fraction of the tokens (1/8 in the paper's code) or
-    a number of tokens. With `grid`, the (H, W) or (T, H, W) of the image's or video's tokens, it may be one number or
-    fraction per axis. Text tokens that a joint attention puts before or after the image attend to all tokens, and all
-    tokens attend to them. Only a step followed by one that reads the residual computes it. ``residual=False`` takes it
-    as zero, which is plain window attention. Raises BadParameter.
-    """
-
-    window: float | tuple[float, ...] = 0.125
-    grid: tuple[int, ...] | None = None
-    residual: bool = True
-
-    def __post_init__(self) -> None:
-        reach = self.window if isinstance(self.window, tuple) else (self.window,)
-        good = all(isinstance(w, int | float) and not isinstance(w, bool) and 0 <= w < math.inf for w in reach)
-        if not good or any(isinstance(w, float) and w >= 1 for w in reach):
-            raise BadParameter("WindowResidual", "window", self.window, "fractions below 1, or whole numbers of tokens")
-        if self.grid is not None and not _is_grid(self.grid):
-            raise BadParameter("WindowResidual", "grid", self.grid, "(H, W), (T, H, W), or None for a sequence")
-        axes = 1 if self.grid is None else len(self.grid)
-        if isinstance(self.window, tuple) and len(self.window) not in (1, axes):
-            allowed = f"one number, or a tuple of {axes}: one for each axis of grid={self.grid}"
-            raise BadParameter("WindowResidual", "window", self.window, allowed)
-
-    def reach(self, tokens: int) -> tuple[int, ...]:
-        """Return the window in tokens on each side, per axis of the grid, for a sequence of `tokens`."""
-        sizes = (tokens,) if self.grid is None else self.grid
-        window = self.window if isinstance(self.window, tuple) else (self.window,) * len(sizes)
-        return tuple(
-            int(w * size) if isinstance(w, float) else w for w, size in zip(window, sizes, strict=len(window) > 1)
-        )
-
-
-def is_number(value: object) -> bool:
-    """Return whether `value` is a real number, and not a bool."""
-    return isinstance(value, Real) and type(value) is not bool
-
-
-def _is_grid(grid: object) -> bool:
-    """Return whether `grid` is a tuple of 1 to 3 numbers of tokens."""
-    axes = grid if isinstance(grid, tuple) else ()
-    return 1 <= len(axes) <= 3 and all(isinstance(n, int) and not isinstance(n, bool) and n >= 1 for n in axes)
-
-
-@dataclass(frozen=True)
 class ShareGuidance:
     """Compute an attention branch for the conditional input only, and use the result for the unconditional one too
     (DiTFastAttn's ASC, section 3.4).
@@ -281,31 +231,6 @@ class GuidanceDelta:
         """Return the weights of these values, or the reason why there are none."""
         found = self.do.weights(past, moment, read) if isinstance(self.do, Forecast) else (1.0,)
         return found if isinstance(found, MissReason) or self.half is not None else (1.0, *found)
-
-
-@dataclass(frozen=True)
-class BlockwiseReuse(Core):
-    """Recompute attention for the blocks of keys whose scores may have changed by more than `threshold`, and reuse the
-    partial results of the others (CachedAttention, algorithms 1 and 2; kernels/blockwise_attention).
-
-    `block` is the number of keys in a block. None chooses it by shape: one block for keys that do not change, and at
-    most eight for others, since each block stores a partial output as large as the output. `bound` estimates the change
-    of the scores: "paper" is equation 14 as printed, which can be negative; "sound" is a true upper bound. Raises
-    BadParameter.
-    """
-
-    threshold: float
-    block: int | None = None
-    bound: Literal["paper", "sound"] = "sound"
-
-    def __post_init__(self) -> None:
-        if not is_number(self.threshold) or math.isnan(self.threshold):
-            raise BadParameter("BlockwiseReuse", "threshold", self.threshold, "a number, inf or -inf")
-        whole = isinstance(self.block, int) and not isinstance(self.block, bool)
-        if self.block is not None and not (whole and self.block >= 1):
-            raise BadParameter("BlockwiseReuse", "block", self.block, "a number of keys >= 1, or None")
-        if self.bound not in ("paper", "sound"):
-            raise BadParameter("BlockwiseReuse", "bound", self.bound, '"paper" or "sound"')
 
 
 Strategy = Compute | Reuse | Forecast | ReuseKV | ShareGuidance | GuidanceDelta | Core

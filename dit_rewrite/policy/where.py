@@ -14,7 +14,7 @@ from dit_rewrite.errors import BadParameter, LayersOutside
 from dit_rewrite.passes.analysis.sites import Kind, Part, Site
 from dit_rewrite.passes.analysis.spans import Span
 from dit_rewrite.passes.guards.symbols import layer, num_layers
-from dit_rewrite.policy.strategies import is_number
+from dit_rewrite.policy.core_strategies import is_number
 
 FAMILIES = {
     "attention": frozenset({Kind.SELF, Kind.CROSS, Kind.JOINT}),

@@ -18,6 +18,7 @@ A *summary* (..., 2d+1) holds d least values, d greatest values and the greatest
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -58,6 +59,14 @@ def summary(x: Tensor, rows: int) -> Tensor:
     x = group_rows(x.float(), rows)
     norm = row_norms(x).amax(-1, keepdim=True) * (1 + SLACK * x.shape[-1])
     return widen(torch.cat((x.amin(-2), x.amax(-2), norm), -1))
+
+
+def of_blocks(reduce: Callable[[Tensor, int], Tensor], x: Tensor, block: int, blocks: int) -> Tensor:
+    """Return `reduce`, as `summary`, of the rows of each key block. The last block has all rows from its first on."""
+    last = (blocks - 1) * block
+    if x.shape[2] - last <= block:
+        return reduce(x, block)
+    return torch.cat((reduce(x[:, :, :last], block), reduce(x[:, :, last:], x.shape[2] - last)), 2)
 
 
 def row_norms(x: Tensor) -> Tensor:

@@ -18,24 +18,38 @@ if __name__ != "dit_rewrite.kernels.blockwise_attention.graph_ops":
 
 @torch.library.custom_op("dit_rewrite::blockwise_fill", mutates_args=())
 def blockwise_fill(
-    q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None, block: int, scale: float | None, kv_static: bool
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    attn_mask: Tensor | None,
+    block: int,
+    scale: float | None,
+    kv_static: bool,
+    keep: int | None = None,
 ) -> list[Tensor]:
     """Return the tensors of a new state (see state.py) in which every key block is computed from q, k and v.
 
     Shapes and dtypes are those of `blockwise_attention`, and so is the BadParameter that invalid arguments raise.
     """
-    state = new_state(q, k, v, block, kv_static=kv_static)
+    state = new_state(q, k, v, block, kv_static=kv_static, keep=keep)
     options = {"threshold": -math.inf, "block": block, "bound": "sound", "attn_mask": attn_mask, "scale": scale}
-    blockwise_attention(q, k, v, state, kv_static=kv_static, **options)  # type: ignore[arg-type]
+    blockwise_attention(q, k, v, state, kv_static=kv_static, keep=keep, **options)  # type: ignore[arg-type]
     state.counters.zero_()
     return state.tensors
 
 
 @blockwise_fill.register_fake
 def _fill_fake(
-    q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None, block: int, scale: float | None, kv_static: bool
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    attn_mask: Tensor | None,
+    block: int,
+    scale: float | None,
+    kv_static: bool,
+    keep: int | None = None,
 ) -> list[Tensor]:
-    return new_state(q, k, v, block, kv_static=kv_static).tensors
+    return new_state(q, k, v, block, kv_static=kv_static, keep=keep).tensors
 
 
 def blockwise_step(
@@ -49,8 +63,13 @@ def blockwise_step(
     bound: str,
     scale: float | None,
     kv_static: bool,
+    certify: bool = False,
+    keep: int | None = None,
 ) -> Tensor:
-    """Call `blockwise_attention` with the tensors of a state, which it updates in place. Raises BadOpArgument."""
+    """Call `blockwise_attention` with the tensors of a state, which it updates in place. Raises BadOpArgument.
+
+    With `certify`, the state's `error` becomes the bound on the error of this call.
+    """
     found, _ = blockwise_attention(
         q,
         k,
@@ -62,5 +81,7 @@ def blockwise_step(
         attn_mask=attn_mask,
         scale=default_scale(q, scale),
         kv_static=kv_static,
+        certify=certify,
+        keep=keep,
     )
     return found

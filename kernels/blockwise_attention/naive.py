@@ -81,7 +81,8 @@ def _block(
     sum_j = state.partial[batch, head, tile, j].float() * total_j.unsqueeze(-1)
     at = (decision.recompute[batch, head, tile, j] != 0).nonzero().squeeze(1)
     b, h, i = batch[at], head[at], tile[at]
-    chosen = slice(j * state.block, (j + 1) * state.block)
+    last = j + 1 == state.partial.shape[3]
+    chosen = slice(j * state.block, None if last else (j + 1) * state.block)
     scores = queries[at].float() @ k[:, :, chosen][b, h].float().transpose(1, 2) * scale
     if mask is not None:
         rows = i[:, None] * queries.shape[1] + torch.arange(queries.shape[1], device=i.device)
@@ -109,7 +110,8 @@ def _count(state: State, recompute: Tensor, queries: int, keys: int) -> None:
     tiles, blocks = recompute.shape[2:]
     tile = state.partial.shape[-2]
     rows = (queries - torch.arange(tiles, device=recompute.device) * tile).clamp(max=tile)
-    columns = (keys - torch.arange(blocks, device=recompute.device) * state.block).clamp(max=state.block)
+    columns = torch.full((blocks,), state.block, device=recompute.device)
+    columns[-1] = keys - (blocks - 1) * state.block
     scores = rows[:, None] * columns
     batch = recompute.shape[0] * recompute.shape[1]
     seen = torch.tensor([recompute.numel(), batch * queries * keys], device=recompute.device)

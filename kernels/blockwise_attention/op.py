@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dit_rewrite.kernels.blockwise_attention import naive
 from dit_rewrite.kernels.blockwise_attention.certificate import certified_error
-from dit_rewrite.kernels.blockwise_attention.dynamic_kv import measure_kv_change, update_kv_references
+from dit_rewrite.kernels.blockwise_attention.dynamic_kv import measure_kv_change, only_unmoved, update_kv_references
 from dit_rewrite.kernels.blockwise_attention.state import NAME, State, check_inputs, check_state
 from dit_rewrite.kernels.common import checks
 from dit_rewrite.kernels.common.scores import default_scale
@@ -21,7 +21,7 @@ if __name__ != "dit_rewrite.kernels.blockwise_attention.op":
 BOUNDS = ("paper", "sound")
 _SCHEMA = (
     "(Tensor q, Tensor k, Tensor v, Tensor(a!)[] state, Tensor? attn_mask, float threshold, int block, str bound, "
-    "float scale, bool kv_static, bool certify) -> (Tensor, Tensor)"
+    "float scale, bool kv_static, bool certify, int? keep=None) -> (Tensor, Tensor)"
 )
 
 
@@ -38,6 +38,7 @@ def blockwise_attention(
     scale: float | None = None,
     kv_static: bool = True,
     certify: bool = False,
+    keep: int | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Compute attention, recomputing only the (query tile, key block) pairs whose scores may have changed too much.
 
@@ -53,15 +54,17 @@ def blockwise_attention(
       1 / sqrt(d)) must be the same in every call with one state.
     - kv_static=True: the caller guarantees that k and v are those passed to `new_state`. False: their change is
       measured and added to the bound, the change of V relative to the greatest |V|. This needs bound="sound", because
-      equation 14 does not cover a change of K.
+      equation 14 does not cover a change of K. With `keep` it is allowed: blocks that moved at all are recomputed.
     - certify: the second result is a bound on max |output - exact attention| of each query tile, (B, H, T) float32,
-      which includes rounding (see certificate.py). Otherwise it is None.
+      which includes rounding (see certificate.py). Its greatest number is left in `state.error`. Otherwise it is None.
+
+    - keep: that of the state. Only blocks within this many leading keys may be kept.
 
     Fully masked rows give 0, as in PyTorch's attention. Raises BadOpArgument.
     """
     scale = default_scale(q, scale)
-    _check(q, k, v, state, attn_mask, threshold, block, bound, scale, kv_static)
-    options = (attn_mask, float(threshold), block, bound, float(scale), kv_static, certify)
+    _check(q, k, v, state, attn_mask, threshold, block, bound, scale, kv_static, keep)
+    options = (attn_mask, float(threshold), block, bound, float(scale), kv_static, certify, keep)
     out, error = _op(q, k, v, state.tensors, *options)
     return out, error if certify else None
 
@@ -82,7 +85,7 @@ def _cuda(q: Tensor, k: Tensor, v: Tensor, state: list[Tensor], *options: Any) -
 
 @_op.register_fake
 def _fake(q: Tensor, k: Tensor, v: Tensor, state: list[Tensor], *options: Any) -> tuple[Tensor, Tensor]:
-    certify = options[-1]
+    certify = options[6]
     return torch.empty_like(q), q.new_empty(state[3].shape[:3] if certify else (0,), dtype=torch.float32)
 
 
@@ -99,18 +102,24 @@ def run(
     scale: float,
     kv_static: bool,
     certify: bool,
+    keep: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Run one call with `estimate` and `attend` of the module `device`, which is `naive` or `triton_kernel`."""
     state = State._make((*tensors, block, q.shape[2], k.shape[2]))
     mask = None if attn_mask is None else attn_mask.expand(*q.shape[:3], k.shape[2])
     kv_change = None if kv_static else measure_kv_change(state, k, v)
+    if keep is not None:
+        state.computed[..., -1] = False  # the keys behind the kept ones
+        kv_change = only_unmoved(kv_change) if bound == "paper" and kv_change is not None else kv_change
     decision = device.estimate(q, k, state, kv_change, threshold, scale, bound == "paper")
     out = device.attend(q, k, v, mask, state, decision, scale)
     if kv_change is not None:
         update_kv_references(state, decision, kv_change, k, v)
     if not certify:
         return out, q.new_empty((0,), dtype=torch.float32)
-    return out, certified_error(state, decision, kv_change, q, scale)
+    error = certified_error(state, decision, kv_change, q, scale)
+    state.error.copy_(error.amax())
+    return out, error
 
 
 def _check(
@@ -124,11 +133,12 @@ def _check(
     bound: str,
     scale: float,
     kv_static: bool,
+    keep: int | None,
 ) -> None:
-    check_inputs(q, k, v, block)
-    check_state(state, q, k, block, kv_static)
+    check_inputs(q, k, v, block, keep)
+    check_state(state, q, k, block, kv_static, keep)
     checks.require(not math.isnan(threshold), NAME, "threshold", threshold, "a number, inf or -inf")
     checks.require(math.isfinite(scale), NAME, "scale", scale, "a finite number")
-    allowed = BOUNDS if kv_static else BOUNDS[1:]
+    allowed = BOUNDS if kv_static or keep is not None else BOUNDS[1:]
     checks.require(bound in allowed, NAME, "bound", bound, f"one of {allowed} with kv_static={kv_static}")
     checks.require_attention_mask(NAME, attn_mask, q, (*q.shape[:3], k.shape[2]))

@@ -118,7 +118,7 @@ def estimate_kernel(
         again = (fresh | (not_kept(bound, threshold))).to(tl.int32)
         tl.store(recompute + pair, again)
         pairs_done += again
-        scores_done += again * rows * tl.minimum(keys - j * block, block)
+        scores_done += again * rows * tl.where(j + 1 == blocks, keys - j * block, block)
     tl.atomic_add(counters, tl.cast(pairs_done, tl.int64))
     tl.atomic_add(counters + 2, tl.cast(scores_done, tl.int64))
 

@@ -110,8 +110,9 @@ def attention_kernel(
             partial_at = partial + (pairs + j) * (TILE * D) + kept_at
             if again != 0:
                 first = j * block
+                end = tl.where(j + 1 == blocks, keys, first + block)
                 m_j, l_j, t_j, tail_j = attend_block(
-                    turned, turned_tail, k, v, mask, row_inside, first, tl.minimum(first + block, keys), scale,
+                    turned, turned_tail, k, v, mask, row_inside, first, end, scale,
                     k_n * UNIT, k_d, v_n * UNIT, v_d, mask_m, D, D1, D2, ROWS, KEYS, MASK, ONE_ROW,
                 )  # fmt: skip
                 tl.store(row_max + at, m_j, mask=row_valid)

@@ -82,14 +82,14 @@ def text_tokens(core: fx.Node, image: int) -> tuple[int, bool]:
     Returns (0, False) if there is none.
     """
     total = cost.shape(operands(core)[2].meta["val"])[2]
-    for dim, parts in _concatenations(operands(core)[2]):
+    for dim, parts in concatenations(operands(core)[2]):
         sizes = [cost.shape(part.meta["val"])[dim] for part in parts]
         if len(sizes) == 2 and dim != 0 and sum(sizes) == total and (sizes[0] == image) != (sizes[1] == image):
             return (sizes[1], True) if sizes[0] == image else (sizes[0], False)
     return 0, False
 
 
-def _concatenations(node: fx.Node) -> Iterator[tuple[int, list[fx.Node]]]:
+def concatenations(node: fx.Node) -> Iterator[tuple[int, list[fx.Node]]]:
     """Yield the dimension and the parts of each cat that `node` depends on, nearest first, up to other attentions."""
     waiting, seen = deque([node]), set[fx.Node]()
     while waiting:

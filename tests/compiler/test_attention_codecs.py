@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import fx
 from torch._subclasses import FakeTensorMode
 
 from dit_rewrite.compiler import state_memory
-from dit_rewrite.compiler.attention_codecs import Blockwise, codec
+from dit_rewrite.compiler.attention_codecs import Blockwise, blockwise, codec
 from dit_rewrite.compiler.state_memory import SHARE, require_room
 from dit_rewrite.errors import RefusalReason, StatesTooLarge
 from dit_rewrite.kernels.blockwise_attention import block_size, state_bytes
@@ -47,6 +49,31 @@ def test_moving_keys_are_refused_on_a_gpu() -> None:
     core = attention(4096, "cuda")
     assert codec(BlockwiseReuse(0.1), core, None, False, True) is RefusalReason.MOVING_KEYS_ON_CUDA
     assert isinstance(codec(BlockwiseReuse(0.1), core, None, True, True), Blockwise)
+
+
+def test_blocks_of_a_condition() -> None:
+    """They are chosen among its keys, and equation 14 is allowed; a condition that is not found is refused."""
+    core, paper = attention(4096), BlockwiseReuse(0.1, None, "paper", keys="condition")
+    for given, found in ((None, 300), (64, 64), (10**6, 300)):
+        chosen = blockwise(replace(paper, block=given), core, False, True, (3796, 300))
+        assert isinstance(chosen, Blockwise) and (chosen.block, chosen.keep, chosen.kv_static) == (found, 300, False)
+    constant = blockwise(paper, core, True, True, None)
+    assert isinstance(constant, Blockwise) and constant.keep is None
+    assert blockwise(paper, core, False, True, None) is RefusalReason.NO_CONDITION_KEYS
+    assert codec(paper, core, None, False, True) is RefusalReason.NO_CONDITION_KEYS
+    assert codec(replace(paper, keys="all"), core, None, False, True) is RefusalReason.MOVING_KEYS
+    on_gpu = blockwise(paper, attention(4096, "cuda"), False, True, (0, 300))
+    assert on_gpu is RefusalReason.MOVING_KEYS_ON_CUDA
+
+
+def test_the_conditions_keys_come_first() -> None:
+    """Keys, values and the columns of a mask are moved together; a mask with one column stays."""
+    order = Blockwise(BlockwiseReuse(0.1), 2, None, False, (3, 2))
+    key = torch.arange(6.0).expand(1, 1, 6).unsqueeze(-1)
+    for mask, columns in ((torch.arange(6)[None], [3, 4, 0, 1, 2, 5]), (torch.tensor([[1]]), [1])):
+        _, keys, values, seen = order._in_order((key, key, -key, mask))
+        assert keys.flatten().tolist() == (-values).flatten().tolist() == [3, 4, 0, 1, 2, 5]
+        assert seen is not None and seen.flatten().tolist() == columns
 
 
 def test_states_must_fit(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -118,6 +118,14 @@ def inside(threshold: float) -> Policy:
     return Policy(tuple(Rule(step > 0, do, Where(ATTENTION, names=names)) for names, do in places.items()))
 
 
+@pytest.mark.parametrize("name", ["sd3", "flux"])
+def test_blocks_of_the_condition_are_replayed(name: str) -> None:
+    """Some of them kept, bit for bit; the text comes behind the image in SD3, and before it in FLUX."""
+    do = BlockwiseReuse(3.0, 3, certify=True, keys="condition")
+    _, check = replayed(MODELS[name], Policy((Rule(step > 0, do, Where(ATTENTION)),)), "variants", 3, exact=True)
+    assert check.exact, check.first_difference
+
+
 @pytest.mark.filterwarnings("ignore:.*reaches no site of Mochi")
 @pytest.mark.parametrize(("case", "figures"), cases())
 def test_what_is_inside_attention_is_replayed(case: Case, figures: Figures) -> None:

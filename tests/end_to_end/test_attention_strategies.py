@@ -21,6 +21,7 @@ from dit_rewrite.guards import step
 from dit_rewrite.kernels.blockwise_attention import state_bytes
 from dit_rewrite.kernels.blockwise_attention.state import State
 from dit_rewrite.module import twin
+from dit_rewrite.policies import CachedAttention
 from dit_rewrite.policy.strategies import Strategy
 from dit_rewrite.runtime.session import Observation
 from examples.stdit import sincos
@@ -245,16 +246,18 @@ def test_thresholds(threshold: float, lowering: str) -> None:
     compiled = tiny.rewritten(model, Policy((Rule(step > 0, BlockwiseReuse(threshold, 4)),)), lowering=lowering)
     observed: list[Observation] = []
     compiled._backend.session.observer = observed.append
-    seen = []
+    seen, kept = [], []
     with compiled.trajectory(4):
         found = []
         for i, arguments in enumerate(inputs):
             with compiled.cache_context("main", step_index=i):  # or equal inputs would count as one step
                 found += tiny.outputs(compiled, [arguments])
             seen += counters(observed[-1])
+            kept.append(list(compiled.stats().kept_blocks.values()))
     pairs = 2 * 2 * 1 * 2  # batch, heads, tiles of queries, blocks of keys
     assert [count for _, count in seen] == [0, pairs, 2 * pairs, 3 * pairs]
     recomputed = [count for count, _ in seen]
+    assert kept == [[], *([(all - again, all)] for again, all in seen[1:])]
     computed = plain(model, inputs)
     if threshold == INF:
         with torch.no_grad(), ModuleCache([model.out]) as cache:
@@ -267,6 +270,34 @@ def test_thresholds(threshold: float, lowering: str) -> None:
     else:
         assert recomputed == [0, pairs, 2 * pairs, 3 * pairs] if threshold < 0 else [0, pairs, pairs, 2 * pairs]
         assert max(apart(found, computed)) < TOLERANCE
+
+
+def test_certificates() -> None:
+    """The only attention of the model is off by no more than its certificate at each reusing step.
+
+    The layers behind it are linear, so that the error of the output has a bound in terms of the attention's.
+    """
+    model, inputs = Small(), small_calls(4)
+    gain = (model.head.weight @ model.out.weight).abs().sum(1).max().item()
+    greatest = []
+    for threshold in (0.0, 3.0, INF):
+        compiled = tiny.rewritten(model, CachedAttention(threshold, 4, kinds=("self",), certify=True))
+        with compiled.trajectory(4):
+            found = tiny.outputs(compiled, inputs)
+        errors = [(a - b).abs().max().item() for a, b in zip(found, plain(model, inputs), strict=True)]
+        certificates = compiled.stats().certificates
+        assert [certificate.step for certificate in certificates] == [1, 2, 3]
+        for error, certificate in zip(errors[1:], certificates, strict=True):
+            assert error <= gain * certificate.bound + 1e-6
+        greatest.append((max(errors), max(certificate.bound for certificate in certificates)))
+    assert greatest[0][1] < 1e-3 < greatest[1][1] < greatest[2][1] and greatest[1][0] > 1e-3
+
+
+def test_no_certificates_unless_asked() -> None:
+    compiled = tiny.rewritten(Small(), CachedAttention(INF, 4, kinds=("self",)))
+    with compiled.trajectory(3):
+        tiny.outputs(compiled, small_calls(3))
+    assert compiled.stats().certificates == [] and compiled.stats().kept_blocks
 
 
 @pytest.mark.parametrize("padding", [True, pytest.param(False, marks=slow)], ids=["padded", "not padded"])

@@ -237,6 +237,35 @@ def test_kernel_equals_naive(device: str, static: bool) -> None:
     assert 0.1 < kept_fraction(states[0]) < 0.8
 
 
+@pytest.mark.parametrize("bound", ["sound", "paper"])
+@pytest.mark.parametrize("keep", [10, 14])
+def test_only_leading_keys_are_kept(device: str, ops: ModuleType, bound: str, keep: int) -> None:
+    """Of 50 keys the first two blocks of 5 may be kept; the rest are one block, as new as its keys and values.
+
+    Keys that moved are kept within the sound bound only: equation 14 is not defined for them.
+    """
+    q, k, v = qkv(40, 50, 16, device=device)
+    blocks = (keep // 5) + 1
+    state = new_state(q, k, v, 5, 16, kv_static=False, keep=keep)
+    assert state.partial.shape[3] == blocks
+    mask = random(1, 1, 40, 50, seed=5, device=device)
+    seen, steps = [], ((0.0, 0.0), (0.05, 0.0), (0.05, 1e-3))
+    for turn, (move, condition) in enumerate(steps):
+        q = q + move * random(*q.shape, seed=20 + turn, device=device)
+        k, v = k.clone(), v.clone()
+        k[:, :, keep:], v[:, :, keep:] = (random(2, 2, 50 - keep, 16, seed=s + turn, device=device) for s in (30, 40))
+        k[:, :, :5] += condition  # the second block stays
+        before = state.counters[0].item()
+        out, error = run(ops, q, k, v, state.tensors, mask, INF, 5, bound, 0.25, False, True, keep)
+        exact = F.scaled_dot_product_attention(q.double(), k.double(), v.double(), mask.double(), scale=0.25)
+        wrong = F.pad((out - exact).abs().amax(-1), (0, 8)).unflatten(2, (-1, 16)).amax(-1)
+        assert (wrong <= error).all() and error.isfinite().all()
+        seen.append((state.counters[0].item() - before) / (2 * 2 * 3))
+    moved = 2 if bound == "paper" else 1
+    assert seen == [blocks, 1, moved] and 1e-4 < wrong.max() < 0.2
+    assert state.counters[2:].tolist()[1] == 3 * 4 * 40 * 50 and kept_fraction(state) > 0.05
+
+
 def test_masked_rows_and_layout(device: str, ops: ModuleType) -> None:
     """Fully masked rows are 0 as in PyTorch; inputs may have any strides, and the output has those of the queries."""
     q, k, v = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in qkv(20, 24, 32, device=device))

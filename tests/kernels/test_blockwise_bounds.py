@@ -73,6 +73,33 @@ def test_equation_14_as_printed() -> None:
             assert given[0, 0, t, j].item() == pytest.approx(sum(terms).item(), rel=1e-4)
 
 
+def test_where_equation_14_bounds_the_increase() -> None:
+    """If in every channel the changes or the keys have both signs, no score grows by more than the equation says.
+
+    Otherwise, or for a score that falls, it says nothing; the certificate holds all the same.
+    """
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(200, 1, rows, 16) for rows in (16, 12, 12))
+    k[50:150] += 2  # keys of one sign in most channels
+    k[150:] -= 4  # of the other sign than the changes
+    moves = 0.2 * torch.randn(200, 1, 16, 16)
+    moves[150:] += 1
+    state = new_state(q, k, v, 4, 16)
+    options = {"threshold": INF, "block": 4, "bound": "paper", "certify": True}
+    blockwise_attention(q, k, v, state, **options)
+    change = bounds.summary(moves, 16).unsqueeze(3)
+    low, high = change[..., :16], change[..., 16:32]
+    k_low, k_high = state.k_stats.unsqueeze(2)[..., :16], state.k_stats.unsqueeze(2)[..., 16:32]
+    both = (((low <= 0) & (high >= 0)) | ((k_low <= 0) & (k_high >= 0))).all(-1)
+    grows = (moves.double() @ k.double().transpose(-1, -2)).amax(2).unflatten(-1, (3, 4)).amax(-1).unsqueeze(2)
+    given = bounds.paper(change, state.k_stats)
+    assert 100 < both.sum() < both.numel() and (grows <= given * (1 + 1e-6))[both].all()
+    assert (grows > given)[~both].any()
+    out, certificate = blockwise_attention(q + moves, k, v, state, **options)
+    assert report("paper", wrong(out, q + moves, k, v, 16), certificate).median() < 100
+    assert state.error.item() == certificate.max()
+
+
 def test_corners_by_brute_force() -> None:
     """The interval bound equals the extremes of the sum over 3 channels for all 64 choices of interval ends."""
     torch.manual_seed(0)

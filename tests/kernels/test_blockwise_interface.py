@@ -29,7 +29,7 @@ def test_bytes(shape: tuple[int, ...], m: int, block: int, tile: int, static: bo
     tiles, blocks = math.ceil(n / tile), math.ceil(m / block)
     pair = tile * (8 + 2 * d) + 4 * (2 * d + 1) + 1 + (0 if static else 4 * (2 * d + 2))
     rest = tiles * 2 * tile * d * 2 + blocks * 2 * 4 * (2 * d + 1) + (0 if static else 2 * m * d * 2)
-    expected = b * h * (tiles * blocks * pair + rest) + 4 * 8
+    expected = b * h * (tiles * blocks * pair + rest) + 4 * 8 + 4
     assert sum(x.untyped_storage().nbytes() for x in state.tensors) == expected
     assert state_bytes(shape, k.shape, q.dtype, block, tile, kv_static=static) == expected
 
@@ -89,6 +89,8 @@ def test_compiled(backend: str) -> None:
         ("bound", {"bound": "paper", "kv_static": False}),
         ("scale", {"scale": INF}),
         ("state.", {"kv_static": False}),
+        ("keep", {"keep": 9}),
+        ("keep", {"keep": 20}),
         ("q.shape[2]", {"q": torch.zeros(2, 2, 21, 16)}),
         ("k.shape[2]", {x: torch.zeros(2, 2, 19, 16) for x in "kv"}),
         ("state.", {"q": torch.zeros(1, 2, 20, 16), "k": torch.zeros(1, 2, 20, 16), "v": torch.zeros(1, 2, 20, 16)}),

@@ -105,6 +105,8 @@ def test_parts() -> None:
         lambda: BlockwiseReuse(math.nan),
         lambda: BlockwiseReuse(0.1, block=0),
         lambda: BlockwiseReuse(0.1, bound="tight"),  # type: ignore[arg-type]
+        lambda: BlockwiseReuse(0.1, certify=1),  # type: ignore[arg-type]
+        lambda: BlockwiseReuse(0.1, keys="image"),  # type: ignore[arg-type]
     ],
 )
 def test_strategies_out_of_range(build: Callable[[], Strategy]) -> None:
