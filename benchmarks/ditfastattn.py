@@ -98,7 +98,7 @@ def run_flops(model: RewrittenModule) -> float:
     """Return the share of attention FLOPs of the graphs that ran so far; their other nodes cost the same."""
     (rewritten,) = model._backend.rewritten
     rows = [record.row for record in model._backend.stats.records]
-    spent = {row: cost.total_flops(rewritten.straight(row).gm.graph) for row in set(rows)}
+    spent = {row: cost.total_flops(rewritten.straight(row, with_table=False).gm.graph) for row in set(rows)}
     raw = cost.total_flops(rewritten.bound.gm.graph)
     sites = [place.site for place in model.explain().sites]
     attention = sum(site.flops for site in sites if site.kind is Kind.SELF and site.part is Part.BRANCH)

@@ -14,10 +14,11 @@ compute: timestep embedders, AdaLN modulation, the final modulation. A step that
 from the table. A step that computes every site computes them as ever, so reuse 0 stays bit-equal; with
 `compile(…, tables="all")` it reads them too, within rounding.
 
-- **Rows.** If a scheduler tells the timesteps of the trajectory, as in a pipeline, the rows of all further steps are
-  computed by one call, batched over the steps, when a step first reads the table: weights are read once instead of once
-  a step. Without one, a row is computed when it is read.
-- **Keys.** A row is found by the value of the timestep, with its dtype and shape. It belongs to the weights and the
+- **Rows.** If a scheduler tells the timesteps of the trajectory, as in a pipeline, the rows of all steps are computed
+  by one call, batched over the steps, when a step first reads the table: weights are read once instead of once a step.
+  Without one, a row is computed when it is read.
+- **Keys.** A row is found by the value of the timestep, with its dtype and shape. It belongs to the schedule, because a
+  batch of another size may be rounded differently and no image depends on those before it, and to the weights and the
   conditioning that it was computed from, compared by identity and version in each call, and weights by a checksum of
   their content in each trajectory. Rows that depend on no conditioning outlive the trajectory, and others last as long
   as the conditioning is in use.

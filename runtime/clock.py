@@ -94,18 +94,26 @@ class Clock:
             return None, None  # the trajectory covers an unknown part of the schedule
         return schedule.levels.at(schedule.entry_at((self._begin or 0) + step))
 
+    @property
+    def times(self) -> tuple[float, ...] | None:
+        """The timesteps of the schedule, or None without one."""
+        return None if self.schedule is None else self.schedule.times
+
     def on_host(self, timestep: Tensor) -> Tensor | None:
         """Return the values of a call's timestep, or None if reading them would synchronise with a device."""
         if timestep.device.type == "cpu":
             return timestep
         return None if self.schedule is None else self.schedule.on_host(timestep)
 
-    def upcoming(self, timestep: Tensor) -> list[Tensor]:
-        """Return the timesteps of the current step and of all further ones, on the CPU; none if they are not known."""
+    def given(self, timestep: Tensor) -> list[Tensor]:
+        """Return the timesteps of all steps as the model is given them, on the CPU; none if they are not known.
+
+        timestep: that of the current call.
+        """
         host = self.on_host(timestep)
         if host is None or self.schedule is None or self._entry is None or self._uneven:
             return []
-        return self.schedule.upcoming(host, self._entry)
+        return self.schedule.given(host, self._entry)
 
     def read(self, timestep: Tensor | float | None, named: Named) -> Reading:
         """Return the time of a call. Updates only the schedule, and whether frames are at different steps."""

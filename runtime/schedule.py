@@ -39,7 +39,7 @@ class Schedule:
         """Read the timesteps of `scheduler`, and with `noise` also its noise levels."""
         self.scheduler = scheduler
         self.tensor = scheduler.timesteps
-        self.times = [float(t) for t in torch.as_tensor(self.tensor).tolist()]
+        self.times = tuple(float(t) for t in torch.as_tensor(self.tensor).tolist())
         self.levels: NoiseLevels | None = noise_levels(scheduler) if noise else None
         self._ranks = _ranks(self.times)
         self._stepped: tuple[int, float | None] | None = None  # the scheduler's step_index, and the timestep then
@@ -97,8 +97,8 @@ class Schedule:
         place = _place_in(self.tensor, timestep) if isinstance(self.tensor, Tensor) else None
         return None if place is None else torch.tensor(self.times[place], dtype=timestep.dtype).expand(timestep.shape)
 
-    def upcoming(self, timestep: Tensor, entry: int) -> list[Tensor]:
-        """Return the timesteps from that of `entry` on, on the CPU, in the form in which the model is given them.
+    def given(self, timestep: Tensor, entry: int) -> list[Tensor]:
+        """Return the timesteps of all steps, on the CPU, in the form in which the model is given them.
 
         timestep: the one of the call at `entry`, on the CPU. The list is empty if its form is not known. Several forms
         may fit it; a later call excludes those that do not fit. A wrong form costs time, but is never taken for the
@@ -109,8 +109,8 @@ class Schedule:
             self._forms[timestep.dtype] = [form(times, self._total) for form in _forms(timestep.dtype)]
         fits = [t for t in self._forms[timestep.dtype] if torch.equal(t[entry].expand(timestep.shape), timestep)]
         self._forms[timestep.dtype] = fits
-        entries = range(entry, len(self.times)) if fits else ()
-        return [fits[0][i].expand(timestep.shape) for i in entries if i == entry or self.rank(i) != self.rank(i - 1)]
+        entries = map(self.entry_at, range(self.num_steps)) if fits else ()
+        return [fits[0][i].expand(timestep.shape) for i in entries]
 
     @property
     def _total(self) -> float:

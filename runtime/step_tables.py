@@ -1,7 +1,7 @@
 """The step tables of a graph at run time: rows of values that depend on the step and the conditioning alone.
 
 A row is found by the value of the timestep, and belongs to the weights and the conditioning that it was computed from.
-If the timesteps of the trajectory are known, the rows of all further steps are computed by one batched call; otherwise
+If the timesteps of the trajectory are known, the rows of all steps are computed by one batched call; otherwise
 a row is computed when a step first reads it. Rows that depend on no conditioning outlive the trajectory.
 """
 
@@ -26,6 +26,7 @@ MOST = 8  # tables that are kept, of the conditioning of several streams or prom
 STEADY = 2  # how often the conditioning of a cache may change before rows are no longer computed ahead
 
 Columns = tuple[str, ...]
+Times = tuple[float, ...] | None  # the timesteps of a schedule
 
 
 class Program(Protocol):
@@ -80,14 +81,17 @@ class Row:
 
 @dataclass
 class Table:
-    """The rows for one state of the weights and one conditioning, by timestep, the oldest first.
+    """The rows for one state of the weights, one conditioning and one schedule, by timestep, the oldest first.
 
-    ``content`` is the checksum of the weights, which a trajectory compares before it reads rows of another one.
+    ``times`` are the timesteps of the schedule, None without one: rows are computed in batches, another schedule may
+    round them differently, and a trajectory must not depend on earlier ones. ``content`` is the checksum of the
+    weights, which a trajectory compares before it reads rows of another one.
     """
 
     weights: Memoized
     content: Tensor
     conditioning: Memoized
+    times: Times
     rows: OrderedDict[Hashable, Row] = field(default_factory=OrderedDict)
 
     @property
@@ -123,7 +127,7 @@ class Tables:
 
         `explicit`: whether the caller marked the trajectory. `clock` knows its timesteps.
         """
-        table, key = self._table(args, bookmark, explicit), self._key(args, clock)
+        table, key = self._table(args, bookmark, explicit, clock), self._key(args, clock)
         row = table.rows.get(key) if key is not None else None
         taken = None if row is None else row.take(columns)
         if taken is not None:
@@ -150,28 +154,29 @@ class Tables:
         """The bytes that the rows of one table may take. Equal shares: streams would drop each other's rows in turn."""
         return self._limit() // SHARE // max(len(self._tables), 1)
 
-    def _table(self, args: Sequence[Any], bookmark: Bookmark, explicit: bool) -> Table:
+    def _table(self, args: Sequence[Any], bookmark: Bookmark, explicit: bool, clock: Clock | None) -> Table:
         """Return the table for the weights and the conditioning of a call.
 
         `Bookmark.compare` has compared the versions of the weights. In the first call of a trajectory their content is
         compared too, which reads the device once if there are rows of another trajectory.
         """
         conditioning = [args[i] for i in self._program.conditioning]
-        before = bookmark.table
-        if before is not None and before.conditioning.valid_for(conditioning, explicit):
+        before, times = bookmark.table, None if clock is None else clock.times
+        if before is not None and before.times == times and before.conditioning.valid_for(conditioning, explicit):
             return before
         weights = [args[i] for i in self._program.weights]
         current = [table for table in self._tables if table.weights.valid_for(weights, explicit=False)]
         if len(current) < len(self._tables):
             self._stats.dropped(TableReason.NEW_WEIGHTS, len(self._tables) - len(current))
-        fitting = [table for table in current if table.conditioning.valid_for(conditioning, explicit=False)]
-        if before is not None and not fitting:
+        same = [table for table in current if table.conditioning.valid_for(conditioning, explicit=False)]
+        fitting = [table for table in same if table.times == times]
+        if before is not None and not same:
             self._stats.dropped(TableReason.NEW_CONDITIONING)
         content = checksum(weights)
         if fitting and not torch.equal(fitting[0].content, content):
             self._stats.dropped(TableReason.NEW_WEIGHTS)
             current, fitting = [table for table in current if table is not fitting[0]], []
-        new = Table(Memoized.of(weights, ()), content, Memoized.of(conditioning, ()))
+        new = Table(Memoized.of(weights, ()), content, Memoized.of(conditioning, ()), times)
         found = fitting[0] if fitting else new
         alive = [table for table in current if table is not found and table.conditioning.is_alive]
         self._tables = [*alive, found][-MOST:]
@@ -197,14 +202,14 @@ class Tables:
         return [(x.shape, x.dtype, x.device) if isinstance(x, Tensor) else x for x in given]
 
     def _fill(self, table: Table, key: Hashable, args: Sequence[Any], clock: Clock | None) -> None:
-        """Compute the row of a call and, if the timesteps are known ahead, the rows of further steps."""
+        """Compute the row of a call and, if the timesteps are known ahead, the rows of other steps."""
         columns = self._program.columns
-        ahead = self._ahead(table, columns, args, clock)
-        if len(ahead) > 1 and key in ahead:
+        batch = self._batch(table, key, columns, args, clock)
+        if len(batch) > 1:
             device = args[self._program.step[0]].device
-            stacked = self._program.rows(columns, args, torch.stack(list(ahead.values())).to(device))
+            stacked = self._program.rows(columns, args, torch.stack(list(batch.values())).to(device))
             if stacked is not None:
-                for number, each in enumerate(ahead):
+                for number, each in enumerate(batch):
                     self._put(table, each, columns, [values[number].clone() for values in stacked])
                 self._program.release(args)  # not after a single row: the next step may compute another one
                 return
@@ -212,21 +217,24 @@ class Tables:
             self._stats.dropped(TableReason.NOT_BATCHED)
         self._put(table, key, columns, self._program.row(columns, args))
 
-    def _ahead(
-        self, table: Table, columns: Columns, args: Sequence[Any], clock: Clock | None
+    def _batch(
+        self, table: Table, key: Hashable, columns: Columns, args: Sequence[Any], clock: Clock | None
     ) -> dict[Hashable, Tensor]:
-        """Return the timesteps of this step and of further ones whose rows are missing, by key."""
-        if clock is None or not self._batched or len(self._program.step) != 1:
-            return {}
+        """Return the timesteps by key whose rows are computed together with that of a call.
+
+        They are a fixed part of the schedule, since rounding may depend on the number of rows: a row is the same
+        whichever step reads it first, and so are the images.
+        """
         timestep = args[self._program.step[0]]
-        sizes = self._sizes(args)
-        found: dict[Hashable, Tensor] = {}
-        for value in clock.upcoming(timestep) if isinstance(timestep, Tensor) else ():
-            row = table.rows.get(each := (*sizes, _key_of(value)))
-            if row is None or row.take(columns) is None:
-                found[each] = value
-        fitting = self._share // max(self._program.bytes_of(columns), 1)
-        return dict(list(found.items())[: min(fitting, BATCH)])
+        if clock is None or not self._batched or len(self._program.step) != 1 or not isinstance(timestep, Tensor):
+            return {}
+        given, sizes = clock.given(timestep), self._sizes(args)
+        keys = [(*sizes, _key_of(value)) for value in given]
+        size = min(self._share // max(self._program.bytes_of(columns), 1), BATCH)
+        if size < 1 or key not in keys:
+            return {}
+        first = keys.index(key) // size * size
+        return dict(list(zip(keys, given, strict=True))[first : first + size])
 
     def _put(self, table: Table, key: Hashable, columns: Columns, values: Sequence[Tensor]) -> None:
         table.rows.setdefault(key, Row()).put(columns, values)

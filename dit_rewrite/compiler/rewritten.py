@@ -135,9 +135,13 @@ class Rewritten:
         """The nodes that guards measure."""
         return {node for site in self.partition.sites for node in site.measured}
 
-    def straight(self, row: DecisionRow) -> Variant:
-        """Return the whole graph specialised for a row of decisions, as one segment. It is only used for printing."""
-        return specialise(self.guarded, row, whole(self.gm, self.partition.sites), tables=self.tables)
+    def straight(self, row: DecisionRow, with_table: bool = True) -> Variant:
+        """Return the whole graph specialised for a row of decisions, as one segment, to print it or to count its FLOPs.
+
+        Without the step table, it computes what a step would read from there.
+        """
+        tables = self.tables if with_table else None
+        return specialise(self.guarded, row, whole(self.gm, self.partition.sites), tables=tables)
 
     @property
     def most_reused(self) -> DecisionRow:

@@ -61,7 +61,7 @@ def test_reusing_steps_read_what_they_would_compute(name: str, dtype: torch.dtyp
     close(first, plain)
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
     assert all(torch.equal(a, b) for a, b in zip(first[::3], plain[::3], strict=True))
-    assert model.stats().table_rows == STEPS - 1
+    assert model.stats().table_rows == STEPS
     assert model.explain().rewritten[0].has_table
     assert "reusing steps read" in str(model.explain())
 
@@ -102,7 +102,7 @@ def test_other_timesteps() -> None:
     model, calls = compiled(UNCONDITIONED), MODELS[UNCONDITIONED].inputs(STEPS)
     with fresh_comparison(model, calls) as compare:
         compare([{**call, "timestep": call["timestep"] - 7} for call in calls])
-    assert model.stats().table_rows == 2 * (STEPS - 1)
+    assert model.stats().table_rows == 2 * STEPS
 
 
 @pytest.mark.parametrize("in_place", [True, False])
@@ -175,7 +175,7 @@ def test_segments_read_tables_too() -> None:
     model, calls = compiled(CONDITIONED, lowering="segments"), MODELS[CONDITIONED].inputs(STEPS)
     found, plain = run(model, calls), run(without_tables(model), calls)
     close(found, plain)
-    assert model.stats().table_rows == STEPS - 1
+    assert model.stats().table_rows == STEPS
 
 
 def test_disabled() -> None:

@@ -1,4 +1,4 @@
-"""The timesteps that are still to come, in the form in which a pipeline passes them to the model."""
+"""The timesteps of a schedule, in the form in which a pipeline passes them to the model."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ def schedule(times: Tensor) -> Schedule:
 
 
 @pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
-def test_upcoming_timesteps_are_bitwise_those_that_the_pipeline_passes(form: Callable[[Tensor], Tensor]) -> None:
+def test_timesteps_are_bitwise_those_that_the_pipeline_passes(form: Callable[[Tensor], Tensor]) -> None:
     """The first timestep may fit several forms, the second one tells them apart."""
     found = schedule(FLOATS)
-    assert torch.equal(found.upcoming(form(FLOATS[0]), 0)[0], form(FLOATS[0]))
+    assert torch.equal(found.given(form(FLOATS[0]), 0)[0], form(FLOATS[0]))
     for entry in range(1, 4):
-        coming = found.upcoming(form(FLOATS[entry]), entry)
-        assert all(torch.equal(a, form(b)) for a, b in zip(coming, FLOATS[entry:], strict=True))
+        given = found.given(form(FLOATS[entry]), entry)
+        assert all(torch.equal(a, form(b)) for a, b in zip(given, FLOATS, strict=True))
 
 
 def test_a_wrong_form_is_excluded_by_the_next_call() -> None:
@@ -41,19 +41,19 @@ def test_a_wrong_form_is_excluded_by_the_next_call() -> None:
     found, early, late = schedule(FLOATS), FORMS["divided in bfloat16"], FORMS["divided, then bfloat16"]
     assert torch.equal(early(FLOATS[0]), late(FLOATS[0]))
     assert not torch.equal(early(FLOATS[1]), late(FLOATS[1]))
-    assert torch.equal(found.upcoming(early(FLOATS[0]), 0)[1], late(FLOATS[1]))
-    assert torch.equal(found.upcoming(early(FLOATS[1]), 1)[0], early(FLOATS[1]))
+    assert torch.equal(found.given(early(FLOATS[0]), 0)[1], late(FLOATS[1]))
+    assert torch.equal(found.given(early(FLOATS[1]), 1)[1], early(FLOATS[1]))
 
 
 def test_a_form_that_is_not_known() -> None:
-    assert schedule(FLOATS).upcoming(FLOATS[0].expand(2) * 3, 0) == []
-    assert schedule(FLOATS).upcoming(torch.stack([FLOATS[0], FLOATS[1]]), 0) == []  # samples at different steps
+    assert schedule(FLOATS).given(FLOATS[0].expand(2) * 3, 0) == []
+    assert schedule(FLOATS).given(torch.stack([FLOATS[0], FLOATS[1]]), 0) == []  # samples at different steps
 
 
 def test_a_timestep_that_is_listed_twice_comes_once() -> None:
     """Second-order solvers call the denoiser twice at a timestep."""
-    coming = schedule(torch.tensor([9, 5, 5, 1])).upcoming(torch.tensor([9]), 0)
-    assert [int(t) for t in coming] == [9, 5, 1]
+    given = schedule(torch.tensor([9, 5, 5, 1])).given(torch.tensor([9]), 0)
+    assert [int(t) for t in given] == [9, 5, 1]
 
 
 @pytest.mark.parametrize(
