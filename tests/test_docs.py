@@ -155,7 +155,8 @@ def test_models_have_the_figures_of_their_results() -> None:
 
 def test_readme_quotes_the_results() -> None:
     content = README.read_text(encoding="utf-8")
-    found = {row["what"]: row["value"]["median"] for row in results("overhead")["rows"]}
+    # a label that continues a row above it may occur twice: that of FORA(3) comes first
+    found = {row["what"]: row["value"]["median"] for row in reversed(results("overhead")["rows"])}
     cost = content.partition("## What it costs")[2].partition("\n## ")[0]
     for quoted in (
         f"{found['reuse 0 / plain']:.3f} times",
