@@ -96,7 +96,7 @@ class CompiledGraph:
         unfit: Reason | None = cache.fit(stamp, self._weights(args), self._ambient(args))
         if unfit is MissReason.EMPTY and call.fresh is not None:
             unfit = call.fresh
-        if self.program is not None:
+        if self.program is not None and cache.bookmark.table is not None:
             cache.bookmark.compare([args[i] for i in self.program.weights])
         if self._conditioned:
             steady = self._steady(args)

@@ -44,6 +44,7 @@ class Schedule:
         self._ranks = _ranks(self.times)
         self._stepped: tuple[int, float | None] | None = None  # the scheduler's step_index, and the timestep then
         self._unit: Sequence[float] | None = None  # the timesteps in the unit that the model is given
+        self._exact: dict[float, list[int]] = {}  # the entries of each of them
         self._forms: dict[torch.dtype, list[Tensor]] = {}  # the timesteps as the model may be given them
 
     @property
@@ -135,16 +136,25 @@ class Schedule:
     def _of_value(self, timestep: Tensor | float | None, value: float) -> list[int]:
         """Return the entries whose timestep equals `value`, in the unit that matched first."""
         coarse = isinstance(timestep, Tensor) and timestep.is_floating_point() and timestep.dtype.itemsize < 4
+        if not coarse and value in self._exact:  # the usual case, in every call: no scan
+            return self._exact[value]
         precision = torch.finfo(timestep.dtype).eps if coarse else 1e-6  # type: ignore[union-attr]
         units = ([unit(t, self._total) for t in self.times] for unit in _UNITS)
         for unit in units if self._unit is None else (self._unit,):
             scale = max(map(abs, unit), default=0.0)
             fitting = [i for i, t in enumerate(unit) if abs(t - value) <= precision * scale]
             if fitting:
-                self._unit = unit
+                self._use(unit)
                 nearest = min(abs(unit[i] - value) for i in fitting)
                 return fitting if coarse else [i for i in fitting if abs(unit[i] - value) == nearest]
         return []
+
+    def _use(self, unit: Sequence[float]) -> None:
+        """Set the unit in which the model is given the timesteps."""
+        if self._unit is None:
+            self._unit = unit
+            for entry, time in enumerate(unit):
+                self._exact.setdefault(time, []).append(entry)
 
 
 def _ranks(times: Sequence[float]) -> list[int]:

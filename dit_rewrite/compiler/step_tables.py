@@ -71,11 +71,7 @@ class TableProgram:
         with self._lock, _plain():
             try:
                 return [value.contiguous() for value in torch.vmap(gm, dims)(*given)]
-            except (
-                RuntimeError,
-                NotImplementedError,
-                ValueError,
-            ):  # an op has no batching rule
+            except (RuntimeError, ValueError):  # an op has no batching rule
                 return None
 
     def release(self, args: Sequence[Any]) -> None:
