@@ -124,6 +124,19 @@ def dynamo_config() -> Any:
     return _find("torch._dynamo", "config")
 
 
+def around_compilation(before: Callable[[Any], None], after: Callable[[Any], None]) -> None:
+    """Let Dynamo call `before` and `after` around each compilation of a frame, under its lock.
+
+    A second registration has no effect. `torch._dynamo.reset` forgets the first, so that each user repeats it.
+    """
+    if before not in _handler.start_callbacks:
+        _handler.register_start_callback(before)
+        _handler.register_end_callback(after)
+
+
+_handler = _find("torch._dynamo", "callback_handler")
+
+
 def source_of(node: fx.Node) -> str:
     """Return the source of an input of a Dynamo graph as text: ``L['self'].scale``."""
     source = _get(node, "_dynamo_source")

@@ -53,39 +53,44 @@ class one_graph:
 
     By default `nonzero` breaks the graph (Mochi calls it in every attention branch), and Dynamo treats a Python number
     such as the time as a constant, so that it recompiles when the number changes. `number` names the argument that is
-    the time. This class does not use config.patch, because it is entered at each call of a model and must be fast.
+    the time. Dynamo's settings are global to the process and slow to set, and this context is entered at each call of a
+    model. So they are set only while Dynamo compiles a frame in this thread; Dynamo compiles one frame at a time.
     """
 
-    __slots__ = ("number",)
-    _lock = threading.Lock()
-    _inside = 0  # number of active contexts in all threads, because threads share the settings
-    _before: tuple[bool, bool, str | None]
+    __slots__ = ("number", "_outer")
+    _thread = threading.local()  # `inside` is the active context
+    _before: tuple[bool, bool, str] | None = None  # the settings before the current compilation
 
     def __init__(self, number: str | None = None) -> None:
         self.number = number
 
     def __enter__(self) -> None:
-        dynamo, compiler = torch_compat.dynamo_config(), torch.compiler.config
-        with self._lock:
-            if one_graph._inside == 0:
-                one_graph._before = dynamo.capture_dynamic_output_shape_ops, dynamo.specialize_float, None
-                dynamo.capture_dynamic_output_shape_ops, dynamo.specialize_float = True, False
-            if self.number is not None:
-                shapes, floats, sources = one_graph._before
-                sources = compiler.dynamic_sources if sources is None else sources
-                compiler.dynamic_sources = ",".join(filter(None, (sources, f"L['{self.number}']")))
-                one_graph._before = shapes, floats, sources
-            one_graph._inside += 1
+        torch_compat.around_compilation(one_graph._set, one_graph._restore)
+        self._outer = getattr(one_graph._thread, "inside", None)
+        one_graph._thread.inside = self
 
     def __exit__(self, *_: object) -> None:
+        one_graph._thread.inside = self._outer
+
+    @staticmethod
+    def _set(_: object) -> None:
+        inside: one_graph | None = getattr(one_graph._thread, "inside", None)
+        if inside is None or one_graph._before is not None:
+            return
         dynamo, compiler = torch_compat.dynamo_config(), torch.compiler.config
-        with self._lock:
-            one_graph._inside -= 1
-            if one_graph._inside == 0:
-                shapes, floats, sources = one_graph._before
-                dynamo.capture_dynamic_output_shape_ops, dynamo.specialize_float = shapes, floats
-                if sources is not None:
-                    compiler.dynamic_sources = sources
+        sources = compiler.dynamic_sources
+        one_graph._before = dynamo.capture_dynamic_output_shape_ops, dynamo.specialize_float, sources
+        dynamo.capture_dynamic_output_shape_ops, dynamo.specialize_float = True, False
+        if inside.number is not None:
+            compiler.dynamic_sources = ",".join(filter(None, (sources, f"L['{inside.number}']")))
+
+    @staticmethod
+    def _restore(_: object) -> None:
+        if one_graph._before is not None:
+            dynamo, compiler = torch_compat.dynamo_config(), torch.compiler.config
+            dynamo.capture_dynamic_output_shape_ops, dynamo.specialize_float, sources = one_graph._before
+            compiler.dynamic_sources = sources
+            one_graph._before = None
 
 
 def capture(
