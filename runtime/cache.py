@@ -144,14 +144,15 @@ class Cache:
         decided: Decisions,
     ) -> None:
         """Apply the decisions of a call of `sites` to their slots. `fresh` has the new tensors by site and index."""
+        for site in decided.used:
+            self.streak[site] += 1
+        if not decided.changed:  # most calls
+            return
         now = Computed(moment.step, moment.sigma, moment.snr)
         values: dict[int, list[tuple[int, Tensor]]] = {}
         for (site, index), value in fresh:
             values.setdefault(site, []).append((index, value))
-        for site, change in decided.changes:
-            if change is Transition.USE:  # the case of most sites in most calls
-                self.streak[site] += 1
-                continue
+        for site, change in decided.changed:
             made = tuple([value for _, value in sorted(values.get(site, ()), key=itemgetter(0))]) or None
             if sites[site].differs and sites[site].borrows != moment.stream:
                 made = self.less_lent(site, made)

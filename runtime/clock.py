@@ -11,10 +11,11 @@ from collections.abc import Hashable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from dit_rewrite.errors import NoSteps, NoTimesteps, NumStepsNotWhole, TrajectoryReason
-from dit_rewrite.runtime.schedule import Schedule, on_host
+from dit_rewrite.runtime.schedule import OnHost, Schedule, numbers, on_host
 from dit_rewrite.runtime.tensors import version
 
 
@@ -99,30 +100,30 @@ class Clock:
         """The timesteps of the schedule, or None without one."""
         return None if self.schedule is None else self.schedule.times
 
-    def on_host(self, timestep: Tensor) -> Tensor | None:
+    def numbers(self, timestep: Tensor) -> list[float] | None:
         """Return the values of a call's timestep, or None if reading them would synchronise with a device."""
-        if timestep.device.type == "cpu":
-            return timestep
-        return None if self.schedule is None else self.schedule.on_host(timestep)
+        return numbers(timestep, self.schedule)
 
     def given(self, timestep: Tensor) -> list[Tensor]:
         """Return the timesteps of all steps as the model is given them, on the CPU; none if they are not known.
 
         timestep: that of the current call.
         """
-        host = self.on_host(timestep)
-        if host is None or self.schedule is None or self._entry is None or self._uneven:
+        values = self.numbers(timestep)
+        if values is None or self.schedule is None or self._entry is None or self._uneven:
             return []
-        return self.schedule.given(host, self._entry)
+        return self.schedule.given(torch.tensor(values, dtype=timestep.dtype).view(timestep.shape), self._entry)
 
     def read(self, timestep: Tensor | float | None, named: Named) -> Reading:
         """Return the time of a call. Updates only the schedule, and whether frames are at different steps."""
         started = self.started
         restart = TrajectoryReason.SCHEDULE_SET if self._read_schedule() and started else None
         time = timestep if timestep is not None else named.timestep
-        value, uneven = on_host(time)
+        entry = None if self.schedule is None or self._uneven else self.schedule.place(time)
+        value, uneven = on_host(time) if entry is None else OnHost(None)  # a view of the schedule is not read
         self._uneven = self._uneven or uneven
-        entry = None if self.schedule is None or self._uneven else self.schedule.entry(time, value, self._entry)
+        if entry is None and self.schedule is not None and not self._uneven:
+            entry = self.schedule.entry(time, value, self._entry)
         if entry is None and self.schedule is not None and not (started or self._uneven):
             entry = self.schedule.begin_index
         value = value if entry is None else None

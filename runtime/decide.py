@@ -113,6 +113,28 @@ class Decisions:
         each = enumerate(map(transition, self.row, self.reasons))
         return tuple((site, change) for site, change in each if change is not Transition.NONE)
 
+    @cached_property
+    def used(self) -> tuple[int, ...]:
+        """The sites whose slots stay as they are."""
+        return tuple(site for site, change in self.changes if change is Transition.USE)
+
+    @cached_property
+    def changed(self) -> tuple[tuple[int, Transition], ...]:
+        """The sites whose slots are filled or emptied, with the transition."""
+        return tuple((site, change) for site, change in self.changes if change is not Transition.USE)
+
+    @cached_property
+    def counts(self) -> tuple[int, int]:
+        """How many sites computed and how many reused. A site that only fills a slot counts as neither."""
+        reused = sum(self.row)
+        computed = len(self.row) - reused - self.reasons.count(DecisionReason.WILL_BE_READ)
+        return computed, reused - self.reasons.count(DecisionReason.UNREAD)
+
+    @cached_property
+    def kind(self) -> tuple[tuple[bool, ...], tuple[bool, ...]]:
+        """Which sites are reused, and which are verified. It determines what the call runs."""
+        return self.row, tuple(reason is DecisionReason.VERIFIED for reason in self.reasons)
+
     def ran(self, i: int) -> bool:
         """Return whether the strategy of site `i` ran: the site is reused, and no site around it is."""
         return self.row[i] and self.reasons[i] is not DecisionReason.COVERED

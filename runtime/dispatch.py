@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from dit_rewrite.decision_row import DecisionRow
-from dit_rewrite.errors import DecisionReason, MissReason, Reason
+from dit_rewrite.errors import MissReason, Reason
 from dit_rewrite.runtime.cache import Cache, stamp_of
 from dit_rewrite.runtime.decide import Decider, Decisions, SiteSpec, Weights
 from dit_rewrite.runtime.forecast_errors import ForecastErrors, Fresh
@@ -66,6 +66,7 @@ class CompiledGraph:
         self.session = session
         self.prologue: Prologue | None = None  # computes the hoisted values
         self.program: Program | None = None  # computes the rows of the step table
+        self._table_weights = chosen(())
         self._compile = compile_variant
         self._lag, self._distance = lag, distance
         self._measured = tuple(site.measured for site in self.sites)
@@ -86,6 +87,10 @@ class CompiledGraph:
         self._room = [None] * (wiring.num_wires - wiring.num_inputs)
         self._shared: dict[tuple[DecisionRow, DecisionRow], tuple[int, ...]] = {}  # outputs that alias a slot, by row
 
+    def use_tables(self, program: Program) -> None:
+        """Let `program` compute the rows of the step table."""
+        self.program, self._table_weights = program, chosen(program.weights)
+
     def __call__(self, args: list[Any]) -> Sequence[Any]:
         """Run the graph on its flat inputs; this is the calling convention of AOTAutograd. Clears `args`."""
         call = self.session.call
@@ -96,8 +101,8 @@ class CompiledGraph:
         unfit: Reason | None = cache.fit(stamp, self._weights(args), self._ambient(args))
         if unfit is MissReason.EMPTY and call.fresh is not None:
             unfit = call.fresh
-        if self.program is not None and cache.bookmark.table is not None:
-            cache.bookmark.compare([args[i] for i in self.program.weights])
+        if self.program is not None:
+            cache.bookmark.begin(args, self._table_weights)
         if self._conditioned:
             steady = self._steady(args)
             unfit = cache.validate_conditioning(steady, call.explicit, self._conditioned) or unfit
@@ -258,7 +263,7 @@ class CompiledGraph:
             decided.weights,
             decided.measured,
         )
-        self.session.stats.count(record, decided.misses)
+        self.session.stats.count(record, decided.misses, decided.counts)
         if self.session.observer is not None:
             position, slots = len(call.graphs) - 1, tuple(cache.values)
             self.session.observer(Observation(self.index, position, record, tuple(args), tuple(outputs), slots))
@@ -299,10 +304,9 @@ class CompiledGraph:
 
     def _owned(self, decided: Decisions, outputs: Sequence[Any], cache: Cache) -> Sequence[Any]:
         """Return the outputs. Outputs that share storage with a slot are copied, as the caller may modify them."""
-        key = decided.row, tuple([reason is DecisionReason.VERIFIED for reason in decided.reasons])
-        shared = self._shared.get(key)
+        shared = self._shared.get(decided.kind)
         if shared is None:  # a variant always aliases the same outputs
-            shared = self._shared[key] = cache.aliased(outputs)
+            shared = self._shared[decided.kind] = cache.aliased(outputs)
         return [out.clone() if i in shared else out for i, out in enumerate(outputs)] if shared else outputs
 
     def _outside(self, args: list[Any]) -> Sequence[Any]:

@@ -8,8 +8,7 @@ import functools
 import inspect
 import types
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,8 +22,7 @@ _BY_VALUE = (
 _MAX_DEPTH = 8  # nesting depth beyond which objects are not read
 
 
-@dataclass(frozen=True)
-class Inputs:
+class Inputs(NamedTuple):
     """The inputs of one call.
 
     latents: the tensors of the first argument that contains any. timestep: the argument with a name in TIMESTEP_NAMES.
@@ -58,14 +56,21 @@ class Reader:
         parameters = inspect.signature(forward).parameters.values()
         positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
         self._names = [p.name for p in parameters if p.kind in positional]
-        self._order = {name: i for i, name in enumerate(self._names)}
+        self._named = functools.lru_cache(maxsize=64)(self._name)  # a model is called in few ways, many times
+
+    def _name(self, num_args: int, keywords: tuple[str, ...]) -> tuple[list[str], list[str]]:
+        """Return names of the positional arguments, and the keywords in the order of the parameters of `forward`."""
+        names = [*self._names, *map(str, range(num_args - len(self._names)))]
+        order = {name: i for i, name in enumerate(self._names)}
+        return names[:num_args], sorted(keywords, key=lambda name: order.get(name, len(order)))
 
     def read(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Inputs:
         """Return the inputs of a call, in the order of the parameters of `forward`."""
-        named = [*zip(self._names, args, strict=False), *((str(i), a) for i, a in enumerate(args[len(self._names) :]))]
-        given = dict(sorted(kwargs.items(), key=lambda item: self._order.get(item[0], len(self._order))))
-        values = {**dict(named), **given}
-        clock = next((name for name in TIMESTEP_NAMES if _is_time(values.get(name))), None)
+        names, keywords = self._named(len(args), tuple(kwargs))
+        values = dict(zip(names, args, strict=True))
+        for name in keywords:
+            values[name] = kwargs[name]
+        clock = next((name for name in TIMESTEP_NAMES if name in values and _is_time(values[name])), None)
         timestep = values.pop(clock) if clock is not None else None
         latents: tuple[Tensor, ...] = ()
         leaves = _Leaves(timestep)

@@ -79,12 +79,8 @@ class Schedule:
         """Return the entry of a call, or None if it is unknown.
 
         value: the timestep on the host, if it is there. last: the entry of the previous call; of several matches, the
-        first one that is not before it is returned.
+        first one that is not before it is returned. A timestep that has a `place` in the schedule is not for this.
         """
-        if isinstance(timestep, Tensor) and isinstance(self.tensor, Tensor):
-            place = _place_in(self.tensor, timestep)
-            if place is not None:
-                return place
         index = self._step_index(value)
         fitting = self._of_value(timestep, value) if value is not None else []
         if index is not None and (not fitting or index in fitting):
@@ -93,10 +89,10 @@ class Schedule:
             return None
         return next((i for i in fitting if last is None or i >= last), fitting[0])
 
-    def on_host(self, timestep: Tensor) -> Tensor | None:
-        """Return the values of a timestep on a device, or None if it is not an entry of the schedule."""
-        place = _place_in(self.tensor, timestep) if isinstance(self.tensor, Tensor) else None
-        return None if place is None else torch.tensor(self.times[place], dtype=timestep.dtype).expand(timestep.shape)
+    def place(self, timestep: Any) -> int | None:
+        """Return the entry that a timestep is a view of, which is found without reading it, or None."""
+        tensors = isinstance(timestep, Tensor) and isinstance(self.tensor, Tensor)
+        return _place_in(self.tensor, timestep) if tensors else None
 
     def given(self, timestep: Tensor, entry: int) -> list[Tensor]:
         """Return the timesteps of all steps, on the CPU, in the form in which the model is given them.
@@ -175,6 +171,15 @@ def _place_in(schedule: Tensor, timestep: Tensor) -> int | None:
     offset = timestep.storage_offset() - schedule.storage_offset()
     entry, rest = divmod(int(offset), schedule.stride(0) or 1)
     return entry if rest == 0 and 0 <= entry < len(schedule) else None
+
+
+def numbers(timestep: Tensor, schedule: Schedule | None = None) -> list[float] | None:
+    """Return the values of a timestep, or None if reading them would synchronise with a device."""
+    place = None if schedule is None else schedule.place(timestep)
+    if schedule is not None and place is not None:
+        return [schedule.times[place]] * timestep.numel()
+    found: list[float] | None = timestep.flatten().tolist() if timestep.device.type == "cpu" else None
+    return found
 
 
 class OnHost(NamedTuple):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 import threading
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -42,7 +41,7 @@ class Call:
     fresh: StreamReason | None = None
     graphs: list[int] = field(default_factory=list)
     layers: int = 0
-    _occurrences: Counter[int] = field(default_factory=Counter)
+    _occurrences: dict[int, int] = field(default_factory=dict)
 
     @property
     def conditioning(self) -> tuple[Tensor, ...]:
@@ -63,8 +62,8 @@ class Call:
         Returns its occurrence number within this call, its cache, and the reason why the cache was cleared: the graph
         sequence differs from that of the stream's last call. The reason is None if it does not.
         """
-        occurrence = self._occurrences[graph]
-        self._occurrences[graph] += 1
+        occurrence = self._occurrences.get(graph, 0)
+        self._occurrences[graph] = occurrence + 1
         position = len(self.graphs)
         self.graphs.append(graph)
         cache = self.stream.caches.get((graph, occurrence))

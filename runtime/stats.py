@@ -176,12 +176,12 @@ class Stats:
         """The decisions of the last 10,000 calls of captured graphs."""
         return [record.decision() for record in self.records]
 
-    def count(self, record: Record, misses: tuple[Reason, ...]) -> None:
-        """Record the decisions of one call of a graph."""
-        reused = sum(record.row)
+    def count(self, record: Record, misses: tuple[Reason, ...], counts: tuple[int, int]) -> None:
+        """Record the decisions of one call of a graph. `counts`: how many sites computed, and how many reused."""
+        computed, reused = counts
         with self.lock:
-            self.reused += reused - record.reasons.count(DecisionReason.UNREAD)
-            self.computed += len(record.row) - reused - record.reasons.count(DecisionReason.WILL_BE_READ)
+            self.computed += computed
+            self.reused += reused
             if misses:
                 self.misses.update(misses)
             self.records.append(record)

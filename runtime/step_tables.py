@@ -8,7 +8,7 @@ a row is computed when a step first reads it. Rows that depend on no conditionin
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -17,8 +17,9 @@ from torch import Tensor
 
 from dit_rewrite.errors import TableReason
 from dit_rewrite.runtime.clock import Clock
+from dit_rewrite.runtime.schedule import numbers
 from dit_rewrite.runtime.stats import Stats
-from dit_rewrite.runtime.tensors import Memoized, checksum, version
+from dit_rewrite.runtime.tensors import Memoized, checksum, versions
 
 SHARE = 8  # the rows of a graph take at most this part of the memory that caches may take
 BATCH = 64  # rows that are computed at once
@@ -101,14 +102,20 @@ class Table:
 
 @dataclass
 class Bookmark:
-    """The table that the last call of a cache's graph read, and the number of tables that such calls have read."""
+    """The table that the last call of a cache's graph read, and the number of tables that such calls have read.
+
+    ``row`` is the row of the current call, which several segments of the graph read.
+    """
 
     table: Table | None = None
+    row: Row | None = None
     count: int = 0
 
-    def compare(self, weights: Iterable[Tensor]) -> None:
-        """Forget the table if a weight was changed in place since its rows were computed."""
-        if self.table is not None and self.table.weights.versions != tuple(map(version, weights)):
+    def begin(self, args: Sequence[Any], weights: Callable[[Sequence[Any]], Sequence[Tensor]]) -> None:
+        """Begin a call of the graph. Forget the table if one of its `weights` was changed in place since its rows were
+        computed."""
+        self.row = None
+        if self.table is not None and self.table.weights.versions != versions(weights(args)):
             self.table = None
 
 
@@ -127,8 +134,11 @@ class Tables:
 
         `explicit`: whether the caller marked the trajectory. `clock` knows its timesteps.
         """
+        taken = None if bookmark.row is None else bookmark.row.take(columns)
+        if taken is not None:
+            return taken
         table, key = self._table(args, bookmark, explicit, clock), self._key(args, clock)
-        row = table.rows.get(key) if key is not None else None
+        row = bookmark.row = table.rows.get(key) if key is not None else None
         taken = None if row is None else row.take(columns)
         if taken is not None:
             return taken
@@ -136,7 +146,8 @@ class Tables:
             self._stats.dropped(TableReason.UNREADABLE)
             return tuple(self._program.row(columns, args))
         self._fill(table, key, args, clock if bookmark.count <= STEADY else None)
-        filled = table.rows[key].take(columns)
+        bookmark.row = table.rows[key]
+        filled = bookmark.row.take(columns)
         assert filled is not None
         self._bound(table, key)
         return filled
@@ -157,7 +168,7 @@ class Tables:
     def _table(self, args: Sequence[Any], bookmark: Bookmark, explicit: bool, clock: Clock | None) -> Table:
         """Return the table for the weights and the conditioning of a call.
 
-        `Bookmark.compare` has compared the versions of the weights. In the first call of a trajectory their content is
+        `Bookmark.begin` has compared the versions of the weights. In the first call of a trajectory their content is
         compared too, which reads the device once if there are rows of another trajectory.
         """
         conditioning = [args[i] for i in self._program.conditioning]
@@ -189,11 +200,12 @@ class Tables:
         for i in self._program.step:
             value = args[i]
             if isinstance(value, Tensor):
-                host = value if value.device.type == "cpu" else None if clock is None else clock.on_host(value)
-                if host is None:
+                found = numbers(value) if clock is None else clock.numbers(value)
+                if found is None:
                     return None
-                value = _key_of(host)
-            parts.append(value)
+                parts.append(_key_of(value, found))
+            else:
+                parts.append(value)
         return tuple(parts)
 
     def _sizes(self, args: Sequence[Any]) -> list[Hashable]:
@@ -229,7 +241,7 @@ class Tables:
         if clock is None or not self._batched or len(self._program.step) != 1 or not isinstance(timestep, Tensor):
             return {}
         given, sizes = clock.given(timestep), self._sizes(args)
-        keys = [(*sizes, _key_of(value)) for value in given]
+        keys = [(*sizes, _key_of(value, value.flatten().tolist())) for value in given]
         size = min(self._share // max(self._program.bytes_of(columns), 1), BATCH)
         if size < 1 or key not in keys:
             return {}
@@ -253,5 +265,5 @@ class Tables:
         self._stats.table_bytes = max(self._stats.table_bytes, self.bytes)
 
 
-def _key_of(timestep: Tensor) -> Hashable:
-    return timestep.dtype, timestep.shape, *timestep.flatten().tolist()
+def _key_of(timestep: Tensor, values: Sequence[float]) -> Hashable:
+    return timestep.dtype, timestep.shape, *values

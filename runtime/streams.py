@@ -168,6 +168,8 @@ class Streams:
 
         Positions that vary in one of them do not distinguish it from another, unless they are invariant in that one.
         """
+        if len(differing) == 1:  # most calls
+            return [stream for stream, places in differing.items() if not places]
         of = {stream: stream.conditioning for stream in differing if stream.conditioning is not None}
         varying = {place for stream, places in differing.items() if not places for place in of[stream].varying}
         group = [s for s, places in differing.items() if not places]
@@ -286,6 +288,8 @@ class Streams:
         Returns the streams that had caches. Streams whose conditioning was freed are removed.
         """
         once = [s for s in self.all if s.calls == 1 and step - s.step > PATIENCE and s.conditioning is not None]
+        if not once:
+            return []
         lapsed = [stream for stream in once if stream.caches]
         for stream in lapsed:
             stream.forget()

@@ -15,6 +15,14 @@ def version(tensor: Tensor) -> int | None:
     return None if tensor.is_inference() else tensor._version
 
 
+def versions(tensors: Sequence[Tensor]) -> tuple[int | None, ...]:
+    """Return the version counter of each tensor; see `version`."""
+    try:
+        return tuple([tensor._version for tensor in tensors])
+    except RuntimeError:  # at least one is an inference tensor
+        return tuple(map(version, tensors))
+
+
 @dataclass(frozen=True)
 class Memoized:
     """Values together with the input tensors, and their version counters, that they were computed from.
@@ -28,7 +36,7 @@ class Memoized:
 
     @classmethod
     def of(cls, inputs: Sequence[Tensor], values: Sequence[Tensor]) -> Memoized:
-        return cls(tuple(map(weakref.ref, inputs)), tuple(map(version, inputs)), tuple(values))
+        return cls(tuple(map(weakref.ref, inputs)), versions(inputs), tuple(values))
 
     @property
     def is_alive(self) -> bool:
@@ -41,10 +49,14 @@ class Memoized:
         Inference tensors have no version counter. They count as unmodified only in an `explicit` trajectory, whose
         contract is that the caller does not modify the conditioning.
         """
-        return all(before() is now for before, now in zip(self.inputs, inputs, strict=True)) and all(
-            explicit if now is None else now == before
-            for before, now in zip(self.versions, map(version, inputs), strict=True)
-        )
+        if not all([before() is now for before, now in zip(self.inputs, inputs, strict=True)]):
+            return False
+        current = versions(inputs)
+        if None in current:
+            return all(
+                explicit if now is None else now == before for before, now in zip(self.versions, current, strict=True)
+            )
+        return current == self.versions
 
 
 def checksum(tensors: Sequence[Tensor]) -> Tensor:

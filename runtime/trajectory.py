@@ -7,7 +7,7 @@ call that does not clearly continue the trajectory starts a new one with an empt
 from __future__ import annotations
 
 import itertools
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
@@ -160,7 +160,7 @@ class InferredTrajectory:
             trajectory.step += 1
         trajectory.sigma = named.sigma
         latent = None if inputs.latent is None else inputs.latent.detach().clone()  # may be updated in place
-        stream.note(replace(inputs, latents=() if latent is None else (latent,)), trajectory.step)
+        stream.note(inputs._replace(latents=() if latent is None else (latent,)), trajectory.step)
         stream.timestep = timestep
         self._latest = stream
 

@@ -113,4 +113,4 @@ def timesteps_known(trajectory: Trajectory, timestep: Tensor | float | None) -> 
             return timestep is not None, False
         if clock is None:
             return timestep.device.type == "cpu", False
-        return clock.on_host(timestep) is not None, bool(clock.given(timestep))
+        return clock.numbers(timestep) is not None, bool(clock.given(timestep))

@@ -234,7 +234,7 @@ def observed(step: int, slots: Any) -> Any:
 def test_reused_sites_by_step_by_hand() -> None:
     stats = Stats()
     for step, row in [(0, (False, False)), (1, (True, False)), (0, (False, False)), (1, (True, True))]:
-        stats.count(Decided(0, step, None, 0, 0, ("a", "b"), row, ()), ())
+        stats.count(Decided(0, step, None, 0, 0, ("a", "b"), row, ()), (), (2 - sum(row), sum(row)))
     assert reused_by_step(stats, 2) == [0, 0.75]
 
 

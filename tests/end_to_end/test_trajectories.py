@@ -275,27 +275,33 @@ def _streams(compiled: dit_rewrite.RewrittenModule) -> list[Any]:
 
 
 @pytest.mark.parametrize(
-    ("mode", "conditioning", "expected"),
+    ("mode", "conditioning", "tables", "expected"),
     [
-        ("explicit", "kept", 1),
-        ("named", "kept", 1),
-        ("named", "new", 5),
-        ("explicit", "new", 5),
-        ("inferred", "kept", 5),
+        ("explicit", "kept", False, 1),
+        ("explicit", "kept", True, 2),
+        ("named", "kept", False, 1),
+        ("named", "new", False, 5),
+        ("explicit", "new", False, 5),
+        ("inferred", "kept", False, 5),
     ],
 )
-def test_reads_of_the_device(monkeypatch: pytest.MonkeyPatch, mode: str, conditioning: str, expected: int) -> None:
+def test_reads_of_the_device(
+    monkeypatch: pytest.MonkeyPatch, mode: str, conditioning: str, tables: bool, expected: int
+) -> None:
     """Explicit: the schedule is read once, and conditioning that is created anew is compared. Inferred: each call reads
-    once."""
+    once. A step table compares the content of its weights once in a trajectory."""
     reads: list[str] = []
 
     def counted(owner: Any, name: str) -> None:
         method = getattr(owner, name)
         monkeypatch.setattr(owner, name, lambda *args: (reads.append(name), method(*args))[1])
 
-    compiled = rewritten(tiny.build())
-    outputs(compiled, calls(1))
+    compiled = rewritten(tiny.build(), disable_passes=() if tables else ("step_tables",))
     schedule = torch.linspace(999, 0, 5)
+    kept = condition()
+    with compiled.trajectory(scheduler=SimpleNamespace(timesteps=schedule)):  # captures, and fills the step table
+        for arguments, time in zip(calls(5, given=kept), schedule, strict=True):
+            outputs(compiled, [{**arguments, "timestep": time.expand(2)}])
     for name in ("item", "tolist", "equal", "__bool__", "__float__", "__int__"):
         counted(torch.Tensor, name)
     counted(torch, "equal")
@@ -304,8 +310,8 @@ def test_reads_of_the_device(monkeypatch: pytest.MonkeyPatch, mode: str, conditi
             stack.enter_context(compiled.trajectory(scheduler=SimpleNamespace(timesteps=schedule)))
         if mode == "named":
             stack.enter_context(compiled.cache_context("cond"))
-        for arguments, time in zip(calls(5, seed=1), schedule, strict=True):
+        for arguments, time in zip(calls(5, seed=1, given=kept), schedule, strict=True):
             given = arguments["condition"].clone() if conditioning == "new" else arguments["condition"]
             outputs(compiled, [{**arguments, "timestep": time.expand(2), "condition": given}])
-    assert len(reads) == expected
+    assert len(reads) == expected, reads
     assert row(compiled, 5) == "CRRCR"

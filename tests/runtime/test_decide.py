@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from dit_rewrite.errors import DecisionReason, MissReason, Reason
 from dit_rewrite.runtime.decide import HORIZON, NO_SLOT, Choice, Decider, Decisions, SiteSpec
 from dit_rewrite.runtime.history import Computed, Moment, Past
+from dit_rewrite.runtime.slots import Transition
 
 YES, NO = DecisionReason.RULE, DecisionReason.NO_RULE
 
@@ -285,3 +286,20 @@ def test_measurements_are_recorded_and_read_once() -> None:
     assert found.measured == {1: {"drift(self)": 1.5}}
     assert asked == [(1, "drift(self)"), (1, "none")]
     assert decided([site()], at(1), [True]).measured == {}
+
+
+def test_counts_and_changes_of_slots() -> None:
+    """A site that only fills a slot for another one counts neither as computed nor as reused."""
+    reasons = (
+        YES,
+        NO,
+        DecisionReason.WILL_BE_READ,
+        DecisionReason.UNREAD,
+        DecisionReason.COVERED,
+        DecisionReason.VERIFIED,
+    )
+    decisions = Decisions((True, False, False, True, True, False), reasons, ())
+    assert decisions.counts == (2, 2)
+    assert decisions.used == (0, 5)
+    assert decisions.changed == ((1, Transition.FILL), (2, Transition.FILL), (3, Transition.EMPTY))
+    assert decisions.kind == (decisions.row, (False,) * 5 + (True,))

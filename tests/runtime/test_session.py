@@ -172,8 +172,8 @@ def record(row: tuple[bool, ...], step: int = 3) -> Record:
 def test_counting() -> None:
     stats = Stats()
     assert stats.recomputed_fraction == 1.0, "nothing was reused"
-    stats.count(record((True, False, True)), ())
-    stats.count(record((False, False, False)), (MissReason.EMPTY, MissReason.EMPTY, MissReason.BEYOND_END))
+    stats.count(record((True, False, True)), (), (1, 2))
+    stats.count(record((False, False, False)), (MissReason.EMPTY, MissReason.EMPTY, MissReason.BEYOND_END), (3, 0))
     assert (stats.computed, stats.reused) == (4, 2)
     assert stats.recomputed_fraction == pytest.approx(4 / 6)
     assert stats.misses == {MissReason.EMPTY: 2, MissReason.BEYOND_END: 1}
@@ -181,7 +181,7 @@ def test_counting() -> None:
 
 def test_decisions_are_rows_in_words() -> None:
     stats = Stats()
-    stats.count(record((True, False, True)), ())
+    stats.count(record((True, False, True)), (), (1, 2))
     (row,) = stats.decisions
     assert (row.trajectory, row.step, row.stream, row.occurrence) == (2, 3, "cond", 1)
     assert row.strategies == {"a": "reuse", "b": "compute", "c": "reuse"}
@@ -191,13 +191,13 @@ def test_decisions_are_rows_in_words() -> None:
 def test_the_last_ten_thousand_decisions_are_kept_and_all_are_counted() -> None:
     stats = Stats()
     for step in range(10_001):
-        stats.count(record((True, False, True), step), ())
+        stats.count(record((True, False, True), step), (), (1, 2))
     assert (len(stats.decisions), stats.decisions[0].step, stats.reused) == (10_000, 1, 20_002)
 
 
 def test_stats_print() -> None:
     stats = Stats(calls=2, variants=3, late_variants=1, cache_bytes=2**20)
-    stats.count(record((True, False, False)), (MissReason.BEYOND_END,))
+    stats.count(record((True, False, False)), (MissReason.BEYOND_END,), (2, 1))
     text = str(stats)
     assert "2 calls: 1 values reused, 2 computed (Recomp 66.7%)" in text
     assert "3 variants (1 compiled late), 0 recompiles, 0 graph breaks, 0.00 MiB cached at most" in text

@@ -72,6 +72,7 @@ class Steps:
         self.clock.enter(self.clock.read(timestep, Named()), timestep, Named(), "stream")
         args, columns = [timestep, self.weight, self.condition, size], columns or ("a",)
         self.program.add(columns)
+        self.bookmark.begin(args, lambda args: args[1:2])
         found = self.tables.read(columns, args, self.bookmark, True, self.clock)
         expected = [Product.column(name, timestep, args) for name in columns]
         assert all(torch.equal(ours, theirs) for ours, theirs in zip(found, expected, strict=True))
@@ -261,9 +262,24 @@ def test_nothing_is_read_for_a_timestep_that_is_not_a_number() -> None:
     run.program.add(("a",))
     args = [torch.full((2,), float("nan")), run.weight, run.condition, 2]
     for _ in range(2):
+        run.bookmark.begin(args, lambda args: args[1:2])
         (value,) = run.tables.read(("a",), args, run.bookmark, True, run.clock)
         assert value.isnan().all()
     assert run.program.single == 2
+
+
+def test_the_segments_of_a_call_look_the_row_up_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each call looks it up again, although the bookmark remembers the row of the last one."""
+    run, lookups = Steps(), []
+    run(900, "a", "b")
+    numbers = run.clock.numbers
+    monkeypatch.setattr(run.clock, "numbers", lambda timestep: (lookups.append(int(timestep[0])), numbers(timestep))[1])
+    for value in (600, 300):
+        (a,) = run(value, "a")
+        args = [torch.full((2,), value), run.weight, run.condition, 2]
+        (b,) = run.tables.read(("b",), args, run.bookmark, True, run.clock)
+        assert torch.equal(b, Product.column("b", args[0], args))
+    assert lookups == [600, 300]
 
 
 def test_rows_are_counted_since_an_earlier_time() -> None:
@@ -301,11 +317,9 @@ def test_a_weight_that_was_changed_in_place_in_a_trajectory() -> None:
     """The bookmark compares the versions at each call of a graph."""
     run = Steps()
     run(600)
-    run.bookmark.compare([run.weight])
     run(300)
     assert run.program.batches == [4]
     run.weight.mul_(2)
-    run.bookmark.compare([run.weight])
     run(0)
     assert run.stats.tables == {TableReason.NEW_WEIGHTS: 1}
 
