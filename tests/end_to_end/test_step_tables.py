@@ -300,3 +300,7 @@ def test_a_reusing_step_of_hunyuan_video_computes_no_attention() -> None:
     reusing = next(v for v in model.explain().rewritten[0].variants.values() if all(v.row))
     counts = op_counts(reusing.gm)
     assert (counts["dit_rewrite.attention"], counts["aten.addmm"]) == (0, 1)
+    rewritten = model.explain().rewritten[0]
+    attentions = {n.name for n in rewritten.gm.graph.nodes if "attention" in str(n.target)}
+    joint = [site for site in rewritten.found.sites if site.kind == "joint"]
+    assert [len(site.skipped & attentions) for site in joint] == [1, 1]  # so that its FLOPs count
