@@ -24,7 +24,8 @@ from the table. A step that computes every site computes them as ever, so reuse 
   as the conditioning is in use.
 - **Memory.** Only values that some compiled variant reads are stored, such as the gates of a modulation. The rows of a
   graph take at most an eighth of `memory_budget`, in equal shares if there are several conditionings (streams of
-  guidance); the oldest ones are dropped first.
+  guidance); the oldest ones are dropped first. As many rows are computed at once as take no more than an eighth while
+  they are computed, 64 at most.
 - **No table.** Values that depend on the conditioning have no table without a scheduler, because each row would be read
   once. Nor is there one if reading the timestep would wait for a GPU: it is read on the host, or found as an entry of
   the scheduler's timesteps. `explain()` names the reason, and `stats().tables` counts dropped rows by reason.

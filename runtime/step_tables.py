@@ -21,7 +21,7 @@ from dit_rewrite.runtime.schedule import numbers
 from dit_rewrite.runtime.stats import Stats
 from dit_rewrite.runtime.tensors import Memoized, checksum, versions
 
-SHARE = 8  # the rows of a graph take at most this part of the memory that caches may take
+SHARE = 8  # the rows of a graph take at most this part of the memory that caches may take, and so does computing them
 BATCH = 64  # rows that are computed at once
 MOST = 8  # tables that are kept, of the conditioning of several streams or prompts
 STEADY = 2  # how often the conditioning of a cache may change before rows are no longer computed ahead
@@ -45,6 +45,9 @@ class Program(Protocol):
 
     def bytes_of(self, columns: Columns) -> int:
         """Return the bytes of a row with these columns."""
+
+    def peak_of(self, columns: Columns) -> int:
+        """Return the most bytes that each row takes while rows with these columns are computed at once."""
 
     def row(self, columns: Columns, args: Sequence[Any]) -> Sequence[Tensor]:
         """Return the values of `columns` for the timestep in `args`."""
@@ -242,7 +245,8 @@ class Tables:
             return {}
         given, sizes = clock.given(timestep), self._sizes(args)
         keys = [(*sizes, _key_of(value, value.flatten().tolist())) for value in given]
-        size = min(self._share // max(self._program.bytes_of(columns), 1), BATCH)
+        room = self._limit() // SHARE // max(self._program.peak_of(columns), 1)  # while they are computed
+        size = min(self._share // max(self._program.bytes_of(columns), 1), room, BATCH)
         if size < 1 or key not in keys:
             return {}
         first = keys.index(key) // size * size

@@ -53,6 +53,12 @@ def is_view(node: fx.Node) -> bool:
     return packet(node) in _VIEWS
 
 
+def returns_view(node: fx.Node) -> bool:
+    """Return whether the schema of an op says that its result may share memory with its first operand."""
+    schema = getattr(node.target, "_schema", None)
+    return schema is not None and bool(schema.arguments) and schema.arguments[0].alias_info is not None
+
+
 def is_copy(node: fx.Node) -> bool:
     """Return whether `node` is a cast or copy of its first operand."""
     return packet(node) in _COPIES

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, fx
 
 from dit_rewrite.decision_row import DecisionRow
-from dit_rewrite.passes.analysis.graph import aten, attribute, is_view
+from dit_rewrite.passes.analysis.graph import aten, attribute, is_view, returns_view
 from dit_rewrite.passes.analysis.unbacked import asserted_tensors, is_contiguous
 from dit_rewrite.passes.rewrite.cache_or_compute import cache_or_compute
 from dit_rewrite.passes.rewrite.guarded_graph import GuardedGraph
@@ -186,7 +186,7 @@ class _Segment:
     def _viewed(self, node: fx.Node) -> Iterator[fx.Node]:
         """Yield a node, and the nodes whose memory it may be a view of."""
         yield node
-        while is_view(node) or node.target is getitem or _returns_view(node):
+        while is_view(node) or node.target is getitem or returns_view(node):
             node = next(self._operands(node))
             yield node
 
@@ -280,12 +280,6 @@ class _Segment:
             meaning = self.flat.resolve(argument)
             if isinstance(meaning, fx.Node):
                 yield meaning
-
-
-def _returns_view(node: fx.Node) -> bool:
-    """Return whether the schema of an op says that its result may share memory with its first operand."""
-    schema = getattr(node.target, "_schema", None)
-    return schema is not None and bool(schema.arguments) and schema.arguments[0].alias_info is not None
 
 
 def _placeholder(graph: fx.Graph, node: fx.Node, dense: bool = False) -> fx.Node:

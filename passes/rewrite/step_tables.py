@@ -14,6 +14,7 @@ from torch import fx
 from dit_rewrite.errors import TableReason
 from dit_rewrite.passes.analysis import cost
 from dit_rewrite.passes.analysis.graph import ancestors
+from dit_rewrite.passes.analysis.liveness import owner, peak_bytes
 from dit_rewrite.passes.analysis.step_tables import containing_columns, table_columns
 from dit_rewrite.passes.capture import opaque_attention
 from dit_rewrite.passes.rewrite.subgraph import subgraph
@@ -46,6 +47,20 @@ class StepTables:
     def bytes_of(self, columns: Collection[str]) -> int:
         """Return the bytes of one row with these columns."""
         return sum(cost.tensor_bytes(node) for node in self.source.graph.nodes if node.name in columns)
+
+    def peak_of(self, columns: Collection[str]) -> int:
+        """Return the most bytes that each row takes while rows with these columns are computed at once.
+
+        Only values that depend on the timestep have an element for each row. At the end the rows are copied.
+        """
+        values = [node for node in self.source.graph.nodes if node.name in columns]
+        needed = ancestors(values)
+        nodes = [node for node in self.source.graph.nodes if node in needed]
+        moving = {node for i, node in enumerate(self.source.graph.find_nodes(op="placeholder")) if i in self.step}
+        for node in nodes:
+            moving |= {node} if any(argument in moving for argument in node.all_input_nodes) else set()
+        finished = peak_bytes(list(dict.fromkeys(map(owner, values))), moving, values)
+        return max(peak_bytes(nodes, moving, values), finished + self.bytes_of(columns))
 
     def program(self, columns: Collection[str]) -> tuple[fx.GraphModule, tuple[int, ...]]:
         """Return a graph that computes one row with these columns, and the positions of the inputs that it takes."""

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 import dit_rewrite
 from benchmarks.step_table_models import text_to_video
+from dit_rewrite.compiler.step_tables import TableProgram
 from dit_rewrite.errors import BadArgument, TableReason
 from dit_rewrite.module import twin
 from dit_rewrite.passes.rewrite.printing import op_counts
@@ -254,6 +255,22 @@ def test_a_row_keeps_no_more_memory_than_its_own() -> None:
         v for t in graph.session.tables_of(0, graph.program)._tables for r in t.rows.values() for v in r.values.values()
     ]
     assert [(value.nbytes, value.untyped_storage().nbytes()) for value in values] == [(32, 32)]
+
+
+def test_intermediate_values_bound_a_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The embedding of two samples (64 bytes) and their modulation (128) are alive at once; a row keeps the gate."""
+    model = dit_rewrite.compile(
+        ReturnsModulation().eval(), FORA(2, kinds=("mlp",)), backend="aot_eager", tables="all", memory_budget=8 * 400
+    )
+    rows, batches = TableProgram.rows, []
+    monkeypatch.setattr(TableProgram, "rows", lambda *args: batches.append(len(args[-1])) or rows(*args))
+    times = torch.arange(1000.0, 0.0, -200.0)
+    with torch.no_grad(), model.trajectory(scheduler=SimpleNamespace(timesteps=times)):
+        for time in times.tolist():
+            model(hidden_states=torch.ones(2, 8), timestep=torch.full((2,), time))
+    program = model.explain().rewritten[0].graph.program
+    assert (program.bytes_of(program.columns), program.peak_of(program.columns)) == (64, 64 + 128)
+    assert batches == [2, 2]  # the last step is left, alone
 
 
 def test_a_weight_that_is_changed_in_place_in_a_trajectory() -> None:

@@ -27,13 +27,16 @@ class Product:
     def __init__(self, batched: bool = True) -> None:
         self.batched, self.single, self.batches = batched, 0, list[int]()
         self.columns: tuple[str, ...] = ()
-        self.released = 0
+        self.released, self.peak = 0, 0
 
     def add(self, columns: tuple[str, ...]) -> None:
         self.columns = tuple(dict.fromkeys((*self.columns, *columns)))
 
     def bytes_of(self, columns: tuple[str, ...]) -> int:
         return ROW_BYTES * len(columns)
+
+    def peak_of(self, columns: tuple[str, ...]) -> int:
+        return self.peak
 
     def row(self, columns: tuple[str, ...], args: Sequence[Any]) -> list[Tensor]:
         self.single += 1
@@ -254,6 +257,25 @@ def test_a_long_schedule_is_computed_in_several_batches() -> None:
     for value in range(2 * BATCH, 0, -1):
         run(value)
     assert run.program.batches == [BATCH, BATCH]
+
+
+def test_what_is_computed_at_once_takes_no_more_than_the_limit() -> None:
+    """If intermediate values of two rows fit, rows are computed in pairs, whichever of a pair is read first."""
+    for first, second in ((900, 300), (600, 0)):
+        run, counts = Steps(limit=9 * ROW_BYTES), []
+        run.program.peak = 4 * ROW_BYTES
+        for value in (first, 1500 - first, second, 300 - second):
+            run(value)
+            counts.append(len(run.program.batches))
+        assert (run.program.batches, run.program.single, counts) == ([2, 2], 0, [1, 1, 2, 2])
+        assert not run.stats.tables
+
+
+def test_a_row_that_takes_more_than_the_limit_is_computed_alone() -> None:
+    run = Steps(limit=9 * ROW_BYTES)
+    run.program.peak = 10 * ROW_BYTES
+    run(600)
+    assert (run.program.batches, run.program.single) == ([], 1)
 
 
 def test_nothing_is_read_for_a_timestep_that_is_not_a_number() -> None:
