@@ -28,7 +28,9 @@ from the table. A step that computes every site computes them as ever, so reuse 
   they are computed, 64 at most.
 - **No table.** Values that depend on the conditioning have no table without a scheduler, because each row would be read
   once. Nor is there one if reading the timestep would wait for a GPU: it is read on the host, or found as an entry of
-  the scheduler's timesteps. `explain()` names the reason, and `stats().tables` counts dropped rows by reason.
+  the scheduler's timesteps. If a policy decides in the middle of a call (`FirstBlockCache` with `lag=0`), the table is
+  not read either: what a reusing step computes of it runs before the decision, or in the same way in all steps.
+  `explain()` names the reason, and `stats().tables` counts dropped rows by reason.
 - `disable_passes=("step_tables",)` turns tables off.
 
 ## Released weights

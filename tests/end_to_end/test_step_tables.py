@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -17,7 +17,7 @@ from dit_rewrite.compiler.step_tables import TableProgram
 from dit_rewrite.errors import BadArgument, TableReason
 from dit_rewrite.module import twin
 from dit_rewrite.passes.rewrite.printing import op_counts
-from dit_rewrite.policies import FORA, Never
+from dit_rewrite.policies import FORA, FirstBlockCache, Never
 from tests.helpers.models import MODELS, output
 
 STEPS = 6
@@ -177,6 +177,20 @@ def test_segments_read_tables_too() -> None:
     found, plain = run(model, calls), run(without_tables(model), calls)
     close(found, plain)
     assert model.stats().table_rows == STEPS
+
+
+@pytest.mark.parametrize("lag", [0, 1])
+def test_segments_that_run_before_the_decision_read_no_table(lag: Literal[0, 1]) -> None:
+    """The first block is computed before it is compared, and the final modulation is in a segment of its own. explain()
+    says so. Decided by the step before, the whole graph has a variant that reads the table."""
+    policy = FirstBlockCache(threshold=9.0, warmup=1, lag=lag)
+    model, calls = compiled(CONDITIONED, policy=policy), MODELS[CONDITIONED].inputs(STEPS)
+    run(model, calls)
+    reused = model.explain().rewritten[0].partition.segments.count == 1
+    assert (reused, model.stats().table_rows) == ((False, 0), (True, STEPS))[lag]
+    told = f"no step reads the 20 values: {TableReason.NOT_READ}"
+    assert (told in str(model.explain())) is (lag == 0)
+    assert model.stats().reused == STEPS - 1 - lag
 
 
 def test_disabled() -> None:
