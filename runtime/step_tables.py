@@ -114,11 +114,18 @@ class Bookmark:
     row: Row | None = None
     count: int = 0
 
-    def begin(self, args: Sequence[Any], weights: Callable[[Sequence[Any]], Sequence[Tensor]]) -> None:
+    def begin(self, args: Sequence[Any], weights: Callable[[Sequence[Any]], Sequence[Tensor]], explicit: bool) -> None:
         """Begin a call of the graph. Forget the table if one of its `weights` was changed in place since its rows were
-        computed."""
+        computed.
+
+        Inference tensors have no version counter. They count as unmodified only in an `explicit` trajectory; otherwise
+        the table is forgotten, and found again by their content.
+        """
         self.row = None
-        if self.table is not None and self.table.weights.versions != versions(weights(args)):
+        if self.table is None:
+            return
+        current = versions(weights(args))
+        if self.table.weights.versions != current or (not explicit and None in current):
             self.table = None
 
 
@@ -172,14 +179,15 @@ class Tables:
         """Return the table for the weights and the conditioning of a call.
 
         `Bookmark.begin` has compared the versions of the weights. In the first call of a trajectory their content is
-        compared too, which reads the device once if there are rows of another trajectory.
+        compared too, which reads the device once if there are rows of another trajectory. For inference tensors, which
+        have no version, the content alone tells.
         """
         conditioning = [args[i] for i in self._program.conditioning]
         before, times = bookmark.table, None if clock is None else clock.times
         if before is not None and before.times == times and before.conditioning.valid_for(conditioning, explicit):
             return before
         weights = [args[i] for i in self._program.weights]
-        current = [table for table in self._tables if table.weights.valid_for(weights, explicit=False)]
+        current = [table for table in self._tables if table.weights.valid_for(weights, explicit=True)]
         if len(current) < len(self._tables):
             self._stats.dropped(TableReason.NEW_WEIGHTS, len(self._tables) - len(current))
         same = [table for table in current if table.conditioning.valid_for(conditioning, explicit=False)]

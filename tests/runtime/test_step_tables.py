@@ -63,6 +63,7 @@ class Steps:
         self.tables = Tables(self.program, self.stats, lambda: limit * SHARE)
         self.weight, self.condition = torch.arange(3.0), torch.ones(1)
         self.scheduler = SimpleNamespace(timesteps=TIMESTEPS) if scheduled else None
+        self.explicit = True
         self.begin()
 
     def begin(self) -> None:
@@ -75,8 +76,8 @@ class Steps:
         self.clock.enter(self.clock.read(timestep, Named()), timestep, Named(), "stream")
         args, columns = [timestep, self.weight, self.condition, size], columns or ("a",)
         self.program.add(columns)
-        self.bookmark.begin(args, lambda args: args[1:2])
-        found = self.tables.read(columns, args, self.bookmark, True, self.clock)
+        self.bookmark.begin(args, lambda args: args[1:2], self.explicit)
+        found = self.tables.read(columns, args, self.bookmark, self.explicit, self.clock)
         expected = [Product.column(name, timestep, args) for name in columns]
         assert all(torch.equal(ours, theirs) for ours, theirs in zip(found, expected, strict=True))
         return list(found)
@@ -284,7 +285,7 @@ def test_nothing_is_read_for_a_timestep_that_is_not_a_number() -> None:
     run.program.add(("a",))
     args = [torch.full((2,), float("nan")), run.weight, run.condition, 2]
     for _ in range(2):
-        run.bookmark.begin(args, lambda args: args[1:2])
+        run.bookmark.begin(args, lambda args: args[1:2], True)
         (value,) = run.tables.read(("a",), args, run.bookmark, True, run.clock)
         assert value.isnan().all()
     assert run.program.single == 2
@@ -344,6 +345,24 @@ def test_a_weight_that_was_changed_in_place_in_a_trajectory() -> None:
     run.weight.mul_(2)
     run(0)
     assert run.stats.tables == {TableReason.NEW_WEIGHTS: 1}
+
+
+@pytest.mark.parametrize("changed", [True, False])
+@pytest.mark.parametrize("explicit", [True, False])
+def test_weights_without_a_version_are_compared_by_content(explicit: bool, changed: bool) -> None:
+    """Inference tensors have none. In a trajectory that nobody marked they are compared at each read."""
+    run = Steps()
+    run.explicit = explicit
+    with torch.inference_mode():
+        run.weight = torch.arange(3.0)
+    run(600)
+    if explicit:
+        run.begin()
+    with torch.inference_mode():
+        run.weight.mul_(2 if changed else 1)
+    run(300)
+    assert run.program.batches == ([4, 4] if changed else [4])
+    assert run.stats.tables == ({TableReason.NEW_WEIGHTS: 1} if changed else {})
 
 
 def test_a_row_does_not_depend_on_earlier_trajectories() -> None:
