@@ -24,10 +24,14 @@ from the table. A step that computes every site computes them as ever, so reuse 
   as the conditioning is in use.
 - **Memory.** Only values that some compiled variant reads are stored, such as the gates of a modulation. The rows of a
   graph take at most an eighth of `memory_budget`, in equal shares if there are several conditionings (streams of
-  guidance); the oldest ones are dropped first.
+  guidance); the oldest ones are dropped first. As many rows are computed at once as take no more than an eighth while
+  they are computed, 64 at most.
 - **No table.** Values that depend on the conditioning have no table without a scheduler, because each row would be read
-  once. Nor is there one if reading the timestep would wait for a GPU: it is read on the host, or found as an entry of
-  the scheduler's timesteps. `explain()` names the reason, and `stats().tables` counts dropped rows by reason.
+  once, nor if the timestep is a Python int, of which there is no batch. Nor is there one if reading the timestep would
+  wait for a GPU: it is read on the host, or found as an entry of the scheduler's timesteps. If a policy decides in the
+  middle of a call (`FirstBlockCache` with `lag=0`), the table is not read either: what a reusing step computes of it
+  runs before the decision, or in the same way in all steps. `explain()` names the reason, and `stats().tables` counts
+  dropped rows by reason.
 - `disable_passes=("step_tables",)` turns tables off.
 
 ## Released weights

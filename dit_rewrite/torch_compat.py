@@ -56,6 +56,7 @@ unset_fake_temporarily: Callable[[], AbstractContextManager[Any]] = _find(
     "torch._subclasses.fake_tensor", "unset_fake_temporarily"
 )
 no_autocast: Callable[[], AbstractContextManager[Any]] = _find("torch._C", "_DisableAutocast")
+is_wrapper_subclass: Callable[[Any], bool] = _find("torch.utils._python_dispatch", "is_traceable_wrapper_subclass")
 tree_leaves: Callable[[Any], list[Any]] = _find("torch.utils._pytree", "tree_leaves")
 tree_map: Callable[..., Any] = _find("torch.utils._pytree", "tree_map")
 scalar_tensor_decompositions: tuple[Callable[..., Any], ...] = (_find("torch._refs", "tensor"),)

@@ -102,7 +102,7 @@ class CompiledGraph:
         if unfit is MissReason.EMPTY and call.fresh is not None:
             unfit = call.fresh
         if self.program is not None:
-            cache.bookmark.begin(args, self._table_weights)
+            cache.bookmark.begin(args, self._table_weights, call.explicit)
         if self._conditioned:
             steady = self._steady(args)
             unfit = cache.validate_conditioning(steady, call.explicit, self._conditioned) or unfit

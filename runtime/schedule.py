@@ -87,6 +87,8 @@ class Schedule:
             return index
         if not fitting:
             return None
+        if last is None and self.begin_index in fitting:
+            return self.begin_index
         return next((i for i in fitting if last is None or i >= last), fitting[0])
 
     def place(self, timestep: Any) -> int | None:
@@ -130,20 +132,21 @@ class Schedule:
         return index
 
     def _of_value(self, timestep: Tensor | float | None, value: float) -> list[int]:
-        """Return the entries whose timestep equals `value`, in the unit that matched first."""
+        """Return the entries whose timestep equals `value`. If it fits in several units, the unit stays unknown."""
         coarse = isinstance(timestep, Tensor) and timestep.is_floating_point() and timestep.dtype.itemsize < 4
         if not coarse and value in self._exact:  # the usual case, in every call: no scan
             return self._exact[value]
         precision = torch.finfo(timestep.dtype).eps if coarse else 1e-6  # type: ignore[union-attr]
-        units = ([unit(t, self._total) for t in self.times] for unit in _UNITS)
+        units = dict.fromkeys(tuple(unit(t, self._total) for t in self.times) for unit in _UNITS)
+        found: dict[Sequence[float], list[int]] = {}
         for unit in units if self._unit is None else (self._unit,):
-            scale = max(map(abs, unit), default=0.0)
-            fitting = [i for i, t in enumerate(unit) if abs(t - value) <= precision * scale]
-            if fitting:
-                self._use(unit)
-                nearest = min(abs(unit[i] - value) for i in fitting)
-                return fitting if coarse else [i for i in fitting if abs(unit[i] - value) == nearest]
-        return []
+            fitting = [i for i, t in enumerate(unit) if abs(t - value) <= precision * max(abs(t), 1.0)]
+            nearest = min((abs(unit[i] - value) for i in fitting), default=0.0)
+            found[unit] = fitting if coarse else [i for i in fitting if abs(unit[i] - value) == nearest]
+        matched = [unit for unit, fitting in found.items() if fitting]
+        if len(matched) == 1:
+            self._use(matched[0])
+        return sorted({i for fitting in found.values() for i in fitting})
 
     def _use(self, unit: Sequence[float]) -> None:
         """Set the unit in which the model is given the timesteps."""

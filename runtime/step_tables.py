@@ -21,7 +21,7 @@ from dit_rewrite.runtime.schedule import numbers
 from dit_rewrite.runtime.stats import Stats
 from dit_rewrite.runtime.tensors import Memoized, checksum, versions
 
-SHARE = 8  # the rows of a graph take at most this part of the memory that caches may take
+SHARE = 8  # the rows of a graph take at most this part of the memory that caches may take, and so does computing them
 BATCH = 64  # rows that are computed at once
 MOST = 8  # tables that are kept, of the conditioning of several streams or prompts
 STEADY = 2  # how often the conditioning of a cache may change before rows are no longer computed ahead
@@ -45,6 +45,9 @@ class Program(Protocol):
 
     def bytes_of(self, columns: Columns) -> int:
         """Return the bytes of a row with these columns."""
+
+    def peak_of(self, columns: Columns) -> int:
+        """Return the most bytes that each row takes while rows with these columns are computed at once."""
 
     def row(self, columns: Columns, args: Sequence[Any]) -> Sequence[Tensor]:
         """Return the values of `columns` for the timestep in `args`."""
@@ -111,11 +114,18 @@ class Bookmark:
     row: Row | None = None
     count: int = 0
 
-    def begin(self, args: Sequence[Any], weights: Callable[[Sequence[Any]], Sequence[Tensor]]) -> None:
+    def begin(self, args: Sequence[Any], weights: Callable[[Sequence[Any]], Sequence[Tensor]], explicit: bool) -> None:
         """Begin a call of the graph. Forget the table if one of its `weights` was changed in place since its rows were
-        computed."""
+        computed.
+
+        Inference tensors have no version counter. They count as unmodified only in an `explicit` trajectory; otherwise
+        the table is forgotten, and found again by their content.
+        """
         self.row = None
-        if self.table is not None and self.table.weights.versions != versions(weights(args)):
+        if self.table is None:
+            return
+        current = versions(weights(args))
+        if self.table.weights.versions != current or (not explicit and None in current):
             self.table = None
 
 
@@ -169,14 +179,15 @@ class Tables:
         """Return the table for the weights and the conditioning of a call.
 
         `Bookmark.begin` has compared the versions of the weights. In the first call of a trajectory their content is
-        compared too, which reads the device once if there are rows of another trajectory.
+        compared too, which reads the device once if there are rows of another trajectory. For inference tensors, which
+        have no version, the content alone tells.
         """
         conditioning = [args[i] for i in self._program.conditioning]
         before, times = bookmark.table, None if clock is None else clock.times
         if before is not None and before.times == times and before.conditioning.valid_for(conditioning, explicit):
             return before
         weights = [args[i] for i in self._program.weights]
-        current = [table for table in self._tables if table.weights.valid_for(weights, explicit=False)]
+        current = [table for table in self._tables if table.weights.valid_for(weights, explicit=True)]
         if len(current) < len(self._tables):
             self._stats.dropped(TableReason.NEW_WEIGHTS, len(self._tables) - len(current))
         same = [table for table in current if table.conditioning.valid_for(conditioning, explicit=False)]
@@ -242,7 +253,8 @@ class Tables:
             return {}
         given, sizes = clock.given(timestep), self._sizes(args)
         keys = [(*sizes, _key_of(value, value.flatten().tolist())) for value in given]
-        size = min(self._share // max(self._program.bytes_of(columns), 1), BATCH)
+        room = self._limit() // SHARE // max(self._program.peak_of(columns), 1)  # while they are computed
+        size = min(self._share // max(self._program.bytes_of(columns), 1), room, BATCH)
         if size < 1 or key not in keys:
             return {}
         first = keys.index(key) // size * size

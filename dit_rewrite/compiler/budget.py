@@ -77,7 +77,7 @@ def _candidates(guarded: GuardedGraph, rows: Sequence[DecisionRow]) -> Iterator[
         if site.part is Part.CORE_STATE:
             continue
         together = [i, *(j for j, p in enumerate(guarded.parents) if p == i and _is_state(guarded, j))]
-        seconds = roofline.total(work[name] for name in site.closure if name in work)
+        seconds = roofline.total(work[name] for name in site.skipped if name in work)
         steps = sum(row[i] and not _covered(row, i, guarded.parents) for row in rows)
         yield Candidate(tuple(together), steps * seconds, sum(sizes[j] for j in together))
 

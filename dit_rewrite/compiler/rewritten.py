@@ -66,6 +66,17 @@ class Rewritten:
         """Whether some steps read values from a step table."""
         return self.tables is not None and bool(self.tables.columns)
 
+    @property
+    def may_read_table(self) -> bool:
+        """Whether a compiled variant reads the step table, or none that reuses something is compiled yet.
+
+        A guard that measures its own call is decided after the first segment, which computes what it needs, because the
+        step may turn out to be a computing one.
+        """
+        reusing = [variant for variant in self.variants.values() if any(variant.row)]
+        read = any(variant.columns for variant in self.variants.values())
+        return read or not reusing or self.step_table is None or not self.step_table.reuse_bytes
+
     @cached_property
     def step_table(self) -> StepTable | None:
         """What the step table holds and saves, or None if there is none."""

@@ -52,6 +52,7 @@ class TableProgram:
         self.columns: Columns = ()
         self._program = lru_cache(maxsize=_PROGRAMS)(tables.program)
         self.bytes_of = lru_cache(maxsize=_PROGRAMS)(tables.bytes_of)
+        self.peak_of = lru_cache(maxsize=_PROGRAMS)(tables.peak_of)
 
     def add(self, columns: Columns) -> None:
         """Add the columns that a variant reads. Rows that lack them are computed again when they are read."""

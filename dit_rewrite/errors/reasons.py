@@ -132,13 +132,16 @@ class TrajectoryReason(Reason):
 
 
 class TableReason(Reason):
-    """Step tables: why a graph has none, why rows were computed anew, or why weights were not released."""
+    """Step tables: why a graph has none or does not read it, why rows were computed anew or weights not released."""
 
     # there is no table
     NO_TIMESTEP = "no input of the graph is the timestep of the call"
     NO_VALUES = "no matrix product depends on the timestep and the conditioning alone"
     ON_DEVICE = "the timestep is on a GPU and no entry of a scheduler's timesteps: reading it would synchronise"
-    NOT_TOLD = "the values depend on the conditioning and no scheduler was given, so each row would be read only once"
+    NOT_TOLD = "the values depend on the conditioning and no scheduler tells further timesteps: a row is read only once"
+    WHOLE_NUMBER = "the values depend on the conditioning and the timestep is an int, not a tensor: no batch of rows"
+    # no step reads it
+    NOT_READ = "a segment computes them that runs before the decision to reuse, or in the same way in all steps"
     # rows are computed anew
     NEW_WEIGHTS = "a weight was replaced or changed in place"
     NEW_CONDITIONING = "the rows belong to other conditioning"

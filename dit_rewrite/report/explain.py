@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from dit_rewrite.compiler.rewritten import Rewritten, row_name
-from dit_rewrite.errors import PredictionReason, Reason, RefusalReason, UnreachedReason
+from dit_rewrite.errors import PredictionReason, Reason, RefusalReason, TableReason, UnreachedReason
 from dit_rewrite.passes.analysis import cost
 from dit_rewrite.passes.analysis.branches import Refusal
 from dit_rewrite.passes.analysis.cost_model import CostModel, model_costs
@@ -155,10 +155,13 @@ class Report:
                 yield f"hoisted   {size}: {', '.join(found.paths)}"
 
     def _tables(self) -> Iterator[str]:
-        """Yield a line for the step table of each graph, or for the reason why it has none."""
+        """Yield a line for the step table of each graph, or for the reason why it has none or is not read."""
         for i, rewritten in enumerate(self.rewritten):
             table, tables = rewritten.step_table, rewritten.tables
             if table is not None and tables is not None:
+                if not rewritten.may_read_table:
+                    yield f"table {i}   no step reads the {len(table.values)} values: {TableReason.NOT_READ}"
+                    continue
                 who = "all steps read" if tables.everywhere else "reusing steps read"
                 size = f"{_quantity(table.flops)} FLOPs, {_quantity(table.reuse_bytes, 1024)}B per step"
                 weights = f"{_quantity(table.released_bytes, 1024)}B of weights ({table.released_share:.1%})"

@@ -238,10 +238,10 @@ class _Graph:
 def _cost(found: Collection[tuple[str, fx.Node, Work]], sites: Sequence[Site]) -> StepCost:
     """Return the cost of kernels, each with the name of its node in the captured graph."""
     branches = [site for site in sites if site.part is Part.BRANCH]
-    attention = frozenset[str]().union(*(site.closure for site in branches if site.kind in ATTENTION))
+    attention = frozenset[str]().union(*(site.skipped for site in branches if site.kind in ATTENTION))
     products = [(name, node, work) for name, node, work in found if is_contraction(node)]
     computed = {name for name, _, _ in products}
-    counts = Counter(site.kind for site in branches if not computed.isdisjoint(site.closure))
+    counts = Counter(site.kind for site in branches if not computed.isdisjoint(site.skipped))
     inside = (w.flops for name, n, w in products if name in attention or n.target is opaque_attention.OP)
     return StepCost(sum(work.flops for *_, work in products), sum(inside), tuple(work for *_, work in found), counts)
 

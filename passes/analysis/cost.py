@@ -67,8 +67,9 @@ def _shape(node: fx.Node) -> torch.Size:
     return torch.Size(shape(node.meta["val"]))
 
 
-def _numel(node: fx.Node) -> int:
-    return _shape(node).numel()
+def numel(value: Tensor) -> int:
+    """Return the number of elements of `value`, with hints for symbolic sizes."""
+    return torch.Size(shape(value)).numel()
 
 
 def stored_bytes(node: fx.Node) -> int:
@@ -79,7 +80,7 @@ def stored_bytes(node: fx.Node) -> int:
 
 def tensor_bytes(node: fx.Node) -> int:
     """Bytes of the elements of the node's value, laid out without gaps."""
-    return _numel(node) * int(node.meta["val"].element_size())
+    return numel(node.meta["val"]) * int(node.meta["val"].element_size())
 
 
 def vectors(node: fx.Node) -> int:

@@ -67,13 +67,13 @@ def model_costs(gm: fx.GraphModule, fixed: Collection[int], sites: Sequence[Site
     costs = tuple(
         SiteCost(
             site.name,
-            _sum(nodes, site.closure),
+            _sum(nodes, site.skipped),
             sympy.Add(*(named(_bytes(by_name[v], dimensions)) for v in site.values)),
         )
         for site in sites
         if site.part is not Part.CORE_STATE
     )
-    covered = frozenset[str]().union(*(site.closure for site in sites))
+    covered = frozenset[str]().union(*(site.skipped for site in sites))
     rest = _sum(nodes, nodes.keys() - covered)
     return CostModel(named.sizes, named.inputs, named.grid, costs, _sum(nodes, nodes), rest, nodes)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from functools import cached_property
 from operator import getitem
 from typing import Any
@@ -51,6 +51,12 @@ def copied(gm: fx.GraphModule) -> fx.GraphModule:
 def is_view(node: fx.Node) -> bool:
     """Return whether `node` is a view of all elements of its first operand."""
     return packet(node) in _VIEWS
+
+
+def returns_view(node: fx.Node) -> bool:
+    """Return whether the schema of an op says that its result may share memory with its first operand."""
+    schema = getattr(node.target, "_schema", None)
+    return schema is not None and bool(schema.arguments) and schema.arguments[0].alias_info is not None
 
 
 def is_copy(node: fx.Node) -> bool:
@@ -165,7 +171,10 @@ def ancestors(ends: Iterable[fx.Node], given: Iterable[fx.Node] = ()) -> set[fx.
 
 
 def closures(
-    graph: fx.Graph, groups: Sequence[Sequence[fx.Node]], operands: Sequence[Sequence[fx.Node]] = ()
+    graph: fx.Graph,
+    groups: Sequence[Sequence[fx.Node]],
+    operands: Sequence[Sequence[fx.Node]] = (),
+    dropped: Collection[fx.Node] = (),
 ) -> list[frozenset[fx.Node]]:
     """Return the closure of each group of values: the nodes from which every path to an output passes the group.
 
@@ -175,7 +184,7 @@ def closures(
     values pass. If groups share a value, they must be nested, with the inner group first.
 
     `operands` has for each group the nodes that are read even if its values come from a slot (the input of a span, a
-    probe). The users of the values count as users of these nodes.
+    probe). The users of the values count as users of these nodes. The impure nodes `dropped` do not count as outputs.
     """
     gates: dict[fx.Node, list[Any]] = {}
     for i, group in enumerate(groups):
@@ -187,7 +196,7 @@ def closures(
         reverse.add_edges_from(itertools.pairwise(inward))
         for user in node.users:
             reverse.add_edge(user, inward[0])
-        if node.op == "output" or (not node.users and node.is_impure()):
+        if node.op == "output" or (not node.users and node.is_impure() and node not in dropped):
             reverse.add_edge(_EXIT, inward[0])
     for i, read in enumerate(operands):
         users = list(reverse.predecessors(("group", i))) if read else ()

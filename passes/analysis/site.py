@@ -12,6 +12,7 @@ from torch import fx
 from dit_rewrite.passes.analysis import cost
 from dit_rewrite.passes.analysis.branches import Refusal
 from dit_rewrite.passes.analysis.graph import closures
+from dit_rewrite.passes.analysis.unbacked import size_assertions
 
 
 class Kind(str, Enum):
@@ -77,7 +78,9 @@ class Site:
     from the values, such as the stream before a span. ``inputs``: query, key, value and mask of a core.
     ``probes``: the nodes that the guard measures. ``entropy``: the index of the value that is the attention's entropy.
     ``conditioned``: the slot is valid only under the conditioning that it was filled with.
-    ``closure``: the nodes that a reusing step does not need, with ``flops`` operations; the values take ``bytes``.
+    ``closure``: the nodes that only the values need; they move into the subgraph of the site.
+    ``skipped``: the nodes that a reusing step leaves out, with ``flops`` operations: the closure, and nodes that
+    besides the values only assertions about sizes need. ``bytes``: the size of the values.
     ``parent``: the index of the innermost enclosing site.
     """
 
@@ -96,6 +99,7 @@ class Site:
     inputs: tuple[str, ...] = ()
     conditioned: bool = False
     closure: frozenset[str] = field(default=frozenset(), repr=False)
+    skipped: frozenset[str] = field(default=frozenset(), repr=False)
     flops: int = 0
     bytes: int = 0
     parent: int | None = None
@@ -151,12 +155,14 @@ def close(graph: fx.Graph, sites: Sequence[Site]) -> tuple[Site, ...]:
     has_nodes = [site.part is not Part.CORE_STATE for site in sites]  # the captured graph does not compute this state
     values = [[nodes[name] for name in site.values] if has else [] for site, has in zip(sites, has_nodes, strict=True)]
     read = [[nodes[name] for name in site.operands] if has else [] for site, has in zip(sites, has_nodes, strict=True)]
-    closed = closures(graph, values, read)
+    closed, dropped = closures(graph, values, read), size_assertions(graph)
+    skipped = closures(graph, values, read, dropped) if dropped else closed
     return tuple(
         replace(
             site,
             closure=frozenset(node.name for node in closed[i]),
-            flops=cost.flops(closed[i]),
+            skipped=frozenset(node.name for node in skipped[i]),
+            flops=cost.flops(skipped[i]),
             bytes=sum(cost.stored_bytes(node) for node in values[i]),
             parent=_parent(i, sites, values, closed) if has_nodes[i] else _core(site, sites),
         )

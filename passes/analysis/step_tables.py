@@ -16,7 +16,7 @@ from torch import Tensor, fx
 from dit_rewrite.passes.analysis import cost
 from dit_rewrite.passes.analysis.graph import ancestors, aten, is_contraction, is_view, packet
 from dit_rewrite.passes.analysis.trajectory_invariant import invariant_nodes, storage
-from dit_rewrite.passes.analysis.unbacked import asserted_tensors
+from dit_rewrite.passes.analysis.unbacked import size_assertions
 from dit_rewrite.passes.capture import module_paths
 
 _PARTS = {aten.slice, aten.select, aten.narrow, aten.split, aten.split_with_sizes, aten.chunk, aten.unbind}
@@ -89,7 +89,7 @@ def step_table(
     ends = [node for node in graph.nodes if node.op == "output" or _acts(node)]
     values = _frontier(moving, ancestors(ends))
     names = set(reused)
-    needed = [node for node in ends if asserted_tensors(node, _operands) is None]  # a reusing step drops the others
+    needed = set(ends) - size_assertions(graph)  # a reusing step drops these
     reusing = ancestors(needed, [node for node in graph.nodes if node.name in names])
     places = {_place(node): node for node in values}
     read = {whole for piece in _frontier(moving, reusing) if (whole := _within(piece, places)) is not None}
@@ -144,10 +144,6 @@ def _without_large(moving: dict[fx.Node, None], max_vectors: int) -> dict[fx.Nod
         if large or any(argument in left for argument in node.all_input_nodes):
             left.add(node)
     return dict.fromkeys(node for node in moving if node not in left)
-
-
-def _operands(node: fx.Node) -> list[fx.Node]:
-    return node.all_input_nodes
 
 
 def _acts(node: fx.Node) -> bool:

@@ -47,6 +47,15 @@ def asserted_tensors(node: fx.Node, operands: Callable[[fx.Node], Iterable[fx.No
     return tensors
 
 
+def size_assertions(graph: fx.Graph) -> frozenset[fx.Node]:
+    """Return the assertions about sizes. A reusing step drops those about tensors that it does not compute."""
+    return frozenset(node for node in graph.nodes if asserted_tensors(node, _inputs) is not None)
+
+
+def _inputs(node: fx.Node) -> list[fx.Node]:
+    return node.all_input_nodes
+
+
 def moving_sizes(graph: fx.Graph, invariant: Iterable[int]) -> frozenset[sympy.Symbol]:
     """Return the symbols of sizes that may differ from call to call.
 

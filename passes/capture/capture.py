@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -111,7 +111,8 @@ def capture(
     """
     opaque_attention.mark(gm)
     keep_floats(gm)
-    inputs = [module_paths.input_name(str(node.target)) for node in gm.graph.find_nodes(op="placeholder")]
+    given_names = [module_paths.input_name(str(node.target)) for node in gm.graph.find_nodes(op="placeholder")]
+    inputs, place = _flattened(given_names, example_inputs)
     names = torch_compat.parameter_names(gm)
     conditioning_ids = set(map(id, conditioning))
     invariant = frozenset(i for i, value in enumerate(example_inputs) if id(value) in conditioning_ids)
@@ -124,13 +125,17 @@ def capture(
     def inference(functional: fx.GraphModule, fake_inputs: Sequence[Any]) -> Runner:
         functional.graph.eliminate_dead_code()
         same = _rename_inputs(functional, inputs)
+
+        def placed(positions: Collection[int]) -> frozenset[int]:
+            return frozenset(place[i] for i in positions if i in place) if same else frozenset()
+
         functional.recompile()
         captured = Captured(
             functional,
             torch_compat.static_inputs(),
-            invariant if same else frozenset(),
-            frozenset(ambient) if same else frozenset(),
-            step if same else frozenset(),
+            placed(invariant),
+            placed(ambient),
+            placed(step),
             names,
             complete,
             torch_compat.detect_fake_mode(list(fake_inputs)),
@@ -145,10 +150,34 @@ def capture(
     return torch_compat.aot_autograd(fw_compiler=training, inference_compiler=inference)(gm, example_inputs)
 
 
+def _flattened(names: Sequence[str], values: Sequence[Any]) -> tuple[list[str], dict[int, int]]:
+    """Return the names of the inputs of AOTAutograd's graph, and the positions there of inputs that it does not split.
+
+    It splits a tensor subclass, such as a quantised weight, into the tensors that it consists of.
+    """
+    inputs: list[str] = []
+    place: dict[int, int] = {}
+    for i, (name, value) in enumerate(zip(names, values, strict=True)):
+        parts = list(_parts(name, value))
+        if parts == [name]:
+            place[i] = len(inputs)
+        inputs += parts
+    return inputs, place
+
+
+def _parts(name: str, value: Any) -> Iterator[str]:
+    """Yield a name for each plain tensor that an input consists of."""
+    if not torch_compat.is_wrapper_subclass(value):
+        yield name
+        return
+    for attribute in value.__tensor_flatten__()[0]:
+        yield from _parts(f"{name}_{attribute}", getattr(value, attribute))
+
+
 def _rename_inputs(gm: fx.GraphModule, names: Sequence[str]) -> bool:
     """Rename the inputs of a graph to `names`, because AOTAutograd only numbers them.
 
-    Returns False if AOTAutograd split or removed inputs, because then the correspondence is unknown.
+    Returns False if AOTAutograd added or removed inputs, because then the correspondence is unknown.
     """
     placeholders = gm.graph.find_nodes(op="placeholder")
     if len(placeholders) != len(names):

@@ -34,7 +34,8 @@ def halve(body: fx.GraphModule, labels: Sequence[Batch], batch: int, half: Liter
     `labels` are the labels of the placeholders. Half 0 is samples 0 .. batch/2 - 1. The other half is never read,
     because LEADING placeholders are narrowed first. Returns None if samples mix, the batch is odd, or a LEADING output
     is not a tensor. If the nodes of `body` have a ``position``, a new node gets one next to that of the node that it
-    was made for, whose position becomes its ``home`` (insert_guards.py).
+    was made for, whose position becomes its ``home`` (insert_guards.py). A copy that computes one half of the rows has
+    the number of that ``half``.
     """
     if batch < 2 or batch % 2:
         return None
@@ -48,14 +49,23 @@ def halve(body: fx.GraphModule, labels: Sequence[Batch], batch: int, half: Liter
     return _Halver(body, flow, half).run(list(map(flow.of, results)))
 
 
+def half_of(graph: fx.Graph, whole: fx.Node, half: Literal[0, 1]) -> fx.Node:
+    """Write a node with one half of the rows of another node."""
+    count = whole.meta["val"].shape[0] // 2
+    rows = graph.call_function(aten.slice.Tensor, (whole, 0, half * count, (half + 1) * count))
+    rows.meta = {"val": whole.meta["val"].narrow(0, half * count, count)}
+    return rows
+
+
 class _Halver:
-    """Writes a graph for half of the batch. If `half` is given, inputs have the whole batch and outputs are repeated.
+    """Writes a graph for half of the batch. Inputs have the whole batch and outputs are repeated, but not in a subgraph
+    of it (`inner`).
 
     ``whole`` and ``halves`` map nodes of the old graph to nodes with all rows, or with the rows of one half.
     """
 
-    def __init__(self, gm: fx.GraphModule, flow: Flow, half: int | None = None) -> None:
-        self.gm, self.flow, self.half = gm, flow, half
+    def __init__(self, gm: fx.GraphModule, flow: Flow, half: int, inner: bool = False) -> None:
+        self.gm, self.flow, self.half, self.inner = gm, flow, half, inner
         self.graph = fx.Graph()
         self.attributes: dict[str, Any] = {}
         self.whole: dict[fx.Node, fx.Node] = {}
@@ -81,7 +91,7 @@ class _Halver:
     def _input(self, node: fx.Node) -> None:
         """Copy an input. In a subgraph, a LEADING input already has half of the rows."""
         new = self.whole[node] = self.graph.node_copy(node)
-        if self.half is None and self.flow.labels[node] is Batch.LEADING:
+        if self.inner and self.flow.labels[node] is Batch.LEADING:
             new.meta["val"] = self._evaluate(aten.slice.Tensor, (new, 0, 0, node.meta["val"].shape[0] // 2), {})
             self.halves[node] = self.whole.pop(node)
 
@@ -102,7 +112,7 @@ class _Halver:
         leading = self.flow.leading_operands.get(node, frozenset(node.all_input_nodes))  # default: a site's result
         both = (node.args, node.kwargs) if node.target is getitem else _with_half_size(node)
         args, kwargs = fx.map_arg(both, lambda n: self._half(n) if n in leading else self.whole[n])
-        self.halves[node] = self._write(node.name, node.target, args, kwargs, _copied_meta(node))
+        self.halves[node] = self._write(node.name, node.target, args, kwargs, {**_copied_meta(node), "half": self.half})
         assert _is_half(self.halves[node].meta["val"], node.meta["val"]), node.format_node()
 
     def _call(self, node: fx.Node) -> None:
@@ -111,7 +121,9 @@ class _Halver:
         wanted = self.flow.results[node]
         bodies: dict[Any, fx.Node] = {}
         for body, flow in ((body, self.flow.inner[body]) for body in node.all_input_nodes if body in self.flow.inner):
-            self.attributes[str(body.target)] = _Halver(attribute(self.gm, body), flow).run(wanted)
+            self.attributes[str(body.target)] = _Halver(attribute(self.gm, body), flow, self.half, inner=True).run(
+                wanted
+            )
             bodies[body] = self.graph.get_attr(str(body.target))
         instead = node.kwargs.get("instead")
         slots = tuple(map(self._either, cached, wanted if instead is None else (Batch.SAME,) * len(cached)))
@@ -133,14 +145,14 @@ class _Halver:
         """Return the half of a node's value. The half of an input or of an EQUAL value is sliced once."""
         if node not in self.halves:
             count = node.meta["val"].shape[0] // 2
-            start = count if self.half and self.flow.labels[node] is Batch.LEADING else 0
+            start = count if self.half and not self.inner and self.flow.labels[node] is Batch.LEADING else 0
             rows, meta = (self.whole[node], 0, start, start + count), _before_readers(node)
             self.halves[node] = self._write(f"{node.name}_half", aten.slice.Tensor, rows, {}, meta)
         return self.halves[node]
 
     def _output(self, result: Any, label: Batch) -> Any:
         value = self._either(result, label)
-        if self.half is None or label is not Batch.LEADING:
+        if self.inner or label is not Batch.LEADING:
             return value
         return self._both(result, value)
 

@@ -16,10 +16,11 @@ import torch
 from torch import Tensor, fx
 
 from dit_rewrite.decision_row import DecisionRow
-from dit_rewrite.passes.analysis.graph import aten, attribute, is_view
+from dit_rewrite.passes.analysis.graph import aten, attribute, is_view, returns_view
 from dit_rewrite.passes.analysis.unbacked import asserted_tensors, is_contiguous
 from dit_rewrite.passes.rewrite.cache_or_compute import cache_or_compute
 from dit_rewrite.passes.rewrite.guarded_graph import GuardedGraph
+from dit_rewrite.passes.rewrite.half_batch import half_of
 from dit_rewrite.passes.rewrite.segments import Segments
 from dit_rewrite.passes.rewrite.step_tables import StepTables
 
@@ -140,7 +141,7 @@ class _Segment:
     ) -> None:
         self.guarded, self.flat, self.of, self.segment = guarded, flat, of, segment
         self.dense, self.tables = dense, tables
-        self.names = [] if tables is None else [node.name for node in guarded.source.graph.nodes]
+        self.source = list(guarded.source.graph.nodes)
         self.placeholders = guarded.gm.graph.find_nodes(op="placeholder")
         self.number = {node: i for i, node in enumerate(self.placeholders)}
         results = [n for n in self.flat.outputs[: guarded.num_outputs] if isinstance(n, fx.Node)]
@@ -181,12 +182,12 @@ class _Segment:
             return None
         if node in self.exposed:
             return None
-        return self.tables.columns.get(self.names[node.meta["position"]])
+        return self.tables.columns.get(self.source[node.meta["position"]].name)
 
     def _viewed(self, node: fx.Node) -> Iterator[fx.Node]:
         """Yield a node, and the nodes whose memory it may be a view of."""
         yield node
-        while is_view(node) or node.target is getitem or _returns_view(node):
+        while is_view(node) or node.target is getitem or returns_view(node):
             node = next(self._operands(node))
             yield node
 
@@ -232,7 +233,10 @@ class _Segment:
         env = {node: graph.node_copy(node) for node in first}
         env.update({node: _placeholder(graph, node, self._is_dense(self._wire(node))) for node in handed})
         env.update({node: _placeholder(graph, node) for node in slots})
-        env.update({node: _placeholder(graph, node, dense=True) for node in table})
+        read = {node: _placeholder(graph, self.source[node.meta["position"]], dense=True) for node in table}
+        env.update(
+            (node, half_of(graph, r, node.meta["half"]) if "half" in node.meta else r) for node, r in read.items()
+        )
         attributes: dict[str, Any] = {}
         for node in sorted((n for n in needed if n not in env), key=lambda n: n.meta["position"]):
             env[node] = graph.node_copy(node, lambda n: env[self.flat.resolve(n)])
@@ -280,12 +284,6 @@ class _Segment:
             meaning = self.flat.resolve(argument)
             if isinstance(meaning, fx.Node):
                 yield meaning
-
-
-def _returns_view(node: fx.Node) -> bool:
-    """Return whether the schema of an op says that its result may share memory with its first operand."""
-    schema = getattr(node.target, "_schema", None)
-    return schema is not None and bool(schema.arguments) and schema.arguments[0].alias_info is not None
 
 
 def _placeholder(graph: fx.Graph, node: fx.Node, dense: bool = False) -> fx.Node:

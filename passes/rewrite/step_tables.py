@@ -9,11 +9,12 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from torch import fx
+from torch import Tensor, fx
 
 from dit_rewrite.errors import TableReason
 from dit_rewrite.passes.analysis import cost
 from dit_rewrite.passes.analysis.graph import ancestors
+from dit_rewrite.passes.analysis.liveness import owner, peak_bytes
 from dit_rewrite.passes.analysis.step_tables import containing_columns, table_columns
 from dit_rewrite.passes.capture import opaque_attention
 from dit_rewrite.passes.rewrite.subgraph import subgraph
@@ -46,6 +47,20 @@ class StepTables:
     def bytes_of(self, columns: Collection[str]) -> int:
         """Return the bytes of one row with these columns."""
         return sum(cost.tensor_bytes(node) for node in self.source.graph.nodes if node.name in columns)
+
+    def peak_of(self, columns: Collection[str]) -> int:
+        """Return the most bytes that each row takes while rows with these columns are computed at once.
+
+        Only values that depend on the timestep have an element for each row. At the end the rows are copied.
+        """
+        values = [node for node in self.source.graph.nodes if node.name in columns]
+        needed = ancestors(values)
+        nodes = [node for node in self.source.graph.nodes if node in needed]
+        moving = {node for i, node in enumerate(self.source.graph.find_nodes(op="placeholder")) if i in self.step}
+        for node in nodes:
+            moving |= {node} if any(argument in moving for argument in node.all_input_nodes) else set()
+        finished = peak_bytes(list(dict.fromkeys(map(owner, values))), moving, values)
+        return max(peak_bytes(nodes, moving, values), finished + self.bytes_of(columns))
 
     def program(self, columns: Collection[str]) -> tuple[fx.GraphModule, tuple[int, ...]]:
         """Return a graph that computes one row with these columns, and the positions of the inputs that it takes."""
@@ -80,7 +95,8 @@ def tabulate(
 
     The positions are those of the inputs that hold weights, conditioning and the timestep. `told`: the timesteps of the
     trajectory are known ahead. `readable`: the timestep of a call is known without a device read. There is no table if
-    every row would be read once only: the values depend on the conditioning, and the timesteps are not known ahead.
+    every row would be read once only: the values depend on the conditioning, and the timesteps are not known ahead or
+    are numbers, which have no batch.
     """
     columns = table_columns(gm.graph, {*weights, *conditioning}, step)
     distinct = dict.fromkeys(columns.values())
@@ -88,7 +104,9 @@ def tabulate(
     inputs = [(i, node) for i, node in enumerate(gm.graph.find_nodes(op="placeholder")) if node in needed]
     read = [i for i, _ in inputs]
     conditioned = tuple(i for i in read if i in conditioning)
-    why = _refusal(bool(step), bool(columns), readable, told or not conditioned)
+    steps = [node for i, node in inputs if i in step]
+    batched = all(isinstance(node.meta["val"], Tensor) for node in steps)
+    why = _refusal(bool(step), bool(columns), readable, batched or not conditioned, told or not conditioned)
     if why is not None:
         return StepTables(gm, why=why)
     known = {*weights, *conditioning, *step}
@@ -104,11 +122,12 @@ def tabulate(
     )
 
 
-def _refusal(has_step: bool, has_columns: bool, readable: bool, pays: bool) -> TableReason | None:
+def _refusal(has_step: bool, has_columns: bool, readable: bool, batched: bool, pays: bool) -> TableReason | None:
     checks = (
         (has_step, TableReason.NO_TIMESTEP),
         (has_columns, TableReason.NO_VALUES),
         (readable, TableReason.ON_DEVICE),
+        (batched, TableReason.WHOLE_NUMBER),
         (pays, TableReason.NOT_TOLD),
     )
     return next((reason for holds, reason in checks if not holds), None)

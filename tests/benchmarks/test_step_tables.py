@@ -70,6 +70,9 @@ def test_fresh_figures_are_those_on_record(rows: dict[str, Any]) -> None:
         ("FLUX.2-dev", 12 + 3 + 2, 6144, 4 + 1 + 2),
         # 4 parts (no shift) in 2 refiner blocks and 30 others, and a scale at the end
         ("Z-Image", 4 * 32 + 1, 3840, 2 * 32 + 1),
+        # 6 parts a block and stream, but 2 of the last text block's, which ends there; 2 gates in each of 2 refiner
+        # blocks, whose text is in the cached values; shift and scale at the end
+        ("HunyuanVideo-1.5", (12 * 54 - 4) + 2 * 2 + 2, 2048, 2 * 54 + 2),
     ],
 )
 def test_counts_by_hand(rows: dict[str, Any], name: str, values: int, width: int, read: int) -> None:

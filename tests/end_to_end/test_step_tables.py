@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -13,10 +13,11 @@ from torch import Tensor, nn
 
 import dit_rewrite
 from benchmarks.step_table_models import text_to_video
+from dit_rewrite.compiler.step_tables import TableProgram
 from dit_rewrite.errors import BadArgument, TableReason
 from dit_rewrite.module import twin
 from dit_rewrite.passes.rewrite.printing import op_counts
-from dit_rewrite.policies import FORA, Never
+from dit_rewrite.policies import FORA, FirstBlockCache, Never
 from tests.helpers.models import MODELS, output
 
 STEPS = 6
@@ -178,6 +179,20 @@ def test_segments_read_tables_too() -> None:
     assert model.stats().table_rows == STEPS
 
 
+@pytest.mark.parametrize("lag", [0, 1])
+def test_segments_that_run_before_the_decision_read_no_table(lag: Literal[0, 1]) -> None:
+    """The first block is computed before it is compared, and the final modulation is in a segment of its own. explain()
+    says so. Decided by the step before, the whole graph has a variant that reads the table."""
+    policy = FirstBlockCache(threshold=9.0, warmup=1, lag=lag)
+    model, calls = compiled(CONDITIONED, policy=policy), MODELS[CONDITIONED].inputs(STEPS)
+    run(model, calls)
+    reused = model.explain().rewritten[0].partition.segments.count == 1
+    assert (reused, model.stats().table_rows) == ((False, 0), (True, STEPS))[lag]
+    told = f"no step reads the 20 values: {TableReason.NOT_READ}"
+    assert (told in str(model.explain())) is (lag == 0)
+    assert model.stats().reused == STEPS - 1 - lag
+
+
 def test_disabled() -> None:
     model, calls = compiled(UNCONDITIONED, disable_passes=("step_tables",)), MODELS[UNCONDITIONED].inputs(STEPS)
     run(model, calls)
@@ -256,6 +271,22 @@ def test_a_row_keeps_no_more_memory_than_its_own() -> None:
     assert [(value.nbytes, value.untyped_storage().nbytes()) for value in values] == [(32, 32)]
 
 
+def test_intermediate_values_bound_a_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The embedding of two samples (64 bytes) and their modulation (128) are alive at once; a row keeps the gate."""
+    model = dit_rewrite.compile(
+        ReturnsModulation().eval(), FORA(2, kinds=("mlp",)), backend="aot_eager", tables="all", memory_budget=8 * 400
+    )
+    rows, batches = TableProgram.rows, []
+    monkeypatch.setattr(TableProgram, "rows", lambda *args: batches.append(len(args[-1])) or rows(*args))
+    times = torch.arange(1000.0, 0.0, -200.0)
+    with torch.no_grad(), model.trajectory(scheduler=SimpleNamespace(timesteps=times)):
+        for time in times.tolist():
+            model(hidden_states=torch.ones(2, 8), timestep=torch.full((2,), time))
+    program = model.explain().rewritten[0].graph.program
+    assert (program.bytes_of(program.columns), program.peak_of(program.columns)) == (64, 64 + 128)
+    assert batches == [2, 2]  # the last step is left, alone
+
+
 def test_a_weight_that_is_changed_in_place_in_a_trajectory() -> None:
     """Each step computes or reads values of the weights that it is called with."""
     model, calls = compiled(UNCONDITIONED, tables="all", policy=Never()), MODELS[UNCONDITIONED].inputs(2)
@@ -300,3 +331,7 @@ def test_a_reusing_step_of_hunyuan_video_computes_no_attention() -> None:
     reusing = next(v for v in model.explain().rewritten[0].variants.values() if all(v.row))
     counts = op_counts(reusing.gm)
     assert (counts["dit_rewrite.attention"], counts["aten.addmm"]) == (0, 1)
+    rewritten = model.explain().rewritten[0]
+    attentions = {n.name for n in rewritten.gm.graph.nodes if "attention" in str(n.target)}
+    joint = [site for site in rewritten.found.sites if site.kind == "joint"]
+    assert [len(site.skipped & attentions) for site in joint] == [1, 1]  # so that its FLOPs count

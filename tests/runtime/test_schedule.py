@@ -56,6 +56,25 @@ def test_a_timestep_that_is_listed_twice_comes_once() -> None:
     assert [int(t) for t in given] == [9, 5, 1]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("unit", [lambda t: t, lambda t: t / 1000, lambda t: 1 - t / 1000])
+def test_a_first_timestep_that_fits_several_units(unit: Callable[[Tensor], Tensor], dtype: torch.dtype) -> None:
+    """Divided by 1000, the first timestep equals the last one undivided: flow matching from 1000 down to 1. Reversed,
+    one of DDIM's equals another divided. The first entry is the likely one, and later calls tell."""
+    for times in ([1000.0, 750.0, 500.0, 1.0], [999.0, 666.0, 1.0]):
+        found, last = schedule(torch.tensor(times)), None
+        for entry, time in enumerate(times):
+            timestep = unit(torch.tensor(time)).to(dtype)
+            last = found.entry(timestep, float(timestep), last)
+            assert last == entry
+
+
+def test_a_first_timestep_that_fits_several_units_begins_where_the_scheduler_says() -> None:
+    found = schedule(torch.tensor([1000.0, 750.0, 500.0, 1.0]))
+    found.scheduler.begin_index = 3
+    assert found.entry(torch.tensor(1.0), 1.0, None) == 3
+
+
 @pytest.mark.parametrize(
     ("timestep", "value", "uneven"),
     [

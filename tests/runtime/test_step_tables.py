@@ -27,13 +27,16 @@ class Product:
     def __init__(self, batched: bool = True) -> None:
         self.batched, self.single, self.batches = batched, 0, list[int]()
         self.columns: tuple[str, ...] = ()
-        self.released = 0
+        self.released, self.peak = 0, 0
 
     def add(self, columns: tuple[str, ...]) -> None:
         self.columns = tuple(dict.fromkeys((*self.columns, *columns)))
 
     def bytes_of(self, columns: tuple[str, ...]) -> int:
         return ROW_BYTES * len(columns)
+
+    def peak_of(self, columns: tuple[str, ...]) -> int:
+        return self.peak
 
     def row(self, columns: tuple[str, ...], args: Sequence[Any]) -> list[Tensor]:
         self.single += 1
@@ -60,6 +63,7 @@ class Steps:
         self.tables = Tables(self.program, self.stats, lambda: limit * SHARE)
         self.weight, self.condition = torch.arange(3.0), torch.ones(1)
         self.scheduler = SimpleNamespace(timesteps=TIMESTEPS) if scheduled else None
+        self.explicit = True
         self.begin()
 
     def begin(self) -> None:
@@ -72,8 +76,8 @@ class Steps:
         self.clock.enter(self.clock.read(timestep, Named()), timestep, Named(), "stream")
         args, columns = [timestep, self.weight, self.condition, size], columns or ("a",)
         self.program.add(columns)
-        self.bookmark.begin(args, lambda args: args[1:2])
-        found = self.tables.read(columns, args, self.bookmark, True, self.clock)
+        self.bookmark.begin(args, lambda args: args[1:2], self.explicit)
+        found = self.tables.read(columns, args, self.bookmark, self.explicit, self.clock)
         expected = [Product.column(name, timestep, args) for name in columns]
         assert all(torch.equal(ours, theirs) for ours, theirs in zip(found, expected, strict=True))
         return list(found)
@@ -256,13 +260,32 @@ def test_a_long_schedule_is_computed_in_several_batches() -> None:
     assert run.program.batches == [BATCH, BATCH]
 
 
+def test_what_is_computed_at_once_takes_no_more_than_the_limit() -> None:
+    """If intermediate values of two rows fit, rows are computed in pairs, whichever of a pair is read first."""
+    for first, second in ((900, 300), (600, 0)):
+        run, counts = Steps(limit=9 * ROW_BYTES), []
+        run.program.peak = 4 * ROW_BYTES
+        for value in (first, 1500 - first, second, 300 - second):
+            run(value)
+            counts.append(len(run.program.batches))
+        assert (run.program.batches, run.program.single, counts) == ([2, 2], 0, [1, 1, 2, 2])
+        assert not run.stats.tables
+
+
+def test_a_row_that_takes_more_than_the_limit_is_computed_alone() -> None:
+    run = Steps(limit=9 * ROW_BYTES)
+    run.program.peak = 10 * ROW_BYTES
+    run(600)
+    assert (run.program.batches, run.program.single) == ([], 1)
+
+
 def test_nothing_is_read_for_a_timestep_that_is_not_a_number() -> None:
     """A NaN equals no key, so that its row is computed at each read."""
     run = Steps(scheduled=False)
     run.program.add(("a",))
     args = [torch.full((2,), float("nan")), run.weight, run.condition, 2]
     for _ in range(2):
-        run.bookmark.begin(args, lambda args: args[1:2])
+        run.bookmark.begin(args, lambda args: args[1:2], True)
         (value,) = run.tables.read(("a",), args, run.bookmark, True, run.clock)
         assert value.isnan().all()
     assert run.program.single == 2
@@ -322,6 +345,24 @@ def test_a_weight_that_was_changed_in_place_in_a_trajectory() -> None:
     run.weight.mul_(2)
     run(0)
     assert run.stats.tables == {TableReason.NEW_WEIGHTS: 1}
+
+
+@pytest.mark.parametrize("changed", [True, False])
+@pytest.mark.parametrize("explicit", [True, False])
+def test_weights_without_a_version_are_compared_by_content(explicit: bool, changed: bool) -> None:
+    """Inference tensors have none. In a trajectory that nobody marked they are compared at each read."""
+    run = Steps()
+    run.explicit = explicit
+    with torch.inference_mode():
+        run.weight = torch.arange(3.0)
+    run(600)
+    if explicit:
+        run.begin()
+    with torch.inference_mode():
+        run.weight.mul_(2 if changed else 1)
+    run(300)
+    assert run.program.batches == ([4, 4] if changed else [4])
+    assert run.stats.tables == ({TableReason.NEW_WEIGHTS: 1} if changed else {})
 
 
 def test_a_row_does_not_depend_on_earlier_trajectories() -> None:

@@ -135,6 +135,18 @@ def test_closure_of_a_value_that_is_returned_as_well() -> None:
     assert closures(graph, [(value,)]) == [{inner, value}]
 
 
+def test_closures_without_impure_nodes() -> None:
+    """What only a dropped impure node reads besides the value belongs to the value; others still count as outputs."""
+    graph = fx.Graph()
+    x = graph.placeholder("x")
+    dropped, kept = (graph.call_function(operator.neg, (x,)) for _ in range(2))
+    value = graph.call_function(operator.add, (dropped, kept))
+    check, _ = (graph.call_function(torch._assert, (node, "")) for node in (dropped, kept))
+    graph.output((graph.call_function(operator.add, (x, value)),))
+    assert closures(graph, [(value,)]) == [{value}]
+    assert closures(graph, [(value,)], dropped={check}) == [{value, dropped}]
+
+
 def test_contractions() -> None:
     """Products, convolutions and attention are contractions; elementwise ops, norms and reductions are not."""
 

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import operator
+
+import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from dit_rewrite.errors import RefusalReason
-from dit_rewrite.passes.analysis.sites import Kind
+from dit_rewrite.passes.analysis.graph import aten
+from dit_rewrite.passes.analysis.sites import Kind, find_sites
 from tests.helpers.tracing import WIDTH, Attention, Look, Toy, linear, look, mlp, norm, tokens, trace
 
 SELF, MLP = ("self", ("addmm",)), ("mlp", ("addmm",))
@@ -253,6 +257,27 @@ def test_value_that_is_a_view_of_a_larger_buffer() -> None:
     assert site.bytes == 4 * (2 * 4 * 16)
     (whole,) = trace(Toy(lambda m, x: x + m.ff(x), ff=mlp()), (tokens(),)).sites().sites
     assert whole.bytes == 4 * (2 * 4 * 8)
+
+
+@pytest.mark.parametrize("about_elements", [False, True])
+def test_an_assertion_about_a_size_takes_no_costs_from_a_site(about_elements: bool) -> None:
+    """A reusing step drops it, and with it the first product of the branch. One about elements keeps that product."""
+    graph = fx.Graph()
+    x, weight = graph.placeholder("x"), graph.placeholder("weight")
+    hidden = graph.call_function(aten.mm.default, (x, weight))
+    size = graph.call_function(aten.sym_size.int, (hidden, 0))
+    read = graph.call_function(aten.sum.default, (hidden,)) if about_elements else size
+    check = graph.call_function(operator.ge, (read, 0))
+    graph.call_function(aten._assert_scalar.default, (check, "negative"))
+    value = graph.call_function(aten.mm.default, (hidden, weight))
+    total = graph.call_function(aten.add.Tensor, (x, value))
+    graph.output((total,))
+    for node in (x, weight, hidden, value, total, *([read, check] if about_elements else ())):
+        node.meta["val"] = torch.empty(2, 2, device="meta")
+    (site,) = find_sites(fx.GraphModule({}, graph), frozenset({1})).sites
+    assert site.closure == {value.name}
+    assert site.skipped == ({value.name} if about_elements else {value.name, hidden.name})
+    assert site.flops == (1 if about_elements else 2) * 2 * 2 * 2 * 2
 
 
 def test_halves_that_go_to_two_streams() -> None:
