@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 import dit_rewrite
-from dit_rewrite.errors import BadOpArgument, BadParameter, BadTrajectory, NoSites, PlanMismatch, RefusalReason
+from dit_rewrite.errors import BadParameter, BadTrajectory, NoSites, PlanMismatch, RefusalReason
 from dit_rewrite.policies import DiTFastAttn, parse
 from dit_rewrite.policy.plan import SHARED, WINDOWED, Choice, Plan, PlanRow
 from dit_rewrite.policy.serialise import from_json, to_json
@@ -209,7 +209,9 @@ def test_windows_of_a_grid(tmp_path: Path) -> None:
         ({"window": 4}, "greedy_plan: window=4"),
         ({"window": None}, "greedy_plan: window=None"),
         ({"grid": (4, 0)}, "greedy_plan: grid="),
-        ({"grid": (3, 3)}, r"grid=\(3, 3\) is out of range.*the number of tokens without text, 16"),
+        ({"grid": (3, 3)}, rf"greedy_plan: grid=\(3, 3\).*an attention \({RefusalReason.OTHER_GRID}\)"),
+        ({"grid": "latent", "window": (1, 1, 1)}, rf"greedy_plan: grid='latent'.*\({RefusalReason.OTHER_AXES}\)"),
+        ({"metric": "lpips"}, "search: metric='lpips'.*relative_error, relative_l2, mse, psnr, ssim, cosine"),
         ({"conditional": "cond"}, "greedy_plan: conditional='cond'"),
         ({"strategies": ["AST", 3]}, "greedy_plan: strategies="),
         ({"kinds": ("cross",)}, r"greedy_plan: kinds=\('cross',\).*kinds of the model's branches: self, mlp"),
@@ -218,7 +220,7 @@ def test_windows_of_a_grid(tmp_path: Path) -> None:
 )
 def test_settings_that_do_not_fit(changes: dict[str, Any], says: str) -> None:
     """The error comes before any step is searched."""
-    with pytest.raises((BadParameter, BadOpArgument), match=says):
+    with pytest.raises(BadParameter, match=says):
         search([Sampler(0)], 0.1, **changes)
 
 
