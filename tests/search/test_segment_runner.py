@@ -185,16 +185,22 @@ def test_what_saves_nothing_is_no_candidate() -> None:
 # --- grids, parallel blocks -------------------------------------------------------------------------------------------
 
 
-def test_windows_of_a_grid(tmp_path: Path) -> None:
+@pytest.mark.parametrize("grid", [(4, 4), "latent"], ids=str)
+def test_windows_of_a_grid(tmp_path: Path, grid: Any) -> None:
     """Rows and columns have separate reaches; the plan's policy runs the searched row."""
     sampler = Sampler(0, steps=3, told=3)
-    settings = {**SETTINGS, "steps": 3, "strategies": (Choice.WA_RS,), "window": (1, 2), "grid": (4, 4)}
+    settings = {**SETTINGS, "steps": 3, "strategies": (Choice.WA_RS,), "window": (1, 2), "grid": grid, "metric": "mse"}
     plan = greedy_plan(CASE.build(), [sampler], 100.0, **settings, path=tmp_path / "plan.json")
-    assert (plan.window, plan.grid, plan.counts[Choice.WA_RS]) == ((1, 2), (4, 4), 3 * 2)
+    assert (plan.window, plan.grid, plan.counts[Choice.WA_RS]) == ((1, 2), grid, 3 * 2)
+    assert (plan.metric, Plan.load(tmp_path / "plan.json")) == ("mse", plan)
+    first, reused = plan.attention[0], plan.attention[-1]
+    assert first > 1 > plan.attention[1] == reused > 0, "equation 1 takes a window more, and equation 2 one alone"
+    assert plan.attention_share == pytest.approx(sum(plan.attention) / 3)
     expected = list(sampler.outputs)
     torch.compiler.reset()
     policy = DiTFastAttn(tmp_path / "plan.json")
-    assert {rule.do for rule in policy.rules if rule.parts} == {WindowResidual((1, 2), (4, 4))}
+    assert {rule.do for rule in policy.rules if rule.parts} == {WindowResidual((1, 2), grid)}
+    assert policy.name == "DiTFastAttn(delta=100.0, metric=mse)"
     model = dit_rewrite.compile(CASE.build(), policy, backend="aot_eager", lowering="segments")
     with torch.no_grad():
         sampler(model)
