@@ -22,6 +22,7 @@ def as_json(report: Report) -> dict[str, Any]:
             "recomputed": found.recomputed_fraction,
             "counts": counts,
             "attention_share": found.attention_share,
+            "attention_shares": list(found.attention_shares),
             "flops": found.flops,
             "plain_flops": found.plain_flops,
         }

@@ -42,6 +42,8 @@ def load(arguments: argparse.Namespace) -> Loaded:
         return from_factory(arguments.model)
     pipeline = load_pipeline(arguments.model, torch.float32)
     subject = {"prompt": arguments.prompt} if arguments.label is None else {"class_labels": arguments.label}
+    negative = getattr(arguments, "negative_prompt", None)
+    subject |= {} if negative is None else {"negative_prompt": negative}
     return Loaded(*of_pipeline(pipeline, {**subject, "num_inference_steps": arguments.steps}))
 
 

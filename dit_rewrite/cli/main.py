@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
 
-from dit_rewrite.cli import analyze, autopolicy, tune
+from dit_rewrite.cli import analyze, autopolicy, plan, tune
 from dit_rewrite.errors import DitRewriteError
 
 BUNDLED = "dit_rewrite.demo.shapes.calls:build"  # the factory of the bundled denoiser
@@ -137,6 +137,7 @@ COMMANDS = {
     "explain": (_add_explain, "dit_rewrite.cli.explain", "show a model's sites, and what a policy saves"),
     "generate": (_add_generate, "dit_rewrite.cli.generate", "run a diffusers pipeline with its denoiser rewritten"),
     "latency": (_add_latency, "dit_rewrite.cli.latency", "time the parts of a text-conditional block"),
+    "plan": (plan.add_arguments, "dit_rewrite.cli.plan", "search DiTFastAttn's choice for each attention and step"),
     "report": (_add_report, "dit_rewrite.cli.report", "write one HTML page about a model under a policy"),
     "tune": (tune.add_arguments, "dit_rewrite.cli.tune", "search the parameters of a policy"),
     "verify": (_add_verify, "dit_rewrite.cli.verify", "verify a rewrite against the unmodified model"),
@@ -160,6 +161,10 @@ EXAMPLES = {
         "generate --model ./wan --prompt 'a cat on a sofa' 'a dog' --negative-prompt blurry --frames 17 --seed 7",
     ),
     "latency": ("latency --conditions 16,64,256 --width 288",),
+    "plan": (
+        "plan --delta D4 --conditional first --out plan.json",
+        "plan --model ./pixart --prompt 'a cat' --negative-prompt blurry --conditional second --grid latent",
+    ),
     "report": (
         "report --policy fora:interval=3 --steps 50 --out report.html",
         "report --model ./dit --plan plan.json --figures analysis --images reference.png fora.png",

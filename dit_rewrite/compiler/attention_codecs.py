@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from dit_rewrite.kernels.blockwise_attention.state import DTYPES, HEAD_SIZES
 from dit_rewrite.kernels.window_attention import window_reuse
 from dit_rewrite.passes.analysis.attention_sites import arguments, is_of_one_sequence, text_tokens
 from dit_rewrite.passes.analysis.condition_keys import Range
+from dit_rewrite.passes.analysis.token_grid import TokenGrid
 from dit_rewrite.passes.rewrite.codec import Codec
 from dit_rewrite.policy.strategies import BlockwiseReuse, Core, WindowResidual
 
@@ -122,12 +124,29 @@ def _windowed(
 ) -> Codec | RefusalReason:
     if not is_of_one_sequence(core):
         return RefusalReason.OTHER_TOKENS
-    given = arguments(core)
     text, last = (0, False) if image is None else text_tokens(core, image)
-    shape: Any = core.meta["val"].shape
-    tokens = shape[2] - text
+    tokens: Any = core.meta["val"].shape[2] - text
+    if isinstance(strategy.grid, tuple) and math.prod(strategy.grid) != tokens:
+        return RefusalReason.OTHER_GRID
     before, behind = (0, text) if last else (text, 0)
-    return Windowed(strategy.reach(tokens), strategy.grid, before, behind, given["scale"], strategy.residual)
+    return _window(strategy, core, tokens, before, behind)
+
+
+def _window(strategy: WindowResidual, core: fx.Node, tokens: int, before: int, behind: int) -> Windowed:
+    grid = strategy.grid if isinstance(strategy.grid, tuple) else None
+    return Windowed(strategy.reach(tokens), grid, before, behind, arguments(core)["scale"], strategy.residual)
+
+
+def windowed(strategy: WindowResidual, core: fx.Node, grid: TokenGrid | None) -> Codec | RefusalReason:
+    """Return the codec of a window along the `grid` that the graph shows, or the reason why there is none."""
+    if not is_of_one_sequence(core):
+        return RefusalReason.OTHER_TOKENS
+    if grid is None:
+        return RefusalReason.NO_TOKEN_GRID
+    if not strategy.fits(len(grid.sizes)):
+        return RefusalReason.OTHER_AXES
+    placed = replace(strategy, grid=grid.sizes)
+    return _window(placed, core, math.prod(grid.sizes), grid.prefix, grid.suffix)
 
 
 @codec.register

@@ -9,12 +9,15 @@ import sympy
 from torch import fx
 
 from dit_rewrite import torch_compat
-from dit_rewrite.compiler.attention_codecs import Blockwise, blockwise, codec
+from dit_rewrite.compiler.attention_codecs import Blockwise, blockwise, codec, windowed
 from dit_rewrite.errors import RefusalReason
+from dit_rewrite.passes.analysis.attention_sites import text_tokens
 from dit_rewrite.passes.analysis.condition_keys import condition_keys
+from dit_rewrite.passes.analysis.dimensions import Dimensions
 from dit_rewrite.passes.analysis.output_sites import find_latent
 from dit_rewrite.passes.analysis.probes import Probes
-from dit_rewrite.passes.analysis.site import Site
+from dit_rewrite.passes.analysis.site import Kind, Site
+from dit_rewrite.passes.analysis.token_grid import TokenGrid, token_grid
 from dit_rewrite.passes.analysis.trajectory_invariant import invariant_nodes
 from dit_rewrite.passes.analysis.unbacked import moving_sizes
 from dit_rewrite.passes.capture.capture import Captured
@@ -22,7 +25,7 @@ from dit_rewrite.passes.rewrite.codec import Codec, DeltaCodec, ValueCodec
 from dit_rewrite.passes.rewrite.guarded_graph import Guidance
 from dit_rewrite.passes.rewrite.half_batch import Batch, batch_labels
 from dit_rewrite.policy.site_rules import SiteRules
-from dit_rewrite.policy.strategies import BlockwiseReuse, GuidanceDelta, ShareGuidance
+from dit_rewrite.policy.strategies import BlockwiseReuse, GuidanceDelta, ShareGuidance, WindowResidual
 
 SlotFormat = tuple[Codec, Guidance | None]
 
@@ -51,9 +54,28 @@ class SlotFormats:
         if isinstance(rule_format, BlockwiseReuse) and rule_format.keys == "condition":
             condition = condition_keys(core, self.captured.static, self.captured.conditioning)
             found = blockwise(rule_format, core, *steady, condition)
+        elif isinstance(rule_format, WindowResidual) and rule_format.grid == "latent":
+            found = windowed(rule_format, core, self._grid_of(core))
+        elif isinstance(rule_format, WindowResidual) and site.kind is Kind.JOINT and not self._shows_text(core):
+            found = RefusalReason.NO_TEXT_TOKENS
         else:
             found = codec(rule_format, core, self._image, *steady)
         return found if isinstance(found, RefusalReason) else (found, None)
+
+    def _shows_text(self, core: fx.Node) -> bool:
+        """Return whether it is known which tokens of a joint attention are text, so that all tokens may see them."""
+        return self._image is not None and text_tokens(core, self._image)[0] > 0
+
+    def _grid_of(self, core: fx.Node) -> TokenGrid | None:
+        return None if self._latent is None else token_grid(core, self._latent, self._dimensions)
+
+    @cached_property
+    def _dimensions(self) -> Dimensions:
+        return Dimensions(self.graph, self.captured.static | self.captured.ambient)
+
+    @cached_property
+    def _latent(self) -> fx.Node | None:
+        return find_latent(self.graph, self.steady)
 
     @cached_property
     def _image(self) -> int | None:
@@ -84,8 +106,7 @@ class SlotFormats:
     @cached_property
     def _batch(self) -> int:
         """The batch size of the latent, the largest input that changes from step to step; 0 if unknown."""
-        latent = find_latent(self.graph, self.steady)
-        size = None if latent is None else latent.meta["val"].shape[0]
+        size = None if self._latent is None else self._latent.meta["val"].shape[0]
         return size if isinstance(size, int) else 0
 
     @cached_property

@@ -118,7 +118,8 @@ def DiTFastAttn(plan: Plan | str | Path) -> Policy:
             if steps:
                 when = Eq(num_steps, plan.steps) & _among(steps)
                 rules.append(Rule(when, do, Where(names=escape(site))))
-    return Policy(tuple(rules), f"DiTFastAttn(delta={plan.delta})", made_for=MadeFor(plan.model, plan.steps))
+    by = "" if plan.metric == "relative_error" else f", metric={plan.metric}"
+    return Policy(tuple(rules), f"DiTFastAttn(delta={plan.delta}{by})", made_for=MadeFor(plan.model, plan.steps))
 
 
 def strategies_of(

@@ -9,6 +9,8 @@ from typing import Literal
 
 from dit_rewrite.errors import BadParameter
 
+GRIDS = '(H, W) or (T, H, W) in tokens, "latent", or None for a sequence'
+
 
 @dataclass(frozen=True)
 class Core:
@@ -21,13 +23,18 @@ class WindowResidual(Core):
 
     `window` is the distance that a token attends to on each side: a fraction of the tokens (1/8 in the paper's code) or
     a number of tokens. With `grid`, the (H, W) or (T, H, W) of the image's or video's tokens, it may be one number or
-    fraction per axis. Text tokens that a joint attention puts before or after the image attend to all tokens, and all
-    tokens attend to them. Only a step followed by one that reads the residual computes it. ``residual=False`` takes it
-    as zero, which is plain window attention. Raises BadParameter.
+    fraction per axis. grid="latent" takes the grid that the graph shows for each attention, along the axes of the
+    latent: (T, H, W), (H, W), or (T,) for the temporal attention of a video. The strategy is refused where the graph
+    shows no grid, or one with another number of axes than the window, and where `grid` has another number of tokens
+    than the attention.
+
+    Text tokens that a joint attention puts before or after the image attend to all tokens, and all tokens attend to
+    them. Only a step followed by one that reads the residual computes it. ``residual=False`` takes it as zero, which is
+    plain window attention. Raises BadParameter.
     """
 
     window: float | tuple[float, ...] = 0.125
-    grid: tuple[int, ...] | None = None
+    grid: tuple[int, ...] | Literal["latent"] | None = None
     residual: bool = True
 
     def __post_init__(self) -> None:
@@ -35,16 +42,20 @@ class WindowResidual(Core):
         good = all(isinstance(w, int | float) and not isinstance(w, bool) and 0 <= w < math.inf for w in reach)
         if not good or any(isinstance(w, float) and w >= 1 for w in reach):
             raise BadParameter("WindowResidual", "window", self.window, "fractions below 1, or whole numbers of tokens")
-        if self.grid is not None and not _is_grid(self.grid):
-            raise BadParameter("WindowResidual", "grid", self.grid, "(H, W), (T, H, W), or None for a sequence")
-        axes = 1 if self.grid is None else len(self.grid)
-        if isinstance(self.window, tuple) and len(self.window) not in (1, axes):
-            allowed = f"one number, or a tuple of {axes}: one for each axis of grid={self.grid}"
+        if self.grid not in (None, "latent") and not _is_grid(self.grid):
+            raise BadParameter("WindowResidual", "grid", self.grid, GRIDS)
+        axes = (1, 2, 3) if self.grid == "latent" else (1, 1 if self.grid is None else len(self.grid))
+        if isinstance(self.window, tuple) and len(self.window) not in axes:
+            allowed = f"one number, or a tuple of {axes[-1]}: one for each axis of grid={self.grid}"
             raise BadParameter("WindowResidual", "window", self.window, allowed)
+
+    def fits(self, axes: int) -> bool:
+        """Return whether the window has one size for all axes, or one for each of so many."""
+        return not isinstance(self.window, tuple) or len(self.window) in (1, axes)
 
     def reach(self, tokens: int) -> tuple[int, ...]:
         """Return the window in tokens on each side, per axis of the grid, for a sequence of `tokens`."""
-        sizes = (tokens,) if self.grid is None else self.grid
+        sizes = self.grid if isinstance(self.grid, tuple) else (tokens,)
         window = self.window if isinstance(self.window, tuple) else (self.window,) * len(sizes)
         return tuple(
             int(w * size) if isinstance(w, float) else w for w, size in zip(window, sizes, strict=len(window) > 1)

@@ -20,9 +20,12 @@ from typing import Any, Literal, TypeGuard
 from torch import Tensor, nn
 
 from dit_rewrite.errors import BadParameter, BadPlan, PlanForOtherModel, PlanForOtherSteps
+from dit_rewrite.policy.core_strategies import GRIDS
 
-VERSION = 2
-SINCE = {"grid": 2, "notes": 2}  # the first version that has the field
+VERSION = 3
+SINCE = {"grid": 2, "notes": 2, "metric": 3, "attention": 3}  # the first version that has the field
+
+_LISTS = ("window", "grid", "notes", "attention")  # fields that may be tuples
 
 
 class Choice(str, Enum):
@@ -40,8 +43,8 @@ class Choice(str, Enum):
 
 PlanRow = tuple[Choice, ...]
 Table = tuple[PlanRow, ...]
-Window = float | tuple[int, ...]
-Grid = tuple[int, ...]
+Window = float | tuple[float, ...]
+Grid = tuple[int, ...] | Literal["latent"]
 
 WINDOWED = frozenset({Choice.WA_RS, Choice.WA_RS_ASC})
 SHARED = frozenset({Choice.ASC, Choice.WA_RS_ASC})
@@ -52,14 +55,17 @@ class Plan:
     """The choice of each site at each step of a trajectory, for one model. Raises BadParameter for invalid fields.
 
     ``model`` is the model's `fingerprint`, ``scheduler`` the result of `describe_scheduler`. ``table[step][i]`` is the
-    choice for ``sites[i]``, in graph order. ``window`` is the window of WA-RS: a fraction of the tokens, or a distance
-    in tokens along each axis of ``grid``, which is (H, W) for images, (T, H, W) for videos, and None for a sequence.
+    choice for ``sites[i]``, in graph order. ``window`` is the window of WA-RS: a fraction of the tokens, or a fraction
+    or a distance in tokens along each axis of ``grid``, which is (H, W) for images, (T, H, W) for videos, "latent" for
+    what the graph shows (see `WindowResidual`), and None for a sequence.
     ``conditional`` is the half of a guided batch that ASC computes. ``window`` and ``conditional`` may be None if no
     choice needs them.
 
-    The other fields describe the search: ``delta`` is its threshold (0 if there was no search), ``evaluations`` the
-    number of candidates tried, and ``work`` its cost in runs of the network, as a fraction of the steps x |S| x |M|
-    full runs of an exhaustive search (appendix A.2). ``notes`` name the attentions that were left out, and why.
+    The other fields describe the search: ``delta`` is its threshold (0 if there was no search) by ``metric`` (see
+    `search.metrics`), ``evaluations`` the number of candidates tried, and ``work`` its cost in runs of the network, as
+    a fraction of the steps x |S| x |M| full runs of an exhaustive search (appendix A.2). ``notes`` name the attentions
+    that were left out, and why. ``attention`` are the FLOPs of attention at each step as a fraction of those without
+    the plan, for the sizes that were searched; () if they were not counted.
     """
 
     model: str
@@ -74,6 +80,8 @@ class Plan:
     work: float = 0.0
     grid: Grid | None = None
     notes: tuple[str, ...] = ()
+    metric: str = "relative_error"
+    attention: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
         self._require("model", _is_name(self.model), "the text that fingerprint(model) gives")
@@ -89,6 +97,10 @@ class Plan:
         self._require("work", is_real(self.work), "a number >= 0")
         texts = isinstance(self.notes, tuple) and all(isinstance(note, str) for note in self.notes)
         self._require("notes", texts, "a tuple of texts")
+        self._require("metric", _is_name(self.metric), "the name of a metric")
+        counted = isinstance(self.attention, tuple) and all(map(is_real, self.attention))
+        fits = counted and len(self.attention) in (0, self.steps)
+        self._require("attention", fits, f"a tuple of {self.steps} numbers >= 0, one for each step, or ()")
 
     def _require(self, name: str, fits: object, allowed: str) -> None:
         if not fits:
@@ -122,6 +134,11 @@ class Plan:
         """Return the fraction of (step, site) pairs with this choice."""
         return self.counts[choice] / (self.steps * len(self.sites))
 
+    @property
+    def attention_share(self) -> float | None:
+        """The FLOPs of attention over all steps as a fraction of those without the plan, None if not counted."""
+        return sum(self.attention) / self.steps if self.attention else None
+
     def check(self, model: nn.Module, num_steps: int) -> None:
         """Raise PlanMismatch if the plan was made for another model or another number of steps.
 
@@ -146,7 +163,7 @@ class Plan:
         content = read_fields(Path(path), {field.name for field in fields(cls)}, VERSION, SINCE)
         try:
             rows = tuple(parse_row(row) for row in _items(content, "table"))
-            lists = {n: tuple(v) for n in ("window", "grid", "notes") if isinstance(v := content.get(n), list)}
+            lists = {n: tuple(v) for n in _LISTS if isinstance(v := content.get(n), list)}
             return cls(**content | lists | {"sites": tuple(_items(content, "sites")), "table": rows})
         except BadParameter as error:
             raise BadPlan(path, str(error)) from None
@@ -257,19 +274,27 @@ def is_real(value: object) -> TypeGuard[float]:
     return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < math.inf
 
 
-WINDOWS = "a fraction in (0, 1], or a tuple of whole numbers >= 0, one for each axis"
+WINDOWS = "a fraction in (0, 1], or a tuple of whole numbers >= 0 or such fractions, one for each axis"
 
 
 def check_window(where: str, window: object, grid: object) -> None:
     """Raise BadParameter unless `window` is None or fits the axes of `grid`; grid=None means a sequence."""
-    axes = len(grid) if isinstance(grid, tuple) else 1
-    good = isinstance(grid, tuple) and 1 <= axes <= 3 and all(is_whole(n, 1) for n in grid)
-    if grid is not None and not good:
-        raise BadParameter(where, "grid", grid, "(H, W) or (T, H, W) in tokens, or None for a sequence")
-    tokens = isinstance(window, tuple) and len(window) in (1, axes) and all(is_whole(n, 0) for n in window)
-    share = is_real(window) and 0 < window <= 1
-    if not (share or tokens or window is None):
+    axes = (len(grid),) if isinstance(grid, tuple) else (1, 2, 3) if grid == "latent" else (1,)
+    good = isinstance(grid, tuple) and 1 <= len(grid) <= 3 and all(is_whole(n, 1) for n in grid)
+    if grid not in (None, "latent") and not good:
+        raise BadParameter(where, "grid", grid, GRIDS)
+    tokens = isinstance(window, tuple) and len(window) in (1, *axes) and all(map(_is_reach, window))
+    if not (_is_fraction(window) or tokens or window is None):
         raise BadParameter(where, "window", window, f"{WINDOWS} of grid={grid}, or None")
+
+
+def _is_fraction(value: object) -> bool:
+    return is_real(value) and 0 < value <= 1
+
+
+def _is_reach(value: object) -> bool:
+    """Return whether `value` is a distance in tokens, or a fraction below 1 of an axis."""
+    return is_whole(value, 0) or (isinstance(value, float) and 0 < value < 1)
 
 
 def _is_name(value: object) -> bool:

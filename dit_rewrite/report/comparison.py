@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import groupby
 
 from dit_rewrite.errors import PredictionReason
 from dit_rewrite.report.prediction import Prediction
@@ -23,12 +24,20 @@ def _predicted(predicted: Prediction) -> Iterator[str]:
     counts = ", ".join(f"{kind} {some} of {total}" for kind, (some, total) in predicted.counts.items())
     yield f"predicted {predicted.num_steps} steps: Recomp {predicted.recomputed_fraction:.1%} ({counts})"
     share = predicted.flops / max(predicted.plain_flops, 1)
-    yield f"          {share:.1%} of all FLOPs, {predicted.attention_share:.1%} of those of attention"
+    yield f"          {share:.1%} of all FLOPs"
+    yield f"          attention FLOPs: {predicted.attention_share:.1%} of full; by step, in %: {_by_step(predicted)}"
     if predicted.roofline is None:
         yield f"          speed-up {predicted.speedup:.2f} by FLOPs"
     else:
         step = 1000 * predicted.plain_seconds
         yield f"          speed-up {predicted.speedup:.2f} (a step without caching: {step:.3g} ms)"
+
+
+def _by_step(predicted: Prediction) -> str:
+    """Return the attention FLOPs of each step in percent; runs of equal ones are written once, as in ``23 x4``."""
+    texts = [f"{100 * share:.3g}" for share in predicted.attention_shares]
+    runs = [(text, len(list(run))) for text, run in groupby(texts)]
+    return ", ".join(text if count == 1 else f"{text} x{count}" for text, count in runs)
 
 
 def _speed(measured: Stats) -> str:

@@ -95,6 +95,14 @@ class Prediction:
         return attention / max(len(self.steps) * self.num_steps * self.plain.attention_flops, 1)
 
     @property
+    def attention_shares(self) -> tuple[float, ...]:
+        """The same for each step, over all streams; what is computed once per trajectory counts at step 0."""
+        plain = max(len(self.steps) * self.plain.attention_flops, 1)
+        spent = [sum(call.attention_flops for call in calls) for calls in zip(*self.steps, strict=True)]
+        hoisted = len(self.steps) * self.hoisted.attention_flops
+        return tuple((flops + (hoisted if step == 0 else 0)) / plain for step, flops in enumerate(spent))
+
+    @property
     def counts(self) -> dict[Kind, tuple[int, int]]:
         """By kind, how many branches compute over the steps of a stream, and how many there are (FORA's table 3)."""
         computed = sum((Counter(call.recomputed) for call in self._calls), Counter[Kind]())

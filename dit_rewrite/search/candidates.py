@@ -7,9 +7,10 @@ from collections.abc import Sequence
 from functools import cached_property
 
 from dit_rewrite.compiler.rewritten import Rewritten
+from dit_rewrite.errors import BadParameter
 from dit_rewrite.passes.analysis import cost
 from dit_rewrite.passes.analysis.site import Kind, Part, Site
-from dit_rewrite.policy.plan import Choice
+from dit_rewrite.policy.plan import WINDOWED, Choice
 
 REPLACED: dict[Choice, frozenset[Part]] = {  # the parts of a site that a choice does not compute
     Choice.FULL: frozenset(),
@@ -32,6 +33,14 @@ class Candidates:
         self.sites: tuple[Site, ...] = rewritten.partition.sites
         self.places = tuple(dict.fromkeys(site.place for site in self.sites))
         self._costs: dict[object, int] = {}
+
+    def check_grid(self, grid: object) -> None:
+        """Raise BadParameter if a grid was given, and no attention can have a window along it."""
+        if grid is not None and WINDOWED & set(self.choices) and all(site.part is not Part.CORE for site in self.sites):
+            reasons = dict.fromkeys(
+                str(r.reason) for r in self.rewritten.found.refused if r.path.endswith(f".{Part.CORE}")
+            )
+            raise BadParameter("greedy_plan", "grid", grid, f"one that fits an attention ({'; '.join(reasons)})")
 
     def orders(self, by_cost: bool) -> tuple[tuple[Choice, ...], ...]:
         """Return the candidates of each place, sorted by cost or in the given order.

@@ -35,10 +35,9 @@ from dit_rewrite.policy.plan import (
     row_text,
     write_whole,
 )
+from dit_rewrite.search.metrics import Metric, metric_of, relative_error
 
 VERSION = 2  # version of the file of an unfinished search
-EPSILON = 1e-6  # appendix A.2
-CLIP = 10.0  # appendix A.2
 DELTAS = {"D1": 0.025, "D2": 0.05, "D3": 0.075, "D4": 0.1, "D5": 0.125, "D6": 0.15}  # section 4.1
 STRATEGIES = (
     Choice.AST,
@@ -85,6 +84,7 @@ class Search:
 
     ``choices`` are the candidates in ascending cost; ``orders``, if given, has the candidates of each site. ``key``
     identifies everything else that the result depends on, such as the model's fingerprint and the trajectories.
+    ``metric`` is the name of the loss.
     """
 
     sites: tuple[str, ...]
@@ -93,6 +93,7 @@ class Search:
     choices: tuple[Choice, ...] = STRATEGIES
     key: str | Mapping[str, str] = ""
     orders: tuple[tuple[Choice, ...], ...] = ()
+    metric: str = "relative_error"
 
     def __post_init__(self) -> None:
         self._require("sites", are_names(self.sites), "names, each once")
@@ -143,6 +144,7 @@ def greedy(
     choices: Sequence[Choice] = STRATEGIES,
     *,
     orders: Sequence[Sequence[Choice]] = (),
+    metric: str | Metric = "relative_error",
     partial: Path | None = None,
     key: str | Mapping[str, str] = "",
     progress: bool = False,
@@ -150,14 +152,16 @@ def greedy(
     """Find the table of a plan by algorithm 1, for `sites` in graph order and `choices` in ascending cost.
 
     `orders` gives the candidates of each site, if their costs or the possible choices differ between sites. A candidate
-    passes if its `loss` is below its threshold; NaN does not pass. With a file `partial`, the search saves its progress
+    passes if its `loss` by `metric`, a name of `metrics.METRICS` or a function of two tensors, is below its threshold;
+    NaN does not pass. With a file `partial`, the search saves its progress
     after each step, and continues from an existing file after replaying its steps; `key` identifies what the other
     arguments do not. `progress` shows a progress bar.
 
     Raises BadParameter for invalid arguments or if the outputs' shapes differ from the reference's, BadPlan for a
     damaged partial file, PlanMismatch for that of another search, and MissingExtra for a progress bar without rich.
     """
-    search = Search(tuple(sites), steps, delta, tuple(choices), key, tuple(map(tuple, orders)))
+    name, function = metric_of(metric)
+    search = Search(tuple(sites), steps, delta, tuple(choices), key, tuple(map(tuple, orders)), name)
     found = Found(((Choice.FULL,) * len(search.sites),))
     if partial is not None and partial.exists():
         found = _read(partial, search)
@@ -167,21 +171,21 @@ def greedy(
         for row in found.table if missing else ():
             runner.replay(row)
         for step in missing:
-            row, tried = _choose(runner, step, search, tick)
+            row, tried = _choose(runner, step, search, function, tick)
             found = Found((*found.table, row), found.evaluations + tried, runner.work - before)
             if partial is not None:
                 _write(partial, search, found)
     return found
 
 
-def _choose(runner: Runner, step: int, search: Search, tick: Callable[[], None]) -> tuple[PlanRow, int]:
+def _choose(runner: Runner, step: int, search: Search, metric: Metric, tick: Callable[[], None]) -> tuple[PlanRow, int]:
     """Search one step. Returns its choices, and the number of candidates that were tried."""
     runner.begin(step)
     reference = [output.clone() for output in runner.reference()]
     row: PlanRow = ()
     evaluations = 0
     for index in range(len(search.sites)):
-        choice, tried = _first_passing(runner, index, reference, search)
+        choice, tried = _first_passing(runner, index, reference, search, metric)
         runner.fix(index, choice)
         row, evaluations = (*row, choice), evaluations + tried
         tick()
@@ -189,41 +193,29 @@ def _choose(runner: Runner, step: int, search: Search, tick: Callable[[], None])
     return row, evaluations
 
 
-def _first_passing(runner: Runner, index: int, reference: Sequence[Tensor], search: Search) -> tuple[Choice, int]:
+def _first_passing(
+    runner: Runner, index: int, reference: Sequence[Tensor], search: Search, metric: Metric
+) -> tuple[Choice, int]:
     """Return the first candidate that passes at a site, or FULL, and the number of candidates that were tried."""
     candidates = search.candidates(index)
     for tried, choice in enumerate(candidates, start=1):
-        if loss(reference, runner.attempt(index, choice)) < search.threshold(index):
+        if loss(reference, runner.attempt(index, choice), metric) < search.threshold(index):
             return choice, tried
     return Choice.FULL, len(candidates)
 
 
-def loss(reference: Sequence[Tensor], output: Sequence[Tensor]) -> float:
-    """Return the `relative_error` over the elements of all trajectories."""
+def loss(reference: Sequence[Tensor], output: Sequence[Tensor], metric: Metric = relative_error) -> float:
+    """Return the metric over the elements of all trajectories."""
     if [tensor.shape for tensor in reference] != [tensor.shape for tensor in output]:
         shapes = [tuple(tensor.shape) for tensor in output]
         raise BadParameter("loss", "shapes", shapes, f"those of the reference, {[tuple(r.shape) for r in reference]}")
-    return relative_error(_joined(reference), _joined(output))
+    return float(metric(_joined(reference), _joined(output)))
 
 
 def _joined(tensors: Sequence[Tensor]) -> Tensor:
-    return torch.cat([tensor.flatten() for tensor in tensors])
-
-
-def relative_error(reference: Tensor, output: Tensor) -> float:
-    """Return the mean relative absolute error L(O, O') of appendix A.2, computed in float64:
-
-        mean(clip(|O - O'| / (max(|O|, |O'|) + eps), 0, 10))
-
-    Both tensors are real, of one shape and on one device. ``eps = 1e-6`` avoids 0/0; half precision would round it to
-    0, hence float64. The result is NaN if an element is NaN or infinite in both. The ratio is at most 2, so the clip
-    has no effect. Synchronises with the device once. Raises BadParameter for different shapes.
-    """
-    if reference.shape != output.shape:
-        raise BadParameter("relative_error", "output.shape", tuple(output.shape), f"{tuple(reference.shape)}")
-    a, b = reference.double(), output.double()
-    ratio = (a - b).abs() / (torch.maximum(a.abs(), b.abs()) + EPSILON)
-    return float(ratio.clamp(0, CLIP).mean())
+    """Concatenate along the batch, or, if other dimensions differ, all elements."""
+    alike = len({tensor.shape[1:] for tensor in tensors}) == 1 and tensors[0].ndim > 0
+    return torch.cat([tensor if alike else tensor.flatten() for tensor in tensors])
 
 
 def _write(path: Path, search: Search, found: Found) -> None:

@@ -8,6 +8,7 @@ average (|M| + 1) / 2 of |M|, so a step takes at most |S| (|M| + 1) / 2 + 2 runs
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence, Set
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -28,7 +29,7 @@ from dit_rewrite.errors import (
 from dit_rewrite.guards import step as step_symbol
 from dit_rewrite.module import RewrittenModule, attach, twin
 from dit_rewrite.passes.analysis.site import Found
-from dit_rewrite.policies import strategies_of
+from dit_rewrite.policies import DiTFastAttn, strategies_of
 from dit_rewrite.policy.plan import (
     SHARED,
     WINDOWED,
@@ -45,10 +46,12 @@ from dit_rewrite.policy.plan import (
 from dit_rewrite.policy.rules import Policy, Rule
 from dit_rewrite.policy.strategies import Strategy
 from dit_rewrite.policy.where import Where
+from dit_rewrite.report.prediction import Prediction, predict
 from dit_rewrite.runtime.decide import Decisions
 from dit_rewrite.runtime.session import Call
 from dit_rewrite.search.candidates import REPLACED, Candidates
 from dit_rewrite.search.greedy import DELTAS, STRATEGIES, greedy
+from dit_rewrite.search.metrics import Metric, metric_of
 from dit_rewrite.search.stepped_sampler import Arrival, Sampling, State, digest
 
 __all__ = ["DELTAS", "STRATEGIES", "greedy_plan"]
@@ -68,6 +71,7 @@ def greedy_plan(
     grid: Grid | None = None,
     conditional: Literal["first", "second"] | None = None,
     kinds: tuple[str, ...] = ("self", "joint", "parallel"),
+    metric: str | Metric = "relative_error",
     scheduler: object = None,
     path: str | Path | None = None,
     backend: InnerBackend = "inductor",
@@ -78,15 +82,17 @@ def greedy_plan(
 
     `trajectories` are functions that sample with the denoiser that they take. Each calls it once per step for `steps`
     steps, inside ``with denoiser.trajectory(num_steps=steps)``, with both halves of the guidance in one batch of which
-    `conditional` is one half. They run side by side, each in a thread. `delta` bounds the mean relative absolute error
-    of the model's output. `strategies` are the candidates: a set is tried at each attention in ascending cost, in FLOPs
-    for the sizes of the inputs; a sequence is tried in its order. `window` is the window of WA-RS, along the axes of
-    `grid` if given. `scheduler` is only recorded in the plan. With a `path` the plan is saved there, and an interrupted
-    search is continued if it has the same model, settings and inputs.
+    `conditional` is one half; the other may have a negative prompt. They run side by side, each in a thread. `delta`
+    bounds the loss of the model's output by `metric`: the mean relative absolute error, another of `metrics.METRICS`,
+    or a function of two tensors. `strategies` are the candidates: a set is tried at each attention in ascending cost,
+    in FLOPs for the sizes of the inputs; a sequence is tried in its order. `window` and `grid` are those of
+    `WindowResidual`, for WA-RS. `scheduler` is only recorded in the plan. With a `path` the plan is saved there, and an
+    interrupted search is continued if it has the same model, settings and inputs.
 
     Raises BadParameter, BadTrajectory if the model is called in another way, and the errors of `greedy`.
     """
     _check(strategies, window, grid, conditional)
+    metric_of(metric)
     by_cost = isinstance(strategies, Set)
     strategies = tuple(sorted(strategies, key=STRATEGIES.index) if by_cost else strategies)
     lowering = Lowering.of(backend, partition="segments")
@@ -101,11 +107,13 @@ def greedy_plan(
     key |= {"window": str(window), "grid": str(grid), "conditional": str(conditional)}
     try:
         candidates = runner.open(kinds)
+        candidates.check_grid(grid)
         orders = candidates.orders(by_cost)
         key |= {"inputs": runner.inputs()}
         found = greedy(
-            runner, runner.places, steps, delta, strategies, orders=orders, partial=partial, key=key, progress=progress
-        )
+            runner, runner.places, steps, delta, strategies, orders=orders, metric=metric, partial=partial, key=key,
+            progress=progress,
+        )  # fmt: skip
     finally:
         runner.close()
     used = {choice for row in found.table for choice in row}
@@ -122,7 +130,11 @@ def greedy_plan(
         found.share(len(strategies)),
         grid if used & WINDOWED else None,
         candidates.notes(kinds),
+        metric_of(metric)[0],
     )
+    predicted = predict([candidates.rewritten], {}, DiTFastAttn(plan), steps)
+    if isinstance(predicted, Prediction):
+        plan = replace(plan, attention=predicted.attention_shares)
     if found_path is not None:
         plan.save(found_path)
     return plan

@@ -54,14 +54,15 @@ class State:
     def outputs(self, decide: Callable[[int], bool]) -> tuple[Tensor, float]:
         """Run the remaining segments with the given decisions, without making them final.
 
-        Returns the model's floating-point outputs as one vector, and the fraction of the segments that ran.
+        Returns the model's floating-point output, several as one vector, and the fraction of the segments that ran.
         """
         wires = list(self.wires)
         count = len(self.graph.segments)
         for number in range(self.cursor, count):
             self.graph.run_segment(number, decide, self.args, wires, self.cache)
         tensors = [t for t in self.graph.results(wires) if isinstance(t, Tensor) and t.is_floating_point()]
-        return torch.cat([t.flatten() for t in tensors]), (count - self.cursor) / count
+        output = tensors[0] if len(tensors) == 1 else torch.cat([t.flatten() for t in tensors])
+        return output, (count - self.cursor) / count
 
     def advance(self, until: int, decide: Callable[[int], bool]) -> float:
         """Run the segments before `until` and make them final. Returns the fraction of the segments that ran."""

@@ -385,8 +385,10 @@ def test_layers_that_become_known_with_the_first_call() -> None:
         (Small(), 2, BlockwiseReuse(0.1, 4, "paper"), {RefusalReason.MOVING_KEYS: 1}),
         (Small(causal=True), 2, BlockwiseReuse(0.1, 4), {RefusalReason.CAUSAL: 1}),
         (Small(causal=True), 2, WindowResidual(0.25), {RefusalReason.CAUSAL: 1}),
+        (Small(), 2, WindowResidual(1, grid=(3, 3)), {RefusalReason.OTHER_GRID: 1}),
+        (Small(), 2, WindowResidual((1, 1), grid="latent"), {RefusalReason.OTHER_AXES: 1}),
     ],
-    ids=["odd batch", "moving keys", "causal blocks", "causal window"],
+    ids=["odd batch", "moving keys", "causal blocks", "causal window", "another grid", "other axes"],
 )
 def test_refusals(model: nn.Module, batch: int, do: Strategy, reasons: dict[RefusalReason, int]) -> None:
     """A strategy that is not possible is refused with a reason, and the model computes."""
@@ -424,7 +426,6 @@ def test_heads_that_are_too_narrow() -> None:
     ("window", "name"),
     [
         (WindowResidual(8), "window"),
-        (WindowResidual(1, grid=(3, 3)), "grid"),
         (WindowResidual((1, 2), grid=(2, 4)), None),
         (WindowResidual((2, 1), grid=(2, 4)), "window"),
         (WindowResidual(7), None),
@@ -432,7 +433,7 @@ def test_heads_that_are_too_narrow() -> None:
     ids=str,
 )
 def test_windows_that_do_not_fit(window: WindowResidual, name: str | None) -> None:
-    """Eight tokens: a larger window or grid raises an error at the first call."""
+    """Eight tokens: a larger window raises an error at the first call."""
     compiled = tiny.rewritten(Small(), Policy((Rule(step > 0, window),)))
     if name is None:
         assert len(tiny.outputs(compiled, small_calls(2))) == 2

@@ -77,7 +77,12 @@ def test_counts_and_fractions():
         ({"window": 1.5}, "window=1.5"),
         ({"window": ()}, r"window=\(\)"),
         ({"window": (2, -1), "grid": (4, 4)}, "window=.*whole numbers"),
-        ({"window": (2, 0.5), "grid": (4, 4)}, "window=.*whole numbers"),
+        ({"window": (2, 1.5), "grid": (4, 4)}, "window=.*whole numbers"),
+        ({"window": (1, 1, 1, 1), "grid": "latent"}, "window=.*of grid=latent"),
+        ({"grid": "image"}, 'grid=.image.*"latent"'),
+        ({"metric": ""}, "metric=''"),
+        ({"attention": (1.0,)}, r"attention=\(1.0,\).*3 numbers"),
+        ({"attention": (1.0, 0.5, float("nan"))}, "attention=.*3 numbers"),
         ({"window": (2, 2)}, "window=.*one for each axis of grid=None"),
         ({"window": (2, 2), "grid": (4, 4, 4)}, r"window=.*one for each axis of grid=\(4, 4, 4\)"),
         ({"grid": (4, 0)}, r"grid=\(4, 0\)"),
@@ -116,7 +121,7 @@ def test_save_and_load(tmp_path: Path):
     assert Plan.load(str(path)) == PLAN
     assert [entry.name for entry in path.parent.iterdir()] == ["plan.json"]
     content = json.loads(path.read_text())
-    assert content["version"] == 2
+    assert content["version"] == 3
     assert content["table"] == ["full full full full", "full AST WA-RS full", "AST AST WA-RS+ASC ASC"]
 
 
@@ -130,11 +135,13 @@ def plans(draw: st.DrawFn) -> Plan:
     table = tuple(draw(st.lists(row, min_size=1, max_size=4)))
     grid = draw(st.none() | st.lists(st.integers(1, 9), min_size=1, max_size=3).map(tuple))
     reach = st.lists(st.integers(0, 99), min_size=len(grid or "1"), max_size=len(grid or "1")).map(tuple)
-    window = draw(st.floats(1e-3, 1) | reach)
+    shares = st.lists(st.floats(0.01, 0.99), min_size=len(grid or "1"), max_size=len(grid or "1")).map(tuple)
+    window, grid = draw(st.floats(1e-3, 1) | reach | shares), draw(st.sampled_from([grid, "latent"]))
     half = draw(st.sampled_from(["first", "second"]))
     delta, work = draw(st.floats(0, 1)), draw(st.floats(0, 2))
     tried, notes = draw(st.integers(0, 10**6)), tuple(draw(st.lists(st.text(), max_size=2)))
-    return Plan("m", len(table), "none", sites, table, delta, window, half, tried, work, grid, notes)
+    metric, attention = draw(st.sampled_from(["ssim", "a.b"])), draw(st.sampled_from([(), (0.5,) * len(table)]))
+    return Plan("m", len(table), "none", sites, table, delta, window, half, tried, work, grid, notes, metric, attention)
 
 
 @settings(deadline=None, max_examples=30)
@@ -180,9 +187,10 @@ def test_a_plan_that_cannot_be_written_leaves_the_old_one(tmp_path: Path, monkey
         ({"window": "1/8"}, "window='1/8'"),
         ({"conditional": ["first"]}, r"conditional=\['first'\]"),
         ({"delta": float("nan")}, "delta=nan"),
-        ({"version": 3}, "its version is 3, and this dit_rewrite reads version 2"),
+        ({"version": 4}, "its version is 4, and this dit_rewrite reads version 3"),
         ({"version": 0}, "its version is 0"),
-        ({"version": 1}, "has unknown fields grid, notes"),
+        ({"version": 1}, "has unknown fields attention, grid, metric, notes"),
+        ({"version": 2}, "has unknown fields attention, metric"),
         ({"grid": {"H": 4}}, "grid={'H': 4}"),
         ({"version": True}, "its version is True"),
         ({"version": None}, "its version is None"),
@@ -207,15 +215,24 @@ def test_files_that_lack_a_field(tmp_path: Path):
             Plan.load(path)
 
 
-def test_files_of_the_first_version(tmp_path: Path):
-    """They had no grid and no notes."""
+@pytest.mark.parametrize(
+    ("version", "lacks"), [(1, ("attention", "grid", "metric", "notes")), (2, ("attention", "metric"))]
+)
+def test_files_of_earlier_versions(tmp_path: Path, version: int, lacks: tuple[str, ...]):
+    """The first had no grid and no notes, the second no metric and no FLOPs."""
     path = tmp_path / "plan.json"
-    old = {key: value for key, value in saved(path).items() if key not in ("grid", "notes")}
-    path.write_text(json.dumps(old | {"version": 1}))
-    assert Plan.load(path) == replace(PLAN, notes=())
+    old = {key: value for key, value in saved(path).items() if key not in lacks}
+    path.write_text(json.dumps(old | {"version": version}))
+    assert Plan.load(path) == (replace(PLAN, notes=()) if "notes" in lacks else PLAN)
     path.write_text(json.dumps(old))
-    with pytest.raises(BadPlan, match="it lacks the fields grid, notes"):
+    with pytest.raises(BadPlan, match=f"it lacks the fields {', '.join(lacks)}"):
         Plan.load(path)
+
+
+def test_the_share_of_attention():
+    """Over all steps, where it was counted."""
+    assert PLAN.attention_share is None
+    assert replace(PLAN, attention=(1.0, 0.5, 0.0)).attention_share == 0.5
 
 
 @pytest.mark.parametrize("content", [b"", b"full AST", b"\x93NUMPY\xff", b'{"version": 1', b"[" * 100_000])
@@ -352,6 +369,8 @@ def test_the_picture_shows_the_table():
     assert len(seen) == 5
     labels = [text.get_text() for text in figure.legends[0].get_texts()]
     assert labels == ["full 50.0%", "AST 25.0%", "ASC 8.3%", "WA-RS 8.3%", "WA-RS+ASC 8.3%"]
+    title = draw(replace(PLAN, attention=(1.0, 0.5, 0.3))).get_suptitle()
+    assert "3 steps, 60.0% of the attention FLOPs, scheduler" in title and "FLOPs" not in figure.get_suptitle()
 
 
 def test_the_legend_of_a_short_plan_is_whole():

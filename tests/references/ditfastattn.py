@@ -7,6 +7,7 @@ whose branches also contain an MLP.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -106,5 +107,24 @@ def square(side: int, reach: int) -> Callable[[int], Tensor]:
         place = torch.cartesian_prod(torch.arange(side), torch.arange(side))
         assert len(place) == tokens
         return ((place[:, None] - place).abs() <= reach).all(-1)
+
+    return seen
+
+
+def box(sizes: Sequence[int], reach: Sequence[int], first: int = 0, last: int = 0) -> Callable[[int], Tensor]:
+    """Mask of the tokens of a grid that are at most `reach` apart along each axis, with text before and after it."""
+
+    def seen(tokens: int) -> Tensor:
+        text = {*range(first), *range(tokens - last, tokens)}
+        places = list(itertools.product(*map(range, sizes)))
+        assert len(places) == tokens - first - last
+
+        def sees(row: int, column: int) -> bool:
+            if row in text or column in text:
+                return True
+            pairs = zip(places[row - first], places[column - first], reach, strict=True)
+            return all(abs(a - b) <= w for a, b, w in pairs)
+
+        return torch.tensor([[sees(row, column) for column in range(tokens)] for row in range(tokens)])
 
     return seen

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -13,14 +14,16 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 import dit_rewrite
 from dit_rewrite import module
+from dit_rewrite.cli.explain import as_json
 from dit_rewrite.errors import NotCaptured, PredictionReason
 from dit_rewrite.module import twin
 from dit_rewrite.passes.analysis.site import Kind
 from dit_rewrite.policies import DQAR, FORA, CachedAttention, DiTFastAttn, FirstBlockCache, Never, TaylorSeer
-from dit_rewrite.policy.plan import Choice, Plan, describe_scheduler, fingerprint
+from dit_rewrite.policy.plan import Choice, Plan, describe_scheduler, fingerprint, parse_row
 from dit_rewrite.policy.rules import Policy
 from dit_rewrite.report.prediction import Prediction
 from tests.helpers import tiny
+from tests.helpers.models import falling, prepare
 
 TOKENS, BATCH, LAYERS = 8, 2, 2
 PROJECTIONS = 8 * TOKENS * tiny.WIDTH**2  # of one sample
@@ -107,6 +110,61 @@ def test_attention_share_of_a_plan() -> None:
     assert shared.attention_share == 1.5 / 4
     windowed = predicted(run(plan(Choice.FULL, Choice.WA_RS, Choice.AST), 3))
     assert windowed.attention_share == pytest.approx((full + window + PROJECTIONS + window) / (3 * full))
+
+
+class PerCall(Counting):
+    """Also notes the FLOPs of each call."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[int] = []
+
+    def run(self, model: Any, inputs: list[dict[str, Any]]) -> None:
+        with torch.no_grad(), model.trajectory(len(inputs)):
+            for arguments in inputs:
+                before = self.flops
+                model(**arguments)
+                self.calls.append(self.flops - before)
+
+
+def latent_calls(steps: int) -> list[dict[str, Any]]:
+    """Images of 6 x 8 for the tiny model with patches of 2 x 2: tokens in 3 rows of 4."""
+    generator, given = torch.Generator().manual_seed(0), tiny.condition()
+    times = falling(steps)
+    return [
+        {"latent": torch.randn(2, 3, 6, 8, generator=generator), "timestep": time, "condition": given} for time in times
+    ]
+
+
+def test_attention_of_each_step_by_torchs_counter() -> None:
+    """The policy changes attention alone. So its FLOPs at a step are those of the step, less those of all else, which
+    torch counts by module in the plain model. The pairs in a window of 2-D are counted one by one."""
+    model, inputs = prepare(tiny.Patched(), torch.float32), latent_calls(6)
+    with FlopCounterMode(display=False, custom_mapping=FUSED) as counter, torch.no_grad():
+        model(**inputs[0])
+    by_module = {name: sum(counts.values()) for name, counts in counter.get_flop_counts().items()}
+    attention = sum(by_module[f"Patched.body.blocks.{i}.attn"] for i in range(LAYERS))
+    other = counter.get_total_flops() - attention
+    table = ("full full", "WA-RS AST", "ASC WA-RS", "WA-RS+ASC WA-RS+ASC", "full AST", "AST AST")
+    sites = ("body.blocks.0.attn", "body.blocks.1.attn")
+    rows = tuple(map(parse_row, table))
+    plan = Plan(fingerprint(model), 6, describe_scheduler(None), sites, rows, 0.1, (1, 1), "first", grid="latent")
+    counting = PerCall()
+    compiled = dit_rewrite.compile(model, DiTFastAttn(plan), backend=counting)
+    counting.run(compiled, inputs)
+    found = predicted(compiled)
+    assert found.attention_shares == pytest.approx([(call - other) / attention for call in counting.calls], abs=1e-12)
+    assert found.attention_share == pytest.approx(sum(found.attention_shares) / 6, abs=1e-12)
+    places = list(itertools.product(range(3), range(4)))
+    pairs = sum(abs(a - c) <= 1 and abs(b - d) <= 1 for a, b in places for c, d in places)
+    window, whole = 4 * tiny.WIDTH * pairs, 8 * 12 * tiny.WIDTH**2 + 4 * tiny.WIDTH * 12**2
+    one_site = (8 * 12 * tiny.WIDTH**2 + window) / whole  # of a site in a window, both halves
+    assert found.attention_shares[3] == pytest.approx(one_site / 2, abs=1e-12)
+    assert found.attention_shares[5] == 0
+    line = next(line for line in str(compiled.explain()).splitlines() if "attention FLOPs" in line)
+    shares = ", ".join(f"{100 * share:.3g}" for share in found.attention_shares)
+    assert line.strip() == f"attention FLOPs: {found.attention_share:.1%} of full; by step, in %: {shares}"
+    assert as_json(compiled.explain())["predicted"]["attention_shares"] == list(found.attention_shares)
 
 
 def test_decisions_that_cannot_be_foreseen() -> None:

@@ -18,7 +18,9 @@ from torch import Tensor
 
 from dit_rewrite.errors import BadParameter, BadPlan, MissingExtra, PlanMismatch
 from dit_rewrite.policy.plan import Choice, PlanRow, Table
+from dit_rewrite.proof.image_metrics import psnr, ssim
 from dit_rewrite.search.greedy import DELTAS, STRATEGIES, Found, greedy, loss, relative_error
+from dit_rewrite.search.metrics import METRICS, Metric, metric_of
 
 FULL, AST, ASC, WA_RS, WA_RS_ASC = Choice
 
@@ -424,3 +426,91 @@ def test_no_bar_without_rich(monkeypatch: pytest.MonkeyPatch):
     with pytest.raises(MissingExtra, match=r"the progress bar needs rich.*dit_rewrite\[demo\]"):
         greedy(Fake(drawn(5), 2), names(2), 3, 0.125, progress=True)
     assert len(greedy(Fake(drawn(5), 2), names(2), 3, 0.125).table) == 3
+
+
+# --- other metrics (appendix A.7) -------------------------------------------------------------------------------------
+
+
+class Planted(Fake):
+    """A model of one site whose output is an image under each choice, in two trajectories."""
+
+    def __init__(self, reference: Tensor, outputs: dict[Choice, Tensor]) -> None:
+        super().__init__(listed({}), 1)
+        self.images = {FULL: reference, **outputs}
+
+    def outputs(self, row: PlanRow) -> list[Tensor]:
+        return [self.images[(row or (FULL,))[-1]][None, None].clone() for _ in range(2)]
+
+
+def planted() -> Planted:
+    """Four damages: small values change their sign, one pixel is far off, all is larger, and the upper half lighter."""
+    reference = torch.rand(16, 16, generator=torch.Generator().manual_seed(0)).double()
+    reference[8:] = torch.where(reference[8:] < 0.5, -0.03, 0.03)
+    signs, pixel, light = (reference.clone() for _ in range(3))
+    signs[8:] *= -1
+    pixel[0, 0] += 1.5
+    light[:8] += 0.08
+    return Planted(reference, {AST: signs, WA_RS: pixel, ASC: 1.3 * reference, WA_RS_ASC: light})
+
+
+def furthest(reference: Tensor, output: Tensor) -> float:
+    return float((output - reference).abs().max())
+
+
+@pytest.mark.parametrize(
+    ("metric", "expected"),
+    [
+        ("relative_error", WA_RS),  # one element of 256
+        ("mse", AST),  # the signs are of small values
+        ("psnr", AST),
+        ("relative_l2", AST),
+        ("cosine", ASC),  # the same direction
+        ("ssim", WA_RS_ASC),  # the same structure
+        (furthest, AST),
+    ],
+    ids=str,
+)
+def test_each_metric_leads_the_search(metric: str | Metric, expected: Choice):
+    """Of four damages each metric lets another pass: all others are above the threshold, and are tried before."""
+    name, function = metric_of(metric)
+    fake = planted()
+    reference = [fake.images[FULL][None, None]] * 2
+    losses = {choice: loss(reference, fake.outputs((choice,)), function) for choice in STRATEGIES}
+    assert min(losses, key=losses.__getitem__) is expected
+    least, second = sorted(losses.values())[:2]
+    assert second > 1.05 * least
+    order = [*(choice for choice in STRATEGIES if choice is not expected), expected]
+    found = greedy(fake, ["attn"], 2, (least + second) / 2, order, metric=metric)
+    assert (found.table[1], found.evaluations) == ((expected,), 4)
+    assert name == (metric if isinstance(metric, str) else f"{__name__}.furthest")
+
+
+def test_metrics_by_hand():
+    """Of 0, 1, 2, 4 one is wrong by 1 or 2; scaled, the direction stays."""
+    a, b = torch.tensor([[0.0, 1.0], [2.0, 4.0]])[None, None], torch.tensor([[0.0, 1.0], [4.0, 4.0]])[None, None]
+    assert METRICS["mse"](a, b) == 1
+    assert METRICS["psnr"](a, b) == 1 / 16 == 10 ** (-psnr(b, a, data_range=4.0) / 10)
+    assert METRICS["relative_l2"](a, b) == pytest.approx(2 / 21**0.5)
+    assert METRICS["cosine"](a, 3 * a) == pytest.approx(0, abs=1e-12)
+    assert METRICS["cosine"](a, b) == pytest.approx(1 - 25 / (21 * 33) ** 0.5)
+    image = torch.rand(2, 3, 12, 11, generator=torch.Generator().manual_seed(0))
+    span = float(image.max() - image.min())
+    assert METRICS["ssim"](image, image**2) == pytest.approx(1 - ssim(image**2, image, span), abs=1e-12)
+    assert METRICS["ssim"](image[:, None], image[:, None] ** 2) == METRICS["ssim"](image, image**2)  # frames
+    assert all(metric(image, image) == pytest.approx(0, abs=1e-12) for metric in METRICS.values())
+
+
+@pytest.mark.parametrize("shape", [(2, 16, 32), (2, 3, 8, 64), (40,)])
+def test_structure_needs_planes(shape: tuple[int, ...]):
+    with pytest.raises(BadParameter, match=r"metric='ssim'.*\(…, height, width\) of at least 11"):
+        METRICS["ssim"](torch.rand(shape), torch.rand(shape))
+
+
+def test_a_search_by_another_metric_is_not_continued(tmp_path: Path):
+    path = tmp_path / "plan.json.partial"
+    greedy(planted(), ["attn"], 2, 0.1, partial=path, metric="mse")
+    assert greedy(planted(), ["attn"], 2, 0.1, partial=path, metric="mse").table
+    with pytest.raises(PlanMismatch, match="metric: 'mse' there, 'psnr' here"):
+        greedy(planted(), ["attn"], 2, 0.1, partial=path, metric="psnr")
+    with pytest.raises(BadParameter, match="metric=3.*a function of two tensors"):
+        greedy(planted(), ["attn"], 2, 0.1, metric=3)  # type: ignore[arg-type]

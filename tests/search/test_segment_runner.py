@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 import dit_rewrite
-from dit_rewrite.errors import BadOpArgument, BadParameter, BadTrajectory, NoSites, PlanMismatch, RefusalReason
+from dit_rewrite.errors import BadParameter, BadTrajectory, NoSites, PlanMismatch, RefusalReason
 from dit_rewrite.policies import DiTFastAttn, parse
 from dit_rewrite.policy.plan import SHARED, WINDOWED, Choice, Plan, PlanRow
 from dit_rewrite.policy.serialise import from_json, to_json
@@ -185,16 +185,22 @@ def test_what_saves_nothing_is_no_candidate() -> None:
 # --- grids, parallel blocks -------------------------------------------------------------------------------------------
 
 
-def test_windows_of_a_grid(tmp_path: Path) -> None:
+@pytest.mark.parametrize("grid", [(4, 4), "latent"], ids=str)
+def test_windows_of_a_grid(tmp_path: Path, grid: Any) -> None:
     """Rows and columns have separate reaches; the plan's policy runs the searched row."""
     sampler = Sampler(0, steps=3, told=3)
-    settings = {**SETTINGS, "steps": 3, "strategies": (Choice.WA_RS,), "window": (1, 2), "grid": (4, 4)}
+    settings = {**SETTINGS, "steps": 3, "strategies": (Choice.WA_RS,), "window": (1, 2), "grid": grid, "metric": "mse"}
     plan = greedy_plan(CASE.build(), [sampler], 100.0, **settings, path=tmp_path / "plan.json")
-    assert (plan.window, plan.grid, plan.counts[Choice.WA_RS]) == ((1, 2), (4, 4), 3 * 2)
+    assert (plan.window, plan.grid, plan.counts[Choice.WA_RS]) == ((1, 2), grid, 3 * 2)
+    assert (plan.metric, Plan.load(tmp_path / "plan.json")) == ("mse", plan)
+    first, reused = plan.attention[0], plan.attention[-1]
+    assert first > 1 > plan.attention[1] == reused > 0, "equation 1 takes a window more, and equation 2 one alone"
+    assert plan.attention_share == pytest.approx(sum(plan.attention) / 3)
     expected = list(sampler.outputs)
     torch.compiler.reset()
     policy = DiTFastAttn(tmp_path / "plan.json")
-    assert {rule.do for rule in policy.rules if rule.parts} == {WindowResidual((1, 2), (4, 4))}
+    assert {rule.do for rule in policy.rules if rule.parts} == {WindowResidual((1, 2), grid)}
+    assert policy.name == "DiTFastAttn(delta=100.0, metric=mse)"
     model = dit_rewrite.compile(CASE.build(), policy, backend="aot_eager", lowering="segments")
     with torch.no_grad():
         sampler(model)
@@ -209,7 +215,9 @@ def test_windows_of_a_grid(tmp_path: Path) -> None:
         ({"window": 4}, "greedy_plan: window=4"),
         ({"window": None}, "greedy_plan: window=None"),
         ({"grid": (4, 0)}, "greedy_plan: grid="),
-        ({"grid": (3, 3)}, r"grid=\(3, 3\) is out of range.*the number of tokens without text, 16"),
+        ({"grid": (3, 3)}, rf"greedy_plan: grid=\(3, 3\).*an attention \({RefusalReason.OTHER_GRID}\)"),
+        ({"grid": "latent", "window": (1, 1, 1)}, rf"greedy_plan: grid='latent'.*\({RefusalReason.OTHER_AXES}\)"),
+        ({"metric": "lpips"}, "search: metric='lpips'.*relative_error, relative_l2, mse, psnr, ssim, cosine"),
         ({"conditional": "cond"}, "greedy_plan: conditional='cond'"),
         ({"strategies": ["AST", 3]}, "greedy_plan: strategies="),
         ({"kinds": ("cross",)}, r"greedy_plan: kinds=\('cross',\).*kinds of the model's branches: self, mlp"),
@@ -218,7 +226,7 @@ def test_windows_of_a_grid(tmp_path: Path) -> None:
 )
 def test_settings_that_do_not_fit(changes: dict[str, Any], says: str) -> None:
     """The error comes before any step is searched."""
-    with pytest.raises((BadParameter, BadOpArgument), match=says):
+    with pytest.raises(BadParameter, match=says):
         search([Sampler(0)], 0.1, **changes)
 
 
