@@ -218,3 +218,8 @@ def unbacked_input(size: SymInt) -> SymInt:
     constrain(fresh.node.expr, lower, upper)
     _get(shape_env, "unbacked_inputs").add(fresh.node.expr)
     return fresh
+
+
+def copy_each(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
+    """Copy tensors into others of the same shapes, on a GPU with few launches."""
+    _get(torch, "_foreach_copy_")(list(targets), list(sources))
