@@ -33,7 +33,7 @@ WARM_UP = 2  # runs of a variant before it is captured: kernels are tuned, and l
 MOST = 16  # streams, and shapes of their inputs, whose graphs are kept
 CAPTURES = 4  # of one variant; if its weights move after each of them, it is no longer captured
 
-Key = tuple[int, Stamp, Hashable]
+Key = tuple[int, Stamp, tuple[torch.device, Hashable]]  # the graph, its inputs, and the device with its queue
 
 
 class Device(Protocol):
@@ -133,8 +133,9 @@ class StreamGraphs:
             return executable.uncapturable
         if {site for site, _ in (*executable.cached, *executable.fresh)} & self._roles.mutated:
             return GraphReason.STATE_IN_PLACE
-        devices = {value.device for value in inputs if isinstance(value, Tensor)}
-        return GraphReason.MIXED_DEVICES if len(devices) > 1 else None
+        device, _ = self.key[2]
+        elsewhere = any(isinstance(value, Tensor) and value.device != device for value in inputs)
+        return GraphReason.MIXED_DEVICES if elsewhere else None
 
     def _capture(self, variant: Variant, executable: Executable, inputs: Sequence[Any]) -> None:
         bound = Bound.of(executable, self._roles, self._buffers, inputs, variant.results)

@@ -99,7 +99,9 @@ class Backend:
             raise BadArgument("compile", "release", release, 'False, or with tables="all"')
         self.release, self.weights = release, Weights(self.stats)
         if cuda_graphs and not lowering.owns_outputs:
-            raise BadArgument("compile", "cuda_graphs", cuda_graphs, "False, as the options make Inductor capture CUDA graphs")
+            raise BadArgument(
+                "compile", "cuda_graphs", cuda_graphs, "False, as the options make Inductor capture CUDA graphs"
+            )
         self.session = Session(self.stats, self._limit, CudaDevice() if cuda_graphs else None)
         self.rewritten: list[Rewritten] = []
         self.breaks: Counter[str] = Counter()  # graph breaks by location and reason

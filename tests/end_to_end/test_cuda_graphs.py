@@ -13,7 +13,9 @@ import torch
 from sympy import Mod, Ne
 from torch import Tensor
 
+import dit_rewrite
 from dit_rewrite import Policy, Reuse, Rule, ShareGuidance, Where, WindowResidual
+from dit_rewrite.errors import BadArgument, GraphReason
 from dit_rewrite.guards import step
 from dit_rewrite.module import RewrittenModule
 from dit_rewrite.policies import FORA, FirstBlockCache, SpeCa, TaylorSeer, TeaCache
@@ -23,6 +25,7 @@ from tests.helpers.fake_graphs import FakeDevice
 from tests.helpers.tiny import calls, condition, same
 
 STEPS = 9
+slow = pytest.mark.slow
 LATER = Ne(Mod(step, 3), 0)
 
 
@@ -64,7 +67,10 @@ def two_streams(model: RewrittenModule, first: int, keep: Callable[[Tensor], Ten
     return found
 
 
-@pytest.mark.parametrize("name", POLICIES)
+QUICK = ("fora, segments", "forecast", "verified", "shared")
+
+
+@pytest.mark.parametrize("name", [name if name in QUICK else pytest.param(name, marks=slow) for name in POLICIES])
 def test_two_streams(device: FakeDevice, name: str) -> None:
     """The outputs themselves are compared, after later calls and trajectories. The last one captures nothing."""
     policy, lowering = POLICIES[name]
@@ -86,3 +92,27 @@ def test_two_streams(device: FakeDevice, name: str) -> None:
     assert made == known
     assert last.captures == 0 == sum(last.uncaptured.values())
     assert last.replays >= 2 * STEPS
+
+
+def test_a_model_on_a_cpu() -> None:
+    """It runs as without the option, and both `stats` and `explain` say why."""
+    model = tiny.build()
+    asked = tiny.rewritten(model, cuda_graphs=True)
+    assert same(tiny.outputs(asked, calls(4)), tiny.fora(model, calls(4)))
+    assert asked.stats().uncaptured == {GraphReason.NO_GPU: 4}
+    for text in (str(asked.stats()), str(asked.explain())):
+        assert f"4 times: {GraphReason.NO_GPU}" in text
+
+
+def test_explain(device: FakeDevice) -> None:
+    asked = tiny.rewritten(tiny.build(), cuda_graphs=True)
+    with asked.trajectory(STEPS):
+        tiny.outputs(asked, calls(STEPS))
+    assert "captured  2 CUDA graphs" in str(asked.explain())
+    assert "2 CUDA graphs captured, 5 replays" in str(asked.stats())
+
+
+def test_inductor_makes_no_graphs_of_its_own() -> None:
+    for options in ({"mode": "reduce-overhead"}, {"options": {"triton.cudagraphs": True}}):
+        with pytest.raises(BadArgument, match="cuda_graphs"):
+            dit_rewrite.compile(tiny.build(), FORA(3), cuda_graphs=True, **options)
