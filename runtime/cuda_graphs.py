@@ -87,6 +87,10 @@ class StreamGraphs:
         used = {address(tensor) for values in cache.values if values is not None for tensor in values}
         return cache.graphs is not self and not used & self._buffers.memory
 
+    def can_serve(self, cache: Cache) -> bool:
+        """Whether it is free, or has served this cache last."""
+        return self.is_free or (self._cache is not None and self._cache() is cache)
+
     def execute(
         self,
         which: tuple[int, DecisionRow],
@@ -196,12 +200,10 @@ class Graphs:
         key: Key = graph, stamp, (device, queue)
         found = cache.graphs
         if found is None or found.key != key:
-            found = self._free(key) or self._add(key, device, Roles.of(wiring, sites))
+            able = (each for each in self._all if each.key == key and each.can_serve(cache))
+            found = next(able, None) or self._add(key, device, Roles.of(wiring, sites))
         found.serve(cache)
         return found  # type: ignore[no-any-return]
-
-    def _free(self, key: Key) -> StreamGraphs | None:
-        return next((each for each in self._all if each.key == key and each.is_free), None)
 
     def _add(self, key: Key, device: torch.device, roles: Roles) -> StreamGraphs:
         if len(self._all) >= MOST:

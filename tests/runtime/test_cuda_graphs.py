@@ -354,6 +354,16 @@ def test_free_graphs_are_dropped_for_others() -> None:
     assert 4000 < chain.stats.graph_bytes < 6000
 
 
+def test_a_capture_by_the_caller() -> None:
+    """Where the caller captures calls itself, they run without graphs, on what the slots have."""
+    chain, expected = Chain(), Expected()
+    for i, x in enumerate(inputs(STEPS)):
+        chain.device.current = GraphReason.CAPTURING if i in (7, 9, 10) else 0
+        assert torch.equal(chain(x, W0)[0], expected(x, W0))
+    assert chain.stats.uncaptured[GraphReason.CAPTURING] == 3
+    assert chain.stats.captures == 4, "the graphs from before serve again"
+
+
 def test_an_observed_call_runs_without_graphs() -> None:
     """The observer keeps values that a replay would overwrite."""
     chain, expected, seen = Chain(), Expected(), []
