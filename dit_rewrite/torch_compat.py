@@ -221,5 +221,11 @@ def unbacked_input(size: SymInt) -> SymInt:
 
 
 def copy_each(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
-    """Copy tensors into others of the same shapes, on a GPU with few launches."""
-    _get(torch, "_foreach_copy_")(list(targets), list(sources))
+    """Copy tensors into others of the same shapes: on a GPU with one launch for those of a dtype, if strides agree."""
+    groups: dict[torch.dtype, tuple[list[Tensor], list[Tensor]]] = {}
+    for target, source in zip(targets, sources, strict=True):
+        to, of = groups.setdefault(target.dtype, ([], []))
+        to.append(target)
+        of.append(source)
+    for to, of in groups.values():
+        _get(torch, "_foreach_copy_")(to, of)
