@@ -45,12 +45,12 @@ test-full: $(INSTALLED)
 # that is there, without dependencies, and editable, as the tests and the benchmark run from this folder. Whole models need
 # diffusers, and are skipped without. `make gpu PART=window` runs one part, each of which ends within nine minutes;
 # `make gpu` runs all of them, and goes on behind one that fails. With pytest-xdist the tests compile on several cores.
-GPU_PARTS := static tests tests_window tests_blockwise window change blockwise models
+GPU_PARTS := static tests tests_window tests_blockwise window change blockwise models graphs
 PART ?= $(GPU_PARTS)
 GPU_JOBS ?= 8
 GPU_SECONDS ?= 530
 GPU_TESTS_tests := tests/kernels/test_attention_entropy.py tests/kernels/test_relative_l1.py tests/cli/test_latency.py \
-	tests/end_to_end/test_strategies_cuda.py
+	tests/end_to_end/test_strategies_cuda.py tests/end_to_end/test_cuda_graphs_cuda.py
 GPU_TESTS_tests_window := tests/kernels/test_window_attention.py tests/compiler/test_fuse_window_refresh.py
 GPU_TESTS_tests_blockwise := $(addprefix tests/kernels/test_blockwise_,attention.py bounds.py graph_ops.py interface.py)
 PIP_INSTALL := $(PYTHON) -m pip install --quiet --disable-pip-version-check --no-deps
@@ -76,7 +76,7 @@ gpu_tests gpu_tests_window gpu_tests_blockwise:
 			$(GPU_TESTS_$(@:gpu_%=%)); \
 	fi
 
-gpu_window gpu_change gpu_blockwise gpu_models:
+gpu_window gpu_change gpu_blockwise gpu_models gpu_graphs:
 	$(PYTHON) -m benchmarks.attention --device cuda --part $(@:gpu_%=%) --minutes 6
 
 lint: $(INSTALLED)

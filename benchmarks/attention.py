@@ -6,9 +6,10 @@ the same mask; blockwise attention to conditions of 16 to 4096 keys at several k
 copy. Rows are ratios of alternating runs. The result of every kernel is compared with that of its naive reference
 before it is timed. The results file also has the seconds of each run, its FLOP/s and bytes/s as shares of those of a
 large matrix product and a large copy, and its time over the lower bound that these two imply. If diffusers is
-installed, whole steps of DiT-XL/2-512 and PixArt-Σ at 1024 and 2K pixels follow (attention_models.py); the rest needs
-only torch and triton. `--part` measures one of these groups, in less than nine minutes with compilation, and writes
-results/attention_<part>.json. `--device cpu --tiny` runs every path with the naive references and writes nothing.
+installed, whole steps of DiT-XL/2-512 and PixArt-Σ at 1024 and 2K pixels follow (attention_models.py), and whole
+trajectories with and without CUDA graphs (attention_graphs.py); the rest needs only torch and triton. `--part` measures
+one of these groups, in less than nine minutes with compilation, and writes results/attention_<part>.json. `--device cpu
+--tiny` runs every path with the naive references and writes nothing.
 """
 
 from __future__ import annotations
@@ -25,9 +26,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks import attention_models
+from benchmarks import attention_graphs, attention_models
 from benchmarks.attention_cases import blockwise, ceilings, change, window_attention
 from benchmarks.attention_clock import Bench, DeviceClock, HostClock
+from benchmarks.attention_graphs import Flux
 from benchmarks.attention_models import Geometry
 from benchmarks.timing import report, show
 from dit_rewrite.kernels.window_attention import paper_window
@@ -52,18 +54,19 @@ class Sizes:
     product: int
     bytes_copied: int
     models: tuple[Geometry, ...]
+    graphs: tuple[Geometry | Flux, ...]
 
 
 FULL = Sizes(
     batch=2, heads=16, head_sizes=(72, 128), tokens=(1024, 4096, 16384), grid=(64, 64), grid_window=(8, 8),
     queries=4096, conditions=((16, 16), (120, 120), (300, 300), (1024, 256), (4096, 512)), tile=128,
     changes=((2, 4096, 1152), (2, 16384, 1152), (1 << 29,)), product=8192, bytes_copied=1 << 31,
-    models=attention_models.FULL,
+    models=attention_models.FULL, graphs=attention_graphs.FULL,
 )  # fmt: skip
 TINY = Sizes(
     batch=1, heads=2, head_sizes=(24, 32), tokens=(16, 48), grid=(6, 6), grid_window=(1, 1), queries=64,
     conditions=((16, 16), (40, 16)), tile=16, changes=((2, 8, 24),), product=32, bytes_copied=1 << 12,
-    models=attention_models.TINY,
+    models=attention_models.TINY, graphs=attention_graphs.TINY,
 )  # fmt: skip
 
 
@@ -98,6 +101,13 @@ def models(bench: Bench, sizes: Sizes, like: Tensor) -> Cases:
         yield geometry.title, partial(attention_models.end_to_end, bench, geometry, like, backend)
 
 
+def graphs(bench: Bench, sizes: Sizes, like: Tensor) -> Cases:
+    """FORA(3) over whole trajectories with and without CUDA graphs, if diffusers is installed."""
+    backend = "inductor" if like.is_cuda else "aot_eager"
+    for each in sizes.graphs if has_diffusers() else ():
+        yield f"{each.title}: FORA(3)", partial(attention_graphs.fora, bench, each, like, backend)
+
+
 def conditions(bench: Bench, sizes: Sizes, like: Tensor) -> Cases:
     """Blockwise attention, by the length of the condition."""
     for d in sizes.head_sizes:
@@ -106,7 +116,7 @@ def conditions(bench: Bench, sizes: Sizes, like: Tensor) -> Cases:
             yield title, partial(blockwise, bench, title, shape, keys, block, sizes.tile, like)
 
 
-PARTS = {"window": windows, "change": changes, "models": models, "blockwise": conditions}
+PARTS = {"window": windows, "change": changes, "models": models, "graphs": graphs, "blockwise": conditions}
 
 
 def has_diffusers() -> bool:

@@ -38,6 +38,7 @@ def compile(
     timing: bool = False,
     tables: Tables = "reuse",
     release: bool = False,
+    cuda_graphs: bool = False,
 ) -> Any:
     """Compile a diffusion transformer so that its residual branches are computed or reused as `policy` says.
 
@@ -70,6 +71,10 @@ def compile(
     once the rows of a schedule are computed: they are mapped from a temporary file, and can be read as before.
     `restore` brings them back. Weights on other devices stay where they are.
 
+    With `cuda_graphs=True`, each variant is captured as a CUDA graph after two runs, and replayed from then on, over
+    buffers that the cached values stay in. Variants that cannot be captured run as before, and `stats` counts why; on a
+    CPU that is all of them. The graphs and their buffers outlive a trajectory, until `restore`.
+
     The model is compiled at its first call, for inference only. Raises NotAModule if `model` is not a module,
     BadArgument for other invalid arguments, and PlanMismatch for a policy that was searched for another model.
     """
@@ -87,6 +92,7 @@ def compile(
         "timing": timing,
         "tables": tables,
         "release": release,
+        "cuda_graphs": cuda_graphs,
     }
     return enable(model, policy, **given) if is_pipeline(model) else compile_denoiser(model, policy, **given)
 

@@ -36,6 +36,7 @@ def compile_denoiser(
     timing: bool = False,
     tables: Tables = "reuse",
     release: bool = False,
+    cuda_graphs: bool = False,
 ) -> Any:
     """Compile a module; arguments and errors are those of `compile`."""
     model = _module(model)
@@ -54,6 +55,7 @@ def compile_denoiser(
         timing=timing,
         tables=tables,
         release=release,
+        cuda_graphs=cuda_graphs,
     )
     return attach(model, made, fullgraph, dynamic)
 

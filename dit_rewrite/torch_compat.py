@@ -232,3 +232,14 @@ def unbacked_input(size: SymInt) -> SymInt:
     constrain(fresh.node.expr, lower, upper)
     _get(shape_env, "unbacked_inputs").add(fresh.node.expr)
     return fresh
+
+
+def copy_each(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
+    """Copy tensors into others of the same shapes: on a GPU with one launch for those of a dtype, if strides agree."""
+    groups: dict[torch.dtype, tuple[list[Tensor], list[Tensor]]] = {}
+    for target, source in zip(targets, sources, strict=True):
+        to, of = groups.setdefault(target.dtype, ([], []))
+        to.append(target)
+        of.append(source)
+    for to, of in groups.values():
+        _get(torch, "_foreach_copy_")(to, of)

@@ -60,6 +60,7 @@ class Cache:
         self.hoisted: Memoized | None = None
         self.bookmark = Bookmark()
         self.conditioning: Memoized | None = None  # has no values; `validate_conditioning` compares its inputs
+        self.graphs: Any = None  # the CUDA graphs that serve it, see cuda_graphs.py
         self.stamp: Stamp | None = None
         self.weights: tuple[Any, ...] = ()
         self.ambient: tuple[tuple[Any, int | None], ...] = ()

@@ -107,6 +107,7 @@ class CompiledGraph:
             steady = self._steady(args)
             unfit = cache.validate_conditioning(steady, call.explicit, self._conditioned) or unfit
         inputs = [*args, *self._hoisted(args, cache, call.explicit)]
+        cache.graphs = self.session.graphs(self.index, cache, stamp, self.wiring, self.sites)
         for site, lender in self._borrowing:
             if lender != call.stream.name and (unfit is None or self.sites[site].differs):
                 take = cache.lend if self.sites[site].differs else cache.borrow
@@ -222,7 +223,11 @@ class CompiledGraph:
             if executable.admits is not None and not executable.admits(args):
                 raise SizesNotCompiled
             slots = self._weighted(number, decide, weigh, cache) if self._forecasting[number] else cache.values
-            fresh = execute(executable, wires, slots, self._table(executable, args, cache))
+            table, graphs = self._table(executable, args, cache), cache.graphs
+            if graphs is not None:
+                fresh = graphs.execute((number, row), executable, wires, slots, table, cache)
+            else:
+                fresh = execute(executable, wires, slots, table)
         for wire in segment.spent:
             wires[wire] = None
         return fresh
@@ -251,18 +256,8 @@ class CompiledGraph:
         cache: Cache,
     ) -> None:
         """Record the decisions of a call in the statistics, and call the observer if there is one."""
-        record = Record(
-            call.trajectory.number,
-            call.trajectory.step,
-            call.stream.name,
-            self.index,
-            occurrence,
-            self.names,
-            decided.row,
-            decided.reasons,
-            decided.weights,
-            decided.measured,
-        )
+        when = call.trajectory.number, call.trajectory.step, call.stream.name, self.index, occurrence
+        record = Record(*when, self.names, decided.row, decided.reasons, decided.weights, decided.measured)
         self.session.stats.count(record, decided.misses, decided.counts)
         if self.session.observer is not None:
             position, slots = len(call.graphs) - 1, tuple(cache.values)
@@ -304,8 +299,10 @@ class CompiledGraph:
 
     def _owned(self, decided: Decisions, outputs: Sequence[Any], cache: Cache) -> Sequence[Any]:
         """Return the outputs. Outputs that share storage with a slot are copied, as the caller may modify them."""
-        shared = self._shared.get(decided.kind)
-        if shared is None:  # a variant always aliases the same outputs
+        if cache.graphs is not None and not cache.graphs.plainly:  # the outputs of a replay are copies
+            return outputs
+        shared = self._shared.get(decided.kind) if cache.graphs is None else cache.aliased(outputs)
+        if shared is None:  # without graphs, a variant always aliases the same outputs
             shared = self._shared[decided.kind] = cache.aliased(outputs)
         return [out.clone() if i in shared else out for i, out in enumerate(outputs)] if shared else outputs
 

@@ -14,6 +14,7 @@ from typing import Any
 from torch import Tensor
 
 from dit_rewrite.decision_row import DecisionRow
+from dit_rewrite.errors import GraphReason
 
 
 @dataclass(frozen=True)
@@ -23,7 +24,7 @@ class Executable:
     ``run`` takes the wires ``inputs`` and the cached tensors at ``cached``, pairs of site and index in its slot. It
     returns the wires ``outputs``, followed by the new tensors of the slots at ``fresh``. If compilation specialised on
     sizes that Dynamo does not guard, ``admits`` returns whether the graph's inputs have these sizes. The last inputs of
-    ``run`` are the values of the step table in ``columns``.
+    ``run`` are the values of the step table in ``columns``. ``uncapturable``: why no CUDA graph can be captured of it.
     """
 
     run: Callable[..., Sequence[Any]]
@@ -33,6 +34,7 @@ class Executable:
     fresh: tuple[tuple[int, int], ...]
     admits: Callable[[Sequence[Any]], bool] | None = None
     columns: tuple[str, ...] = ()
+    uncapturable: GraphReason | None = None
 
     @cached_property
     def take(self) -> Callable[[Sequence[Any]], tuple[Any, ...]]:

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
 
-from dit_rewrite.errors import MissReason, NestedTrajectory, StreamReason
-from dit_rewrite.runtime.cache import Cache
+from dit_rewrite.errors import GraphReason, MissReason, NestedTrajectory, StreamReason
+from dit_rewrite.runtime.cache import Cache, Stamp
+from dit_rewrite.runtime.cuda_graphs import Device, Graphs, StreamGraphs
+from dit_rewrite.runtime.decide import SiteSpec
 from dit_rewrite.runtime.history import Moment
 from dit_rewrite.runtime.inputs import Inputs
+from dit_rewrite.runtime.segments import Wiring
 from dit_rewrite.runtime.stats import Record, Stats
 from dit_rewrite.runtime.step_tables import Program, Tables
 from dit_rewrite.runtime.trajectory import (
@@ -97,8 +100,12 @@ class Observation:
 class Session(threading.local):
     """The runtime state of one thread; each thread that calls the model has its own trajectories and cache."""
 
-    def __init__(self, stats: Stats, limit: Callable[[], int] = lambda: sys.maxsize) -> None:
-        """Create a session. `limit` returns the maximum size in bytes of the cache of one trajectory."""
+    def __init__(
+        self, stats: Stats, limit: Callable[[], int] = lambda: sys.maxsize, device: Device | None = None
+    ) -> None:
+        """Create a session. `limit` returns the maximum size in bytes of the cache of one trajectory. `device` captures
+        CUDA graphs, if the caller asked for them.
+        """
         self.stats = stats
         self.explicit: ExplicitTrajectory | None = None
         self.inferred = InferredTrajectory()
@@ -111,6 +118,16 @@ class Session(threading.local):
         self.director: Callable[[Any, list[Any], Call, Cache], Any] | None = None  # if set, decides and runs each graph
         self._limit = limit
         self._tables: dict[int, Tables] = {}  # by graph
+        self._graphs = None if device is None else Graphs(device, stats, limit)
+
+    def graphs(
+        self, graph: int, cache: Cache, stamp: Stamp, wiring: Wiring, sites: Sequence[SiteSpec]
+    ) -> StreamGraphs | None:
+        """Return the CUDA graphs for a call of a graph, or None if it runs without."""
+        if self._graphs is not None and (self.observer is not None or self.director is not None):
+            self.stats.not_captured(GraphReason.OBSERVED)
+            return None
+        return None if self._graphs is None else self._graphs.serve(graph, cache, stamp, wiring, sites)
 
     def tables_of(self, graph: int, program: Program) -> Tables:
         """Return the step tables of a graph."""
@@ -148,6 +165,8 @@ class Session(threading.local):
         if stream.calls == 1 and len(call.trajectory.streams.all) > 1:
             for _ in call.trajectory.streams.evict(self._limit(), stream):
                 self.stats.streams[StreamReason.EVICTED] += 1
+                if self._graphs is not None:
+                    self._graphs.drop_free(1)
 
     def abandon(self, call: Call) -> None:
         """End a call that raised: clear the slots of its stream."""

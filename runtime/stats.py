@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from dit_rewrite.errors import DecisionReason, Reason, StreamReason, TableReason, TrajectoryReason
+from dit_rewrite.errors import DecisionReason, GraphReason, Reason, StreamReason, TableReason, TrajectoryReason
 from dit_rewrite.runtime.block_counts import BlockCounts, Certificate, KeptBlocks
 from dit_rewrite.runtime.decide import Decisions, SiteSpec
 
@@ -47,7 +47,7 @@ class TimedCall(NamedTuple):
     compiles: bool
 
 
-_COUNTERS = ("misses", "trajectories", "streams", "tables")
+_COUNTERS = ("misses", "trajectories", "streams", "tables", "uncaptured")
 _SLOTS: dict[Reason, str] = {
     DecisionReason.WILL_BE_READ: "fill",  # a site that only keeps a value for another site
     DecisionReason.UNREAD: "leave",
@@ -100,6 +100,8 @@ class Stats:
     table_rows: rows of step tables that were computed. table_bytes: the largest size of a graph's rows so far.
     tables: by reason, how often rows were dropped or computed anew, or weights were not released. released_bytes: the
     bytes of weights that are released now.
+    captures, replays: of CUDA graphs; a call replays one for each segment. uncaptured: by reason, how often a segment
+    ran without its graph. graph_bytes: the memory of graphs and their buffers, the slots among them.
     timed: the last 10,000 calls with their times, if the caller asked for these.
     """
 
@@ -122,6 +124,10 @@ class Stats:
     tables: Counter[TableReason] = field(default_factory=Counter)
     timed: deque[TimedCall] = field(default_factory=lambda: deque(maxlen=10_000), repr=False)
     released_bytes: int = 0
+    captures: int = 0
+    replays: int = 0
+    graph_bytes: int = 0
+    uncaptured: Counter[GraphReason] = field(default_factory=Counter)
     blocks: BlockCounts = field(default_factory=BlockCounts, repr=False, compare=False)
     records: deque[Record] = field(default_factory=lambda: deque(maxlen=10_000), repr=False)
     records_seen: int = 0
@@ -218,6 +224,11 @@ class Stats:
         with self.lock:
             self.tables[reason] += count
 
+    def not_captured(self, reason: GraphReason) -> None:
+        """Count a segment that ran without a CUDA graph."""
+        with self.lock:
+            self.uncaptured[reason] += 1
+
     def begin(self, why: TrajectoryReason | None) -> None:
         """Count a new trajectory. `why` is None if the caller marked it."""
         with self.lock:
@@ -233,7 +244,7 @@ class Stats:
     def since(self, earlier: Stats) -> Stats:
         """Return the counts since `earlier`, which `copy` made. Sizes in bytes are not subtracted."""
         numbers = ["calls", "computed", "reused", "variants", "late_variants", "recompiles", "graph_breaks", "hoists"]
-        numbers += ["num_trajectories", "table_rows"]
+        numbers += ["num_trajectories", "table_rows", "captures", "replays"]
         changes: dict[str, Any] = {name: getattr(self, name) - getattr(earlier, name) for name in numbers}
         for name in _COUNTERS:
             changes[name] = getattr(self, name) - getattr(earlier, name)
@@ -265,5 +276,9 @@ class Stats:
         if self.released_bytes:
             lines += [f"{self.released_bytes / 2**20:.2f} MiB of weights released"]
         lines += [f"step table, {n} times: {why}" for why, n in self.tables.most_common()]
+        if self.captures:
+            memory = f"{self.graph_bytes / 2**20:.2f} MiB"
+            lines += [f"{self.captures} CUDA graphs captured, {self.replays} replays, {memory} with buffers"]
+        lines += [f"no CUDA graph, {n} times: {why}" for why, n in self.uncaptured.most_common()]
         lines += [f"stream, {n} times: {why}" for why, n in self.streams.most_common() if n]
         return "\n".join(lines)

@@ -20,6 +20,7 @@ from torch import fx
 from dit_rewrite import torch_compat
 from dit_rewrite.compiler import lowering
 from dit_rewrite.compiler.bind import Bound
+from dit_rewrite.compiler.capturable import refusal
 from dit_rewrite.compiler.foresee import Foreseen
 from dit_rewrite.compiler.lowering import Compiled, Lowering
 from dit_rewrite.compiler.partition import Partition
@@ -37,6 +38,7 @@ from dit_rewrite.passes.pipeline import Context, PassRun, Watch, check_disabled,
 from dit_rewrite.passes.rewrite.hoist import Hoisted
 from dit_rewrite.passes.rewrite.specialise import specialise
 from dit_rewrite.policy.rules import Policy
+from dit_rewrite.runtime.cuda_capture import CudaDevice
 from dit_rewrite.runtime.dispatch import CompiledGraph
 from dit_rewrite.runtime.prologue import Prologue
 from dit_rewrite.runtime.released import Weights
@@ -73,14 +75,16 @@ class Backend:
         timing: bool = False,
         tables: Tables = "reuse",
         release: bool = False,
+        cuda_graphs: bool = False,
     ) -> None:
         """`force` makes every decision compute, and `store` limits the number of sites whose new slot tensors are
         returned; `verify` uses both. `watcher` observes each graph after each pass. The slots of all streams of a
         trajectory take at most `memory_budget` bytes, by default half of the memory of the model's device. `timing`:
         the time of each call is measured, which waits for the device. `tables`: "reuse" if only reusing steps read step
         tables, "all" if computing ones do too. `release`: weights that only rows of step tables are computed from leave
-        the memory. Raises BadArgument if a name in `disable_passes` is not an optional pass, for other values of
-        `memory_budget` and `tables`, or for `release` without "all"."""
+        the memory. `cuda_graphs`: variants are captured as CUDA graphs. Raises BadArgument if a name in
+        `disable_passes` is not an optional pass, for other values of `memory_budget` and `tables`, for `release`
+        without "all", or for `cuda_graphs` where Inductor makes CUDA graphs itself."""
         self.policy, self.lowering, self.force, self.watcher, self.store = policy, lowering, force, watcher, store
         whole = isinstance(memory_budget, int) and not isinstance(memory_budget, bool) and memory_budget >= 0
         if memory_budget is not None and not whole:
@@ -94,7 +98,11 @@ class Backend:
         if release and tables != "all":
             raise BadArgument("compile", "release", release, 'False, or with tables="all"')
         self.release, self.weights = release, Weights(self.stats)
-        self.session = Session(self.stats, self._limit)
+        if cuda_graphs and not lowering.owns_outputs:
+            raise BadArgument(
+                "compile", "cuda_graphs", cuda_graphs, "False, as the options make Inductor capture CUDA graphs"
+            )
+        self.session = Session(self.stats, self._limit, CudaDevice() if cuda_graphs else None)
         self.rewritten: list[Rewritten] = []
         self.breaks: Counter[str] = Counter()  # graph breaks by location and reason
         self._compiles: set[Any] = set()
@@ -242,6 +250,7 @@ class Backend:
             variant.fresh,
             admits,
             variant.columns,
+            refusal(variant.gm),
         )
 
     @staticmethod

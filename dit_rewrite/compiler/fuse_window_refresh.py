@@ -1,8 +1,9 @@
-"""Fuse full attention and the residual to its window attention into one pass over keys and values, if it is faster.
+"""Compute full attention and the residual to its window attention in the fastest way.
 
 A computing step subtracts window attention from the result O of PyTorch's own attention: the residual is R = O - W.
-The op `window_refresh` computes both in one pass. Which is faster depends on the device and the sizes, so it is
-measured once for each combination, and the choice is kept on disk.
+The op `window_refresh` computes both in one pass over keys and values, and `window_residual` has FlexAttention or
+FlashAttention compute W. Which is fastest depends on the device and the sizes, so it is measured once for each
+combination, and the choice is kept on disk.
 """
 
 from __future__ import annotations
@@ -17,13 +18,16 @@ import torch.nn.functional as F
 from torch import Tensor, fx
 
 from dit_rewrite.compiler.measured_choices import choose
-from dit_rewrite.kernels.window_attention import window_refresh, window_reuse
+from dit_rewrite.kernels.window_attention import window_refresh, window_residual, window_reuse
+from dit_rewrite.kernels.window_attention.libraries import available, version
 from dit_rewrite.passes.analysis.attention_sites import arguments
 from dit_rewrite.passes.capture import opaque_attention
 from dit_rewrite.passes.pipeline import Context
 from dit_rewrite.torch_compat import unset_fake_temporarily
 
 REUSE, REFRESH = torch.ops.dit_rewrite.window_reuse.default, torch.ops.dit_rewrite.window_refresh.default
+RESIDUAL = torch.ops.dit_rewrite.window_residual.default
+ONE, TWO = "one", "two"  # how a refresh is computed: in one pass, or by two ops; or the name of a library
 _PLACES = ("query", "key", "value", "residual", "window", "grid", "prefix", "attn_mask", "scale", "suffix", "subtract")
 _DEFAULTS = {"grid": None, "prefix": 0, "attn_mask": None, "scale": None, "suffix": 0, "subtract": False}
 _SHARED = ("query", "key", "value", "attn_mask", "scale")  # arguments that attention and its window must share
@@ -38,16 +42,20 @@ class Refresh(NamedTuple):
 
 
 def run(gm: fx.GraphModule, ctx: Context) -> fx.GraphModule:
-    """The pass: fuse where the fused op is measured to be faster."""
-    fuse(gm, is_faster)
+    """The pass: rewrite each refresh in the way that is measured to be fastest."""
+    fuse(gm, fastest)
     return gm
 
 
-def fuse(gm: fx.GraphModule, faster: Callable[[Refresh], bool]) -> int:
-    """Replace each refresh of a straight-line graph by one op if `faster` returns True. Returns how many there were."""
-    found = [r for node in gm.graph.find_nodes(op="call_function", target=REUSE) if (r := match(node)) and faster(r)]
-    for refresh in found:
-        _write(gm.graph, refresh)
+def fuse(gm: fx.GraphModule, choice: Callable[[Refresh], str]) -> int:
+    """Rewrite each refresh of a straight-line graph, unless `choice` returns TWO. Returns how many were rewritten."""
+    refreshes = [r for node in gm.graph.find_nodes(op="call_function", target=REUSE) if (r := match(node))]
+    found = [(refresh, by) for refresh in refreshes if (by := choice(refresh)) != TWO]
+    for refresh, by in found:
+        if by == ONE:
+            _write(gm.graph, refresh)
+        else:
+            _write_by(gm.graph, refresh, by)
     if found:
         gm.graph.eliminate_dead_code()
         gm.recompile()
@@ -79,6 +87,17 @@ def _write(graph: fx.Graph, refresh: Refresh) -> None:
             replaced.replace_all_uses_with(item)
 
 
+def _write_by(graph: fx.Graph, refresh: Refresh, by: str) -> None:
+    """Let a library compute window attention, and subtract it from the result of the attention."""
+    given, window = refresh.given, refresh.window
+    tensors = tuple(given[name] for name in ("query", "key", "value"))
+    where = tuple(given[name] for name in ("window", "grid", "prefix", "scale", "suffix"))
+    with graph.inserting_before(window):
+        node = graph.call_function(RESIDUAL, (*tensors, refresh.core, by, *where))
+    node.meta = dict(window.meta)
+    window.replace_all_uses_with(node)
+
+
 class _Spec(NamedTuple):
     """The properties of a tensor that the measured time depends on."""
 
@@ -104,16 +123,16 @@ class _Spec(NamedTuple):
         return flat.as_strided(self.shape, self.stride)
 
 
-def is_faster(refresh: Refresh) -> bool:
-    """Return whether one pass is faster than two on the GPU of this refresh; False if sizes are symbolic.
+def fastest(refresh: Refresh) -> str:
+    """Return which way is fastest on the GPU of this refresh; TWO if sizes are symbolic.
 
-    On a CPU it returns False, because the op is a naive reference there and PyTorch's attention is not.
+    On a CPU it returns TWO, because the op is a naive reference there and PyTorch's attention is not.
     """
     given = {name: a.meta["val"] if isinstance(a, fx.Node) else a for name, a in refresh.given.items()}
     specs = tuple(_Spec.of(given[name]) for name in ("query", "key", "value", "attn_mask") if given[name] is not None)
     known = all(isinstance(n, int) for spec in specs for n in (*spec.shape, *spec.stride))
     if not known or any(spec.device.type != "cuda" for spec in specs):
-        return False
+        return TWO
     grid = None if given["grid"] is None else tuple(given["grid"])
     return _measured(specs, tuple(given["window"]), grid, given["prefix"], given["scale"], given["suffix"])
 
@@ -122,8 +141,8 @@ def is_faster(refresh: Refresh) -> bool:
 def _measured(
     specs: tuple[_Spec, ...], window: tuple[int, ...], grid: tuple[int, ...] | None, prefix: int, scale: float | None,
     suffix: int,
-) -> bool:  # fmt: skip
-    """Return whether the fused op is the faster one, as measured now or in an earlier process."""
+) -> str:  # fmt: skip
+    """Return which way is fastest, as measured now or in an earlier process; TWO if none runs."""
     with unset_fake_temporarily(), torch.no_grad():
         query, key, value, *mask = (spec.make() for spec in specs)
         seen = mask[0] if mask else None
@@ -133,9 +152,15 @@ def _measured(
             full = F.scaled_dot_product_attention(query, key, value, seen, scale=scale)
             return window_reuse(query, key, value, full, *where, subtract=True)
 
+        def library(by: str) -> Tensor:
+            full = F.scaled_dot_product_attention(query, key, value, scale=scale)
+            return window_residual(query, key, value, full, by, list(window), where[1], prefix, scale, suffix)
+
+        libraries = available(query, window, prefix, suffix, masked=seen is not None)
         runs: dict[str, Callable[[], object]] = {
-            "one": functools.partial(window_refresh, query, key, value, *where),
-            "two": two,
+            ONE: functools.partial(window_refresh, query, key, value, *where),
+            TWO: two,
+            **{by: functools.partial(library, by) for by in libraries},
         }
         depends_on: dict[str, object] = {
             "tensors": specs,
@@ -143,5 +168,6 @@ def _measured(
             "grid": grid,
             "text": (prefix, suffix),
             "scale": scale,
+            "libraries": [(by, version(by)) for by in libraries],
         }
-        return choose("window_refresh", depends_on, runs) == "one"
+        return choose("window_refresh", depends_on, runs, may_fail=libraries) or TWO

@@ -11,7 +11,7 @@ import functools
 import hashlib
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 
 import torch
@@ -20,8 +20,15 @@ from dit_rewrite.kernels import common, window_attention
 from dit_rewrite.policy.plan import write_whole
 
 
-def choose(what: str, depends_on: Mapping[str, object], runs: Mapping[str, Callable[[], object]]) -> str | None:
+def choose(
+    what: str,
+    depends_on: Mapping[str, object],
+    runs: Mapping[str, Callable[[], object]],
+    may_fail: Collection[str] = (),
+) -> str | None:
     """Return the name of the fastest of `runs`, or None if none of them runs on this device.
+
+    Those in `may_fail` may also raise any error, and are then left out: they are other libraries'.
 
     `depends_on` must have everything that the time of the runs depends on, apart from the device, the versions of torch
     and Triton, and the source of the kernels, which are added here.
@@ -33,7 +40,11 @@ def choose(what: str, depends_on: Mapping[str, object], runs: Mapping[str, Calla
         if content.get("key") == key and content.get("choice") in (*runs, None):
             found: str | None = content["choice"]
             return found
-    times = {name: time for name, run in runs.items() if (time := _milliseconds(run)) is not None}
+    times: dict[str, float] = {}
+    for name, run in runs.items():
+        with contextlib.suppress(*((Exception,) if name in may_fail else ())):
+            if (time := _milliseconds(run)) is not None:
+                times[name] = time
     choice = min(times, key=times.__getitem__, default=None)
     with contextlib.suppress(OSError):  # a read-only disk: the choice holds for this process
         write_whole(path, json.dumps({"key": key, "choice": choice, "milliseconds": times}, indent=1) + "\n")

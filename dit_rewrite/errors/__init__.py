@@ -80,6 +80,7 @@ from dit_rewrite.errors.policy import (
 )
 from dit_rewrite.errors.reasons import (
     DecisionReason,
+    GraphReason,
     LoweringReason,
     MissReason,
     PredictionReason,
@@ -125,6 +126,7 @@ __all__ = [
     "DitRewriteError",
     "ForeignName",
     "GradientsNeeded",
+    "GraphReason",
     "HubUnreachable",
     "KernelError",
     "LayersOutside",

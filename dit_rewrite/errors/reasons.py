@@ -161,6 +161,27 @@ class TableReason(Reason):
     PART_OF_MODEL = "a captured graph is not the whole model, so it is unknown who reads its weights: none is released"
 
 
+class GraphReason(Reason):
+    """CUDA graphs: why a variant ran without one."""
+
+    # in this call
+    WARM_UP = "the variant is run twice before it is captured"
+    MOVED_WEIGHTS = "a weight is at another address than when the variant was captured: it is captured again"
+    CHANGED_NUMBER = "a number has another value than when the variant was captured"
+    CHANGED_LAYOUT = "an input has another shape or dtype than when the variant was captured"
+    SLOT_IN_USE = "the variant would overwrite a cached value that is kept, such as one that is verified"
+    OVER_LIMIT = "captured graphs and their buffers take all the memory that caches may take"
+    OBSERVED = "the session's observer or director keeps values that a replay would overwrite"
+    CAPTURING = "the caller captures the call in a CUDA graph of its own"
+    # always
+    NO_GPU = "the model is not on an NVIDIA GPU, so there are no CUDA graphs"
+    MIXED_DEVICES = "the variant has tensors on several devices, and a captured graph would not read the CPU's again"
+    READS_DEVICE = "the host reads a value or a size from the device, which cannot be captured"
+    STATE_IN_PLACE = "blockwise attention updates its state in place, and the state's counters are read later"
+    WEIGHTS_MOVE = "the addresses of the weights change again and again"
+    CAPTURE_FAILED = "the capture raised an error, see the log"
+
+
 class PredictionReason(Reason):
     """Predictions: why the decisions of a policy cannot be foreseen."""
 

@@ -120,6 +120,7 @@ class Report:
             *self._hoisted(),
             *self._tables(),
             *(() if self.released is None else (f"released  {_quantity(self.released, 1024)}B of weights",)),
+            *self._graphs(),
             "",
             *_table(self._rows()),
         ]
@@ -168,6 +169,14 @@ class Report:
                 yield f"table {i}   {who} {len(table.values)} values: {size}; {weights} serve them alone"
             elif tables is not None and rewritten.reached:
                 yield f"table {i}   none: {tables.why}"
+
+    def _graphs(self) -> Iterator[str]:
+        """Yield a line for the CUDA graphs, and for each reason why a segment ran without one."""
+        if self.measured is not None and self.measured.captures:
+            size = _quantity(self.measured.graph_bytes, 1024)
+            yield f"captured  {self.measured.captures} CUDA graphs, {size}B with buffers"
+        if self.measured is not None:
+            yield from (f"no graph  {n} times: {why}" for why, n in self.measured.uncaptured.most_common())
 
     def _unreached(self, place: Place) -> Reason:
         refused = self.rewritten[place.graph].found.refused

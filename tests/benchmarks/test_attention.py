@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import attention, attention_models, timing
+import dit_rewrite
+from benchmarks import attention, attention_graphs, attention_models, timing
 from benchmarks.attention_cases import blockwise_attention, kept_pairs, new_state, patterns, roofline, shares
 from benchmarks.attention_clock import Bench, Ceilings, HostClock, Run, distance, fastest
 from benchmarks.timing import Row, Spread
@@ -64,6 +65,23 @@ def test_whole_models() -> None:
         assert difference < 1e-5 if name.startswith("full") else 1e-5 < difference < 0.5
     assert [row.what for row in bench.rows] == [f"{title}: {name} / plain" for title, name in differences]
     assert bench.failures == {}
+
+
+def test_trajectories_under_cuda_graphs() -> None:
+    """On a CPU nothing is captured, which is an error on a GPU only."""
+    bench = Bench(HostClock(), 2)
+    for sizes in attention_graphs.TINY:
+        attention_graphs.fora(bench, sizes, torch.empty(0), "aot_eager")
+    names = ["FORA(3)", "FORA(3) under CUDA graphs"]
+    assert [row.what for row in bench.rows] == [
+        f"{sizes.title}: {name} / ideal" for sizes in attention_graphs.TINY for name in names
+    ]
+    assert bench.failures == {}
+    model = dit_rewrite.compile(torch.nn.Linear(2, 2), "never", cuda_graphs=True)
+    with pytest.raises(ValueError, match="no graph was replayed"):
+        attention_graphs.check(model, 0.0, True)
+    with pytest.raises(ValueError, match="= 1"):
+        attention_graphs.check(model, 1.0, False)
 
 
 def test_what_is_wrong_is_not_timed(capsys: pytest.CaptureFixture[str]) -> None:
@@ -165,7 +183,10 @@ def test_when_the_time_is_over(capsys: pytest.CaptureFixture[str]) -> None:
     """The rows without a measurement are named, and the command fails."""
     assert attention.main(["--device", "cpu", "--tiny", "--rounds", "1", "--minutes", "0"]) == 1
     printed = capsys.readouterr().out
-    assert printed.count("FAILED") == 11 + len(attention_models.TINY) and "not measured" in printed
+    assert (
+        printed.count("FAILED") == 11 + len(attention_models.TINY) + len(attention_graphs.TINY)
+        and "not measured" in printed
+    )
 
 
 def test_one_part(capsys: pytest.CaptureFixture[str]) -> None:

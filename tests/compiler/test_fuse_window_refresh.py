@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import functools
+import importlib.util
+import sys
+import types
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 import triton.testing
 from torch import Tensor, fx
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -17,9 +21,11 @@ from triton.runtime.errors import OutOfResources
 import dit_rewrite
 from dit_rewrite import Policy, Rule, Where, WindowResidual
 from dit_rewrite.compiler import fuse_window_refresh
-from dit_rewrite.compiler.fuse_window_refresh import Refresh, fuse, is_faster
+from dit_rewrite.compiler.fuse_window_refresh import ONE, TWO, Refresh, fastest, fuse
+from dit_rewrite.compiler.measured_choices import choose
 from dit_rewrite.guards import step
 from dit_rewrite.kernels.window_attention import window_reuse
+from dit_rewrite.kernels.window_attention.libraries import available
 from dit_rewrite.passes.analysis.site import Part
 from dit_rewrite.passes.capture import opaque_attention
 from dit_rewrite.passes.rewrite.printing import op_counts
@@ -30,8 +36,8 @@ residual = functools.partial(window_reuse, subtract=True)
 Two = Callable[..., tuple[Tensor, Tensor]]
 
 
-def always(_: Refresh) -> bool:
-    return True
+def always(_: Refresh) -> str:
+    return ONE
 
 
 def tensors() -> list[Tensor]:
@@ -120,31 +126,102 @@ def test_what_is_no_refresh(two: Two) -> None:
     assert op_counts(gm) == before
 
 
-def test_only_where_it_is_faster() -> None:
+def test_only_where_it_fastest() -> None:
     gm = traced(plain, *tensors())
-    assert fuse(gm, lambda _: False) == 0
+    assert fuse(gm, lambda _: TWO) == 0
     assert op_counts(gm)["dit_rewrite.window_reuse"] == 1
 
 
 def test_on_a_cpu_nothing_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fuse_window_refresh, "_measured", lambda *_: pytest.fail("measured"))
     gm = traced(plain, *tensors())
-    assert fuse(gm, is_faster) == 0
+    assert fuse(gm, fastest) == 0
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without")
+@pytest.mark.parametrize("by", ["flex", "flash"])
+@pytest.mark.parametrize(
+    "where", [{}, {"scale": 0.5}, {"window": [1, 1], "grid": [2, 5], "prefix": 2}, {"window": [1, 1], "grid": [3, 4]}]
+)
+def test_a_library_computes_the_window(by: str, where: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Attention stays as it is. FlashAttention has windows over a sequence only."""
+    if by == "flash" and "grid" in where:
+        return
+
+    def two(q: Tensor, k: Tensor, v: Tensor) -> Any:
+        return kept(q, k, v, **dict(where))
+
+    monkeypatch.setitem(sys.modules, "flash_attn", types.SimpleNamespace(flash_attn_func=flash))
+    gm, inputs = traced(two, *tensors()), tensors()
+    assert fuse(gm, lambda _: by) == 1
+    counts = op_counts(gm)
+    assert counts["dit_rewrite.window_residual"] == 1 and not counts["dit_rewrite.window_reuse"]
+    for found, expected in zip(gm(*inputs), two(*inputs), strict=True):
+        assert (found - expected).abs().max() < 1e-5 and expected.abs().max() > 0.1
+        assert found.stride() == expected.stride()
+
+
+def flash(q: Tensor, k: Tensor, v: Tensor, softmax_scale: float | None, window_size: tuple[int, int]) -> Tensor:
+    """FlashAttention's function by its documentation: tensors are (B, N, H, d), row i sees i - left to i + right."""
+    row, left, right = torch.arange(q.shape[1]), *window_size
+    seen = (row[:, None] - left <= row) & (row <= row[:, None] + right)
+    turned = (tensor.transpose(1, 2) for tensor in (q, k, v))
+    return F.scaled_dot_product_attention(*turned, seen, scale=softmax_scale).transpose(1, 2).contiguous()
+
+
+def test_registration(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "flash_attn", types.SimpleNamespace(flash_attn_func=flash))
+    q, k, v = (tensor.transpose(0, 1) for tensor in tensors())
+    found = torch.library.opcheck(fuse_window_refresh.RESIDUAL, (q, k, v, v, "flash", (2,)))
+    assert set(found.values()) == {"SUCCESS"}
+
+
+def test_which_libraries_can(monkeypatch: pytest.MonkeyPatch) -> None:
+    query = torch.empty(1, 1, N, D, dtype=torch.bfloat16)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert available(query, [2], 0, 0, masked=False) == ("flex",)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
+    assert available(query, [2], 0, 0, masked=False) == ("flex", "flash")
+    assert available(query, [2], 0, 0, masked=True) == ()
+    for others in ((query.float(), [2], 0, 0), (query, [1, 2], 0, 0), (query, [2], 1, 0), (query, [2], 0, 1)):
+        assert available(*others, masked=False) == ("flex",)
+
+
+def test_a_library_that_fails_is_not_chosen(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Any error of it only leaves it out; one of our own ops is raised."""
+
+    def fail() -> None:
+        raise ValueError("no such head size")
+
+    monkeypatch.setattr(triton.testing, "do_bench", lambda run, return_mode: run() or 1.0)
+    monkeypatch.setenv("DIT_REWRITE_CACHE", str(tmp_path))
+    assert choose("refresh", {}, {"flex": fail, TWO: lambda: None}, may_fail=("flex",)) == TWO
+    with pytest.raises(ValueError, match="no such head size"):
+        choose("another", {}, {ONE: fail, TWO: lambda: None}, may_fail=("flex",))
 
 
 TOO_LARGE = OutOfResources(9, 8, "shared memory")
 
 
 @pytest.mark.parametrize(
-    ("seconds", "fused"), [([1.0, 2.0], True), ([2.0, 1.0], False), ([TOO_LARGE, 1.0], False), ([1.0, TOO_LARGE], True)]
+    ("seconds", "fused"),
+    [
+        ([1.0, 2.0], ONE),
+        ([2.0, 1.0], TWO),
+        ([TOO_LARGE, 1.0], TWO),
+        ([1.0, TOO_LARGE], ONE),
+        ([2.0, 2.0, 1.0], "flex"),
+        ([2.0, 1.0, RuntimeError("no kernel")], TWO),
+        ([TOO_LARGE] * 3, TWO),
+    ],
 )
 def test_what_is_measured(
-    seconds: list[Any], fused: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    seconds: list[Any], fused: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:  # fmt: skip
     """Both versions run once on random tensors like those of the graph. One that does not fit on the device is not the
     faster one. Another process finds the choice on disk, and measures for other arguments or if the file is damaged."""
     timed: list[tuple[Tensor, ...]] = []
-    left = list(seconds)
+    left, mask = list(seconds), MASK.float().expand(2, 3, N, N)
 
     def do_bench(run: Callable[[], Tensor | tuple[Tensor, ...]], return_mode: str) -> float:
         found, result = left.pop(0), run()
@@ -156,11 +233,13 @@ def test_what_is_measured(
     monkeypatch.setattr(triton.testing, "do_bench", do_bench)
     monkeypatch.setenv("DIT_REWRITE_CACHE", str(tmp_path))
     q, k, v = (tensor.transpose(1, 2).contiguous().transpose(1, 2) for tensor in tensors())
-    specs = tuple(map(fuse_window_refresh._Spec.of, (q, k, v, MASK.float().expand(2, 3, N, N))))
+    given = (q, k, v, mask) if len(seconds) == 2 else (q, k, v)
+    specs = tuple(map(fuse_window_refresh._Spec.of, given))
     measured = fuse_window_refresh._measured.__wrapped__
     for _ in range(2):
-        assert measured(specs, (2,), None, 0, None, 0) is fused
-    assert [[t.stride() for t in results] for results in timed] == [[q.stride()] * 2, [q.stride()]]
+        assert measured(specs, (2,), None, 0, None, 0) == fused
+    strides = [[q.stride()] * 2, *[[q.stride()]] * (len(seconds) - 1)]
+    assert [[t.stride() for t in results] for results in timed] == strides
     assert all(result.std() > 0.1 for results in timed for result in results)
     for arguments in [
         ((3,), None, 0, None, 0),
@@ -169,12 +248,12 @@ def test_what_is_measured(
         ((2,), None, 0, None, 1),
     ]:
         left += seconds
-        assert measured(specs, *arguments) is fused and not left
+        assert measured(specs, *arguments) == fused and not left
     assert len(list(tmp_path.iterdir())) == 5
     for file in tmp_path.iterdir():
         file.write_text("{")
     left += seconds
-    assert measured(specs, (2,), None, 0, None, 0) is fused and not left
+    assert measured(specs, (2,), None, 0, None, 0) == fused and not left
 
 
 @pytest.mark.parametrize("name", ["tiny", "pixart_sigma", "stdit"])
@@ -186,8 +265,8 @@ def test_in_a_model(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     policy = Policy((Rule(step % 2 > 0, WindowResidual(0.25), Where(("self",))),))
     found: list[list[Tensor]] = []
     counts = []
-    for faster in (always, lambda _: False):
-        monkeypatch.setattr(fuse_window_refresh, "is_faster", faster)
+    for faster in (always, lambda _: TWO):
+        monkeypatch.setattr(fuse_window_refresh, "fastest", faster)
         fused = []
         monkeypatch.setattr(fuse_window_refresh, "fuse", lambda gm, how, fused=fused: fused.append(fuse(gm, how)))
         torch._dynamo.reset()
@@ -208,10 +287,10 @@ def test_measured_on_a_gpu() -> None:
     """The faster version is chosen once, and gives O and R."""
     inputs = [tensor.cuda() for tensor in tensors()]
     gm = traced(plain, *inputs)
-    chosen = is_faster(
+    chosen = fastest(
         fuse_window_refresh.match(gm.graph.find_nodes(op="call_function", target=fuse_window_refresh.REUSE)[0])
     )  # type: ignore[arg-type]
-    assert fuse(gm, is_faster) == chosen
+    assert fuse(gm, fastest) == (chosen != TWO)
     assert fuse_window_refresh._measured.cache_info().hits == 1
     for found, expected in zip(gm(*inputs), plain(*inputs), strict=True):
         assert (found - expected).abs().max() < 1e-3

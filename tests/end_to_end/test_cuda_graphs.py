@@ -1,0 +1,118 @@
+"""CUDA graphs with a live cache, on whole models: each run equals the same run without graphs, bit for bit.
+
+On a CPU a fake replays; test_cuda_graphs_cuda.py does the same on a GPU.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from sympy import Mod, Ne
+from torch import Tensor
+
+import dit_rewrite
+from dit_rewrite import Policy, Reuse, Rule, ShareGuidance, Where, WindowResidual
+from dit_rewrite.errors import BadArgument, GraphReason
+from dit_rewrite.guards import step
+from dit_rewrite.module import RewrittenModule
+from dit_rewrite.policies import FORA, FirstBlockCache, SpeCa, TaylorSeer, TeaCache
+from dit_rewrite.policy.strategies import Forecast, GuidanceDelta
+from tests.helpers import fake_graphs, tiny
+from tests.helpers.fake_graphs import FakeDevice
+from tests.helpers.tiny import calls, condition, same
+
+STEPS = 9
+slow = pytest.mark.slow
+LATER = Ne(Mod(step, 3), 0)
+
+
+def rule(do: Any, **where: Any) -> Policy:
+    """At two of three steps, do something at these places."""
+    return Policy((Rule(LATER, do, Where(**where)),))
+
+
+POLICIES: dict[str, tuple[Policy, str]] = {
+    "fora": (FORA(3), "variants"),
+    "fora, segments": (FORA(3), "segments"),
+    "int8": (rule(Reuse(store="int8")), "variants"),
+    "forecast": (TaylorSeer(3, order=2), "variants"),
+    "forecast, segments": (TaylorSeer(3, order=2), "segments"),
+    "output": (rule(Reuse(), span="output"), "variants"),
+    "measured": (FirstBlockCache(0.08), "segments"),
+    "measured, lag": (TeaCache(0.1, (1.0, 0.0), lag=1), "variants"),
+    "verified": (SpeCa(0.5), "segments"),
+    "window": (rule(WindowResidual(0.25), kinds=("self",)), "variants"),
+    "shared": (rule(ShareGuidance("cond"), kinds=("self",)), "variants"),
+    "difference": (rule(GuidanceDelta("cond", Forecast(1)), span="output"), "variants"),
+}
+
+
+@pytest.fixture
+def device(monkeypatch: pytest.MonkeyPatch) -> FakeDevice:
+    return fake_graphs.install(monkeypatch)
+
+
+def two_streams(model: RewrittenModule, first: int, keep: Callable[[Tensor], Tensor]) -> list[Tensor]:
+    """The outputs of a conditional and an unconditional call at each step."""
+    streams = {"cond": calls(STEPS, first), "uncond": calls(STEPS, first, condition(first + 50))}
+    found = []
+    with torch.no_grad(), model.trajectory(STEPS):
+        for i in range(STEPS):
+            for name, inputs in streams.items():
+                with model.cache_context(name):
+                    found.append(keep(model(**inputs[i])))
+    return found
+
+
+QUICK = ("fora, segments", "forecast", "verified", "shared")
+
+
+@pytest.mark.parametrize("name", [name if name in QUICK else pytest.param(name, marks=slow) for name in POLICIES])
+def test_two_streams(device: FakeDevice, name: str) -> None:
+    """The outputs themselves are compared, after later calls and trajectories. The last one captures nothing."""
+    policy, lowering = POLICIES[name]
+    model, options = tiny.build(), {"lowering": lowering, "disable_passes": ()}
+    plain = tiny.rewritten(model, policy, **options)
+    captured = tiny.rewritten(model, policy, cuda_graphs=True, **options)
+
+    def keep(output: Tensor) -> Tensor:
+        device.poison()
+        return output
+
+    expected = [output for seed in range(3) for output in two_streams(plain, seed, Tensor.clone)]
+    found = [output for seed in range(2) for output in two_streams(captured, seed, keep)]
+    before = captured.stats()
+    found += two_streams(captured, 2, keep)
+    assert same(found, expected)
+    last = captured.stats().since(before)
+    made, known = ([decision.strategies for decision in model.stats().decisions] for model in (captured, plain))
+    assert made == known
+    assert last.captures == 0 == sum(last.uncaptured.values())
+    assert last.replays >= 2 * STEPS
+
+
+def test_a_model_on_a_cpu() -> None:
+    """It runs as without the option, and both `stats` and `explain` say why."""
+    model = tiny.build()
+    asked = tiny.rewritten(model, cuda_graphs=True)
+    assert same(tiny.outputs(asked, calls(4)), tiny.fora(model, calls(4)))
+    assert asked.stats().uncaptured == {GraphReason.NO_GPU: 4}
+    for text in (str(asked.stats()), str(asked.explain())):
+        assert f"4 times: {GraphReason.NO_GPU}" in text
+
+
+def test_explain(device: FakeDevice) -> None:
+    asked = tiny.rewritten(tiny.build(), cuda_graphs=True)
+    with asked.trajectory(STEPS):
+        tiny.outputs(asked, calls(STEPS))
+    assert "captured  2 CUDA graphs" in str(asked.explain())
+    assert "2 CUDA graphs captured, 5 replays" in str(asked.stats())
+
+
+def test_inductor_makes_no_graphs_of_its_own() -> None:
+    for options in ({"mode": "reduce-overhead"}, {"options": {"triton.cudagraphs": True}}):
+        with pytest.raises(BadArgument, match="cuda_graphs"):
+            dit_rewrite.compile(tiny.build(), FORA(3), cuda_graphs=True, **options)
