@@ -12,9 +12,10 @@ from typing import Any
 
 from dit_rewrite.analysis import plots
 from dit_rewrite.analysis.analyze import analyze
-from dit_rewrite.analysis.compare import summary
+from dit_rewrite.analysis.compare import coefficient_of_variation, predictions, prompt_stability, summary
 from dit_rewrite.analysis.result import Analysis
 from dit_rewrite.cli.generate import load_pipeline
+from dit_rewrite.cli.outcome import Outcome
 from dit_rewrite.errors import BadModel, BadOption
 
 BUNDLED = "dit_rewrite.demo.shapes.calls:build"
@@ -49,20 +50,40 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def run(arguments: argparse.Namespace) -> int:
-    """Run ``python -m dit_rewrite analyze``; an analysis that was interrupted is continued. Returns the exit code."""
+def run(arguments: argparse.Namespace) -> Outcome:
+    """Run ``python -m dit_rewrite analyze``; an analysis that was interrupted is continued."""
     path = arguments.out / FILE
     if arguments.merge:
         found = Analysis.merge([Analysis.load(each) for each in arguments.merge])
         found.save(path)
     else:
         found = _analyze(arguments, path)
-    print(summary(found))
-    print(f"wrote {path}")
-    if arguments.plots:
-        for picture in plots.draw(found, arguments.out):
-            print(f"wrote {picture}")
-    return 0
+    pictures = plots.draw(found, arguments.out) if arguments.plots else []
+    text = "\n".join([summary(found), *(f"wrote {written}" for written in (path, *pictures))])
+    return Outcome(text, {"file": path, "plots": pictures, **as_json(found)})
+
+
+def as_json(found: Analysis) -> dict[str, Any]:
+    """Return the numbers of an analysis: for each quantity its mean relative L1 change, and its stability."""
+    known = dict.fromkeys(row.quantity for row in found.rows())
+    quantities = {
+        name: {
+            "relative_l1": found.overall(name, "relative_l1"),
+            "variation": coefficient_of_variation(found, name)._asdict(),
+            "prompt_correlation": prompt_stability(found, name)._asdict(),
+        }
+        for name in known
+    }
+    predictors = [each._asdict() for each in predictions(found)]
+    return {
+        "model": found.name,
+        "prompts": found.prompts,
+        "steps": found.steps,
+        "settings": found.settings,
+        "quantities": quantities,
+        "predictors": predictors,
+        "refused": found.refused,
+    }
 
 
 def _analyze(arguments: argparse.Namespace, path: Path) -> Analysis:

@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 
 from dit_rewrite.cli.factory import add_model, load
+from dit_rewrite.cli.outcome import Outcome
 from dit_rewrite.search.autopolicy import autopolicy
 from dit_rewrite.search.trials import WHERE
 
@@ -30,11 +31,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--measure", choices=("time", "flops"), default="time", help="flops: for machines under load")
     parser.add_argument("--backend", default="inductor", help="backend that compiles the graphs: inductor or aot_eager")
     parser.add_argument("--out", type=Path, default=Path("policy.json"), help="the file of the policy")
-    parser.add_argument("--json", action="store_true", help="print the certificate as JSON")
 
 
-def run(arguments: argparse.Namespace) -> int:
-    """Run ``dit-rewrite autopolicy``; returns the exit code. Progress goes to stderr."""
+def run(arguments: argparse.Namespace) -> Outcome:
+    """Run ``dit-rewrite autopolicy``; as JSON, its result is the certificate. Progress goes to stderr."""
     loaded = load(arguments)
     found = autopolicy(
         loaded.model,
@@ -53,8 +53,5 @@ def run(arguments: argparse.Namespace) -> int:
         path=arguments.out,
         report=lambda line: print(line, file=sys.stderr),
     )
-    if arguments.json:
-        print(json.dumps(json.loads(arguments.out.read_text(encoding="utf-8"))["certificate"]))
-    else:
-        print(f"{found}\nwrote {arguments.out}")
-    return 0
+    certificate = json.loads(arguments.out.read_text(encoding="utf-8"))["certificate"]
+    return Outcome(f"{found}\nwrote {arguments.out}", {"file": arguments.out, **certificate})

@@ -28,12 +28,12 @@ class Loaded(NamedTuple):
     controls: Mapping[str, Solver]
 
 
-def add_model(parser: argparse.ArgumentParser) -> None:
-    """Add the options that name a model and its sampler."""
+def add_model(parser: argparse.ArgumentParser, steps: str = "steps of a pipeline") -> None:
+    """Add the options that name a model and its sampler. `steps` is the help of the number of steps."""
     parser.add_argument("--model", default=BUNDLED, help="module:factory, a folder of a pipeline, or a hub id")
     parser.add_argument("--prompt", help="prompt, for a text-conditional pipeline")
     parser.add_argument("--label", type=int, nargs="+", help="class numbers, for a class-conditional pipeline")
-    parser.add_argument("--steps", type=int, default=50, help="steps of a pipeline")
+    parser.add_argument("--steps", type=int, default=50, help=steps)
 
 
 def load(arguments: argparse.Namespace) -> Loaded:

@@ -26,6 +26,7 @@ import torch
 from torch import nn
 
 from dit_rewrite.cli.generate import choose_device
+from dit_rewrite.cli.outcome import Outcome
 from dit_rewrite.errors import BadOption, MissingExtra
 
 HEAD_SIZE = 72  # of PixArt
@@ -258,8 +259,8 @@ def require_extras() -> None:
             raise MissingExtra(package, "latency", "benchmark")
 
 
-def run(arguments: argparse.Namespace) -> int:
-    """Run ``python -m dit_rewrite latency``; returns the exit code. Raises BadOption for invalid sizes or devices."""
+def run(arguments: argparse.Namespace) -> Outcome:
+    """Run ``python -m dit_rewrite latency``. Raises BadOption for invalid sizes or devices."""
     require_extras()
     from dit_rewrite.demo.report import hardware, versions
 
@@ -279,4 +280,4 @@ def run(arguments: argparse.Namespace) -> int:
     }  # fmt: skip
     title = f"PixArt, width {geometry.width}, {BATCH} x {geometry.tokens:,} tokens, {kind}, {device.type}"
     write(found, title, settings, arguments.out)
-    return 0
+    return Outcome("", {"folder": arguments.out, **as_json(found, settings)})

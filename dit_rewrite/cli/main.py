@@ -5,15 +5,19 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext, redirect_stdout
 from importlib import import_module
 from pathlib import Path
+from typing import NoReturn
 
-from dit_rewrite.cli import analyze, autopolicy, tune
+from dit_rewrite.cli import analyze, autopolicy, search, tune
+from dit_rewrite.cli.outcome import Outcome
 from dit_rewrite.errors import DitRewriteError
 
 BUNDLED = "dit_rewrite.demo.shapes.calls:build"  # the factory of the bundled denoiser
 FAILED = 2  # the exit code for errors, which argparse also uses for an invalid command line
 INTERRUPTED = 130  # the exit code that a shell gives for Ctrl-C
+EXIT_CODES = f"exit codes: 0 success, 1 a check failed, {FAILED} an error, {INTERRUPTED} interrupted"
 
 
 def positive(text: str) -> int:
@@ -74,7 +78,6 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto")
     parser.add_argument("--out", type=Path, default=Path("image.png"), help="further images get a number")
-    parser.add_argument("--json", action="store_true", help="print the files, the time and the counts as JSON")
 
 
 def _add_latency(parser: argparse.ArgumentParser) -> None:
@@ -112,16 +115,19 @@ def _add_observed(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _add_explain(parser: argparse.ArgumentParser) -> None:
-    _add_observed(parser)
-    parser.add_argument("--json", action="store_true", help="print JSON instead of text")
-
-
 def _add_report(parser: argparse.ArgumentParser) -> None:
     _add_observed(parser)
+    parser.add_argument(
+        "--analysis",
+        type=Path,
+        nargs="+",
+        default=(),
+        metavar="FILE",
+        help="files of `analyze`: the first is drawn, further ones with other schedulers or steps are compared with it",
+    )
     parser.add_argument("--plan", type=Path, help="file of a searched plan, drawn as a heat map")
-    parser.add_argument("--front", type=Path, help="JSON file with the points that tuning found")
-    parser.add_argument("--figures", type=Path, help="folder with plots of the analysis, as SVG or PNG")
+    parser.add_argument("--front", type=Path, help="front.json of `tune`, or another JSON list of points")
+    parser.add_argument("--figures", type=Path, help="folder with further plots, as SVG or PNG")
     parser.add_argument("--images", type=Path, nargs="+", default=(), help="samples to show side by side, PNG or SVG")
     parser.add_argument("--out", type=Path, default=Path("report.html"), help="the page")
 
@@ -133,11 +139,12 @@ COMMANDS = {
         "measure how much a model's tensors change between steps",
     ),
     "autopolicy": (autopolicy.add_arguments, "dit_rewrite.cli.autopolicy", "find a policy from one number"),
-    "demo": (_add_demo, "dit_rewrite.demo.run", "sample images with and without caching, and compare"),
-    "explain": (_add_explain, "dit_rewrite.cli.explain", "show a model's sites, and what a policy saves"),
+    "demo": (_add_demo, "dit_rewrite.cli.demo", "sample images with and without caching, and compare"),
+    "explain": (_add_observed, "dit_rewrite.cli.explain", "show a model's sites, and what a policy saves"),
     "generate": (_add_generate, "dit_rewrite.cli.generate", "run a diffusers pipeline with its denoiser rewritten"),
     "latency": (_add_latency, "dit_rewrite.cli.latency", "time the parts of a text-conditional block"),
     "report": (_add_report, "dit_rewrite.cli.report", "write one HTML page about a model under a policy"),
+    "search": (search.add_arguments, "dit_rewrite.cli.search", "search a plan: a choice for each step and attention"),
     "tune": (tune.add_arguments, "dit_rewrite.cli.tune", "search the parameters of a policy"),
     "verify": (_add_verify, "dit_rewrite.cli.verify", "verify a rewrite against the unmodified model"),
 }
@@ -162,7 +169,11 @@ EXAMPLES = {
     "latency": ("latency --conditions 16,64,256 --width 288",),
     "report": (
         "report --policy fora:interval=3 --steps 50 --out report.html",
-        "report --model ./dit --plan plan.json --figures analysis --images reference.png fora.png",
+        "report --model ./dit --analysis analysis/analysis.safetensors --images reference.png fora.png",
+    ),
+    "search": (
+        "search --delta D4 --conditional first --out plan.json",
+        "search --model ./dit --label 207 --steps 20 --delta 0.1",
     ),
     "tune": (
         "tune --policy fora --space 'interval=2|3|4' 'anchor=start|paper' --sampler grid",
@@ -173,31 +184,45 @@ EXAMPLES = {
 PROGRAM = "python -m dit_rewrite"
 
 
+class _Parser(argparse.ArgumentParser):
+    """A parser whose errors are one line, as those of the commands are."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(FAILED, f"error: {message} ({self.prog} --help shows the options)\n")
+
+
 class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
     """Shows defaults, and keeps the lines of the examples."""
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog=PROGRAM, description=__doc__)
+    parser = _Parser(prog=PROGRAM, description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     for name, (add_arguments, _, summary) in COMMANDS.items():
         lines = "\n".join(f"  {PROGRAM} {line}" for line in EXAMPLES.get(name, ()))
-        examples = f"examples:\n{lines}\n\nexit codes: 0 success, 1 a check failed, {FAILED} an error"
+        examples = f"examples:\n{lines}\n\n{EXIT_CODES}"
         command = commands.add_parser(name, help=summary, description=summary, epilog=examples, formatter_class=_Help)
         add_arguments(command)
+        command.add_argument("--json", action="store_true", help="print the result as one line of JSON on stdout")
         command.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command. Returns 0 for success, 1 for a check that failed, or 2 after an error.
+    """Run one command. Returns 0 for success, 1 for a check that failed, 2 after an error, or 130 if interrupted.
 
-    The message of an error is one line on stderr; with ``--debug`` the error is raised instead.
+    The result is printed on stdout, as text or with ``--json`` as one line of JSON; everything else that is printed
+    then goes to stderr. The message of an error is one line on stderr; with ``--debug`` the error is raised instead.
     """
     arguments = build_parser().parse_args(argv)
     _, module, _ = COMMANDS[arguments.command]
     try:
-        return import_module(module).run(arguments)
+        with redirect_stdout(sys.stderr) if arguments.json else nullcontext():
+            outcome: Outcome = import_module(module).run(arguments)
+        text = outcome.to_json() if arguments.json else outcome.text
+        if text:
+            print(text)
+        return outcome.code
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return INTERRUPTED

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import argparse
 import ast
+import json
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from dit_rewrite.cli.factory import add_model, load
+from dit_rewrite.cli.outcome import Outcome
 from dit_rewrite.errors import BadOption
 from dit_rewrite.policies import parse
 from dit_rewrite.policy.rules import Policy
@@ -34,11 +36,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--no-prune", action="store_true", help="finish trials that are dominated after the first seed")
     parser.add_argument("--backend", default="inductor", help="backend that compiles the graphs: inductor or aot_eager")
     parser.add_argument("--out", type=Path, default=Path("front"), help="folder for the front and its policies")
-    parser.add_argument("--json", action="store_true", help="print the trials as JSON")
 
 
-def run(arguments: argparse.Namespace) -> int:
-    """Run ``dit-rewrite tune``; returns the exit code. Progress goes to stderr."""
+def run(arguments: argparse.Namespace) -> Outcome:
+    """Run ``dit-rewrite tune``. Progress goes to stderr."""
     space = dict(map(parse_values, arguments.space))
     if len(space) < len(arguments.space):
         raise BadOption("tune", "space", " ".join(arguments.space), "each parameter once")
@@ -60,8 +61,7 @@ def run(arguments: argparse.Namespace) -> int:
         report=lambda line: print(line, file=sys.stderr),
     )
     folder = front.save(arguments.out)
-    print(front.to_json() if arguments.json else f"{front.table()}\nwrote {folder}")
-    return 0
+    return Outcome(f"{front.table()}\nwrote {folder}", {"folder": folder, **json.loads(front.to_json())})
 
 
 def maker(text: str) -> Callable[..., Policy]:
