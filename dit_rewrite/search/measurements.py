@@ -33,11 +33,12 @@ STRIDE = 4  # the influence is measured at one step in so many, and interpolated
 
 
 class Candidate(NamedTuple):
-    """Forecasts of a place between computed steps, by weights of one of `STYLES`."""
+    """Forecasts of a place between computed steps, by weights of one of `STYLES`, from at most `depth` values."""
 
     place: Place
     computed: tuple[int, ...]
     style: str
+    depth: int = DEPTH
 
 
 class Tried(NamedTuple):
@@ -124,7 +125,7 @@ class Measurements:
 
     def table(self, candidate: Candidate) -> Fitted:
         """Return the weights of a candidate."""
-        gram, depth = self.places[candidate.place].gram, STYLES[candidate.style]
+        gram, depth = self.places[candidate.place].gram, min(STYLES[candidate.style], candidate.depth)
         rows: list[tuple[float, ...]] = []
         for step in range(self.steps):
             anchors = anchors_of(step, candidate.computed, depth)
@@ -163,12 +164,13 @@ class Measurements:
         self.runs.append(Tried(candidate, predicted, statistics.fmean(errors), statistics.fmean(flops)))
         return self.runs[-1]
 
-    def starts(self, name: Place, count: int) -> list[Candidate]:
-        """Return the candidates from which a search for `count` computed steps starts, without duplicates."""
+    def starts(self, name: Place, count: int, depth: int = DEPTH) -> list[Candidate]:
+        """Return the candidates from which a search for `count` computed steps starts, without duplicates. Their
+        forecasts read at most `depth` values."""
         found = [placements[count - 1].computed for placements in self.places[name].placements]
-        starts = [Candidate(name, computed, "fitted") for computed in found]
+        starts = [Candidate(name, computed, "fitted", depth) for computed in found]
         others = (found[0], even(count, self.steps))
-        return list(dict.fromkeys([*starts, *(Candidate(name, computed, "taylorseer") for computed in others)]))
+        return list(dict.fromkeys([*starts, *(Candidate(name, computed, "taylorseer", depth) for computed in others)]))
 
     def rank_correlation(self) -> float | None:
         """Return Spearman's correlation of predicted and measured errors over all candidates that ran."""

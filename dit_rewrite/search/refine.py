@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping
 
 from dit_rewrite.search.measurements import Candidate, Measurements, Tried
 from dit_rewrite.search.trials import Place
@@ -11,13 +11,14 @@ from dit_rewrite.search.trials import Place
 SHIFTS = (-1, 1, -2, 2)
 
 
-def first_guess(measured: Measurements, places: Sequence[Place], count: int, most: float = math.inf) -> Tried:
-    """Return the best of the starting candidates of all places, by their measured errors.
+def first_guess(measured: Measurements, places: Mapping[Place, int], count: int, most: float = math.inf) -> Tried:
+    """Return the best of the starting candidates of all places, by their measured errors. `places` has the number of
+    values that the forecasts of each may read.
 
     Those that cost at most `most` FLOPs, over those of a run that computes everything, come before the others: a
     forecast of the stack or of branches leaves the rest of the model to compute.
     """
-    tried = [measured.attempt(start) for name in places for start in measured.starts(name, count)]
+    tried = [measured.attempt(start) for name, depth in places.items() for start in measured.starts(name, count, depth)]
     return min(tried, key=lambda one: (one.flops > most, one.error))
 
 

@@ -30,7 +30,7 @@ from dit_rewrite.search.autopolicy import Bound, Search
 from dit_rewrite.search.certificate import AutoPolicy, Errors
 from dit_rewrite.search.measurements import Candidate, Measurements, Tried, rank_correlation
 from dit_rewrite.search.refine import first_guess, refine
-from dit_rewrite.search.trials import Place
+from dit_rewrite.search.trials import DEPTH, Place
 from tests.helpers import tiny
 
 STEPS, BOUNDS = 10, (0.6, 0.25)
@@ -124,11 +124,20 @@ def test_a_bound_on_the_error_holds_on_held_out_seeds(measured: Measurements) ->
     assert len(loose.computed) < len(tight.computed) < STEPS
 
 
-def test_bytes_limit_the_places(measured: Measurements) -> None:
-    kept = autopolicy(tiny.build(), sample, speedup=2, max_bytes=10**6, measurements=measured, **SETTINGS)
-    values = 2 * 8 * tiny.CHANNELS * 4  # bytes of an output
-    assert kept.cache_bytes == values * max(len(row) for row in measured.table(
-        Candidate("output", kept.computed, kept.style)).rows)  # fmt: skip
+@pytest.mark.parametrize(("values", "depth"), [(10, 4), (4, 4), (3, 3), (2, 2)])
+def test_bytes_are_bounded(measured: Measurements, values: int, depth: int) -> None:
+    """Forecasts read as many values as fit. The size is predicted, and measured in a run; the certificate has both."""
+    size = 2 * 8 * tiny.CHANNELS * 4  # bytes of an output
+    kept = autopolicy(tiny.build(), sample, speedup=2, max_bytes=values * size, measurements=measured, **SETTINGS)
+    table = measured.table(Candidate("output", kept.computed, kept.style, depth))
+    assert kept.cache_bytes == kept.peak_bytes == size * max(map(len, table.rows)) <= values * size
+    assert f"{kept.cache_bytes:,} bytes in caches predicted, {kept.peak_bytes:,} measured" in str(kept)
+    model = compile(tiny.build(), kept.policy, backend="aot_eager")
+    sample(model, 5)
+    assert kept.winner == "control" or model.stats().peak_bytes == kept.peak_bytes
+
+
+def test_too_few_bytes_are_refused(measured: Measurements) -> None:
     with pytest.raises(NothingFits, match="bytes"):
         autopolicy(tiny.build(), sample, max_bytes=10, measurements=measured, **SETTINGS)
 
@@ -194,8 +203,8 @@ class Made:
         self.places: dict[Place, Any] = {"output": None}
         self.report = [].append
 
-    def starts(self, name: Place, count: int) -> list[Candidate]:
-        return [Candidate(name, tuple(range(count)), "fitted")]
+    def starts(self, name: Place, count: int, depth: int = DEPTH) -> list[Candidate]:
+        return [Candidate(name, tuple(range(count)), "fitted", depth)]
 
     def predicted(self, candidate: Candidate) -> float:
         return float(abs(candidate.computed[-1] - self.steps // 2))
@@ -210,11 +219,32 @@ class Made:
         return [self.excess * s / len(candidate.computed) ** 2 for s in spread], 0.0
 
 
-def search(made: Made, **bound: float) -> Search:
+def search(made: Made, peak: int = 0, **bound: float) -> Search:
     found = object.__new__(Search)
     found.measured, found.bound, found.held_out = made, Bound(**bound), (5, 6)  # type: ignore[assignment, arg-type]
-    found.trials, found.measure, found.ran, found.places = 0, "flops", 0, ["output"]
+    found.trials, found.measure, found.ran, found.places = 0, "flops", 0, {"output": DEPTH}
+    found.runs = Sizes(peak)  # type: ignore[assignment]
     return found
+
+
+class Sizes:
+    """Runs in which the caches take so many bytes per value that forecasts read."""
+
+    def __init__(self, each: int) -> None:
+        self.each = each
+
+    def peak_bytes(self, candidate: Candidate) -> int:
+        return self.each * candidate.depth
+
+
+def test_caches_that_are_larger_than_predicted_are_made_smaller() -> None:
+    """The bound on the bytes holds in a run, beside another bound; without a place that keeps it there is no policy."""
+    found = search(Made(), peak=10, max_error=0.04, max_bytes=25).run()
+    assert (found.tried.candidate.depth, found.peak_bytes) == (2, 20)
+    assert found.errors.high <= 0.04
+    assert search(Made(), peak=10, speedup=2.0, max_bytes=40).run().tried.candidate.depth == 4
+    with pytest.raises(NothingFits, match="the smallest place took 20 bytes"):
+        search(Made(), peak=10, speedup=2.0, max_bytes=19).run()
 
 
 def test_the_number_of_computed_steps_grows_until_the_held_out_error_fits() -> None:
@@ -291,7 +321,7 @@ def test_cheap_candidates_come_first() -> None:
             stack = candidate.place == "stack"
             return Tried(candidate, 0.0, 0.1 if stack else 0.2, 0.6 if stack else 0.5)
 
-    places: list[Place] = ["output", "stack"]
+    places: dict[Place, int] = {"output": DEPTH, "stack": DEPTH}
     found = [first_guess(TwoPlaces(), places, 3, most).candidate.place for most in (0.5, 0.7, 0.1)]  # type: ignore[arg-type]
     assert found == ["output", "stack", "stack"]
 
