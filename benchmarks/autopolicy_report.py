@@ -32,9 +32,15 @@ the mean over batches of 12 images of seeds that the search never saw, and `same
 [the fidelity benchmark](fidelity.md). `hand-set` is the front of its hand-set policies on these images, interpolated at
 the same FLOPs; the best of about 70 policies on the images that it is judged by has an advantage. `even` is a plan of
 as many evenly spaced computed steps with TaylorSeer's forecasts of the output, among the best by hand, on the unseen
-images. `fewer steps` is the best solver at the same number of calls, on the held-out seeds. Errors differ much
-between images, so that a few images decide a mean.
+images. `fewer steps` is the best solver at the same number of calls, on the held-out seeds. A few images are so
+sensitive that any small error changes them, and they decide the mean of a few dozen images by chance. `typical` is the
+geometric mean over the unseen images, of the policy and of the even plan; the search compares candidates by it.
 """
+
+
+def _typical(unseen: Entry | None, even: Entry | None) -> str:
+    known = [f"{each['typical']:.4f}" for each in (unseen, even) if each is not None and "typical" in each]
+    return ", even ".join(known)
 
 
 def write_page(record: Record, claims: Sequence[Claim], docs: Path, missing: Sequence[str] = ()) -> Path:
@@ -57,10 +63,11 @@ def _claims(toy: str, claims: Sequence[Claim]) -> Iterator[str]:
 
 def _table(toy: str, record: Record, claims: Sequence[Claim]) -> Iterator[str]:
     titles = (
-        "bound, cost, computed, weights, held out, unseen, even, same images, hand-set, fewer steps, winner, search"
+        "bound, cost, computed, weights, held out, unseen, even, typical, same images, hand-set, fewer steps, winner, "
+        "search"
     )
     yield f"| {titles.replace(', ', ' | ')} |"
-    yield "|---|---:|---:|---|---:|---:|---:|---:|---:|---:|---|---:|"
+    yield "|---|---:|---:|---|---:|---:|---:|---:|---:|---:|---:|---|---:|"
     best = {e["bound"]: e for c in claims if c.claim.startswith(f"{toy}: against the best hand") for e in c.evidence}
     for bound, found in record.sections[toy].items():
         unseen = record.sections.get(f"{toy}, unseen", {}).get(bound)
@@ -85,6 +92,7 @@ def _cells(bound: str, found: Entry, unseen: Entry | None, even: Entry | None, b
         f"{found['error']:.4f} ({found['low']:.4f} to {found['high']:.4f})",
         "" if unseen is None else f"{unseen['mean']:.4f} ({unseen['unseen']} images)",
         "" if even is None else f"{even['mean']:.4f}",
+        _typical(unseen, even),
         "" if unseen is None else f"{unseen['fidelity']:.4f}",
         "" if best is None else f"{best['hand_set']:.4f} ({best['policy'][:40]})",
         "" if control is None else f"{control['error']:.4f} ({control['solver']}, {control['steps']})",

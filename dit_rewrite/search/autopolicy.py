@@ -81,8 +81,9 @@ def autopolicy(
     The policy forecasts one of `places` between computed steps that are placed freely. Objective: the sum over the
     forecast steps of the error of the forecast, computed from the values of full runs, times the influence of the step
     on the final image, measured by replacing its value alone. A dynamic programme minimises it for each number of
-    computed steps (`placement`). The best placements run with several weights, and computed steps are moved one at a
-    time while the mean error of the images of `calibration_seeds` falls, for `trials` runs (`refine`). Then the error
+    computed steps (`placement`). The best placements and even ones run with several weights, and computed steps are
+    moved one at a time while the typical error (the geometric mean) of the images of `calibration_seeds` falls, for
+    `trials` runs (`refine`). Then the error
     is measured on `held_out_seeds`; for `max_error` the number of computed steps grows until the upper end of the
     error's 95 % interval is within the bound. `measure="time"` compares the times of compiled runs in alternation;
     "flops" counts FLOPs, for machines under load. `backend` compiles the models.
