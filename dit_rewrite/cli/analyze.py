@@ -20,6 +20,7 @@ from dit_rewrite.errors import BadModel, BadOption
 
 BUNDLED = "dit_rewrite.demo.shapes.calls:build"
 FILE = "analysis.safetensors"
+KEYS = "where keys and values are measured: as the attention reads them, or as projected, before norms and rotations"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -27,20 +28,27 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--model",
         default=BUNDLED,
-        help="module:factory, where the factory takes steps and a seed; a folder; or a hub id",
+        help="a pipeline's folder or hub id, or module:factory, where factory(steps, seed) returns (model, calls)",
     )
     parser.add_argument(
         "--prompts", default="4", help="number of seeds of a factory, or a text file with a prompt on each line"
     )
     parser.add_argument("--steps", type=int, default=28, help="number of steps of each trajectory")
-    parser.add_argument("--distances", type=int, nargs="+", default=[1], help="steps between the compared tensors")
-    parser.add_argument("--keys", choices=("core", "projection"), default="core", help="where keys are measured")
+    parser.add_argument(
+        "--distances", type=int, nargs="+", default=[1], help="distances in steps of the compared tensors"
+    )
+    parser.add_argument("--keys", choices=("core", "projection"), default="core", help=KEYS)
     parser.add_argument("--heads", action="store_true", help="also measure each attention head")
     parser.add_argument("--window", type=float, help="also measure window attention with this fraction of the tokens")
-    parser.add_argument("--conditional", help="conditional half of the batch, first or second, or a stream's name")
-    parser.add_argument("--backend", default="aot_eager", help="aot_eager or inductor")
+    parser.add_argument(
+        "--conditional",
+        help="conditional half of the batch (first or second) or stream, to compare with the unconditional one",
+    )
+    parser.add_argument(
+        "--backend", default="aot_eager", help="backend that compiles the graphs: aot_eager or inductor"
+    )
     parser.add_argument("--out", type=Path, default=Path("analysis"), help="output folder for the analysis and plots")
-    parser.add_argument("--no-plots", dest="plots", action="store_false", help="write the analysis alone")
+    parser.add_argument("--no-plots", dest="plots", action="store_false", help="write no plots")
     parser.add_argument(
         "--merge",
         type=Path,

@@ -8,13 +8,16 @@ from collections.abc import Sequence
 from contextlib import nullcontext, redirect_stdout
 from importlib import import_module
 from pathlib import Path
+from textwrap import fill
 from typing import NoReturn
 
 from dit_rewrite.cli import analyze, autopolicy, search, tune
 from dit_rewrite.cli.outcome import Outcome
+from dit_rewrite.cli.texts import DESCRIPTIONS, EXAMPLES
 from dit_rewrite.errors import DitRewriteError
 
 BUNDLED = "dit_rewrite.demo.shapes.calls:build"  # the factory of the bundled denoiser
+MODEL = "a pipeline's folder or hub id, or module:factory, where factory(steps) returns (model, calls)"
 FAILED = 2  # the exit code for errors, which argparse also uses for an invalid command line
 INTERRUPTED = 130  # the exit code that a shell gives for Ctrl-C
 EXIT_CODES = f"exit codes: 0 success, 1 a check failed, {FAILED} an error, {INTERRUPTED} interrupted"
@@ -63,11 +66,13 @@ def _add_demo(parser: argparse.ArgumentParser) -> None:
 
 def _add_generate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", required=True, help="hub id, or a folder written by save_pretrained")
-    parser.add_argument("--policy", default="fora:interval=3", help="for example fora:interval=3, or never")
+    parser.add_argument(
+        "--policy", default="fora:interval=3", help="name:parameter=value,…, the file of a policy, or never"
+    )
     wanted = parser.add_mutually_exclusive_group(required=True)
     wanted.add_argument("--prompt", nargs="+", help="prompts, for text-conditional pipelines; one image for each")
     wanted.add_argument("--label", type=int, nargs="+", help="class numbers, for class-conditional pipelines")
-    parser.add_argument("--steps", type=positive, default=50)
+    parser.add_argument("--steps", type=positive, default=50, help="number of steps of the scheduler")
     parser.add_argument("--guidance", type=float, help="guidance scale (default: the pipeline's)")
     parser.add_argument("--negative-prompt", help="what the images should not show")
     parser.add_argument("--height", type=positive, help="height in pixels (default: the pipeline's)")
@@ -75,9 +80,14 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--frames", type=positive, help="frames of a video (default: the pipeline's)")
     parser.add_argument("--seed", type=seed, default=0, help="seed of the noise; further prompts take the next seeds")
     parser.add_argument("--backend", default="inductor", help="backend that compiles the graphs: inductor or aot_eager")
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto")
-    parser.add_argument("--out", type=Path, default=Path("image.png"), help="further images get a number")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: a GPU if there is one")
+    parser.add_argument(
+        "--dtype",
+        choices=("auto", "float32", "bfloat16", "float16"),
+        default="auto",
+        help="dtype of the weights; auto: bfloat16 on a GPU, float32 on a CPU",
+    )
+    parser.add_argument("--out", type=Path, default=Path("image.png"), help="the image; further images get a number")
 
 
 def _add_latency(parser: argparse.ArgumentParser) -> None:
@@ -88,27 +98,34 @@ def _add_latency(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tokens", type=positive, default=256, help="number of image tokens, a square number")
     parser.add_argument("--layers", type=positive, default=2, help="number of blocks; the times are averaged over them")
     parser.add_argument("--rounds", type=positive, default=10, help="timed calls per length; the median is reported")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where the model runs")
+    parser.add_argument(
+        "--dtype",
+        choices=("auto", "float32", "bfloat16", "float16"),
+        default="auto",
+        help="dtype of the weights; auto: bfloat16 on a GPU, float32 on a CPU",
+    )
     parser.add_argument("--threads", type=positive, default=1, help="CPU threads; other load disturbs one thread least")
     parser.add_argument("--out", type=Path, default=Path("latency"), help="output folder for the plot and the times")
 
 
 def _add_verify(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", default=BUNDLED, help="module:factory, a folder, or a hub id")
-    parser.add_argument("--policy", default="fora:interval=3", help="for example fora:interval=3")
+    parser.add_argument("--model", default=BUNDLED, help=MODEL)
+    parser.add_argument("--policy", default="fora:interval=3", help="name:parameter=value,…, or the file of a policy")
     parser.add_argument(
         "--backend", default="aot_eager", help="backend that compiles the graphs: aot_eager or inductor"
     )
-    parser.add_argument("--lowering", default="auto", help="auto, variants or segments")
+    parser.add_argument(
+        "--lowering", default="auto", help="how the graphs are compiled: variants, segments, or auto to choose"
+    )
     parser.add_argument("--steps", type=positive, default=12, help="number of steps of the replayed trajectory")
     parser.add_argument("--dump", type=Path, help="output folder for the graphs after each pass and their diffs")
 
 
 def _add_observed(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `cli.observe`."""
-    parser.add_argument("--model", default=BUNDLED, help="module:factory, a folder, or a hub id")
-    parser.add_argument("--policy", default="fora:interval=3", help="for example fora:interval=3")
+    parser.add_argument("--model", default=BUNDLED, help=MODEL)
+    parser.add_argument("--policy", default="fora:interval=3", help="name:parameter=value,…, or the file of a policy")
     parser.add_argument("--steps", type=positive, default=12, help="number of steps of the trajectory")
     parser.add_argument(
         "--backend", default="aot_eager", help="backend that compiles the graphs: aot_eager or inductor"
@@ -138,7 +155,7 @@ COMMANDS = {
         "dit_rewrite.cli.analyze",
         "measure how much a model's tensors change between steps",
     ),
-    "autopolicy": (autopolicy.add_arguments, "dit_rewrite.cli.autopolicy", "find a policy from one number"),
+    "autopolicy": (autopolicy.add_arguments, "dit_rewrite.cli.autopolicy", "find the best policy under one bound"),
     "demo": (_add_demo, "dit_rewrite.cli.demo", "sample images with and without caching, and compare"),
     "explain": (_add_observed, "dit_rewrite.cli.explain", "show a model's sites, and what a policy saves"),
     "generate": (_add_generate, "dit_rewrite.cli.generate", "run a diffusers pipeline with its denoiser rewritten"),
@@ -150,38 +167,8 @@ COMMANDS = {
 }
 
 
-# command lines for the help of each command, without the name of the program
-EXAMPLES = {
-    "analyze": ("analyze --prompts 8 --out analysis", "analyze --model ./dit --prompts prompts.txt --steps 28 --heads"),
-    "autopolicy": (
-        "autopolicy --speedup 3 --out policy.json",
-        "autopolicy --model my_package.my_module:factory --max-error 0.02",
-    ),
-    "demo": ("demo", "demo --images 4 --intervals 2 3 --out demo"),
-    "explain": (
-        "explain --policy taylorseer:interval=3 --steps 50",
-        "explain --model my_package.models:build --policy fora:interval=2 --json",
-    ),
-    "generate": (
-        "generate --model facebook/DiT-XL-2-256 --label 207 --policy fora:interval=3",
-        "generate --model ./wan --prompt 'a cat on a sofa' 'a dog' --negative-prompt blurry --frames 17 --seed 7",
-    ),
-    "latency": ("latency --conditions 16,64,256 --width 288",),
-    "report": (
-        "report --policy fora:interval=3 --steps 50 --out report.html",
-        "report --model ./dit --analysis analysis/analysis.safetensors --images reference.png fora.png",
-    ),
-    "search": (
-        "search --delta D4 --conditional first --out plan.json",
-        "search --model ./dit --label 207 --steps 20 --delta 0.1",
-    ),
-    "tune": (
-        "tune --policy fora --space 'interval=2|3|4' 'anchor=start|paper' --sampler grid",
-        "tune --policy dqar --space 'warmup=0.0..0.4' --trials 30 --storage dqar.journal",
-    ),
-    "verify": ("verify", "verify --model my_package.models:build --policy fora:interval=3 --dump graphs"),
-}
 PROGRAM = "python -m dit_rewrite"
+DESCRIPTION = "Compile diffusion transformers so that they reuse values that change little between steps."
 
 
 class _Parser(argparse.ArgumentParser):
@@ -192,16 +179,21 @@ class _Parser(argparse.ArgumentParser):
 
 
 class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Shows defaults, and keeps the lines of the examples."""
+    """Shows the defaults of options that have a value, and keeps the lines of descriptions and examples."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        plain = action.default is None or isinstance(action.default, bool) or action.default == ()
+        return action.help if plain else super()._get_help_string(action)
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog=PROGRAM, description=__doc__)
+    parser = _Parser(prog=PROGRAM, description=DESCRIPTION)
     commands = parser.add_subparsers(dest="command", required=True)
     for name, (add_arguments, _, summary) in COMMANDS.items():
-        lines = "\n".join(f"  {PROGRAM} {line}" for line in EXAMPLES.get(name, ()))
+        lines = "\n".join(f"  {PROGRAM} {line}" for line in EXAMPLES[name])
+        about = fill(" ".join(DESCRIPTIONS[name].split()), 100)
         examples = f"examples:\n{lines}\n\n{EXIT_CODES}"
-        command = commands.add_parser(name, help=summary, description=summary, epilog=examples, formatter_class=_Help)
+        command = commands.add_parser(name, help=summary, description=about, epilog=examples, formatter_class=_Help)
         add_arguments(command)
         command.add_argument("--json", action="store_true", help="print the result as one line of JSON on stdout")
         command.add_argument("--debug", action="store_true", help="show the traceback of an error")

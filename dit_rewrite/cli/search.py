@@ -27,12 +27,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--conditional",
         choices=("first", "second"),
-        help="conditional half of the batch; without it, guidance is not shared (ASC)",
+        help="conditional half of the batch; without it, attention is not shared across guidance",
     )
     parser.add_argument("--window", type=float, default=0.125, help="window of attention, as a fraction of the tokens")
     parser.add_argument("--seeds", type=int, default=1, help="number of trajectories that the search samples")
     parser.add_argument("--backend", default="inductor", help="backend that compiles the graphs: inductor or aot_eager")
-    parser.add_argument("--out", type=Path, default=Path("plan.json"), help="the file of the plan")
+    parser.add_argument("--out", type=Path, default=Path("plan.json"), help="output file for the plan")
 
 
 def run(arguments: argparse.Namespace) -> Outcome:

@@ -24,16 +24,34 @@ from dit_rewrite.search.tune import Range, tune
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of the command."""
     add_model(parser)
-    parser.add_argument("--policy", required=True, help="a policy, with its fixed parameters: dqar:layer_fraction=0.5")
-    parser.add_argument("--space", nargs="+", required=True, help="name=a|b|c, name=low..high, or name=low..high:log")
-    parser.add_argument("--sampler", choices=("grid", "tpe", "nsga2"), default="tpe")
+    parser.add_argument(
+        "--policy", required=True, help="a policy with its fixed parameters, such as dqar:layer_fraction=0.5"
+    )
+    parser.add_argument(
+        "--space",
+        nargs="+",
+        required=True,
+        help="the other parameters: name=a|b|c, name=low..high, or name=low..high:log",
+    )
+    parser.add_argument("--sampler", choices=("grid", "tpe", "nsga2"), default="tpe", help="how parameters are chosen")
     parser.add_argument("--trials", type=int, help="number of trials; a grid needs none")
-    parser.add_argument("--objectives", nargs="+", choices=("error", "flops", "time"), default=["error", "flops"])
+    parser.add_argument(
+        "--objectives",
+        nargs="+",
+        choices=("error", "flops", "time"),
+        default=["error", "flops"],
+        help="measurements to minimise, relative to a run that computes everything",
+    )
     parser.add_argument("--storage", help="a journal file, or the URL of a database; several processes may share it")
     parser.add_argument("--study", default="dit_rewrite", help="name of the study in the storage")
     parser.add_argument("--seeds", type=int, default=2, help="number of seeds that each trial runs")
-    parser.add_argument("--no-prune", action="store_true", help="finish trials that are dominated after the first seed")
+    parser.add_argument(
+        "--no-prune",
+        action="store_true",
+        help="also finish trials that are much worse than others after their first seeds",
+    )
     parser.add_argument("--backend", default="inductor", help="backend that compiles the graphs: inductor or aot_eager")
     parser.add_argument("--out", type=Path, default=Path("front"), help="folder for the front and its policies")
 

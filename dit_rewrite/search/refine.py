@@ -1,4 +1,4 @@
-"""Local search over placements, with measured errors: it moves computed steps while the true error falls."""
+"""Local search over placements: it moves computed steps while the measured error falls."""
 
 from __future__ import annotations
 

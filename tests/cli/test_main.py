@@ -17,6 +17,7 @@ from dit_rewrite.cli import main, progress
 from dit_rewrite.cli.generate import call_arguments
 from dit_rewrite.cli.main import COMMANDS, EXAMPLES, FAILED, INTERRUPTED, build_parser
 from dit_rewrite.cli.outcome import Outcome
+from dit_rewrite.cli.texts import DESCRIPTIONS
 from dit_rewrite.errors import UnknownInput
 
 NEEDED = {"generate": ["--model", "m", "--label", "1"], "tune": ["--policy", "fora", "--space", "interval=2|3"]}
@@ -31,6 +32,10 @@ def test_help_has_examples(command: str, capsys: pytest.CaptureFixture[str]) -> 
     said = capsys.readouterr().out
     assert "exit codes: 0 success, 1 a check failed, 2 an error, 130 interrupted" in said
     assert "--json" in said and "--debug" in said
+    assert " ".join(DESCRIPTIONS[command].split()) in " ".join(said.split())
+    assert "(default: None)" not in said and "(default: False)" not in said
+    options = next(iter(build_parser()._subparsers._group_actions)).choices[command]._actions  # type: ignore[union-attr, index]
+    assert all(option.help for option in options), "each option says what it is"
     for line in EXAMPLES[command]:
         assert f"python -m dit_rewrite {line}" in said
         assert build_parser().parse_args(shlex.split(line)).command == command
