@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from functools import partial
+from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from dit_rewrite.errors import BadOption
 from dit_rewrite.policy.plan import SHARED, Choice, Plan
 from dit_rewrite.search.greedy import DELTAS, STRATEGIES
 from dit_rewrite.search.segment_runner import greedy_plan
+from dit_rewrite.search.trials import Sample
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -43,7 +44,7 @@ def run(arguments: argparse.Namespace) -> Outcome:
     loaded = load(arguments)
     plan = greedy_plan(
         loaded.model,
-        [partial(loaded.sample, seed=seed) for seed in range(arguments.seeds)],
+        [_seeded(loaded.sample, seed) for seed in range(arguments.seeds)],
         delta,
         frozenset(choice for choice in STRATEGIES if arguments.conditional or choice not in SHARED),
         steps=arguments.steps,
@@ -54,6 +55,10 @@ def run(arguments: argparse.Namespace) -> Outcome:
         progress=sys.stderr.isatty() and find_spec("rich") is not None,
     )
     return Outcome(as_text(plan, arguments.out), {"file": arguments.out, **as_json(plan)})
+
+
+def _seeded(sample: Sample, seed: int) -> Callable[[Any], object]:
+    return lambda denoiser: sample(denoiser, seed)
 
 
 def threshold(text: str) -> float:

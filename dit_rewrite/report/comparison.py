@@ -53,17 +53,22 @@ def side_by_side(
     how = "" if guess is None else "by FLOPs" if guess.roofline is None else "by times"
     whole = None if guess is None or guess.roofline is None else guess.plain_seconds
     rows += [
-        ("speed-up", _cell(guess and guess.speedup, "{:.2f} " + how), _cell(ran and ran.speedup, "{:.2f}")),
+        ("speed-up", _cell(_of(guess, "speedup"), "{:.2f} " + how), _cell(_of(ran, "speedup"), "{:.2f}")),
         ("ms of a call that computes everything", _cell(whole, "{:.3g}", 1000),
-         _cell(ran and ran.computing_seconds, "{:.3g}", 1000)),
+         _cell(_of(ran, "computing_seconds"), "{:.3g}", 1000)),
         ("Recomp % (predicted: of the branches; measured: of the guarded sites)",
-         _cell(guess and guess.recomputed_fraction, "{:.1f}", 100),
-         _cell(ran and ran.recomputed_fraction, "{:.1f}", 100)),
-        ("bytes in slots", f"{slot_bytes:,}", _cell(ran and ran.peak_bytes, "{:,}")),
+         _cell(_of(guess, "recomputed_fraction"), "{:.1f}", 100),
+         _cell(_of(ran, "recomputed_fraction"), "{:.1f}", 100)),
+        ("bytes in slots", f"{slot_bytes:,}", _cell(_of(ran, "peak_bytes"), "{:,}")),
     ]  # fmt: skip
     counts = {} if guess is None else guess.counts
     rows += [(f"{kind} branches that compute", f"{some} of {total}", "") for kind, (some, total) in counts.items()]
     return rows
+
+
+def _of(costs: Prediction | Stats | None, name: str) -> float | None:
+    found: float | None = None if costs is None else getattr(costs, name)
+    return found
 
 
 def _cell(value: float | None, text: str, factor: int = 1) -> str:
