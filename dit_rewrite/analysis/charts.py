@@ -57,16 +57,18 @@ def _numbers(analysis: Analysis) -> list[Cells]:
 
 
 def _correlation(found: compare.Correlation) -> str:
-    return f"{found.mean:.2f} (lowest tenth {found.low:.2f}, {found.number} pairs)" if found.number else ""
+    return f"{found.mean:.2f} (lowest tenth {found.low:.2f}, {found.number} in all)" if found.number else ""
 
 
 def _charts(analysis: Analysis) -> Iterator[Chart]:
     ends = "step 0", f"step {analysis.steps - 1}"
     for quantity, rows in _measured(analysis):
         lines = {plots.label(row): _values(analysis.mean(row)) for row in rows}
-        yield line_chart(f"{quantity}: mean |x - y| to the step before, by layer", lines, ends)
+        yield line_chart(
+            f"{quantity}: mean |x - y| of consecutive steps, by layer (first: violet, last: red)", lines, ends
+        )
         if len(rows) > 1:
-            yield map_chart(f"{quantity}: mean |x - y|, layer by step", lines)
+            yield map_chart(f"{quantity}: mean |x - y| of consecutive steps", lines)
     if len({row.distance for row in analysis.table.rows} - {0}) > 1:
         for row in analysis.rows(quantity=str(Quantity.OUTPUT))[:1]:
             alike = plots.step_similarity(analysis, row)

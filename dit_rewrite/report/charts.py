@@ -127,8 +127,8 @@ def _time_chart(known: Mapping[str, Sequence[float]]) -> Chart:
         for i, each in enumerate(seconds):
             tall = round(height * each / most, 2)
             x = round(LABELS + i * step + number * width, 2)
-            bars.append(Bar(kind, x, round(height - tall, 2), round(width, 2), tall, f"{i}: {1000 * each:.3g} ms"))
-    return Chart("Time of each call", tuple(known), [Label(f"{1000 * most:.3g} ms", 10)], bars, height)
+            bars.append(Bar(kind, x, round(height - tall, 2), round(width, 2), tall, f"{i}: {1000 * each:,.2f} ms"))
+    return Chart("Time of each call", tuple(known), [Label(f"{1000 * most:,.2f} ms", 10)], bars, height)
 
 
 def map_chart(name: str, rows: Mapping[str, Sequence[float]]) -> Chart:

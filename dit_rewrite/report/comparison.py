@@ -54,8 +54,8 @@ def side_by_side(
     whole = None if guess is None or guess.roofline is None else guess.plain_seconds
     rows += [
         ("speed-up", _cell(_of(guess, "speedup"), "{:.2f} " + how), _cell(_of(ran, "speedup"), "{:.2f}")),
-        ("ms of a call that computes everything", _cell(whole, "{:.3g}", 1000),
-         _cell(_of(ran, "computing_seconds"), "{:.3g}", 1000)),
+        ("ms of a call that computes everything", _cell(whole, "{:,.2f}", 1000),
+         _cell(_of(ran, "computing_seconds"), "{:,.2f}", 1000)),
         ("Recomp % (predicted: of the branches; measured: of the guarded sites)",
          _cell(_of(guess, "recomputed_fraction"), "{:.1f}", 100),
          _cell(_of(ran, "recomputed_fraction"), "{:.1f}", 100)),

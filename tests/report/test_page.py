@@ -108,9 +108,9 @@ def test_the_analysis_is_drawn(page: Page) -> None:
     redundancy, stability, errors = (found[name] for name in ("redundancy", "stability", "reuse-errors"))
     names = [chart.name.partition(",")[0] for chart in redundancy.charts]
     assert names == [
-        "branch: mean |x - y| to the step before",
-        "branch: mean |x - y|",
-        "output: mean |x - y| to the step before",
+        "branch: mean |x - y| of consecutive steps",
+        "branch: mean |x - y| of consecutive steps",
+        "output: mean |x - y| of consecutive steps",
         "output: cosine of each two steps",
     ]
     lines, cells = redundancy.charts[:2]
