@@ -16,9 +16,11 @@ Written by `python -m benchmarks.autopolicy` from `autopolicy.json`.
 
 `dit_rewrite.autopolicy(model, sample, speedup=3)` takes a number and returns a policy. It measures the model: the
 values of full runs, and the influence of each step on the final image. From these a dynamic programme places the
-computed steps for each possible number of them, with fitted weights for the forecasts between. The best placements run;
-computed steps are moved while the measured error falls; the error is measured on held-out seeds; and fewer steps of the
-best solver at the same cost run as the control, which is returned where it is better.
+computed steps for each possible number of them, with fitted weights for the forecasts between. The best placements run,
+and so do evenly spaced ones, as one would set by hand; computed steps are moved while the measured error falls; the
+error is measured on held-out seeds; and fewer steps of the best solver at the same cost run as the control, which is
+returned where it is better. `max_bytes=` bounds the size of the caches beside another bound: forecasts then read fewer
+earlier values, and the certificate has the predicted size and the largest one in a run.
 
 ```python
 found = dit_rewrite.autopolicy(model, sample, speedup=3, controls={"DPM-Solver++ 2M": fewer_steps})
