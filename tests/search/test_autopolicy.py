@@ -365,6 +365,7 @@ def test_stack_and_branches_are_places_too() -> None:
     settings = SETTINGS | {"places": ("stack", "branches"), "trials": 1}
     found = autopolicy(tiny.build(), sample, speedup=1.5, **settings)
     assert found.place in ("stack", "branches") and found.cost <= 1 / 1.5
+    assert found.peak_bytes == found.cache_bytes > 0
     model = compile(tiny.build(), found.policy, backend="aot_eager")
     error = relative_l2(sample(model, 5), sample(tiny.build(), 5))
     assert error == pytest.approx(found.errors.each[0], rel=1e-3)
