@@ -16,9 +16,11 @@ Written by `python -m benchmarks.autopolicy` from `autopolicy.json`.
 
 `dit_rewrite.autopolicy(model, sample, speedup=3)` takes a number and returns a policy. It measures the model: the
 values of full runs, and the influence of each step on the final image. From these a dynamic programme places the
-computed steps for each possible number of them, with fitted weights for the forecasts between. The best placements run;
-computed steps are moved while the measured error falls; the error is measured on held-out seeds; and fewer steps of the
-best solver at the same cost run as the control, which is returned where it is better.
+computed steps for each possible number of them, with fitted weights for the forecasts between. The best placements run,
+and so do evenly spaced ones, as one would set by hand; computed steps are moved while the measured error falls; the
+error is measured on held-out seeds; and fewer steps of the best solver at the same cost run as the control, which is
+returned where it is better. `max_bytes=` bounds the size of the caches beside another bound: forecasts then read fewer
+earlier values, and the certificate has the predicted size and the largest one in a run.
 
 ```python
 found = dit_rewrite.autopolicy(model, sample, speedup=3, controls={"DPM-Solver++ 2M": fewer_steps})
@@ -32,9 +34,15 @@ the mean over batches of 12 images of seeds that the search never saw, and `same
 [the fidelity benchmark](fidelity.md). `hand-set` is the front of its hand-set policies on these images, interpolated at
 the same FLOPs; the best of about 70 policies on the images that it is judged by has an advantage. `even` is a plan of
 as many evenly spaced computed steps with TaylorSeer's forecasts of the output, among the best by hand, on the unseen
-images. `fewer steps` is the best solver at the same number of calls, on the held-out seeds. Errors differ much
-between images, so that a few images decide a mean.
+images. `fewer steps` is the best solver at the same number of calls, on the held-out seeds. A few images are so
+sensitive that any small error changes them, and they decide the mean of a few dozen images by chance. `typical` is the
+geometric mean over the unseen images, of the policy and of the even plan; the search compares candidates by it.
 """
+
+
+def _typical(unseen: Entry | None, even: Entry | None) -> str:
+    known = [f"{each['typical']:.4f}" for each in (unseen, even) if each is not None and "typical" in each]
+    return ", even ".join(known)
 
 
 def write_page(record: Record, claims: Sequence[Claim], docs: Path, missing: Sequence[str] = ()) -> Path:
@@ -57,10 +65,11 @@ def _claims(toy: str, claims: Sequence[Claim]) -> Iterator[str]:
 
 def _table(toy: str, record: Record, claims: Sequence[Claim]) -> Iterator[str]:
     titles = (
-        "bound, cost, computed, weights, held out, unseen, even, same images, hand-set, fewer steps, winner, search"
+        "bound, cost, computed, weights, held out, unseen, even, typical, same images, hand-set, fewer steps, winner, "
+        "search"
     )
     yield f"| {titles.replace(', ', ' | ')} |"
-    yield "|---|---:|---:|---|---:|---:|---:|---:|---:|---:|---|---:|"
+    yield "|---|---:|---:|---|---:|---:|---:|---:|---:|---:|---:|---|---:|"
     best = {e["bound"]: e for c in claims if c.claim.startswith(f"{toy}: against the best hand") for e in c.evidence}
     for bound, found in record.sections[toy].items():
         unseen = record.sections.get(f"{toy}, unseen", {}).get(bound)
@@ -85,6 +94,7 @@ def _cells(bound: str, found: Entry, unseen: Entry | None, even: Entry | None, b
         f"{found['error']:.4f} ({found['low']:.4f} to {found['high']:.4f})",
         "" if unseen is None else f"{unseen['mean']:.4f} ({unseen['unseen']} images)",
         "" if even is None else f"{even['mean']:.4f}",
+        _typical(unseen, even),
         "" if unseen is None else f"{unseen['fidelity']:.4f}",
         "" if best is None else f"{best['hand_set']:.4f} ({best['policy'][:40]})",
         "" if control is None else f"{control['error']:.4f} ({control['solver']}, {control['steps']})",

@@ -28,7 +28,7 @@ def lines(analysis: Analysis, quantity: str, path: str | Path, measure: str = "l
     for row in rows:
         mean, spread = analysis.mean(row, measure), analysis.deviation(row, measure)
         color = colors(row.layer / depth)
-        axes.plot(range(len(mean)), mean.numpy(), color=color, label=_name(row), linewidth=1)
+        axes.plot(range(len(mean)), mean.numpy(), color=color, label=label(row), linewidth=1)
         band = (mean - spread).numpy(), (mean + spread).numpy()
         axes.fill_between(range(len(mean)), *band, color=color, alpha=0.12, linewidth=0)
     axes.set(xlabel="step", ylabel=f"{measure} of {quantity}", title=f"{analysis.name}: {quantity} by layer")
@@ -45,7 +45,7 @@ def heat_map(analysis: Analysis, quantity: str, path: str | Path, measure: str =
     picture = axes.imshow(values.numpy(), aspect="auto", origin="lower", interpolation="nearest")
     figure.colorbar(picture, label=measure)
     if len(rows) <= 40:
-        axes.set_yticks(range(len(rows)), [_name(row) for row in rows], fontsize=5)
+        axes.set_yticks(range(len(rows)), [label(row) for row in rows], fontsize=5)
     axes.set(xlabel="step", ylabel="layer", title=f"{analysis.name}: {quantity}")
     return _saved(figure, path)
 
@@ -68,7 +68,7 @@ def similarity_map(analysis: Analysis, row: Row, path: str | Path, measure: str 
     figure, axes = _figure(square=True)
     picture = axes.imshow(step_similarity(analysis, row._replace(distance=1), measure).numpy(), origin="lower")
     figure.colorbar(picture, label=measure)
-    axes.set(xlabel="step", ylabel="step", title=f"{_name(row)}: {row.quantity}")
+    axes.set(xlabel="step", ylabel="step", title=f"{label(row)}: {row.quantity}")
     return _saved(figure, path)
 
 
@@ -114,7 +114,7 @@ def _rows(analysis: Analysis, quantity: str, conditions: Mapping[str, Any]) -> l
     return sorted(rows, key=lambda row: (row.modality, row.stream, row.layer))
 
 
-def _name(row: Row) -> str:
+def label(row: Row) -> str:
     return " ".join([row.site, *(text for text in (row.modality, row.stream) if text not in ("all", "0", "None"))])
 
 

@@ -73,6 +73,10 @@ class Analysis:
         """Return the mean of a measure over the prompts, by step; NaN where there is none."""
         return self.table.means[self.table.index(row), :, _number(measure)]
 
+    def overall(self, quantity: str, measure: str = "l1") -> float:
+        """Return the mean of a measure of a quantity over its rows, the steps and the prompts."""
+        return float(torch.stack([self.mean(row, measure) for row in self.rows(quantity=str(quantity))]).nanmean())
+
     def deviation(self, row: Row, measure: str = "l1") -> Tensor:
         """Return the standard deviation of a measure over the prompts, by step."""
         return self.table.deviations[self.table.index(row), :, _number(measure)]

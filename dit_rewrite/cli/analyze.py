@@ -12,13 +12,15 @@ from typing import Any
 
 from dit_rewrite.analysis import plots
 from dit_rewrite.analysis.analyze import analyze
-from dit_rewrite.analysis.compare import summary
+from dit_rewrite.analysis.compare import coefficient_of_variation, predictions, prompt_stability, summary
 from dit_rewrite.analysis.result import Analysis
 from dit_rewrite.cli.generate import load_pipeline
+from dit_rewrite.cli.outcome import Outcome
 from dit_rewrite.errors import BadModel, BadOption
 
 BUNDLED = "dit_rewrite.demo.shapes.calls:build"
 FILE = "analysis.safetensors"
+KEYS = "where keys and values are measured: as the attention reads them, or as projected, before norms and rotations"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -26,20 +28,27 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--model",
         default=BUNDLED,
-        help="module:factory, where the factory takes steps and a seed; a folder; or a hub id",
+        help="a pipeline's folder or hub id, or module:factory, where factory(steps, seed) returns (model, calls)",
     )
     parser.add_argument(
         "--prompts", default="4", help="number of seeds of a factory, or a text file with a prompt on each line"
     )
     parser.add_argument("--steps", type=int, default=28, help="number of steps of each trajectory")
-    parser.add_argument("--distances", type=int, nargs="+", default=[1], help="steps between the compared tensors")
-    parser.add_argument("--keys", choices=("core", "projection"), default="core", help="where keys are measured")
+    parser.add_argument(
+        "--distances", type=int, nargs="+", default=[1], help="distances in steps of the compared tensors"
+    )
+    parser.add_argument("--keys", choices=("core", "projection"), default="core", help=KEYS)
     parser.add_argument("--heads", action="store_true", help="also measure each attention head")
     parser.add_argument("--window", type=float, help="also measure window attention with this fraction of the tokens")
-    parser.add_argument("--conditional", help="conditional half of the batch, first or second, or a stream's name")
-    parser.add_argument("--backend", default="aot_eager", help="aot_eager or inductor")
+    parser.add_argument(
+        "--conditional",
+        help="conditional half of the batch (first or second) or stream, to compare with the unconditional one",
+    )
+    parser.add_argument(
+        "--backend", default="aot_eager", help="backend that compiles the graphs: aot_eager or inductor"
+    )
     parser.add_argument("--out", type=Path, default=Path("analysis"), help="output folder for the analysis and plots")
-    parser.add_argument("--no-plots", dest="plots", action="store_false", help="write the analysis alone")
+    parser.add_argument("--no-plots", dest="plots", action="store_false", help="write no plots")
     parser.add_argument(
         "--merge",
         type=Path,
@@ -49,20 +58,40 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def run(arguments: argparse.Namespace) -> int:
-    """Run ``python -m dit_rewrite analyze``; an analysis that was interrupted is continued. Returns the exit code."""
+def run(arguments: argparse.Namespace) -> Outcome:
+    """Run ``python -m dit_rewrite analyze``; an analysis that was interrupted is continued."""
     path = arguments.out / FILE
     if arguments.merge:
         found = Analysis.merge([Analysis.load(each) for each in arguments.merge])
         found.save(path)
     else:
         found = _analyze(arguments, path)
-    print(summary(found))
-    print(f"wrote {path}")
-    if arguments.plots:
-        for picture in plots.draw(found, arguments.out):
-            print(f"wrote {picture}")
-    return 0
+    pictures = plots.draw(found, arguments.out) if arguments.plots else []
+    text = "\n".join([summary(found), *(f"wrote {written}" for written in (path, *pictures))])
+    return Outcome(text, {"file": path, "plots": pictures, **as_json(found)})
+
+
+def as_json(found: Analysis) -> dict[str, Any]:
+    """Return the numbers of an analysis: for each quantity its mean relative L1 change, and its stability."""
+    known = dict.fromkeys(row.quantity for row in found.rows())
+    quantities = {
+        name: {
+            "relative_l1": found.overall(name, "relative_l1"),
+            "variation": coefficient_of_variation(found, name)._asdict(),
+            "prompt_correlation": prompt_stability(found, name)._asdict(),
+        }
+        for name in known
+    }
+    predictors = [each._asdict() for each in predictions(found)]
+    return {
+        "model": found.name,
+        "prompts": found.prompts,
+        "steps": found.steps,
+        "settings": found.settings,
+        "quantities": quantities,
+        "predictors": predictors,
+        "refused": found.refused,
+    }
 
 
 def _analyze(arguments: argparse.Namespace, path: Path) -> Analysis:

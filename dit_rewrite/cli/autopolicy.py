@@ -12,29 +12,46 @@ import sys
 from pathlib import Path
 
 from dit_rewrite.cli.factory import add_model, load
+from dit_rewrite.cli.outcome import Outcome
 from dit_rewrite.search.autopolicy import autopolicy
 from dit_rewrite.search.trials import WHERE
 
+PLACES = "what may be forecast: the model's output, the change across the stack of blocks, or each branch"
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of the command."""
     add_model(parser)
     bound = parser.add_mutually_exclusive_group()
-    bound.add_argument("--speedup", type=float, help="the least speed-up")
-    bound.add_argument("--max-error", type=float, help="the most relative L2 error to the uncached images")
-    bound.add_argument("--max-seconds", type=float, help="the most seconds of a run")
-    parser.add_argument("--max-bytes", type=int, help="the most bytes of cached values; may stand beside another bound")
-    parser.add_argument("--places", nargs="+", choices=WHERE, default=["output", "stack"], help="that may be forecast")
-    parser.add_argument("--calibration", type=int, default=2, help="number of seeds of the search")
-    parser.add_argument("--held-out", type=int, default=8, help="number of other seeds, by which the bound is judged")
-    parser.add_argument("--trials", type=int, default=32, help="runs of the local search")
-    parser.add_argument("--measure", choices=("time", "flops"), default="time", help="flops: for machines under load")
+    bound.add_argument("--speedup", type=float, help="lower limit of the speed-up")
+    bound.add_argument("--max-error", type=float, help="upper limit of the relative L2 error to the uncached images")
+    bound.add_argument("--max-seconds", type=float, help="upper limit of the seconds of a run")
+    parser.add_argument(
+        "--max-bytes", type=int, help="upper limit of the bytes in caches; alone or beside another bound"
+    )
+    parser.add_argument("--places", nargs="+", choices=WHERE, default=["output", "stack"], help=PLACES)
+    parser.add_argument("--calibration", type=int, default=2, help="number of seeds that the search uses")
+    parser.add_argument("--held-out", type=int, default=8, help="number of other seeds, on which the bound is verified")
+    parser.add_argument(
+        "--trials",
+        type=int,
+        default=32,
+        help="number of runs that move computed steps, for each number of computed steps",
+    )
+    parser.add_argument(
+        "--measure",
+        choices=("time", "flops"),
+        default="time",
+        help="cost that is bounded; FLOPs do not depend on other load",
+    )
     parser.add_argument("--backend", default="inductor", help="backend that compiles the graphs: inductor or aot_eager")
-    parser.add_argument("--out", type=Path, default=Path("policy.json"), help="the file of the policy")
-    parser.add_argument("--json", action="store_true", help="print the certificate as JSON")
+    parser.add_argument(
+        "--out", type=Path, default=Path("policy.json"), help="output file for the policy and its certificate"
+    )
 
 
-def run(arguments: argparse.Namespace) -> int:
-    """Run ``dit-rewrite autopolicy``; returns the exit code. Progress goes to stderr."""
+def run(arguments: argparse.Namespace) -> Outcome:
+    """Run ``dit-rewrite autopolicy``; as JSON, its result is the certificate. Progress goes to stderr."""
     loaded = load(arguments)
     found = autopolicy(
         loaded.model,
@@ -53,8 +70,5 @@ def run(arguments: argparse.Namespace) -> int:
         path=arguments.out,
         report=lambda line: print(line, file=sys.stderr),
     )
-    if arguments.json:
-        print(json.dumps(json.loads(arguments.out.read_text(encoding="utf-8"))["certificate"]))
-    else:
-        print(f"{found}\nwrote {arguments.out}")
-    return 0
+    certificate = json.loads(arguments.out.read_text(encoding="utf-8"))["certificate"]
+    return Outcome(f"{found}\nwrote {arguments.out}", {"file": arguments.out, **certificate})

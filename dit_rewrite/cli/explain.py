@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import json
 from typing import Any
 
 from dit_rewrite.cli.observe import observed
+from dit_rewrite.cli.outcome import Outcome
 from dit_rewrite.report.explain import Report
 from dit_rewrite.report.prediction import Prediction
 
@@ -52,8 +52,7 @@ def as_json(report: Report) -> dict[str, Any]:
     }
 
 
-def run(arguments: argparse.Namespace) -> int:
-    """Run ``python -m dit_rewrite explain``; returns the exit code."""
+def run(arguments: argparse.Namespace) -> Outcome:
+    """Run ``python -m dit_rewrite explain``."""
     report = observed(arguments).explain()
-    print(json.dumps(as_json(report), indent=2) if arguments.json else report)
-    return 0
+    return Outcome(str(report), as_json(report))

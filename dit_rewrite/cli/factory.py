@@ -18,6 +18,7 @@ from dit_rewrite.search.pipeline_sampler import of_pipeline
 from dit_rewrite.search.trials import Sample
 
 BUNDLED = "dit_rewrite.demo.shapes.calls:sampler"
+MODEL = "a pipeline's folder or hub id, or module:factory, where factory() returns (model, sample) or adds controls"
 
 
 class Loaded(NamedTuple):
@@ -28,12 +29,12 @@ class Loaded(NamedTuple):
     controls: Mapping[str, Solver]
 
 
-def add_model(parser: argparse.ArgumentParser) -> None:
-    """Add the options that name a model and its sampler."""
-    parser.add_argument("--model", default=BUNDLED, help="module:factory, a folder of a pipeline, or a hub id")
+def add_model(parser: argparse.ArgumentParser, steps: str = "steps of a pipeline") -> None:
+    """Add the options that name a model and its sampler. `steps` is the help of the number of steps."""
+    parser.add_argument("--model", default=BUNDLED, help=MODEL)
     parser.add_argument("--prompt", help="prompt, for a text-conditional pipeline")
     parser.add_argument("--label", type=int, nargs="+", help="class numbers, for a class-conditional pipeline")
-    parser.add_argument("--steps", type=int, default=50, help="steps of a pipeline")
+    parser.add_argument("--steps", type=int, default=50, help=steps)
 
 
 def load(arguments: argparse.Namespace) -> Loaded:

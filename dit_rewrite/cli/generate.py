@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 import dit_rewrite
+from dit_rewrite.cli.outcome import Outcome
 from dit_rewrite.errors import (
     BadOption,
     HubUnreachable,
@@ -178,8 +179,8 @@ def follow_certificate(arguments: argparse.Namespace, policy: dit_rewrite.Policy
         print(f"the control won: {found.control.solver} with {found.control.steps} steps, nothing is reused")
 
 
-def run(arguments: argparse.Namespace) -> int:
-    """Run ``python -m dit_rewrite generate``; returns the exit code."""
+def run(arguments: argparse.Namespace) -> Outcome:
+    """Run ``python -m dit_rewrite generate``."""
     policy = dit_rewrite.policies.parse(arguments.policy)
     device, dtype = choose_device(arguments.device, arguments.dtype)
     pipeline = load_pipeline(arguments.model, dtype).to(device)
@@ -191,11 +192,6 @@ def run(arguments: argparse.Namespace) -> int:
         output = pipeline(**asked)
     seconds = time.perf_counter() - began
     paths, stats = save_pictures(pictures_of(output), arguments.out), pipeline.transformer.stats()
-    if arguments.json:
-        counts = {name: getattr(stats, name) for name in ("calls", "computed", "reused", "peak_bytes")}
-        print(json.dumps({"files": [str(path) for path in paths], "seconds": seconds, **counts}))
-        return 0
-    for path in paths:
-        print(f"wrote {path}")
-    print(f"{seconds:.1f} s with compilation; {stats}")
-    return 0
+    counts = {name: getattr(stats, name) for name in ("calls", "computed", "reused", "peak_bytes")}
+    lines = [*(f"wrote {path}" for path in paths), f"{seconds:.1f} s with compilation; {stats}"]
+    return Outcome("\n".join(lines), {"files": paths, "seconds": seconds, **counts})

@@ -26,6 +26,8 @@ import torch
 from torch import nn
 
 from dit_rewrite.cli.generate import choose_device
+from dit_rewrite.cli.outcome import Outcome
+from dit_rewrite.cli.progress import progress
 from dit_rewrite.errors import BadOption, MissingExtra
 
 HEAD_SIZE = 72  # of PixArt
@@ -189,14 +191,16 @@ class Breakdown:
 
 def measure(model: nn.Module, calls: Mapping[int, Call], rounds: int, clock: Clock) -> list[Breakdown]:
     """Measure one call of each length in every round, so that a slow phase of the machine affects all lengths."""
+    total = (WARM_UP + rounds) * len(calls)
     samples: dict[int, list[dict[str, float]]] = {length: [] for length in calls}
-    with torch.inference_mode():
+    with torch.inference_mode(), progress("timing", total) as tick:
         for index in range(-WARM_UP, rounds):
             for length, call in calls.items():
                 with watch(list(model.transformer_blocks), clock) as intervals:  # type: ignore[arg-type]
                     model(**call)
                 if index >= 0:
                     samples[length].append(split(intervals, clock))
+                tick()
     return [Breakdown.of(length, found) for length, found in samples.items()]
 
 
@@ -258,8 +262,8 @@ def require_extras() -> None:
             raise MissingExtra(package, "latency", "benchmark")
 
 
-def run(arguments: argparse.Namespace) -> int:
-    """Run ``python -m dit_rewrite latency``; returns the exit code. Raises BadOption for invalid sizes or devices."""
+def run(arguments: argparse.Namespace) -> Outcome:
+    """Run ``python -m dit_rewrite latency``. Raises BadOption for invalid sizes or devices."""
     require_extras()
     from dit_rewrite.demo.report import hardware, versions
 
@@ -279,4 +283,4 @@ def run(arguments: argparse.Namespace) -> int:
     }  # fmt: skip
     title = f"PixArt, width {geometry.width}, {BATCH} x {geometry.tokens:,} tokens, {kind}, {device.type}"
     write(found, title, settings, arguments.out)
-    return 0
+    return Outcome("", {"folder": arguments.out, **as_json(found, settings)})

@@ -10,17 +10,22 @@ from typing import Any
 
 from torch import nn
 
+from dit_rewrite.analysis.charts import sections
+from dit_rewrite.analysis.result import Analysis
 from dit_rewrite.cli.observe import observed
+from dit_rewrite.cli.outcome import Outcome
 from dit_rewrite.errors import BadOption
 from dit_rewrite.policy.plan import Plan
+from dit_rewrite.report.section import Section
 
 PICTURES = (".png", ".svg")
 
 
-def run(arguments: argparse.Namespace) -> int:
-    """Run ``python -m dit_rewrite report``; returns the exit code."""
+def run(arguments: argparse.Namespace) -> Outcome:
+    """Run ``python -m dit_rewrite report``."""
     from dit_rewrite.report.page import Page  # needs the extra
 
+    analysis = read_analyses(arguments.analysis)
     plan = None if arguments.plan is None else Plan.load(arguments.plan)
     front = [] if arguments.front is None else read_front(arguments.front)
     figures = {} if arguments.figures is None else read_pictures(sorted(arguments.figures.iterdir()))
@@ -31,14 +36,14 @@ def run(arguments: argparse.Namespace) -> int:
         f"{type(model).__name__} under {arguments.policy}",
         described(model, arguments),
         model.stats().decisions,
+        analysis,
         figures,
         plan,
         front,
         images,
     )
     page.save(arguments.out)
-    print(f"wrote {arguments.out}")
-    return 0
+    return Outcome(f"wrote {arguments.out}", {"file": arguments.out, "sections": [each.id for each in page.sections]})
 
 
 def described(model: nn.Module, arguments: argparse.Namespace) -> dict[str, object]:
@@ -55,6 +60,15 @@ def described(model: nn.Module, arguments: argparse.Namespace) -> dict[str, obje
     }
 
 
+def read_analyses(paths: Sequence[Path]) -> list[Section]:
+    """Return the sections of the page about analyses of one model. Raises BadAnalysis, OtherAnalysis or OSError."""
+    if not paths:
+        return []
+    stems = [path.stem for path in paths]
+    names = stems if len(set(stems)) == len(stems) else [str(path) for path in paths]
+    return list(sections({name: Analysis.load(path) for name, path in zip(names, paths, strict=True)}))
+
+
 def read_pictures(paths: Sequence[Path]) -> dict[str, bytes | str]:
     """Return pictures by the names of their files. Files of other formats are left out. Raises BadOption."""
     try:
@@ -68,13 +82,29 @@ def read_pictures(paths: Sequence[Path]) -> dict[str, bytes | str]:
 
 
 def read_front(path: Path) -> list[Mapping[str, object]]:
-    """Return the points of a front: a JSON list of objects, or an object with such a list. Raises BadOption."""
+    """Return the points of a front from the file of `tune`, or another JSON list of objects. Raises BadOption.
+
+    An object with such a list is also read. Values that are objects are merged into their point.
+    """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise BadOption("report", "front", str(path), f"a JSON file with a list of points ({error})") from error
     lists = [content] if isinstance(content, list) else [*content.values()] if isinstance(content, dict) else []
-    points = next((each for each in lists if isinstance(each, list) and each), [])
-    if not points or not all(isinstance(point, dict) for point in points):
+    points: list[Any] = next((each for each in lists if isinstance(each, list) and each and _are_objects(each)), [])
+    if not points:
         raise BadOption("report", "front", str(path), "a JSON file with a list of points, each an object")
-    return points
+    return [_flat(point) for point in points]
+
+
+def _are_objects(values: Sequence[object]) -> bool:
+    return all(isinstance(value, dict) for value in values)
+
+
+def _flat(point: Mapping[str, Any]) -> dict[str, object]:
+    """Return the values of a point, first the objectives of `tune`, the last of them first: it is drawn across."""
+    values = point.get("values")
+    ordered = dict(reversed(values.items())) if isinstance(values, dict) else {}
+    for name, value in point.items():
+        ordered |= value if isinstance(value, dict) else {name: value}
+    return ordered

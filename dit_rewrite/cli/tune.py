@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import argparse
 import ast
+import json
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from dit_rewrite.cli.factory import add_model, load
+from dit_rewrite.cli.outcome import Outcome
 from dit_rewrite.errors import BadOption
 from dit_rewrite.policies import parse
 from dit_rewrite.policy.rules import Policy
@@ -22,23 +24,40 @@ from dit_rewrite.search.tune import Range, tune
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of the command."""
     add_model(parser)
-    parser.add_argument("--policy", required=True, help="a policy, with its fixed parameters: dqar:layer_fraction=0.5")
-    parser.add_argument("--space", nargs="+", required=True, help="name=a|b|c, name=low..high, or name=low..high:log")
-    parser.add_argument("--sampler", choices=("grid", "tpe", "nsga2"), default="tpe")
+    parser.add_argument(
+        "--policy", required=True, help="a policy with its fixed parameters, such as dqar:layer_fraction=0.5"
+    )
+    parser.add_argument(
+        "--space",
+        nargs="+",
+        required=True,
+        help="the other parameters: name=a|b|c, name=low..high, or name=low..high:log",
+    )
+    parser.add_argument("--sampler", choices=("grid", "tpe", "nsga2"), default="tpe", help="how parameters are chosen")
     parser.add_argument("--trials", type=int, help="number of trials; a grid needs none")
-    parser.add_argument("--objectives", nargs="+", choices=("error", "flops", "time"), default=["error", "flops"])
+    parser.add_argument(
+        "--objectives",
+        nargs="+",
+        choices=("error", "flops", "time"),
+        default=["error", "flops"],
+        help="measurements to minimise, relative to a run that computes everything",
+    )
     parser.add_argument("--storage", help="a journal file, or the URL of a database; several processes may share it")
     parser.add_argument("--study", default="dit_rewrite", help="name of the study in the storage")
     parser.add_argument("--seeds", type=int, default=2, help="number of seeds that each trial runs")
-    parser.add_argument("--no-prune", action="store_true", help="finish trials that are dominated after the first seed")
+    parser.add_argument(
+        "--no-prune",
+        action="store_true",
+        help="also finish trials that are much worse than others after their first seeds",
+    )
     parser.add_argument("--backend", default="inductor", help="backend that compiles the graphs: inductor or aot_eager")
     parser.add_argument("--out", type=Path, default=Path("front"), help="folder for the front and its policies")
-    parser.add_argument("--json", action="store_true", help="print the trials as JSON")
 
 
-def run(arguments: argparse.Namespace) -> int:
-    """Run ``dit-rewrite tune``; returns the exit code. Progress goes to stderr."""
+def run(arguments: argparse.Namespace) -> Outcome:
+    """Run ``dit-rewrite tune``. Progress goes to stderr."""
     space = dict(map(parse_values, arguments.space))
     if len(space) < len(arguments.space):
         raise BadOption("tune", "space", " ".join(arguments.space), "each parameter once")
@@ -60,8 +79,7 @@ def run(arguments: argparse.Namespace) -> int:
         report=lambda line: print(line, file=sys.stderr),
     )
     folder = front.save(arguments.out)
-    print(front.to_json() if arguments.json else f"{front.table()}\nwrote {folder}")
-    return 0
+    return Outcome(f"{front.table()}\nwrote {folder}", {"folder": folder, **json.loads(front.to_json())})
 
 
 def maker(text: str) -> Callable[..., Policy]:

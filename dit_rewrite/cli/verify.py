@@ -17,8 +17,9 @@ from torch import nn
 
 from dit_rewrite import policies
 from dit_rewrite.cli.generate import load_pipeline
+from dit_rewrite.cli.outcome import Outcome
 from dit_rewrite.errors import BadModel, NoTransformer
-from dit_rewrite.proof.verify import verify
+from dit_rewrite.proof.verify import Verification, verify
 
 Calls = Sequence[Mapping[str, Any]]
 
@@ -96,8 +97,11 @@ def from_pipeline(model: str, steps: int) -> Loaded:
     return Loaded(denoiser, recorder.calls, recorder.streams, pipeline.scheduler)
 
 
-def run(arguments: argparse.Namespace) -> int:
-    """Run ``python -m dit_rewrite verify``; returns 0 if the verification passed, else 1."""
+def run(arguments: argparse.Namespace) -> Outcome:
+    """Run ``python -m dit_rewrite verify``; the exit code is 0 if the verification passed, else 1.
+
+    `verify` itself prints its line.
+    """
     load = from_factory if ":" in arguments.model else from_pipeline
     policy = policies.parse(arguments.policy)
     loaded = load(arguments.model, arguments.steps)
@@ -111,4 +115,16 @@ def run(arguments: argparse.Namespace) -> int:
         scheduler=loaded.scheduler,
         dump=arguments.dump,
     )
-    return 0 if result.passed else 1
+    return Outcome("", as_json(result), 0 if result.passed else 1)
+
+
+def as_json(result: Verification) -> dict[str, Any]:
+    """Return a verification in numbers and texts."""
+    names = ("passed", "exact", "max_abs_error", "sites", "values", "calls", "decisions", "reused", "notes")
+    difference = result.first_difference
+    return {
+        **{name: getattr(result, name) for name in names},
+        "reuse0": str(result.reuse0),
+        "replay": str(result.replay),
+        "first_difference": None if difference is None else str(difference),
+    }

@@ -193,18 +193,18 @@ def versions() -> dict[str, str]:
     return {"python": platform.python_version(), "system": f"{platform.system()} {platform.machine()}", **found}
 
 
-def write_results(path: Path, arguments: argparse.Namespace, results: Sequence[Result], verdicts: list[str]) -> None:
-    """Write the table's values, the settings and the environment as JSON. An infinite PSNR is null."""
+def results_of(arguments: argparse.Namespace, results: Sequence[Result], verdicts: list[str]) -> dict[str, Any]:
+    """Return the table's values, the settings and the environment. An infinite PSNR is None."""
     rows = [asdict(r) | {"psnr": None if math.isinf(r.psnr) else r.psnr} for r in results]
-    settings = {name: value for name, value in vars(arguments).items() if name not in ("command", "out")}
-    content = {
+    own = ("command", "out", "json", "debug")
+    settings = {name: value for name, value in vars(arguments).items() if name not in own}
+    return {
         "settings": settings,
         "hardware": hardware(arguments.device),
         "versions": versions(),
         "methods": rows,
         "verdicts": verdicts,
     }
-    path.write_text(json.dumps(content, indent=2) + "\n")
 
 
 def write_all(
@@ -214,8 +214,11 @@ def write_all(
     report: Any,
     reported: str,
     seconds: float,
-) -> None:
-    """Print the table and write the output folder. `report` is the report of the method called `reported`."""
+) -> dict[str, Any]:
+    """Print the table and write the output folder. `report` is the report of the method called `reported`.
+
+    Returns the content of ``results.json``.
+    """
     out: Path = arguments.out
     out.mkdir(parents=True, exist_ok=True)
     results = [result for result, _ in images]
@@ -223,7 +226,8 @@ def write_all(
     save_rows(out / "images.png", [(r.label, picture) for r, picture in images if picture is not None], names)
     (out / "graph.diff").write_text(report.graph_diff())
     (out / "explain.txt").write_text(f"{report}\n")
-    write_results(out / "results.json", arguments, results, verdicts)
+    content = results_of(arguments, results, verdicts)
+    (out / "results.json").write_text(json.dumps(content, indent=2) + "\n")
     print_table(build_table(results))
     for line in (compile_line(results), *verdicts, summary(results)):
         console.print(line, highlight=False)
@@ -232,3 +236,4 @@ def write_all(
         f"rewrote the model) and {out}/results.json. {seconds:.0f} s in total.",
         highlight=False,
     )
+    return content

@@ -176,8 +176,8 @@ def stats_figures(stats: Any) -> dict[str, object]:
     return {name: getattr(stats, name) for name in names} | {"misses": misses}
 
 
-def run(arguments: argparse.Namespace) -> int:
-    """Run ``python -m dit_rewrite demo``; returns the exit code."""
+def run(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Run the demo and print its results. Returns the content of ``results.json``."""
     began = time.perf_counter()
     torch.set_num_threads(arguments.threads)
     device = torch.device(arguments.device)
@@ -191,5 +191,4 @@ def run(arguments: argparse.Namespace) -> int:
     names = [CLASSES[label] for label in task.labels.tolist()]
     cached = methods[1::2]
     shown = cached[len(cached) // 2]
-    write_all(arguments, images, names, shown.denoiser.explain(), shown.name, time.perf_counter() - began)
-    return 0
+    return write_all(arguments, images, names, shown.denoiser.explain(), shown.name, time.perf_counter() - began)

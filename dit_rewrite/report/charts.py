@@ -1,10 +1,11 @@
-"""The charts of the HTML report as rectangles, and the graph diff in parts that can be folded."""
+"""The charts of the HTML report as rectangles and lines, and the graph diff in parts that can be folded."""
 
 from __future__ import annotations
 
 import difflib
 import itertools
-from collections.abc import Hashable, Iterator, Sequence
+import math
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from dit_rewrite.compiler.rewritten import row_name
@@ -15,12 +16,14 @@ from dit_rewrite.report.prediction import Prediction
 from dit_rewrite.runtime.stats import Decision, Stats
 
 LABELS, WIDTH, ROW = 190, 600, 14  # in units of the view box
+HEIGHT, DOT = 150, 7  # of a chart of lines or points, and of a point
+SHADES = 24  # of a map
 OUTSIDE = "outside of blocks"
 
 
 @dataclass(frozen=True)
 class Bar:
-    """A rectangle with a tooltip; `kind` is its class in the style sheet."""
+    """A rectangle with a tooltip; `kind` is its class in the style sheet, and `shade` its opacity."""
 
     kind: str
     x: float
@@ -28,17 +31,28 @@ class Bar:
     width: float
     height: float
     title: str
+    shade: float = 1.0
+
+
+@dataclass(frozen=True)
+class Line:
+    """A polyline with a tooltip; `points` is the text of the SVG attribute, and `hue` the angle of its colour."""
+
+    points: str
+    hue: int
+    title: str
 
 
 @dataclass(frozen=True)
 class Label:
     text: str
     y: float
+    x: float = 0
 
 
 @dataclass(frozen=True)
 class Chart:
-    """Rectangles with a line of text to the left of each row."""
+    """Rectangles and lines, with text to the left of each row."""
 
     name: str
     kinds: Sequence[str]
@@ -46,6 +60,7 @@ class Chart:
     bars: Sequence[Bar]
     height: float
     width: int = LABELS + WIDTH
+    polylines: Sequence[Line] = ()
 
 
 @dataclass(frozen=True)
@@ -93,28 +108,108 @@ def _decision_chart(name: str, decisions: Sequence[Decision]) -> Chart:
 
 
 def time_charts(predicted: Prediction | PredictionReason, measured: Stats | None) -> Iterator[Chart]:
-    """Yield a chart of the predicted and one of the measured seconds of each call, if they are known."""
+    """Yield a chart of the predicted and the measured seconds of each call, as far as they are known, on one scale."""
+    known: dict[str, Sequence[float]] = {}
     if isinstance(predicted, Prediction) and predicted.roofline is not None:
-        yield _time_chart("Predicted time of each step", predicted.step_seconds[0])
+        known["predicted"] = [each for step in zip(*predicted.step_seconds, strict=True) for each in step]
     if measured is not None and (calls := [c for c in measured.timed if not c.compiles]):
-        last = [call.seconds for call in calls if call.trajectory == calls[-1].trajectory]
-        yield _time_chart("Measured time of each call of the last trajectory", last)
+        known["measured"] = [call.seconds for call in calls if call.trajectory == calls[-1].trajectory]
+    if known:
+        yield _time_chart(known)
 
 
-def _time_chart(name: str, seconds: Sequence[float]) -> Chart:
-    step, most, height = WIDTH / len(seconds), max(seconds), 60
+def _time_chart(known: Mapping[str, Sequence[float]]) -> Chart:
+    most, height = max(map(max, known.values())), 60
+    bars = []
+    for number, (kind, seconds) in enumerate(known.items()):
+        step = WIDTH / len(seconds)
+        width = 0.9 * step / len(known)
+        for i, each in enumerate(seconds):
+            tall = round(height * each / most, 2)
+            x = round(LABELS + i * step + number * width, 2)
+            bars.append(Bar(kind, x, round(height - tall, 2), round(width, 2), tall, f"{i}: {1000 * each:,.2f} ms"))
+    return Chart("Time of each call", tuple(known), [Label(f"{1000 * most:,.2f} ms", 10)], bars, height)
+
+
+def map_chart(name: str, rows: Mapping[str, Sequence[float]]) -> Chart:
+    """Return a map with a row for each sequence of values, darker for larger ones; NaN is left out.
+
+    Neighbours of equal shade are one rectangle.
+    """
+    values = [value for row in rows.values() for value in row if math.isfinite(value)]
+    low, high = min(values, default=0.0), max(values, default=0.0)
+    step = WIDTH / max(map(len, rows.values()), default=1)
+
+    def shade(value: float) -> int:
+        return 1 + round((SHADES - 1) * (value - low) / (high - low or 1)) if math.isfinite(value) else 0
+
+    bars, labels = [], []
+    for number, (label, row) in enumerate(rows.items()):
+        labels.append(Label(label[-36:], number * ROW + 10))
+        for dark, run in itertools.groupby(enumerate(row), key=lambda cell: shade(cell[1])):
+            cells = list(run)
+            if dark:
+                (first, value), (last, _) = cells[0], cells[-1]
+                title = f"{label}, {f'{first} to {last}' if last > first else first}: {value:.4g}"
+                x, width = round(LABELS + first * step, 2), round((last - first + 1) * step, 2)
+                bars.append(Bar("heat", x, number * ROW, width, ROW - 1, title, round(dark / SHADES, 3)))
+    return Chart(f"{name}, from {low:.4g} (light) to {high:.4g} (dark)", (), labels, bars, len(rows) * ROW)
+
+
+def line_chart(name: str, lines: Mapping[str, Sequence[float]], ends: tuple[str, str]) -> Chart:
+    """Return a chart with a line for each sequence of values, from the first (violet) to the last (red).
+
+    All lines have the same width; NaN is left out. `ends` are the labels of the ends of the horizontal axis.
+    """
+    values = [value for line in lines.values() for value in line if math.isfinite(value)]
+    low, high = min([0.0, *values]), max(values, default=1.0)
+    drawn = []
+    for number, (label, line) in enumerate(lines.items()):
+        step = WIDTH / max(len(line) - 1, 1)
+        known = [(i, value) for i, value in enumerate(line) if math.isfinite(value)]
+        places = [(LABELS + i * step, HEIGHT * (high - value) / (high - low or 1)) for i, value in known]
+        hue = round(275 * (1 - number / max(len(lines) - 1, 1)))
+        drawn.append(Line(" ".join(f"{x:.1f},{y:.1f}" for x, y in places), hue, label))
+    axis = [Label(f"{high:.4g}", 10), Label(f"{low:.4g}", HEIGHT - 2)]
+    axis += _ends(*ends)
+    return Chart(name, (), axis, (), HEIGHT + 16, polylines=drawn)
+
+
+def _ends(first: str, last: str) -> list[Label]:
+    """Return the labels of the ends of a horizontal axis."""
+    return [Label(first, HEIGHT + 12, LABELS), Label(last, HEIGHT + 12, LABELS + WIDTH - 45)]
+
+
+def front_charts(points: Sequence[Mapping[str, object]]) -> Iterator[Chart]:
+    """Yield a chart of points over their first two numbers, if they all have the same two.
+
+    A point whose "front" is false is drawn as another one. The tooltip has all values of the point.
+    """
+    names = [[n for n, v in p.items() if isinstance(v, int | float) and not isinstance(v, bool)][:2] for p in points]
+    if not names or len(names[0]) < 2 or any(each != names[0] for each in names):
+        return
+    across, up = names[0]
+    at = [(_number(point[across]), _number(point[up])) for point in points]
+    (left, right), (low, high) = ((min(column), max(column)) for column in zip(*at, strict=True))
     bars = [
         Bar(
-            "compute",
-            round(LABELS + i * step, 2),
-            round(height * (1 - each / most), 2),
-            round(step * 0.9, 2),
-            round(height * each / most, 2),
-            f"{i}: {1000 * each:.3g} ms",
+            "front" if point.get("front", True) else "other",
+            round(LABELS + (WIDTH - DOT) * (x - left) / (right - left or 1), 2),
+            round((HEIGHT - DOT) * (high - y) / (high - low or 1), 2),
+            DOT,
+            DOT,
+            ", ".join(f"{name}={value}" for name, value in point.items()),
         )
-        for i, each in enumerate(seconds)
+        for point, (x, y) in zip(points, at, strict=True)
     ]
-    return Chart(name, (), [Label(f"{1000 * most:.3g} ms", 10)], bars, height)
+    axis = [Label(f"{up}: {high:.4g}", 10), Label(f"{low:.4g}", HEIGHT - 2)]
+    axis += _ends(f"{across}: {left:.4g}", f"{right:.4g}")
+    yield Chart(f"{up} over {across}", tuple(dict.fromkeys(bar.kind for bar in bars)), axis, bars, HEIGHT + 16)
+
+
+def _number(value: object) -> float:
+    assert isinstance(value, int | float)
+    return float(value)
 
 
 def graph_folds(report: Report) -> Iterator[Fold]:

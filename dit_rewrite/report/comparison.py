@@ -1,8 +1,8 @@
-"""The lines of `explain()` about a trajectory: the predicted costs, and those that were measured."""
+"""The predicted costs of a trajectory beside the measured ones: lines of `explain()`, and a table of the report."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import groupby
 
 from dit_rewrite.errors import PredictionReason
@@ -47,3 +47,38 @@ def _speed(measured: Stats) -> str:
     if measured.speedup is None:
         return "; no trajectory ran without a compilation yet, so no time is given"
     return f"; speed-up {measured.speedup:.2f} (a computing call: {1000 * (measured.computing_seconds or 0):.3g} ms)"
+
+
+def side_by_side(
+    predicted: Prediction | PredictionReason, measured: Stats | None, slot_bytes: int
+) -> list[Sequence[object]]:
+    """Return a table of the predicted and the measured costs, with its head. `slot_bytes` are those predicted for the
+    slots of all streams. A cell is empty where a cost is unknown."""
+    guess = predicted if isinstance(predicted, Prediction) else None
+    ran = measured if measured is not None and measured.computed + measured.reused else None
+    rows: list[Sequence[object]] = [("", "predicted", "measured")]
+    if guess is None and ran is None:
+        return rows
+    how = "" if guess is None else "by FLOPs" if guess.roofline is None else "by times"
+    whole = None if guess is None or guess.roofline is None else guess.plain_seconds
+    rows += [
+        ("speed-up", _cell(_of(guess, "speedup"), "{:.2f} " + how), _cell(_of(ran, "speedup"), "{:.2f}")),
+        ("ms of a call that computes everything", _cell(whole, "{:,.2f}", 1000),
+         _cell(_of(ran, "computing_seconds"), "{:,.2f}", 1000)),
+        ("Recomp % (predicted: of the branches; measured: of the guarded sites)",
+         _cell(_of(guess, "recomputed_fraction"), "{:.1f}", 100),
+         _cell(_of(ran, "recomputed_fraction"), "{:.1f}", 100)),
+        ("bytes in slots", f"{slot_bytes:,}", _cell(_of(ran, "peak_bytes"), "{:,}")),
+    ]  # fmt: skip
+    counts = {} if guess is None else guess.counts
+    rows += [(f"{kind} branches that compute", f"{some} of {total}", "") for kind, (some, total) in counts.items()]
+    return rows
+
+
+def _of(costs: Prediction | Stats | None, name: str) -> float | None:
+    found: float | None = None if costs is None else getattr(costs, name)
+    return found
+
+
+def _cell(value: float | None, text: str, factor: int = 1) -> str:
+    return "" if value is None else text.format(value * factor)

@@ -10,15 +10,16 @@ import base64
 import io
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from dit_rewrite.errors import MissingExtra
 from dit_rewrite.policy.plan import Plan, write_whole
-from dit_rewrite.report.charts import Chart, Fold, decision_charts, graph_folds, time_charts
-from dit_rewrite.report.comparison import comparison
+from dit_rewrite.report.charts import decision_charts, front_charts, graph_folds, time_charts
+from dit_rewrite.report.comparison import comparison, side_by_side
 from dit_rewrite.report.explain import Report
-from dit_rewrite.report.prediction import Prediction
+from dit_rewrite.report.section import Cells, Section
 from dit_rewrite.runtime.stats import Decision
 
 try:
@@ -29,40 +30,21 @@ except ImportError as error:
 TEMPLATE = "page.html.jinja"
 Picture = bytes | str  # a PNG, or the text of an SVG
 
-Cells = Sequence[object]
-
-
-@dataclass(frozen=True)
-class Section:
-    """A part of the page. The template shows the fields that are not empty, in this order."""
-
-    id: str
-    name: str
-    lines: Sequence[str] = ()
-    rows: Sequence[Cells] = ()
-    pictures: Sequence[tuple[str, str]] = ()
-    text: str = ""
-    charts: Sequence[Chart] = ()
-    folds: Sequence[Fold] = ()
-
-    @property
-    def is_empty(self) -> bool:
-        contents = self.lines, self.rows[1:], self.pictures, self.text, self.charts, self.folds
-        return not any(contents)
-
 
 @dataclass(frozen=True)
 class Page:
-    """What a page is made from. A section without contents is left out.
+    """The contents of a page. A section without contents is left out.
 
-    ``figures`` are plots of the redundancy analysis and ``images`` samples, each by its caption. ``front`` has the
-    points that tuning found, as numbers by name.
+    ``analysis`` has the sections of a redundancy analysis (`analysis.charts.sections`). ``figures`` are other plots and
+    ``images`` are samples, each by its caption; the page shows the samples side by side. ``front`` has the points that
+    tuning found, as values by name; the first two numbers of the points are drawn.
     """
 
     report: Report
     title: str = "dit_rewrite"
     model: Mapping[str, object] = field(default_factory=dict)
     decisions: Sequence[Decision] = ()
+    analysis: Sequence[Section] = ()
     figures: Mapping[str, Picture] = field(default_factory=dict)
     plan: Plan | None = None
     front: Sequence[Mapping[str, object]] = ()
@@ -72,8 +54,12 @@ class Page:
         """Return the page."""
         loader = FileSystemLoader(Path(__file__).parent)
         environment = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True)
-        sections = [section for section in self._sections() if not section.is_empty]
-        return environment.get_template(TEMPLATE).render(title=self.title, sections=sections)
+        return environment.get_template(TEMPLATE).render(title=self.title, sections=self.sections)
+
+    @cached_property
+    def sections(self) -> list[Section]:
+        """The sections that have contents."""
+        return [section for section in self._sections() if not section.is_empty]
 
     def save(self, path: str | Path) -> None:
         """Write the page atomically."""
@@ -83,16 +69,17 @@ class Page:
         report = self.report
         yield Section("model", "Model", (f"Policy: {report.policy}",), _pairs(self.model))
         yield Section("sites", "Sites", _costs(report), _sites(report))
-        yield Section("redundancy", "Redundancy", pictures=_inlined(self.figures))
+        yield from self.analysis
+        yield Section("figures", "Figures", pictures=_inlined(self.figures))
         yield Section("plan", "Plan", pictures=_inlined(_plan_picture(self.plan)))
-        yield Section("front", "Front", rows=_table(self.front), pictures=_inlined(_front_picture(self.front)))
+        yield Section("front", "Front", rows=_table(self.front), charts=list(front_charts(self.front)))
         yield Section("images", "Images", pictures=_inlined(self.images))
         yield Section("graph", "Graph", _diff_head(report), folds=list(graph_folds(report)))
         yield Section("decisions", "Decisions over time", charts=list(decision_charts(self.decisions)))
         yield Section(
             "prediction",
             "Predicted and measured",
-            rows=_counts(report),
+            rows=side_by_side(report.prediction, report.measured, report.streams * report.stream_bytes),
             text="\n".join(comparison(report.prediction, report.measured)),
             charts=list(time_charts(report.prediction, report.measured)),
         )
@@ -116,14 +103,6 @@ def _sites(report: Report) -> list[Cells]:
         guard = place.guard if place.reachable else "(computes)"
         rows.append((place.site.name, place.site.kind, place.site.layer, guard, flops, place.bytes))
     return rows + [(r.path or "(the model itself)", "refused", "", r.reason, "", "") for r in report.refused]
-
-
-def _counts(report: Report) -> list[Cells]:
-    if not isinstance(report.prediction, Prediction):
-        return []
-    counts = report.prediction.counts.items()
-    head: Cells = ("kind", "computed", "of", "Recomp %")
-    return [head, *((kind, some, total, f"{100 * some / max(total, 1):.1f}") for kind, (some, total) in counts)]
 
 
 def _table(points: Sequence[Mapping[str, object]]) -> list[Cells]:
@@ -152,23 +131,6 @@ def _plan_picture(plan: Plan | None) -> dict[str, Picture]:
     from dit_rewrite.report.plan_picture import draw
 
     return {"The strategy of each layer at each step": _svg(draw(plan))}
-
-
-def _front_picture(points: Sequence[Mapping[str, object]]) -> dict[str, Picture]:
-    """Draw the points over their first two numbers, if they all have two."""
-    numbers = [[(n, v) for n, v in point.items() if isinstance(v, int | float)] for point in points]
-    if not numbers or any(len(each) < 2 for each in numbers):
-        return {}
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise MissingExtra("matplotlib", "the plot of a front", "report") from error
-    (x, _), (y, _) = numbers[0][:2]
-    figure = Figure(figsize=(5, 3.5), layout="constrained")
-    axes = figure.subplots()
-    axes.plot([each[0][1] for each in numbers], [each[1][1] for each in numbers], "o")
-    axes.set(xlabel=x, ylabel=y)
-    return {f"{y} over {x}": _svg(figure)}
 
 
 def _svg(figure: Any) -> str:

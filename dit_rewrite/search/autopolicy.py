@@ -3,32 +3,29 @@
 from __future__ import annotations
 
 import math
-import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from torch import Tensor, nn
+from torch import nn
 
 from dit_rewrite.compiler.lowering import InnerBackend
-from dit_rewrite.denoiser import compile_denoiser
 from dit_rewrite.errors import BadParameter, NotAModule, NothingFits
-from dit_rewrite.module import twin, unwrapped
-from dit_rewrite.policies.schedules import StepMask
+from dit_rewrite.module import unwrapped
 from dit_rewrite.policies.static import Never
 from dit_rewrite.policy.plan import fingerprint
-from dit_rewrite.policy.rules import MadeFor, Policy
 from dit_rewrite.search.certificate import AutoPolicy, Control, Errors
 from dit_rewrite.search.controls import Controls, Solver, is_better
-from dit_rewrite.search.measurements import Candidate, Measurements, Report, Tried
+from dit_rewrite.search.measurements import STYLES, Candidate, Measurements, Report, Tried
 from dit_rewrite.search.pipeline_sampler import of_pipeline
 from dit_rewrite.search.refine import first_guess, refine
-from dit_rewrite.search.trials import DEPTH, WHERE, Place, Sample, images_of
+from dit_rewrite.search.runs import Runs
+from dit_rewrite.search.trials import DEPTH, WHERE, Place, Sample
 
-ROUNDS = 3  # of timing, in alternation
 FEWEST = 2  # computed steps
+SHALLOWEST = 2  # values that a forecast reads at least
 
 
 @dataclass(frozen=True)
@@ -78,14 +75,15 @@ def autopolicy(
     tensor; equal seeds give equal noise. For a diffusers pipeline, `sample` has the arguments of its call, and the
     controls are its compatible schedulers. `model` itself is not changed. The bound is one number: the least `speedup`,
     the most `max_error` (relative L2 error to the images of the same sampler that computes everything, averaged over
-    seeds) or the most `max_seconds` of a run; `max_bytes` limits the cached values, and may stand beside one of them or
-    alone, where the speed-up is 2.
+    seeds) or the most `max_seconds` of a run. `max_bytes` limits the size of all caches, and may stand beside one of
+    them or alone, where the speed-up is 2: forecasts read fewer values if needed, and the size is measured in a run.
 
     The policy forecasts one of `places` between computed steps that are placed freely. Objective: the sum over the
     forecast steps of the error of the forecast, computed from the values of full runs, times the influence of the step
     on the final image, measured by replacing its value alone. A dynamic programme minimises it for each number of
-    computed steps (`placement`). The best placements run with several weights, and computed steps are moved one at a
-    time while the mean error of the images of `calibration_seeds` falls, for `trials` runs (`refine`). Then the error
+    computed steps (`placement`). The best placements and even ones run with several weights, and computed steps are
+    moved one at a time while the typical error (the geometric mean) of the images of `calibration_seeds` falls, for
+    `trials` runs (`refine`). Then the error
     is measured on `held_out_seeds`; for `max_error` the number of computed steps grows until the upper end of the
     error's 95 % interval is within the bound. `measure="time"` compares the times of compiled runs in alternation;
     "flops" counts FLOPs, for machines under load. `backend` compiles the models.
@@ -126,12 +124,13 @@ def autopolicy(
 
 @dataclass(frozen=True)
 class Verified:
-    """A candidate with its cost, its seconds, and its errors on the held-out seeds."""
+    """A candidate with its cost, its seconds, its errors on the held-out seeds, and the size of its caches in a run."""
 
     tried: Tried
     cost: float
     seconds: float | None
     errors: Errors
+    peak_bytes: int | None = None
 
 
 class Search:
@@ -147,16 +146,40 @@ class Search:
     ) -> None:
         self.measured, self.bound, self.held_out, self.trials, self.measure = measured, bound, held_out, trials, measure
         self.ran = len(measured.runs)
-        limit = math.inf if bound.max_bytes is None else bound.max_bytes
-        fits = {name: found.trials.slot_bytes(DEPTH) <= limit for name, found in measured.places.items()}
-        self.places = [name for name, kept in fits.items() if kept]
+        self.runs = Runs(measured)
+        self.places = {name: depth for name in measured.places if (depth := self._depth(name)) >= SHALLOWEST}
         if not self.places:
-            least = min(found.trials.slot_bytes(DEPTH) for found in measured.places.values())
+            least = min(found.trials.cache_bytes(SHALLOWEST) for found in measured.places.values())
             raise NothingFits(bound, f"the smallest place keeps {least} bytes")
 
+    def _depth(self, name: Place) -> int:
+        """Return how many values the forecasts of a place may read, so that its caches are predicted to fit."""
+        size = self.measured.places[name].trials.cache_bytes
+        return next((d for d in range(DEPTH, 0, -1) if size(d) <= self._most_bytes), 0)
+
+    @property
+    def _most_bytes(self) -> float:
+        return math.inf if self.bound.max_bytes is None else self.bound.max_bytes
+
     def run(self) -> Verified:
-        """Find the policy, tightened until its bound holds."""
-        return self._least_cost(self.bound.max_error) if self.bound.max_error is not None else self._least_error()
+        """Find the policy, tightened until its bounds hold."""
+        while True:
+            error = self.bound.max_error
+            found = self._least_error() if error is None else self._least_cost(error)
+            peak = self.runs.peak_bytes(found.tried.candidate)
+            if peak <= self._most_bytes:
+                return replace(found, peak_bytes=peak)
+            self._shorten(found.tried.candidate, peak)
+
+    def _shorten(self, candidate: Candidate, peak: int) -> None:
+        """Let the forecasts of a place read fewer values, or leave it out, as its caches were larger than allowed."""
+        self.measured.report(f"the caches of {candidate.place} took {peak} bytes, more than {self._most_bytes}")
+        depth = min(candidate.depth, STYLES[candidate.style]) - 1
+        self.places[candidate.place] = depth
+        if depth < SHALLOWEST:
+            del self.places[candidate.place]
+        if not self.places:
+            raise NothingFits(self.bound, f"the caches of the smallest place took {peak} bytes")
 
     # --- a bound on the cost ------------------------------------------------------------------------------------------
 
@@ -165,7 +188,7 @@ class Search:
         steps, share = self.measured.steps, 1 / (self.bound.speedup or 2.0)
         full = None
         if self.bound.max_seconds is not None:
-            full = self._seconds(None)[0]
+            full = self.runs.seconds(None)[0]
             share = self.bound.max_seconds / full
         count = min(steps - 1, math.floor(steps * share + 1e-9))
         while count >= FEWEST:
@@ -200,7 +223,8 @@ class Search:
 
     def _quick(self, count: int) -> float:
         """Return the measured error of the dynamic programme's placement, with one kind of weights."""
-        return min(self.measured.attempt(self.measured.starts(name, count)[0]).error for name in self.places)
+        starts = [self.measured.starts(name, count, depth)[0] for name, depth in self.places.items()]
+        return min(self.measured.attempt(start).error for start in starts)
 
     def _next(self, count: int, excess: float) -> int:
         """Return the next number of computed steps. The error falls about with the square of their number."""
@@ -208,34 +232,12 @@ class Search:
 
     # --- measuring ----------------------------------------------------------------------------------------------------
 
-    def policy(self, candidate: Candidate) -> Policy:
-        """Return a candidate as a policy."""
-        measured, table = self.measured, self.measured.table(candidate)
-        policy = StepMask(
-            computed=candidate.computed, num_steps=measured.steps, order=table.history(1) - 1, basis=table
-        )
-        rule = replace(policy.rules[0], where=WHERE[candidate.place])
-        made_for = MadeFor(fingerprint(measured.model), measured.steps, measured.scheduler)
-        name = f"autopolicy({len(candidate.computed)} of {measured.steps} steps, {candidate.style}, {candidate.place})"
-        return Policy((rule,), name, made_for=made_for)
-
     def _cost(self, tried: Tried) -> tuple[float, float | None]:
         """Return the cost of a candidate, and its seconds if they are measured."""
         if self.measure == "flops":
             return tried.flops, None
-        full, own = self._seconds(self.policy(tried.candidate))
+        full, own = self.runs.seconds(tried.candidate)
         return own / full, own
-
-    def _seconds(self, policy: Policy | None) -> tuple[float, float]:
-        """Return the seconds of a full run, and those of a run with the policy, by alternation."""
-        backend, seed, sample = self.measured.backend, self.measured.seeds[0], self.measured.sample
-        kinds = [Never()] if policy is None else [Never(), policy]
-        models = [compile_denoiser(twin(self.measured.model), kind, backend=backend) for kind in kinds]
-        for model in models:
-            images_of(sample, model, seed)  # compiles
-        rounds = [[_timed(sample, model, seed) for model in models] for _ in range(ROUNDS)]
-        times = [statistics.median(column) for column in zip(*rounds, strict=True)]
-        return times[0], times[-1]
 
     def _verify(self, tried: Tried, cost: float, seconds: float | None) -> Verified:
         errors, _ = self.measured.errors(tried.candidate, self.held_out)
@@ -255,12 +257,13 @@ class Search:
         loses = control is not None and is_better(control, found.errors.each)
         candidate = tried.candidate
         return AutoPolicy(
-            policy=Never() if loses else self.policy(candidate),
+            policy=Never() if loses else self.runs.policy(candidate),
             bound=str(self.bound),
             measure=self.measure,
             cost=found.cost,
             seconds=found.seconds,
-            cache_bytes=measured.places[candidate.place].trials.slot_bytes(measured.table(candidate).history(1)),
+            cache_bytes=measured.places[candidate.place].trials.cache_bytes(measured.table(candidate).history(1)),
+            peak_bytes=found.peak_bytes,
             errors=found.errors,
             control=control,
             winner="control" if loses else "policy",
@@ -278,9 +281,3 @@ class Search:
             calibration_seeds=measured.seeds,
             held_out_seeds=self.held_out,
         )
-
-
-def _timed(sample: Callable[[Any, int], Tensor], model: Any, seed: int) -> float:
-    began = time.perf_counter()
-    images_of(sample, model, seed)  # copies the images to the host, which waits for the device
-    return time.perf_counter() - began

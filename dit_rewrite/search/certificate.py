@@ -6,7 +6,7 @@ import json
 import math
 import statistics
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -66,7 +66,8 @@ class AutoPolicy:
 
     ``policy`` is the policy to use; if the control wins it reuses nothing, and ``control`` is what to run. ``bound`` is
     the bound as text. ``cost`` is the time or the FLOPs, as ``measure`` says, over those of a run that computes
-    everything; ``seconds`` is the time of a run if it was measured. ``model``, ``steps`` and ``scheduler`` say what
+    everything; ``seconds`` is the time of a run if it was measured. ``cache_bytes`` is the predicted size of all caches
+    and ``peak_bytes`` the largest size in a run, None in older files. ``model``, ``steps`` and ``scheduler`` say what
     the policy is valid for. ``place``, ``computed`` and ``style`` describe the forecasts: the place, the steps that
     compute, and the weights. ``predicted`` is the objective of the dynamic programme, ``calibration_error`` the mean
     error of the images of the search, and ``errors`` those on held-out seeds. ``rank_correlation`` is Spearman's, of
@@ -95,6 +96,7 @@ class AutoPolicy:
     search_seconds: float
     calibration_seeds: tuple[int, ...]
     held_out_seeds: tuple[int, ...]
+    peak_bytes: int | None = None
 
     @property
     def speedup(self) -> float:
@@ -112,8 +114,10 @@ class AutoPolicy:
         return "\n".join(lines)
 
     def _summary(self) -> str:
+        ran = "" if self.peak_bytes is None else f", {self.peak_bytes:,} measured"
         how = f"{len(self.computed)} of {self.steps} steps compute, {self.style} forecasts of the {self.place}"
-        return f"{self.speedup:.2f} x by {self.measure}, {self.cost:.3f} of the cost, error {self.errors}; {how}"
+        cost = f"{self.speedup:.2f} x by {self.measure}, {self.cost:.3f} of the cost, error {self.errors}"
+        return f"{cost}; {how}; {self.cache_bytes:,} bytes in caches predicted{ran}"
 
     def check(self, model: nn.Module, steps: int, scheduler: object = None) -> None:
         """Raise PlanMismatch if the policy was made for another model, number of steps or scheduler."""
@@ -145,8 +149,9 @@ class AutoPolicy:
 def _fields(found: Any) -> dict[str, Any]:
     """Convert the lists and objects of a certificate. Raises ValueError for other fields than those of AutoPolicy."""
     names = {field.name for field in fields(AutoPolicy)} - {"policy"}
-    if not isinstance(found, dict) or set(found) != names:
-        wrong = sorted(names ^ set(found)) if isinstance(found, dict) else "all"
+    needed = {field.name for field in fields(AutoPolicy) if field.default is MISSING} - {"policy"}
+    if not isinstance(found, dict) or not needed <= set(found) <= names:
+        wrong = sorted((needed - set(found)) | (set(found) - names)) if isinstance(found, dict) else "all"
         raise ValueError(f"the certificate lacks or adds fields: {wrong}")
     read = dict(found, errors=_errors(found["errors"]))
     for name in ("computed", "calibration_seeds", "held_out_seeds"):

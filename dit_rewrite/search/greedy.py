@@ -263,9 +263,11 @@ def _bar(steps: int, missing: int, sites: int, shown: bool) -> Iterator[Callable
         yield lambda: None
         return
     try:
+        from rich.console import Console
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
     except ImportError as error:
         raise MissingExtra("rich", "the progress bar", "demo") from error
-    with Progress(TextColumn("plan search"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()) as bar:
+    columns = (TextColumn("plan search"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True)) as bar:
         task = bar.add_task("", total=(steps - 1) * sites, completed=(steps - 1 - missing) * sites)
         yield lambda: bar.advance(task)

@@ -19,6 +19,7 @@ from dit_rewrite.search.placement import (
     Placement,
     anchors_of,
     even,
+    every,
     fit_weights,
     gap_costs,
     place,
@@ -29,28 +30,32 @@ from dit_rewrite.search.trials import DEPTH, Place, Sample, Trials
 
 Report = Callable[[str], object]
 STYLES: dict[str, int] = {"fitted": DEPTH, "taylorseer": 3}  # kinds of weights, and the values that each reads
+SMALLEST = 1e-12  # error that counts
 STRIDE = 4  # the influence is measured at one step in so many, and interpolated
 
 
 class Candidate(NamedTuple):
-    """Forecasts of a place between computed steps, by weights of one of `STYLES`."""
+    """Forecasts of a place between computed steps, by weights of one of `STYLES`, from at most `depth` values."""
 
     place: Place
     computed: tuple[int, ...]
     style: str
+    depth: int = DEPTH
 
 
 class Tried(NamedTuple):
-    """A candidate, the objective that was predicted for it, and its error on the calibration images.
+    """A candidate, the objective that was predicted for it, and its measurements on the calibration images.
 
-    The error is the mean of the images' own relative L2 errors, in which single images weigh less than in the error of
-    a batch: they differ much, and the search should not follow a few of them.
+    ``error`` is the mean of the relative L2 errors of the images, and ``typical`` their geometric mean, by which the
+    search compares candidates. A few images are so sensitive that any small error changes them; they decide the mean of
+    a few dozen images by chance, and a candidate that is best by it is not best on others.
     """
 
     candidate: Candidate
     predicted: float
     error: float
     flops: float
+    typical: float
 
 
 @dataclass
@@ -97,10 +102,10 @@ class Measurements:
         return Measured(trials, torch.stack(grams).mean(0))
 
     def _weigh(self, found: Measured) -> None:
-        """Measure the influence of each step: the final error per error of its value, if it alone is replaced.
+        """Measure the influence of each step: the typical final error per error of its value, if it alone is replaced.
 
         The value is replaced by the one two steps before, or by that of step 0. The influence is tempered: its
-        geometric mean with a uniform one, since a few images decide what is measured.
+        geometric mean with a uniform one, since it is measured with the images of one seed.
         """
         seed, known = self.seeds[0], {}
         for step in sorted({1, *range(2, self.steps, STRIDE), self.steps - 1}):
@@ -108,7 +113,7 @@ class Measurements:
             rows = tuple(row if i == step else () for i in range(self.steps))
             images = found.trials.run(Fitted(rows), seed).images
             error = math.sqrt(squared_error(found.gram, step, anchors_of(step, range(self.steps), len(row)), row))
-            known[step] = relative_l2(images, self.images[seed]) / max(error, 1e-12)
+            known[step] = geometric_mean(image_errors(images, self.images[seed])) / max(error, SMALLEST)
         self.report(f"measured the influence of {len(known)} steps of the {found.trials.place}")
         measured = interpolate(known, self.steps)
         found.influence = (measured * measured.mean()).sqrt()
@@ -124,7 +129,7 @@ class Measurements:
 
     def table(self, candidate: Candidate) -> Fitted:
         """Return the weights of a candidate."""
-        gram, depth = self.places[candidate.place].gram, STYLES[candidate.style]
+        gram, depth = self.places[candidate.place].gram, min(STYLES[candidate.style], candidate.depth)
         rows: list[tuple[float, ...]] = []
         for step in range(self.steps):
             anchors = anchors_of(step, candidate.computed, depth)
@@ -141,12 +146,12 @@ class Measurements:
         found = self.places[candidate.place]
         return predict(found.gram, found.influence, self.table(candidate).rows, candidate.computed)
 
-    def errors(self, candidate: Candidate, seeds: Sequence[int]) -> tuple[list[float], float]:
-        """Run a candidate. Returns its error on each seed, and the FLOPs over those of a run that computes all."""
+    def errors(self, candidate: Candidate, seeds: Sequence[int]) -> tuple[list[float], list[float]]:
+        """Run a candidate. Returns its error on each seed, and those of the single images."""
         trials, table = self.places[candidate.place].trials, self.table(candidate)
-        runs = {seed: trials.run(table, seed) for seed in seeds}
-        errors = [relative_l2(run.images, self.reference(seed)) for seed, run in runs.items()]
-        return errors, statistics.fmean(run.flops for run in runs.values())
+        runs = {seed: trials.run(table, seed).images for seed in seeds}
+        errors = [relative_l2(images, self.reference(seed)) for seed, images in runs.items()]
+        return errors, [error for seed, images in runs.items() for error in image_errors(images, self.reference(seed))]
 
     def attempt(self, candidate: Candidate) -> Tried:
         """Run a candidate on the calibration seeds, at most once."""
@@ -157,24 +162,40 @@ class Measurements:
         errors, flops = [], []
         for seed in self.seeds:
             run = trials.run(table, seed)
-            errors += [relative_l2(a, b) for a, b in zip(run.images, self.images[seed], strict=True)]
+            errors += image_errors(run.images, self.images[seed])
             flops.append(run.flops)
         predicted = self.predicted(candidate)
-        self.runs.append(Tried(candidate, predicted, statistics.fmean(errors), statistics.fmean(flops)))
+        error, typical = statistics.fmean(errors), geometric_mean(errors)
+        self.runs.append(Tried(candidate, predicted, error, statistics.fmean(flops), typical))
         return self.runs[-1]
 
-    def starts(self, name: Place, count: int) -> list[Candidate]:
-        """Return the candidates from which a search for `count` computed steps starts, without duplicates."""
+    def starts(self, name: Place, count: int, depth: int = DEPTH) -> list[Candidate]:
+        """Return the candidates from which a search for `count` computed steps starts, without duplicates.
+
+        They are the placements of the dynamic programme, and even ones, with fitted weights and with TaylorSeer's: the
+        best policies that are set by hand. Their forecasts read at most `depth` values.
+        """
         found = [placements[count - 1].computed for placements in self.places[name].placements]
-        starts = [Candidate(name, computed, "fitted") for computed in found]
-        others = (found[0], even(count, self.steps))
-        return list(dict.fromkeys([*starts, *(Candidate(name, computed, "taylorseer") for computed in others)]))
+        found.append(even(count, self.steps))
+        starts = [Candidate(name, computed, "fitted", depth) for computed in found]
+        others = (found[0], found[-1], every(count, self.steps))
+        return list(dict.fromkeys([*starts, *(Candidate(name, computed, "taylorseer", depth) for computed in others)]))
 
     def rank_correlation(self) -> float | None:
         """Return Spearman's correlation of predicted and measured errors over all candidates that ran."""
         if len(self.runs) < 3:
             return None
-        return rank_correlation([t.predicted for t in self.runs], [t.error for t in self.runs])
+        return rank_correlation([t.predicted for t in self.runs], [t.typical for t in self.runs])
+
+
+def image_errors(images: Tensor, reference: Tensor) -> list[float]:
+    """Return the relative L2 error of each image."""
+    return [relative_l2(a, b) for a, b in zip(images, reference, strict=True)]
+
+
+def geometric_mean(errors: Sequence[float]) -> float:
+    """Return the geometric mean of errors, each at least `SMALLEST`."""
+    return math.exp(statistics.fmean(math.log(max(error, SMALLEST)) for error in errors))
 
 
 def interpolate(known: dict[int, float], steps: int) -> Tensor:

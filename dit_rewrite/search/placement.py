@@ -116,6 +116,11 @@ def _path(layers: Sequence[Tensor], last: int, before: int) -> tuple[int, ...]:
     return tuple(reversed(path))
 
 
+def every(count: int, steps: int) -> tuple[int, ...]:
+    """Return `count` evenly spaced steps from the first on, with as many forecasts after the last as between others."""
+    return tuple(i * steps // count for i in range(count))
+
+
 def even(count: int, steps: int) -> tuple[int, ...]:
     """Return `count` evenly spaced steps, the first and, if there are two, the last among them."""
     return tuple(round(i * (steps - 1) / max(count - 1, 1)) for i in range(count))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -76,7 +76,7 @@ class Trials:
         self._rows: dict[tuple[int, tuple[bool, ...]], int] = defaultdict(int)
         self._flops: dict[tuple[int, tuple[bool, ...]], int] = {}
         self.scheduler: str | None = None
-        self._held = 0  # bytes in the slots with DEPTH values
+        self._slots = self._others = 0  # bytes: of the slots with DEPTH values, and of what else is stored
         self._values: dict[Hashable, list[tuple[Tensor, ...]]] | None = None
         self._backend.session.observer = self._see
 
@@ -100,18 +100,24 @@ class Trials:
         self._values = defaultdict(list)
         trial = self.run(None, seed)
         values, self._values = self._values, None
-        graphs = [self._backend.rewritten[graph] for graph in {graph for graph, _ in self._rows}]
-        streams = max(self._backend.session.num_streams, 1)
-        self._held = sum(sum(graph.slot_bytes.values()) for graph in graphs) * streams
+        self._count_bytes()
         counts = {len(steps) for steps in values.values()}
         if len(counts) != 1 or min(counts) < 3:
             raise NothingRecorded(self.place, " and ".join(map(str, sorted(counts))) or "0")
         grams = [_gram([step[k] for step in steps]) for steps in values.values() for k in range(len(steps[0]))]
         return torch.stack(grams).mean(0), trial
 
-    def slot_bytes(self, depth: int) -> int:
-        """Return the bytes in the slots of the recorded runs with `depth` values per site, over all streams."""
-        return self._held * depth // DEPTH
+    def _count_bytes(self) -> None:
+        session = self._backend.session
+        runs, streams = Counter(session.ran), max(session.num_streams, 1)
+        graphs = [(each, streams * (runs[i] or 1)) for i, each in enumerate(self._backend.rewritten)]
+        self._slots = sum(times * sum(graph.slot_bytes.values()) for graph, times in graphs)
+        self._others = sum(times * graph.stored_bytes for graph, times in graphs) - self._slots
+
+    def cache_bytes(self, depth: int) -> int:
+        """Return the predicted bytes of the caches with `depth` values per site, over all streams: those in the slots,
+        and the values that are computed once per trajectory."""
+        return self._slots * depth // DEPTH + self._others
 
     def _see(self, observation: Observation) -> None:
         record = observation.record

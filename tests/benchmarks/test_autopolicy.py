@@ -51,16 +51,18 @@ def test_claims_and_page(fidelity: Path, tmp_path: Path) -> None:
         "speedup=2": found(0.6, 0.016),
         "max_error=0.01": found(0.3, 0.01),
     }
-    unseen = {"unseen": 96, "mean": 0.011, "fidelity": 0.015}
+    unseen = {"unseen": 96, "mean": 0.011, "typical": 0.005, "fidelity": 0.015}
     record.sections["class, unseen"] = {"speedup=3": unseen, "speedup=2": unseen, "max_error=0.01": unseen}
-    record.sections["class, even"] = {"speedup=3": {"mean": 0.022}, "speedup=2": {"mean": 0.012}}
-    bounds, even, best, fewer = judge(record, fidelity)
+    record.sections["class, even"] = {"speedup=3": {"mean": 0.022, "typical": 0.01}, "speedup=2": {"mean": 0.012}}
+    bounds, even, typical, best, fewer = judge(record, fidelity)
     assert [e["held"] for e in even.evidence] == [True, False]
+    assert [e["share"] for e in typical.evidence] == [0.5], "older rows have no typical error"
     assert [e["held"] for e in bounds.evidence] == [True, False, False]
     assert [e["bound"] for e in best.evidence] == ["speedup=3", "max_error=0.01"]
     assert [e["share"] for e in best.evidence] == pytest.approx([0.75, 0.75])
     assert [e["held"] for e in fewer.evidence] == [True, False]
-    page = write_page(record, [bounds, even, best, fewer], tmp_path).read_text()
+    page = write_page(record, [bounds, even, typical, best, fewer], tmp_path).read_text()
+    assert "| 0.0220 | 0.0050, even 0.0100 |" in page
     assert "| speedup=3 | 0.300 | 2 | fitted |" in page and "**not held** (1 of 2;" in page
 
 

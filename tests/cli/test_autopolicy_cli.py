@@ -1,4 +1,4 @@
-"""`dit-rewrite autopolicy` and `tune`: factories, pipelines, and the files that `generate` takes."""
+"""`dit-rewrite autopolicy`, `search` and `tune`: factories, pipelines, and the files that `generate` takes."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from dit_rewrite.cli.factory import BUNDLED, from_factory  # noqa: E402
 from dit_rewrite.cli.main import FAILED, main  # noqa: E402
 from dit_rewrite.cli.tune import maker, parse_values  # noqa: E402
 from dit_rewrite.errors import BadOption, BadSampler  # noqa: E402
-from dit_rewrite.policies import FORA, Never  # noqa: E402
+from dit_rewrite.policies import FORA, Never, parse  # noqa: E402
+from dit_rewrite.policy.plan import Choice, Plan  # noqa: E402
 from dit_rewrite.policy.serialise import to_json  # noqa: E402
 from dit_rewrite.search.certificate import AutoPolicy  # noqa: E402
 from dit_rewrite.search.tune import Range  # noqa: E402
@@ -108,6 +109,20 @@ def test_tune_writes_a_front_of_policies(tmp_path: Path, capsys: pytest.CaptureF
     twice = command.index("--sampler")
     assert main([*command[:twice], "interval=3", *command[twice:]]) == FAILED
     assert "each parameter once" in capsys.readouterr().err
+
+
+def test_search_writes_a_plan(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The plan is a policy; without `--conditional`, guidance is not shared."""
+    path = tmp_path / "plan.json"
+    command = ["search", "--model", f"{__name__}:factory", "--steps", "10", "--out", str(path), *QUICK]
+    assert main([*command, "--delta", "0.9", "--json"]) == 0
+    said = json.loads(capsys.readouterr().out)
+    plan = Plan.load(path)
+    assert said["choices"] == {str(choice): count for choice, count in plan.counts.items()}
+    assert plan.steps == 10 and plan.counts[Choice.AST] > 0 and plan.conditional is None
+    assert parse(f"ditfastattn:plan={path}").rules
+    assert main([*command, "--delta", "D9"]) == FAILED
+    assert "one of D1, D2" in capsys.readouterr().err
 
 
 def test_spaces_are_parsed() -> None:

@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 import io
+import json
+import math
 import shlex
 import time
+from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from dit_rewrite.cli import explain, main, progress
+from dit_rewrite.cli import main, progress
 from dit_rewrite.cli.generate import call_arguments
 from dit_rewrite.cli.main import COMMANDS, EXAMPLES, FAILED, INTERRUPTED, build_parser
+from dit_rewrite.cli.outcome import Outcome
+from dit_rewrite.cli.texts import DESCRIPTIONS
 from dit_rewrite.errors import UnknownInput
+
+NEEDED = {"generate": ["--model", "m", "--label", "1"], "tune": ["--policy", "fora", "--space", "interval=2|3"]}
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -22,29 +30,73 @@ def test_help_has_examples(command: str, capsys: pytest.CaptureFixture[str]) -> 
         main.main([command, "--help"])
     assert left.value.code == 0
     said = capsys.readouterr().out
-    assert "exit codes: 0 success" in said
+    assert "exit codes: 0 success, 1 a check failed, 2 an error, 130 interrupted" in said
+    assert "--json" in said and "--debug" in said
+    assert " ".join(DESCRIPTIONS[command].split()) in " ".join(said.split())
+    assert "(default: None)" not in said and "(default: False)" not in said
+    options = next(iter(build_parser()._subparsers._group_actions)).choices[command]._actions  # type: ignore[union-attr, index]
+    assert all(option.help for option in options), "each option says what it is"
     for line in EXAMPLES[command]:
         assert f"python -m dit_rewrite {line}" in said
         assert build_parser().parse_args(shlex.split(line)).command == command
 
 
 def failing(error: BaseException) -> Any:
-    def run(arguments: object) -> int:
+    def run(arguments: object) -> Outcome:
         raise error
 
     return run
 
 
-def test_an_error_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def shortest(command: str) -> list[str]:
+    """The command with the options that it needs."""
+    return [command, *NEEDED.get(command, [])]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_an_error_is_one_line(
+    command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Of an error that is not in the catalogue too; with --debug it is raised."""
-    monkeypatch.setattr(explain, "run", failing(ValueError("first\nsecond")))
-    assert main.main(["explain"]) == FAILED
+    module = import_module(COMMANDS[command][1])
+    monkeypatch.setattr(module, "run", failing(ValueError("first\nsecond")))
+    assert main.main(shortest(command)) == FAILED
     assert capsys.readouterr().err == "error: ValueError: first second (--debug shows where)\n"
+    assert main.main([*shortest(command), "--json"]) == FAILED
+    assert capsys.readouterr().out == ""
     with pytest.raises(ValueError, match="first"):
-        main.main(["explain", "--debug"])
-    monkeypatch.setattr(explain, "run", failing(KeyboardInterrupt()))
-    assert main.main(["explain"]) == INTERRUPTED
+        main.main([*shortest(command), "--debug"])
+    monkeypatch.setattr(module, "run", failing(KeyboardInterrupt()))
+    assert main.main(shortest(command)) == INTERRUPTED
     assert capsys.readouterr().err == "interrupted\n"
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_json_is_one_line_on_stdout(
+    command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What a command prints itself goes to stderr then. Numbers that JSON does not have are null."""
+
+    def run(arguments: object) -> Outcome:
+        print("half of it is done")
+        return Outcome("a\nb", {"file": Path("a/b"), "steps": (1, 2.5), "worst": math.inf, "kind": {"x": True}}, 1)
+
+    monkeypatch.setattr(import_module(COMMANDS[command][1]), "run", run)
+    assert main.main(shortest(command)) == 1
+    assert capsys.readouterr() == ("half of it is done\na\nb\n", "")
+    assert main.main([*shortest(command), "--json"]) == 1
+    said = capsys.readouterr()
+    assert said.err == "half of it is done\n" and said.out.count("\n") == 1
+    assert json.loads(said.out) == {"file": "a/b", "steps": [1, 2.5], "worst": None, "kind": {"x": True}}
+
+
+def test_a_wrong_command_line_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    for line in (["explain", "--nonsense"], ["explian"], ["verify", "--steps", "0"]):
+        with pytest.raises(SystemExit) as left:
+            main.main(line)
+        assert left.value.code == FAILED
+        said = capsys.readouterr().err
+        assert said.startswith("error: ") and said.count("\n") == 1 and "--help" in said
 
 
 class VideoPipeline:

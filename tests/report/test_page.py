@@ -12,8 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from dit_rewrite.analysis.charts import sections
+from dit_rewrite.analysis.places import Quantity
+from dit_rewrite.analysis.result import Analysis, ReuseErrors
+from dit_rewrite.analysis.statistics import MEASURES, Row
 from dit_rewrite.cli.main import FAILED, main
+from dit_rewrite.errors import OtherAnalysis
 from dit_rewrite.policies import FORA
 from dit_rewrite.policy.plan import Choice, Plan
 from dit_rewrite.report.page import Page
@@ -21,7 +27,8 @@ from tests.helpers import tiny
 from tests.report.test_prediction import run
 
 EVIL = '<script src="http://evil.example/x.js">alert(1)</script>'
-SECTIONS = ["model", "sites", "redundancy", "plan", "front", "images", "graph", "decisions", "prediction"]
+SECTIONS = ["model", "sites", "redundancy", "stability", "reuse-errors", "figures", "plan", "front", "images", "graph"]
+SECTIONS += ["decisions", "prediction"]
 DOT = '<svg xmlns="http://www.w3.org/2000/svg" width="9" height="9"><circle r="4"/></svg>'
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
 BROWSER = os.environ.get("CHROMIUM") or next(filter(None, map(shutil.which, BROWSERS)), None)
@@ -46,6 +53,26 @@ class Parsed(HTMLParser):
         return [attributes for name, attributes in self.elements if name == tag]
 
 
+def analysed(steps: int) -> Analysis:
+    """Two layers that change by 1 and 2 at each step, over two prompts, and the output at all distances."""
+    made = Analysis("f", "Model", {"keys": "core"})
+    for prompt in range(2):
+        profile: dict[Row, torch.Tensor] = {}
+        for layer in range(2):
+            values = torch.full((steps, len(MEASURES)), 1.0 + layer) + 0.01 * torch.arange(steps)[:, None]
+            values[0] = torch.nan
+            profile[Row(f"blocks.{layer}.attn", "self", layer, "branch", "all", "0", None, 1)] = values.double()
+        for distance in range(1, steps):
+            alike = torch.full((steps, len(MEASURES)), 1 / distance)
+            alike[:distance] = torch.nan
+            profile[Row("output", "span", 0, "output", "all", "0", None, distance)] = alike.double()
+        made.add(prompt, [profile])
+    sites = [f"blocks.{layer}.attn" for layer in range(2)]
+    values = torch.tensor([[torch.nan, *(0.1 * step * (layer + 1) for step in range(1, steps))] for layer in range(2)])
+    made.errors = ReuseErrors(sites, values.double(), 1)
+    return made
+
+
 @pytest.fixture(scope="module")
 def page() -> Page:
     """A page with every section, and a script in each text that a user or a model brings."""
@@ -56,19 +83,64 @@ def page() -> Page:
     plan = Plan("model", 2, "none", sites, ((Choice.FULL,) * 2, (Choice.AST,) * 2), 0.1)
     front = [{"error": 0.1, "seconds": 2.0, "policy": EVIL}, {"error": 0.2, "seconds": 1.0, "policy": "b"}]
     described = {"class": EVIL}
-    return Page(model.explain(), EVIL, described, model.stats().decisions, {EVIL: DOT}, plan, front, {EVIL: DOT})
+    analysis = list(sections({"DDIM": analysed(6), "Heun": analysed(4)}))
+    decisions = model.stats().decisions
+    return Page(model.explain(), EVIL, described, decisions, analysis, {EVIL: DOT}, plan, front, {EVIL: DOT})
 
 
 def test_every_section_is_there(page: Page) -> None:
     parsed = Parsed(page.html())
     assert [attributes["id"] for attributes in parsed.all("section")] == SECTIONS
     assert [attributes["href"] for attributes in parsed.all("a")] == [f"#{name}" for name in SECTIONS]
-    assert len(parsed.all("img")) == 4, "an analysis, a plan, a front and a sample"
+    assert len(parsed.all("img")) == 3, "a figure, a plan and a sample"
     assert len(parsed.all("details")) == 3, "two blocks, and what is outside of them"
     assert parsed.text.count("blocks.0.attn") >= 2
     assert "Recomp 33.3%" in parsed.text
     decisions = [a for a in parsed.all("rect") if a["class"] in ("compute", "reuse")]
-    assert len(decisions) == tiny.SITES * 4 + 6 + 6, "runs of decisions, and the predicted and measured times"
+    assert len(decisions) == tiny.SITES * 4, "runs of decisions"
+    for kind, count in {"predicted": 6, "measured": 6, "front": 2}.items():
+        assert len([a for a in parsed.all("rect") if a["class"] == kind]) == count
+
+
+def test_the_analysis_is_drawn(page: Page) -> None:
+    """Lines and maps of each quantity, similarity of steps, two schedulers, reuse errors and a predictor of them."""
+    found = {section.id: section for section in page.analysis}
+    redundancy, stability, errors = (found[name] for name in ("redundancy", "stability", "reuse-errors"))
+    names = [chart.name.partition(",")[0] for chart in redundancy.charts]
+    assert names == [
+        "branch: mean |x - y| of consecutive steps",
+        "branch: mean |x - y| of consecutive steps",
+        "output: mean |x - y| of consecutive steps",
+        "output: cosine of each two steps",
+    ]
+    lines, cells = redundancy.charts[:2]
+    assert [len(line.points.split()) for line in lines.polylines] == [5, 5], "a first step has nothing before it"
+    assert lines.polylines[0].points.startswith("310.0,") and lines.polylines[0].hue != lines.polylines[1].hue
+    dark = {bar.title.partition(",")[0]: bar.shade for bar in cells.bars}
+    assert dark["blocks.0.attn"] < 0.1 < 0.9 < dark["blocks.1.attn"] == 1.0
+    assert redundancy.rows[1][:2] == (Quantity.BRANCH, "1.5300")
+    assert [line.title for line in stability.charts[0].polylines] == ["DDIM", "Heun"]
+    assert stability.rows[0][1] == "rank correlation of DDIM and Heun" and stability.rows[1][1].startswith("1.00 ")
+    assert len(errors.charts[0].bars) == 2 * 5, "no neighbours are alike"
+    assert errors.rows[1][:3] == ("l1", "value", "0.87")
+    drawn = Parsed(page.html())
+    assert len(drawn.all("polyline")) == sum(len(c.polylines) for s in page.analysis for c in s.charts) == 3 + 4
+
+
+def test_another_models_analysis_is_refused() -> None:
+    other = analysed(4)
+    other.model = "g"
+    with pytest.raises(OtherAnalysis, match="Heun"):
+        list(sections({"DDIM": analysed(4), "Heun": other}))
+
+
+def test_predicted_stands_beside_measured(page: Page) -> None:
+    rows = {row[0]: row[1:] for row in next(s for s in page.sections if s.id == "prediction").rows}
+    assert rows[""] == ("predicted", "measured")
+    assert rows["speed-up"][0].endswith(" by times") and float(rows["speed-up"][1]) > 0
+    assert rows["self branches that compute"] == ("4 of 12", "")
+    predicted, measured = (int(cell.replace(",", "")) for cell in rows["bytes in slots"])
+    assert predicted == measured > 0
 
 
 def test_nothing_is_fetched(page: Page) -> None:
@@ -109,14 +181,27 @@ def test_the_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     """`report` writes the page, `explain --json` the same numbers."""
     (tmp_path / "figures").mkdir()
     (tmp_path / "figures" / "redundancy.svg").write_text(DOT)
+    analysed(4).save(tmp_path / "analysis.safetensors")
     front = tmp_path / "front.json"
-    front.write_text(json.dumps({"points": [{"error": 0.1, "seconds": 2}]}))
+    trials = [
+        {
+            "trial": i,
+            "parameters": {"interval": i + 2},
+            "values": {"error": 0.1 + i, "flops": 0.5 - i / 10},
+            "front": i < 1,
+        }
+        for i in range(2)
+    ]
+    front.write_text(json.dumps({"objectives": ["error", "flops"], "pruned": 0, "trials": trials}))
     out = tmp_path / "page.html"
     options = ["--figures", str(tmp_path / "figures"), "--front", str(front), "--out", str(out), "--steps", "4"]
-    assert main(["report", *options]) == 0
-    found = [a["id"] for a in Parsed(out.read_text()).all("section")]
-    assert found == [name for name in SECTIONS if name not in ("plan", "images")]
-    capsys.readouterr()
+    options += ["--analysis", str(tmp_path / "analysis.safetensors")]
+    assert main(["report", *options, "--json"]) == 0
+    parsed = Parsed(out.read_text())
+    found = [a["id"] for a in parsed.all("section")]
+    assert found == [name for name in SECTIONS if name not in ("stability", "plan", "images")]
+    assert "error over flops" in parsed.text and [a["class"] for a in parsed.all("rect")].count("other") == 1
+    assert json.loads(capsys.readouterr().out) == {"file": str(out), "sections": found}
     assert main(["explain", "--steps", "4", "--json"]) == 0
     told: dict[str, Any] = json.loads(capsys.readouterr().out)
     assert told["predicted"]["counts"]["self"] == [told["predicted"]["counts"]["self"][1] // 2, 32]
@@ -138,7 +223,7 @@ def test_in_a_browser(page: Page, tmp_path: Path) -> None:
         [*command, f"--screenshot={shot}", "--dump-dom", (tmp_path / "page.html").as_uri()],
         capture_output=True, text=True, timeout=120, check=True,
     )  # fmt: skip
-    assert len(Parsed(ran.stdout).all("img")) == 4
+    assert len(Parsed(ran.stdout).all("img")) == 3 and len(Parsed(ran.stdout).all("polyline")) == 7
     assert shot.stat().st_size > 10_000
     asked = set(re.findall(r'"url":"(https?://[^"]+)"', log.read_text()))
     assert not {url for url in asked if "google" not in url}, "the browser's own services aside"

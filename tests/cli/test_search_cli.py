@@ -1,4 +1,4 @@
-"""`dit-rewrite plan`: options, a search with a factory, and the negative prompt of a pipeline."""
+"""`dit-rewrite search`: options, a search with a factory, and the negative prompt of a pipeline."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from dit_rewrite.cli import factory, plan
+from dit_rewrite.cli import factory, search
 from dit_rewrite.cli.main import FAILED, main
 from dit_rewrite.errors import BadOption
 from dit_rewrite.policy.plan import Choice, Plan
@@ -32,7 +32,7 @@ def build() -> tuple[Any, Any]:
     return prepare(tiny.Patched(), torch.float32), sample
 
 
-COMMAND = ["plan", "--model", f"{__name__}:build", "--steps", str(STEPS), "--delta", "100", "--backend", "aot_eager"]
+COMMAND = ["search", "--model", f"{__name__}:build", "--steps", str(STEPS), "--delta", "100", "--backend", "aot_eager"]
 
 
 def test_a_plan_with_windows_of_the_latent(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -43,8 +43,11 @@ def test_a_plan_with_windows_of_the_latent(tmp_path: Path, capsys: pytest.Captur
     assert (found.window, found.grid, found.metric, found.delta) == ((1, 1), "latent", "mse", 100.0)
     assert found.counts[Choice.WA_RS] == 2 * (STEPS - 1) == said["choices"]["WA-RS"]
     assert said["attention_shares"] == list(found.attention) and said["attention_share"] == found.attention_share
-    text = plan.describe(found)
-    assert f"attention FLOPs: {found.attention_share:.1%} of full" in text and "mse below 100: full 2, WA-RS 4" in text
+    text = search.as_text(found, path)
+    assert (
+        f"attention FLOPs: {found.attention_share:.1%} of full" in text
+        and "mse below 100: full 33.3%, WA-RS 66.7%" in text
+    )
 
 
 def test_a_window_that_fits_no_attention(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -58,20 +61,18 @@ def test_a_window_that_fits_no_attention(tmp_path: Path, capsys: pytest.CaptureF
     [("0.125", 0.125), ("4", (4,)), ("4,4", (4, 4)), ("0.25, 2", (0.25, 2)), ("1,2,3", (1, 2, 3))],
 )
 def test_windows_and_grids(text: str, window: Any) -> None:
-    assert plan.parse_window(text) == window
-    assert plan.parse_grid("latent") == "latent" and plan.parse_grid("2,4,6") == (2, 4, 6)
+    assert search.window_of(text) == window
+    assert search.grid_of("latent") == "latent" and search.grid_of("2,4,6") == (2, 4, 6)
     for wrong in ("a", "1,", "1x2", "True"):
-        with pytest.raises(BadOption, match="plan"):
-            plan.parse_window(wrong)
+        with pytest.raises(BadOption, match="search"):
+            search.window_of(wrong)
 
 
 def test_candidates() -> None:
     """Without a conditional half nothing is shared; what is given keeps its order."""
-    given = argparse.Namespace(strategies=None, conditional=None)
-    assert plan.candidates(given) == {Choice.AST, Choice.WA_RS}
-    assert len(plan.candidates(argparse.Namespace(strategies=None, conditional="first"))) == 4
-    given.strategies = ["WA-RS", "AST"]
-    assert plan.candidates(given) == [Choice.WA_RS, Choice.AST]
+    assert search.candidates(None, None) == {Choice.AST, Choice.WA_RS}
+    assert len(search.candidates(None, "first")) == 4
+    assert search.candidates(["WA-RS", "AST"], None) == [Choice.WA_RS, Choice.AST]
 
 
 @pytest.mark.parametrize("negative", [None, "blurry"])
