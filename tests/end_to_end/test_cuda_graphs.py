@@ -67,7 +67,7 @@ def two_streams(model: RewrittenModule, first: int, keep: Callable[[Tensor], Ten
     return found
 
 
-QUICK = ("fora, segments", "forecast", "verified", "shared")
+QUICK = ("fora, segments", "forecast", "measured", "verified", "shared")
 
 
 @pytest.mark.parametrize("name", [name if name in QUICK else pytest.param(name, marks=slow) for name in POLICIES])
