@@ -12,7 +12,7 @@ from dit_rewrite.errors import GraphReason
 from dit_rewrite.runtime.cache import Cache
 from dit_rewrite.runtime.decide import SiteSpec
 from dit_rewrite.runtime.forecast_errors import Fresh
-from dit_rewrite.runtime.segments import Executable, Wiring
+from dit_rewrite.runtime.segments import Executable, Wiring, chosen
 from dit_rewrite.runtime.static_buffers import Buffer, Layout, duplicates, fill
 
 Place = tuple[Hashable, ...]  # ("wire", w), ("slot", site, index) or ("column", name)
@@ -181,6 +181,11 @@ class Bound:
             found[i] = buffer.tensor
         return found
 
+    def warm_up(self) -> None:
+        """Copy the buffers of the results as `body` will, but onto themselves: no kernel may be loaded in a capture."""
+        filled = list(self.filled.values())
+        fill(filled, duplicates([buffer.tensor for buffer in filled], [buffer.layout for buffer in filled]))
+
     def body(self, run: Callable[..., Sequence[Any]], inputs: Sequence[Any]) -> Sequence[Tensor]:
         """Run the variant and fill the buffers of its results. Returns the other results, in memory of the pool.
 
@@ -202,24 +207,32 @@ class Captured:
         self.bytes = replay.bytes
         fresh = [buffer for i, buffer in bound.filled.items() if i >= len(executable.outputs)]
         self._fresh = {id(buffer.tensor) for buffer in fresh}
+        self._weights, self._addresses = chosen(tuple(bound.weights)), list(bound.weights.values())
 
-    def unfit(self, inputs: Sequence[Any], cache: Cache) -> GraphReason | None:
-        """Return why the graph cannot run on these inputs, or None if it can."""
+    def moved(self, inputs: Sequence[Any]) -> dict[int, Buffer]:
+        """Return the buffers, by input, that do not have the value of these inputs yet."""
         bound = self._bound
-        if any(inputs[i].data_ptr() != address for i, address in bound.weights.items()):
+        found = {i: buffer for i, buffer in bound.copied.items() if inputs[i] is not buffer.tensor}
+        for i in bound.constant & found.keys():
+            if found[i].is_copy_of(inputs[i]):
+                del found[i]
+        return found | {i: buffer for i, (_, _, buffer) in bound.slots.items() if inputs[i] is not buffer.tensor}
+
+    def unfit(self, inputs: Sequence[Any], moved: Mapping[int, Buffer], cache: Cache) -> GraphReason | None:
+        """Return why the graph cannot run on these inputs, or None if it can."""
+        if [*map(Tensor.data_ptr, self._weights(inputs))] != self._addresses:
             return GraphReason.MOVED_WEIGHTS
-        if any(inputs[i] != number for i, number in bound.numbers.items()):
+        if any(inputs[i] != number for i, number in self._bound.numbers.items()):
             return GraphReason.CHANGED_NUMBER
         held = (value for values in cache.values if values is not None for value in values)
         if self._fresh and any(id(value) in self._fresh for value in held):
             return GraphReason.SLOT_IN_USE
-        fits = all(buffer.fits(inputs[i]) for i, buffer in bound.copied.items())
-        fits = fits and all(buffer.fits(inputs[i]) for i, (_, _, buffer) in bound.slots.items())
+        fits = all([buffer.fits(inputs[i]) for i, buffer in moved.items()])
         return None if fits else GraphReason.CHANGED_LAYOUT
 
-    def run(self, inputs: Sequence[Any], wires: list[Any], cache: Cache) -> Fresh:
+    def run(self, inputs: Sequence[Any], moved: Mapping[int, Buffer], wires: list[Any], cache: Cache) -> Fresh:
         """Replay the graph on inputs that fit. Writes its outputs to `wires` and returns the new slot tensors."""
-        self._copy(inputs, cache)
+        self._copy(inputs, moved, cache)
         self._replay()
         bound, first = self._bound, len(self._executable.outputs)
         results: dict[int, Any] = {i: buffer.tensor for i, buffer in bound.filled.items()} | bound.results
@@ -228,18 +241,12 @@ class Captured:
             wires[wire] = results[i]
         return [(place, results[first + n]) for n, place in enumerate(self._executable.fresh)]
 
-    def _copy(self, inputs: Sequence[Any], cache: Cache) -> None:
+    def _copy(self, inputs: Sequence[Any], moved: Mapping[int, Buffer], cache: Cache) -> None:
         """Fill the buffers of the inputs. A slot keeps its value in the buffer from now on, so it is copied once."""
-        copied: dict[int, Buffer] = {}
-        for i, buffer in self._bound.copied.items():
-            value = inputs[i]
-            if value is not buffer.tensor and not (i in self._bound.constant and buffer.is_copy_of(value)):
-                copied[i] = buffer
-        for i, (site, index, buffer) in self._bound.slots.items():
-            if inputs[i] is not buffer.tensor:
-                copied[i] = buffer
-                values: Mapping[int, Tensor] = dict(enumerate(cache.values[site] or ())) | {index: buffer.tensor}
-                cache.values[site] = tuple(values.values())
-        fill(list(copied.values()), [inputs[i] for i in copied])
-        for i in self._bound.constant & copied.keys():
-            copied[i].note_source(inputs[i])
+        fill(list(moved.values()), [inputs[i] for i in moved])
+        for i in self._bound.constant & moved.keys():
+            moved[i].note_source(inputs[i])
+        for i in self._bound.slots.keys() & moved.keys():
+            site, index, buffer = self._bound.slots[i]
+            values: Mapping[int, Tensor] = dict(enumerate(cache.values[site] or ())) | {index: buffer.tensor}
+            cache.values[site] = tuple(values.values())

@@ -105,10 +105,11 @@ class StreamGraphs:
         variant = self._variants.setdefault(which, Variant())
         why = self._prepare(variant, executable, inputs)
         if why is None and variant.graph is not None:
-            why = variant.graph.unfit(inputs, cache)
+            moved = variant.graph.moved(inputs)
+            why = variant.graph.unfit(inputs, moved, cache)
             if why is None:
                 self._stats.add("replays")
-                return variant.graph.run(inputs, wires, cache)
+                return variant.graph.run(inputs, moved, wires, cache)
             self._retry(variant, why)
         self.plainly = True
         self._stats.not_captured(why or GraphReason.WARM_UP)
@@ -144,6 +145,7 @@ class StreamGraphs:
     def _capture(self, variant: Variant, executable: Executable, inputs: Sequence[Any]) -> None:
         bound = Bound.of(executable, self._roles, self._buffers, inputs, variant.results)
         fixed = bound.fixed(inputs)
+        bound.warm_up()
         replay = self._pool.capture(lambda: bound.body(executable.run, fixed))
         variant.graph = Captured(executable, bound, replay)
         variant.captures += 1

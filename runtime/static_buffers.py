@@ -55,13 +55,8 @@ class Buffer:
     def fits(self, value: Any) -> bool:
         """Return whether kernels that read the buffer compute the same from a copy of `value` in it."""
         layout = self.layout
-        return (
-            isinstance(value, Tensor)
-            and value.shape == layout.shape
-            and value.dtype == layout.dtype
-            and value.device == layout.device
-            and (not layout.repeats or value.stride() == layout.stride)
-        )
+        same = isinstance(value, Tensor) and value.shape == layout.shape and value.dtype is layout.dtype
+        return same and (not layout.repeats or value.stride() == layout.stride)
 
     def note_source(self, value: Tensor) -> None:
         """Record that the buffer is a copy of a tensor that nobody changes."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib
 import importlib.metadata
 import importlib.util
 from collections.abc import Callable, Sequence
@@ -77,10 +78,9 @@ def _flops(
 
 
 def _flash(query: Tensor, key: Tensor, value: Tensor, reach: int, scale: float | None) -> Tensor:
-    from flash_attn import flash_attn_func
-
+    attention = importlib.import_module("flash_attn").flash_attn_func
     turned = (tensor.transpose(1, 2) for tensor in (query, key, value))  # its tensors are (B, N, H, d)
-    found: Tensor = flash_attn_func(*turned, softmax_scale=scale, window_size=(reach, reach))
+    found: Tensor = attention(*turned, softmax_scale=scale, window_size=(reach, reach))
     return found.transpose(1, 2)
 
 

@@ -17,7 +17,7 @@ import dit_rewrite
 from dit_rewrite import Policy, Reuse, Rule, ShareGuidance, Where, WindowResidual
 from dit_rewrite.errors import BadArgument, GraphReason
 from dit_rewrite.guards import step
-from dit_rewrite.module import RewrittenModule
+from dit_rewrite.module import RewrittenModule, twin
 from dit_rewrite.policies import FORA, FirstBlockCache, SpeCa, TaylorSeer, TeaCache
 from dit_rewrite.policy.strategies import Forecast, GuidanceDelta
 from tests.helpers import fake_graphs, tiny
@@ -67,7 +67,7 @@ def two_streams(model: RewrittenModule, first: int, keep: Callable[[Tensor], Ten
     return found
 
 
-QUICK = ("fora, segments", "forecast", "verified", "shared")
+QUICK = ("fora, segments", "forecast", "measured", "verified", "shared")
 
 
 @pytest.mark.parametrize("name", [name if name in QUICK else pytest.param(name, marks=slow) for name in POLICIES])
@@ -92,6 +92,18 @@ def test_two_streams(device: FakeDevice, name: str) -> None:
     assert made == known
     assert last.captures == 0 == sum(last.uncaptured.values())
     assert last.replays >= 2 * STEPS
+
+
+@slow
+def test_inductor(device: FakeDevice) -> None:
+    """Code that reuses its own buffers, and chooses the strides of what it returns."""
+    model = tiny.build()
+    plain = dit_rewrite.compile(twin(model), FORA(3), lowering="segments")
+    captured = dit_rewrite.compile(twin(model), FORA(3), lowering="segments", cuda_graphs=True)
+    for seed in range(2):
+        expected = two_streams(plain, seed, Tensor.clone)
+        assert same(two_streams(captured, seed, lambda output: (device.poison(), output)[1]), expected)
+    assert captured.stats().replays > 2 * STEPS
 
 
 def test_a_model_on_a_cpu() -> None:
