@@ -35,11 +35,13 @@ demo: $(INSTALLED)
 	$(BIN)/python -m dit_rewrite demo --out demo
 
 # The same examples in every run, so that a change is judged by what it changed; test-full looks for new ones.
+# Each worker runs one part of the files, and takes tests from another where it is done: fixtures of a module are built
+# once, and no worker idles.
 test: $(INSTALLED)
-	$(BIN)/python -m pytest -q -n $(WORKERS) -m "not slow"
+	$(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal -m "not slow"
 
 test-full: $(INSTALLED)
-	$(BIN)/python -m pytest -q -n $(WORKERS) --hypothesis-profile=search
+	$(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal --hypothesis-profile=search
 
 # For a machine that has torch, Triton, setuptools and perhaps pytest, and may reach no package index: into the Python
 # that is there, without dependencies, and editable, as the tests and the benchmark run from this folder. Whole models need

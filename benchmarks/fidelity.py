@@ -73,7 +73,7 @@ class Bench:
     @cached_property
     def reference(self) -> Tensor:
         """The reference images. They take the longest, and are cached in a file that is not versioned."""
-        known = {**self.toy.key(), "toy": None, "images": self.images}  # toys that differ only in sampling share it
+        known = {**self.toy_key, "toy": None, "images": self.images}  # toys that differ only in sampling share it
         path = self.out.with_suffix(f".{self.toy.weights.stem}.pt")
         found = torch.load(path) if path.exists() else {}
         if found.get("of") != known:
@@ -90,9 +90,14 @@ class Bench:
         self.toy.run(model, self.timed_images, 2)
         return model
 
+    @cached_property
+    def toy_key(self) -> Entry:
+        """The key of the toy. It hashes the file of its weights."""
+        return self.toy.key()
+
     def key(self, recipe: Recipe) -> Entry:
         """Everything that determines the errors of a row, apart from the number of images and steps."""
-        return {**recipe.key(), **self.toy.key()}
+        return {**recipe.key(), **self.toy_key}
 
     def timed_key(self, recipe: Recipe) -> Entry:
         """Everything that determines the time of a row."""

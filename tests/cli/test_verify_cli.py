@@ -3,12 +3,22 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
+from torch import nn
 
 from dit_rewrite.cli.main import FAILED, main
 from dit_rewrite.proof.verify import Verification, verify
 from tests.cli.test_generate import build_dit_pipeline
+from tests.helpers import tiny
+
+SMALL = f"{__name__}:small"
+
+
+def small() -> tuple[nn.Module, list[dict[str, Any]]]:
+    """A factory for --model: a module and the calls of a trajectory."""
+    return tiny.build(), tiny.calls(2)
 
 
 def test_the_bundled_denoiser_is_proven_and_its_graphs_are_left(
@@ -38,7 +48,7 @@ def test_what_fails_the_proof_exits_with_1(monkeypatch: pytest.MonkeyPatch) -> N
         return result
 
     monkeypatch.setattr("dit_rewrite.cli.verify.verify", failing)
-    assert main(["verify", "--model", "dit_rewrite.demo.shapes.calls:build", "--steps", "2"]) == 1
+    assert main(["verify", "--model", SMALL, "--steps", "2"]) == 1
 
 
 @pytest.mark.parametrize("model", ["no.such.module:build", "dit_rewrite.demo.shapes.calls:nothing", "math:pi"])
@@ -52,6 +62,5 @@ def test_a_factory_that_cannot_be_used_is_named(model: str, capsys: pytest.Captu
 
 def test_a_policy_that_reaches_nothing_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     """Such a verification would check nothing."""
-    command = ["verify", "--model", "dit_rewrite.demo.shapes.calls:build", "--policy", "fora:interval=3,kinds=cross"]
-    assert main([*command, "--steps", "2"]) == FAILED
-    assert "reaches none of the model's 16 sites" in capsys.readouterr().err
+    assert main(["verify", "--model", SMALL, "--policy", "fora:interval=3,kinds=cross", "--steps", "2"]) == FAILED
+    assert f"reaches none of the model's {tiny.SITES} sites" in capsys.readouterr().err

@@ -256,7 +256,7 @@ def test_what_is_measured(
     assert measured(specs, (2,), None, 0, None, 0) == fused and not left
 
 
-@pytest.mark.parametrize("name", ["tiny", "pixart_sigma", "stdit"])
+@pytest.mark.parametrize("name", ["tiny", pytest.param("pixart_sigma", marks=pytest.mark.slow), "stdit"])
 def test_in_a_model(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Only the fused op writes the residual, and the next step reads it; the outputs equal those of the two ops."""
     from tests.helpers import tiny

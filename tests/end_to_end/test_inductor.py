@@ -15,7 +15,7 @@ from dit_rewrite.runtime.session import Observation
 from tests.helpers import tiny
 from tests.helpers.models import MODELS, output
 
-QUICK = ("dit", "sd3", "stdit")
+QUICK = ("dit", "sd3")
 
 
 def verified(name: str, dtype: torch.dtype) -> dit_rewrite.Verification:

@@ -71,13 +71,13 @@ def differing(found: Sequence[Tensor], expected: Sequence[Tensor]) -> list[int]:
 # --- FORA -------------------------------------------------------------------------------------------------------------
 
 
-FORA_RUNS = [  # test_models_fora tests the variants
+FORA_RUNS = [  # test_models_fora tests the variants of every model; test_dqar and test_first_block_cache its segments
     pytest.param(
         case,
         lowering,
         anchor,
         id=f"{case.name}-{lowering}",
-        marks=[pytest.mark.slow] if lowering == "variants" and case.name != "dit" else [],
+        marks=[] if case.name == "dit" or (case.name, lowering) == ("sd3", "segments") else [pytest.mark.slow],
     )
     for case in CASES
     for lowering, anchor in (("variants", "start"), ("segments", "paper"))
@@ -99,7 +99,11 @@ def test_fora(case: Case, lowering: str, anchor: Literal["start", "paper"]) -> N
 # --- DQAR -------------------------------------------------------------------------------------------------------------
 
 
-_USUAL = {("variants", "linear"), ("segments", "linear_reverse")}
+_USUAL = {  # of each model one combination, and of DiT all four
+    *(("dit", lowering, order) for lowering in LOWERINGS for order in ("linear", "linear_reverse")),
+    *((name, "variants", "linear") for name in ("pixart_alpha", "flux", "stdit")),
+    *((name, "segments", "linear_reverse") for name in ("sd3", "wan")),
+}
 
 
 def scheduled(case: Case) -> tuple[Any, list[dict[str, Any]]]:
@@ -114,13 +118,13 @@ def scheduled(case: Case) -> tuple[Any, list[dict[str, Any]]]:
     return scheduler, [{**call, "timestep": t} for call, t in zip(case.inputs(STEPS), times, strict=True)]
 
 
-DQAR_RUNS = [  # each model under both lowerings and both orders, one of them in all four combinations
+DQAR_RUNS = [
     pytest.param(
         case,
         lowering,
         order,
         id=f"{case.name}-{lowering}-{order}",
-        marks=[pytest.mark.slow] if (lowering, order) not in _USUAL and case.name != "dit" else [],
+        marks=[] if (case.name, lowering, order) in _USUAL else [pytest.mark.slow],
     )
     for case in CASES
     for lowering in LOWERINGS
@@ -181,8 +185,22 @@ def test_dqar_with_an_entropy_threshold(lowering: str) -> None:
 # --- First-block cache ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("lowering", "lag"), [("auto", 0), ("variants", 1), ("segments", 1)])
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+_LAGS = [("auto", 0), ("variants", 1), ("segments", 1)]
+_LAGGING = {("sd3", "variants"), ("wan", "segments"), ("dit", "variants"), ("dit", "segments")}
+FIRST_BLOCK_RUNS = [  # every model without lag
+    pytest.param(
+        case,
+        lowering,
+        lag,
+        id=f"{case.name}-{lowering}-{lag}",
+        marks=[] if lag == 0 or (case.name, lowering) in _LAGGING else [pytest.mark.slow],
+    )
+    for case in CASES
+    for lowering, lag in _LAGS
+]
+
+
+@pytest.mark.parametrize(("case", "lowering", "lag"), FIRST_BLOCK_RUNS)
 def test_first_block_cache(case: Case, lowering: str, lag: Literal[0, 1]) -> None:
     model, inputs = case.build(), case.inputs(STEPS)
     blocks = list(reference.named_blocks(case.name, model).values())

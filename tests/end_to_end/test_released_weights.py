@@ -49,19 +49,20 @@ def test_exactly_the_weights_of_the_modulation_are_released(name: str) -> None:
     assert not model.stats().tables
 
 
-def test_the_report_names_the_bytes() -> None:
+def test_released_weights_are_reported_and_read_as_ever_until_restore_brings_them_back() -> None:
     model, calls = releasing()
+    plain = copy.deepcopy(model)
+    before, values = dict(model.named_parameters()), {n: value.clone() for n, value in model.state_dict().items()}
     run(model, calls)
     assert "released  195.4kB of weights" in str(model.explain())
     assert "0.19 MiB of weights released" in str(model.stats())
 
-
-def test_restore_brings_them_back() -> None:
-    model, calls = releasing()
-    plain = copy.deepcopy(model)
-    before = dict(model.named_parameters())
-    run(model, calls)
+    copied = copy.deepcopy(model)
+    for state in (model.state_dict(), copied.state_dict()):
+        assert all(torch.equal(state[name], value) for name, value in values.items())
+    assert all(in_memory(copied).values())
     assert not all(in_memory(model).values())
+
     dit_rewrite.restore(model)
     assert all(in_memory(model).values())
     assert all(weight is before[name] for name, weight in model.named_parameters())
@@ -76,16 +77,6 @@ def test_compiling_again_brings_them_back() -> None:
     assert all(in_memory(model).values())
 
 
-def test_released_weights_are_read_as_ever() -> None:
-    model, calls = releasing()
-    before = {name: value.clone() for name, value in model.state_dict().items()}
-    run(model, calls)
-    copied = copy.deepcopy(model)
-    for state in (model.state_dict(), copied.state_dict()):
-        assert all(torch.equal(state[name], value) for name, value in before.items())
-    assert all(in_memory(copied).values())
-
-
 def test_rows_that_are_computed_one_by_one_release_nothing() -> None:
     model, calls = releasing(UNCONDITIONED)
     run(model, calls, num_steps=STEPS)
@@ -94,25 +85,32 @@ def test_rows_that_are_computed_one_by_one_release_nothing() -> None:
     assert all(in_memory(model).values())
 
 
-@pytest.mark.parametrize("how", ["in place", "replaced", "loaded"])
-def test_weights_that_change_while_they_are_released(how: str) -> None:
+def test_weights_that_change_while_they_are_released() -> None:
     """The next trajectory computes rows from the new values, and releases those."""
     model, calls = releasing(UNCONDITIONED)
     told = {"scheduler": scheduler(calls)}
+    plain = dit_rewrite.compile(copy.deepcopy(model), FORA(3), backend="aot_eager", disable_passes=("step_tables",))
     run(model, calls, **told)
     linear = model.adaln_single.linear
-    changed = linear.weight.detach() * 1.5
-    if how == "in place":
+
+    def change_in_place() -> None:
         with torch.no_grad():
             linear.weight.mul_(1.5)
-    elif how == "replaced":
-        linear.weight = nn.Parameter(changed, requires_grad=False)
-    else:
-        model.load_state_dict({**model.state_dict(), "adaln_single.linear.weight": changed})
-    plain = dit_rewrite.compile(copy.deepcopy(model), FORA(3), backend="aot_eager", disable_passes=("step_tables",))
-    del changed
-    close(run(model, calls, **told), run(plain, calls, **told))
-    assert model.stats().released_bytes == size_of(model, *PARTS[UNCONDITIONED])
+
+    def load() -> None:
+        model.load_state_dict({**model.state_dict(), "adaln_single.linear.weight": linear.weight.detach() * 1.5})
+
+    def replace() -> None:
+        linear.weight = nn.Parameter(linear.weight.detach() * 1.5, requires_grad=False)
+
+    for change in (change_in_place, load, replace):
+        assert not in_memory(model)["adaln_single.linear.weight"]
+        old = linear.weight.clone()
+        change()
+        assert torch.equal(linear.weight, old * 1.5), change
+        plain.load_state_dict(model.state_dict())
+        close(run(model, calls, **told), run(plain, calls, **told))
+        assert model.stats().released_bytes == size_of(model, *PARTS[UNCONDITIONED])
 
 
 def test_another_graph_that_reads_them_directly_brings_them_back() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from functools import cache
 from typing import Any
 
 import pytest
@@ -23,11 +24,13 @@ STEPS = 12
 NEVER = "no guard can hold at any of the 12 steps at its 4 sites, in blocks 0 to 1 of 0 to 1"
 
 
-def rewritten(policy: Policy, model: torch.nn.Module | None = None, calls: Any = None, steps: int = STEPS) -> Any:
+@cache
+def rewritten(policy: Policy, name: str = "tiny") -> Any:
     """The rewritten graphs of a model after one call."""
-    compiled = tiny.rewritten(model or tiny.build(), policy)
-    with torch.no_grad(), compiled.trajectory(steps, Scheduler()):
-        compiled(**(calls or tiny.calls(1))[0])
+    model, calls = (tiny.build(), tiny.calls(1)) if name == "tiny" else (MODELS[name].build(), MODELS[name].inputs(1))
+    compiled = tiny.rewritten(model, policy)
+    with torch.no_grad(), compiled.trajectory(STEPS, Scheduler()):
+        compiled(**calls[0])
     return compiled.explain().rewritten
 
 
@@ -113,10 +116,9 @@ def test_a_policy_that_reaches_nothing_has_its_own_warning() -> None:
 
 def test_attention_that_shares_its_projection() -> None:
     """The last blocks of FLUX are parallel: attention alone is not reused there, but they count as layers."""
-    case = MODELS["flux"]
     policy = DQAR(0.2, 0.5, None, order="linear_reverse")
     says = "reaches no site.*; the model's 2 parallel branches are not among them: add the kind 'parallel'"
     with pytest.warns(UserWarning, match=says):
-        rewritten(policy, case.build(), case.inputs(1))
+        rewritten(policy, "flux")
     policy = DQAR(0.2, 0.5, None, order="linear_reverse", kinds=("attention", "parallel"))
-    assert idle_reason(rewritten(policy, case.build(), case.inputs(1)), STEPS) is None
+    assert idle_reason(rewritten(policy, "flux"), STEPS) is None

@@ -1,4 +1,4 @@
-"""`enable` on every pipeline: exact at reuse 0, and half of the work reused when every second step reuses."""
+"""`enable` on every pipeline: exact without reuse, and half of the work reused when every second step reuses."""
 
 from __future__ import annotations
 
@@ -8,23 +8,35 @@ from typing import Any
 
 import pytest
 import torch
+from sympy import Eq
 from sympy.logic.boolalg import Boolean
 
 import dit_rewrite
 from dit_rewrite import Policy, Rule, guards
 from dit_rewrite.policies import FORA
+from dit_rewrite.runtime.stats import Stats
 from tests.end_to_end.pipelines.case import PipelineCase
-from tests.end_to_end.pipelines.registry import EXACT, PIPELINES, REUSING
+from tests.end_to_end.pipelines.registry import ENABLED, PIPELINES
 
 STEPS = 4
 NEVER_OLD_ENOUGH = Policy((Rule(when=guards.age > 10_000),), name="never old enough")
 """Guards and stores every site, and reuses none."""
+SECOND_STEPS = "second steps"
 
-pytestmark = pytest.mark.filterwarnings("ignore:never old enough")
+pytestmark = pytest.mark.filterwarnings("ignore:second steps")
+
+
+def every_second_step(case: PipelineCase) -> Policy:
+    """A policy that reuses every second step of a run of `STEPS`, and nothing in a shorter one.
+
+    One compilation serves both runs: the guard reads the number of steps.
+    """
+    steps = max(indices.stop for indices in case.steps_run(STEPS))
+    return Policy((Rule(when=Eq(guards.step % 2, 1) & (guards.num_steps >= steps)),), name=SECOND_STEPS)
 
 
 def expected(case: PipelineCase, guidance: bool, steps: int) -> dict[str, Counter[tuple[int, str]]]:
-    """Under FORA(2), how often each denoiser computes or reuses at each step.
+    """If every second step reuses, how often each denoiser computes or reuses at each step.
 
     Even steps compute; odd ones reuse, except for a denoiser's first step, which has nothing to reuse.
     """
@@ -38,36 +50,37 @@ def expected(case: PipelineCase, guidance: bool, steps: int) -> dict[str, Counte
 def decisions(denoiser: Any) -> Counter[tuple[int, str]]:
     """The number of streams in which a denoiser computed or reused at each step; a stream does the same at all
     sites."""
+    return decided(denoiser.stats())
+
+
+def decided(stats: Stats) -> Counter[tuple[int, str]]:
     done: dict[tuple[int, int, Hashable], set[str]] = {}
-    for row in denoiser.stats().decisions:
+    for row in stats.decisions:
         done.setdefault((row.trajectory, row.step, row.stream), set()).update(row.strategies.values())
     return Counter((step, " and ".join(sorted(found))) for (_, step, _), found in done.items())
 
 
-@pytest.mark.parametrize(("name", "guidance"), EXACT)
-def test_exact_at_reuse_0(name: str, guidance: bool) -> None:
-    """With every site guarded and none reused, the image equals the plain pipeline's, bit for bit."""
-    case = PIPELINES[name]
+def run_both(case: PipelineCase, guidance: bool, **extra: Any) -> dict[str, Counter[tuple[int, str]]]:
+    """Check a run in which every site is guarded and stored, and none reused: its image equals the plain pipeline's,
+    bit for bit. Return the decisions of a run in which every second step reuses."""
     pipe = case.build()
-    plain = case.call(pipe, STEPS, guidance=guidance)
-    dit_rewrite.enable(pipe, NEVER_OLD_ENOUGH, backend="aot_eager")
-    with pytest.warns(UserWarning, match="never old enough: none of .* was reused"):
-        assert torch.equal(case.call(pipe, STEPS, guidance=guidance), plain)
-    for denoiser in case.denoisers:
-        stats = getattr(pipe, denoiser).stats()
-        assert stats.computed > 0
-        assert stats.reused == 0
+    plain = case.call(pipe, STEPS - 1, guidance=guidance, **extra)
+    dit_rewrite.enable(pipe, every_second_step(case), backend="aot_eager")
+    with pytest.warns(UserWarning, match=f"{SECOND_STEPS}: none of .* was reused"):
+        assert torch.equal(case.call(pipe, STEPS - 1, guidance=guidance, **extra), plain)
+    before = {name: getattr(pipe, name).stats() for name in case.denoisers}
+    assert all(stats.computed > 0 and stats.reused == 0 for stats in before.values())
+    case.call(pipe, STEPS, guidance=guidance, **extra)
+    graphs = [graph for name in case.denoisers for graph in getattr(pipe, name).explain().rewritten]
+    assert all(len(graph.variants) == 2 for graph in graphs if graph.guarded.sites), "both runs compute alike"
+    return {name: decided(getattr(pipe, name).stats().since(stats)) for name, stats in before.items()}
 
 
-@pytest.mark.parametrize(("name", "guidance"), REUSING)
-def test_every_second_step_reuses(name: str, guidance: bool) -> None:
+@pytest.mark.parametrize(("name", "guidance"), ENABLED)
+def test_exact_without_reuse_and_every_second_step_reuses(name: str, guidance: bool) -> None:
     """Each call of an odd step reuses every site, and each call of an even step computes every site."""
     case = PIPELINES[name]
-    pipe = case.build()
-    dit_rewrite.enable(pipe, FORA(2), backend="aot_eager", quiet=True)
-    case.call(pipe, STEPS, guidance=guidance)
-    for denoiser, done in expected(case, guidance, STEPS).items():
-        assert decisions(getattr(pipe, denoiser)) == done
+    assert run_both(case, guidance) == expected(case, guidance, STEPS)
 
 
 @pytest.mark.parametrize(
@@ -110,15 +123,8 @@ def test_batch_halves_midway() -> None:
 
     Its times are 0, 0.17, 0.39 and 0.65.
     """
-    case = PIPELINES["z_image"]
-    pipe = case.build()
-    plain = case.call(pipe, STEPS, guidance=True, cfg_truncation=0.3)
-    dit_rewrite.enable(pipe, NEVER_OLD_ENOUGH, backend="aot_eager")
-    assert torch.equal(case.call(pipe, STEPS, guidance=True, cfg_truncation=0.3), plain)
-    dit_rewrite.enable(pipe, FORA(2), backend="aot_eager", quiet=True)
-    case.call(pipe, STEPS, guidance=True, cfg_truncation=0.3)
     done = Counter({(0, "compute"): 1, (1, "reuse"): 1, (2, "compute"): 1, (3, "reuse"): 1})
-    assert decisions(pipe.transformer) == done
+    assert run_both(PIPELINES["z_image"], True, cfg_truncation=0.3) == {"transformer": done}
 
 
 def test_call_that_leaves_layers_out() -> None:
@@ -126,16 +132,9 @@ def test_call_that_leaves_layers_out() -> None:
 
     This call has a value to reuse at its second odd step only.
     """
-    case = PIPELINES["sd3"]
-    pipe = case.build()
     skip = {"skip_guidance_layers": [1], "skip_layer_guidance_stop": 1.0}
-    plain = case.call(pipe, STEPS, guidance=True, **skip)
-    dit_rewrite.enable(pipe, NEVER_OLD_ENOUGH, backend="aot_eager")
-    assert torch.equal(case.call(pipe, STEPS, guidance=True, **skip), plain)
-    dit_rewrite.enable(pipe, FORA(2), backend="aot_eager", quiet=True)
-    case.call(pipe, STEPS, guidance=True, **skip)
     done = {(0, "compute"): 1, (1, "reuse"): 1, (1, "compute"): 1, (2, "compute"): 2, (3, "reuse"): 2}
-    assert decisions(pipe.transformer) == Counter(done)
+    assert run_both(PIPELINES["sd3"], True, **skip) == {"transformer": Counter(done)}
 
 
 def test_residual_added_twice_is_no_stream() -> None:
