@@ -57,7 +57,9 @@ def draw(plan: Plan) -> Figure:
     axes[-1].set_xlabel("step")
     patches = [Patch(facecolor=COLOURS[choice], label=f"{choice} {plan.fraction(choice):.1%}") for choice in used]
     figure.legend(handles=patches, loc="outside lower center", ncols=len(used), fontsize="small")
-    figure.suptitle(f"delta = {plan.delta:g}, {plan.steps} steps, scheduler: {plan.scheduler.split(':')[0]}")
+    share = "" if plan.attention_share is None else f", {plan.attention_share:.1%} of the attention FLOPs"
+    scheduler = plan.scheduler.split(":")[0]
+    figure.suptitle(f"delta = {plan.delta:g}, {plan.steps} steps{share}, scheduler: {scheduler}")
     return figure
 
 

@@ -214,6 +214,14 @@ def test_one_call_a_step_with_both_halves_and_one_conditioning() -> None:
     assert [int(call["times"][0]) for call in recorder.calls] == [999, 749, 499, 249]  # trailing
 
 
+def test_a_negative_caption_takes_the_place_of_the_empty_one() -> None:
+    recorder, encoder = Recorder(), TextEncoder()
+    asked, negative = ["red circle", "blue cross"], ["a small blue cross", "a star"]
+    sample_captions(recorder, encoder, asked, steps=1, seed=0, negative=negative)
+    states, mask = encode(encoder, [*asked, *negative])
+    assert torch.equal(recorder.calls[0]["states"], states) and torch.equal(recorder.calls[0]["mask"], mask)
+
+
 @pytest.mark.parametrize(("guidance", "velocity"), [(1.0, 1.0), (2.0, -1.0), (1.5, 0.0)])
 def test_the_guided_velocity_by_hand(guidance: float, velocity: float) -> None:
     """From v(text) = 1 and v(empty) = 3: 3 + guidance * (1 - 3); the sample is the scheduler's with that v."""

@@ -369,6 +369,8 @@ def test_the_picture_shows_the_table():
     assert len(seen) == 5
     labels = [text.get_text() for text in figure.legends[0].get_texts()]
     assert labels == ["full 50.0%", "AST 25.0%", "ASC 8.3%", "WA-RS 8.3%", "WA-RS+ASC 8.3%"]
+    title = draw(replace(PLAN, attention=(1.0, 0.5, 0.3))).get_suptitle()
+    assert "3 steps, 60.0% of the attention FLOPs, scheduler" in title and "FLOPs" not in figure.get_suptitle()
 
 
 def test_the_legend_of_a_short_plan_is_whole():

@@ -23,17 +23,20 @@ def sample_captions(
     steps: int,
     guidance: float = TEXT_GUIDANCE,
     seed: int,
+    negative: Sequence[str] | None = None,
     scheduler: Any = None,
     progress: Callable[[], object] | None = None,
 ) -> Tensor:
     """Sample images (n, 3, SIZE, SIZE) in [-1, 1] for n captions, on the encoder's device.
 
     `denoiser` is that of `text_model.TextModel`, or a compiled version of it; it is called with both halves of the
-    guidance. `guidance` = 1 turns guidance off. `scheduler` is as in `sampling.sample`. `progress` is called after each
-    call of the denoiser. Raises BadArgument for captions that `captions.tokenise` refuses.
+    guidance. `guidance` = 1 turns guidance off. `negative` are the captions of the unconditional half, by default empty
+    ones. `scheduler` is as in `sampling.sample`. `progress` is called after each call of the denoiser. Raises
+    BadArgument for captions that `captions.tokenise` refuses.
     """
     with torch.no_grad():
-        states, mask = encode(encoder, [*captions, *[NULL_CAPTION] * len(captions)])  # one object for all steps
+        other = [NULL_CAPTION] * len(captions) if negative is None else negative
+        states, mask = encode(encoder, [*captions, *other])  # one object for all steps
 
     def predict(latents: Tensor, times: Tensor) -> Tensor:
         prediction: Tensor = denoiser(latents, states, times, encoder_attention_mask=mask, return_dict=False)[0]
