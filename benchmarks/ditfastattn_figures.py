@@ -4,6 +4,7 @@ On the bundled shapes DiT and, for negative prompts, on the bundled text-to-shap
 images, and judged on the images of that very search, which the policy would sample bit for bit; their errors are
 therefore lower than on other images. Attention FLOPs are those that the plan's file has.
 
+- maps: attention of each layer inside windows of one and two axes, mean over steps and heads (figure 3a, left).
 - residual: the mean squared change between steps of window attention and of its residual (figure 3a, right).
 - methods: one strategy alone against all of them, at each threshold (figure 9, left).
 - steps: plans for other numbers of steps (figure 9, middle).
@@ -17,15 +18,17 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import time
 from collections.abc import Callable, Sequence
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor, fx, nn
-from torch.nn.functional import cosine_similarity
+from torch.nn import functional
 
 import dit_rewrite
 from benchmarks.ditfastattn_page import RESIDUAL, draw, render
@@ -38,6 +41,7 @@ from dit_rewrite.demo.shapes.model import WEIGHTS, load_denoiser
 from dit_rewrite.demo.shapes.sampling import GUIDANCE, sample_images
 from dit_rewrite.demo.shapes.text_model import load_text_model
 from dit_rewrite.demo.shapes.text_sampling import sample_captions
+from dit_rewrite.kernels.window_attention.geometry import make_window
 from dit_rewrite.module import twin
 from dit_rewrite.policies import DiTFastAttn
 from dit_rewrite.policy.plan import Choice, Plan, write_whole
@@ -77,6 +81,39 @@ def search(denoiser: nn.Module, sample: Sample, uncached: Tensor, **settings: An
 def sampler(count: int, steps: int) -> Sample:
     labels = evenly_spread(count)
     return lambda model: sample_images(model, labels, steps=steps, guidance=GUIDANCE, seed=SEED)
+
+
+def measure_maps(record: Record, count: int) -> None:
+    """Figure 3a, left: the attention map of the most local layer, and how much of each layer's a window sees."""
+    denoiser = load_denoiser()
+    tokens, layers = (denoiser.config.sample_size // denoiser.config.patch_size) ** 2, denoiser.config.num_layers
+    side, places = math.isqrt(tokens), torch.arange(tokens)
+
+    def rows() -> dict[str, Any]:
+        maps = attention_maps(denoiser, sampler(count, STEPS)).unflatten(0, (STEPS, layers)).mean(0)
+        windows: dict[str, Any] = {}
+        for name, reach, grid in (("sequence", (tokens // 8,), None), ("rows and columns", (2, 2), (side, side))):
+            seen = make_window("maps", tokens, reach, grid, 0).sees(places[:, None], places)
+            inside = [round(float(each[seen].sum() / each.sum()), 6) for each in maps]
+            windows[name] = {"reach": reach, "pairs": float(seen.double().mean()), "inside": inside}
+        local = max(range(layers), key=windows["rows and columns"]["inside"].__getitem__)
+        return {"layer": local, "map": [[round(value, 5) for value in row] for row in maps[local].tolist()], **windows}
+
+    timed(record, "maps", "class", rows)
+
+
+def attention_maps(denoiser: nn.Module, sample: Sample) -> Tensor:
+    """Return the attention probabilities of every call, (calls, tokens, tokens): means over the batch and the heads."""
+    maps: list[Tensor] = []
+
+    def attend(query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> Tensor:
+        scores = (query @ key.mT / math.sqrt(query.shape[-1])).softmax(-1)
+        maps.append(scores.double().mean((0, 1)))
+        return scores @ value
+
+    with mock.patch.object(functional, "scaled_dot_product_attention", attend):
+        sample(denoiser)
+    return torch.stack(maps)
 
 
 def measure_residual(record: Record, count: int) -> None:
@@ -154,7 +191,7 @@ def measure_negative(record: Record, count: int) -> None:
 
 def effect(found: Tensor, exact: Tensor) -> float:
     """Return the cosine between two effects of a negative caption on the images: 1 if it is kept."""
-    return float(cosine_similarity(found.double().flatten(), exact.double().flatten(), dim=0))
+    return float(functional.cosine_similarity(found.double().flatten(), exact.double().flatten(), dim=0))
 
 
 def timed(record: Record, section: str, name: str, make: Callable[[], dict[str, Any]]) -> None:
@@ -183,7 +220,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         settings |= {"guidance": GUIDANCE, "text_guidance": TEXT_GUIDANCE, "steps": STEPS, "text_delta": TEXT_DELTA}
         header = {"settings": settings, "machine": machine(), "versions": versions()}
         record = Record.open(arguments.out, header)
-        for measure in (measure_residual, measure_plans, measure_negative):
+        for measure in (measure_maps, measure_residual, measure_plans, measure_negative):
             measure(record, arguments.images)
         record.write()
     content = json.loads(arguments.out.read_text(encoding="utf-8"))

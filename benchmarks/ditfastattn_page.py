@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+WINDOWS = ("sequence", "rows and columns")
 RESIDUAL = {"window": "window attention", "window residual": "residual to full attention"}
 INTRODUCTION = """# DiTFastAttn
 
@@ -15,9 +16,18 @@ figures 3 and 9 and its appendices A.7 and A.8, small: the bundled shapes DiT (8
 {steps} steps. Errors are those of the images that the search itself sampled, against the uncached ones of the same
 noise, so on other images they are larger. One small model, one set of noise: read trends, not digits.
 
+## Attention maps
+
+Figure 3a of the paper, left: the attention map of layer {layer}, mean over heads, steps and images, and how much of the
+attention of each layer lies within a window of an eighth of the tokens along the sequence ({sequence_pairs:.0%} of all
+pairs), and within two tokens along rows and columns ({grid_pairs:.0%}). Per pair, rows and columns hold more of it in
+{better} of {layers} layers: `window=(2, 2), grid="latent"` asks for such a window.
+
+![attention map, and attention inside windows](ditfastattn_maps.png)
+
 ## Windows and residuals
 
-Figure 3a of the paper: how much window attention changes from one step to the next, and how much its residual to full
+Figure 3a, right: how much window attention changes from one step to the next, and how much its residual to full
 attention does (mean squared difference, mean over {layers} layers and both halves of the guidance, {residual_steps}
 steps). A residual that changes less than the window is what makes it worth keeping. Here it does so at {calm} of
 {changes} steps, and its change is {ratio:.2f} of the window's on average.
@@ -28,8 +38,9 @@ steps). A residual that changes less than the window is what makes it worth keep
 METHODS = """## One strategy alone
 
 Figure 9, left: at each threshold the search with all strategies, and with one alone. Attention FLOPs are all FLOPs of
-the attention branches, projections and residuals included, as a share of those without caching. A single strategy
-cannot spend less than its own floor: half for ASC.
+the attention branches, projections and residuals included, as a share of those without caching. With 64 tokens the
+projections are most of them, so that a window saves little here. `work` has the runs of the search as a share of |S|
+|M| full ones a step.
 
 """
 STEPS = """
@@ -41,6 +52,10 @@ further.
 """
 METRICS = """
 ![attention FLOPs against the error of the images](ditfastattn_ablation.png)
+
+The choices of each layer at each step, at D4 and 20 steps (figure 5):
+
+![the plan of D4](plan.png)
 
 ## Other metrics
 
@@ -56,6 +71,7 @@ Appendix A.8: the text-to-shapes model at a guidance of {text_guidance:g}, with 
 unconditional half, and with an empty one. It moves the images by {size:.2f} (relative L2). Plans at {text_delta} are
 calibrated without it, with it, or with both trajectories side by side. The last column is the cosine between what the
 negative caption changes in the images under the plan, and what it changes without caching: 1 is an effect that is kept.
+Here it is {least:.2f} to {most:.2f}; the error with the negative caption is least for the plan calibrated {best}.
 
 """
 COLUMNS = ("attention FLOPs", "relative L2", "SSIM", "full", "AST", "ASC", "WA-RS", "WA-RS+ASC", "work")
@@ -64,13 +80,17 @@ COLUMNS = ("attention FLOPs", "relative L2", "SSIM", "full", "AST", "ASC", "WA-R
 def render(content: Mapping[str, Any]) -> str:
     """Return the whole page."""
     sections, settings = content["sections"], content["settings"]
-    residual = sections["residual"]["class"]
+    residual, maps = sections["residual"]["class"], sections["maps"]["class"]
     pairs = list(zip(*(residual[quantity] for quantity in RESIDUAL), strict=True))
+    inside = list(zip(*(maps[window]["inside"] for window in WINDOWS), strict=True))
     facts = {
         "layers": residual["rows"] // 2, "residual_steps": residual["steps"], "changes": len(pairs),
         "calm": sum(kept < window for window, kept in pairs), "torch": content["versions"]["torch"],
         "ratio": sum(kept for _, kept in pairs) / sum(window for window, _ in pairs),
-        "size": next(iter(sections["negative"].values()))["size"],
+        "layer": maps["layer"], "sequence_pairs": maps["sequence"]["pairs"],
+        "grid_pairs": maps["rows and columns"]["pairs"],
+        "better": sum(b / maps["rows and columns"]["pairs"] > a / maps["sequence"]["pairs"] for a, b in inside),
+        **_kept(sections["negative"], settings["negative"]), "size": next(iter(sections["negative"].values()))["size"],
     }  # fmt: skip
     parts = [
         INTRODUCTION.format(**settings, **facts),
@@ -81,6 +101,14 @@ def render(content: Mapping[str, Any]) -> str:
     parts += [METRICS, _plans(("metric", "threshold"), sections["metrics"])]
     parts += [NEGATIVE.format(**settings, **facts), _negative(sections["negative"], settings["negative"])]
     return "".join(parts)
+
+
+def _kept(rows: Mapping[str, Mapping[str, Any]], caption: str) -> dict[str, Any]:
+    """Return the range of the effects that are kept, and which plan has the least error with the negative caption."""
+    effects = [row["effect"] for row in rows.values()]
+    best = min(rows, key=lambda name: rows[name]["error"][caption])
+    names = {"without": "without it", "with": "with it", "both": "with both"}
+    return {"least": min(effects), "most": max(effects), "best": names[best]}
 
 
 def by_steps(content: Mapping[str, Any]) -> dict[str, Any]:
@@ -128,9 +156,19 @@ def draw(content: Mapping[str, Any], folder: Path) -> None:
     axes = figure.subplots()
     for quantity, label in RESIDUAL.items():
         axes.plot(range(1, residual["steps"]), residual[quantity], marker=".", label=label)
-    axes.set(xlabel="step", ylabel="mean squared change", yscale="log")
+    axes.set(xlabel="step", ylabel="mean squared change", yscale="log", xticks=range(1, residual["steps"], 3))
     axes.legend()
     figure.savefig(folder / "ditfastattn_residual.png", dpi=110)
+    maps = content["sections"]["maps"]["class"]
+    figure = Figure(figsize=(8, 3.4), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    left.imshow(maps["map"], cmap="magma")
+    left.set(xlabel="key", ylabel="query", title=f"layer {maps['layer']}")
+    for name in WINDOWS:
+        right.plot(maps[name]["inside"], marker="o", label=f"{name}: {maps[name]['pairs']:.0%} of the pairs")
+    right.set(xlabel="layer", ylabel="attention inside the window", ylim=(0, 1))
+    right.legend(fontsize="small")
+    figure.savefig(folder / "ditfastattn_maps.png", dpi=110)
     figure = Figure(figsize=(12, 3.6), layout="constrained")
     sections = content["sections"]
     usual = {name.replace("all", "relative_error"): row for name, row in sections["methods"].items() if "all" in name}

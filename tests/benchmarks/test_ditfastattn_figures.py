@@ -29,8 +29,25 @@ def test_the_page_is_rendered_from_its_results(tmp_path: Path) -> None:
     content = json.loads(RESULTS.read_text(encoding="utf-8"))
     assert (ROOT / "docs" / "ditfastattn.md").read_text(encoding="utf-8") == render(content)
     draw(content, tmp_path)
-    assert {path.name for path in tmp_path.iterdir()} == {"ditfastattn_residual.png", "ditfastattn_ablation.png"}
+    names = {f"ditfastattn_{name}.png" for name in ("maps", "residual", "ablation")}
+    assert {path.name for path in tmp_path.iterdir()} == names
     assert [*by_steps(content)] == sorted(by_steps(content), key=lambda name: (int(name.split()[0]), name))
+
+
+def test_attention_inside_windows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without queries all keys are seen alike, and a window has as much attention as it has pairs, row by row."""
+    denoiser = small_denoiser(1)
+    for part in denoiser.transformer_blocks[0].attn1.to_q.parameters():
+        part.zero_()
+    monkeypatch.setattr(bench, "load_denoiser", lambda: denoiser)
+    record = Record(tmp_path / "out.json", {})
+    bench.measure_maps(record, 1)
+    (found,) = record.sections["maps"].values()
+    assert found["sequence"]["pairs"] == (64 * 17 - 8 * 9) / 64**2
+    assert found["rows and columns"]["pairs"] == (8 * 5 - 2 * 3) ** 2 / 64**2
+    for window in ("sequence", "rows and columns"):
+        assert found[window]["inside"] == pytest.approx([found[window]["pairs"]], abs=1e-6)
+    assert found["map"][3][5] == pytest.approx(1 / 64, abs=1e-5)
 
 
 def test_an_effect_that_is_kept() -> None:
