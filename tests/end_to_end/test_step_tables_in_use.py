@@ -15,7 +15,7 @@ from torch import Tensor, nn
 import dit_rewrite
 from dit_rewrite.errors import TableReason
 from dit_rewrite.module import twin
-from dit_rewrite.policies import FORA
+from dit_rewrite.policies import FORA, Never
 from tests.end_to_end import test_guidance_delta as guidance
 from tests.end_to_end.test_step_tables import close, run
 from tests.helpers import tiny
@@ -239,3 +239,15 @@ def test_released_weights_are_saved_and_copied(tmp_path: Path) -> None:
     assert all(torch.equal(state[name], value) for state in states for name, value in before.items())
     assert all(weight.untyped_storage().resizable() for weight in copied.parameters())
     assert model.stats().released_bytes == released
+
+
+def test_through_inductor() -> None:
+    """The rows are computed by eager ops, and enter compiled code as inputs."""
+    model = dit_rewrite.compile(tiny.build(1), Never(), backend="inductor", tables="all", release=True)
+    plain = dit_rewrite.compile(twin(model), Never(), backend="aot_eager", disable_passes=("step_tables",))
+    calls = tiny.calls(4)
+    for _ in range(2):
+        close(*(run(each, calls, **schedule(calls)) for each in (model, plain)))
+    stats = model.stats()
+    assert (stats.table_rows, stats.variants, stats.recompiles, stats.tables) == (4, 1, 0, {})
+    assert stats.released_bytes == sum(parameter.nbytes for parameter in model.blocks[0].gates.parameters())
