@@ -23,9 +23,9 @@ from the table. A step that computes every site computes them as ever, so reuse 
   their content in each trajectory. Rows that depend on no conditioning outlive the trajectory, and others last as long
   as the conditioning is in use.
 - **Memory.** Only values that some compiled variant reads are stored, such as the gates of a modulation. The rows of a
-  graph take at most an eighth of `memory_budget`, in equal shares if there are several conditionings (streams of
-  guidance); the oldest ones are dropped first. As many rows are computed at once as take no more than an eighth while
-  they are computed, 64 at most.
+  graph take at most an eighth of `memory_budget`, and those of each conditioning (streams of guidance, prompts; 8 at
+  most) an eighth of that; the oldest ones are dropped first. As many rows are computed at once as take no more than an
+  eighth of the budget while they are computed, 64 at most.
 - **No table.** Values that depend on the conditioning have no table without a scheduler, because each row would be read
   once, nor if the timestep is a Python int, of which there is no batch. Nor is there one if reading the timestep would
   wait for a GPU: it is read on the host, or found as an entry of the scheduler's timesteps. If a policy decides in the

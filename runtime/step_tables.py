@@ -172,8 +172,9 @@ class Tables:
 
     @property
     def _share(self) -> int:
-        """The bytes that the rows of one table may take. Equal shares: streams would drop each other's rows in turn."""
-        return self._limit() // SHARE // max(len(self._tables), 1)
+        """The bytes that the rows of one table may take. It does not depend on the other tables: streams would drop
+        each other's rows in turn, and the rows of an image would be computed in other batches behind other images."""
+        return self._limit() // SHARE // MOST
 
     def _table(self, args: Sequence[Any], bookmark: Bookmark, explicit: bool, clock: Clock | None) -> Table:
         """Return the table for the weights and the conditioning of a call.
@@ -265,15 +266,12 @@ class Tables:
         self._stats.add("table_rows")
 
     def _bound(self, table: Table, key: Hashable) -> None:
-        """Drop the oldest rows of each table until the rest is within its share, but not the row of this call."""
-        share, dropped = self._share, False
-        for each in self._tables:
-            size, oldest = each.bytes, [old for old in each.rows if each is not table or old != key]
-            while size > share and oldest:
-                size -= each.rows.pop(oldest.pop(0)).bytes
-                dropped = True
-        if dropped:
+        """Drop the oldest rows of a table until the rest is within its share, but not the row of this call."""
+        size, oldest = table.bytes, [old for old in table.rows if old != key]
+        if size > self._share and oldest:
             self._stats.dropped(TableReason.OVER_LIMIT)
+        while size > self._share and oldest:
+            size -= table.rows.pop(oldest.pop(0)).bytes
         self._stats.table_bytes = max(self._stats.table_bytes, self.bytes)
 
 

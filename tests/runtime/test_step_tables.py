@@ -13,7 +13,7 @@ from torch import Tensor
 from dit_rewrite.errors import TableReason
 from dit_rewrite.runtime.clock import Clock, Named
 from dit_rewrite.runtime.stats import Stats
-from dit_rewrite.runtime.step_tables import BATCH, SHARE, Bookmark, Tables
+from dit_rewrite.runtime.step_tables import BATCH, MOST, SHARE, Bookmark, Tables
 
 TIMESTEPS = torch.tensor([900, 600, 300, 0])
 ROW_BYTES = 2 * 3 * 4
@@ -60,7 +60,7 @@ class Steps:
 
     def __init__(self, batched: bool = True, limit: int = 1 << 20, scheduled: bool = True) -> None:
         self.program, self.stats = Product(batched), Stats()
-        self.tables = Tables(self.program, self.stats, lambda: limit * SHARE)
+        self.tables = Tables(self.program, self.stats, lambda: limit * SHARE * MOST)
         self.weight, self.condition = torch.arange(3.0), torch.ones(1)
         self.scheduler = SimpleNamespace(timesteps=TIMESTEPS) if scheduled else None
         self.explicit = True
@@ -264,7 +264,7 @@ def test_what_is_computed_at_once_takes_no_more_than_the_limit() -> None:
     """If intermediate values of two rows fit, rows are computed in pairs, whichever of a pair is read first."""
     for first, second in ((900, 300), (600, 0)):
         run, counts = Steps(limit=9 * ROW_BYTES), []
-        run.program.peak = 4 * ROW_BYTES
+        run.program.peak = 4 * MOST * ROW_BYTES
         for value in (first, 1500 - first, second, 300 - second):
             run(value)
             counts.append(len(run.program.batches))
@@ -274,7 +274,7 @@ def test_what_is_computed_at_once_takes_no_more_than_the_limit() -> None:
 
 def test_a_row_that_takes_more_than_the_limit_is_computed_alone() -> None:
     run = Steps(limit=9 * ROW_BYTES)
-    run.program.peak = 10 * ROW_BYTES
+    run.program.peak = 10 * MOST * ROW_BYTES
     run(600)
     assert (run.program.batches, run.program.single) == ([], 1)
 
@@ -313,17 +313,18 @@ def test_rows_are_counted_since_an_earlier_time() -> None:
     assert run.stats.since(before).table_rows == 1
 
 
-def test_two_conditions_share_the_memory() -> None:
-    """If the limit holds the rows of one of them, they do not fill it in turn with rows that the other one drops."""
-    run = Steps(limit=4 * ROW_BYTES)
+@pytest.mark.parametrize("rows", [4, 2])
+def test_two_conditions_do_not_depend_on_one_another(rows: int) -> None:
+    """Neither drops rows of the other, and both have the batches that each would have alone."""
+    run = Steps(limit=rows * ROW_BYTES)
     other, bookmark = torch.zeros(1), Bookmark()
     for value in (900, 600, 300, 0):
         for _ in range(2):
             run(value)
-            assert run.tables.bytes <= 4 * ROW_BYTES
+            assert run.tables.bytes <= 2 * rows * ROW_BYTES
             run.condition, other = other, run.condition
             run.bookmark, bookmark = bookmark, run.bookmark
-    assert (run.program.batches, run.program.single) == ([4, 2, 2, 2, 2], 0)
+    assert (run.program.batches, run.program.single) == ([rows] * (8 // rows), 0)
 
 
 def test_rows_of_freed_conditioning_are_dropped() -> None:
