@@ -15,7 +15,7 @@ from dit_rewrite.compiler.request import Request
 from dit_rewrite.compiler.slot_formats import SlotFormat, SlotFormats
 from dit_rewrite.compiler.state_memory import require_room
 from dit_rewrite.errors import Reason, RefusalReason
-from dit_rewrite.passes.analysis.attention_sites import find_cores, find_shared
+from dit_rewrite.passes.analysis.attention_sites import find_cores, find_shared, find_tiled
 from dit_rewrite.passes.analysis.branches import Refusal
 from dit_rewrite.passes.analysis.graph import copied
 from dit_rewrite.passes.analysis.output_sites import find_delta, find_output
@@ -136,6 +136,7 @@ def _asked(
         (Part.KV in asked, lambda: find_keys(gm, found.sites, steady)),
         (Part.CORE in asked, lambda: find_cores(gm, found.sites)),
         (Part.CFG_SHARED in asked, lambda: (find_shared(found.sites), [])),
+        (Part.TILES in asked, lambda: (find_tiled(found.sites), [])),
         (bool(wanted), lambda: find_spans(Stream(gm.graph, found), wanted)),
         (Part.DELTA in asked, lambda: find_delta(gm)),
         (None in outputs, lambda: find_output(gm, steady, less_latent=False)),
