@@ -108,10 +108,9 @@ class _Rewriter:
     def _add_slot(self, graph: fx.Graph, i: int, env: dict[Any, fx.Node]) -> None:
         """Add the inputs for the slot of a site: the tensors of each computed value, and the weights."""
         examples = [tensor for slot in self.slots[i] for tensor in slot.examples]
+        # older values are new tensors, because tracing needs distinct ones
         older = [torch.empty_like(example) for _ in range(1, self.depths[i]) for example in examples]
-        for k, example in enumerate(
-            (*examples, *older)
-        ):  # `older` are new tensors, because tracing needs distinct ones
+        for k, example in enumerate((*examples, *older)):
             env["cached", i, k] = add_input(graph, f"cached_{self.slugs[i]}")
             env["cached", i, k].meta = {"val": example}
         if self.depths[i] > 1:
