@@ -185,10 +185,11 @@ def _replay(
     """Replay one observation. Returns the outputs as ``output i`` and the values of sites by name, or None if a reused
     value was never computed."""
     record, step = observation.record, _Step()
-    depths: dict[str, int] = {}
+    depths: dict[tuple[str, str], int] = {}  # by site and value
     weights = record.weights or (None,) * len(record.row)
     for i, reuse, reason, each in zip(graph.reached, record.row, record.reasons, weights, strict=True):
-        depths.update(dict.fromkeys(graph.found.sites[i].values, graph.rules[i].depth))
+        site = graph.found.sites[i]
+        depths.update({(site.name, value): graph.rules[i].depth for value in site.values})
         if reason not in (DecisionReason.COVERED, DecisionReason.VERIFIED):
             shared = graph.rules[i].slot_format
             lender = shared.stream if isinstance(shared, ShareGuidance) and reuse else None
@@ -208,7 +209,7 @@ def _replay(
             if step.lent[key] not in kept:
                 continue  # nothing to differ from yet
             value = value - kept[step.lent[key]][0]
-        kept[key] = encoded(value, codec, run.seen(read, key[-1]), older, depths[key[-1]])
+        kept[key] = encoded(value, codec, run.seen(read, key[-1]), older, depths[key[-2:]])
     values = {_name(key): kept[key][0] for key in step.compared if key in kept}
     return {**values, **{f"output {i}": out for i, out in enumerate(outputs) if isinstance(out, Tensor)}}
 

@@ -297,9 +297,9 @@ class _Rewriter:
         graph, env = self._inputs(keys, outer)
         (slot,) = self.slots[site]
         assert isinstance(slot.codec, TileCodec)
-        nodes = [node for node in self.gm.graph.nodes if node.name in self.sites[site].closure]
-        own = [env["cached", site, k] for k in range(slot.width)]
-        value = write_tiles(graph, slot.codec, slot.value, nodes, own, env, self.position)
+        own, inside = [env["cached", site, k] for k in range(slot.width)], self.sites[site].closure
+        copied = sum(slot.value in values for values in self.values) > 1
+        value = write_tiles(graph, slot.codec, slot.value, inside, own, env, self.position, copied)
         graph.output((value, *(env["cached", i, k] for _, i, k in stored)))
         return fx.GraphModule({}, graph)
 

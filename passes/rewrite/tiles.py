@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
@@ -94,16 +94,19 @@ def write_tiles(
     graph: fx.Graph,
     codec: TileCodec,
     value: fx.Node,
-    closure: Sequence[fx.Node],
+    inside: Collection[str],
     stored: Sequence[fx.Node],
     env: Mapping[Any, fx.Node],
     position: Mapping[fx.Node, int],
+    copied: bool,
 ) -> fx.Node:
     """Append to `graph` the nodes that recompute some tiles of `value`, whose slot is `stored`, and return its node.
 
-    `closure` are the nodes, in graph order, that only the value depends on. `env` maps other nodes to nodes of `graph`.
+    `inside` are the names of the nodes that only the value depends on. `env` maps other nodes to nodes of `graph`.
+    `copied`: another slot takes the value too, and must not share the memory that later steps change.
     The choice of the tiles comes before all nodes of the captured graph, and the slot is written after the value.
     """
+    closure = [node for node in value.graph.nodes if node.name in inside]
     tokens, home = find_tokens(value, closure), position[value]
     assert tokens is not None, f"{value.name} mixes tokens and should have been refused"
     chosen, rows = inline(graph, lambda *held: codec.choose(held), stored, -1, home)
@@ -111,5 +114,6 @@ def write_tiles(
     fresh = writer.write(value, closure, tokens)
     width = len(stored)
     arguments = [*stored, chosen, rows, fresh]
-    (updated,) = inline(graph, lambda *t: (codec.update(t[:width], *t[width:]),), arguments, home, home)
+    update = (lambda *t: codec.update(*t).clone()) if copied else codec.update
+    (updated,) = inline(graph, lambda *t: (update(t[:width], *t[width:]),), arguments, home, home)
     return updated

@@ -10,11 +10,14 @@ from torch import Tensor, nn
 
 import dit_rewrite
 from dit_rewrite.errors import RefusalReason
+from dit_rewrite.guards import step
 from dit_rewrite.module import RewrittenModule, twin
 from dit_rewrite.passes.analysis import cost
 from dit_rewrite.passes.analysis.site import Part
 from dit_rewrite.policies import TileReuse
-from dit_rewrite.policy.rules import Policy
+from dit_rewrite.policy.rules import Policy, Rule
+from dit_rewrite.policy.strategies import BlockwiseReuse, Forecast, GuidanceDelta, Reuse, ReuseTiles, ShareGuidance
+from dit_rewrite.policy.where import Where
 from tests.helpers import tiny
 from tests.helpers.models import MODELS, output
 
@@ -143,3 +146,30 @@ def test_through_inductor() -> None:
         assert all(torch.allclose(x, y, rtol=0, atol=1e-5) for x, y in zip(a, b, strict=True))
     assert not torch.allclose(found[0][-1], found[2][-1], rtol=0, atol=1e-5)
     assert {(model.stats().reused, model.stats().late_variants) for model in models} == {(8, 0)}
+
+
+@pytest.mark.parametrize(
+    ("later", "reused"),
+    [(Reuse(), 12), (Forecast(1), 12), (ShareGuidance("first"), 8)],
+    ids=["reuse", "forecast", "share"],
+)
+def test_with_other_strategies_at_the_same_branch(later: Any, reused: int) -> None:
+    """A slot of the whole branch has its own copy of a value that later tiles are written into."""
+    kinds = Where(("self",) if isinstance(later, ShareGuidance) else ("mlp",))
+    tiles = Rule((step > 0) & (step < 3), ReuseTiles(0.5), Where(("mlp",)))
+    policy = Policy((tiles, Rule(step >= 3, later, kinds)))
+    found = dit_rewrite.verify(tiny.build(), tiny.calls(5), policy, backend="aot_eager")
+    assert found.passed and found.reused == reused
+
+
+@pytest.mark.parametrize(("kind", "do"), [("mlp", ReuseTiles(0.5)), ("self", BlockwiseReuse(0.1))])
+def test_within_half_of_a_batch(kind: str, do: Any) -> None:
+    """State of the whole batch cannot be halved, so the rule for half of the model is the one that applies."""
+    rules = (
+        Rule((step > 0) & (step < 2), do, Where((kind,))),
+        Rule(step >= 2, GuidanceDelta("first"), Where(span="output")),
+    )
+    case = MODELS["dit"]
+    compiled = rewritten(case.build(), Policy(rules))
+    run(compiled, case.inputs(3))
+    assert compiled.stats().reused == 1 and str(RefusalReason.WITHIN_HALF) in str(compiled.explain())
