@@ -31,6 +31,11 @@ class TileCodec:
     by_change: bool
 
     @property
+    def saved(self) -> float:
+        """The share of the tokens that a reusing step does not compute."""
+        return 1 - self.count / self.tiles
+
+    @property
     def longest(self) -> int:
         """The number of steps after which a tile is recomputed in any case. No step has more such tiles than `count`,
         since each step recomputes that many, and at first the tiles take turns."""
