@@ -214,7 +214,7 @@ def _closer(a: Row, b: Row) -> dict[str, Any]:
 
 
 TEXTS = {
-    "static blocks": "the text's blocks in all but every {}th step", "blocks": "the text's blocks within their bound",
+    "static blocks": "the text's blocks in all but every n-th step", "blocks": "the text's blocks within their bound",
     "whole": "the whole branch in fixed steps", "turns": "tiles in turns", "change": "tiles that changed most",
     "often": "tiles in turns, each as often as the whole branch",
 }  # fmt: skip
@@ -231,7 +231,7 @@ def render(content: Mapping[str, Any]) -> str:
         share = "kept scores" if section == "joint" else "FLOPs"
         lines += ["", f"| {heading} | interval | {share} | relative L2 |", "|---|---:|---:|---:|"]
         for row in sections[section].values():
-            text = TEXTS[row["name"].rpartition(" ")[0]].format(row["interval"])
+            text = TEXTS[row["name"].rpartition(" ")[0]]
             lines.append(f"| {text} | {row['interval']} | {row['share']:.1%} | {row['error']:.4f} |")
     lines.append("")
     for claim in content["claims"]:

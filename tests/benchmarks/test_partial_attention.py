@@ -24,6 +24,7 @@ from benchmarks.partial_attention import (  # noqa: E402
     whole,
 )
 from benchmarks.timing import RESULTS  # noqa: E402
+from dit_rewrite.guards import step  # noqa: E402
 from dit_rewrite.policies import FORA, TileReuse  # noqa: E402
 from tests.helpers import tiny  # noqa: E402
 
@@ -31,12 +32,12 @@ from tests.helpers import tiny  # noqa: E402
 @pytest.mark.parametrize(("share", "steps"), [(0.05, [10]), (0.099, [10]), (0.25, [2, 6, 10, 14, 18])])
 def test_whole_attention_in_as_many_steps(share: float, steps: list[int]) -> None:
     (rule,) = whole(share, 20).rules
-    assert [s for s in range(20) if rule.when.subs({"step": s}) == True] == steps  # noqa: E712
+    assert [s for s in range(20) if rule.when.subs({step: s}) == True] == steps  # noqa: E712
 
 
 def test_blocks_in_all_but_every_nth_step() -> None:
     (rule,) = static_blocks(4).rules
-    assert [s for s in range(9) if rule.when.subs({"step": s}) == False] == [0, 4, 8]  # noqa: E712
+    assert [s for s in range(9) if rule.when.subs({step: s}) == False] == [0, 4, 8]  # noqa: E712
     assert static_share(4, 20) == 15 / 20 * 9 / 73
 
 
@@ -75,7 +76,7 @@ def test_judgement_and_page() -> None:
     sections = {name: {row.name: asdict(row) for row in each} for name, each in (("joint", joint), ("tiles", tiles))}
     settings = {"captions": 2, "steps": 4}
     text = render({"settings": settings, "sections": sections, "claims": list(map(asdict, claims))})
-    assert "| the text's blocks in all but every 4th step | 4 | 50.0% | 0.2000 |" in text
+    assert "| the text's blocks in all but every n-th step | 4 | 50.0% | 0.2000 |" in text
     assert "beat the same blocks in fixed steps: in 1 of 2 comparisons" in text
 
 
