@@ -185,8 +185,9 @@ def _symbols(moment: Moment, layer: int, age: int | None, streak: int) -> dict[s
 
 
 def _slot_format(do: Strategy) -> RuleFormat:
-    own = isinstance(do, ShareGuidance | GuidanceDelta | ReuseTiles | Core)
-    return do if own else getattr(do, "store", None)
+    if isinstance(do, ShareGuidance | GuidanceDelta | ReuseTiles | Core):
+        return do
+    return getattr(do, "store", None)
 
 
 def forced(*_: object, **__: object) -> Choice:

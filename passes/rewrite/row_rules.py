@@ -200,7 +200,7 @@ def _multiplies_batch(rows: Rows) -> Needs | None:
     """A product for each entry of dim 0, where the tokens are the entries or the rows of the left factor."""
     if rows.place.dim:
         return _multiplies(rows)
-    needs = [(operand, rows.place) for operand in operands(rows.node)]
+    needs: Needs = [(operand, rows.place) for operand in operands(rows.node)]
     return needs if len(rows.node.all_input_nodes) == 2 else None
 
 
