@@ -68,12 +68,18 @@ class Blockwise:
         """The number of leading keys that may be kept after `_in_order`."""
         return None if self.condition is None else self.condition[1]
 
+    @property
+    def own_queries(self) -> bool:
+        """Whether each block stores its queries: equation 14 is about their change since its own recompute."""
+        return self.strategy.bound == "paper"
+
     def is_plain(self, value: Tensor, read: Sequence[Tensor]) -> bool:
         return False
 
     def encode(self, value: Tensor, read: Sequence[Tensor]) -> Sequence[Tensor]:
         query, key, values, mask = self._in_order(read)
-        return blockwise_fill(query, key, values, mask, self.block, self.scale, self.kv_static, self.keep)
+        how = (self.block, self.scale, self.kv_static, self.keep, self.own_queries)
+        return blockwise_fill(query, key, values, mask, *how)
 
     def decode(self, held: Sequence[Tensor], read: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
         query, key, values, mask = self._in_order(read)

@@ -3,7 +3,7 @@ their slot formats."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -15,7 +15,7 @@ from dit_rewrite.compiler.request import Request
 from dit_rewrite.compiler.slot_formats import SlotFormat, SlotFormats
 from dit_rewrite.compiler.state_memory import require_room
 from dit_rewrite.errors import Reason, RefusalReason
-from dit_rewrite.passes.analysis.attention_sites import find_cores, find_shared
+from dit_rewrite.passes.analysis.attention_sites import find_cores, find_shared, find_tiled
 from dit_rewrite.passes.analysis.branches import Refusal
 from dit_rewrite.passes.analysis.graph import copied
 from dit_rewrite.passes.analysis.output_sites import find_delta, find_output
@@ -28,6 +28,7 @@ from dit_rewrite.passes.guards.measurements import ERROR, Measurement, measureme
 from dit_rewrite.passes.guards.symbols import ENTROPY, Value, measured
 from dit_rewrite.passes.pipeline import Context
 from dit_rewrite.passes.rewrite.guarded_graph import Guarded
+from dit_rewrite.passes.rewrite.tiles import TileCodec
 from dit_rewrite.policy.rules import Policy, Spans
 from dit_rewrite.policy.site_rules import SiteRules
 from dit_rewrite.policy.where import Where
@@ -114,6 +115,7 @@ def bind(captured: Captured, found: Found, policy: Policy, whole: bool, hoist: b
     _follow_cores(sites, rules)
     slot_formats = SlotFormats(captured, measuring.probes)
     formats, unformatted = _formats(sites, rules, slot_formats)
+    unformatted += _refuse_within_halves(sites, rules, formats)
     for i, chosen in formats.items():
         sites[i] = replace(sites[i], conditioned=slot_formats.is_conditioned(sites[i], chosen))
     outside = _outside(policy, spans, stacks, whole) if found.sites else []
@@ -136,6 +138,7 @@ def _asked(
         (Part.KV in asked, lambda: find_keys(gm, found.sites, steady)),
         (Part.CORE in asked, lambda: find_cores(gm, found.sites)),
         (Part.CFG_SHARED in asked, lambda: (find_shared(found.sites), [])),
+        (Part.TILES in asked, lambda: (find_tiled(found.sites), [])),
         (bool(wanted), lambda: find_spans(Stream(gm.graph, found), wanted)),
         (Part.DELTA in asked, lambda: find_delta(gm)),
         (None in outputs, lambda: find_output(gm, steady, less_latent=False)),
@@ -199,6 +202,29 @@ def _formats(
     codecs = ((chosen[0], sites[i]) for i, chosen in formats.items() if sites[i].part is Part.CORE)
     require_room([(codec, known.nodes[site.values[0]]) for codec, site in codecs if isinstance(codec, Blockwise)])
     return formats, refused
+
+
+def _refuse_within_halves(
+    sites: Sequence[Site], rules: list[SiteRules], formats: dict[int, SlotFormat]
+) -> list[Refusal]:
+    """Remove the rules of sites whose state cannot be halved, within a site of which half of a batch is computed."""
+    refused = []
+    halved = {i for i, (_, guidance) in formats.items() if guidance is not None}
+    for i in [i for i, (codec, _) in formats.items() if isinstance(codec, Blockwise | TileCodec)]:
+        if halved.isdisjoint(_around(sites, i)):
+            continue
+        del formats[i]
+        rules[i] = SiteRules(())
+        if sites[i].part is not Part.CORE_STATE:
+            refused.append(Refusal(sites[i].values[0], sites[i].name, RefusalReason.WITHIN_HALF))
+    return refused
+
+
+def _around(sites: Sequence[Site], i: int) -> Iterator[int]:
+    """Yield the sites that enclose site `i`."""
+    while (parent := sites[i].parent) is not None:
+        yield parent
+        i = parent
 
 
 def known(found: Found, layer: int, whole: bool) -> dict[str, Value]:

@@ -19,9 +19,10 @@ from dit_rewrite.passes.analysis import cost
 from dit_rewrite.passes.analysis.site import Part
 from dit_rewrite.passes.analysis.work import kernels
 from dit_rewrite.passes.pipeline import Context
-from dit_rewrite.passes.rewrite.guarded_graph import GuardedGraph
+from dit_rewrite.passes.rewrite.guarded_graph import Guarded, GuardedGraph
 from dit_rewrite.passes.rewrite.hoist import Hoisted
 from dit_rewrite.passes.rewrite.insert_guards import insert_guards
+from dit_rewrite.passes.rewrite.tiles import TileCodec
 
 
 @dataclass(frozen=True)
@@ -43,8 +44,8 @@ def run(gm: fx.GraphModule, ctx: Context) -> fx.GraphModule:
     free = request.memory_budget // request.streams - (0 if hoisted is None else hoisted.bytes)
     if not guarded.sites or sum(_slot_bytes(guarded)) <= free:
         return gm
-    left_out = not_chosen(list(_candidates(guarded, ctx[Foreseen].rows)), free)
     bound = ctx[Bound]
+    left_out = not_chosen(list(_candidates(guarded, ctx[Foreseen].rows, [_saved(each) for each in bound.labels])), free)
     ctx.put(bound.without([bound.reached[i] for i in left_out]))
     fitting: GuardedGraph = insert_guards(guarded.source, ctx[Bound].found.sites, ctx[Bound].labels)
     ctx.put(fitting)
@@ -67,8 +68,13 @@ def _slot_bytes(guarded: GuardedGraph) -> list[int]:
     return [sum(map(cost.stored_bytes, slot)) for slot in guarded.slot_tensors]
 
 
-def _candidates(guarded: GuardedGraph, rows: Sequence[DecisionRow]) -> Iterator[Candidate]:
-    """Yield the guarded sites with the time that each saves in the foreseen steps."""
+def _saved(label: Guarded) -> float:
+    """Return the share of a site that a reusing step does not compute."""
+    return label.codec.saved if isinstance(label.codec, TileCodec) else 1.0
+
+
+def _candidates(guarded: GuardedGraph, rows: Sequence[DecisionRow], saved: Sequence[float]) -> Iterator[Candidate]:
+    """Yield the guarded sites with the time that each saves in the foreseen steps; `saved` are shares of their work."""
     nodes = {node.name: node for node in guarded.source.graph.nodes}
     work = {node.name: work for node, work in kernels(guarded.source.graph)}
     roofline = _roofline(next(nodes[value] for site in guarded.sites for value in site.values))
@@ -77,7 +83,7 @@ def _candidates(guarded: GuardedGraph, rows: Sequence[DecisionRow]) -> Iterator[
         if site.part is Part.CORE_STATE:
             continue
         together = [i, *(j for j, p in enumerate(guarded.parents) if p == i and _is_state(guarded, j))]
-        seconds = roofline.total(work[name] for name in site.skipped if name in work)
+        seconds = saved[i] * roofline.total(work[name] for name in site.skipped if name in work)
         steps = sum(row[i] and not _covered(row, i, guarded.parents) for row in rows)
         yield Candidate(tuple(together), steps * seconds, sum(sizes[j] for j in together))
 

@@ -24,8 +24,10 @@ from dit_rewrite.passes.capture.capture import Captured
 from dit_rewrite.passes.rewrite.codec import Codec, DeltaCodec, ValueCodec
 from dit_rewrite.passes.rewrite.guarded_graph import Guidance
 from dit_rewrite.passes.rewrite.half_batch import Batch, batch_labels
+from dit_rewrite.passes.rewrite.rows import find_tokens, token_dim
+from dit_rewrite.passes.rewrite.tiles import tile_codec
 from dit_rewrite.policy.site_rules import SiteRules
-from dit_rewrite.policy.strategies import BlockwiseReuse, GuidanceDelta, ShareGuidance, WindowResidual
+from dit_rewrite.policy.strategies import BlockwiseReuse, GuidanceDelta, ReuseTiles, ShareGuidance, WindowResidual
 
 SlotFormat = tuple[Codec, Guidance | None]
 
@@ -48,6 +50,8 @@ class SlotFormats:
             return self._shared(site, rule_format)
         if rule_format is None or isinstance(rule_format, str):
             return ValueCodec(rule_format), None
+        if isinstance(rule_format, ReuseTiles):
+            return self._tiled(site, rule_format)
         core = self.nodes[site.values[0]]
         invariant = [self.nodes[name] in self._invariant for name in site.inputs]
         steady = all(invariant[1:3]), all(invariant[3:])
@@ -113,6 +117,17 @@ class SlotFormats:
     def _labels(self) -> dict[str, Batch]:
         labels = batch_labels(self.graph, self._batch, self.captured.static)
         return {node.name: label for node, label in labels.items()}
+
+    def _tiled(self, site: Site, strategy: ReuseTiles) -> SlotFormat | RefusalReason:
+        value = self.nodes[site.values[0]]
+        dim = token_dim(value.meta["val"])
+        if dim is None:
+            return RefusalReason.NO_TOKENS
+        closure = [node for node in self.graph.nodes if node.name in site.closure]
+        if len(site.values) > 1 or find_tokens(value, closure) is None:
+            return RefusalReason.MIXES_TOKENS
+        tokens = value.meta["val"].shape[dim]
+        return tile_codec(tokens, dim, strategy.tile, strategy.refresh, strategy.order == "change"), None
 
     def _shared(self, site: Site, strategy: ShareGuidance | GuidanceDelta) -> SlotFormat | RefusalReason:
         store = strategy.do.store if isinstance(strategy, GuidanceDelta) else None

@@ -42,7 +42,8 @@ def _bytes(codec: Blockwise, core: fx.Node) -> int:
     given = arguments(core)
     query, key = (given[name].meta["val"] for name in ("query", "key"))
     dtype = torch.float32 if query.dtype is torch.float64 else query.dtype
-    return state_bytes(shape(query), shape(key), dtype, codec.block, kv_static=codec.kv_static, keep=codec.keep)
+    options = {"kv_static": codec.kv_static, "keep": codec.keep, "own_queries": codec.own_queries}
+    return state_bytes(shape(query), shape(key), dtype, codec.block, **options)  # type: ignore[arg-type]
 
 
 def device_memory(device: torch.device) -> int:

@@ -48,6 +48,9 @@ class RefusalReason(Reason):
     )
     MOVING_MASK = "the attention mask changes from step to step, and the bound assumes that it does not"
     MIXES_SAMPLES = "the samples of the batch cannot be separated, so half of the batch cannot be computed alone"
+    MIXES_TOKENS = "a token of the output depends on other tokens of the input, or the graph does not show otherwise"
+    NO_TOKENS = "the value has no dimension of tokens whose number is constant and above 1"
+    WITHIN_HALF = "the state belongs to the whole batch, and another rule computes the model for half of it"
     ODD_BATCH = "the batch cannot be divided into two halves"
     MOVING_SIZE = "the size of the value depends on data that change from step to step"
     OVER_BUDGET = "its slot exceeds the memory budget, and it saves less time per byte than the sites that are cached"

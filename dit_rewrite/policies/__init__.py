@@ -6,7 +6,7 @@ for classifier-free guidance. published.py has the parameters that papers publis
 `dit_rewrite.calibrate` measures them for others. text.py parses policies.
 """
 
-from dit_rewrite.policies.attention import DQAR, CachedAttention, DiTFastAttn, strategies_of
+from dit_rewrite.policies.attention import DQAR, CachedAttention, DiTFastAttn, TileReuse, strategies_of
 from dit_rewrite.policies.guidance import CFGGate
 from dit_rewrite.policies.measured import (
     DiCache,
@@ -46,6 +46,7 @@ __all__ = [
     "TGate",
     "TaylorSeer",
     "TeaCache",
+    "TileReuse",
     "as_policy",
     "parse",
     "strategies_of",

@@ -1,4 +1,4 @@
-"""Policies for attention only: DQAR, CachedAttention and DiTFastAttn."""
+"""Policies for attention: DQAR, CachedAttention, tiles of cross-attention, and DiTFastAttn."""
 
 from __future__ import annotations
 
@@ -16,7 +16,16 @@ from dit_rewrite.passes.guards.symbols import entropy, layer, num_layers, num_st
 from dit_rewrite.policies.checks import one_of, real, title
 from dit_rewrite.policy.plan import Choice, Grid, Plan, Window
 from dit_rewrite.policy.rules import MadeFor, Policy, Rule
-from dit_rewrite.policy.strategies import BlockwiseReuse, Reuse, ReuseKV, ShareGuidance, Store, Strategy, WindowResidual
+from dit_rewrite.policy.strategies import (
+    BlockwiseReuse,
+    Reuse,
+    ReuseKV,
+    ReuseTiles,
+    ShareGuidance,
+    Store,
+    Strategy,
+    WindowResidual,
+)
 from dit_rewrite.policy.where import Where
 
 
@@ -101,6 +110,23 @@ def CachedAttention(
     others = (("certify", certify, False), ("keys", keys, "all"))
     given |= {name: value for name, value, usual in others if value != usual}
     return Policy((rule,), title("CachedAttention", **given))
+
+
+def TileReuse(
+    refresh: float = 0.25,
+    tile: int = 128,
+    order: Literal["turns", "change"] = "turns",
+    kinds: tuple[str, ...] = ("cross",),
+) -> Policy:
+    """Recompute a share `refresh` of the tiles of tokens of each cross-attention in every step, and reuse the others.
+
+    The whole branch is computed for the chosen tokens, with its projections, and the choice does not need the queries.
+    Tiles have at most `tile` tokens. They take turns, or with order="change", those that are expected to have changed
+    most are recomputed. Other `kinds` are possible where tokens do not depend on one another, such as "mlp"; others are
+    refused. See `ReuseTiles`. Raises BadParameter for invalid parameters.
+    """
+    rule = Rule(step > 0, ReuseTiles(refresh, tile, order), Where(kinds))
+    return Policy((rule,), title("TileReuse", refresh=refresh, tile=tile, order=order, kinds=rule.where.kinds))
 
 
 def DiTFastAttn(plan: Plan | str | Path) -> Policy:

@@ -11,7 +11,7 @@ from pathlib import Path
 from torch import nn
 
 from dit_rewrite.errors import BadParameter, BadPolicyText, NotAPolicy, UnknownPolicy
-from dit_rewrite.policies.attention import DQAR, CachedAttention, DiTFastAttn
+from dit_rewrite.policies.attention import DQAR, CachedAttention, DiTFastAttn, TileReuse
 from dit_rewrite.policies.guidance import CFGGate
 from dit_rewrite.policies.measured import (
     DiCache,
@@ -54,6 +54,7 @@ _POLICIES: dict[str, Callable[..., Policy]] = {
     "taylorseer": TaylorSeer,
     "teacache": TeaCache,
     "tgate": TGate,
+    "tile_reuse": TileReuse,
 }
 
 

@@ -80,7 +80,8 @@ class BlockwiseReuse(Core):
 
     `block` is the number of keys in a block. None chooses it by shape: one block for keys that do not change, and at
     most eight for others, since each block stores a partial output as large as the output. `bound` estimates the change
-    of the scores: "paper" is equation 14 as printed, which can be negative; "sound" is a true upper bound.
+    of the scores: "paper" is equation 14 as printed, which can be negative; it is about the queries that each block was
+    computed from, so the state stores them. "sound" is a true upper bound.
 
     `keys="condition"` is for attention over one sequence of image and condition (joint attention, or a single stream):
     only blocks of the condition's keys may be kept, and the image's keys are always recomputed, as one block. Keys of

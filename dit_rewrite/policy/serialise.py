@@ -20,6 +20,7 @@ from dit_rewrite.policy.strategies import (
     GuidanceDelta,
     Reuse,
     ReuseKV,
+    ReuseTiles,
     ShareGuidance,
     Strategy,
     Verify,
@@ -31,7 +32,7 @@ VERSION = 1
 STRATEGIES: dict[str, type[Strategy]] = {
     "compute": Compute, "reuse": Reuse, "forecast": Forecast, "reuse_kv": ReuseKV, "window_residual": WindowResidual,
     "share_guidance": ShareGuidance, "guidance_delta": GuidanceDelta, "blockwise_reuse": BlockwiseReuse,
-    "verify": Verify,
+    "verify": Verify, "reuse_tiles": ReuseTiles,
 }  # fmt: skip
 
 _JSON: dict[Any, type] = {tuple: list, typing.Literal: str}

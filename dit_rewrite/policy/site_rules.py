@@ -12,7 +12,16 @@ from dit_rewrite.passes.guards import symbols
 from dit_rewrite.passes.guards.measurements import ERROR, Measurement, measurement
 from dit_rewrite.passes.guards.notation import show
 from dit_rewrite.passes.guards.symbols import Predicate, Value, is_known
-from dit_rewrite.policy.strategies import COMPARABLE, Core, Forecast, GuidanceDelta, ShareGuidance, Strategy, Verify
+from dit_rewrite.policy.strategies import (
+    COMPARABLE,
+    Core,
+    Forecast,
+    GuidanceDelta,
+    ReuseTiles,
+    ShareGuidance,
+    Strategy,
+    Verify,
+)
 from dit_rewrite.policy.where import Where
 from dit_rewrite.runtime.decide import Choice, Choose, Read
 from dit_rewrite.runtime.history import Moment
@@ -20,7 +29,7 @@ from dit_rewrite.runtime.history import Moment
 WEIGHING = (Forecast, GuidanceDelta)  # strategies that compute a weighted sum of the tensors in a slot
 
 # a dtype or quantised format of stored values (None: as they are), or a strategy with a format of its own
-RuleFormat = str | None | ShareGuidance | GuidanceDelta | Core
+RuleFormat = str | None | ShareGuidance | GuidanceDelta | ReuseTiles | Core
 
 
 @dataclass(frozen=True)
@@ -176,7 +185,9 @@ def _symbols(moment: Moment, layer: int, age: int | None, streak: int) -> dict[s
 
 
 def _slot_format(do: Strategy) -> RuleFormat:
-    return do if isinstance(do, ShareGuidance | GuidanceDelta | Core) else getattr(do, "store", None)
+    if isinstance(do, ShareGuidance | GuidanceDelta | ReuseTiles | Core):
+        return do
+    return getattr(do, "store", None)
 
 
 def forced(*_: object, **__: object) -> Choice:

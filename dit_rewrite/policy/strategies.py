@@ -12,7 +12,7 @@ from dit_rewrite.passes.analysis.sites import Part
 from dit_rewrite.passes.rewrite.codec import FORMATS
 from dit_rewrite.policy.bases import BASES, Basis
 from dit_rewrite.policy.core_strategies import BlockwiseReuse as BlockwiseReuse
-from dit_rewrite.policy.core_strategies import Core
+from dit_rewrite.policy.core_strategies import Core, is_number
 from dit_rewrite.policy.core_strategies import WindowResidual as WindowResidual
 from dit_rewrite.policy.plan import is_whole
 from dit_rewrite.runtime.decide import Read, Weights, unmeasured
@@ -233,8 +233,41 @@ class GuidanceDelta:
         return found if isinstance(found, MissReason) or self.half is not None else (1.0, *found)
 
 
-Strategy = Compute | Reuse | Forecast | ReuseKV | ShareGuidance | GuidanceDelta | Core
-_PARTS = {ReuseKV: Part.KV, ShareGuidance: Part.CFG_SHARED, GuidanceDelta: Part.DELTA}
+@dataclass(frozen=True)
+class ReuseTiles:
+    """Recompute a share `refresh` of the tiles of a branch's tokens, and use the cached output for the others.
+
+    A step computes the branch for a fixed number of tokens, from its norm to its output projection, so its FLOPs fall
+    with the share. Each recomputed token is that of the full computation; with refresh=1 the branch is exact. Tiles
+    have at most `tile` tokens, and are smaller if their number must divide the tokens.
+
+    order="turns" takes the tiles in turn: with refresh=1/n, each is recomputed every n steps. order="change" takes
+    those that are expected to have changed most: the change per step of the tile's output when it was last recomputed,
+    times the steps since then. No tile waits longer than two rounds. The device chooses, and the samples of a batch
+    share the choice, so an image may depend slightly on the others in its batch.
+
+    Each token of the output must depend on the branch's input at the same token only, as in cross-attention, whose keys
+    and values are those of a condition, or in an MLP. Where the graph does not show it, as in self-attention, the
+    strategy is refused. Raises BadParameter.
+    """
+
+    refresh: float = 0.25
+    tile: int = 128
+    order: Literal["turns", "change"] = "turns"
+
+    def __post_init__(self) -> None:
+        fits = is_number(self.refresh) and 0 < self.refresh <= 1
+        for name, good, allowed in (
+            ("refresh", fits, "the share of the tokens that a step recomputes, 0 < refresh <= 1"),
+            ("tile", is_whole(self.tile, 1), "a number of tokens >= 1"),
+            ("order", self.order in ("turns", "change"), '"turns" or "change"'),
+        ):
+            if not good:
+                raise BadParameter("ReuseTiles", name, getattr(self, name), allowed)
+
+
+Strategy = Compute | Reuse | Forecast | ReuseKV | ReuseTiles | ShareGuidance | GuidanceDelta | Core
+_PARTS = {ReuseKV: Part.KV, ReuseTiles: Part.TILES, ShareGuidance: Part.CFG_SHARED, GuidanceDelta: Part.DELTA}
 
 
 def parts(strategy: Strategy, of: Part = Part.BRANCH) -> frozenset[Part]:

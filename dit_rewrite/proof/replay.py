@@ -23,15 +23,14 @@ from dit_rewrite.errors import DecisionReason
 from dit_rewrite.passes.analysis.site import Part, Site
 from dit_rewrite.passes.rewrite.codec import Codec, DeltaCodec, ValueCodec
 from dit_rewrite.passes.rewrite.guarded_graph import Guidance
+from dit_rewrite.passes.rewrite.tiles import TileCodec
 from dit_rewrite.policy.strategies import GuidanceDelta, ShareGuidance
 from dit_rewrite.proof.compare import Check, Difference, equal, max_abs_error, rms
 from dit_rewrite.proof.interpreter import Instead, Read, Replay, Replay64, twice
+from dit_rewrite.proof.kept_values import Kept, Key, encoded, other_half, weighted, with_kept_tiles
 from dit_rewrite.runtime.session import Observation
 
 SLACK = 2.0  # lowered code may have this many times the interpreter's rounding error
-
-Key = tuple[str, int, str, str]  # stream, position of the graph in its call, site, node of the value
-Kept = dict[Key, tuple[Tensor, ...]]  # newest value first
 
 
 def check_replay(
@@ -45,8 +44,8 @@ def check_replay(
 
     `streams` has the stream of each observation. If `exact` is False, a tensor that differs may be at most SLACK times
     as far from the float64 replay as the interpreter's tensor, or as is usual for the interpreter's tensors in the same
-    call, relative to their sizes. This also applies if half of a batch is computed, or if a step table is read,
-    because a matrix product of fewer or of more rows may be rounded differently.
+    call, relative to their sizes. This also applies if half of a batch or some tokens are computed, or if a step
+    table is read, because a matrix product of fewer or of more rows may be rounded differently.
     """
     kept: Kept = {}
     kept64: Kept = {}
@@ -55,7 +54,9 @@ def check_replay(
         replay = _replay(Replay, check, graph, observation, stream, kept)
         if replay is None:
             return
-        rounds = graph.has_table or any(guidance is not None for _, guidance in graph.bound.formats.values())
+        formats = graph.bound.formats.values()
+        partial = any(guidance is not None or isinstance(codec, TileCodec) for codec, guidance in formats)
+        rounds = graph.has_table or partial
         wide = None if exact and not rounds else _replay(Replay64, Check(), graph, observation, stream, kept64)
         _compare(check, graph, observation, replay, wide)
 
@@ -108,7 +109,9 @@ class _Step:
         if isinstance(codec, DeltaCodec):
             self._add_delta(site, codec, reuse, where, kept, weights)
             return
-        if guidance is not None:
+        if isinstance(codec, TileCodec):
+            self._add_tiles(site, codec, reuse, where, kept)
+        if guidance is not None or isinstance(codec, TileCodec):
             return
         if site.part is Part.CORE_STATE and reuse or site.part is Part.CORE and not reuse:
             return  # a core that computes has no slot; its state is stored by the other part
@@ -148,16 +151,18 @@ class _Step:
             elif key not in kept:
                 self.missing = value
             else:
-                self.after[value] = _other_half(codec.half, kept[key], weights)
+                self.after[value] = other_half(codec.half, kept[key], weights)
 
-
-def _other_half(half: int, kept: tuple[Tensor, ...], weights: tuple[float, ...] | None) -> Callable[[Tensor], Tensor]:
-    def add(both: Tensor) -> Tensor:
-        halves = list(both.chunk(2))
-        halves[1 - half] = halves[half] + (kept[0] if weights is None else weighted(kept, weights))
-        return torch.cat(halves)
-
-    return add
+    def _add_tiles(self, site: Site, codec: TileCodec, reuse: bool, where: tuple[str, int], kept: Kept) -> None:
+        """Add a site of which some tiles are computed; here all are, and the others are replaced by the kept ones."""
+        (value,) = site.values
+        key = (*where, site.name, value)
+        if not reuse:
+            self.computed.append((key, codec, ()))
+        elif key not in kept:
+            self.missing = value
+        else:
+            self.after[value] = with_kept_tiles(codec, kept, key)
 
 
 def _from_kept(
@@ -174,40 +179,17 @@ def _from_kept(
     return make
 
 
-def weighted(values: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
-    """Return the sum of kept values, newest first, with weights rounded to fp32. Values of weight 0 are not read."""
-    if not values[0].is_floating_point():
-        return values[0]
-    total, wide = None, torch.float64 if values[0].dtype is torch.float64 else torch.float32
-    for k, weight in enumerate(torch.tensor(weights, dtype=torch.float32).tolist()):
-        term = (values[k] if weight else values[0]).to(wide) * weight
-        total = term if total is None else total + term
-    assert total is not None
-    return total.to(values[0].dtype)
-
-
-def _keep(
-    value: Tensor, codec: Codec, read: Sequence[Tensor], older: Sequence[Tensor], depth: int
-) -> tuple[Tensor, ...]:
-    """Return the tensors kept for a value: rounded as the store defines, or encoded by an attention codec."""
-    if isinstance(codec, DeltaCodec):
-        halves = value.chunk(2)
-        return (rounded(halves[1 - codec.half] - halves[codec.half], codec.format), *older)[:depth]
-    if isinstance(codec, ValueCodec):
-        return (rounded(value - read[0] if read else value, codec.format), *older)[:depth]
-    return tuple(codec.encode(value, read))
-
-
 def _replay(
     kind: type[Replay], check: Check, graph: Rewritten, observation: Observation, stream: str, kept: Kept
 ) -> dict[str, Tensor] | None:
     """Replay one observation. Returns the outputs as ``output i`` and the values of sites by name, or None if a reused
     value was never computed."""
     record, step = observation.record, _Step()
-    depths: dict[str, int] = {}
+    depths: dict[tuple[str, str], int] = {}  # by site and value
     weights = record.weights or (None,) * len(record.row)
     for i, reuse, reason, each in zip(graph.reached, record.row, record.reasons, weights, strict=True):
-        depths.update(dict.fromkeys(graph.found.sites[i].values, graph.rules[i].depth))
+        site = graph.found.sites[i]
+        depths.update({(site.name, value): graph.rules[i].depth for value in site.values})
         if reason not in (DecisionReason.COVERED, DecisionReason.VERIFIED):
             shared = graph.rules[i].slot_format
             lender = shared.stream if isinstance(shared, ShareGuidance) and reuse else None
@@ -227,28 +209,13 @@ def _replay(
             if step.lent[key] not in kept:
                 continue  # nothing to differ from yet
             value = value - kept[step.lent[key]][0]
-        kept[key] = _keep(value, codec, run.seen(read, key[-1]), older, depths[key[-1]])
+        kept[key] = encoded(value, codec, run.seen(read, key[-1]), older, depths[key[-2:]])
     values = {_name(key): kept[key][0] for key in step.compared if key in kept}
     return {**values, **{f"output {i}": out for i, out in enumerate(outputs) if isinstance(out, Tensor)}}
 
 
 def _name(key: Key) -> str:
     return f"{key[-2]}: {key[-1]}"
-
-
-def rounded(value: Tensor, store: str | None) -> Tensor:
-    """Return a value after a round trip through a slot: rounded to the format `store`, with one scale per token."""
-    if store is None or value.ndim < 2:
-        return value
-    if store == "bf16":
-        return value.to(torch.bfloat16).to(value.dtype)
-    wide = value.double() if value.dtype is torch.float64 else value.float()
-    most = {"int8": 127, "fp8": 448}[store]
-    scale = wide.abs().amax(dim=-1, keepdim=True) / most
-    scale = torch.where(scale == 0, torch.ones_like(scale), scale)
-    numbers = wide / scale
-    numbers = numbers.round() if store == "int8" else numbers.clamp(-most, most).to(torch.float8_e4m3fn)
-    return (numbers.to(wide.dtype) * scale).to(value.dtype)
 
 
 def _compare(

@@ -26,12 +26,13 @@ def blockwise_fill(
     scale: float | None,
     kv_static: bool,
     keep: int | None = None,
+    own_queries: bool = False,
 ) -> list[Tensor]:
     """Return the tensors of a new state (see state.py) in which every key block is computed from q, k and v.
 
     Shapes and dtypes are those of `blockwise_attention`, and so is the BadParameter that invalid arguments raise.
     """
-    state = new_state(q, k, v, block, kv_static=kv_static, keep=keep)
+    state = new_state(q, k, v, block, kv_static=kv_static, keep=keep, own_queries=own_queries)
     options = {"threshold": -math.inf, "block": block, "bound": "sound", "attn_mask": attn_mask, "scale": scale}
     blockwise_attention(q, k, v, state, kv_static=kv_static, keep=keep, **options)  # type: ignore[arg-type]
     state.counters.zero_()
@@ -48,8 +49,9 @@ def _fill_fake(
     scale: float | None,
     kv_static: bool,
     keep: int | None = None,
+    own_queries: bool = False,
 ) -> list[Tensor]:
-    return new_state(q, k, v, block, kv_static=kv_static, keep=keep).tensors
+    return new_state(q, k, v, block, kv_static=kv_static, keep=keep, own_queries=own_queries).tensors
 
 
 def blockwise_step(

@@ -24,8 +24,7 @@ def estimate(
 ) -> Decision:
     """Decide which (tile, block) pairs to recompute, and update `state.counters`."""
     tile = state.partial.shape[-2]
-    reference = state.q_ref.flatten(2, 3)[:, :, : q.shape[2]]
-    change = bounds.widen(bounds.summary(q.float() - reference.float(), tile).unsqueeze(3) + state.q_moved)
+    change = _change(q, state)
     q_stats = None if kv_change is None else bounds.summary(q, tile)
     score_change = bounds.sound(change, state.k_stats, scale, q_stats, kv_change)
     by = bounds.paper(change, state.k_stats) if paper else score_change
@@ -35,6 +34,18 @@ def estimate(
     )
     _count(state, recompute, q.shape[2], k.shape[2])
     return Decision(recompute, score_change, change)
+
+
+def _change(q: Tensor, state: State) -> Tensor:
+    """Return the summary of the queries' change since each (tile, block) was recomputed."""
+    tile = state.partial.shape[-2]
+
+    def since(reference: Tensor) -> Tensor:
+        return bounds.summary(q.float() - reference.flatten(2, 3)[:, :, : q.shape[2]].float(), tile)
+
+    if state.own_queries:
+        return torch.stack([since(reference) for reference in state.q_ref.unbind(3)], 3)
+    return bounds.widen(since(state.q_ref).unsqueeze(3) + state.q_moved)
 
 
 def attend(
@@ -54,9 +65,10 @@ def attend(
         out = old.unsqueeze(-1) * out + new.unsqueeze(-1) * sum_j
         peak = higher
     state.merged[busy] = _average(out, total).to(q.dtype)
-    state.q_ref[busy] = queries
-    moved = torch.where(decision.recompute.bool()[busy].unsqueeze(-1), 0.0, decision.change[busy])
-    state.q_moved[busy] = moved
+    if not state.own_queries:
+        state.q_ref[busy] = queries
+        moved = torch.where(decision.recompute.bool()[busy].unsqueeze(-1), 0.0, decision.change[busy])
+        state.q_moved[busy] = moved
     state.computed.fill_(True)
     return torch.empty_like(q).copy_(state.merged.flatten(2, 3)[:, :, : q.shape[2]])
 
@@ -93,6 +105,8 @@ def _block(
     total_j[at], sum_j[at] = weights.sum(-1), weights @ v[:, :, chosen][b, h].float()
     state.row_max[b, h, i, j], state.row_sum[b, h, i, j] = peak_j[at], total_j[at]
     state.partial[b, h, i, j] = _average(sum_j[at], total_j[at]).to(state.partial.dtype)
+    if state.own_queries:
+        state.q_ref[b, h, i, j] = queries[at]
     return peak_j, total_j, sum_j
 
 

@@ -50,6 +50,7 @@ def blockwise_attention(
       -inf recomputes all pairs, and 0 with bound="sound" equals attention up to rounding. A pair's first call computes.
     - bound="sound": the estimate is an upper bound on |change of a score| since the pair's last recompute, in units of
       the exponent of the softmax. bound="paper": equation 14 of CachedAttention as printed (no scale, may be negative).
+      Both are about the change of the queries; a state with `own_queries` has it exactly, others bound it.
     - attn_mask: bool (True takes part) or additive, broadcastable to (B, H, N, M). The mask and `scale` (default
       1 / sqrt(d)) must be the same in every call with one state.
     - kv_static=True: the caller guarantees that k and v are those passed to `new_state`. False: their change is

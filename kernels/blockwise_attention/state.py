@@ -11,6 +11,10 @@ norms obey the triangle inequality), so
 The reference moves only when the tile recomputes some block; then `q_moved` becomes 0 for the recomputed blocks and
 grows for the kept ones. While a tile is fully kept, `q_moved` does not grow. With tiles of 128 rows of 64 channels,
 this takes 4 bytes per row and block instead of 128 in bfloat16.
+
+Equation 14 of CachedAttention is about the change since the block's own recompute, and a sum of summaries only bounds
+that. With `own_queries`, the state therefore stores the queries of each block's last recompute in `q_ref`, and no
+`q_moved`. With one block the two are the same.
 """
 
 from __future__ import annotations
@@ -42,8 +46,8 @@ class State(NamedTuple):
     row_sum: Tensor  # (B, H, T, J, t) float32: l = sum exp(score - m)
     partial: Tensor  # (B, H, T, J, t, d): T / l, an average of rows of V, which cannot overflow a 16-bit type
     merged: Tensor  # (B, H, T, t, d): the last output; a fully kept tile loads nothing else
-    q_ref: Tensor  # (B, H, T, t, d): the queries when the tile last recomputed a block
-    q_moved: Tensor  # (B, H, T, J, 2d+1) float32: summary of the move of q_ref since the pair's last recompute
+    q_ref: Tensor  # (B, H, T, t, d): the queries when the tile last recomputed a block; own: (B, H, T, J, t, d)
+    q_moved: Tensor  # (B, H, T, J, 2d+1) float32: summary of the move of q_ref since the pair's last recompute; own: ()
     computed: Tensor  # (B, H, T, J) bool: whether the pair was ever computed
     k_stats: Tensor  # (B, H, J, 2d+1) float32: summary of each block of K
     v_stats: Tensor  # (B, H, J, 2d+1) float32: summary of each block of V
@@ -58,13 +62,26 @@ class State(NamedTuple):
     keys: int  # M
 
     @property
+    def own_queries(self) -> bool:
+        """Whether each block has the queries of its last recompute."""
+        return self.q_ref.ndim == 6
+
+    @property
     def tensors(self) -> list[Tensor]:
         """All fields except the three sizes, in the order that the registered op takes them."""
         return list(self[:-3])
 
 
 def new_state(
-    q: Tensor, k: Tensor, v: Tensor, block: int, tile: int = 128, *, kv_static: bool = True, keep: int | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    block: int,
+    tile: int = 128,
+    *,
+    kv_static: bool = True,
+    keep: int | None = None,
+    own_queries: bool = False,
 ) -> State:
     """Return an empty state for attention of q (B, H, N, d) over k and v (B, H, M, d).
 
@@ -73,11 +90,12 @@ def new_state(
     block: keys per block, 1 to M; the last block may be shorter. tile: queries that share a decision, a power of two of
     at least 16. With `kv_static`, every call must pass the same k, v and mask (cross-attention), and the summaries of K
     and V are computed here, once. keep: only blocks within this many leading keys may be kept, such as those of a
-    condition; all other keys are one last block, which every call recomputes. Raises BadOpArgument.
+    condition; all other keys are one last block, which every call recomputes. own_queries: store the queries of each
+    block, so that the change is measured since its own recompute. Raises BadOpArgument.
     """
     check_inputs(q, k, v, block, keep)
     checks.require(tile >= 16 and tile & (tile - 1) == 0, NAME, "tile", tile, "a power of two from 16 up")
-    fields = layout(q.shape, k.shape, q.dtype, block, tile, kv_static, keep)
+    fields = layout(q.shape, k.shape, q.dtype, block, tile, kv_static, keep, own_queries)
     tensors = [torch.empty(shape, dtype=dtype, device=q.device) for shape, dtype in fields]
     state = State._make((*tensors, block, q.shape[2], k.shape[2]))
     reset(state, k, v)
@@ -106,9 +124,10 @@ def state_bytes(
     *,
     kv_static: bool = True,
     keep: int | None = None,
+    own_queries: bool = False,
 ) -> int:
     """Return the size in bytes of the tensors that `new_state` allocates for these shapes."""
-    fields = layout(q_shape, k_shape, dtype, block, tile, kv_static, keep)
+    fields = layout(q_shape, k_shape, dtype, block, tile, kv_static, keep, own_queries)
     return sum(math.prod(shape) * kind.itemsize for shape, kind in fields)
 
 
@@ -140,7 +159,7 @@ def check_state(state: State, q: Tensor, k: Tensor, block: int, kv_static: bool,
     for name, size, wanted in zip(("q.shape[2]", "k.shape[2]"), sizes, (state.queries, state.keys), strict=True):
         checks.require(size == wanted, NAME, name, size, f"that of the state, {wanted}")
     checks.require_same_dtype_and_device(NAME, "q", q, "the state", state.q_ref)
-    fields = layout(q.shape, k.shape, q.dtype, block, state.partial.shape[-2], kv_static, keep)
+    fields = layout(q.shape, k.shape, q.dtype, block, state.partial.shape[-2], kv_static, keep, state.own_queries)
     for name, (shape, _), tensor in zip(State._fields, fields, state.tensors, strict=False):
         fits = tuple(tensor.shape) == shape and tensor.is_contiguous()
         checks.require(fits, NAME, f"state.{name}.shape", tuple(tensor.shape), f"the shape from new_state, {shape}")
@@ -154,6 +173,7 @@ def layout(
     tile: int,
     kv_static: bool,
     keep: int | None = None,
+    own_queries: bool = False,
 ) -> list[tuple[tuple[int, ...], torch.dtype]]:
     """Return the shape and dtype of each tensor, in the order of the fields of State."""
     batch, heads, queries, size = q_shape
@@ -168,8 +188,8 @@ def layout(
         ((*pairs, tile), f32),
         ((*pairs, tile, size), dtype),
         ((*per_tile, tile, size), dtype),
-        ((*per_tile, tile, size), dtype),
-        ((*pairs, width), f32),
+        ((*(pairs if own_queries else per_tile), tile, size), dtype),
+        ((*pairs, width) if not own_queries else (0,), f32),
         (pairs, torch.bool),
         ((*per_block, width), f32),
         ((*per_block, width), f32),

@@ -55,31 +55,25 @@ def product(a_low, a_high, a_norm, b_low, b_high, b_norm, D: tl.constexpr, SLACK
 
 
 @triton.jit
-def estimate_kernel(
-    q, q_ref, q_moved, computed, k_stats, k_change, v_relative, recompute, score_change, change, counters, stride_b,
-    stride_h, stride_n, stride_d, heads, queries, keys, tiles, blocks, block, scale, threshold, D: tl.constexpr,
-    DP: tl.constexpr, TILE: tl.constexpr, ROWS: tl.constexpr, PAPER: tl.constexpr, KV_STATIC: tl.constexpr,
-    SLACK: tl.constexpr,
+def summarise(
+    q, reference, first, queries, stride_n, stride_d, channel, D: tl.constexpr, DP: tl.constexpr, TILE: tl.constexpr,
+    ROWS: tl.constexpr, SLACK: tl.constexpr,
 ):  # fmt: skip
-    """Summarise the change of the tile's queries, then decide for each key block."""
-    tile = tl.program_id(0) % tiles
-    group = (tl.program_id(0) // tiles).to(tl.int64)  # of batch and head
-    channel = tl.arange(0, DP)
-    q += (group // heads) * stride_b + (group % heads) * stride_h
+    """Return the summaries of the change of a tile's queries since `reference` and of the queries themselves, and 0, or
+    NaN if anything is not finite, which maxima would drop. `first` is the tile's first query."""
     low, high = tl.full((DP,), float("inf"), tl.float32), tl.full((DP,), float("-inf"), tl.float32)
     q_low, q_high = low, high
     norm, q_norm, poison = 0.0, 0.0, 0.0
     for start in range(0, TILE, ROWS):
         inside = start + tl.arange(0, ROWS)
-        row = tile * TILE + inside
+        row = first + inside
         valid = (row < queries)[:, None] & (channel < D)[None, :]
         now = load_tile(q, row[:, None], stride_n, queries, channel[None, :], stride_d, D).to(tl.float32)
-        at = ((group * tiles + tile) * TILE + inside)[:, None] * D + channel[None, :]
-        moved = now - tl.load(q_ref + at, mask=valid, other=0.0).to(tl.float32)
+        moved = now - tl.load(reference + inside[:, None] * D + channel[None, :], mask=valid, other=0.0).to(tl.float32)
         low = tl.minimum(low, tl.min(tl.where(valid, moved, float("inf")), 0))
         high = tl.maximum(high, tl.max(tl.where(valid, moved, float("-inf")), 0))
         norm = tl.maximum(norm, tl.max(row_norms(moved), 0))
-        poison += tl.sum(tl.sum(moved * 0.0, 1), 0)  # NaN if anything is not finite, which maxima would drop
+        poison += tl.sum(tl.sum(moved * 0.0, 1), 0)
         q_low = tl.minimum(q_low, tl.min(tl.where(valid, now, float("inf")), 0))
         q_high = tl.maximum(q_high, tl.max(tl.where(valid, now, float("-inf")), 0))
         q_norm = tl.maximum(q_norm, tl.max(row_norms(now), 0))
@@ -87,12 +81,38 @@ def estimate_kernel(
     norm, q_norm = norm * (1 + SLACK * D), q_norm * (1 + SLACK * D)
     low, high, norm = widen(tl.where(real, low, 0.0), tl.where(real, high, 0.0), norm, SLACK)
     q_low, q_high, q_norm = widen(tl.where(real, q_low, 0.0), tl.where(real, q_high, 0.0), q_norm, SLACK)
+    return low, high, norm, q_low, q_high, q_norm, poison
+
+
+@triton.jit
+def estimate_kernel(
+    q, q_ref, q_moved, computed, k_stats, k_change, v_relative, recompute, score_change, change, counters, stride_b,
+    stride_h, stride_n, stride_d, heads, queries, keys, tiles, blocks, block, scale, threshold, D: tl.constexpr,
+    DP: tl.constexpr, TILE: tl.constexpr, ROWS: tl.constexpr, PAPER: tl.constexpr, KV_STATIC: tl.constexpr,
+    OWN: tl.constexpr, SLACK: tl.constexpr,
+):  # fmt: skip
+    """Summarise the change of the tile's queries, then decide for each key block."""
+    tile = tl.program_id(0) % tiles
+    group = (tl.program_id(0) // tiles).to(tl.int64)  # of batch and head
+    channel = tl.arange(0, DP)
+    q += (group // heads) * stride_b + (group % heads) * stride_h
+    real = channel < D
+    first, base = tile * TILE, (group * tiles + tile) * TILE * D
+    if not OWN:
+        low, high, norm, q_low, q_high, q_norm, poison = summarise(
+            q, q_ref + base, first, queries, stride_n, stride_d, channel, D, DP, TILE, ROWS, SLACK
+        )
     pairs_done, scores_done = 0, 0
     rows = tl.minimum(queries - tile * TILE, TILE)
     for j in range(0, blocks):
         pair = (group * tiles + tile) * blocks + j
-        a_low, a_high, a_norm = load_summary(q_moved, pair, channel, D)
-        a_low, a_high, a_norm = widen(low + a_low, high + a_high, norm + a_norm, SLACK)
+        if OWN:
+            a_low, a_high, a_norm, q_low, q_high, q_norm, poison = summarise(
+                q, q_ref + pair * TILE * D, first, queries, stride_n, stride_d, channel, D, DP, TILE, ROWS, SLACK
+            )
+        else:
+            a_low, a_high, a_norm = load_summary(q_moved, pair, channel, D)
+            a_low, a_high, a_norm = widen(low + a_low, high + a_high, norm + a_norm, SLACK)
         tl.store(change + pair * (2 * D + 1) + channel, a_low, mask=real)
         tl.store(change + pair * (2 * D + 1) + D + channel, a_high, mask=real)
         tl.store(change + pair * (2 * D + 1) + 2 * D, a_norm)
@@ -138,7 +158,7 @@ def estimate(
     tiles, blocks, tile = state.partial.shape[2:5]
     recompute = torch.empty((batch, heads, tiles, blocks), dtype=torch.int32, device=q.device)
     score_change = torch.empty_like(recompute, dtype=torch.float32)
-    change = torch.empty_like(state.q_moved)
+    change = state.k_stats.new_empty((*recompute.shape, 2 * size + 1))
     k_change, v_relative = (
         (state.k_stats, state.k_stats) if kv_change is None else (kv_change.k_change, kv_change.v_relative)
     )
@@ -147,7 +167,8 @@ def estimate(
             q, state.q_ref, state.q_moved, state.computed.view(torch.uint8), state.k_stats, k_change.contiguous(),
             v_relative.contiguous(), recompute, score_change, change, state.counters, *q.stride(), heads, queries,
             k.shape[2], tiles, blocks, state.block, abs(scale), threshold, D=size, DP=padded(size),
-            TILE=tile, ROWS=min(tile, 32), PAPER=paper, KV_STATIC=kv_change is None, SLACK=SLACK, num_warps=4,
+            TILE=tile, ROWS=min(tile, 32), PAPER=paper, KV_STATIC=kv_change is None,
+            OWN=state.own_queries, SLACK=SLACK, num_warps=4,
         )  # fmt: skip
         state.counters[1] += recompute.numel()
         state.counters[3] += batch * heads * queries * k.shape[2]

@@ -60,7 +60,7 @@ def attention_kernel(
     q_n, q_d, k_b, k_h, k_n, k_d, v_b, v_h, v_n, v_d, mask_b, mask_h, mask_n, mask_m, out_b, out_h, out_n, out_d,
     heads, queries, keys, tiles, blocks, block, scale, turn, D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr,
     UNIT: tl.constexpr, WP: tl.constexpr, TILE: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
-    MASK: tl.constexpr, ONE_ROW: tl.constexpr,
+    MASK: tl.constexpr, ONE_ROW: tl.constexpr, OWN: tl.constexpr,
 ):  # fmt: skip
     """Compute the output of ROWS queries of one tile, and update the state."""
     CHUNKS: tl.constexpr = TILE // ROWS
@@ -77,7 +77,8 @@ def attention_kernel(
     valid, tail_valid = row_inside & (channel < D), row_inside & (tail < D)
     base = (group * tiles + tile) * TILE * D
     merged += base
-    q_ref += base
+    if not OWN:
+        q_ref += base
     out += b * (out_b * UNIT) + h * (out_h * UNIT) + row[:, None] * (out_n * UNIT)
     q += b * (q_b * UNIT) + h * (q_h * UNIT)
     k += b * (k_b * UNIT) + h * (k_h * UNIT)
@@ -121,6 +122,11 @@ def attention_kernel(
                 tl.store(partial_at + channel, (t_j / divisor).to(query.dtype), mask=valid)
                 if D2 > 0:
                     tl.store(partial_at + tail, (tail_j / divisor).to(query.dtype), mask=tail_valid)
+                if OWN:
+                    own_at = q_ref + (pairs + j) * (TILE * D) + kept_at
+                    tl.store(own_at + channel, query, mask=valid)
+                    if D2 > 0:
+                        tl.store(own_at + tail, query_tail, mask=tail_valid)
             else:
                 m_j = tl.load(row_max + at, mask=row_valid, other=float("-inf"))
                 l_j = tl.load(row_sum + at, mask=row_valid, other=0.0)
@@ -137,22 +143,25 @@ def attention_kernel(
                 summed_tail = old[:, None] * summed_tail + new[:, None] * tail_j
             peak = higher
             if chunk == 0:  # one program per tile updates q_moved and computed, which this launch does not read
-                entry = tl.arange(0, WP)
-                summary = (pairs + j) * (2 * D + 1) + entry
-                moved = tl.load(change + summary, mask=entry < 2 * D + 1, other=0.0)
-                tl.store(q_moved + summary, tl.where(again != 0, 0.0, moved), mask=entry < 2 * D + 1)
+                if not OWN:
+                    entry = tl.arange(0, WP)
+                    summary = (pairs + j) * (2 * D + 1) + entry
+                    moved = tl.load(change + summary, mask=entry < 2 * D + 1, other=0.0)
+                    tl.store(q_moved + summary, tl.where(again != 0, 0.0, moved), mask=entry < 2 * D + 1)
                 tl.store(computed + pairs + j, (again * 0 + 1).to(tl.uint8))
         divisor = tl.where(total == 0, 1.0, total)[:, None]
         result = (summed / divisor).to(query.dtype)
         tl.store(out + channel * out_d, result, mask=valid)
         tl.store(merged + kept_at + channel, result, mask=valid)
-        query, query_tail = load_pieces(q, row[:, None] * (q_n * UNIT), 1, q_d, row_inside, D, D1, D2, True)
-        tl.store(q_ref + kept_at + channel, query, mask=valid)
+        if not OWN:
+            query, query_tail = load_pieces(q, row[:, None] * (q_n * UNIT), 1, q_d, row_inside, D, D1, D2, True)
+            tl.store(q_ref + kept_at + channel, query, mask=valid)
         if D2 > 0:
             result = (summed_tail / divisor).to(query.dtype)
             tl.store(out + tail * out_d, result, mask=tail_valid)
             tl.store(merged + kept_at + tail, result, mask=tail_valid)
-            tl.store(q_ref + kept_at + tail, query_tail, mask=tail_valid)
+            if not OWN:
+                tl.store(q_ref + kept_at + tail, query_tail, mask=tail_valid)
 
 
 def attend(
@@ -173,7 +182,7 @@ def attend(
             state.merged, state.q_ref, state.q_moved, state.computed.view(torch.uint8), *steps[:12], *mask_strides,
             *steps[12:], heads, queries, k.shape[2], tiles, blocks, state.block, positive, turn, D=size, D1=first,
             D2=second, UNIT=unit, WP=triton.next_power_of_2(2 * size + 1), TILE=tile, ROWS=rows, KEYS=keys, MASK=kind,
-            ONE_ROW=kind > 0 and mask_strides[2] == 0, num_warps=4, num_stages=2,
+            ONE_ROW=kind > 0 and mask_strides[2] == 0, OWN=state.own_queries, num_warps=4, num_stages=2,
         )  # fmt: skip
     return out
 

@@ -53,6 +53,11 @@ def find_shared(sites: Sequence[Site]) -> list[Site]:
     return [replace(s, name=f"{s.name}.{Part.CFG_SHARED}", part=Part.CFG_SHARED, sums=(), probes=()) for s in attention]
 
 
+def find_tiled(sites: Sequence[Site]) -> list[Site]:
+    """Return a TILES site, of which some tokens may be computed, for each branch among `sites`."""
+    return [replace(s, name=f"{s.name}.{Part.TILES}", part=Part.TILES, sums=(), probes=()) for s in sites]
+
+
 def _refusal(inside: Sequence[fx.Node]) -> RefusalReason | None:
     """Return the reason why no strategy can replace the attention ops of a site, or None."""
     if len(inside) != 1:

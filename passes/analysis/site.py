@@ -33,15 +33,17 @@ class Part(str, Enum):
     """The part of a place that a strategy replaces, inner parts first.
 
     CORE_STATE: the state that a strategy stores to replace an attention CORE. CORE: the attention op. KV: its keys and
-    values. CFG_SHARED: a branch that is computed for one half of a guided batch and used for both. BRANCH: the output
-    of a branch. SPAN: the change of the stream across blocks. DELTA: the difference between the two halves of guidance
-    in the output. OUTPUT: the outputs of the graph.
+    values. CFG_SHARED: a branch that is computed for one half of a guided batch and used for both. TILES: a branch of
+    which some tokens are computed and the others reused. BRANCH: the output of a branch. SPAN: the change of the stream
+    across blocks. DELTA: the difference between the two halves of guidance in the output. OUTPUT: the outputs of the
+    graph.
     """
 
     CORE_STATE = "core_state"
     CORE = "core"
     KV = "kv"
     CFG_SHARED = "cfg_shared"
+    TILES = "tiles"
     BRANCH = "branch"
     SPAN = "span"
     DELTA = "delta"

@@ -28,7 +28,7 @@ class Call:
 
     def argument(self, name: str) -> Any:
         """Return the argument called `name` in the schema, or None."""
-        return _arguments(self.node).get(name)
+        return schema_arguments(self.node).get(name)
 
     @property
     def first(self) -> Tensor:
@@ -40,7 +40,7 @@ def _schema(node: fx.Node) -> list[Any]:
     return list(node.target._schema.arguments)  # type: ignore[union-attr]
 
 
-def _arguments(node: fx.Node) -> dict[str, Any]:
+def schema_arguments(node: fx.Node) -> dict[str, Any]:
     """Return the arguments of a call by name, defaults included."""
     bound = {a.name: a.default_value for a in _schema(node) if a.has_default_value()}
     return {**bound, **dict(zip((a.name for a in _schema(node)), node.args, strict=False)), **node.kwargs}
@@ -209,6 +209,6 @@ def repeats(node: fx.Node, batch: int) -> bool:
         source = tensor(node.all_input_nodes[0])
         return source is not None and (source.ndim < result.ndim or rows_of(node.all_input_nodes[0]) == 1)
     if op is aten.repeat:
-        times = _arguments(node)["repeats"][0]
+        times = schema_arguments(node)["repeats"][0]
         return isinstance(times, int) and times % batch == 0
     return op in _FACTORIES

@@ -7,6 +7,7 @@ functions of tensors; `inline` writes their ops into a graph.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor, fx
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from dit_rewrite import torch_compat
 from dit_rewrite.passes.analysis.unbacked import is_dense
 
 _LARGEST = {"int8": 127.0, "fp8": 448.0}  # fp8 is e4m3
@@ -135,7 +137,9 @@ def inline(
     The new nodes get positions between `position` and `position` + 1, and belong to the node at position `home`
     (insert_guards.py).
     """
-    traced = make_fx(function)(*(node.meta["val"] for node in arguments))
+    examples = [node.meta["val"] for node in arguments]
+    with torch_compat.detect_fake_mode(examples) or nullcontext():  # for tensors that `function` creates
+        traced = make_fx(function)(*examples)
     env: dict[fx.Node, Any] = dict(zip(traced.graph.find_nodes(op="placeholder"), arguments, strict=True))
     count = len(traced.graph.nodes)
     for k, node in enumerate(traced.graph.nodes, 1):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
@@ -38,6 +38,15 @@ class Guarded:
     codec: Codec = ValueCodec()
     guidance: Guidance | None = None
     depth: int = 1
+
+
+def parent_of(sites: Sequence[Site], guarded: Sequence[Guarded], index: int) -> int | None:
+    """Return the nearest enclosing guarded site of a site, as an index into `guarded`, or None."""
+    around = sites[index].parent
+    positions = {g.site: i for i, g in enumerate(guarded)}
+    while around is not None and around not in positions:
+        around = sites[around].parent
+    return None if around is None else positions[around]
 
 
 @dataclass(frozen=True)

@@ -8,16 +8,15 @@ for half of the batch. batch.py proves that samples do not mix.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import ExitStack, nullcontext
 from operator import getitem
 from typing import Any, Literal, cast
 
-import torch
 from torch import Tensor, fx
 
 from dit_rewrite import torch_compat
 from dit_rewrite.passes.analysis.graph import aten, attribute, needed, packet
 from dit_rewrite.passes.rewrite.batch import Batch, Flow, batch_labels
+from dit_rewrite.passes.rewrite.fake import evaluate
 
 __all__ = ["Batch", "batch_labels", "halve"]
 
@@ -92,7 +91,7 @@ class _Halver:
         """Copy an input. In a subgraph, a LEADING input already has half of the rows."""
         new = self.whole[node] = self.graph.node_copy(node)
         if self.inner and self.flow.labels[node] is Batch.LEADING:
-            new.meta["val"] = self._evaluate(aten.slice.Tensor, (new, 0, 0, node.meta["val"].shape[0] // 2), {})
+            new.meta["val"] = evaluate(self.mode, aten.slice.Tensor, (new, 0, 0, node.meta["val"].shape[0] // 2), {})
             self.halves[node] = self.whole.pop(node)
 
     def _attribute(self, node: fx.Node) -> None:
@@ -172,16 +171,8 @@ class _Halver:
         self, name: str, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any], meta: dict[str, Any]
     ) -> fx.Node:
         node = self.graph.create_node("call_function", target, args, kwargs, name)
-        node.meta = {**meta, "val": self._evaluate(target, args, kwargs)}
+        node.meta = {**meta, "val": evaluate(self.mode, target, args, kwargs)}
         return node
-
-    def _evaluate(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Return the fake result of a call. Autocast is off, because its casts are already in the graph."""
-        values = fx.map_arg((args, kwargs), lambda n: n.meta["val"])
-        with ExitStack() as modes:
-            for mode in (self.mode, torch.no_grad(), torch_compat.no_autocast()):
-                modes.enter_context(mode or nullcontext())
-            return target(*values[0], **values[1])
 
 
 def _with_half_size(node: fx.Node) -> tuple[tuple[Any, ...], dict[str, Any]]:

@@ -16,32 +16,18 @@ from torch import fx
 from dit_rewrite.passes.analysis.graph import attribute, needed
 from dit_rewrite.passes.analysis.site import Part, Site
 from dit_rewrite.passes.rewrite.cache_or_compute import cache_or_compute
-from dit_rewrite.passes.rewrite.guarded_graph import Guarded, GuardedGraph
+from dit_rewrite.passes.rewrite.guarded_graph import Guarded, GuardedGraph, parent_of
 from dit_rewrite.passes.rewrite.half_batch import Batch, halve
 from dit_rewrite.passes.rewrite.slot import Slot
+from dit_rewrite.passes.rewrite.subgraph import add_input
+from dit_rewrite.passes.rewrite.tiles import TileCodec, write_tiles
 
 
 def insert_guards(gm: fx.GraphModule, sites: Sequence[Site], guarded: Sequence[Guarded]) -> GuardedGraph:
     """Return a copy of `gm` whose `guarded` sites, in the order of `sites` (inner ones first), are guarded."""
     chosen = tuple(sites[g.site] for g in guarded)
-    around = tuple(_parent(sites, guarded, g.site) for g in guarded)
+    around = tuple(parent_of(sites, guarded, g.site) for g in guarded)
     return _Rewriter(gm, chosen, around, tuple(guarded)).run()
-
-
-def _parent(sites: Sequence[Site], guarded: Sequence[Guarded], index: int) -> int | None:
-    """Return the nearest enclosing guarded site of a site, as an index into `guarded`, or None."""
-    around = sites[index].parent
-    positions = {g.site: i for i, g in enumerate(guarded)}
-    while around is not None and around not in positions:
-        around = sites[around].parent
-    return None if around is None else positions[around]
-
-
-def _input(graph: fx.Graph, name: str) -> fx.Node:
-    """Add an input. fx numbers its name if the name exists."""
-    node = graph.placeholder(name)
-    node.target = node.name
-    return node
 
 
 _KEYS = {"reuse": Batch.SAME, "cached": Batch.LEADING, "weights": Batch.SAME}  # batch labels of slot inputs
@@ -106,7 +92,7 @@ class _Rewriter:
         for node in inputs:
             env[node] = graph.node_copy(node)
         for i in range(len(self.sites)):
-            env["reuse", i] = _input(graph, f"reuse_{self.slugs[i]}")
+            env["reuse", i] = add_input(graph, f"reuse_{self.slugs[i]}")
             self.slugs[i] = env["reuse", i].name.removeprefix("reuse_")  # unique even if site names differ only in dots
         for i in range(len(self.sites)):
             self._add_slot(graph, i, env)
@@ -122,14 +108,13 @@ class _Rewriter:
     def _add_slot(self, graph: fx.Graph, i: int, env: dict[Any, fx.Node]) -> None:
         """Add the inputs for the slot of a site: the tensors of each computed value, and the weights."""
         examples = [tensor for slot in self.slots[i] for tensor in slot.examples]
+        # older values are new tensors, because tracing needs distinct ones
         older = [torch.empty_like(example) for _ in range(1, self.depths[i]) for example in examples]
-        for k, example in enumerate(
-            (*examples, *older)
-        ):  # `older` are new tensors, because tracing needs distinct ones
-            env["cached", i, k] = _input(graph, f"cached_{self.slugs[i]}")
+        for k, example in enumerate((*examples, *older)):
+            env["cached", i, k] = add_input(graph, f"cached_{self.slugs[i]}")
             env["cached", i, k].meta = {"val": example}
         if self.depths[i] > 1:
-            env["weights", i] = _input(graph, f"weights_{self.slugs[i]}")
+            env["weights", i] = add_input(graph, f"weights_{self.slugs[i]}")
             env["weights", i].meta = {"val": examples[0].new_empty(self.depths[i], dtype=torch.float32)}
 
     def _slot_keys(self, i: int) -> list[Any]:
@@ -196,7 +181,7 @@ class _Rewriter:
         keys: list[Any] = [*self._live_ins(site)]
         for i in inner:
             keys += [("reuse", i), *self._slot_keys(i)]
-        keys += self._slot_keys(site) if self._is_added(site) else []
+        keys += self._slot_keys(site) if self._is_read_inside(site) else []
         stored = [("stored", i, k) for i in self._stored_with(site) for k in range(self.widths[i])]
         body = attributes[f"compute_{self.slugs[site]}"] = self._body(site, keys, stored, env)
         instead = self._instead(site, keys, stored, body, env)
@@ -229,6 +214,8 @@ class _Rewriter:
         """Return the subgraph that a reusing step runs for a core or for half of a batch, or None."""
         if self.sites[site].part is Part.CORE:
             return self._replaced(site, keys, stored, outer)
+        if self.sites[site].part is Part.TILES:
+            return self._tiled(site, keys, stored, outer)
         guidance = self.labels[site].guidance
         if guidance is None:
             return None
@@ -245,6 +232,10 @@ class _Rewriter:
     def _is_added(self, site: int) -> bool:
         """Return whether the slot's difference is added to the computed half of a batch."""
         return self.labels[site].guidance is not None and bool(self.slots[site])
+
+    def _is_read_inside(self, site: int) -> bool:
+        """Return whether the subgraph that a reusing step runs reads the site's own slot."""
+        return self._is_added(site) or self.sites[site].part is Part.TILES
 
     def _added(self, site: int, keys: list[Any], gm: fx.GraphModule) -> fx.GraphModule:
         """Return the subgraph for half of a batch, with the slot's difference added to give the other half."""
@@ -287,7 +278,7 @@ class _Rewriter:
     def _decoded(self, graph: fx.Graph, site: int, env: dict[Any, fx.Node]) -> list[fx.Node]:
         """Decode the slots of a site, before the node that takes the values."""
         values = []
-        for slot in self.slots[site] if self.has_nodes[site] and not self._is_added(site) else ():
+        for slot in self.slots[site] if self.has_nodes[site] and not self._is_read_inside(site) else ():
             values.append(slot.decode(graph, self._slot_nodes(site, slot, env), env, self.position[slot.value]))
         return values
 
@@ -298,6 +289,17 @@ class _Rewriter:
         (slot,) = self.slots[source]
         tensors = [env["cached", source, k] for k in range(slot.width)]
         value = slot.decode(graph, tensors, env, self.position[slot.value])
+        graph.output((value, *(env["cached", i, k] for _, i, k in stored)))
+        return fx.GraphModule({}, graph)
+
+    def _tiled(self, site: int, keys: list[Any], stored: list[Any], outer: dict[Any, fx.Node]) -> fx.GraphModule:
+        """Return the subgraph that computes some tiles of a value and writes them into its slot."""
+        graph, env = self._inputs(keys, outer)
+        (slot,) = self.slots[site]
+        assert isinstance(slot.codec, TileCodec)
+        own, inside = [env["cached", site, k] for k in range(slot.width)], self.sites[site].closure
+        copied = sum(slot.value in values for values in self.values) > 1
+        value = write_tiles(graph, slot.codec, slot.value, inside, own, env, self.position, copied)
         graph.output((value, *(env["cached", i, k] for _, i, k in stored)))
         return fx.GraphModule({}, graph)
 

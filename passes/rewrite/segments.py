@@ -15,7 +15,7 @@ from operator import getitem
 from torch import Tensor, fx
 
 from dit_rewrite.passes.analysis import cost
-from dit_rewrite.passes.analysis.site import Found, Site
+from dit_rewrite.passes.analysis.site import Found, Part, Site
 from dit_rewrite.passes.analysis.spans import Stream
 
 
@@ -54,7 +54,12 @@ def cut(gm: fx.GraphModule, found: Found, sites: Sequence[Site], measured: bool)
             probe = stream.position[stream.nodes[name]]
             cuts -= {probe - 1}  # avoid a segment that contains only the probe
             cuts.add(probe)
-    return _segments(gm, sites, _assign(gm.graph, stream, sorted(cuts)))
+    of = _assign(gm.graph, stream, sorted(cuts))
+    for site in sites:
+        if site.part is Part.TILES:  # its tokens are gathered once, in the segment of its value
+            home = of[stream.position[stream.nodes[site.values[0]]]]
+            of = [home if node.name in site.closure else of[i] for node, i in stream.position.items()]
+    return _segments(gm, sites, of)
 
 
 def _assign(graph: fx.Graph, stream: Stream, cuts: list[int]) -> list[int | None]:

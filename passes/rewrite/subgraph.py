@@ -1,4 +1,4 @@
-"""Extract a part of a graph as a graph of its own."""
+"""Inputs of graphs, and parts of a graph as graphs of their own."""
 
 from __future__ import annotations
 
@@ -7,6 +7,13 @@ from collections.abc import Collection, Iterable
 from torch import fx
 
 from dit_rewrite.passes.analysis.graph import attribute
+
+
+def add_input(graph: fx.Graph, name: str) -> fx.Node:
+    """Add an input. fx numbers its name if the name exists."""
+    node = graph.placeholder(name)
+    node.target = node.name
+    return node
 
 
 def subgraph(

@@ -11,8 +11,12 @@ import dit_rewrite
 from dit_rewrite.compiler.budget import Candidate, not_chosen
 from dit_rewrite.compiler.roofline import Roofline
 from dit_rewrite.errors import BadArgument, RefusalReason
+from dit_rewrite.guards import step
 from dit_rewrite.policies import FORA, Never, TaylorSeer
 from dit_rewrite.policy.plan import Choice
+from dit_rewrite.policy.rules import Policy, Rule
+from dit_rewrite.policy.strategies import ReuseTiles
+from dit_rewrite.policy.where import Where
 from tests.helpers import tiny
 from tests.report.test_prediction import plan, run
 
@@ -105,3 +109,11 @@ def test_a_budget_that_hoisted_values_exceed() -> None:
 def test_another_budget_is_refused(budget: Any) -> None:
     with pytest.raises(BadArgument, match="memory_budget"):
         dit_rewrite.compile(tiny.build(), FORA(3), memory_budget=budget)
+
+
+@pytest.mark.parametrize("shares", [(0.75, 0.25), (0.25, 0.75)])
+def test_tiles_save_the_share_that_is_not_computed(shares: tuple[float, float]) -> None:
+    """Of two branches of which tiles are recomputed, the one with fewer of them saves more."""
+    rules = [Rule(step > 0, ReuseTiles(share, 2), Where(("mlp",), layers=(i, i + 1))) for i, share in enumerate(shares)]
+    model = run(Policy(tuple(rules)), 6, memory_budget=SLOT + SLOT // 2)
+    assert left_out(model) == [f"blocks.{int(shares[0] < shares[1])}.mlp.tiles"]

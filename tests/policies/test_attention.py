@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 
 from dit_rewrite.errors import BadParameter
-from dit_rewrite.policies import DQAR, FORA, parse
+from dit_rewrite.policies import DQAR, FORA, TileReuse, parse
 from dit_rewrite.policy.serialise import from_json, to_json
-from dit_rewrite.policy.strategies import Reuse, ReuseKV
+from dit_rewrite.policy.strategies import Reuse, ReuseKV, ReuseTiles
 from tests.helpers import tiny
 from tests.helpers.runs import decided
 
@@ -52,6 +52,7 @@ def test_keys_and_values_in_the_place_of_outputs() -> None:
         (FORA(3), Reuse()),
         (DQAR(store="fp8"), Reuse("fp8")),
         (DQAR(cache="kv", store="bf16"), ReuseKV("bf16")),
+        (TileReuse(0.5, 64, "change"), ReuseTiles(0.5, 64, "change")),
     ],
     ids=str,
 )
@@ -63,6 +64,9 @@ def test_what_is_held(policy: Any, do: Any) -> None:
 def test_text() -> None:
     assert parse("dqar:cache=kv,store=int8,rounding=paper") == DQAR(cache="kv", store="int8", rounding="paper")
     assert parse("fora:interval=2,store=bf16") == FORA(2, store="bf16")
+    assert parse("tile_reuse:refresh=0.5,order=change,kinds=cross+mlp") == TileReuse(
+        0.5, order="change", kinds=("cross", "mlp")
+    )
     assert "store" not in str(FORA(2)) and "store='bf16'" in str(FORA(2, store="bf16"))
 
 

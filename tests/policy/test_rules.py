@@ -36,6 +36,7 @@ from dit_rewrite.policy.strategies import (
     Compute,
     Reuse,
     ReuseKV,
+    ReuseTiles,
     ShareGuidance,
     Strategy,
     WindowResidual,
@@ -75,7 +76,7 @@ def test_what_is_no_strategy(do: Any) -> None:
 def test_keys_of_a_span() -> None:
     """A span is not an attention, whether it is a block or a stack."""
     for span in ("block", "stack"):
-        for do in (ReuseKV(), WindowResidual(), ShareGuidance("first"), BlockwiseReuse(0.1)):
+        for do in (ReuseKV(), ReuseTiles(), WindowResidual(), ShareGuidance("first"), BlockwiseReuse(0.1)):
             with pytest.raises(BadParameter, match="other strategies need attention"):
                 Rule(step > 2, do, Where(span=span))  # type: ignore[arg-type]
         assert Rule(step > 2, Reuse(), Where(span=span)).parts == {Part.SPAN}  # type: ignore[arg-type]
@@ -86,6 +87,7 @@ def test_parts() -> None:
     core = {Part.CORE, Part.CORE_STATE}
     both = (WindowResidual(), ShareGuidance("second"))
     strategies = (Reuse(), ReuseKV(), Compute(), WindowResidual(), BlockwiseReuse(0.1), ShareGuidance("first"), both)
+    assert Rule(step > 2, ReuseTiles()).parts == {Part.TILES}
     found = [Rule(step > 2, do).parts for do in strategies]
     assert found == [{Part.BRANCH}, {Part.KV}, set(), core, core, {Part.CFG_SHARED}, {*core, Part.CFG_SHARED}]
     assert Rule(step > 2, both).strategy(Part.CFG_SHARED) == ShareGuidance("second")
@@ -107,6 +109,10 @@ def test_parts() -> None:
         lambda: BlockwiseReuse(0.1, bound="tight"),  # type: ignore[arg-type]
         lambda: BlockwiseReuse(0.1, certify=1),  # type: ignore[arg-type]
         lambda: BlockwiseReuse(0.1, keys="image"),  # type: ignore[arg-type]
+        lambda: ReuseTiles(0),
+        lambda: ReuseTiles(1.5),
+        lambda: ReuseTiles(tile=0),
+        lambda: ReuseTiles(order="random"),  # type: ignore[arg-type]
     ],
 )
 def test_strategies_out_of_range(build: Callable[[], Strategy]) -> None:
