@@ -468,7 +468,7 @@ def furthest(reference: Tensor, output: Tensor) -> float:
         ("ssim", WA_RS_ASC),  # the same structure
         (furthest, AST),
     ],
-    ids=str,
+    ids=lambda value: getattr(value, "__name__", str(value)),
 )
 def test_each_metric_leads_the_search(metric: str | Metric, expected: Choice):
     """Of four damages each metric lets another pass: all others are above the threshold, and are tried before."""
