@@ -216,7 +216,7 @@ def test_one_call_a_step_with_both_halves_and_one_conditioning() -> None:
 
 def test_a_negative_caption_takes_the_place_of_the_empty_one() -> None:
     recorder, encoder = Recorder(), TextEncoder()
-    asked, negative = ["red circle", "blue cross"], ["a small blue cross", "a star"]
+    asked, negative = ["red circle", "blue cross"], ["a small blue cross", "a circle"]
     sample_captions(recorder, encoder, asked, steps=1, seed=0, negative=negative)
     states, mask = encode(encoder, [*asked, *negative])
     assert torch.equal(recorder.calls[0]["states"], states) and torch.equal(recorder.calls[0]["mask"], mask)

@@ -412,11 +412,11 @@ def test_the_bar_counts_sites(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     partial = tmp_path / "p"
     with pytest.raises(Interrupted):
         greedy(Fake(drawn(5), 4, (3, 1)), names(4), 5, 0.125, partial=partial, progress=True)
-    assert "9/16" in capsys.readouterr().out
+    assert "9/16" in capsys.readouterr().err
     greedy(Fake(drawn(5), 4), names(4), 5, 0.125, partial=partial, progress=True)
-    assert "16/16" in capsys.readouterr().out
+    assert "16/16" in capsys.readouterr().err
     greedy(Fake(drawn(5), 4), names(4), 5, 0.125)
-    assert capsys.readouterr().out == ""
+    assert capsys.readouterr() == ("", "")
 
 
 def test_no_bar_without_rich(monkeypatch: pytest.MonkeyPatch):
