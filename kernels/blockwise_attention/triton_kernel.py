@@ -122,11 +122,6 @@ def attention_kernel(
                 tl.store(partial_at + channel, (t_j / divisor).to(query.dtype), mask=valid)
                 if D2 > 0:
                     tl.store(partial_at + tail, (tail_j / divisor).to(query.dtype), mask=tail_valid)
-                if OWN:
-                    own_at = q_ref + (pairs + j) * (TILE * D) + kept_at
-                    tl.store(own_at + channel, query, mask=valid)
-                    if D2 > 0:
-                        tl.store(own_at + tail, query_tail, mask=tail_valid)
             else:
                 m_j = tl.load(row_max + at, mask=row_valid, other=float("-inf"))
                 l_j = tl.load(row_sum + at, mask=row_valid, other=0.0)
@@ -153,15 +148,22 @@ def attention_kernel(
         result = (summed / divisor).to(query.dtype)
         tl.store(out + channel * out_d, result, mask=valid)
         tl.store(merged + kept_at + channel, result, mask=valid)
-        if not OWN:
-            query, query_tail = load_pieces(q, row[:, None] * (q_n * UNIT), 1, q_d, row_inside, D, D1, D2, True)
-            tl.store(q_ref + kept_at + channel, query, mask=valid)
         if D2 > 0:
             result = (summed_tail / divisor).to(query.dtype)
             tl.store(out + tail * out_d, result, mask=tail_valid)
             tl.store(merged + kept_at + tail, result, mask=tail_valid)
-            if not OWN:
-                tl.store(q_ref + kept_at + tail, query_tail, mask=tail_valid)
+        # The queries are loaded again: registers that keep them through the loop would spill.
+        query, query_tail = load_pieces(q, row[:, None] * (q_n * UNIT), 1, q_d, row_inside, D, D1, D2, True)
+        for j in range(0, blocks if OWN else 1):
+            kept = q_ref + kept_at
+            again = 1
+            if OWN:
+                kept += (pairs + j) * (TILE * D)
+                again = tl.load(recompute + pairs + j)
+            if again != 0:
+                tl.store(kept + channel, query, mask=valid)
+                if D2 > 0:
+                    tl.store(kept + tail, query_tail, mask=tail_valid)
 
 
 def attend(
