@@ -19,7 +19,7 @@ from dit_rewrite.errors import BadArgument, GraphReason
 from dit_rewrite.guards import step
 from dit_rewrite.module import RewrittenModule, twin
 from dit_rewrite.policies import FORA, FirstBlockCache, SpeCa, TaylorSeer, TeaCache
-from dit_rewrite.policy.strategies import Forecast, GuidanceDelta
+from dit_rewrite.policy.strategies import Forecast, GuidanceDelta, ReuseTiles
 from tests.helpers import fake_graphs, tiny
 from tests.helpers.fake_graphs import FakeDevice
 from tests.helpers.models import prepare
@@ -46,6 +46,7 @@ POLICIES: dict[str, tuple[Policy, str]] = {
     "measured, lag": (TeaCache(0.1, (1.0, 0.0), lag=1), "variants"),
     "verified": (SpeCa(0.5), "segments"),
     "window": (rule(WindowResidual(0.25), kinds=("self",)), "variants"),
+    "tiles": (rule(ReuseTiles(0.5, tile=2), kinds=("mlp",)), "variants"),
     "shared": (rule(ShareGuidance("cond"), kinds=("self",)), "variants"),
     "difference": (rule(GuidanceDelta("cond", Forecast(1)), span="output"), "variants"),
 }
