@@ -3,7 +3,8 @@
 The proof has two parts. The dimension of the tokens is a product of one length per axis of the latent, in ascending
 order: an op that cuts the image into windows, or puts the width before the height, leaves other factors. And no op
 between the latent and the attention may shuffle tokens within a dimension: each one is pointwise, or has a rule for its
-dimensions (views, products, convolutions, pieces), or normalises, or writes one of the concatenated parts anew.
+dimensions (views, products, convolutions, pieces), or normalises, or writes one of the concatenated parts anew. And
+none of them may concatenate several pieces of one axis.
 """
 
 from __future__ import annotations
