@@ -11,7 +11,7 @@ RESIDUAL = {"window": "window attention", "window residual": "residual to full a
 INTRODUCTION = """# DiTFastAttn
 
 Written by `python -m benchmarks.ditfastattn_figures` from `ditfastattn_figures.json` (torch {torch}). The plans of the
-paper's six thresholds, their times and their images stand under [Benchmarks](benchmarks.md#ditfastattn). Here are its
+paper's six thresholds, their times and their images are under [Benchmarks](benchmarks.md#ditfastattn). Here are its
 figures 3 and 9 and its appendices A.7 and A.8, small: the bundled shapes DiT (8 layers, 64 tokens), {images} images and
 {steps} steps. Errors are those of the images that the search itself sampled, against the uncached ones of the same
 noise, so on other images they are larger. One small model, one set of noise: read trends, not digits.
@@ -29,7 +29,7 @@ pairs), and within two tokens along rows and columns ({grid_pairs:.0%}). Per pai
 
 Figure 3a, right: how much window attention changes from one step to the next, and how much its residual to full
 attention does (mean squared difference, mean over {layers} layers and both halves of the guidance, {residual_steps}
-steps). A residual that changes less than the window is what makes it worth keeping. Here it does so at {calm} of
+steps). A residual is worth keeping if it changes less than the window. Here it does so at {calm} of
 {changes} steps, and its change is {ratio:.2f} of the window's on average.
 
 ![change of window attention and of its residual by step](ditfastattn_residual.png)

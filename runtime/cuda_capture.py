@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import warnings
 from collections.abc import Callable, Hashable, Sequence
 
@@ -11,6 +12,7 @@ from torch import Tensor
 from dit_rewrite.errors import GraphReason
 
 MODE = "thread_local"  # other threads, such as data loaders, may allocate memory during a capture
+_ONE = threading.Lock()  # a process may make one capture at a time
 
 
 class CudaReplay:
@@ -39,7 +41,8 @@ class CudaPool:
 
     def _captured(self, body: Callable[[], Sequence[Tensor]]) -> CudaReplay:
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._handle, stream=self._stream, capture_error_mode=MODE):
+        capture = torch.cuda.graph(graph, pool=self._handle, stream=self._stream, capture_error_mode=MODE)
+        with _ONE, torch.cuda.stream(self._stream), capture:  # torch leaves the stream current if a capture cannot end
             before = torch.cuda.memory_reserved(self._device)
             outputs = body()
             size = torch.cuda.memory_reserved(self._device) - before

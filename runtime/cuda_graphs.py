@@ -32,6 +32,7 @@ from dit_rewrite.runtime.stats import Stats
 WARM_UP = 2  # runs of a variant before it is captured: kernels are tuned, and libraries allocate their workspaces
 MOST = 16  # streams, and shapes of their inputs, whose graphs are kept
 CAPTURES = 4  # of one variant; if its weights move after each of them, it is no longer captured
+CPU = torch.device("cpu")
 
 Key = tuple[int, Stamp, tuple[torch.device, Hashable]]  # the graph, its inputs, and the device with its queue
 
@@ -194,7 +195,8 @@ class Graphs:
 
         A call in another queue of the device has other graphs, because graphs of one pool may not run side by side.
         """
-        device = next((each[2] for each in stamp if isinstance(each, tuple)), torch.device("cpu"))
+        devices = (each[2] for each in stamp if isinstance(each, tuple))
+        device = next((each for each in devices if each.type != "cpu"), CPU)  # Dynamo makes CPU tensors of numbers
         queue = self._device.queue(device)
         if isinstance(queue, GraphReason):
             self._stats.not_captured(queue)

@@ -79,6 +79,7 @@ class CompiledGraph:
         self._weights, self._steady = chosen(sorted(wiring.static)), chosen(sorted(wiring.steady))
         self._ambient = chosen(sorted(wiring.ambient))
         num_given = wiring.num_inputs - wiring.num_hoisted
+        self._passed = tuple(i for i, out in enumerate(wiring.outputs) if out in range(num_given, wiring.num_inputs))
         self._data = chosen([i for i in range(num_given) if i not in wiring.static])
         self._blockwise = [(i, site) for i, site in enumerate(self.sites) if site.counters is not None]
         forecasting = {i for i, site in enumerate(self.sites) if site.depth > 1}
@@ -299,10 +300,10 @@ class CompiledGraph:
 
     def _owned(self, decided: Decisions, outputs: Sequence[Any], cache: Cache) -> Sequence[Any]:
         """Return the outputs. Outputs that share storage with a slot are copied, as the caller may modify them."""
-        if cache.graphs is not None and not cache.graphs.plainly:  # the outputs of a replay are copies
-            return outputs
-        shared = self._shared.get(decided.kind) if cache.graphs is None else cache.aliased(outputs)
-        if shared is None:  # without graphs, a variant always aliases the same outputs
+        shared = self._shared.get(decided.kind)  # without graphs, a variant always aliases the same outputs
+        if cache.graphs is not None:  # the outputs of a replay are copies, but no segment computes a hoisted value
+            shared = cache.aliased(outputs) if cache.graphs.plainly else self._passed
+        elif shared is None:
             shared = self._shared[decided.kind] = cache.aliased(outputs)
         return [out.clone() if i in shared else out for i, out in enumerate(outputs)] if shared else outputs
 

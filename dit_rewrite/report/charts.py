@@ -183,13 +183,18 @@ def _ends(first: str, last: str) -> list[Label]:
 def front_charts(points: Sequence[Mapping[str, object]]) -> Iterator[Chart]:
     """Yield a chart of points over their first two numbers, if they all have the same two.
 
-    A point whose "front" is false is drawn as another one. The tooltip has all values of the point.
+    A point whose "front" is false is drawn as another one, and one that is not finite is not drawn. The tooltip has all
+    values of the point.
     """
     names = [[n for n, v in p.items() if isinstance(v, int | float) and not isinstance(v, bool)][:2] for p in points]
     if not names or len(names[0]) < 2 or any(each != names[0] for each in names):
         return
     across, up = names[0]
     at = [(_number(point[across]), _number(point[up])) for point in points]
+    points = [point for point, place in zip(points, at, strict=True) if all(map(math.isfinite, place))]
+    at = [place for place in at if all(map(math.isfinite, place))]
+    if not at:
+        return
     (left, right), (low, high) = ((min(column), max(column)) for column in zip(*at, strict=True))
     bars = [
         Bar(

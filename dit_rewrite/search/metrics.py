@@ -7,6 +7,7 @@ function that decodes latents or computes LPIPS may be given in place of a name.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 from torch import Tensor
@@ -43,8 +44,12 @@ def mse(reference: Tensor, output: Tensor) -> float:
 
 
 def noise_to_peak(reference: Tensor, output: Tensor) -> float:
-    """Return the mean squared error over the squared range of the reference, 10^(-PSNR / 10): 0.001 is 30 dB."""
-    return mse(reference, output) / _range(reference) ** 2
+    """Return the mean squared error over the squared range of the reference, 10^(-PSNR / 10): 0.001 is 30 dB.
+
+    NaN for a constant reference, such as that of a model whose last layer is zero.
+    """
+    peak = _range(reference)
+    return mse(reference, output) / peak**2 if peak else math.nan
 
 
 def relative_l2(reference: Tensor, output: Tensor) -> float:

@@ -3,7 +3,8 @@
 The proof has two parts. The dimension of the tokens is a product of one length per axis of the latent, in ascending
 order: an op that cuts the image into windows, or puts the width before the height, leaves other factors. And no op
 between the latent and the attention may shuffle tokens within a dimension: each one is pointwise, or has a rule for its
-dimensions (views, products, convolutions, pieces), or normalises, or writes one of the concatenated parts anew.
+dimensions (views, products, convolutions, pieces), or normalises, or writes one of the concatenated parts anew. And
+none of them may concatenate several pieces of one axis.
 """
 
 from __future__ import annotations
@@ -97,7 +98,8 @@ def _keeps_order(node: fx.Node, latent: fx.Node, dimensions: Dimensions) -> bool
         if each in seen or each is latent or each not in behind:
             continue
         seen.add(each)
-        if not _is_ordered(each) and not _writes_a_part(each, dimensions):
+        ordered = _is_ordered(each) or _writes_a_part(each, dimensions)
+        if not ordered or _joins_pieces(each, latent, dimensions):
             return False
         waiting += each.all_input_nodes
     return True
@@ -108,6 +110,15 @@ def _is_ordered(node: fx.Node) -> bool:
     pointwise = torch.Tag.pointwise in getattr(node.target, "tags", ())
     known = of in RULES or of in SPLITS or of in KEEPS_ORDER or node.target is getitem
     return pointwise or known or is_contraction(node) or is_view(node) or is_copy(node)
+
+
+def _joins_pieces(node: fx.Node, latent: fx.Node, dimensions: Dimensions) -> bool:
+    """Return whether a node concatenates several pieces of an axis of the latent. They may be in any order, and their
+    length alone does not show it: every second row, and then the others, are as many as all rows."""
+    if packet(node) is not aten.cat:
+        return False
+    joined = (factor for dimension in dimensions.of(node) for factor in dimension)
+    return any(sum(any(_axis(f, latent, dimensions) for f in part) for part in each.parts) > 1 for each in joined)
 
 
 def _writes_a_part(node: fx.Node, dimensions: Dimensions) -> bool:

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from sympy import Mod, Ne
-from torch import Tensor
+from torch import Tensor, nn
 
 import dit_rewrite
 from dit_rewrite import Policy, Reuse, Rule, ShareGuidance, Where, WindowResidual
@@ -19,9 +19,10 @@ from dit_rewrite.errors import BadArgument, GraphReason
 from dit_rewrite.guards import step
 from dit_rewrite.module import RewrittenModule, twin
 from dit_rewrite.policies import FORA, FirstBlockCache, SpeCa, TaylorSeer, TeaCache
-from dit_rewrite.policy.strategies import Forecast, GuidanceDelta
+from dit_rewrite.policy.strategies import Forecast, GuidanceDelta, ReuseTiles
 from tests.helpers import fake_graphs, tiny
 from tests.helpers.fake_graphs import FakeDevice
+from tests.helpers.models import prepare
 from tests.helpers.tiny import calls, condition, same
 
 STEPS = 9
@@ -45,6 +46,7 @@ POLICIES: dict[str, tuple[Policy, str]] = {
     "measured, lag": (TeaCache(0.1, (1.0, 0.0), lag=1), "variants"),
     "verified": (SpeCa(0.5), "segments"),
     "window": (rule(WindowResidual(0.25), kinds=("self",)), "variants"),
+    "tiles": (rule(ReuseTiles(0.5, tile=2), kinds=("mlp",)), "variants"),
     "shared": (rule(ShareGuidance("cond"), kinds=("self",)), "variants"),
     "difference": (rule(GuidanceDelta("cond", Forecast(1)), span="output"), "variants"),
 }
@@ -92,6 +94,30 @@ def test_two_streams(device: FakeDevice, name: str) -> None:
     assert made == known
     assert last.captures == 0 == sum(last.uncaptured.values())
     assert last.replays >= 2 * STEPS
+
+
+class WithCondition(tiny.TinyDiT):
+    """Also returns the projected condition, which is computed once per trajectory."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.project = nn.Linear(tiny.WIDTH, tiny.WIDTH)
+
+    def forward(self, hidden_states: Tensor, timestep: Tensor, condition: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        projected = self.project(condition)
+        return super().forward(hidden_states, timestep, projected), projected
+
+
+def test_an_output_that_is_hoisted(device: FakeDevice) -> None:
+    """The caller may write to it, although no segment has computed it in this call."""
+    captured = tiny.rewritten(prepare(WithCondition(), torch.float32), cuda_graphs=True)
+    with torch.no_grad(), captured.trajectory(STEPS):
+        found = [captured(**arguments)[1] for arguments in calls(STEPS)]
+        expected = found[0].clone()
+        for projected in found:
+            assert torch.equal(projected, expected)
+            projected.zero_()
+    assert captured.stats().replays and captured.stats().hoists == 1
 
 
 @slow

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import shutil
@@ -22,6 +23,7 @@ from dit_rewrite.cli.main import FAILED, main
 from dit_rewrite.errors import OtherAnalysis
 from dit_rewrite.policies import FORA
 from dit_rewrite.policy.plan import Choice, Plan
+from dit_rewrite.report.charts import front_charts
 from dit_rewrite.report.page import Page
 from tests.helpers import tiny
 from tests.report.test_prediction import run
@@ -175,6 +177,14 @@ def test_what_is_missing_is_left_out(page: Page) -> None:
     parsed = Parsed(Page(page.report, "a model").html())
     assert [attributes["id"] for attributes in parsed.all("section")] == ["model", "sites", "graph", "prediction"]
     assert not parsed.all("img")
+
+
+def test_a_front_with_a_diverged_trial() -> None:
+    """It is not drawn, and the others are where they would be without it."""
+    points = [{"error": 0.1, "flops": 1.0}, {"error": 0.2, "flops": 0.5}]
+    (expected,), (found,) = front_charts(points), front_charts([*points, {"error": math.inf, "flops": 0.4}])
+    assert found == expected
+    assert not list(front_charts([{"error": math.nan, "flops": 0.4}]))
 
 
 def test_the_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -413,6 +413,15 @@ def test_tensors_on_two_devices() -> None:
     assert lone.stats.uncaptured == Counter({GraphReason.MIXED_DEVICES: 4})
 
 
+def test_the_device_of_a_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A number that comes as a tensor on the CPU, as the time may, is not where the model is."""
+    lone, asked = Lone(lambda t, x: (x + 1,), 2), []
+    monkeypatch.setattr(lone.device, "queue", asked.append)
+    lone(torch.tensor(0.5), torch.zeros(2, device="meta"))
+    lone(torch.tensor(0.5), torch.zeros(2))
+    assert [device.type for device in asked] == ["meta", "cpu"]
+
+
 def test_a_state_that_is_updated_in_place() -> None:
     def count(x: Tensor, counters: Tensor) -> tuple[Tensor]:
         return (x + counters.add_(1),)

@@ -500,6 +500,11 @@ def test_metrics_by_hand():
     assert all(metric(image, image) == pytest.approx(0, abs=1e-12) for metric in METRICS.values())
 
 
+def test_a_constant_reference_has_no_peak():
+    """NaN does not pass, so that the search goes on."""
+    assert math.isnan(METRICS["psnr"](torch.zeros(2, 3), torch.ones(2, 3)))
+
+
 @pytest.mark.parametrize("shape", [(2, 16, 32), (2, 3, 8, 64), (40,)])
 def test_structure_needs_planes(shape: tuple[int, ...]):
     with pytest.raises(BadParameter, match=r"metric='ssim'.*\(…, height, width\) of at least 11"):

@@ -51,8 +51,9 @@ def cut(x: Tensor) -> Tensor:
         (lambda x: x.flatten(2).transpose(1, 2).flip(1), None),
         (lambda x: x.roll(1, 3).flatten(2).transpose(1, 2), None),
         (lambda x: torch.cat([y := x.flatten(2).transpose(1, 2)[:, 2:], y[:, :2]], 1), None),
+        (lambda x: torch.cat([x[:, :, 1::2], x[:, :, ::2]], 2).flatten(2).transpose(1, 2), None),  # odd rows first
     ],
-    ids=["rows", "one row", "columns", "shuffled", "flipped", "rolled", "pieces"],
+    ids=["rows", "one row", "columns", "shuffled", "flipped", "rolled", "pieces", "odd and even"],
 )
 def test_orders_of_an_image(order: Order, grid: TokenGrid | None) -> None:
     assert found(image(order)) == [grid]
