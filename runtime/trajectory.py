@@ -160,7 +160,7 @@ class InferredTrajectory:
             trajectory.step += 1
         trajectory.sigma = named.sigma
         latent = None if inputs.latent is None else inputs.latent.detach().clone()  # may be updated in place
-        stream.note(inputs._replace(latents=() if latent is None else (latent,)), trajectory.step)
+        stream.note(inputs._replace(latent=latent), trajectory.step)
         stream.timestep = timestep
         self._latest = stream
 

@@ -95,7 +95,7 @@ class Chain:
 
     def __call__(self, x: Tensor, w: Tensor, n: int = 2) -> list[Tensor]:
         self.time -= 1.0
-        call = self.session.begin(Inputs((x,), self.time, ()))
+        call = self.session.begin(Inputs(x, self.time, ()))
         outputs = self.graph([x, w, n])
         self.session.end(call)
         self.device.poison()

@@ -21,7 +21,7 @@ def call(stream: Stream | None = None) -> Call:
 
 
 def given(x: float, time: float) -> Inputs:
-    return Inputs((torch.tensor([1.0, x]),), time, (C,))
+    return Inputs(torch.tensor([1.0, x]), time, (C,))
 
 
 def ran(session: Session, *graphs: int, layers: int = 0) -> list[MissReason | None]:

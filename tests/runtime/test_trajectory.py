@@ -26,7 +26,7 @@ def latent(turn: float) -> Tensor:
 
 def inputs(turn: float, time: Any, *conditioning: Tensor) -> Inputs:
     timestep = torch.tensor(time) if isinstance(time, float) else time
-    return Inputs((latent(turn),), timestep, conditioning or (C,))
+    return Inputs(latent(turn), timestep, conditioning or (C,))
 
 
 class Seen:
@@ -65,10 +65,10 @@ def test_a_step_is_a_timestep() -> None:
 
 def test_steps_are_counted_where_no_timestep_is_known() -> None:
     see = explicit(9)
-    assert see(Inputs((latent(0.0),), None, (C,))) == (None, 0, 0)
-    assert see(Inputs((latent(0.0),), None, (U,))) == (0, 1)
-    assert see(Inputs((latent(0.1),), None, (C,))) == (1, 0)
-    assert see(Inputs((latent(0.1),), None, (U,))) == (1, 1)
+    assert see(Inputs(latent(0.0), None, (C,))) == (None, 0, 0)
+    assert see(Inputs(latent(0.0), None, (U,))) == (0, 1)
+    assert see(Inputs(latent(0.1), None, (C,))) == (1, 0)
+    assert see(Inputs(latent(0.1), None, (U,))) == (1, 1)
 
 
 def test_a_timestep_that_goes_back_begins_another_trajectory() -> None:
@@ -181,8 +181,8 @@ def test_inferred_falls_and_rises() -> None:
 def test_inferred_timesteps_of_any_kind(timestep: Any) -> None:
     """A timestep that never changes proves nothing, because each call may be a trajectory of one step."""
     see = inferred()
-    assert see(Inputs((latent(0),), timestep, (C,))) == (TrajectoryReason.FIRST_CALL, 0, 0)
-    assert see(Inputs((latent(0.1),), timestep, (C,))) == (TrajectoryReason.TIMESTEP_STILL, 0, 0)
+    assert see(Inputs(latent(0), timestep, (C,))) == (TrajectoryReason.FIRST_CALL, 0, 0)
+    assert see(Inputs(latent(0.1), timestep, (C,))) == (TrajectoryReason.TIMESTEP_STILL, 0, 0)
 
 
 @pytest.mark.parametrize(
@@ -226,16 +226,16 @@ def test_inferred_conditioning() -> None:
 def test_inferred_latent_of_another_shape() -> None:
     see = inferred()
     see(inputs(0.0, 9.0))
-    assert see(Inputs((torch.ones(3),), torch.tensor(8.0), (C,))) == (TrajectoryReason.NEW_LATENT, 0, 0)
-    assert see(Inputs((1.1 * torch.ones(3),), torch.tensor(7.0), (C,))) == (1, 0)
-    assert see(Inputs((torch.ones(3).double(),), torch.tensor(6.0), (C,))) == (TrajectoryReason.NEW_LATENT, 0, 0)
+    assert see(Inputs(torch.ones(3), torch.tensor(8.0), (C,))) == (TrajectoryReason.NEW_LATENT, 0, 0)
+    assert see(Inputs(1.1 * torch.ones(3), torch.tensor(7.0), (C,))) == (1, 0)
+    assert see(Inputs(torch.ones(3).double(), torch.tensor(6.0), (C,))) == (TrajectoryReason.NEW_LATENT, 0, 0)
 
 
 def test_inferred_latent_of_zeros_proves_nothing() -> None:
     """The change relative to a latent of zeros is 0 / 0."""
     see = inferred()
-    see(Inputs((torch.zeros(3),), torch.tensor(9.0), (C,)))
-    assert see(Inputs((torch.zeros(3),), torch.tensor(8.0), (C,))) == (TrajectoryReason.NEW_LATENT, 0, 0)
+    see(Inputs(torch.zeros(3), torch.tensor(9.0), (C,)))
+    assert see(Inputs(torch.zeros(3), torch.tensor(8.0), (C,))) == (TrajectoryReason.NEW_LATENT, 0, 0)
 
 
 def test_inferred_streams_share_latent_and_timestep() -> None:
@@ -285,10 +285,10 @@ def test_inferred_keeps_a_copy_of_the_latent() -> None:
         (2.0, (TrajectoryReason.NEW_LATENT, 0, 0)),
     ):
         x.copy_(latent(turn))
-        assert see(Inputs((x,), torch.tensor(9.0 - turn), (C,))) == expected
+        assert see(Inputs(x, torch.tensor(9.0 - turn), (C,))) == expected
 
 
 def test_inferred_without_any_tensor_never_goes_on() -> None:
     see = inferred()
-    assert see(Inputs((), None, ())) == (TrajectoryReason.FIRST_CALL, 0, 0)
-    assert see(Inputs((), None, ())) == (TrajectoryReason.NEW_LATENT, 0, 0)
+    assert see(Inputs(None, None, ())) == (TrajectoryReason.FIRST_CALL, 0, 0)
+    assert see(Inputs(None, None, ())) == (TrajectoryReason.NEW_LATENT, 0, 0)
