@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from dit_rewrite.runtime.inputs import Inputs
-from dit_rewrite.runtime.tensors import alike, version
+from dit_rewrite.runtime.tensors import address, alike, version
 
 Pair = tuple[Tensor, Tensor] | None  # tensors to compare; None: they differ without comparing their content
 
@@ -29,17 +29,17 @@ class _Entry:
     The reference is weak because a tensor that was freed cannot be passed again.
     """
 
-    __slots__ = ("ref", "alias", "version", "kind")
+    __slots__ = ("ref", "alias", "version", "address", "kind")
 
     def __init__(self, tensor: Tensor, kind: TensorKind) -> None:
         self.ref = weakref.ref(tensor)
         self.alias = tensor.detach() if kind is not TensorKind.VARYING else None  # shares the version counter
-        self.version = version(tensor)
+        self.version, self.address = version(tensor), address(tensor)
         self.kind = kind
 
     def is_(self, tensor: Tensor) -> bool:
         """Return whether `tensor` is the same object, unmodified since."""
-        return self.ref() is tensor and self.version == version(tensor)
+        return self.ref() is tensor and self.version == version(tensor) and self.address == address(tensor)
 
     def comparable(self, tensor: Tensor) -> Tensor | None:
         """Return the alias if it may equal `tensor` and was not modified since, or None."""

@@ -15,6 +15,14 @@ def version(tensor: Tensor) -> int | None:
     return None if tensor.is_inference() else tensor._version
 
 
+def address(tensor: Tensor) -> int:
+    """Return the address of a tensor's data, which changes if its ``data`` is replaced; the version counter does not.
+
+    0 for a subclass that has none.
+    """
+    return 0 if type(tensor) not in (Tensor, torch.nn.Parameter) else tensor.data_ptr()
+
+
 def versions(tensors: Sequence[Tensor]) -> tuple[int | None, ...]:
     """Return the version counter of each tensor; see `version`."""
     try:

@@ -136,6 +136,14 @@ def test_modified_conditioning() -> None:
     assert see(inputs(0.1, 8.0, given)) == (1, 1), "equal to the conditioning of the second stream by value"
 
 
+def test_conditioning_whose_data_are_replaced() -> None:
+    """The object and its version counter stay the same."""
+    see, given = explicit(9), torch.zeros(3)
+    see(inputs(0, 9.0, given))
+    given.data = torch.ones(3)
+    assert see(inputs(0.1, 8.0, given)) == (1, 1)
+
+
 def test_frames_at_several_steps_have_no_noise_of_one() -> None:
     """The trajectory has more steps than the schedule, and is at no entry of it."""
     scheduler = FlowMatchEulerDiscreteScheduler()
