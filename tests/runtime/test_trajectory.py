@@ -11,7 +11,7 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 from torch import Tensor
 
-from dit_rewrite.errors import BadTrajectory, TrajectoryReason
+from dit_rewrite.errors import BadTrajectory, StreamReason, TrajectoryReason
 from dit_rewrite.runtime.inputs import Inputs
 from dit_rewrite.runtime.trajectory import Clock, ExplicitTrajectory, InferredTrajectory, Named, Trajectory
 
@@ -142,6 +142,25 @@ def test_conditioning_whose_data_are_replaced() -> None:
     see(inputs(0, 9.0, given))
     given.data = torch.ones(3)
     assert see(inputs(0.1, 8.0, given)) == (1, 1)
+
+
+@pytest.mark.parametrize("told", [True, False])
+def test_modified_conditioning_without_a_version(told: bool) -> None:
+    with torch.inference_mode():
+        see, given = explicit(9) if told else Seen(InferredTrajectory().place), torch.zeros(3)
+        see(inputs(0, 9.0, given))
+        see(inputs(0.1, 8.0, given))
+        given.add_(1)
+        found = see(inputs(0.2, 7.0, given))
+    assert found == ((2, 1) if told else (TrajectoryReason.NEW_CONDITIONING, 0, 0))
+
+
+def test_without_a_time_new_streams_are_counted() -> None:
+    """The time is in an argument that is not read as one: each call is a stream, and the first step never ends."""
+    place = ExplicitTrajectory(Clock(9)).place
+    calls = [Inputs(latent(0.1 * step), None, (C,), rest=(("time", step),)) for step in range(3)]
+    assert [place(call, NOBODY).why for call in calls] == [StreamReason.NEW_STREAM] * 3
+    assert ExplicitTrajectory(Clock(9)).place(inputs(0, 9.0, C), NOBODY).why is None
 
 
 def test_frames_at_several_steps_have_no_noise_of_one() -> None:
