@@ -121,7 +121,7 @@ class Session(threading.local):
         CUDA graphs, if the caller asked for them.
         """
         self.stats = stats
-        self.explicit: ExplicitTrajectory | None = None
+        self._explicit: ExplicitTrajectory | None = None
         self.inferred = InferredTrajectory()
         self.named = Named()
         self.call: Call | None = None
@@ -187,17 +187,30 @@ class Session(threading.local):
         call.stream.forget()
         self.call = None
 
-    def enter(self, clock: Clock) -> None:
-        """Begin an explicit trajectory. Raises BadTrajectory inside another one."""
-        if self.explicit is not None:
-            raise NestedTrajectory
-        self.forget()
-        self.explicit = ExplicitTrajectory(clock)
+    @property
+    def explicit(self) -> ExplicitTrajectory | None:
+        """The explicit trajectory of this thread, unless another thread has closed it."""
+        current = self._explicit
+        return current if current is not None and current.is_open else None
 
-    def leave(self) -> None:
-        """End the explicit trajectory and drop its cache."""
-        self.explicit = None
-        self.forget()
+    def enter(self, clock: Clock, of_run: bool = False) -> ExplicitTrajectory:
+        """Begin an explicit trajectory. That of a pipeline's run may interrupt that of another run, which goes on
+        after it. Raises BadTrajectory inside any other one."""
+        outer = self.explicit
+        if outer is not None and not (of_run and outer.of_run):
+            raise NestedTrajectory
+        if outer is None:
+            self.forget()
+        self._explicit = ExplicitTrajectory(clock, of_run, outer)
+        return self._explicit
+
+    def leave(self, trajectory: ExplicitTrajectory) -> None:
+        """End an explicit trajectory and drop its cache. A generator may do so in another thread than it began in."""
+        trajectory.close()
+        if self._explicit is trajectory:
+            self._explicit = trajectory.outer
+            if self.explicit is None:
+                self.forget()
 
     def forget(self) -> None:
         """Drop the current trajectory and its cache; the next call begins another."""
