@@ -68,13 +68,14 @@ class EnabledPipeline:
     def _run(self, plain: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run the original call `plain` as one trajectory of all denoisers, with a shared clock."""
         models = [model for model in denoisers(self).values() if isinstance(model, RewrittenModule)]
-        free = [model for model in models if backend_of(model).session.explicit is None]
+        outer = [(model, backend_of(model).session.explicit) for model in models]
+        free = [model for model, trajectory in outer if trajectory is None or trajectory.of_run]
         scheduler = getattr(self, "scheduler", None)
         clock = Clock(scheduler=scheduler, noise=any(map(needs_noise, free)))
         before = [model.stats() for model in free]
         with contextlib.ExitStack() as stack:
             for model in free:
-                stack.enter_context(inside(model, clock))
+                stack.enter_context(inside(model, clock, of_run=True))
             output = plain(self, *args, **kwargs)
         _report(self.__dict__[_STATE], free, before)
         return output

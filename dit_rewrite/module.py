@@ -233,9 +233,9 @@ def needs_noise(model: nn.Module) -> bool:
 
 
 @contextlib.contextmanager
-def inside(model: nn.Module, clock: Clock) -> Iterator[None]:
-    """Open an explicit trajectory of a rewritten module with the given clock. Raises NoiseUnknown, PolicyForOtherSteps,
-    PolicyForOtherScheduler or BadTrajectory."""
+def inside(model: nn.Module, clock: Clock, of_run: bool = False) -> Iterator[None]:
+    """Open an explicit trajectory of a rewritten module with the given clock; see `Session.enter`. Raises NoiseUnknown,
+    PolicyForOtherSteps, PolicyForOtherScheduler or BadTrajectory."""
     backend = backend_of(model)
     policy = backend.policy
     if clock.scheduler is None and "snr" in policy.reads:
@@ -245,11 +245,11 @@ def inside(model: nn.Module, clock: Clock) -> Iterator[None]:
     made = None if policy.made_for is None or clock.scheduler is None else policy.made_for.scheduler
     if made is not None and made != (found := describe_scheduler(clock.scheduler)):
         raise PolicyForOtherScheduler(policy, made, found)
-    backend.session.enter(clock)
+    trajectory = backend.session.enter(clock, of_run)
     try:
         yield
     finally:
-        backend.session.leave()
+        backend.session.leave(trajectory)
 
 
 def backend_of(model: nn.Module) -> Backend:

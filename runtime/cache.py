@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+import weakref
 from collections.abc import Sequence
 from functools import lru_cache
 from operator import itemgetter
@@ -17,7 +18,7 @@ from dit_rewrite.runtime.history import NEVER, Computed, Moment, Past
 from dit_rewrite.runtime.measure import Tracked
 from dit_rewrite.runtime.slots import Transition, after
 from dit_rewrite.runtime.step_tables import Bookmark
-from dit_rewrite.runtime.tensors import Memoized, version
+from dit_rewrite.runtime.tensors import Memoized, address, version, versions
 
 Stamp = tuple[Any, ...]
 
@@ -63,33 +64,59 @@ class Cache:
         self.graphs: Any = None  # the CUDA graphs that serve it, see cuda_graphs.py
         self.stamp: Stamp | None = None
         self.weights: tuple[Any, ...] = ()
-        self.ambient: tuple[tuple[Any, int | None], ...] = ()
+        self.ambient: tuple[tuple[Tensor, int | None, Tensor], ...] = ()  # with an alias that keeps the address
+        self.unknown: list[tuple[weakref.ref[Tensor], int | None]] = []
+        self._versions: tuple[int | None, ...] = ()  # of the weights
 
-    def fit(self, stamp: Stamp, weights: tuple[Any, ...], ambient: Sequence[Tensor] = ()) -> MissReason | None:
+    def fit(
+        self,
+        stamp: Stamp,
+        weights: tuple[Any, ...],
+        ambient: Sequence[Tensor] = (),
+        unknown: Sequence[Tensor] = (),
+    ) -> MissReason | None:
         """Compare the cache with a call's inputs and clear it if they differ. Returns the reason, or None.
 
-        stamp: shapes, dtypes and devices of the inputs (see `stamp_of`). weights: the model's parameters, compared by
-        identity. ambient: tensors that are attributes of the model, compared by identity and version.
+        stamp: shapes, dtypes and devices of the inputs (see `stamp_of`). weights: the model's parameters and buffers,
+        compared by identity and version. ambient: tensors that are attributes of the model, compared by identity,
+        version and address. unknown: tensors of unknown origin, see `_replaces`.
         """
         reason = None
         if self.stamp is None:
             reason = MissReason.EMPTY
         elif self.stamp != stamp:
             reason = MissReason.CHANGED_INPUT
-        elif not all(map(operator.is_, self.weights, weights)):
+        elif not all(map(operator.is_, self.weights, weights)) or self._versions != versions(weights):
             reason = MissReason.CHANGED_WEIGHTS
         elif ambient and not self._knows(ambient):
             reason = MissReason.CHANGED_ATTRIBUTE
+        elif unknown and any(map(self._replaces, unknown, self.unknown)):
+            reason = MissReason.CHANGED_UNKNOWN
         if reason is not None:
             self.clear()
-            self.stamp, self.weights = stamp, weights
-            self.ambient = tuple((tensor, version(tensor)) for tensor in ambient)
+            self.stamp, self.weights, self._versions = stamp, weights, versions(weights)
+            self.ambient = tuple((tensor, version(tensor), tensor.detach()) for tensor in ambient)
+        self.unknown = [(weakref.ref(tensor), version(tensor)) for tensor in unknown]
         return reason
+
+    def _replaces(self, now: Tensor, last: tuple[weakref.ref[Tensor], int | None]) -> bool:
+        """Return whether a tensor of unknown origin may be another condition than that of the previous call.
+
+        One that code between two graphs makes in each call is data, and the last one was freed. If the last one still
+        exists, it may be the condition of other calls.
+        """
+        before, changes = last[0](), last[1]
+        if before is now:
+            return changes != version(now)
+        return before is not None and all(before is not tensor for tensor in self.tracked.tensors)
 
     def _knows(self, ambient: Sequence[Tensor]) -> bool:
         """Return whether `ambient` are the tensors of the previous call, unmodified since."""
         pairs = zip(self.ambient, ambient, strict=True)
-        return all((a is b and changes == version(b)) or _is_same_number(a, b) for (a, changes), b in pairs)
+        return all(
+            (a is b and changes == version(b) and address(alias) == address(b)) or _is_same_number(a, b)
+            for (a, changes, alias), b in pairs
+        )
 
     def clear(self) -> None:
         """Empty all slots."""

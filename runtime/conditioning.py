@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from dit_rewrite.runtime.inputs import Inputs
-from dit_rewrite.runtime.tensors import alike, version
+from dit_rewrite.runtime.tensors import address, alike, version
 
 Pair = tuple[Tensor, Tensor] | None  # tensors to compare; None: they differ without comparing their content
 
@@ -24,22 +24,28 @@ class TensorKind(Enum):
 
 
 class _Entry:
-    """One tensor: a weak reference to the object, and an alias of its memory to compare its content with.
+    """One tensor: a weak reference to the object, and an alias of its memory, or a copy, to compare its content with.
 
     The reference is weak because a tensor that was freed cannot be passed again.
     """
 
-    __slots__ = ("ref", "alias", "version", "kind")
+    __slots__ = ("ref", "alias", "version", "address", "kind")
 
     def __init__(self, tensor: Tensor, kind: TensorKind) -> None:
         self.ref = weakref.ref(tensor)
-        self.alias = tensor.detach() if kind is not TensorKind.VARYING else None  # shares the version counter
-        self.version = version(tensor)
+        self.alias = _alias(tensor) if kind is not TensorKind.VARYING else None
+        self.version, self.address = version(tensor), address(tensor)
         self.kind = kind
 
-    def is_(self, tensor: Tensor) -> bool:
-        """Return whether `tensor` is the same object, unmodified since."""
-        return self.ref() is tensor and self.version == version(tensor)
+    def is_(self, tensor: Tensor, told: bool = True) -> bool:
+        """Return whether `tensor` is the same object, unmodified since.
+
+        Inference tensors have no version. On a CPU their content is compared; on other devices that would synchronise,
+        so in a trajectory that is `told` they count as unmodified.
+        """
+        same = self.ref() is tensor and self.version == version(tensor) and self.address == address(tensor)
+        trusted = self.version is not None or self.alias is None or (told and tensor.device.type != "cpu")
+        return same and (trusted or torch.equal(self.alias, tensor))  # type: ignore[arg-type]
 
     def comparable(self, tensor: Tensor) -> Tensor | None:
         """Return the alias if it may equal `tensor` and was not modified since, or None."""
@@ -47,6 +53,11 @@ class _Entry:
         if alias is None or not alike(alias, tensor):
             return None
         return alias if self.version == (None if self.version is None else alias._version) else None
+
+
+def _alias(tensor: Tensor) -> Tensor:
+    """Return a tensor with the same memory and version counter, or a copy of an inference tensor, which has none."""
+    return tensor.clone() if tensor.is_inference() else tensor.detach()
 
 
 class Conditioning:
@@ -63,10 +74,11 @@ class Conditioning:
         """Return whether everything except the tensors themselves equals that of `inputs`."""
         return self.rest == inputs.rest and len(self._entries) == len(inputs.conditioning)
 
-    def differing(self, inputs: Inputs) -> list[int]:
+    def differing(self, inputs: Inputs, told: bool = True) -> list[int]:
         """Return the places at which `inputs` have a different or modified tensor. Varying tensors are ignored."""
         pairs = enumerate(zip(self._entries, inputs.conditioning, strict=True))
-        return [i for i, (entry, tensor) in pairs if entry.kind is not TensorKind.VARYING and not entry.is_(tensor)]
+        kept = [(i, entry, tensor) for i, (entry, tensor) in pairs if entry.kind is not TensorKind.VARYING]
+        return [i for i, entry, tensor in kept if not entry.is_(tensor, told)]
 
     def pair(self, inputs: Inputs, place: int) -> Pair:
         """Return the old and the new tensor at a place, for `equal` to compare."""

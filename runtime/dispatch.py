@@ -77,7 +77,7 @@ class CompiledGraph:
         self._borrowing = tuple((i, site.borrows) for i, site in enumerate(self.sites) if site.borrows is not None)
         self._conditioned = tuple(i for i, site in enumerate(self.sites) if site.conditioned)
         self._weights, self._steady = chosen(sorted(wiring.static)), chosen(sorted(wiring.steady))
-        self._ambient = chosen(sorted(wiring.ambient))
+        self._ambient, self._unknown = chosen(sorted(wiring.ambient)), chosen(sorted(wiring.unknown))
         num_given = wiring.num_inputs - wiring.num_hoisted
         self._passed = tuple(i for i, out in enumerate(wiring.outputs) if out in range(num_given, wiring.num_inputs))
         self._data = chosen([i for i in range(num_given) if i not in wiring.static])
@@ -99,7 +99,7 @@ class CompiledGraph:
             return self._outside(args)
         occurrence, cache, changed = call.enter(self.index, len(self.sites))
         stamp = stamp_of(self._data(args), not isinstance(call.inputs.timestep, (int, float)))
-        unfit: Reason | None = cache.fit(stamp, self._weights(args), self._ambient(args))
+        unfit: Reason | None = cache.fit(stamp, self._weights(args), self._ambient(args), self._unknown(args))
         if unfit is MissReason.EMPTY and call.fresh is not None:
             unfit = call.fresh
         if self.program is not None:
@@ -124,7 +124,7 @@ class CompiledGraph:
             cache.lent.pop(site, None)  # do not keep the lender's old values alive while it computes new ones
             if lender != call.stream.name and not self.sites[site].differs:
                 cache.values[site] = None
-        call.layers += self.num_layers
+        call.leave(self.num_layers, outputs)
         args.clear()
         return outputs
 

@@ -25,12 +25,13 @@ _MAX_DEPTH = 8  # nesting depth beyond which objects are not read
 class Inputs(NamedTuple):
     """The inputs of one call.
 
-    latents: the tensors of the first argument that contains any. timestep: the argument with a name in TIMESTEP_NAMES.
-    conditioning: all other tensors. rest: everything else (numbers and strings by value, argument names, the nesting of
-    containers). opaque: an argument contains an object that cannot be read, and that may hide a condition.
+    latent: the first tensor of the first argument that contains any. timestep: the argument with a name in
+    TIMESTEP_NAMES. conditioning: all other tensors, each once, also those beside the latent in its container. rest:
+    everything else (numbers and strings by value, argument names, the nesting of containers). opaque: an argument
+    contains an object that cannot be read, and that may hide a condition.
     """
 
-    latents: tuple[Tensor, ...]
+    latent: Tensor | None
     timestep: Tensor | float | None
     conditioning: tuple[Tensor, ...]
     rest: Hashable = ()
@@ -40,13 +41,7 @@ class Inputs(NamedTuple):
     @property
     def tensors(self) -> tuple[Tensor, ...]:
         """All tensors of the call."""
-        timestep = (self.timestep,) if isinstance(self.timestep, Tensor) else ()
-        return (*self.latents, *timestep, *self.conditioning)
-
-    @property
-    def latent(self) -> Tensor | None:
-        """The first latent, or None if no argument contains a tensor."""
-        return self.latents[0] if self.latents else None
+        return (*(t for t in (self.latent, self.timestep) if isinstance(t, Tensor)), *self.conditioning)
 
 
 class Reader:
@@ -72,16 +67,12 @@ class Reader:
             values[name] = kwargs[name]
         clock = next((name for name in TIMESTEP_NAMES if name in values and _is_time(values[name])), None)
         timestep = values.pop(clock) if clock is not None else None
-        latents: tuple[Tensor, ...] = ()
         leaves = _Leaves(timestep)
         for name, value in values.items():
-            before = len(leaves.tensors)
             leaves.add(value, name)
-            if not latents and len(leaves.tensors) > before:
-                latents = tuple(leaves.tensors)
-        conditioning = tuple(leaves.tensors[len(latents) :])
+        latent, *conditioning = leaves.tensors or (None,)
         number = clock if isinstance(timestep, (int, float)) else None
-        return Inputs(latents, timestep, conditioning, tuple(leaves.rest), leaves.opaque, number)
+        return Inputs(latent, timestep, tuple(conditioning), tuple(leaves.rest), leaves.opaque, number)
 
 
 def _is_time(value: Any) -> bool:
@@ -97,19 +88,25 @@ class _Leaves:
         self.tensors: list[Tensor] = []
         self.rest: list[Hashable] = []
         self.opaque = False
+        self._seen: dict[int, tuple[int, Any]] = {}  # by id; a reference keeps the id from being used again
 
     def add(self, value: Any, name: Hashable, depth: int = 0) -> None:
         """Add a value and its contents; `name` is its key in the container."""
+        if isinstance(value, _BY_VALUE):
+            self.rest.append((name, type(value), repr(value)))  # 1, 1.0 and True are different
+        elif value is self.timestep:
+            self.rest.append(name)
+        elif id(value) in self._seen:  # a tensor is listed once, and objects may refer to each other
+            self.rest.append((name, self._seen[id(value)][0]))
+        else:
+            self._seen[id(value)] = len(self._seen), value
+            self._add_new(value, name, depth)
+
+    def _add_new(self, value: Any, name: Hashable, depth: int) -> None:
         if isinstance(value, Tensor):
             self.rest.append(name)
-            if value is not self.timestep:
-                self.tensors.append(value)
-        elif isinstance(value, _BY_VALUE):
-            self.rest.append((name, type(value), repr(value)))  # 1, 1.0 and True are different
-        else:
-            self._open(value, name, depth)
-
-    def _open(self, value: Any, name: Hashable, depth: int) -> None:
+            self.tensors.append(value)
+            return
         inside = _contents(value) if depth < _MAX_DEPTH else None
         if inside is None:
             self.opaque = True
@@ -122,20 +119,22 @@ class _Leaves:
 def _contents(value: Any) -> dict[Hashable, Any] | None:
     """Return the contents of a container by name or index, or None if they cannot be read."""
     if isinstance(value, Mapping):
-        return {repr(key): item for key, item in value.items()}
+        return {repr(key): item for key, item in value.items()} | _state(value)
     if isinstance(value, (list, tuple)):
-        return dict(enumerate(value))
+        return dict[Hashable, Any](enumerate(value)) | _state(value)
     if isinstance(value, (set, frozenset)):
-        return dict(enumerate(sorted(value, key=repr)))
+        return dict[Hashable, Any](enumerate(sorted(value, key=repr))) | _state(value)
     if isinstance(value, torch.nn.Module):
         return {"module": id(value)}  # its weights are inputs of the graph, and checked there
     if isinstance(value, functools.partial):
-        return {"func": value.func, "args": value.args, "keywords": value.keywords}
+        return {"func": value.func, "args": value.args, "keywords": value.keywords, **value.__dict__}
     if isinstance(value, types.FunctionType):
         cells = [cell.cell_contents for cell in value.__closure__ or ()]
-        return {"code": id(value.__code__), "cells": cells, "defaults": value.__defaults__}
+        defaults = {"defaults": value.__defaults__, "keywords": value.__kwdefaults__}
+        return {"code": id(value.__code__), "cells": cells, **defaults, **value.__dict__}
     if isinstance(value, types.BuiltinFunctionType | types.MethodType):
-        return {"function": getattr(value, "__qualname__", ""), "self": getattr(value, "__self__", None)}
+        named = {"function": getattr(value, "__qualname__", ""), "self": getattr(value, "__self__", None)}
+        return named | {"func": value.__func__} if isinstance(value, types.MethodType) else named
     if isinstance(value, types.ModuleType):
         return {"name": value.__name__}
     if dataclasses.is_dataclass(value):

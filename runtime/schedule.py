@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from dit_rewrite.runtime.noise import NoiseLevels, noise_levels, setting
+from dit_rewrite.runtime.tensors import version
 
 # The units in which pipelines pass a timestep t of a scheduler with n training steps.
 _UNITS: tuple[Callable[[Any, float], Any], ...] = (
@@ -39,7 +40,9 @@ class Schedule:
         """Read the timesteps of `scheduler`, and with `noise` also its noise levels."""
         self.scheduler = scheduler
         self.tensor = scheduler.timesteps
-        self.times = tuple(float(t) for t in torch.as_tensor(self.tensor).tolist())
+        self._is_computed = self.tensor is not scheduler.timesteps  # a property computes them at each access
+        self._version = version(self.tensor) if isinstance(self.tensor, Tensor) else None
+        self.times = _times(self.tensor)
         self.levels: NoiseLevels | None = noise_levels(scheduler) if noise else None
         self._ranks = _ranks(self.times)
         self._stepped: tuple[int, float | None] | None = None  # the scheduler's step_index, and the timestep then
@@ -56,7 +59,8 @@ class Schedule:
     @property
     def is_current(self) -> bool:
         """Whether the scheduler still has these timesteps, so that `set_timesteps` was not called again."""
-        return self.scheduler.timesteps is self.tensor
+        timesteps = self.scheduler.timesteps
+        return timesteps is self.tensor or self._is_computed and _times(timesteps) == self.times
 
     def rank(self, entry: int) -> int:
         """Return the step of an entry: the number of distinct timesteps before it."""
@@ -94,7 +98,9 @@ class Schedule:
     def place(self, timestep: Any) -> int | None:
         """Return the entry that a timestep is a view of, which is found without reading it, or None."""
         tensors = isinstance(timestep, Tensor) and isinstance(self.tensor, Tensor)
-        return _place_in(self.tensor, timestep) if tensors else None
+        if not tensors or version(self.tensor) != self._version:  # in place, a sampler may divide what it passes
+            return None
+        return _place_in(self.tensor, timestep)
 
     def given(self, timestep: Tensor, entry: int) -> list[Tensor]:
         """Return the timesteps of all steps, on the CPU, in the form in which the model is given them.
@@ -104,7 +110,7 @@ class Schedule:
         right one, because rows are found by the values of a call's own timestep.
         """
         if timestep.dtype not in self._forms:
-            times = torch.tensor(self.times, dtype=getattr(self.tensor, "dtype", torch.float32))
+            times = torch.tensor(self.times, dtype=self.tensor.dtype if isinstance(self.tensor, Tensor) else None)
             self._forms[timestep.dtype] = [form(times, self._total) for form in _forms(timestep.dtype)]
         fits = [t for t in self._forms[timestep.dtype] if torch.equal(t[entry].expand(timestep.shape), timestep)]
         self._forms[timestep.dtype] = fits
@@ -154,6 +160,11 @@ class Schedule:
             self._unit = unit
             for entry, time in enumerate(unit):
                 self._exact.setdefault(time, []).append(entry)
+
+
+def _times(timesteps: Any) -> tuple[float, ...]:
+    """Return timesteps as numbers."""
+    return tuple(float(t) for t in torch.as_tensor(timesteps).tolist())
 
 
 def _ranks(times: Sequence[float]) -> list[int]:

@@ -60,7 +60,8 @@ class Wiring:
     """The wires of a graph. Wires below ``num_inputs`` are its inputs, the last ``num_hoisted`` of them hoisted.
 
     ``outputs`` has an entry for each result: a wire, or a 1-tuple with a constant. Among the inputs, ``static`` are
-    weights, ``steady`` trajectory-invariant conditioning, and ``ambient`` tensor attributes of the model.
+    weights, ``steady`` trajectory-invariant conditioning, ``ambient`` tensor attributes of the model, and ``unknown``
+    tensors that are none of these, no other argument and no result of an earlier graph.
     """
 
     num_wires: int
@@ -69,6 +70,7 @@ class Wiring:
     static: frozenset[int] = frozenset()
     steady: frozenset[int] = frozenset()
     ambient: frozenset[int] = frozenset()
+    unknown: frozenset[int] = frozenset()
     num_hoisted: int = 0
 
 

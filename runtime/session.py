@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import threading
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -32,7 +33,8 @@ from dit_rewrite.runtime.trajectory import (
 
 @dataclass
 class Call:
-    """One running call of the model. ``graphs`` has the graphs called so far, ``layers`` the number of their blocks.
+    """One running call of the model. ``graphs`` has the graphs called so far, ``layers`` the number of their blocks,
+    ``returned`` the tensors that they returned.
 
     ``fresh`` is a specific reason why the stream has no values yet, if there is one.
     """
@@ -44,6 +46,7 @@ class Call:
     fresh: StreamReason | None = None
     graphs: list[int] = field(default_factory=list)
     layers: int = 0
+    returned: list[weakref.ref[Tensor]] = field(default_factory=list)
     _occurrences: dict[int, int] = field(default_factory=dict)
 
     @property
@@ -51,6 +54,12 @@ class Call:
         """The tensors that are expected to stay the same in the stream's next call."""
         known = self.stream.conditioning
         return self.inputs.conditioning if known is None else known.invariant(self.inputs)
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """The tensors among the arguments, and those that the graphs called so far returned."""
+        returned = (reference() for reference in self.returned)
+        return [*self.inputs.tensors, *(tensor for tensor in returned if tensor is not None)]
 
     @property
     def moment(self) -> Moment:
@@ -78,6 +87,11 @@ class Call:
             cache.stamp = None
             return occurrence, cache, MissReason.CHANGED_GRAPH
         return occurrence, cache, None
+
+    def leave(self, layers: int, outputs: Sequence[Any]) -> None:
+        """Count the blocks of a graph that has run, and record the tensors that it returned."""
+        self.layers += layers
+        self.returned += [weakref.ref(out) for out in outputs if isinstance(out, Tensor)]
 
     def lent(self, name: str, graph: int, occurrence: int) -> Cache | None:
         """Return the cache of the same graph in the stream called `name`, or None if no or several streams match."""
@@ -107,7 +121,7 @@ class Session(threading.local):
         CUDA graphs, if the caller asked for them.
         """
         self.stats = stats
-        self.explicit: ExplicitTrajectory | None = None
+        self._explicit: ExplicitTrajectory | None = None
         self.inferred = InferredTrajectory()
         self.named = Named()
         self.call: Call | None = None
@@ -173,17 +187,30 @@ class Session(threading.local):
         call.stream.forget()
         self.call = None
 
-    def enter(self, clock: Clock) -> None:
-        """Begin an explicit trajectory. Raises BadTrajectory inside another one."""
-        if self.explicit is not None:
-            raise NestedTrajectory
-        self.forget()
-        self.explicit = ExplicitTrajectory(clock)
+    @property
+    def explicit(self) -> ExplicitTrajectory | None:
+        """The explicit trajectory of this thread, unless another thread has closed it."""
+        current = self._explicit
+        return current if current is not None and current.is_open else None
 
-    def leave(self) -> None:
-        """End the explicit trajectory and drop its cache."""
-        self.explicit = None
-        self.forget()
+    def enter(self, clock: Clock, of_run: bool = False) -> ExplicitTrajectory:
+        """Begin an explicit trajectory. That of a pipeline's run may interrupt that of another run, which goes on
+        after it. Raises BadTrajectory inside any other one."""
+        outer = self.explicit
+        if outer is not None and not (of_run and outer.of_run):
+            raise NestedTrajectory
+        if outer is None:
+            self.forget()
+        self._explicit = ExplicitTrajectory(clock, of_run, outer)
+        return self._explicit
+
+    def leave(self, trajectory: ExplicitTrajectory) -> None:
+        """End an explicit trajectory and drop its cache. A generator may do so in another thread than it began in."""
+        trajectory.close()
+        if self._explicit is trajectory:
+            self._explicit = trajectory.outer
+            if self.explicit is None:
+                self.forget()
 
     def forget(self) -> None:
         """Drop the current trajectory and its cache; the next call begins another."""

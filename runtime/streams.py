@@ -147,13 +147,13 @@ class Streams:
         return [s for s in named if s.conditioning is not None and s.conditioning.is_like(inputs)]
 
     @staticmethod
-    def differing(streams: Sequence[Stream], inputs: Inputs, by_value: bool = True) -> Differing:
+    def differing(streams: Sequence[Stream], inputs: Inputs, told: bool = True) -> Differing:
         """Return the positions at which the conditioning of each stream differs from that of a call.
 
-        With `by_value`, and if no stream has the same tensor objects, tensors are compared by content.
+        In a trajectory that is `told`, and if no stream has the same tensor objects, they are compared by content.
         """
-        found = {s: s.conditioning.differing(inputs) for s in streams if s.conditioning is not None}
-        if not by_value or not all(found.values()):
+        found = {s: s.conditioning.differing(inputs, told) for s in streams if s.conditioning is not None}
+        if not told or not all(found.values()):
             return found
         places = [(stream, place) for stream, differing in found.items() for place in differing]
         pairs = [stream.conditioning.pair(inputs, place) for stream, place in places]  # type: ignore[union-attr]

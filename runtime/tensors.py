@@ -15,6 +15,14 @@ def version(tensor: Tensor) -> int | None:
     return None if tensor.is_inference() else tensor._version
 
 
+def address(tensor: Tensor) -> int:
+    """Return the address of a tensor's data, which changes if its ``data`` is replaced; the version counter does not.
+
+    0 for a subclass that has none.
+    """
+    return 0 if type(tensor) not in (Tensor, torch.nn.Parameter) else tensor.data_ptr()
+
+
 def versions(tensors: Sequence[Tensor]) -> tuple[int | None, ...]:
     """Return the version counter of each tensor; see `version`."""
     try:
@@ -60,7 +68,7 @@ class Memoized:
 
 
 def checksum(tensors: Sequence[Tensor]) -> Tensor:
-    """Return the sum and the norm of each tensor, as a float64 vector.
+    """Return the norm of each tensor and sums of it that are weighted by row and by column, as a float64 vector.
 
     It notices changes that leave the version counter as it is: those of `tensor.data`, by which adapters are merged.
     """
@@ -70,10 +78,18 @@ def checksum(tensors: Sequence[Tensor]) -> Tensor:
         if plain.is_complex():
             plain = torch.view_as_real(plain)
         if plain.is_floating_point() and plain.itemsize > 1:
-            numbers += [plain.sum(dtype=torch.float64), torch.linalg.vector_norm(plain, dtype=torch.float64)]
+            numbers += [*_weighted_sums(plain, torch.float64), torch.linalg.vector_norm(plain, dtype=torch.float64)]
         else:  # integers, and 8-bit floats, for which there is no sum
-            numbers.append((plain.view(torch.uint8) if plain.itemsize == 1 else plain).sum(dtype=torch.int64).double())
+            numbers += _weighted_sums(plain.view(torch.uint8) if plain.itemsize == 1 else plain, torch.int64)
     return torch.stack([number.to(numbers[0].device) for number in numbers]) if numbers else torch.zeros(0)
+
+
+def _weighted_sums(tensor: Tensor, dtype: torch.dtype) -> list[Tensor]:
+    """Return the sum of a tensor, and those of its rows and columns weighted by their numbers, computed in `dtype`."""
+    matrix = tensor.flatten(1) if tensor.ndim > 1 else tensor.reshape(1, -1)
+    rows, columns = matrix.sum(1, dtype=dtype), matrix.sum(0, dtype=dtype)
+    weighted = [(each * torch.arange(len(each), dtype=dtype, device=each.device)).sum() for each in (rows, columns)]
+    return [number.double() for number in (rows.sum(), *weighted)]
 
 
 def alike(a: Tensor, b: Tensor) -> bool:
@@ -94,8 +110,13 @@ def relative_changes(now: Tensor | None, before: Sequence[Tensor | None]) -> lis
 
 
 def relative_change(now: Tensor, before: Tensor) -> Tensor:
-    """Return the relative L2 change as a 0-d float64 tensor; norms are computed in float32."""
+    """Return the relative L2 change as a 0-d float64 tensor; norms are computed in float32.
+
+    Integers are tokens, and compared as one-hot vectors.
+    """
     if now is before:
         return torch.zeros((), dtype=torch.float64, device=now.device)
+    if not (now.is_floating_point() or now.is_complex()):
+        return (2 * (now != before).to(torch.float64).mean()).sqrt()
     change = torch.linalg.vector_norm(now.detach() - before.detach(), dtype=torch.float32)
     return (change / torch.linalg.vector_norm(before.detach(), dtype=torch.float32)).to(torch.float64)

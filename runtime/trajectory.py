@@ -70,10 +70,17 @@ class ExplicitTrajectory:
     on a GPU that cannot be matched with a scheduler.
     """
 
-    def __init__(self, clock: Clock) -> None:
-        self.clock = clock
+    def __init__(self, clock: Clock, of_run: bool = False, outer: ExplicitTrajectory | None = None) -> None:
+        """`of_run`: a pipeline's run opened it, and not the user. `outer`: the one that it interrupts."""
+        self.clock, self.of_run, self.outer = clock, of_run, outer
+        self.is_open = True
         self.trajectory = Trajectory(None, clock)
         self._run = clock.run
+
+    def close(self) -> None:
+        """End it and drop its cache."""
+        self.is_open = False
+        self.trajectory = Trajectory(None, self.clock)
 
     def begin(self) -> None:
         """Begin another trajectory with an empty cache."""
@@ -101,7 +108,8 @@ class ExplicitTrajectory:
         before, trajectory.step = trajectory.step, clock.step
         stream.note(inputs, clock.step, reading.entry)
         lapsed = streams.lapse(clock.step) if clock.step != before else []
-        expected = first and stream in streams.all
+        timed = any(time is not None for time in (inputs.timestep, named.timestep, named.step_index))
+        expected = first and stream in streams.all and timed  # without a time, the first step may never end
         return Place(trajectory, stream, None if expected else why, len(lapsed))
 
     def _follow_clock(self, why: TrajectoryReason | None) -> None:
@@ -127,7 +135,7 @@ class InferredTrajectory:
     def place(self, inputs: Inputs, named: Named) -> Place:
         """Return the trajectory and stream of a call. Begins a new trajectory if it does not continue the last."""
         streams = self.trajectory.streams
-        differing = streams.differing(streams.alike(inputs, named.name), inputs, by_value=False)
+        differing = streams.differing(streams.alike(inputs, named.name), inputs, told=False)
         stream = next((s for s, places in differing.items() if not places), None)
         moved = self._that_moved(differing, named) if stream is None and not self._crowded else None
         before = stream or moved or self._latest
@@ -160,7 +168,7 @@ class InferredTrajectory:
             trajectory.step += 1
         trajectory.sigma = named.sigma
         latent = None if inputs.latent is None else inputs.latent.detach().clone()  # may be updated in place
-        stream.note(inputs._replace(latents=() if latent is None else (latent,)), trajectory.step)
+        stream.note(inputs._replace(latent=latent), trajectory.step)
         stream.timestep = timestep
         self._latest = stream
 

@@ -116,7 +116,7 @@ class Backend:
         if call is None:
             return capture(gm, example_inputs, self._rewrite)
         inputs = call.inputs
-        told = call.conditioning, inputs.tensors, inputs.timestep, inputs.number
+        told = call.conditioning, call.tensors, inputs.timestep, inputs.number
         return capture(gm, example_inputs, self._rewrite, *told)
 
     def capturing(self) -> contextlib.AbstractContextManager[Any]:

@@ -90,7 +90,7 @@ class Partition:
             for out in returned  # type: ignore[union-attr]
         )
         num_inputs = sum(node.op == "placeholder" for node in self._nodes)
-        kinds = captured.static, captured.conditioning, captured.ambient
+        kinds = captured.static, captured.conditioning, captured.ambient, captured.unknown
         return Wiring(len(self._wires), num_inputs, outputs, *kinds, num_hoisted)
 
     def wired(self, specs: Sequence[SiteSpec]) -> list[SiteSpec]:

@@ -103,6 +103,7 @@ class MissReason(Reason):
     CHANGED_GRAPH = "the previous call ran another graph at this position"
     CHANGED_WEIGHTS = "the previous call ran the graph with other weights"
     CHANGED_ATTRIBUTE = "a tensor attribute of the model was replaced or changed in place"
+    CHANGED_UNKNOWN = "a tensor that a hook or a context variable may provide was replaced or changed in place"
     CHANGED_CONDITIONING = "the cached value was computed for other conditioning"
     BEYOND_END = "the step is beyond the number of steps that was given"
     NO_WEIGHTS = "the forecast's basis gives no finite weights for these places"

@@ -27,17 +27,20 @@ Runner = Callable[[list[Any]], Sequence[Any]]
 class Captured:
     """A functional ATen graph with facts about its inputs.
 
-    ``static``, ``conditioning`` and ``ambient`` are sets of placeholder positions. ``static``: parameters and buffers.
-    ``conditioning``: tensors of the call's conditioning. ``ambient``: attributes of the model and global tensors that
-    are neither parameters nor arguments. ``parameter_names`` are the names of the parameters relative to the traced
-    module: ``blocks.0.attn.to_q.weight`` for the model, ``attn.to_q.weight`` for a block. ``step``: the timestep, as a
-    tensor or a number. ``complete`` is False if Dynamo put a part of the module's forward into another graph.
+    ``static``, ``conditioning``, ``ambient`` and ``unknown`` are sets of placeholder positions. ``static``: parameters
+    and buffers. ``conditioning``: tensors of the call's conditioning. ``ambient``: attributes of the model and global
+    tensors that are neither parameters nor arguments. ``unknown``: other tensors that are neither arguments of the call
+    nor made by its graphs, such as one that a hook or a context variable provides. ``parameter_names`` are the names of
+    the parameters relative to the traced module: ``blocks.0.attn.to_q.weight`` for the model, ``attn.to_q.weight`` for
+    a block. ``step``: the timestep, as a tensor or a number. ``complete`` is False if Dynamo put a part of the module's
+    forward into another graph.
     """
 
     gm: fx.GraphModule
     static: frozenset[int]
     conditioning: frozenset[int]
     ambient: frozenset[int]
+    unknown: frozenset[int]
     step: frozenset[int]
     parameter_names: frozenset[str]
     complete: bool
@@ -105,9 +108,9 @@ def capture(
     """Trace `gm` to a functional ATen graph, call `then` with it, and return the compiled callable.
 
     `then` runs under Dynamo's fake inputs. Elements of `example_inputs` that are in `conditioning` become
-    `Captured.conditioning`. `arguments` are all tensors among the arguments of the call; `timestep` is one of them, or
-    a number, and then `number` is the name of the argument. Raises GradientsNeeded if autograd has to differentiate
-    the graph.
+    `Captured.conditioning`. `arguments` are all tensors among the arguments of the call, and those that its earlier
+    graphs returned; `timestep` is one of them, or a number, and then `number` is the name of the argument. Raises
+    GradientsNeeded if autograd has to differentiate the graph.
     """
     opaque_attention.mark(gm)
     keep_floats(gm)
@@ -117,8 +120,8 @@ def capture(
     conditioning_ids = set(map(id, conditioning))
     invariant = frozenset(i for i, value in enumerate(example_inputs) if id(value) in conditioning_ids)
     given = set(map(id, arguments))
-    ambient = [i for i in _attributes(gm) if isinstance(example_inputs[i], torch.Tensor)]
-    ambient = [i for i in ambient if id(example_inputs[i]) not in given]
+    others = [i for i, x in enumerate(example_inputs) if isinstance(x, torch.Tensor) and id(x) not in given]
+    ambient = set(_attributes(gm)).intersection(others)
     complete = not torch_compat.is_broken(gm)
     step = frozenset(_step_inputs(gm, example_inputs, timestep, number))
 
@@ -135,6 +138,7 @@ def capture(
             torch_compat.static_inputs(),
             placed(invariant),
             placed(ambient),
+            placed(others) - placed(ambient) - torch_compat.static_inputs(),
             placed(step),
             names,
             complete,

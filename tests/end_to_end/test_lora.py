@@ -168,15 +168,14 @@ def grow(model: Any) -> None:
         (lambda model: model.set_adapters("one", 0.3), "CRCCCR", {MissReason.CHANGED_GRAPH: 4}),
         (lambda model: model.disable_lora(), "CRCCCR", {MissReason.CHANGED_GRAPH: 4}),
         (lambda model: model.fuse_lora(), "CRCCCR", {MissReason.CHANGED_GRAPH: 4}),
-        (grow, "CRCRCR", {}),
+        (grow, "CRCCCR", {MissReason.CHANGED_WEIGHTS: 4}),
     ],
     ids=["set scale", "disable", "fuse", "in place"],
 )
 def test_adapters_change_within_a_trajectory(change: Action, row: str, misses: dict[MissReason, int]) -> None:
-    """The change comes before the fourth step, which would reuse: another graph computes, and the next step follows the
-    policy.
+    """The change comes before the fourth step, which would reuse: it computes, and the next step follows the policy.
 
-    Weights that change in place keep the graph, and the ops hoisted from the text run again.
+    Weights that change in place keep the graph; the others have another one. The ops hoisted from the text run again.
     """
     plain, inputs = build(), flux_calls(6)
     add(plain)

@@ -22,6 +22,7 @@ from dit_rewrite.proof.compare import Check, Difference, equal, max_abs_error, r
 from dit_rewrite.runtime.cache import Cache
 from dit_rewrite.runtime.session import Call, Session
 from dit_rewrite.runtime.streams import Streams
+from dit_rewrite.runtime.trajectory import ExplicitTrajectory
 from tests.helpers import tiny
 from tests.helpers.broken import broken_blocks
 
@@ -142,10 +143,10 @@ def test_a_stale_trajectory(monkeypatch: pytest.MonkeyPatch) -> None:
     """Slots that survive into the second run: under a rule that is always true, its first step reuses."""
     enter = Session.enter
 
-    def entered(session: Session, clock: Any) -> None:
-        enter(session, clock)
-        assert session.explicit is not None
-        session.explicit.trajectory.streams = vars(session).setdefault("kept", Streams())
+    def entered(session: Session, *args: Any) -> ExplicitTrajectory:
+        trajectory = enter(session, *args)
+        trajectory.trajectory.streams = vars(session).setdefault("kept", Streams())
+        return trajectory
 
     assert verified(ALWAYS).exact
     monkeypatch.setattr(Session, "enter", entered)
@@ -163,7 +164,7 @@ def test_layers_that_collide_behind_a_break(monkeypatch: pytest.MonkeyPatch, wei
         call._occurrences.clear()
         return enter(call, *args)
 
-    def unchecked(cache: Cache, stamp: Any, weights: Any, ambient: Any) -> MissReason | None:
+    def unchecked(cache: Cache, stamp: Any, weights: Any, ambient: Any, unknown: Any) -> MissReason | None:
         return fit(cache, stamp, (), ambient)
 
     monkeypatch.setattr(Call, "enter", first)

@@ -118,3 +118,37 @@ def test_another_shape_forgets_the_history() -> None:
     cache.update(0, Transition.FILL, (torch.ones(3),), Computed(5), depth=2)
     assert cache.values[0] is not None and len(cache.values[0]) == 1
     assert [computed.step for computed in cache.past[0].computed] == [5]
+
+
+def test_weights_that_are_changed_in_place_empty_it() -> None:
+    weights = (torch.ones(1), torch.ones(1))
+    cache = Cache(1)
+    cache.fit((), weights)
+    assert cache.fit((), weights) is None
+    weights[1].add_(1)
+    assert cache.fit((), weights) is MissReason.CHANGED_WEIGHTS
+    assert cache.fit((), weights) is None
+
+
+def test_an_attribute_whose_data_are_replaced_empties_it() -> None:
+    """The version counter stays, and the old data are kept, so that no others get their address."""
+    held = torch.ones(1)
+    cache = Cache(1)
+    cache.fit((), (), [held])
+    for value in range(3):
+        assert cache.fit((), (), [held]) is None
+        held.data = torch.full((1,), float(value))
+        assert cache.fit((), (), [held]) is MissReason.CHANGED_ATTRIBUTE
+
+
+def test_tensors_of_unknown_origin() -> None:
+    """One that is made in each call is data; another one of several that exist may be another condition."""
+    cache = Cache(1)
+    cache.fit((), (), (), [torch.ones(1)])
+    assert cache.fit((), (), (), [torch.ones(1)]) is None
+    kept, other = torch.ones(1), torch.ones(1)
+    assert cache.fit((), (), (), [kept]) is None
+    assert cache.fit((), (), (), [kept]) is None
+    assert cache.fit((), (), (), [other]) is MissReason.CHANGED_UNKNOWN
+    other.add_(1)
+    assert cache.fit((), (), (), [other]) is MissReason.CHANGED_UNKNOWN

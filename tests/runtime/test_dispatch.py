@@ -67,7 +67,7 @@ class Doubling:
     def __call__(self, x: float | Tensor, w: Tensor = W) -> list[Tensor]:
         args = [x if isinstance(x, Tensor) else torch.tensor([x]), w]
         self.time = getattr(self, "time", 0.0) - 1.0
-        call = self.session.begin(Inputs((args[0],), self.time, ()))
+        call = self.session.begin(Inputs(args[0], self.time, ()))
         outputs = self.graph(args)
         self.session.end(call)
         assert args == [], "the inputs from AOTAutograd are released"

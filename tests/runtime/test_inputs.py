@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import types
 from types import SimpleNamespace
 from typing import Any
 
@@ -51,16 +52,15 @@ def test_nested_conditioning_and_other_arguments() -> None:
     assert is_(read(X, T, "text"), X, T)
 
 
-def test_a_list_of_latents() -> None:
-    """All tensors of the first argument are latents, not conditioning."""
+def test_a_container_of_latents() -> None:
+    """Its other tensors may be conditioning."""
     given = read([X, C], T, D)
-    assert is_(given, X, T, D)
-    assert given.latents == (X, C)
+    assert is_(given, X, T, C, D)
 
 
 def test_no_tensor_at_all() -> None:
     given = read(None, 3)
-    assert (given.latents, given.latent, given.timestep, given.conditioning) == ((), None, 3, ())
+    assert (given.latent, given.timestep, given.conditioning) == (None, 3, ())
 
 
 @pytest.mark.parametrize("name", ["timestep", "timesteps", "t", "sigma", "noise_level"])
@@ -150,3 +150,55 @@ def test_a_bound_method() -> None:
         def forward(self, x: Tensor, t: Tensor) -> None: ...
 
     assert is_(Reader(Model().forward).read((X, T), {}), X, T)
+
+
+class Named(dict[str, Any]):
+    """A mapping with attributes."""
+
+
+def attend(*, given: Any = None) -> None:
+    """A function that tests give a default or an attribute."""
+
+
+def with_attribute(value: Any, given: Tensor) -> Any:
+    value.given = given
+    return value
+
+
+def with_default(given: Tensor) -> Any:
+    found = types.FunctionType(attend.__code__, {})
+    found.__kwdefaults__ = {"given": given}
+    return found
+
+
+def bound(given: Tensor) -> Any:
+    def attend(self: object) -> Tensor:
+        return given
+
+    return types.MethodType(attend, None.__class__)
+
+
+HIDING = {
+    "attribute of a mapping": lambda: with_attribute(Named(scale=1), C),
+    "default of a keyword": lambda: with_default(C),
+    "attribute of a function": lambda: with_attribute(types.FunctionType(attend.__code__, {}), C),
+    "cell of a method": lambda: bound(C),
+}
+
+
+@pytest.mark.parametrize("name", HIDING)
+def test_tensors_beside_contents_are_seen(name: str) -> None:
+    assert is_(read(X, T, HIDING[name]()), X, T, C)
+
+
+def test_a_tensor_is_listed_once() -> None:
+    """Otherwise a latent that is also given as a condition would count as one."""
+    assert is_(read(X, T, [X, C, C]), X, T, C)
+    assert read(X, T, [C, C]).rest != read(X, T, [C, D]).rest
+
+
+def test_objects_in_a_circle() -> None:
+    circle = with_attribute(SimpleNamespace(tokens=C), D)
+    circle.itself = [circle, circle]
+    assert is_(read(X, T, circle), X, T, C, D)
+    assert not read(X, T, circle).opaque

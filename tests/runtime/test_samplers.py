@@ -146,7 +146,7 @@ class Run:
             tensors += [steady] if sampler.steady else []
             name = f"prompt {prompt}" if sampler.named else None
             named = Named(name, step_index=step if sampler.time == "index" else None)
-            inputs = Inputs((latents[window],), self.timestep(entry), tuple(tensors))
+            inputs = Inputs(latents[window], self.timestep(entry), tuple(tensors))
             yield Seen(0, (prompt, window, twin, replaced), step, 0, inputs, named)
             del tensors, inputs  # so that the sampler does not keep them alive
 

@@ -90,3 +90,35 @@ def test_a_first_timestep_that_fits_several_units_begins_where_the_scheduler_say
 )
 def test_a_timestep_on_the_host(timestep: Tensor | float | None, value: float | None, uneven: bool) -> None:
     assert on_host(timestep) == OnHost(value, uneven)
+
+
+def test_a_schedule_that_the_sampler_divides_in_place() -> None:
+    """A view of it no longer has the value that was read."""
+    found = schedule(FLOATS.clone())
+    first = found.tensor[0]
+    assert found.place(first) == 0
+    first /= 1000
+    assert found.place(first) is None
+    assert found.entry(first, float(first), None) == 0
+
+
+def test_timesteps_that_a_property_computes() -> None:
+    """Another tensor with the same timesteps does not count as set again."""
+
+    class Computing:
+        num_steps = 4
+
+        @property
+        def timesteps(self) -> Tensor:
+            return torch.linspace(999, 0, self.num_steps)
+
+    scheduler = Computing()
+    found = Schedule(scheduler, noise=False)
+    assert found.is_current
+    scheduler.num_steps = 5
+    assert not found.is_current
+
+
+def test_timesteps_that_are_no_tensor() -> None:
+    found = Schedule(SimpleNamespace(timesteps=FLOATS.double().numpy()), noise=False)
+    assert [t.item() for t in found.given(FLOATS[1], 1)] == FLOATS.tolist()

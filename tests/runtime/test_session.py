@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+
 import pytest
 import torch
 
@@ -21,7 +23,7 @@ def call(stream: Stream | None = None) -> Call:
 
 
 def given(x: float, time: float) -> Inputs:
-    return Inputs((torch.tensor([1.0, x]),), time, (C,))
+    return Inputs(torch.tensor([1.0, x]), time, (C,))
 
 
 def ran(session: Session, *graphs: int, layers: int = 0) -> list[MissReason | None]:
@@ -125,6 +127,34 @@ def test_telling_twice() -> None:
     session = explicit()
     with pytest.raises(BadTrajectory, match="inside another. Leave the outer context first"):
         session.enter(Clock(2))
+
+
+def test_a_run_interrupts_another_run() -> None:
+    """A preview of the same prompt begins at the first timestep again, and is cut short. The outer run goes on."""
+    session = Session(Stats())
+    outer = session.enter(Clock(9), of_run=True)
+    session.end(session.begin(given(0.0, 9.0)))
+    stream = outer.trajectory.streams.all[0]
+    inner = session.enter(Clock(9), of_run=True)
+    assert session.begin(given(0.0, 9.0)).stream is not stream
+    with pytest.raises(BadTrajectory):
+        session.enter(Clock(9))
+    session.leave(inner)
+    after = session.begin(given(0.1, 8.0))
+    assert (after.stream, after.trajectory.step) == (stream, 1)
+    session.leave(outer)
+    assert session.explicit is None
+
+
+def test_a_trajectory_that_another_thread_closes() -> None:
+    """Web servers run the steps of a generator in different threads."""
+    session = Session(Stats())
+    trajectory = session.enter(Clock(9))
+    thread = threading.Thread(target=session.leave, args=(trajectory,))
+    thread.start()
+    thread.join()
+    assert session.explicit is None
+    assert session.enter(Clock(2)) is session.explicit
 
 
 @pytest.mark.parametrize("mode", ["explicit", "inferred"])

@@ -8,11 +8,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from dit_rewrite.runtime.tensors import checksum
+from dit_rewrite.runtime.tensors import checksum, relative_change
 
 CHANGES: dict[str, Callable[[Tensor], object]] = {
     "an element": lambda t: t.view(-1)[3].add_(1),
     "the sign": lambda t: t.neg_(),
+    "the order of the elements": lambda t: t.copy_(t.flip(0).clone()),
     "two elements that cancel": lambda t: t.view(-1)[:2].copy_(torch.tensor([5, -5], dtype=t.dtype) + t.view(-1)[:2]),
 }
 
@@ -37,3 +38,13 @@ def test_the_checksum_of_other_dtypes(dtype: torch.dtype) -> None:
 
 def test_the_checksum_of_nothing() -> None:
     assert checksum([]).numel() == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.uint8, torch.bool], ids=str)
+def test_tokens_are_compared_as_one_hot_vectors(dtype: torch.dtype) -> None:
+    before = torch.tensor([0, 1, 0, 1, 1, 0, 0, 1]).to(dtype)
+    now = before.clone()
+    assert relative_change(now, before) == 0
+    now[0] = 1
+    one_hot = [torch.nn.functional.one_hot(t.long(), 2).double() for t in (now, before)]
+    assert relative_change(now, before) == torch.linalg.vector_norm(one_hot[0] - one_hot[1]) / one_hot[1].norm()

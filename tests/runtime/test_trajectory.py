@@ -11,7 +11,7 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 from torch import Tensor
 
-from dit_rewrite.errors import BadTrajectory, TrajectoryReason
+from dit_rewrite.errors import BadTrajectory, StreamReason, TrajectoryReason
 from dit_rewrite.runtime.inputs import Inputs
 from dit_rewrite.runtime.trajectory import Clock, ExplicitTrajectory, InferredTrajectory, Named, Trajectory
 
@@ -26,7 +26,7 @@ def latent(turn: float) -> Tensor:
 
 def inputs(turn: float, time: Any, *conditioning: Tensor) -> Inputs:
     timestep = torch.tensor(time) if isinstance(time, float) else time
-    return Inputs((latent(turn),), timestep, conditioning or (C,))
+    return Inputs(latent(turn), timestep, conditioning or (C,))
 
 
 class Seen:
@@ -65,10 +65,10 @@ def test_a_step_is_a_timestep() -> None:
 
 def test_steps_are_counted_where_no_timestep_is_known() -> None:
     see = explicit(9)
-    assert see(Inputs((latent(0.0),), None, (C,))) == (None, 0, 0)
-    assert see(Inputs((latent(0.0),), None, (U,))) == (0, 1)
-    assert see(Inputs((latent(0.1),), None, (C,))) == (1, 0)
-    assert see(Inputs((latent(0.1),), None, (U,))) == (1, 1)
+    assert see(Inputs(latent(0.0), None, (C,))) == (None, 0, 0)
+    assert see(Inputs(latent(0.0), None, (U,))) == (0, 1)
+    assert see(Inputs(latent(0.1), None, (C,))) == (1, 0)
+    assert see(Inputs(latent(0.1), None, (U,))) == (1, 1)
 
 
 def test_a_timestep_that_goes_back_begins_another_trajectory() -> None:
@@ -136,6 +136,33 @@ def test_modified_conditioning() -> None:
     assert see(inputs(0.1, 8.0, given)) == (1, 1), "equal to the conditioning of the second stream by value"
 
 
+def test_conditioning_whose_data_are_replaced() -> None:
+    """The object and its version counter stay the same."""
+    see, given = explicit(9), torch.zeros(3)
+    see(inputs(0, 9.0, given))
+    given.data = torch.ones(3)
+    assert see(inputs(0.1, 8.0, given)) == (1, 1)
+
+
+@pytest.mark.parametrize("told", [True, False])
+def test_modified_conditioning_without_a_version(told: bool) -> None:
+    with torch.inference_mode():
+        see, given = explicit(9) if told else Seen(InferredTrajectory().place), torch.zeros(3)
+        see(inputs(0, 9.0, given))
+        see(inputs(0.1, 8.0, given))
+        given.add_(1)
+        found = see(inputs(0.2, 7.0, given))
+    assert found == ((2, 1) if told else (TrajectoryReason.NEW_CONDITIONING, 0, 0))
+
+
+def test_without_a_time_new_streams_are_counted() -> None:
+    """The time is in an argument that is not read as one: each call is a stream, and the first step never ends."""
+    place = ExplicitTrajectory(Clock(9)).place
+    calls = [Inputs(latent(0.1 * step), None, (C,), rest=(("time", step),)) for step in range(3)]
+    assert [place(call, NOBODY).why for call in calls] == [StreamReason.NEW_STREAM] * 3
+    assert ExplicitTrajectory(Clock(9)).place(inputs(0, 9.0, C), NOBODY).why is None
+
+
 def test_frames_at_several_steps_have_no_noise_of_one() -> None:
     """The trajectory has more steps than the schedule, and is at no entry of it."""
     scheduler = FlowMatchEulerDiscreteScheduler()
@@ -181,8 +208,8 @@ def test_inferred_falls_and_rises() -> None:
 def test_inferred_timesteps_of_any_kind(timestep: Any) -> None:
     """A timestep that never changes proves nothing, because each call may be a trajectory of one step."""
     see = inferred()
-    assert see(Inputs((latent(0),), timestep, (C,))) == (TrajectoryReason.FIRST_CALL, 0, 0)
-    assert see(Inputs((latent(0.1),), timestep, (C,))) == (TrajectoryReason.TIMESTEP_STILL, 0, 0)
+    assert see(Inputs(latent(0), timestep, (C,))) == (TrajectoryReason.FIRST_CALL, 0, 0)
+    assert see(Inputs(latent(0.1), timestep, (C,))) == (TrajectoryReason.TIMESTEP_STILL, 0, 0)
 
 
 @pytest.mark.parametrize(
@@ -226,16 +253,16 @@ def test_inferred_conditioning() -> None:
 def test_inferred_latent_of_another_shape() -> None:
     see = inferred()
     see(inputs(0.0, 9.0))
-    assert see(Inputs((torch.ones(3),), torch.tensor(8.0), (C,))) == (TrajectoryReason.NEW_LATENT, 0, 0)
-    assert see(Inputs((1.1 * torch.ones(3),), torch.tensor(7.0), (C,))) == (1, 0)
-    assert see(Inputs((torch.ones(3).double(),), torch.tensor(6.0), (C,))) == (TrajectoryReason.NEW_LATENT, 0, 0)
+    assert see(Inputs(torch.ones(3), torch.tensor(8.0), (C,))) == (TrajectoryReason.NEW_LATENT, 0, 0)
+    assert see(Inputs(1.1 * torch.ones(3), torch.tensor(7.0), (C,))) == (1, 0)
+    assert see(Inputs(torch.ones(3).double(), torch.tensor(6.0), (C,))) == (TrajectoryReason.NEW_LATENT, 0, 0)
 
 
 def test_inferred_latent_of_zeros_proves_nothing() -> None:
     """The change relative to a latent of zeros is 0 / 0."""
     see = inferred()
-    see(Inputs((torch.zeros(3),), torch.tensor(9.0), (C,)))
-    assert see(Inputs((torch.zeros(3),), torch.tensor(8.0), (C,))) == (TrajectoryReason.NEW_LATENT, 0, 0)
+    see(Inputs(torch.zeros(3), torch.tensor(9.0), (C,)))
+    assert see(Inputs(torch.zeros(3), torch.tensor(8.0), (C,))) == (TrajectoryReason.NEW_LATENT, 0, 0)
 
 
 def test_inferred_streams_share_latent_and_timestep() -> None:
@@ -285,10 +312,10 @@ def test_inferred_keeps_a_copy_of_the_latent() -> None:
         (2.0, (TrajectoryReason.NEW_LATENT, 0, 0)),
     ):
         x.copy_(latent(turn))
-        assert see(Inputs((x,), torch.tensor(9.0 - turn), (C,))) == expected
+        assert see(Inputs(x, torch.tensor(9.0 - turn), (C,))) == expected
 
 
 def test_inferred_without_any_tensor_never_goes_on() -> None:
     see = inferred()
-    assert see(Inputs((), None, ())) == (TrajectoryReason.FIRST_CALL, 0, 0)
-    assert see(Inputs((), None, ())) == (TrajectoryReason.NEW_LATENT, 0, 0)
+    assert see(Inputs(None, None, ())) == (TrajectoryReason.FIRST_CALL, 0, 0)
+    assert see(Inputs(None, None, ())) == (TrajectoryReason.NEW_LATENT, 0, 0)

@@ -119,3 +119,19 @@ def test_restored(name: str) -> None:
     assert all(a is b for a, b in zip(after, denoisers, strict=True))
     assert [type(pipe), *map(type, after)] == classes
     assert torch.equal(case.call(pipe, STEPS), plain)
+
+
+def test_a_preview_that_a_callback_draws() -> None:
+    """A copy with its own scheduler draws within the run of the pipeline: neither image has values of the other."""
+    case, pipe = PIPELINES["flux"], enabled("flux")
+    first, second = (case.call(pipe, STEPS, seed=seed, guidance=True) for seed in (0, 1))
+    other, drawn = copy.copy(pipe), []
+    other.scheduler = copy.deepcopy(pipe.scheduler)
+
+    def preview(pipe: Any, index: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        if index == 0:
+            drawn.append(case.call(other, STEPS, seed=1, guidance=True))
+        return tensors
+
+    assert torch.equal(case.call(pipe, STEPS, guidance=True, callback_on_step_end=preview), first)
+    assert torch.equal(drawn[0], second)
