@@ -118,7 +118,7 @@ def check(model: Any, plain: Any, row: str, sites: int) -> list[Tensor]:
     return expected
 
 
-FEW = ("add", "fuse", "unload")
+FEW = ("add", "fuse", "unfuse", "unload")
 
 
 @pytest.mark.parametrize(("name", "names"), [("FORA", tuple(ACTIONS)), ("FirstBlockCache", FEW)])
