@@ -127,14 +127,15 @@ def _contents(value: Any) -> dict[Hashable, Any] | None:
     if isinstance(value, torch.nn.Module):
         return {"module": id(value)}  # its weights are inputs of the graph, and checked there
     if isinstance(value, functools.partial):
-        return {"func": value.func, "args": value.args, "keywords": value.keywords, **value.__dict__}
+        parts: dict[Hashable, Any] = {"func": value.func, "args": value.args, "keywords": value.keywords}
+        return parts | _state(value)
     if isinstance(value, types.FunctionType):
         cells = [cell.cell_contents for cell in value.__closure__ or ()]
-        defaults = {"defaults": value.__defaults__, "keywords": value.__kwdefaults__}
-        return {"code": id(value.__code__), "cells": cells, **defaults, **value.__dict__}
+        parts = {"code": id(value.__code__), "cells": cells}
+        return parts | {"defaults": value.__defaults__, "keywords": value.__kwdefaults__} | _state(value)
     if isinstance(value, types.BuiltinFunctionType | types.MethodType):
-        named = {"function": getattr(value, "__qualname__", ""), "self": getattr(value, "__self__", None)}
-        return named | {"func": value.__func__} if isinstance(value, types.MethodType) else named
+        parts = {"function": getattr(value, "__qualname__", ""), "self": getattr(value, "__self__", None)}
+        return parts | {"func": value.__func__} if isinstance(value, types.MethodType) else parts
     if isinstance(value, types.ModuleType):
         return {"name": value.__name__}
     if dataclasses.is_dataclass(value):
