@@ -66,7 +66,6 @@ class CompiledGraph:
         self.session = session
         self.prologue: Prologue | None = None  # computes the hoisted values
         self.program: Program | None = None  # computes the rows of the step table
-        self._table_weights = chosen(())
         self._compile = compile_variant
         self._lag, self._distance = lag, distance
         self._measured = tuple(site.measured for site in self.sites)
@@ -88,10 +87,6 @@ class CompiledGraph:
         self._room = [None] * (wiring.num_wires - wiring.num_inputs)
         self._shared: dict[tuple[DecisionRow, DecisionRow], tuple[int, ...]] = {}  # outputs that alias a slot, by row
 
-    def use_tables(self, program: Program) -> None:
-        """Let `program` compute the rows of the step table."""
-        self.program, self._table_weights = program, chosen(program.weights)
-
     def __call__(self, args: list[Any]) -> Sequence[Any]:
         """Run the graph on its flat inputs; this is the calling convention of AOTAutograd. Clears `args`."""
         call = self.session.call
@@ -103,7 +98,7 @@ class CompiledGraph:
         if unfit is MissReason.EMPTY and call.fresh is not None:
             unfit = call.fresh
         if self.program is not None:
-            cache.bookmark.begin(args, self._table_weights, call.explicit)
+            cache.bookmark.begin(call.explicit)
         if self._conditioned:
             steady = self._steady(args)
             unfit = cache.validate_conditioning(steady, call.explicit, self._conditioned) or unfit

@@ -19,7 +19,7 @@ from dit_rewrite.errors import TableReason
 from dit_rewrite.runtime.clock import Clock
 from dit_rewrite.runtime.schedule import numbers
 from dit_rewrite.runtime.stats import Stats
-from dit_rewrite.runtime.tensors import Memoized, checksum, versions
+from dit_rewrite.runtime.tensors import Memoized, checksum
 
 SHARE = 8  # the rows of a graph take at most this part of the memory that caches may take, and so does computing them
 BATCH = 64  # rows that are computed at once
@@ -114,18 +114,14 @@ class Bookmark:
     row: Row | None = None
     count: int = 0
 
-    def begin(self, args: Sequence[Any], weights: Callable[[Sequence[Any]], Sequence[Tensor]], explicit: bool) -> None:
-        """Begin a call of the graph. Forget the table if one of its `weights` was changed in place since its rows were
-        computed.
+    def begin(self, explicit: bool) -> None:
+        """Begin a call of the graph, after `Cache.fit` has forgotten the table if a weight has another version.
 
         Inference tensors have no version counter. They count as unmodified only in an `explicit` trajectory; otherwise
         the table is forgotten, and found again by their content.
         """
         self.row = None
-        if self.table is None:
-            return
-        current = versions(weights(args))
-        if self.table.weights.versions != current or (not explicit and None in current):
+        if self.table is not None and not explicit and None in self.table.weights.versions:
             self.table = None
 
 
@@ -179,7 +175,7 @@ class Tables:
     def _table(self, args: Sequence[Any], bookmark: Bookmark, explicit: bool, clock: Clock | None) -> Table:
         """Return the table for the weights and the conditioning of a call.
 
-        `Bookmark.begin` has compared the versions of the weights. In the first call of a trajectory their content is
+        `Cache.fit` has compared the versions of the weights. In the first call of a trajectory their content is
         compared too, which reads the device once if there are rows of another trajectory. For inference tensors, which
         have no version, the content alone tells.
         """

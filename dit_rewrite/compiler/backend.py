@@ -159,7 +159,7 @@ class Backend:
         if rewritten.tables is not None and rewritten.has_table:
             released = partial(self._released, rewritten)
             weights = self.weights if self.release else None
-            rewritten.graph.use_tables(TableProgram(rewritten.tables, weights, released))
+            rewritten.graph.program = TableProgram(rewritten.tables, weights, released)
         for number, row in ctx[Partition].foreseen(ctx[Foreseen].rows):
             rewritten.graph.add_variant(number, row)
         self.rewritten.append(rewritten)

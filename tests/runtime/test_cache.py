@@ -9,6 +9,8 @@ from dit_rewrite.errors import MissReason
 from dit_rewrite.runtime.cache import Cache, stamp_of
 from dit_rewrite.runtime.history import Computed
 from dit_rewrite.runtime.slots import Transition
+from dit_rewrite.runtime.step_tables import Table
+from dit_rewrite.runtime.tensors import Memoized
 
 WEIGHTS = (torch.ones(1), torch.ones(1))
 
@@ -121,12 +123,17 @@ def test_another_shape_forgets_the_history() -> None:
 
 
 def test_weights_that_are_changed_in_place_empty_it() -> None:
+    """The step table too, which is then found again by its weights."""
     weights = (torch.ones(1), torch.ones(1))
     cache = Cache(1)
     cache.fit((), weights)
+    table = Table(Memoized.of(weights, ()), torch.zeros(0), Memoized.of((), ()), None)
+    cache.bookmark.table = table
     assert cache.fit((), weights) is None
+    assert cache.bookmark.table is table
     weights[1].add_(1)
     assert cache.fit((), weights) is MissReason.CHANGED_WEIGHTS
+    assert cache.bookmark.table is None
     assert cache.fit((), weights) is None
 
 

@@ -76,7 +76,7 @@ class Steps:
         self.clock.enter(self.clock.read(timestep, Named()), timestep, Named(), "stream")
         args, columns = [timestep, self.weight, self.condition, size], columns or ("a",)
         self.program.add(columns)
-        self.bookmark.begin(args, lambda args: args[1:2], self.explicit)
+        self.bookmark.begin(self.explicit)
         found = self.tables.read(columns, args, self.bookmark, self.explicit, self.clock)
         expected = [Product.column(name, timestep, args) for name in columns]
         assert all(torch.equal(ours, theirs) for ours, theirs in zip(found, expected, strict=True))
@@ -285,7 +285,7 @@ def test_nothing_is_read_for_a_timestep_that_is_not_a_number() -> None:
     run.program.add(("a",))
     args = [torch.full((2,), float("nan")), run.weight, run.condition, 2]
     for _ in range(2):
-        run.bookmark.begin(args, lambda args: args[1:2], True)
+        run.bookmark.begin(True)
         (value,) = run.tables.read(("a",), args, run.bookmark, True, run.clock)
         assert value.isnan().all()
     assert run.program.single == 2
@@ -335,17 +335,6 @@ def test_rows_of_freed_conditioning_are_dropped() -> None:
     run.condition = torch.ones(1)
     run.tables.drop_dead()
     assert run.tables.bytes == 0
-
-
-def test_a_weight_that_was_changed_in_place_in_a_trajectory() -> None:
-    """The bookmark compares the versions at each call of a graph."""
-    run = Steps()
-    run(600)
-    run(300)
-    assert run.program.batches == [4]
-    run.weight.mul_(2)
-    run(0)
-    assert run.stats.tables == {TableReason.NEW_WEIGHTS: 1}
 
 
 @pytest.mark.parametrize("changed", [True, False])
