@@ -17,6 +17,7 @@ from dit_rewrite.errors import BadArgument, TableReason
 from dit_rewrite.module import twin
 from dit_rewrite.passes.rewrite.printing import op_counts
 from dit_rewrite.policies import FORA, FirstBlockCache, Never
+from dit_rewrite.runtime.step_tables import MOST, SHARE
 from tests.helpers.models import MODELS, output
 
 STEPS = 6
@@ -253,9 +254,16 @@ def test_a_row_keeps_no_more_memory_than_its_own() -> None:
 
 
 def test_intermediate_values_bound_a_batch(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The embedding of two samples (64 bytes) and their modulation (128) are alive at once; a row keeps the gate."""
+    """The embedding of two samples (64 bytes) and their modulation (128) are alive at once; a row keeps the gate.
+
+    The memory holds two rows, and the values of five while they are computed.
+    """
     model = dit_rewrite.compile(
-        ReturnsModulation().eval(), FORA(2, kinds=("mlp",)), backend="aot_eager", tables="all", memory_budget=8 * 400
+        ReturnsModulation().eval(),
+        FORA(2, kinds=("mlp",)),
+        backend="aot_eager",
+        tables="all",
+        memory_budget=SHARE * MOST * 2 * 64,
     )
     rows, batches = TableProgram.rows, []
     monkeypatch.setattr(TableProgram, "rows", lambda *args: batches.append(len(args[-1])) or rows(*args))
