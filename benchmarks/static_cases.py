@@ -88,12 +88,10 @@ def entropy_case(size: int, tokens: int) -> Case:
     return Case(f"entropy, d={size}, {tokens} tokens", launch, rows * cols, f"entropy, d={size}", size <= 128)
 
 
-def blockwise_cases(
-    size: int, keys: int, block: int, mask: Tensor | None = None, own_queries: bool = False
-) -> Iterator[Case]:
+def blockwise_cases(size: int, keys: int, block: int, mask: Tensor | None = None) -> Iterator[Case]:
     """The two kernels of blockwise attention."""
     q, k = heads_first(4096, size), heads_first(keys, size)
-    shapes = layout(q.shape, k.shape, q.dtype, block, 128, True, own_queries=own_queries)
+    shapes = layout(q.shape, k.shape, q.dtype, block, 128, True)
     tensors = [torch.empty(shape, dtype=dtype, device="meta") for shape, dtype in shapes]
     state = State._make((*tensors, block, 4096, keys))
     recompute = torch.empty(state.computed.shape, dtype=torch.int32, device="meta")
@@ -110,7 +108,7 @@ def blockwise_cases(
         return kernel.launches[0]
 
     rows, steps = triton_kernel.sizes(size, BF16, 128)
-    title = f"d={size}, {keys} keys by {block}{'' if mask is None else ', masked'}{', own queries' * own_queries}"
+    title = f"d={size}, {keys} keys by {block}{'' if mask is None else ', masked'}"
     yield Case(f"blockwise attend, {title}", attend, rows * steps, f"blockwise attend, d={size}", False)
     yield Case(f"blockwise estimate, {title}", estimate, 128 * 64, f"blockwise estimate, d={size}", False)
 
@@ -143,7 +141,6 @@ def every() -> Iterator[Case]:
             yield from windows(size, tokens)
         yield entropy_case(size, 4096)
         yield from blockwise_cases(size, 4096, BLOCK)
-        yield from blockwise_cases(size, 4096, BLOCK, own_queries=True)
     square = {"window": (8, 8), "grid": (64, 64), "prefix": 0}
     yield from windows(72, 4096, where=square, label="64 x 64 tokens", tiles=1)
     video = {"window": (2, 8, 8), "grid": (8, 32, 32), "prefix": 333}
