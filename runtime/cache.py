@@ -18,7 +18,7 @@ from dit_rewrite.runtime.history import NEVER, Computed, Moment, Past
 from dit_rewrite.runtime.measure import Tracked
 from dit_rewrite.runtime.slots import Transition, after
 from dit_rewrite.runtime.step_tables import Bookmark
-from dit_rewrite.runtime.tensors import Memoized, address, version, versions
+from dit_rewrite.runtime.tensors import Memoized, address, storage_address, version, versions
 
 Stamp = tuple[Any, ...]
 
@@ -218,9 +218,9 @@ class Cache:
 
     def aliased(self, outputs: Sequence[Any]) -> tuple[int, ...]:
         """Return the indices of the tensors among `outputs` that share their storage with a cached tensor."""
-        cached = {tensor.untyped_storage().data_ptr() for values in self.all for tensor in values}
+        cached = {storage_address(tensor) for values in self.all for tensor in values}
         tensors = ((i, out) for i, out in enumerate(outputs) if isinstance(out, Tensor))
-        return tuple(i for i, out in tensors if out.untyped_storage().data_ptr() in cached)
+        return tuple(i for i, out in tensors if storage_address(out) in cached)
 
     @property
     def all(self) -> list[tuple[Tensor, ...]]:

@@ -14,6 +14,7 @@ from dit_rewrite.runtime.decide import SiteSpec
 from dit_rewrite.runtime.forecast_errors import Fresh
 from dit_rewrite.runtime.segments import Executable, Wiring, chosen
 from dit_rewrite.runtime.static_buffers import Buffer, Layout, duplicates, fill
+from dit_rewrite.runtime.tensors import storage_address
 
 Place = tuple[Hashable, ...]  # ("wire", w), ("slot", site, index) or ("column", name)
 
@@ -63,14 +64,6 @@ class Roles:
         )
 
 
-def gather(
-    executable: Executable, wires: Sequence[Any], slots: Sequence[tuple[Tensor, ...] | None], table: Sequence[Tensor]
-) -> list[Any]:
-    """Return the inputs of a variant, in the order of its parameters."""
-    cached = [slots[site][k] for site, k in executable.cached]  # type: ignore[index]
-    return [*executable.take(wires), *cached, *table]
-
-
 class Buffers:
     """The buffers of one stream, by place and layout. The variants of all segments share them."""
 
@@ -89,17 +82,12 @@ class Buffers:
     @property
     def memory(self) -> frozenset[int]:
         """The addresses of the buffers' storages."""
-        return frozenset(address(buffer.tensor) for buffer in self._all.values())
-
-
-def address(tensor: Tensor) -> int:
-    """Return the address of a tensor's storage, which its views share."""
-    return tensor.untyped_storage().data_ptr()
+        return frozenset(storage_address(buffer.tensor) for buffer in self._all.values())
 
 
 def apart(value: Any, memory: frozenset[int]) -> Any:
     """Return `value`, or a copy if it is a tensor whose storage is at one of these addresses."""
-    if not isinstance(value, Tensor) or address(value) not in memory:
+    if not isinstance(value, Tensor) or storage_address(value) not in memory:
         return value
     return duplicates([value], [Layout.of(value)])[0]
 
@@ -192,7 +180,7 @@ class Bound:
         A result that is a view of a buffer that is filled is copied first.
         """
         results = list(run(*inputs))
-        memory = frozenset(address(buffer.tensor) for buffer in self.filled.values())
+        memory = frozenset(storage_address(buffer.tensor) for buffer in self.filled.values())
         for i in (*self.filled, *self.returned):
             results[i] = apart(results[i], memory)
         fill(list(self.filled.values()), [results[i] for i in self.filled])

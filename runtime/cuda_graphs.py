@@ -22,12 +22,13 @@ from torch import Tensor
 from dit_rewrite.decision_row import DecisionRow
 from dit_rewrite.errors import GraphReason
 from dit_rewrite.runtime.cache import Cache, Stamp
-from dit_rewrite.runtime.captured import Bound, Buffers, Captured, Pool, Roles, address, apart, gather
+from dit_rewrite.runtime.captured import Bound, Buffers, Captured, Pool, Roles, apart
 from dit_rewrite.runtime.decide import SiteSpec
 from dit_rewrite.runtime.forecast_errors import Fresh
-from dit_rewrite.runtime.segments import Executable, Wiring, execute
+from dit_rewrite.runtime.segments import Executable, Wiring, execute, gather
 from dit_rewrite.runtime.static_buffers import Layout
 from dit_rewrite.runtime.stats import Stats
+from dit_rewrite.runtime.tensors import storage_address
 
 WARM_UP = 2  # runs of a variant before it is captured: kernels are tuned, and libraries allocate their workspaces
 MOST = 16  # streams, and shapes of their inputs, whose graphs are kept
@@ -85,7 +86,7 @@ class StreamGraphs:
         cache = None if self._cache is None else self._cache()
         if cache is None:
             return True
-        used = {address(tensor) for values in cache.values if values is not None for tensor in values}
+        used = {storage_address(tensor) for values in cache.values if values is not None for tensor in values}
         return cache.graphs is not self and not used & self._buffers.memory
 
     def can_serve(self, cache: Cache) -> bool:

@@ -23,7 +23,7 @@ from torch import Tensor
 from dit_rewrite import torch_compat
 from dit_rewrite.errors import TableReason
 from dit_rewrite.runtime.stats import Stats
-from dit_rewrite.runtime.tensors import version
+from dit_rewrite.runtime.tensors import storage_address, version
 
 _ALIGNMENT = 64  # bytes, as torch's allocator aligns storages
 _IN_MEMORY = {"tmpfs", "ramfs"}
@@ -41,7 +41,7 @@ class Moved:
     def is_mapped(self) -> bool:
         """Return whether the weight still has the storage that it was given."""
         tensor = self.tensor()
-        return tensor is not None and tensor.untyped_storage().data_ptr() == self.address
+        return tensor is not None and storage_address(tensor) == self.address
 
     @property
     def is_released(self) -> bool:

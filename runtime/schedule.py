@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from dit_rewrite.runtime.noise import NoiseLevels, noise_levels, setting
-from dit_rewrite.runtime.tensors import version
+from dit_rewrite.runtime.tensors import storage_address, version
 
 # The units in which pipelines pass a timestep t of a scheduler with n training steps.
 _UNITS: tuple[Callable[[Any, float], Any], ...] = (
@@ -180,7 +180,7 @@ def _place_in(schedule: Tensor, timestep: Tensor) -> int | None:
         return None
     if any(stride and size > 1 for stride, size in zip(timestep.stride(), timestep.shape, strict=True)):
         return None
-    if timestep.numel() == 0 or timestep.untyped_storage().data_ptr() != schedule.untyped_storage().data_ptr():
+    if timestep.numel() == 0 or storage_address(timestep) != storage_address(schedule):
         return None
     offset = timestep.storage_offset() - schedule.storage_offset()
     entry, rest = divmod(int(offset), schedule.stride(0) or 1)

@@ -85,6 +85,14 @@ def chosen(positions: Sequence[int]) -> Callable[[Sequence[Any]], tuple[Any, ...
     return lambda items: tuple([items[i] for i in positions])
 
 
+def gather(
+    executable: Executable, wires: Sequence[Any], slots: Sequence[tuple[Tensor, ...] | None], table: Sequence[Tensor]
+) -> list[Any]:
+    """Return the inputs of a variant, in the order of its parameters."""
+    cached = [slots[site][k] for site, k in executable.cached]  # type: ignore[index]
+    return [*executable.take(wires), *cached, *table]
+
+
 def execute(
     executable: Executable,
     wires: list[Any],
@@ -95,8 +103,7 @@ def execute(
 
     Returns its new slot tensors as ((site, index), tensor) pairs.
     """
-    cached = [slots[site][k] for site, k in executable.cached]  # type: ignore[index]
-    results = executable.run(*executable.take(wires), *cached, *table)
+    results = executable.run(*gather(executable, wires, slots, table))
     for wire, value in zip(executable.outputs, results, strict=False):
         wires[wire] = value
     return list(zip(executable.fresh, results[len(executable.outputs) :], strict=True))

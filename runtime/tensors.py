@@ -23,6 +23,11 @@ def address(tensor: Tensor) -> int:
     return 0 if type(tensor) not in (Tensor, torch.nn.Parameter) else tensor.data_ptr()
 
 
+def storage_address(tensor: Tensor) -> int:
+    """Return the address of a tensor's storage, which its views share."""
+    return tensor.untyped_storage().data_ptr()
+
+
 def versions(tensors: Sequence[Tensor]) -> tuple[int | None, ...]:
     """Return the version counter of each tensor; see `version`."""
     try:
