@@ -18,9 +18,14 @@ def relative_l2(images: Tensor, reference: Tensor) -> float:
     return ((images - reference).norm() / reference.norm()).item()
 
 
+def mean_squared_error(images: Tensor, reference: Tensor) -> float:
+    """Return the mean squared error; 0 means equal."""
+    return (images.double() - reference.double()).square().mean().item()
+
+
 def psnr(images: Tensor, reference: Tensor, data_range: float = DATA_RANGE) -> float:
     """Return the peak signal-to-noise ratio in dB, ``10 log10(data_range^2 / mean squared error)``; inf if equal."""
-    error = (images.double() - reference.double()).square().mean().item()
+    error = mean_squared_error(images, reference)
     return math.inf if error == 0 else 10 * math.log10(data_range**2 / error)
 
 

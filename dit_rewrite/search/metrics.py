@@ -40,7 +40,7 @@ def relative_error(reference: Tensor, output: Tensor) -> float:
 
 def mse(reference: Tensor, output: Tensor) -> float:
     """Return the mean squared error."""
-    return float((output.double() - reference.double()).square().mean())
+    return image_metrics.mean_squared_error(output, reference)
 
 
 def noise_to_peak(reference: Tensor, output: Tensor) -> float:
