@@ -23,6 +23,7 @@ from dit_rewrite.policy.strategies import Forecast, GuidanceDelta, ReuseTiles
 from tests.helpers import fake_graphs, tiny
 from tests.helpers.fake_graphs import FakeDevice
 from tests.helpers.models import prepare
+from tests.helpers.runs import interleaved
 from tests.helpers.tiny import calls, condition, same
 
 STEPS = 9
@@ -60,13 +61,7 @@ def device(monkeypatch: pytest.MonkeyPatch) -> FakeDevice:
 def two_streams(model: RewrittenModule, first: int, keep: Callable[[Tensor], Tensor]) -> list[Tensor]:
     """The outputs of a conditional and an unconditional call at each step."""
     streams = {"cond": calls(STEPS, first), "uncond": calls(STEPS, first, condition(first + 50))}
-    found = []
-    with torch.no_grad(), model.trajectory(STEPS):
-        for i in range(STEPS):
-            for name, inputs in streams.items():
-                with model.cache_context(name):
-                    found.append(keep(model(**inputs[i])))
-    return found
+    return interleaved(model, streams, keep)
 
 
 QUICK = ("fora, segments", "forecast", "measured", "verified", "shared")

@@ -18,6 +18,7 @@ from dit_rewrite.module import RewrittenModule, twin  # noqa: E402
 from dit_rewrite.policies import FORA, FirstBlockCache, TaylorSeer  # noqa: E402
 from tests.end_to_end.test_cuda_graphs import LATER  # noqa: E402
 from tests.helpers.models import MODELS, output  # noqa: E402
+from tests.helpers.runs import interleaved  # noqa: E402
 
 pytestmark = [pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")]
 STEPS = 9
@@ -39,14 +40,7 @@ def inputs(name: str, steps: int, seed: int) -> list[dict[str, Any]]:
 
 def two_streams(model: RewrittenModule, name: str, seed: int) -> list[Tensor]:
     """The outputs themselves of a conditional and an unconditional call at each step, read when all are made."""
-    streams = {"cond": inputs(name, STEPS, seed), "uncond": inputs(name, STEPS, seed + 50)}
-    found = []
-    with torch.no_grad(), model.trajectory(STEPS):
-        for i in range(STEPS):
-            for stream, given in streams.items():
-                with model.cache_context(stream):
-                    found.append(output(model(**given[i])))
-    return found
+    return interleaved(model, {"cond": inputs(name, STEPS, seed), "uncond": inputs(name, STEPS, seed + 50)}, output)
 
 
 def equal(found: list[Tensor], expected: list[Tensor]) -> bool:

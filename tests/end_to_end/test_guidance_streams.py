@@ -20,6 +20,7 @@ from dit_rewrite.proof.compare import Check
 from dit_rewrite.proof.replay import check_replay
 from dit_rewrite.runtime.session import Observation
 from tests.helpers.models import MODELS, output
+from tests.helpers.runs import interleaved
 
 STEPS = 7
 CASE = MODELS["dit"]
@@ -58,13 +59,8 @@ def by_hooks(model: Any) -> list[Tensor]:
 
 
 def sample(model: RewrittenModule, streams: tuple[str, str] = ("cond", "uncond")) -> list[Tensor]:
-    found = []
-    with torch.no_grad(), model.trajectory(STEPS):
-        for calls in pairs():
-            for name, arguments in zip(streams, calls, strict=True):
-                with model.cache_context(name):
-                    found.append(output(model(**arguments)).clone())
-    return found
+    calls = dict(zip(streams, zip(*pairs(), strict=True), strict=True))
+    return interleaved(model, calls, lambda made: output(made).clone())
 
 
 @pytest.mark.parametrize("form", ["variants", "segments"])
