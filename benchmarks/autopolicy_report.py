@@ -77,6 +77,9 @@ def _table(toy: str, record: Record, claims: Sequence[Claim]) -> Iterator[str]:
         yield f"| {' | '.join(_cells(bound, found, unseen, plan, best.get(bound)))} |"
     first = next(iter(record.sections[toy].values()))
     yield ""
+    if any("typical" not in found for found in record.sections.get(f"{toy}, unseen", {}).values()):
+        yield "Rows without a typical error are of an earlier search, which compared candidates by the mean error."
+        yield ""
     yield (
         f"Measuring the model took {first['measuring_seconds']:.0f} s, once; `search` is the time for the bound on one "
         "loaded CPU core. The rank correlation of predicted and measured errors over all runs so far was "
