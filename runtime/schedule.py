@@ -8,6 +8,7 @@ pipeline passes ``scheduler.timesteps[i]``, expanded), from its value if that is
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import Any, NamedTuple
@@ -45,6 +46,7 @@ class Schedule:
         self.times = _times(self.tensor)
         self.levels: NoiseLevels | None = noise_levels(scheduler) if noise else None
         self._ranks = _ranks(self.times)
+        self._repeated = {rank for rank, count in Counter(self._ranks).items() if count > 1}
         self._stepped: tuple[int, float | None] | None = None  # the scheduler's step_index, and the timestep then
         self._unit: Sequence[float] | None = None  # the timesteps in the unit that the model is given
         self._exact: dict[float, list[int]] = {}  # the entries of each of them
@@ -68,7 +70,7 @@ class Schedule:
 
     def repeats(self, entry: int) -> bool:
         """Return whether the schedule lists the timestep of an entry more than once."""
-        return self._ranks.count(self.rank(entry)) > 1
+        return self.rank(entry) in self._repeated
 
     def entry_at(self, rank: int) -> int:
         """Return the first entry of a step, or -1 if the step is not in the schedule."""

@@ -137,8 +137,8 @@ class Streams:
             stream, why = group[0], None
         else:
             stream, why = self._placed(group, now, inputs, name, reading, first)
-        if stream in group:
-            stream.conditioning.hold(inputs, differing[stream])  # type: ignore[union-attr]
+        if stream in group and stream.conditioning is not None:
+            stream.conditioning.hold(inputs, differing[stream])
         return stream, why
 
     def alike(self, inputs: Inputs, name: Hashable) -> list[Stream]:
