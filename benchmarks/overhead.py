@@ -1,9 +1,9 @@
 """Costs and savings of rewriting: python -m benchmarks.overhead [--rounds 40] [--device cuda]
 
 The model is a 6-layer DiT of width 384 on 2 x 256 tokens. The benchmark compares reuse 0 with plain torch.compile, a
-fully reusing step with a computing one, and FORA(3) over 50 steps with its ideal; it also measures the compile time and
-the host time that dispatch adds. Ratios are those of alternating runs in one process; the ratio of plain torch.compile
-to itself (A/A) is the noise floor. The table is also written to docs/overhead.md.
+fully reusing step with a computing one (alone, and within a trajectory), and FORA over 50 steps with its ideal; it also
+measures the compile time and the host time that dispatch adds. Ratios are those of alternating runs in one process; the
+ratio of plain torch.compile to itself (A/A) is the noise floor. The table is also written to docs/overhead.md.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import itertools
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import torch
@@ -20,6 +19,7 @@ import dit_rewrite
 from benchmarks import overhead_report, segments
 from benchmarks.geometries import measure_geometries
 from benchmarks.timing import Row, Spread, alternate, ratio, report, seconds
+from benchmarks.trajectories import measure_trajectory
 from benchmarks.warm_start import measure_warm_start
 from benchmarks.workload import ALWAYS, STEPS, Stepper, alternate_steps, build, calls, cold, instant, scheduler
 from dit_rewrite.compiler.backend import Backend
@@ -31,7 +31,6 @@ from dit_rewrite.policy.rules import Policy, Rule
 from dit_rewrite.policy.strategies import Forecast
 
 INTERVAL = 3
-SHARES = {3: 0.96, 5: 0.93}  # of the ideal speed-up, by interval
 FORECASTS = {
     f"step of a forecast, order {order}": Policy((Rule(step > order, Forecast(order)),), f"order {order}")
     for order in (1, 2)
@@ -83,37 +82,6 @@ def first_trajectory(inputs: list[dict[str, Any]], plain: Any, reusing: Rewritte
         found.append(spent / (STEPS - 1) / computing)
     each = Spread.of(found)
     return Row("… mean over the first trajectory of a conditioning", each, "", "<= 0.03", each.median <= 0.03)
-
-
-def measure_trajectory(device: str, rounds: int) -> list[Row]:
-    """Measure FORA over a whole trajectory, against plain torch.compile and the ideal of steps / computed steps."""
-    model, inputs = build(device), calls(device)
-    plain = isolated(model, "inductor")
-
-    def run_plain() -> None:
-        for kwargs in inputs:
-            plain(**kwargs)
-
-    def run_fora(rewritten: RewrittenModule) -> None:
-        with rewritten.trajectory(scheduler=scheduler()):
-            for kwargs in inputs:
-                rewritten(**kwargs)
-
-    runs: dict[str, Callable[[], object]] = {"plain": run_plain}
-    runs |= {f"{n}": partial(run_fora, dit_rewrite.compile(twin(model), FORA(n))) for n in SHARES}
-    for run in runs.values():
-        run()
-    samples = alternate(runs, rounds)
-    return [row for n, share in SHARES.items() for row in _shares(ratio(samples, "plain", f"{n}"), n, share)]
-
-
-def _shares(speedup: Spread, interval: int, bound: float) -> list[Row]:
-    ideal = STEPS / len(range(0, STEPS, interval))
-    share = Spread(speedup.median / ideal, speedup.low / ideal, speedup.high / ideal, speedup.runs)
-    return [
-        Row(f"FORA({interval}), {STEPS} steps: speed-up", speedup, "", f"ideal {ideal:.3f}", True),
-        Row("… as a share of the ideal", share, "", f">= {bound}", share.median >= bound),
-    ]
 
 
 def measure_compile(device: str, rounds: int) -> list[Row]:
