@@ -11,15 +11,18 @@ import pytest
 import torch
 
 import dit_rewrite
-from benchmarks import attention, attention_graphs, attention_models, timing
-from benchmarks.attention_cases import blockwise_attention, kept_pairs, new_state, patterns, roofline, shares
-from benchmarks.attention_clock import Bench, Ceilings, HostClock, Run, distance, fastest
+from benchmarks import timing
+from benchmarks.attention import graphs as attention_graphs
+from benchmarks.attention import models as attention_models
+from benchmarks.attention import run as attention
+from benchmarks.attention.cases import blockwise_attention, kept_pairs, new_state, patterns, roofline, shares
+from benchmarks.attention.clock import Bench, Ceilings, HostClock, Run, distance, fastest
 from benchmarks.timing import Row, Spread
 
 BARE = """
 import sys
 sys.modules.update(diffusers=None, rich=None)  # importing them raises
-from benchmarks.attention import main
+from benchmarks.attention.run import main
 sys.exit(main(["--device", "cpu", "--tiny", "--rounds", "2"]))
 """
 
@@ -35,7 +38,7 @@ def results() -> dict[Path, int]:
 
 def test_every_path_runs_on_a_bare_machine() -> None:
     """Without diffusers and rich: all rows, checked results, and no result file."""
-    root = Path(attention.__file__).parents[1]
+    root = Path(attention.__file__).parents[2]
     files = results()
     done = subprocess.run([sys.executable, "-c", BARE], cwd=root, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
@@ -197,7 +200,7 @@ def test_one_part(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_parts_of_make_gpu() -> None:
     """Every part of the benchmark, and every file with tests that need a GPU, is in a part of `make gpu`."""
-    root = Path(attention.__file__).parents[1]
+    root = Path(attention.__file__).parents[2]
     makefile = (root / "Makefile").read_text()
     (parts,) = (line.partition(":=")[2].split() for line in makefile.splitlines() if line.startswith("GPU_PARTS"))
     assert set(attention.PARTS) < set(parts)

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.autopolicy import hand_set, judge
-from benchmarks.autopolicy_report import write_page
-from benchmarks.fidelity_rows import STEPS as CONTROLS
+from benchmarks.autopolicy.report import write_page
+from benchmarks.autopolicy.run import hand_set, judge
+from benchmarks.fidelity.rows import STEPS as CONTROLS
 from benchmarks.record import Record
 from benchmarks.tuning import shares
 

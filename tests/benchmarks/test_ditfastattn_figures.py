@@ -14,8 +14,8 @@ pytest.importorskip("diffusers")
 pytest.importorskip("matplotlib")
 pytest.importorskip("torchmetrics")
 
-from benchmarks import ditfastattn_figures as bench  # noqa: E402
-from benchmarks.ditfastattn_page import by_steps, draw, render  # noqa: E402
+from benchmarks.ditfastattn import figures as bench  # noqa: E402
+from benchmarks.ditfastattn.page import by_steps, draw, render  # noqa: E402
 from benchmarks.record import Record  # noqa: E402
 from dit_rewrite.policy.plan import Choice  # noqa: E402
 from tests.benchmarks.test_tables import small_denoiser  # noqa: E402
@@ -25,7 +25,7 @@ RESULTS = ROOT / "benchmarks" / "results" / "ditfastattn_figures.json"
 
 
 def test_the_page_is_rendered_from_its_results(tmp_path: Path) -> None:
-    """`python -m benchmarks.ditfastattn_figures --page` renders it anew."""
+    """`python -m benchmarks.ditfastattn.figures --page` renders it anew."""
     content = json.loads(RESULTS.read_text(encoding="utf-8"))
     assert (ROOT / "docs" / "ditfastattn.md").read_text(encoding="utf-8") == render(content)
     draw(content, tmp_path)

@@ -14,10 +14,10 @@ pytest.importorskip("diffusers")
 pytest.importorskip("matplotlib")
 
 import dit_rewrite  # noqa: E402
-from benchmarks import fidelity  # noqa: E402
-from benchmarks.fidelity_claims import best_control, by_calls, by_flops, by_time, judge  # noqa: E402
-from benchmarks.fidelity_report import front  # noqa: E402
-from benchmarks.fidelity_rows import (  # noqa: E402
+from benchmarks.fidelity import run as fidelity  # noqa: E402
+from benchmarks.fidelity.claims import best_control, by_calls, by_flops, by_time, judge  # noqa: E402
+from benchmarks.fidelity.report import front  # noqa: E402
+from benchmarks.fidelity.rows import (  # noqa: E402
     STEPS,
     UNCACHED,
     Result,
@@ -28,7 +28,7 @@ from benchmarks.fidelity_rows import (  # noqa: E402
     policies,
     recipes,
 )
-from benchmarks.fidelity_toys import TOYS, Toy, calls  # noqa: E402
+from benchmarks.fidelity.toys import TOYS, Toy, calls  # noqa: E402
 from benchmarks.record import Claim  # noqa: E402
 from benchmarks.timing import Spread  # noqa: E402
 from dit_rewrite.module import twin  # noqa: E402
@@ -222,8 +222,8 @@ def arguments(folder: Path, *more: str) -> list[str]:
 
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("benchmarks.fidelity_toys.DIFFUSION_REFERENCE", 8)
-    monkeypatch.setattr("benchmarks.fidelity_rows.NUMBERS", (2,))
+    monkeypatch.setattr("benchmarks.fidelity.toys.DIFFUSION_REFERENCE", 8)
+    monkeypatch.setattr("benchmarks.fidelity.rows.NUMBERS", (2,))
 
 
 @pytest.mark.usefixtures("quick")

@@ -8,9 +8,9 @@ import json
 import pytest
 import torch
 
-from benchmarks import static_cases, static_kernels
-from benchmarks.static_cases import Case
-from benchmarks.static_compile import Figures, Launch, Loop, figures, innermost_loops, instructions, resident
+from benchmarks.static_kernels import run
+from benchmarks.static_kernels.cases import Case, every, quick
+from benchmarks.static_kernels.compile import Figures, Launch, Loop, figures, innermost_loops, instructions, resident
 
 pytest.importorskip("triton")
 
@@ -68,32 +68,32 @@ def test_limits(changes: dict[str, object], baseline: int, missed: list[str]) ->
     """The issue of the loop is 10, which 0.55 of 20 allows and 0.55 of 18 does not."""
     case = Case("a window", lambda: Launch(None, (), {}), 128 * 64, "window reuse, d=64", strict=True)
     before = {"window reuse, d=64, sm_90": {"issue": baseline}}
-    assert static_kernels.row(case, 90, good(**changes), before)["missed"] == missed
-    assert static_kernels.row(case, 80, good(**changes), before)["missed"] == []
+    assert run.row(case, 90, good(**changes), before)["missed"] == missed
+    assert run.row(case, 80, good(**changes), before)["missed"] == []
 
 
 def test_exit_code(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    cases = {case.name: case for case in static_cases.quick()}
+    cases = {case.name: case for case in quick()}
     case = next(case for name, case in cases.items() if name.startswith("window reuse, d=64"))
     for spilled in (0, 1):
-        monkeypatch.setattr(static_kernels, "measure", lambda *_, n=spilled: [(case, 90, good(spills=n))])
-        assert static_kernels.main(["--quick"]) == spilled
+        monkeypatch.setattr(run, "measure", lambda *_, n=spilled: [(case, 90, good(spills=n))])
+        assert run.main(["--quick"]) == spilled
     assert "spills" in capsys.readouterr().out
 
 
 def test_results_cover_every_case() -> None:
     """The results file has a row for each case and capability, and the figures of the first version."""
-    content = json.loads(static_kernels.FILE.read_text())
-    cases = list(static_cases.every())
-    wanted = {(cases[i].name, sm) for i, sm in static_kernels.jobs_of(cases, quick=False)}
+    content = json.loads(run.FILE.read_text())
+    cases = list(every())
+    wanted = {(cases[i].name, sm) for i, sm in run.jobs_of(cases, quick=False)}
     assert {(row["kernel"], row["sm"]) for row in content["rows"]} == wanted
-    assert {case.name for case in static_cases.quick()} == {name for name, sm in wanted if sm == 80}
+    assert {case.name for case in quick()} == {name for name, sm in wanted if sm == 80}
     assert not any(row["missed"] for row in content["rows"])
-    assert {case.kind for case in static_cases.quick()} == {name.rpartition(", ")[0] for name in content["baseline"]}
+    assert {case.kind for case in quick()} == {name.rpartition(", ")[0] for name in content["baseline"]}
 
 
 def test_a_kernel_is_compiled_without_a_gpu() -> None:
-    (case,) = [case for case in static_cases.quick() if case.name.startswith("relative_l1")]
+    (case,) = [case for case in quick() if case.name.startswith("relative_l1")]
     assert not torch.cuda.is_available() or case.launch().args[0].is_meta
-    found = static_kernels.build(case.launch(), 90)
+    found = run.build(case.launch(), 90)
     assert found.registers > 0 and not found.spills and not found.tensor and len(found.loops) == 1

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import dit_rewrite
-from benchmarks.step_table_models import text_to_video
+from benchmarks.step_tables.models import text_to_video
 from dit_rewrite.compiler.step_tables import TableProgram
 from dit_rewrite.errors import BadArgument, TableReason
 from dit_rewrite.module import twin

@@ -1,0 +1,1 @@
+"""Attention kernels and whole steps on a GPU: python -m benchmarks.attention"""

@@ -1,0 +1,5 @@
+import sys
+
+from benchmarks.attention.run import main
+
+sys.exit(main())

@@ -1,0 +1,1 @@
+"""Policies from one number, judged on unseen seeds: python -m benchmarks.autopolicy"""

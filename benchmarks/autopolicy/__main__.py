@@ -1,0 +1,3 @@
+from benchmarks.autopolicy.run import main
+
+main()

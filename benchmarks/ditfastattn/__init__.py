@@ -1,0 +1,1 @@
+"""DiTFastAttn's tables and figures on a bundled toy: python -m benchmarks.ditfastattn"""

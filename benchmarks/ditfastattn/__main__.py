@@ -1,0 +1,3 @@
+from benchmarks.ditfastattn.run import main
+
+main()

@@ -1,0 +1,1 @@
+"""DQAR's claims on a bundled toy: python -m benchmarks.dqar_fidelity"""

@@ -1,0 +1,3 @@
+from benchmarks.dqar_fidelity.run import main
+
+main()

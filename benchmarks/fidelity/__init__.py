@@ -1,0 +1,1 @@
+"""The errors of policies on the bundled toys, beside fewer steps of the best solver: python -m benchmarks.fidelity"""

@@ -1,0 +1,1 @@
+"""The costs and savings of rewriting, by time: python -m benchmarks.overhead"""

@@ -1,0 +1,67 @@
+"""The page of the overhead benchmark, rendered from its results: python -m benchmarks.overhead.report"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.timing import RESULTS
+from dit_rewrite.policy.plan import write_whole
+
+PAGE = Path("docs") / "overhead.md"
+INTRODUCTION = """# What it costs
+
+Written by `python -m benchmarks.overhead` from `overhead.json`.
+
+- The model: {model}.
+- The machine: {where}, {threads} threads, Python {python}, torch {torch}.
+
+Ratios are those of alternating runs in one process. The A/A row, plain torch.compile against itself, says how far a
+ratio can be trusted. First calls are timed with empty caches. *Reuse 0* is the rewritten model with every site stored
+and every decision forced to compute; a *reusing step* reuses every site. Rows of single steps alternate between models,
+so that each finds its values evicted from the CPU's caches by the other models; rows *in a trajectory* time the steps
+where they run, behind the step that filled the slots."""
+EXPLANATION = """## What is missed, and why
+
+- **A reusing step** reads every slot once: here twelve tensors of 0.8 MB. It is bound by memory, as is **a step of a
+  forecast**: one of order n reads n + 1 values of each slot. Forecasting the output alone (`span="output"`) reads n + 1
+  small tensors.
+- **The first trajectory of a conditioning** computes the rows of its step table, all steps in one batched call. The
+  class is in this DiT's modulation, so its rows belong to a conditioning. Rows that depend on the timestep alone are
+  computed once for all trajectories.
+- **The first call of a deep model by segments** compiles five segments instead of one graph of 28 blocks. On a CPU each
+  costs runs of the C++ compiler, and Dynamo and AOTAutograd trace all blocks either way. A further cut, between the
+  embedding and block 0, would spare two of the five, and would cost STDiT and Mochi the equal bits that they have by
+  segments.
+- **Host time** is Python. Decisions are kept from one trajectory to the next. What is left is telling calls apart,
+  checking inputs, and handing a hundred tensors on."""
+
+
+def render(content: Mapping[str, Any]) -> str:
+    """Render the page from the content of ``overhead.json``."""
+    machine = content["machine"]
+    where = machine["gpu"] or machine["cpu"]
+    head = INTRODUCTION.format(model=content["model"], where=where, **machine)
+    return "\n".join([head, "", *table(content["rows"]), "", EXPLANATION]) + "\n"
+
+
+def table(rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    """Render the rows of a results file that `timing.report` wrote."""
+    yield "| measured | median | quartiles | aim | held |"
+    yield "|---|---:|---:|---:|---|"
+    for row in rows:
+        value, bound = row["value"], row["bound"]
+        spread = "" if value["runs"] == 1 else f"{value['low']:.4g} … {value['high']:.4g}"
+        held = ("yes" if row["held"] else "no") if bound.startswith(("<", ">", "within")) else ""
+        yield f"| {row['what']} | {value['median']:.4g} {row['unit']}".rstrip() + f" | {spread} | {bound} | {held} |"
+
+
+def write_page(page: Path = PAGE) -> None:
+    """Write the page from the committed results."""
+    write_whole(page, render(json.loads((RESULTS / "overhead.json").read_text(encoding="utf-8"))))
+
+
+if __name__ == "__main__":
+    write_page()

@@ -1,0 +1,3 @@
+from benchmarks.redundancy.run import main
+
+main()

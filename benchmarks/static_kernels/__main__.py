@@ -1,0 +1,5 @@
+import sys
+
+from benchmarks.static_kernels.run import main
+
+sys.exit(main())

@@ -1,0 +1,1 @@
+"""Step tables on the geometries of released models: python -m benchmarks.step_tables"""

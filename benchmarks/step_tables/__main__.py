@@ -1,0 +1,3 @@
+from benchmarks.step_tables.run import main
+
+main()
