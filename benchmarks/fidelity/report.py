@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from rich.table import Table
 
-from benchmarks.fidelity.claims import Cost, by_flops, by_time
+from benchmarks.fidelity.claims import Cost, Error, best_control, by_flops, by_time
 from benchmarks.fidelity.rows import STEPS, Row
 from benchmarks.record import VERDICTS, Claim, print_claims
 from dit_rewrite.demo.report import print_table
@@ -24,20 +24,34 @@ PANELS: tuple[tuple[str, Cost, str], ...] = (
     ("FLOPs / uncached", by_flops, "reference_error"),
 )
 MARKERS = "osD^Pv*<>Xph"
+LIMITS = (0.52, 0.36, 0.28, 0.22)  # FLOPs of 25, 17, 13 and 10 computed steps of 50, with a warm-up
+BEATS = " beats fewer steps at equal "
+JUDGES: dict[Error, tuple[str, str]] = {
+    "error": ("the uncached images", "A policy"),
+    "reference_error": ("the reference", "Judged by the reference, a policy"),
+}
 INTRODUCTION = """# Policies against fewer steps
 
 Written by `python -m benchmarks.fidelity` from `{file}`: {images} images of {steps} steps of each of the bundled toys,
 always from the same noise. A control is the uncached model with fewer steps of one of several solvers; a policy is
 judged by the best control that costs as much. `computed` counts the calls of the denoiser at which nothing is reused;
-FLOPs and time are over those of the uncached model. Times are of {timed} images at once, in alternation with the
-uncached model in one process, the median of {rounds} runs with its quartiles; they stand where they were measured.
+FLOPs and time are over those of the uncached model. FLOPs include the rows of [step tables](step_tables.md), which are
+computed for all steps, so that a policy may cost a little more than its computed calls. Times are of {timed} images at
+once, a few rows in turn with the uncached model in one process, the median of {rounds} runs with its quartiles; they
+stand where they were measured.
 
 There are two errors, both relative L2: to the uncached images of the same sampler and as many steps, which is what a
 policy approximates, and to the reference, which is what all solvers approximate: 500 steps of DDIM, or 400 of Euler.
 The toys `class` and `text` are sampled by the DDIM that they were made with, which clips its predictions to [-1, 1].
 The other solvers do not clip, so that a part of a control's error to the uncached images is not of fewer steps, and
 clipped DDIM does not approach the reference. In `class_unclipped` and `text_unclipped` nothing clips: there both errors
-are of one problem, and the comparison with fewer steps is fair."""
+are of one problem, and the comparison with fewer steps is fair.
+
+## Where a policy wins, and where it loses
+
+Which side has the smaller error, its error, and that of the other side, at most at the share of the FLOPs in the
+heading: 25, 17, 13 and 10 computed calls of 50, with a warm-up. Both sides are the best of their rows, chosen on the
+images that they are judged by; the counts behind them have all settings up to a fourfold saving."""
 
 
 def cells(row: Row) -> tuple[str, ...]:
@@ -138,13 +152,16 @@ def _page(rows: Sequence[Row], claims: Sequence[Claim], how: argparse.Namespace)
     yield INTRODUCTION.format(
         file=how.out.name, images=how.images, steps=how.steps, timed=how.timed_images, rounds=how.rounds
     )
+    yield from ("", *_verdicts(rows, claims))
     for toy in dict.fromkeys(row.toy for row in rows):
         own = [r for r in rows if r.toy == toy]
         yield from ("", f"## {toy}", "", f"![{toy}: error over time and FLOPs]({picture(toy)})", "")
-        yield from _claims([c for c in claims if c.claim.startswith(f"{toy}: ")], toy)
-        yield from ("", "The policies than which none is both cheaper in FLOPs and closer to the uncached images:", "")
+        of_toy = {c.claim.removeprefix(f"{toy}: "): c for c in claims if c.claim.startswith(f"{toy}: ")}
+        yield from (*_families(of_toy), "")
+        yield from _claims({name: c for name, c in of_toy.items() if not _of_family(name)})
+        yield from ("", "The Pareto front of the policies, by FLOPs and distance to the uncached images:", "")
         yield from _markdown(front([r for r in own if r.family != STEPS], by_flops, "error"))
-        yield from ("", "Fewer steps, the same front:", "")
+        yield from ("", "The Pareto front of fewer steps:", "")
         yield from _markdown(front([r for r in own if r.family == STEPS], by_flops, "error"))
         yield from ("", "<details><summary>All rows</summary>", "")
         yield from _markdown(own)
@@ -182,10 +199,48 @@ def _markdown(rows: Sequence[Row]) -> Iterator[str]:
         yield f"| {row.name} | {' | '.join(cells(row))} |"
 
 
-def _claims(claims: Sequence[Claim], toy: str) -> Iterator[str]:
-    for claim in claims:
-        text = claim.claim.removeprefix(f"{toy}: ")
-        yield f"- {text}: **{VERDICTS[claim.held].lower()}** ({_count(claim)}; {claim.bound}){_figures(claim)}"
+def _verdicts(rows: Sequence[Row], claims: Sequence[Claim]) -> Iterator[str]:
+    """Render which side wins, by toy, judge and cost."""
+    found = {claim.claim: claim for claim in claims}
+    yield f"| toy | judged by | {' | '.join(map(str, LIMITS))} | policies closer at equal FLOPs | at equal time |"
+    yield f"|---|---|{'---|' * len(LIMITS)}---:|---:|"
+    for toy in dict.fromkeys(row.toy for row in rows):
+        own = [row for row in rows if row.toy == toy]
+        for error, (target, name) in JUDGES.items():
+            cells = [_winner(own, limit, error) for limit in LIMITS]
+            counts = (_count(found[f"{toy}: {name}{BEATS}{cost}"]) for cost in ("FLOPs", "time"))
+            yield f"| {toy} | {target} | {' | '.join((*cells, *counts))} |"
+
+
+def _winner(rows: Sequence[Row], limit: float, error: Error) -> str:
+    """Format the side with the smaller error at a cost."""
+    policies = [getattr(r.result, error) for r in rows if r.family != STEPS and r.result.flops <= limit]
+    control = best_control(rows, by_flops, limit, error)
+    if not policies or control is None:
+        return ""
+    sides = sorted([(min(policies), "policy"), (control[0], "fewer steps")])
+    return f"{sides[0][1]}: {sides[0][0]:.4f} against {sides[1][0]:.4f}"
+
+
+def _of_family(name: str) -> bool:
+    """Whether a claim is about one family of policies."""
+    family, beats, _ = name.partition(BEATS)
+    return bool(beats) and " " not in family
+
+
+def _families(claims: Mapping[str, Claim]) -> Iterator[str]:
+    """Render in how many settings each family is closer to the uncached images than the best of fewer steps."""
+    families = dict.fromkeys(name.partition(BEATS)[0] for name in claims if _of_family(name))
+    yield "| family | closer at equal FLOPs | closer at equal time |"
+    yield "|---|---:|---:|"
+    for family in families:
+        found = [claims.get(f"{family}{BEATS}{cost}") for cost in ("FLOPs", "time")]
+        yield f"| {family} | {' | '.join('' if c is None else _count(c) for c in found)} |"
+
+
+def _claims(claims: Mapping[str, Claim]) -> Iterator[str]:
+    for name, claim in claims.items():
+        yield f"- {name}: **{VERDICTS[claim.held].lower()}** ({_count(claim)}; {claim.bound}){_figures(claim)}"
 
 
 def _figures(claim: Claim) -> str:

@@ -64,7 +64,7 @@ class Result:
     computed: calls of the denoiser in which no site was reused. flops: FLOPs of all calls over those of the uncached
     run. error: relative L2 distance to the uncached images of the same sampler with the same number of steps.
     reference_error: relative L2 distance to the images of the reference. Both also exist for each image, for paired
-    comparisons.
+    comparisons. counted: how FLOPs were counted (`fidelity_flops.COUNTED`).
     """
 
     key: dict[str, Any]
@@ -75,6 +75,7 @@ class Result:
     reference_error: float
     reference_errors: list[float]
     cache_bytes: int = 0
+    counted: int = 1
     misses: dict[str, int] = field(default_factory=dict)
 
 

@@ -6,8 +6,8 @@ with the same number of steps, which caching approximates, and to the images of 
 steps approximate too. Errors do not depend on the lowering and are measured under "aot_eager". The amount of
 computation is counted in calls of the denoiser that reuse nothing, and in FLOPs.
 
-Times are measured on fewer images, compiled by --backend, in alternation with the uncached model in one process.
---no-time leaves them out; --timed selects the timed rows.
+Times are measured on fewer images, compiled by --backend, a few rows at a time in turn with the uncached model in one
+process. --no-time leaves them out; --timed selects the timed rows.
 
 Each result is written at once. A rerun with the same parameters and versions measures what is missing, as does a run
 with other rows or toys, or with other weights of a toy. The claims, the pictures and the page are made from the rows in
@@ -22,7 +22,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from fnmatch import fnmatchcase
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -31,32 +31,24 @@ from torch import Tensor, nn
 
 import dit_rewrite
 from benchmarks.fidelity.claims import judge
+from benchmarks.fidelity.flops import COUNTED, flops_of
 from benchmarks.fidelity.report import draw, show, summary, write_page
 from benchmarks.fidelity.rows import UNCACHED, Recipe, Result, Row, Timing, recipes
 from benchmarks.fidelity.toys import CALIBRATION_SEED, TOYS, Toy, calls
 from benchmarks.record import Claim, Record
-from benchmarks.timing import RESULTS, Spread, machine, seconds
+from benchmarks.timing import RESULTS, Spread, alternate, machine, ratio, seconds
 from dit_rewrite.compiler.lowering import isolated
 from dit_rewrite.demo.report import console, versions
-from dit_rewrite.module import RewrittenModule, backend_of, twin
-from dit_rewrite.passes.analysis import cost
+from dit_rewrite.module import RewrittenModule, twin
+from dit_rewrite.passes.guards.symbols import measured
 from dit_rewrite.policy.rules import Policy
 from dit_rewrite.proof.image_metrics import relative_l2
 from dit_rewrite.search.calibrate import calibrate
 
 Entry = dict[str, Any]
 CALIBRATION_IMAGES = 4
+GROUP = 4  # rows that are timed in turn
 ERRORS, TIMES = "errors, {}", "times, {}"  # the sections of the file, by toy
-
-
-def flops_of(model: RewrittenModule) -> tuple[int, float]:
-    """Return the number of calls that reused nothing, and the FLOPs of all calls over those without reuse."""
-    graphs, records = backend_of(model).rewritten, list(model.stats().records)
-    rows = {(record.graph, record.row) for record in records}
-    spent = {(i, row): cost.total_flops(graphs[i].straight(row).gm.graph) for i, row in rows}
-    whole = [cost.total_flops(graph.bound.gm.graph) for graph in graphs]
-    share = sum(spent[r.graph, r.row] for r in records) / sum(whole[r.graph] for r in records)
-    return sum(not any(record.row) for record in records), share
 
 
 class Bench:
@@ -123,11 +115,21 @@ class Bench:
             images = self.uncached_images if same else self._run(self.toy.denoiser, recipe)
             number = calls(recipe.solver, recipe.steps)
             return self._result(recipe, images, number, number / calls(self.toy.sampler, self.steps))
-        model = dit_rewrite.compile(twin(self.toy.denoiser), self.policy(recipe), backend="aot_eager")
+        model = self._rewritten(self.policy(recipe))
         images, place = self._run(model, recipe), model.explain().sites
         held, misses = sum(p.bytes for p in place if p.reachable), model.stats().misses
         more = {"cache_bytes": held, "misses": {str(reason): count for reason, count in misses.items()}}
         return self._result(recipe, images, *flops_of(model), **more)
+
+    def count(self, policy: Policy) -> Entry:
+        """Count what a policy computes, on one image: its decisions must not depend on measurements."""
+        model = self._rewritten(policy)
+        self.toy.run(model, 1, self.steps)
+        computed, flops = flops_of(model)
+        return {"computed": computed, "flops": flops, "counted": COUNTED}
+
+    def _rewritten(self, policy: Policy, backend: str = "aot_eager") -> RewrittenModule:
+        return dit_rewrite.compile(twin(self.toy.denoiser), policy, backend=backend)
 
     def _run(self, model: nn.Module, recipe: Recipe) -> Tensor:
         return self.toy.run(model, self.images, recipe.steps or self.steps, recipe.solver)
@@ -137,36 +139,68 @@ class Bench:
         for name, target in (("error", self.uncached_images), ("reference_error", self.reference)):
             found[name] = relative_l2(images, target)
             found[f"{name}s"] = [relative_l2(a, b) for a, b in zip(images, target, strict=True)]
-        return asdict(Result(self.key(recipe), computed, flops, **found, **more))
+        return asdict(Result(self.key(recipe), computed, flops, **found, counted=COUNTED, **more))
 
-    def time(self, recipe: Recipe) -> Entry:
-        """Time a row in alternation with the uncached model."""
-        model: Any = self.compiled
-        compiling, before = 0.0, None
-        if not recipe.is_control:
-            model = dit_rewrite.compile(twin(self.toy.denoiser), self.policy(recipe), backend=self.backend)
-            compiling = seconds(lambda: self._timed(model, recipe))
-            before = model.stats()
-        own, other = [], []
-        for _ in range(self.rounds):
-            other.append(seconds(lambda: self.toy.run(self.compiled, self.timed_images, self.steps)))
-            own.append(seconds(lambda: self._timed(model, recipe)))
-        late = 0 if before is None else model.stats().variants - before.variants
-        ratio = Spread.of([a / b for a, b in zip(own, other, strict=True)])
-        spent = max(0.0, compiling - min(own))
-        return asdict(Timing(Spread.of(own), ratio, spent if before is not None else 0.0, late))
+    def time(self, group: Sequence[Recipe]) -> list[Entry]:
+        """Time rows in turn with the uncached model, once per round."""
+        models = [self.compiled if r.is_control else self._rewritten(self.policy(r), self.backend) for r in group]
+        runs = {r.name: partial(self._timed, model, r) for r, model in zip(group, models, strict=True)}
+        first = {r.name: seconds(runs[r.name]) for r in group if not r.is_control}  # compiles
+        before = list(map(_variants, models))
+        whole = partial(self.toy.run, self.compiled, self.timed_images, self.steps)
+        samples = alternate({**runs, UNCACHED: whole}, self.rounds)
+        found = []
+        for recipe, model, known in zip(group, models, before, strict=True):
+            own = samples[recipe.name]
+            spent = max(0.0, first.get(recipe.name, 0.0) - min(own))
+            timing = Timing(Spread.of(own), ratio(samples, recipe.name, UNCACHED), spent, _variants(model) - known)
+            found.append({"key": self.timed_key(recipe), **asdict(timing)})
+        return found
 
     def _timed(self, model: nn.Module, recipe: Recipe) -> Tensor:
         return self.toy.run(model, self.timed_images, recipe.steps or self.steps, recipe.solver)
+
+
+def _variants(model: Any) -> int:
+    """Return how many variants of a rewritten model are compiled; 0 for the uncached one."""
+    return model.stats().variants if isinstance(model, RewrittenModule) else 0
 
 
 def measure(bench: Bench, wanted: Sequence[Recipe], arguments: argparse.Namespace, record: Record) -> None:
     """Measure the missing rows of a toy: the errors of all rows first, then the times."""
     for recipe in wanted:
         entry(record, ERRORS.format(bench.toy.name), bench.key(recipe), lambda: bench.errors(recipe))  # noqa: B023
-    for recipe in (r for r in wanted if arguments.time and matches(r, arguments.timed)):
-        key = bench.timed_key(recipe)
-        entry(record, TIMES.format(bench.toy.name), key, lambda: {"key": key, **bench.time(recipe)})  # noqa: B023
+    if not arguments.time:
+        return
+    section = TIMES.format(bench.toy.name)
+    timed = [r for r in wanted if matches(r, arguments.timed)]
+    missing = [r for r in timed if find_entry(record, section, bench.timed_key(r)) is None]
+    for first in range(0, len(missing), GROUP):
+        group, began = missing[first : first + GROUP], time.perf_counter()
+        for found in bench.time(group):
+            record.sections.setdefault(section, {})[found["key"]["name"]] = json.loads(json.dumps(found))
+        record.write()
+        names = "; ".join(recipe.name for recipe in group)
+        console.print(f"{section}: {names}, {time.perf_counter() - began:.0f} s", highlight=False)
+
+
+def recount(bench: Bench, wanted: Sequence[Recipe], record: Record) -> None:
+    """Count again what the policies in the file compute, where it was counted in another way.
+
+    Errors stay as they are, except those of policies that measure: their decisions depend on the images, so the whole
+    row is measured.
+    """
+    section = ERRORS.format(bench.toy.name)
+    for recipe in (r for r in wanted if not r.is_control):
+        found = find_entry(record, section, bench.key(recipe))
+        if found is None or found.get("counted") == COUNTED:
+            continue
+        policy = bench.policy(recipe)
+        new = bench.errors(recipe) if measured(policy.mentions) else {**found, **bench.count(policy)}
+        record.sections[section][recipe.name] = json.loads(json.dumps(new))
+        record.write()
+        both = " to ".join(f"{each['computed']} calls, {each['flops']:.4f}" for each in (found, new))
+        console.print(f"{section}: {recipe.name}, {both}", highlight=False)
 
 
 def entry(record: Record, section: str, key: Entry, make: Callable[[], Entry]) -> None:
@@ -218,7 +252,10 @@ def run(arguments: argparse.Namespace) -> Outcome:
         bench, wanted = Bench(toy, arguments), recipes(toy, arguments.steps)
         if toy.name in arguments.toys:
             chosen = [r for r in wanted if r.name == UNCACHED or matches(r, arguments.rows)]
-            measure(bench, chosen, arguments, record)
+            if arguments.recount:
+                recount(bench, chosen, record)
+            else:
+                measure(bench, chosen, arguments, record)
         rows += read_rows(bench, wanted, record)
     claims = judge(rows)
     record.write(claims)
@@ -248,6 +285,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--backend", default="inductor", help="under which is timed")
     parser.add_argument("--rows", nargs="+", metavar="PATTERN", help="by name or family, such as 'Forecast'")
+    parser.add_argument(
+        "--recount", action="store_true", help="count the FLOPs of the rows in --out again, if outdated"
+    )
     parser.add_argument("--out", type=Path, default=RESULTS / "fidelity.json")
     parser.add_argument("--docs", type=Path, default=Path("docs"), help="where the page and the pictures go")
     parser.add_argument("--page", action="store_true", help="only render the page and the README's table from --out")

@@ -14,7 +14,6 @@ pytest.importorskip("diffusers")
 pytest.importorskip("matplotlib")
 
 import dit_rewrite  # noqa: E402
-from benchmarks.fidelity import run as fidelity  # noqa: E402
 from benchmarks.fidelity.claims import best_control, by_calls, by_flops, by_time, judge  # noqa: E402
 from benchmarks.fidelity.report import front  # noqa: E402
 from benchmarks.fidelity.rows import (  # noqa: E402
@@ -28,10 +27,13 @@ from benchmarks.fidelity.rows import (  # noqa: E402
     policies,
     recipes,
 )
+from benchmarks.fidelity.run import run as fidelity  # noqa: E402
 from benchmarks.fidelity.toys import TOYS, Toy, calls  # noqa: E402
 from benchmarks.record import Claim  # noqa: E402
 from benchmarks.timing import Spread  # noqa: E402
 from dit_rewrite.module import twin  # noqa: E402
+from dit_rewrite.policies import as_policy  # noqa: E402
+from dit_rewrite.policy.rules import Policy  # noqa: E402
 
 
 def row(
@@ -98,6 +100,14 @@ def test_policies_are_judged_at_equal_time_and_equal_flops(error: float, held: b
     assert (by_the_clock.held, len(by_the_clock.evidence)) == (held, 1)
     computed = claim_of(rows, "class: A policy beats fewer steps at equal FLOPs")
     assert (computed.held, len(computed.evidence)) == (held, 2)
+
+
+def test_most_settings_are_more_than_half_of_them() -> None:
+    name = "class: In most settings, a policy beats fewer steps at equal FLOPs"
+    rows = [*CONTROLS, row("worse", 9.0, 15), row("closer", 0.001, 15)]
+    assert claim_of(rows, name).held is False
+    assert claim_of([*rows, row("closer too", 0.001, 15)], name).held is True
+    assert claim_of(CONTROLS, name).held is None
 
 
 def test_more_than_a_fourfold_saving_is_not_asked_of_a_policy() -> None:
@@ -212,6 +222,26 @@ def test_computed_calls_and_flops_are_counted(toys: dict[str, Toy], place: str, 
     assert low <= flops <= high
 
 
+def test_rows_of_step_tables_are_counted_for_all_steps(toys: dict[str, Toy]) -> None:
+    """Reusing steps read the modulation from rows, which are computed for the computing steps too."""
+    with_table, without = (_flops(toys["class"], forecast(2, 0, "branches").policy, off) for off in (False, True))
+    assert with_table > without > 0.5
+
+
+def test_steps_that_decide_in_the_middle_of_a_call_read_no_step_table(toys: dict[str, Toy]) -> None:
+    policy = as_policy("first_block_cache:threshold=1000")
+    with_table, without = (_flops(toys["class"], policy, off) for off in (False, True))
+    assert with_table == without < 0.5
+
+
+def _flops(toy: Toy, policy: Policy | None, off: bool) -> float:
+    assert policy is not None
+    disabled = ("step_tables",) if off else ()
+    model = dit_rewrite.compile(twin(toy.denoiser), policy, backend="aot_eager", disable_passes=disabled)
+    toy.run(model, 1, 4)
+    return fidelity.flops_of(model)[1]
+
+
 # --- a run ------------------------------------------------------------------------------------------------------------
 
 
@@ -264,6 +294,23 @@ def test_a_row_of_another_policy_under_its_name_is_measured_again(
     out.write_text(json.dumps(content))
     fidelity.main(arguments(tmp_path, "--rows", "UniPC*", "--no-time"))
     assert json.loads(out.read_text())["sections"]["errors, class"]["UniPC, 2 steps"]["error"] < 9
+
+
+@pytest.mark.usefixtures("quick")
+def test_outdated_counts_are_made_again_without_the_errors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The decisions of a policy that measures depend on the images: its errors are measured anew too."""
+    monkeypatch.setattr(fidelity, "draw", lambda *_: None)
+    out, wanted = tmp_path / "out.json", ["--rows", "order 1, output, 2", "first_block_cache:threshold=0.02", "UniPC*"]
+    fidelity.main(arguments(tmp_path, *wanted, "--no-time"))
+    right = json.loads(out.read_text())["sections"]["errors, class"]
+    wrong = {name: {**found, "flops": 9.0, "error": 9.0, "counted": 1} for name, found in right.items()}
+    out.write_text(json.dumps({**json.loads(out.read_text()), "sections": {"errors, class": wrong}}))
+    fidelity.main(arguments(tmp_path, *wanted, "--recount"))
+    again = json.loads(out.read_text())["sections"]["errors, class"]
+    follows, measures = "order 1, output, 2", "first_block_cache:threshold=0.02"
+    assert again[follows] == {**right[follows], "error": 9.0}
+    assert again[measures] == right[measures]
+    assert again["UniPC, 2 steps"]["flops"] == 9.0, "a control is counted in calls"
 
 
 def test_controls_have_no_policy_and_policies_no_solver(toys: dict[str, Toy]) -> None:
