@@ -22,7 +22,7 @@ class Stream:
     place: index among the streams with the same name and conditioning. step, entry: step and schedule entry of its last
     call. calls: the number of steps in which it was called. suspect: a stream that this one may continue with different
     tensors at these argument positions, although the old tensors still exist. repeats: its only call was identical to
-    that of another stream.
+    that of another stream. first_latent: a copy of the latent of its first step, until it is called in another one.
     """
 
     name: Hashable
@@ -32,6 +32,7 @@ class Stream:
     num_layers: int | None = None
     conditioning: Conditioning | None = None
     latent: Tensor | None = None
+    first_latent: Tensor | None = None
     timestep: float = float("nan")
     step: int = -1
     entry: int | None = None
@@ -62,6 +63,7 @@ class Stream:
         self.step, self.entry = step, entry
         latent = inputs.latent  # a sampler may modify it in place, and inference tensors have no version
         self.latent = latent.clone() if latent is not None and latent.is_inference() else latent
+        self.first_latent = None if latent is None or self.calls > 1 else latent.detach().clone()
         self._latent_version = None if self.latent is None else version(self.latent)
 
     def is_before(self, reading: Reading) -> bool:

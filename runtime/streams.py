@@ -93,10 +93,10 @@ class Streams:
     def differing(streams: Sequence[Stream], inputs: Inputs, told: bool = True) -> Differing:
         """Return the positions at which the conditioning of each stream differs from that of a call.
 
-        In a trajectory that is `told`, and if no stream has the same tensor objects, they are compared by content.
+        If no stream has the same tensor objects, they are compared by content. `told`: the trajectory is explicit.
         """
         found = {s: s.conditioning.differing(inputs, told) for s in streams if s.conditioning is not None}
-        if not told or not all(found.values()):
+        if not all(found.values()):
             return found
         places = [(stream, place) for stream, differing in found.items() for place in differing]
         pairs = [stream.conditioning.pair(inputs, place) for stream, place in places]  # type: ignore[union-attr]
@@ -249,6 +249,14 @@ class Streams:
             and conditioning.have_moved(moved, stream.calls + 1)
             and reading.repeats is not False
         )
+
+    def are_continued(self, inputs: Inputs) -> bool:
+        """Return whether the latent of a call continues that of some stream, or there is none to compare. Reads the
+        device once."""
+        if not self.all or inputs.latent is None:
+            return True
+        before = [stream.first_latent if stream.calls == 1 else stream.last_latent for stream in self.all]
+        return any(change < CONTINUES for change in relative_changes(inputs.latent, before))
 
     def lapse(self, step: int) -> list[Stream]:
         """Drop the caches of streams that were called in one step only, more than PATIENCE steps ago.

@@ -67,8 +67,9 @@ class ExplicitTrajectory:
     time goes back, which begins the next one.
 
     It synchronises with the device only to read a schedule on the device (once), to compare conditioning tensors that
-    are created anew in each call, to tell several calls with one conditioning in a step apart, and to read a timestep
-    on a GPU that cannot be matched with a scheduler.
+    are created anew in each call, to tell several calls with one conditioning in a step apart, to compare the latent
+    where the time does not show that a call follows the last one, and to read a timestep on a GPU that cannot be
+    matched with a scheduler.
     """
 
     def __init__(self, clock: Clock, of_run: bool = False, outer: ExplicitTrajectory | None = None) -> None:
@@ -92,8 +93,10 @@ class ExplicitTrajectory:
         """Return the trajectory and stream of a call, and advance the clock."""
         clock = self.clock
         reading = clock.read(inputs.timestep, named)
-        if reading.restart is not None:
-            restart = reading.restart
+        restart = reading.restart
+        if restart is None and not reading.follows and not self.trajectory.streams.are_continued(inputs):
+            restart = TrajectoryReason.NEW_LATENT
+        if restart is not None:
             clock.begin()
             reading = clock.read(inputs.timestep, named)
             self._follow_clock(restart)
@@ -120,7 +123,8 @@ class ExplicitTrajectory:
 
 
 class InferredTrajectory:
-    """Infers steps, streams and trajectories from the inputs of the calls, with one device read per call.
+    """Infers steps, streams and trajectories from the inputs of the calls, with one device read per call, and a second
+    one to compare conditioning tensors that are created anew.
 
     Streams are distinguished by name or conditioning only. Several calls with one conditioning in a step are taken for
     the second evaluation of a solver; samplers that call more often must use an explicit trajectory. Two identical

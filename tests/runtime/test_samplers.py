@@ -295,6 +295,9 @@ HARD = {
     "a prompt that is exchanged in the second step, inferred": Sampler(
         "value", conditioning=ANEW, steady=True, replaced_at=1, marked=False
     ),
+    "a prompt made anew at each call that is exchanged later, inferred": Sampler(
+        "value", conditioning=ANEW, steady=True, replaced_at=2, marked=False
+    ),
     "a second-order solver with varying inputs, inferred": Sampler(
         "value", varying="call", steady=True, evaluations=2, marked=False
     ),
