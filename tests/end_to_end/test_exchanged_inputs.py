@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -70,6 +71,29 @@ def test_an_input_that_moves_is_reused_under_from_its_third_step_on(mode: str) -
     moving = [{**arguments, "mask": mask} for arguments, mask in zip(inputs, masks, strict=True)]
     assert same(found[1:], fora(model, moving[1:], 10))
     assert compiled.stats().streams == {StreamReason.MOVED_ONCE: 1}
+
+
+class Timed(tiny.TinyDiT):
+    """The time of each sample is a number in a list."""
+
+    def forward(self, hidden_states: Tensor, timestep: list[float], condition: Tensor) -> Tensor:
+        times = torch.stack([torch.ones(()) * time for time in timestep])
+        return super().forward(hidden_states, times, condition)
+
+
+@pytest.mark.parametrize("number", [int, float, np.float32])
+def test_times_in_a_list(number: Any) -> None:
+    """Dynamo may take the first number for a constant and compile twice; the second run has all code."""
+    model = Timed()
+    prepare(model, torch.float32)
+    compiled = rewritten(model)
+    inputs = [{**a, "timestep": [number(time) for time in a["timestep"]]} for a in calls(STEPS)]
+    for _ in range(2):
+        with compiled.trajectory(STEPS):
+            found = outputs(compiled, inputs)
+    assert same(found, fora(model, inputs))
+    assert row(compiled, STEPS) == "CRRCRR"
+    assert compiled.stats().recompiles == (number is float)
 
 
 def batch(sample: int) -> list[dict[str, Any]]:
