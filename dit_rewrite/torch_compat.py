@@ -165,8 +165,11 @@ def set_compiled_call(model: nn.Module, run: Callable[..., Any] | None) -> None:
 
 def hooks_registered() -> int:
     """Return how many hooks of modules and tensors were registered in this process."""
-    count: int = _get(_find("torch.utils.hooks", "RemovableHandle"), "next_id")
+    count: int = _get(_handle, "next_id")
     return count
+
+
+_handle = _find("torch.utils.hooks", "RemovableHandle")
 
 
 def forward_hooks(model: nn.Module) -> list[dict[int, Any]]:
