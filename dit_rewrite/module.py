@@ -44,6 +44,7 @@ from dit_rewrite.report.idle import idle_reason, left_out
 from dit_rewrite.report.no_sites import why_no_sites
 from dit_rewrite.report.prediction import predict_model
 from dit_rewrite.runtime.clock import Clock, Named
+from dit_rewrite.runtime.hooks import HookedCalls
 from dit_rewrite.runtime.inputs import Reader
 from dit_rewrite.runtime.stats import Stats, TimedCall
 from dit_rewrite.runtime.trajectory import Trajectory
@@ -62,14 +63,11 @@ Module = TypeVar("Module", bound=nn.Module)
 
 @dataclass
 class Rewrite:
-    """The state that `compile` adds to a module.
-
-    ``run`` is the compiled call. ``compiled_before`` is the call that `Module.compile` had set. ``checked`` is the
-    number of captured graphs against which the policy was checked, -1 before the first call.
-    """
+    """The state that `compile` adds to a module. ``compiled_before`` is the call that `Module.compile` had set,
+    ``checked`` the number of captured graphs against which the policy was checked, -1 before the first call."""
 
     backend: Backend
-    run: Callable[..., Any]
+    calls: HookedCalls
     reader: Reader
     compiled_before: Any = None
     checked: int = -1
@@ -152,7 +150,7 @@ def _call(model: nn.Module, rewrite: Rewrite, args: tuple[Any, ...], kwargs: dic
     call = session.begin(rewrite.reader.read(args, kwargs))
     try:
         with one_graph(call.inputs.number), rewrite.backend.capturing():
-            output = rewrite.run(*args, **kwargs)
+            output = rewrite.calls.current()(*args, **kwargs)
     except BaseException as error:
         session.abandon(call)
         if isinstance(error, BackendCompilerFailed) and isinstance(error.inner_exception, DitRewriteError):
@@ -262,9 +260,10 @@ def backend_of(model: nn.Module) -> Backend:
 def attach(model: nn.Module, backend: Backend, fullgraph: bool = False, dynamic: bool | None = None) -> RewrittenModule:
     """Rewrite a module in place so that `backend` compiles its graphs. An existing rewrite is replaced."""
     detach(model)
-    run = isolated(_traceable(model), backend, fullgraph, dynamic)
-    rewrite = Rewrite(backend, run, Reader(model.forward), compiled_call(model))
-    model.__dict__[_STATE] = rewrite
+    traced = _traceable(model)
+    # partial: Dynamo compares backends by identity, and may share code between calls with one of them
+    calls = HookedCalls(model, lambda: isolated(traced, functools.partial(backend), fullgraph, dynamic), traced)
+    model.__dict__[_STATE] = rewrite = Rewrite(backend, calls, Reader(model.forward), compiled_call(model))
     model.__dict__["_backend"] = backend
     for name in _METHODS:
         model.__dict__[name] = types.MethodType(vars(RewrittenModule)[name], model)

@@ -163,6 +163,24 @@ def set_compiled_call(model: nn.Module, run: Callable[..., Any] | None) -> None:
     model._compiled_call_impl = run
 
 
+def hooks_registered() -> int:
+    """Return how many hooks of modules and tensors were registered in this process."""
+    count: int = _get(_handle, "next_id")
+    return count
+
+
+_handle = _find("torch.utils.hooks", "RemovableHandle")
+
+
+def forward_hooks(model: nn.Module) -> list[dict[int, Any]]:
+    """Return the dictionaries of forward hooks and of their options, global ones among them, that are not empty."""
+    shared = ("_forward_pre_hooks", "_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called")
+    names = (*shared, "_forward_pre_hooks_with_kwargs")
+    found = [_get(module, name) for module in model.modules() for name in names]
+    found += [_get(_find("torch.nn.modules", "module"), f"_global{name}") for name in shared]
+    return [hooks for hooks in found if hooks]
+
+
 def without_autocast_key(device: str) -> AbstractContextManager[Any]:
     """Exclude autocast's kernels for a device ("CPU", "CUDA") from the dispatch of ops."""
     key = getattr(_find("torch._C", "DispatchKey"), f"Autocast{device}")

@@ -36,6 +36,7 @@ class Reading(NamedTuple):
     entry: index in the schedule. value: the timestep, if there is no entry and reading it does not synchronise.
     same_step: whether it belongs to the step of the previous call; None means unknown.
     repeats: whether the schedule lists this timestep twice, as for second-order solvers; None without a schedule.
+    follows: whether the time alone shows that the call belongs to the last step or the next one of the trajectory.
     restart: the reason why the call begins another trajectory, if it does.
     """
 
@@ -43,6 +44,7 @@ class Reading(NamedTuple):
     value: float | None
     same_step: bool | None
     repeats: bool | None = None
+    follows: bool = True
     restart: TrajectoryReason | None = None
 
 
@@ -128,26 +130,33 @@ class Clock:
             entry = self.schedule.begin_index
         value = value if entry is None else None
         repeats = None if self.schedule is None else entry is not None and self.schedule.repeats(entry)
-        same, turned = self._compared(entry, value, timestep, named) if started else (False, False)
-        if turned and restart is None:
+        same, follows = self._compared(entry, value, timestep, named) if started else (False, True)
+        if follows is None and restart is None:
             restart = TrajectoryReason.TIMESTEP_TURNED
-        return Reading(entry, value, same, repeats, restart)
+        return Reading(entry, value, same, repeats, bool(follows), restart)
 
     def _compared(
         self, entry: int | None, value: float | None, timestep: Any, named: Named
-    ) -> tuple[bool | None, bool]:
-        """Return whether a call belongs to the step of the last one (None: unknown), and whether time went back."""
+    ) -> tuple[bool | None, bool | None]:
+        """Return whether a call belongs to the step of the last one (None: unknown), and whether its time shows that it
+        follows that (None: the time went back).
+
+        It does not show that at the first change of a time without a schedule, whose direction is not known yet, nor
+        where entries of the schedule are left out.
+        """
         if named.step_index is not None:
-            return named.step_index == self.step, named.step_index < self.step
-        if entry is not None and self._entry is not None and self.schedule is not None:
-            moved = self.schedule.rank(entry) - self.schedule.rank(self._entry)
-            return moved == 0, moved < 0
-        if entry is not None:  # the last entry is unknown: a scheduler has no step_index until it has stepped
-            return False, False
+            return named.step_index == self.step, None if named.step_index < self.step else True
+        if entry is not None and self.schedule is not None:
+            # a scheduler has no step_index until it has stepped: the trajectory is taken to begin with the schedule
+            last = self.step if self._entry is None else self.schedule.rank(self._entry)
+            moved = self.schedule.rank(entry) - last
+            if self._entry is None:
+                return False, moved == 1
+            return moved == 0, None if moved < 0 else moved <= 1
         if value is not None and self._value is not None:
             change = value - self._value
-            return change == 0, change * self._direction < 0
-        return (True if self._is_last(timestep) else None), False
+            return change == 0, None if change * self._direction < 0 else change == 0 or self._direction != 0
+        return (True if self._is_last(timestep) else None), True
 
     def _is_last(self, timestep: Any) -> bool:
         """Return whether `timestep` is the same tensor object as in the last call, unmodified since."""

@@ -20,22 +20,24 @@ class TensorKind(Enum):
 
     NEW = "seen in one step"
     INVARIANT = "the same in several steps"
+    MOVED = "replaced once: it may vary, or it was exchanged for another condition"
     VARYING = "another one in each step"
 
 
 class _Entry:
     """One tensor: a weak reference to the object, and an alias of its memory, or a copy, to compare its content with.
 
-    The reference is weak because a tensor that was freed cannot be passed again.
+    The reference is weak because a tensor that was freed cannot be passed again. ``moved`` is the number of the
+    stream's step in which a MOVED tensor was replaced.
     """
 
-    __slots__ = ("ref", "alias", "version", "address", "kind")
+    __slots__ = ("ref", "alias", "version", "address", "kind", "moved")
 
-    def __init__(self, tensor: Tensor, kind: TensorKind) -> None:
+    def __init__(self, tensor: Tensor, kind: TensorKind, moved: int = 0) -> None:
         self.ref = weakref.ref(tensor)
         self.alias = _alias(tensor) if kind is not TensorKind.VARYING else None
         self.version, self.address = version(tensor), address(tensor)
-        self.kind = kind
+        self.kind, self.moved = kind, moved
 
     def is_(self, tensor: Tensor, told: bool = True) -> bool:
         """Return whether `tensor` is the same object, unmodified since.
@@ -85,22 +87,25 @@ class Conditioning:
         before = self._entries[place].comparable(inputs.conditioning[place])
         return None if before is None else (before, inputs.conditioning[place])
 
-    @property
-    def varying(self) -> list[int]:
-        """The places of varying tensors."""
-        return [i for i, entry in enumerate(self._entries) if entry.kind is TensorKind.VARYING]
+    def places(self, *kinds: TensorKind) -> list[int]:
+        """Return the places of tensors of these kinds."""
+        return [i for i, entry in enumerate(self._entries) if entry.kind in kinds]
 
-    def is_new(self, places: Sequence[int]) -> bool:
-        """Return whether the tensors at `places` were seen in one step only."""
-        return all(self._entries[i].kind is TensorKind.NEW for i in places)
+    def may_vary(self, places: Sequence[int]) -> bool:
+        """Return whether none of the tensors at `places` was the same in two steps."""
+        return all(self._entries[i].kind is not TensorKind.INVARIANT for i in places)
+
+    def have_moved(self, places: Sequence[int], number: int) -> bool:
+        """Return whether the tensors at `places` were replaced in a step before the stream's step `number` too."""
+        return all(self._entries[i].kind is TensorKind.MOVED and self._entries[i].moved < number for i in places)
 
     def shares(self, other: Conditioning, places: Sequence[int]) -> bool:
         """Return whether both have the same tensor objects at `places`, even if these were freed."""
         return all(self._entries[i].ref is other._entries[i].ref for i in places)  # a tensor has one weak reference
 
     def are_gone(self, places: Sequence[int]) -> bool:
-        """Return whether the tensors at `places` were seen in one step only and were freed."""
-        return self.is_new(places) and all(self._entries[i].ref() is None for i in places)
+        """Return whether the tensors at `places` were freed, and none of them was the same in two steps."""
+        return self.may_vary(places) and all(self._entries[i].ref() is None for i in places)
 
     def is_gone(self) -> bool:
         """Return whether some tensor was freed and has no alias, so that no call can match this conditioning again."""
@@ -109,17 +114,25 @@ class Conditioning:
             for entry in self._entries
         )
 
-    def hold(self, inputs: Inputs, varying: Sequence[int] = ()) -> None:
-        """Replace the tensors by those of `inputs`, and mark the changed ones at the places `varying` as varying."""
+    def hold(self, inputs: Inputs) -> None:
+        """Replace the tensors by those of `inputs`, which equal them."""
         for i in self.differing(inputs):
-            self._entries[i] = _Entry(
-                inputs.conditioning[i], TensorKind.VARYING if i in varying else self._entries[i].kind
-            )
+            self._entries[i] = _Entry(inputs.conditioning[i], self._entries[i].kind, self._entries[i].moved)
 
-    def settle(self) -> None:
-        """Mark all tensors that are not varying by the second step as invariant."""
+    def move(self, inputs: Inputs, places: Sequence[int], number: int, vary: bool) -> None:
+        """Replace the tensors by those of `inputs`. Those at `places` are others in the stream's step `number`.
+
+        `vary`: it is proven that they vary.
+        """
+        for i in places:
+            kind = TensorKind.VARYING if vary else TensorKind.MOVED
+            self._entries[i] = _Entry(inputs.conditioning[i], kind, number)
+        self.hold(inputs)
+
+    def settle(self, number: int) -> None:
+        """Mark the tensors that were the same in two steps as invariant; the stream is in its step `number`."""
         for entry in self._entries:
-            if entry.kind is TensorKind.NEW:
+            if entry.kind is TensorKind.NEW or entry.kind is TensorKind.MOVED and entry.moved < number:
                 entry.kind = TensorKind.INVARIANT
 
     def release(self) -> None:
@@ -128,9 +141,9 @@ class Conditioning:
             entry.alias = None
 
     def invariant(self, inputs: Inputs) -> tuple[Tensor, ...]:
-        """Return the tensors of `inputs` that do not vary."""
+        """Return the tensors of `inputs` that no step has replaced."""
         pairs = zip(self._entries, inputs.conditioning, strict=True)
-        return tuple(tensor for entry, tensor in pairs if entry.kind is not TensorKind.VARYING)
+        return tuple(tensor for entry, tensor in pairs if entry.kind in (TensorKind.NEW, TensorKind.INVARIANT))
 
 
 def equal(pairs: Sequence[Pair]) -> list[bool]:

@@ -93,7 +93,7 @@ class CompiledGraph:
         if call is None:
             return self._outside(args)
         occurrence, cache, changed = call.enter(self.index, len(self.sites))
-        stamp = stamp_of(self._data(args), not isinstance(call.inputs.timestep, (int, float)))
+        stamp = stamp_of(self._data(args), call.inputs.number is None)
         unfit: Reason | None = cache.fit(stamp, self._weights(args), self._ambient(args), self._unknown(args))
         if unfit is MissReason.EMPTY and call.fresh is not None:
             unfit = call.fresh

@@ -6,6 +6,7 @@ import dataclasses
 import enum
 import functools
 import inspect
+import numbers
 import types
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -26,9 +27,9 @@ class Inputs(NamedTuple):
     """The inputs of one call.
 
     latent: the first tensor of the first argument that contains any. timestep: the argument with a name in
-    TIMESTEP_NAMES. conditioning: all other tensors, each once, also those beside the latent in its container. rest:
-    everything else (numbers and strings by value, argument names, the nesting of containers). opaque: an argument
-    contains an object that cannot be read, and that may hide a condition.
+    TIMESTEP_NAMES, as a tensor if it is a list of numbers. conditioning: all other tensors, each once, also those
+    beside the latent in its container. rest: everything else (numbers and strings by value, argument names, the nesting
+    of containers). opaque: an argument contains an object that cannot be read, and that may hide a condition.
     """
 
     latent: Tensor | None
@@ -36,7 +37,7 @@ class Inputs(NamedTuple):
     conditioning: tuple[Tensor, ...]
     rest: Hashable = ()
     opaque: bool = False
-    number: str | None = None  # the name of the timestep argument if it is a Python number
+    number: str | None = None  # the name of the timestep argument if it is no tensor, but a number or several
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
@@ -65,18 +66,28 @@ class Reader:
         values = dict(zip(names, args, strict=True))
         for name in keywords:
             values[name] = kwargs[name]
-        clock = next((name for name in TIMESTEP_NAMES if name in values and _is_time(values[name])), None)
-        timestep = values.pop(clock) if clock is not None else None
-        leaves = _Leaves(timestep)
+        times = ((name, _time(values[name])) for name in TIMESTEP_NAMES if name in values)
+        clock, timestep = next((pair for pair in times if pair[1] is not None), (None, None))
+        leaves = _Leaves(None if clock is None else values.pop(clock))
         for name, value in values.items():
             leaves.add(value, name)
         latent, *conditioning = leaves.tensors or (None,)
-        number = clock if isinstance(timestep, (int, float)) else None
+        number = None if leaves.timestep is timestep and isinstance(timestep, Tensor) else clock
         return Inputs(latent, timestep, tuple(conditioning), tuple(leaves.rest), leaves.opaque, number)
 
 
-def _is_time(value: Any) -> bool:
-    return isinstance(value, (Tensor, int, float)) and not isinstance(value, bool)
+def _time(value: Any) -> Tensor | float | None:
+    """Return the time that an argument is, or None if it is none. A list of numbers is one time for each sample."""
+    if isinstance(value, (Tensor, int, float)):
+        return None if isinstance(value, bool) else value
+    if isinstance(value, (list, tuple)) and value and all(map(_is_number, value)):
+        return torch.tensor([float(number) for number in value], dtype=torch.float64)
+    return float(value) if _is_number(value) else None
+
+
+def _is_number(value: Any) -> bool:
+    """Return whether a value is a real number of Python or NumPy."""
+    return isinstance(value, numbers.Real) and not isinstance(value, bool)
 
 
 class _Leaves:
@@ -109,7 +120,10 @@ class _Leaves:
             return
         inside = _contents(value) if depth < _MAX_DEPTH else None
         if inside is None:
-            self.opaque = True
+            if isinstance(value, numbers.Number):  # of NumPy
+                self.rest.append((name, type(value), repr(value)))
+            else:
+                self.opaque = True
             return
         self.rest.append((name, type(value), len(inside)))
         for key, item in inside.items():

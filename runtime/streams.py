@@ -6,88 +6,27 @@ conditioning, confirmed by a latent that continues that of the stream. A call th
 an empty stream of its own, and computes.
 
 An argument tensor that changes from step to step (a ControlNet residual, a second latent) is *varying*, and not part of
-the conditioning. This is learned in the second step of a stream: the tensor is a different one, the old one was freed,
-and everything else matches. Once a tensor was the same in two steps, a different one is a different conditioning.
-Varying tensors do not distinguish streams; the latent does.
+the conditioning. This is learned in the first three steps of a stream: in the second one the tensor is a different one,
+the old one was freed, and everything else matches. It may also be a prompt that was exchanged, so the stream loses its
+values and computes. If the third step has a different tensor again, it varies. Once a tensor was the same in two steps,
+a different one is a different conditioning. Varying tensors do not distinguish streams; the latent does.
 """
 
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass, field
-
-from torch import Tensor
 
 from dit_rewrite.errors import StreamReason
-from dit_rewrite.runtime.cache import Cache
 from dit_rewrite.runtime.clock import Reading
-from dit_rewrite.runtime.conditioning import Conditioning, equal
+from dit_rewrite.runtime.conditioning import TensorKind, equal
 from dit_rewrite.runtime.inputs import Inputs
-from dit_rewrite.runtime.tensors import relative_changes, version
+from dit_rewrite.runtime.stream import Stream
+from dit_rewrite.runtime.tensors import relative_changes
 
 CONTINUES = 0.5  # a latent continues the last one if its relative L2 change is smaller; independent noise has 1.41
 MARGIN = 2.0  # a latent belongs to the nearest stream only if all others are farther by this factor
 MAX_PLACES = 64  # calls of one conditioning in one step; if there are more, the timestep does not advance
 PATIENCE = 2  # steps after which a stream that was called in one step only gives its memory back
-
-
-@dataclass(eq=False)
-class Stream:
-    """One stream of a trajectory: its caches, and the properties that identify its calls.
-
-    place: index among the streams with the same name and conditioning. step, entry: step and schedule entry of its last
-    call. calls: the number of steps in which it was called. suspect: a stream that this one may continue with different
-    tensors at these argument positions, although the old tensors still exist. repeats: its only call was identical to
-    that of another stream.
-    """
-
-    name: Hashable
-    place: int = 0
-    caches: dict[tuple[int, int], Cache] = field(default_factory=dict)
-    sequence: tuple[int, ...] | None = None
-    num_layers: int | None = None
-    conditioning: Conditioning | None = None
-    latent: Tensor | None = None
-    timestep: float = float("nan")
-    step: int = -1
-    entry: int | None = None
-    calls: int = 0
-    suspect: tuple[Stream, list[int]] | None = None
-    repeats: bool = False
-    _latent_version: int | None = None
-
-    @property
-    def last_latent(self) -> Tensor | None:
-        """The latent of the last call, or None if it was modified in place since."""
-        unchanged = self.latent is not None and version(self.latent) == self._latent_version
-        return self.latent if unchanged else None
-
-    @property
-    def bytes(self) -> int:
-        """Size of its caches in bytes."""
-        return sum(cache.bytes for cache in self.caches.values())
-
-    def note(self, inputs: Inputs, step: int, entry: int | None = None) -> None:
-        """Record a call of this stream."""
-        if self.conditioning is None:
-            self.conditioning = Conditioning(inputs)
-        if step != self.step:
-            self.calls += 1
-        if self.calls > 1:
-            self.conditioning.settle()
-        self.step, self.entry = step, entry
-        latent = inputs.latent  # a sampler may modify it in place, and inference tensors have no version
-        self.latent = latent.clone() if latent is not None and latent.is_inference() else latent
-        self._latent_version = None if self.latent is None else version(self.latent)
-
-    def is_before(self, reading: Reading) -> bool:
-        """Return whether its last call was at an earlier entry of the schedule, possibly with the same timestep."""
-        return reading.entry is not None and self.entry is not None and self.entry < reading.entry
-
-    def forget(self) -> None:
-        """Drop all caches."""
-        self.caches.clear()
-        self.sequence = None
 
 
 Differing = dict[Stream, list[int]]  # the positions at which a stream's conditioning differs from a call's
@@ -137,8 +76,12 @@ class Streams:
             stream, why = group[0], None
         else:
             stream, why = self._placed(group, now, inputs, name, reading, first)
-        if stream in group and stream.conditioning is not None:
-            stream.conditioning.hold(inputs, differing[stream])
+        if stream in group and differing[stream]:
+            proven = self._places(differing, TensorKind.VARYING).issuperset(differing[stream])
+            again = stream.step == step and reading.same_step is True
+            return stream, stream.moves(inputs, differing[stream], again, proven) or why
+        if stream in group:
+            stream.conditioning.hold(inputs)  # type: ignore[union-attr]
         return stream, why
 
     def alike(self, inputs: Inputs, name: Hashable) -> list[Stream]:
@@ -150,10 +93,10 @@ class Streams:
     def differing(streams: Sequence[Stream], inputs: Inputs, told: bool = True) -> Differing:
         """Return the positions at which the conditioning of each stream differs from that of a call.
 
-        In a trajectory that is `told`, and if no stream has the same tensor objects, they are compared by content.
+        If no stream has the same tensor objects, they are compared by content. `told`: the trajectory is explicit.
         """
         found = {s: s.conditioning.differing(inputs, told) for s in streams if s.conditioning is not None}
-        if not told or not all(found.values()):
+        if not all(found.values()):
             return found
         places = [(stream, place) for stream, differing in found.items() for place in differing]
         pairs = [stream.conditioning.pair(inputs, place) for stream, place in places]  # type: ignore[union-attr]
@@ -163,17 +106,22 @@ class Streams:
         return found
 
     @staticmethod
-    def _conditioned(differing: Differing) -> list[Stream]:
+    def _places(differing: Differing, *kinds: TensorKind) -> set[int]:
+        """Return the positions of tensors of these kinds in the streams that have a call's conditioning."""
+        of = [s.conditioning for s, places in differing.items() if s.conditioning is not None and not places]
+        return {place for conditioning in of for place in conditioning.places(*kinds)}
+
+    def _conditioned(self, differing: Differing) -> list[Stream]:
         """Return the streams that may have a call's conditioning, in the order in which they began.
 
-        Positions that vary in one of them do not distinguish it from another, unless they are invariant in that one.
+        Positions that move in one of them do not distinguish it from another, unless they are invariant in that one.
         """
         if len(differing) == 1:  # most calls
             return [stream for stream, places in differing.items() if not places]
         of = {stream: stream.conditioning for stream in differing if stream.conditioning is not None}
-        varying = {place for stream, places in differing.items() if not places for place in of[stream].varying}
+        moving = self._places(differing, TensorKind.MOVED, TensorKind.VARYING)
         group = [s for s, places in differing.items() if not places]
-        return [s for s in differing if s in group or varying.issuperset(differing[s]) and of[s].is_new(differing[s])]
+        return [s for s in differing if s in group or moving.issuperset(differing[s]) and of[s].may_vary(differing[s])]
 
     def _placed(
         self,
@@ -224,16 +172,20 @@ class Streams:
     def _moved(
         self, differing: Differing, inputs: Inputs, name: Hashable, reading: Reading, step: int
     ) -> tuple[Stream, StreamReason | None]:
-        """Return the stream of a call with unknown conditioning: one whose varying tensors changed, or a new one."""
-        waiting = [s for s in differing if step - s.step == 1 or s.step == step and reading.same_step is not True]
+        """Return the stream of a call with unknown conditioning: one whose tensors moved, or a new one."""
+        waiting = [
+            s
+            for s in differing
+            if step - s.step == 1 or s.step == step and self._may_be_again(s, reading, differing[s])
+        ]
         following = [stream for stream in waiting if self.follows(stream, differing[stream], name is not None)]
         following = [s for s in following if not any(set(differing[t]) < set(differing[s]) for t in following)]
         if len(following) != 1 or reading.same_step is not False:  # a single one needs no latent
             following = self._going_on(following, inputs, reading)
         if len(following) == 1 or self._are_one(following, differing):
             stream = following[0]  # of several with one conditioning, the one that began first
-            stream.conditioning.hold(inputs, differing[stream])  # type: ignore[union-attr]
-            return stream, None
+            again = stream.step == step and reading.same_step is True
+            return stream, stream.moves(inputs, differing[stream], again, self._moved_before(stream, differing[stream]))
         added = self.add(name)
         added.suspect = self._suspect(self._going_on(waiting, inputs, reading), differing)
         return added, StreamReason.NEW_CONDITIONING if differing else StreamReason.NEW_STREAM
@@ -272,15 +224,39 @@ class Streams:
     def follows(stream: Stream, moved: list[int], named: bool) -> bool:
         """Return whether a call continues a stream although its tensors at the positions `moved` differ.
 
-        These tensors are then varying. This is known if the old tensors were freed, so that no call can pass them
-        again, or if the same positions changed a step before and the stream of that step was not called since.
+        This is known if the old tensors were freed, so that no call can pass them again, or if they moved before.
         """
         conditioning = stream.conditioning
         if conditioning is None:
             return False
         gone = conditioning.are_gone(moved) and (named or len(moved) < len(conditioning))
+        return gone or Streams._moved_before(stream, moved)
+
+    @staticmethod
+    def _moved_before(stream: Stream, moved: list[int]) -> bool:
+        """Return whether the same positions changed a step before, and the stream of that step was not called since."""
         before = stream.suspect
-        return gone or (before is not None and before[0].step < stream.step and moved == before[1])
+        return before is not None and before[0].step < stream.step and moved == before[1]
+
+    @staticmethod
+    def _may_be_again(stream: Stream, reading: Reading, moved: list[int]) -> bool:
+        """Return whether a call may be the next one of a stream although both may belong to one step."""
+        if reading.same_step is not True:
+            return True
+        conditioning = stream.conditioning
+        return (
+            conditioning is not None
+            and conditioning.have_moved(moved, stream.calls + 1)
+            and reading.repeats is not False
+        )
+
+    def are_continued(self, inputs: Inputs) -> bool:
+        """Return whether the latent of a call continues that of some stream, or there is none to compare. Reads the
+        device once."""
+        if not self.all or inputs.latent is None:
+            return True
+        before = [stream.first_latent if stream.calls == 1 else stream.last_latent for stream in self.all]
+        return any(change < CONTINUES for change in relative_changes(inputs.latent, before))
 
     def lapse(self, step: int) -> list[Stream]:
         """Drop the caches of streams that were called in one step only, more than PATIENCE steps ago.

@@ -119,13 +119,19 @@ def relative_changes(now: Tensor | None, before: Sequence[Tensor | None]) -> lis
 
 
 def relative_change(now: Tensor, before: Tensor) -> Tensor:
-    """Return the relative L2 change as a 0-d float64 tensor; norms are computed in float32.
+    """Return the largest relative L2 change of a sample as a 0-d float64 tensor; norms are computed in float32.
 
-    Integers are tokens, and compared as one-hot vectors.
+    A sample is an entry of the first of several dimensions. Integers are tokens, and compared as one-hot vectors.
     """
     if now is before:
         return torch.zeros((), dtype=torch.float64, device=now.device)
+    if now.ndim < 2 or now.numel() == 0:
+        now, before = now.reshape(1, -1), before.reshape(1, -1)
+    now, before, dims = now.detach(), before.detach(), tuple(range(1, now.ndim))
     if not (now.is_floating_point() or now.is_complex()):
-        return (2 * (now != before).to(torch.float64).mean()).sqrt()
-    change = torch.linalg.vector_norm(now.detach() - before.detach(), dtype=torch.float32)
-    return (change / torch.linalg.vector_norm(before.detach(), dtype=torch.float32)).to(torch.float64)
+        return (2 * (now != before).to(torch.float64).mean(dims)).sqrt().max()
+    change = torch.linalg.vector_norm(now - before, dim=dims, dtype=torch.float32)
+    size = torch.linalg.vector_norm(before, dim=dims, dtype=torch.float32)
+    if len(change) > 1:  # a sample of zeros may stay one
+        size = torch.where((change == 0) & (size == 0), 1.0, size)
+    return (change / size).max().to(torch.float64)

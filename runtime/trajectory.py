@@ -16,7 +16,8 @@ from torch import Tensor
 from dit_rewrite.errors import StreamReason, TrajectoryReason
 from dit_rewrite.runtime.clock import Clock, Named
 from dit_rewrite.runtime.inputs import Inputs
-from dit_rewrite.runtime.streams import CONTINUES, Differing, Stream, Streams
+from dit_rewrite.runtime.stream import Stream
+from dit_rewrite.runtime.streams import CONTINUES, Differing, Streams
 from dit_rewrite.runtime.tensors import alike, relative_change
 
 __all__ = ["Clock", "ExplicitTrajectory", "InferredTrajectory", "Named", "Place", "Stream", "Trajectory"]
@@ -66,8 +67,9 @@ class ExplicitTrajectory:
     time goes back, which begins the next one.
 
     It synchronises with the device only to read a schedule on the device (once), to compare conditioning tensors that
-    are created anew in each call, to tell several calls with one conditioning in a step apart, and to read a timestep
-    on a GPU that cannot be matched with a scheduler.
+    are created anew in each call, to tell several calls with one conditioning in a step apart, to compare the latent
+    where the time does not show that a call follows the last one, and to read a timestep on a GPU that cannot be
+    matched with a scheduler.
     """
 
     def __init__(self, clock: Clock, of_run: bool = False, outer: ExplicitTrajectory | None = None) -> None:
@@ -91,8 +93,10 @@ class ExplicitTrajectory:
         """Return the trajectory and stream of a call, and advance the clock."""
         clock = self.clock
         reading = clock.read(inputs.timestep, named)
-        if reading.restart is not None:
-            restart = reading.restart
+        restart = reading.restart
+        if restart is None and not reading.follows and not self.trajectory.streams.are_continued(inputs):
+            restart = TrajectoryReason.NEW_LATENT
+        if restart is not None:
             clock.begin()
             reading = clock.read(inputs.timestep, named)
             self._follow_clock(restart)
@@ -109,7 +113,8 @@ class ExplicitTrajectory:
         stream.note(inputs, clock.step, reading.entry)
         lapsed = streams.lapse(clock.step) if clock.step != before else []
         timed = any(time is not None for time in (inputs.timestep, named.timestep, named.step_index))
-        expected = first and stream in streams.all and timed  # without a time, the first step may never end
+        # without a time, the first step may never end
+        expected = first and stream in streams.all and timed and why is not StreamReason.MOVED_ONCE
         return Place(trajectory, stream, None if expected else why, len(lapsed))
 
     def _follow_clock(self, why: TrajectoryReason | None) -> None:
@@ -118,7 +123,8 @@ class ExplicitTrajectory:
 
 
 class InferredTrajectory:
-    """Infers steps, streams and trajectories from the inputs of the calls, with one device read per call.
+    """Infers steps, streams and trajectories from the inputs of the calls, with one device read per call, and a second
+    one to compare conditioning tensors that are created anew.
 
     Streams are distinguished by name or conditioning only. Several calls with one conditioning in a step are taken for
     the second evaluation of a solver; samplers that call more often must use an explicit trajectory. Two identical
@@ -140,8 +146,9 @@ class InferredTrajectory:
         moved = self._that_moved(differing, named) if stream is None and not self._crowded else None
         before = stream or moved or self._latest
         timestep, change = _read(inputs, None if before is None else before.latent)
-        if moved is not None and timestep != moved.timestep and 0 < change < CONTINUES:
-            moved.conditioning.hold(inputs, differing[moved])  # type: ignore[union-attr]
+        once = None
+        if moved is not None and 0 < change < CONTINUES and self._may_move(moved, timestep, differing[moved]):
+            once = moved.moves(inputs, differing[moved], timestep == moved.timestep, proven=False)
             stream = moved
         why = self._misfit(stream, inputs, timestep, change)
         if named.step_index is not None and named.step_index < self.trajectory.step:
@@ -158,7 +165,7 @@ class InferredTrajectory:
             stream = self.trajectory.streams.renew(stream, named.name)
         stream.repeats = again
         self._note(stream, inputs, named, timestep, later)
-        return Place(self.trajectory, stream, StreamReason.AMBIGUOUS_STREAM if twin else None)
+        return Place(self.trajectory, stream, StreamReason.AMBIGUOUS_STREAM if twin else once if why is None else None)
 
     def _note(self, stream: Stream, inputs: Inputs, named: Named, timestep: float, later: bool) -> None:
         trajectory = self.trajectory
@@ -177,6 +184,15 @@ class InferredTrajectory:
         """Return the only stream that a call may continue with changed conditioning tensors, or None."""
         following = [s for s, places in differing.items() if Streams.follows(s, places, named.name is not None)]
         return following[0] if len(following) == 1 else None
+
+    @staticmethod
+    def _may_move(stream: Stream, timestep: float, places: list[int]) -> bool:
+        """Return whether a call may continue a stream although its tensors at `places` differ: at another timestep, or
+        as a second evaluation, if the first one of this step moved them too."""
+        conditioning = stream.conditioning
+        return timestep != stream.timestep or (
+            conditioning is not None and conditioning.have_moved(places, stream.calls + 1)
+        )
 
     def _misfit(self, stream: Stream | None, inputs: Inputs, timestep: float, change: float) -> TrajectoryReason | None:
         """Return why a call does not belong to the current trajectory, or None if it does. NaN never belongs."""

@@ -111,14 +111,14 @@ def test_passes_are_listed_in_their_order() -> None:
 
 
 def test_overhead_is_rendered_from_its_results() -> None:
-    from benchmarks.overhead.run import report
+    from benchmarks.overhead import report
 
     assert read("overhead.md") == report.render(results("overhead"))
 
 
 @pytest.mark.parametrize("name", ["hoisting", "peak_memory", "predictions"])
 def test_tables_of_other_benchmarks(name: str) -> None:
-    from benchmarks.overhead.run import report
+    from benchmarks.overhead import report
 
     assert "\n".join(report.table(results(name)["rows"])) in read("benchmarks.md")
 
@@ -126,7 +126,7 @@ def test_tables_of_other_benchmarks(name: str) -> None:
 def test_fidelity_is_rendered_from_its_results(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """`python -m benchmarks.fidelity --page` writes the page anew, and prints the table of the README."""
     pytest.importorskip("diffusers")
-    from benchmarks.fidelity.run import run as fidelity
+    from benchmarks.fidelity import run as fidelity
 
     fidelity.main(["--page", "--docs", str(tmp_path)])
     assert read("fidelity.md") == (tmp_path / "fidelity.md").read_text(encoding="utf-8")

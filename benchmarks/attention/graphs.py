@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 
 import dit_rewrite
+from benchmarks.attention import models
 from benchmarks.attention.clock import TOLERANCE, Bench, Run, distance
 from benchmarks.attention.models import Geometry
-from benchmarks.attention.run import models
 from benchmarks.timing import Row, Spread, alternate, ratio
 from dit_rewrite.module import RewrittenModule, twin
 from dit_rewrite.policies import FORA

@@ -26,12 +26,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks.attention import graphs as trajectories
+from benchmarks.attention import models as denoisers
 from benchmarks.attention.cases import blockwise, ceilings, change, window_attention
 from benchmarks.attention.clock import Bench, DeviceClock, HostClock
 from benchmarks.attention.graphs import Flux
 from benchmarks.attention.models import Geometry
-from benchmarks.attention.run import graphs as trajectories
-from benchmarks.attention.run import models as denoisers
 from benchmarks.timing import report, show
 from dit_rewrite.kernels.window_attention import paper_window
 

@@ -16,9 +16,9 @@ from typing import Any
 import torch
 
 import dit_rewrite
+from benchmarks.overhead import report as page
+from benchmarks.overhead import segments
 from benchmarks.overhead.geometries import measure_geometries
-from benchmarks.overhead.run import report as page
-from benchmarks.overhead.run import segments
 from benchmarks.overhead.trajectories import measure_trajectory
 from benchmarks.overhead.warm_start import measure_warm_start
 from benchmarks.timing import Row, Spread, alternate, ratio, report, seconds

@@ -128,7 +128,7 @@ class TappedRunner:
             self.session.stats.miss(MissReason.OUTSIDE_CALL)
             return self._outputs(self.run(*args, *self._before([None] * count, {}, None)))
         occurrence, cache, _ = call.enter(self.index, count)
-        numbers = not isinstance(call.inputs.timestep, (int, float))
+        numbers = call.inputs.number is None
         cache.fit(stamp_of([args[i] for i in self._data], numbers), tuple(args[i] for i in self._static))
         step, lender = call.trajectory.step, self.settings.lender
         past = {now.step: k for k, now in enumerate(cache.past[0].computed)} if count else {}

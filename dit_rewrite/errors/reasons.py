@@ -118,6 +118,9 @@ class StreamReason(Reason):
 
     NEW_STREAM = "no earlier call has the same name, or the same position in its step"
     NEW_CONDITIONING = "the conditioning is a new object, or was changed in place"
+    MOVED_ONCE = (
+        "a tensor was replaced: it counts as input that moves from step to step if the next step replaces it too"
+    )
     AMBIGUOUS_STREAM = "the latent may continue two streams with the same conditioning: name them with cache_context"
     UNREADABLE_INPUT = "an argument contains an object that cannot be inspected and may contain conditioning"
     TOO_MANY_CALLS = "too many calls with the same conditioning have the same timestep"

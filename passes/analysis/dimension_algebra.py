@@ -71,12 +71,13 @@ class Sizes:
     """The symbols of a graph's sizes, and the shapes of its tensors.
 
     ``captured`` has the size of each symbol at capture, None if it depends on data; ``origin`` has the input and the
-    dimension that a symbol comes from.
+    dimension that a symbol comes from; ``equated`` has the pairs of different dimensions that ops require to be equal.
     """
 
     def __init__(self) -> None:
         self.captured: dict[sympy.Symbol, int | None] = {}
         self.origin: dict[sympy.Symbol, tuple[str, int]] = {}
+        self.equated: set[tuple[Dimension, Dimension]] = set()
         self.shapes: dict[fx.Node, Any] = {}  # a list of shapes for an op with several results
         self._unexplained: dict[sympy.Symbol, sympy.Expr] = {}  # and the captured sizes
         self._equal: dict[sympy.Symbol, sympy.Expr] = {}
@@ -146,6 +147,8 @@ class Sizes:
         """Note that two dimensions are equal. `fixed`: if one of them is a number, the other is always that number."""
         if size_of(a) != size_of(b) or size_of(a) == 1:
             return
+        if a != b:
+            self.equated.add((a, b))
         fixed |= any(factor.fixed for factor in (*a, *b))
         parts = list(_aligned(a, b))
         if len(parts) > 1 or parts != [(a, b)]:

@@ -4,7 +4,8 @@ The proof has two parts. The dimension of the tokens is a product of one length 
 order: an op that cuts the image into windows, or puts the width before the height, leaves other factors. And no op
 between the latent and the attention may shuffle tokens within a dimension: each one is pointwise, or has a rule for its
 dimensions (views, products, convolutions, pieces), or normalises, or writes one of the concatenated parts anew. And
-none of them may concatenate several pieces of one axis.
+none of them may concatenate several pieces of one axis, or view tokens in a way that their dimension does not follow.
+Nor may any op of the graph take two orders for one, as the sum of an image and its transpose does.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import torch
 from torch import fx
 
 from dit_rewrite.passes.analysis.dimension_algebra import Dimension, Factor, product, size_of
-from dit_rewrite.passes.analysis.dimension_rules import RULES, SPLITS
+from dit_rewrite.passes.analysis.dimension_rules import RULES, SPLITS, view
 from dit_rewrite.passes.analysis.dimensions import Dimensions
 from dit_rewrite.passes.analysis.graph import aten, is_contraction, is_copy, is_view, operands, packet
 
@@ -41,7 +42,7 @@ def token_grid(core: fx.Node, latent: fx.Node, dimensions: Dimensions) -> TokenG
     `latent` is the input that the image comes from, `dimensions` are those of the graph.
     """
     given = operands(core)[:2]
-    if any(type(node.meta["val"].shape[2]) is not int for node in given):
+    if any(type(node.meta["val"].shape[2]) is not int for node in given) or _joins_orders(latent, dimensions):
         return None
     found = {_grid(dimensions.of(node)[2], latent, dimensions) for node in given}
     if len(found) != 1 or not all(_keeps_order(node, latent, dimensions) for node in given):
@@ -78,9 +79,24 @@ def _axes(tokens: Dimension, latent: fx.Node, dimensions: Dimensions) -> tuple[i
     return tuple(factor.size for factor in tokens) if len(known) == len(axes) and ascending else ()
 
 
-def _axis(factor: Factor, latent: fx.Node, dimensions: Dimensions) -> int | None:
-    """Return the axis of the latent that a factor measures, without the batch; None if it measures something else."""
-    symbols = dimensions.resolved(factor.expression).free_symbols
+def _joins_orders(latent: fx.Node, dimensions: Dimensions) -> bool:
+    """Return whether some op requires two dimensions along different axes of the latent, or along the same axes in
+    another order, to be equal. Its result has the tokens of both orders."""
+    for pair in dimensions.equated:
+        one, other = ([_axis(f, latent, dimensions, True) for f in each if f.size > 1] for each in pair)
+        if one != other and None not in (*one, *other):
+            return True
+    return False
+
+
+def _axis(factor: Factor, latent: fx.Node, dimensions: Dimensions, before: bool = False) -> int | None:
+    """Return the axis of the latent that a factor measures, without the batch; None if it measures something else.
+
+    `before`: before equal axes were given one symbol.
+    """
+    symbols = factor.expression.free_symbols
+    if not (before and symbols and symbols <= dimensions.origin.keys()):
+        symbols = dimensions.resolved(factor.expression).free_symbols
     origins = [dimensions.origin.get(symbol) for symbol in symbols]
     name, axis = origins[0] if len(origins) == 1 and origins[0] is not None else ("", 0)
     return axis if name == latent.name and axis > 0 else None
@@ -98,7 +114,7 @@ def _keeps_order(node: fx.Node, latent: fx.Node, dimensions: Dimensions) -> bool
         if each in seen or each is latent or each not in behind:
             continue
         seen.add(each)
-        ordered = _is_ordered(each) or _writes_a_part(each, dimensions)
+        ordered = _is_ordered(each) and _is_followed(each, dimensions) or _writes_a_part(each, dimensions)
         if not ordered or _joins_pieces(each, latent, dimensions):
             return False
         waiting += each.all_input_nodes
@@ -110,6 +126,15 @@ def _is_ordered(node: fx.Node) -> bool:
     pointwise = torch.Tag.pointwise in getattr(node.target, "tags", ())
     known = of in RULES or of in SPLITS or of in KEEPS_ORDER or node.target is getitem
     return pointwise or known or is_contraction(node) or is_view(node) or is_copy(node)
+
+
+def _is_followed(node: fx.Node, dimensions: Dimensions) -> bool:
+    """Return whether a node is no view with other factors than its operand: one that divides the axes anew."""
+    if RULES.get(packet(node)) is not view:
+        return True
+    before, after = (dimensions.of(each) for each in (node.args[0], node))
+    sizes = [dimensions.resolved(product(tuple(f for each in shape for f in each))) for shape in (before, after)]
+    return bool(sizes[0] == sizes[1])
 
 
 def _joins_pieces(node: fx.Node, latent: fx.Node, dimensions: Dimensions) -> bool:

@@ -56,8 +56,9 @@ class one_graph:
 
     By default `nonzero` breaks the graph (Mochi calls it in every attention branch), and Dynamo treats a Python number
     such as the time as a constant, so that it recompiles when the number changes. `number` names the argument that is
-    the time. Dynamo's settings are global to the process and slow to set, and this context is entered at each call of a
-    model. So they are set only while Dynamo compiles a frame in this thread; Dynamo compiles one frame at a time.
+    the time, as a number or a list of numbers. Dynamo's settings are global to the process and slow to set, and this
+    context is entered at each call of a model. So they are set only while Dynamo compiles a frame in this thread;
+    Dynamo compiles one frame at a time.
     """
 
     __slots__ = ("number", "_outer")
@@ -85,7 +86,8 @@ class one_graph:
         one_graph._before = dynamo.capture_dynamic_output_shape_ops, dynamo.specialize_float, sources
         dynamo.capture_dynamic_output_shape_ops, dynamo.specialize_float = True, False
         if inside.number is not None:
-            compiler.dynamic_sources = ",".join(filter(None, (sources, f"L['{inside.number}']")))
+            one, several = f"L['{inside.number}']", rf"L\['{inside.number}'\]\[\d+\]$"  # the second is a pattern
+            compiler.dynamic_sources = ",".join(filter(None, (sources, one, several)))
 
     @staticmethod
     def _restore(_: object) -> None:

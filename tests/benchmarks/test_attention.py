@@ -12,11 +12,11 @@ import torch
 
 import dit_rewrite
 from benchmarks import timing
+from benchmarks.attention import graphs as attention_graphs
+from benchmarks.attention import models as attention_models
+from benchmarks.attention import run as attention
 from benchmarks.attention.cases import blockwise_attention, kept_pairs, new_state, patterns, roofline, shares
 from benchmarks.attention.clock import Bench, Ceilings, HostClock, Run, distance, fastest
-from benchmarks.attention.run import graphs as attention_graphs
-from benchmarks.attention.run import models as attention_models
-from benchmarks.attention.run import run as attention
 from benchmarks.timing import Row, Spread
 
 BARE = """

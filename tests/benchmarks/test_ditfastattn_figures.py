@@ -14,8 +14,8 @@ pytest.importorskip("diffusers")
 pytest.importorskip("matplotlib")
 pytest.importorskip("torchmetrics")
 
+from benchmarks.ditfastattn import figures as bench  # noqa: E402
 from benchmarks.ditfastattn.page import by_steps, draw, render  # noqa: E402
-from benchmarks.ditfastattn.run import figures as bench  # noqa: E402
 from benchmarks.record import Record  # noqa: E402
 from dit_rewrite.policy.plan import Choice  # noqa: E402
 from tests.benchmarks.test_tables import small_denoiser  # noqa: E402

@@ -14,9 +14,9 @@ pytest.importorskip("diffusers")
 pytest.importorskip("matplotlib")
 pytest.importorskip("torchmetrics")
 
+from benchmarks.dqar_fidelity import run as dqar_fidelity  # noqa: E402
 from benchmarks.dqar_fidelity.claims import beyond_noise, judge, nearest  # noqa: E402
 from benchmarks.dqar_fidelity.rows import STEPS, Recipe, Result, fewer, recipes  # noqa: E402
-from benchmarks.dqar_fidelity.run import run as dqar_fidelity  # noqa: E402
 from benchmarks.record import Claim  # noqa: E402
 from benchmarks.timing import Spread  # noqa: E402
 from dit_rewrite.policy.serialise import from_json  # noqa: E402

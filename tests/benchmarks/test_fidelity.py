@@ -14,6 +14,7 @@ pytest.importorskip("diffusers")
 pytest.importorskip("matplotlib")
 
 import dit_rewrite  # noqa: E402
+from benchmarks.fidelity import run as fidelity  # noqa: E402
 from benchmarks.fidelity.claims import best_control, by_calls, by_flops, by_time, judge  # noqa: E402
 from benchmarks.fidelity.report import front  # noqa: E402
 from benchmarks.fidelity.rows import (  # noqa: E402
@@ -27,7 +28,6 @@ from benchmarks.fidelity.rows import (  # noqa: E402
     policies,
     recipes,
 )
-from benchmarks.fidelity.run import run as fidelity  # noqa: E402
 from benchmarks.fidelity.toys import TOYS, Toy, calls  # noqa: E402
 from benchmarks.record import Claim  # noqa: E402
 from benchmarks.timing import Spread  # noqa: E402

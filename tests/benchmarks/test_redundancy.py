@@ -12,9 +12,9 @@ pytest.importorskip("diffusers")
 pytest.importorskip("rich")
 
 import dit_rewrite
+from benchmarks.redundancy import run as redundancy
 from benchmarks.redundancy.claims import judge
 from benchmarks.redundancy.report import render
-from benchmarks.redundancy.run import run as redundancy
 from tests.helpers.planted import CHANNELS, RATES, Planted, planted_calls
 
 ROOT = Path(__file__).parents[2]

@@ -8,9 +8,9 @@ import json
 import pytest
 import torch
 
+from benchmarks.static_kernels import run
 from benchmarks.static_kernels.cases import Case, every, quick
 from benchmarks.static_kernels.compile import Figures, Launch, Loop, figures, innermost_loops, instructions, resident
-from benchmarks.static_kernels.run import run
 
 pytest.importorskip("triton")
 

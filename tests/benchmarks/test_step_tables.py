@@ -10,9 +10,9 @@ import pytest
 pytest.importorskip("diffusers")
 pytest.importorskip("rich")
 
+from benchmarks.step_tables import run as bench  # noqa: E402
 from benchmarks.step_tables.models import MODELS  # noqa: E402
 from benchmarks.step_tables.report import count, percent, render, size  # noqa: E402
-from benchmarks.step_tables.run import run as bench  # noqa: E402
 from benchmarks.timing import RESULTS  # noqa: E402
 
 BY_NAME = {model.name: model for model in MODELS}

@@ -21,10 +21,10 @@ from diffusers import DiTTransformer2DModel  # noqa: E402
 import dit_rewrite  # noqa: E402
 from benchmarks import cached_attention  # noqa: E402
 from benchmarks.cached_attention import Kept, bisect, reused_by_step  # noqa: E402
+from benchmarks.ditfastattn import run as ditfastattn  # noqa: E402
 from benchmarks.ditfastattn.run import find_plan, run_flops, shares, windowed  # noqa: E402
-from benchmarks.ditfastattn.run import run as ditfastattn  # noqa: E402
+from benchmarks.dqar_fidelity import run as dqar_fidelity  # noqa: E402
 from benchmarks.dqar_fidelity.rows import Result  # noqa: E402
-from benchmarks.dqar_fidelity.run import run as dqar_fidelity  # noqa: E402
 from benchmarks.record import Record  # noqa: E402
 from benchmarks.timing import Spread  # noqa: E402
 from dit_rewrite.demo.shapes import text_model  # noqa: E402

@@ -141,8 +141,7 @@ def test_conditioning_changed_in_place(mode: str) -> None:
 
 @MODES
 def test_conditioning_made_anew_at_each_call(mode: str) -> None:
-    """Explicit: streams are matched by value. Inferred: only the identical object proves that the stream is the
-    same."""
+    """Streams are matched by value."""
     model = tiny.build()
     compiled = rewritten(model)
     cond, other = calls(7), condition(9)
@@ -151,12 +150,9 @@ def test_conditioning_made_anew_at_each_call(mode: str) -> None:
         both += [{**arguments, "condition": arguments["condition"].clone()}, {**arguments, "condition": other.clone()}]
     with trajectory_of(compiled, mode, 7):
         found = outputs(compiled, both)
-    if mode == "explicit":
-        assert same(found[::2], fora(model, cond))
-        assert same(found[1::2], fora(model, both[1::2]))
-        assert row(compiled, 14) == "CCRRRRCCRRRRCC"
-    else:
-        assert same(found, outputs(model, both))
+    assert same(found[::2], fora(model, cond))
+    assert same(found[1::2], fora(model, both[1::2]))
+    assert row(compiled, 14) == "CCRRRRCCRRRRCC"
 
 
 @MODES

@@ -8,6 +8,7 @@ import types
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -68,6 +69,33 @@ def test_timestep_by_name(name: str) -> None:
     reader = Reader(lambda hidden_states, **kwargs: None)
     assert is_(reader.read((X,), {"condition": C, name: T}), X, T, C)
     assert reader.read((X,), {name: 0.5}).timestep == 0.5
+
+
+@pytest.mark.parametrize(
+    "given", [3, 3.0, np.float32(3), np.float64(3), np.int64(3)], ids=lambda given: type(given).__name__
+)
+def test_a_number_as_timestep(given: Any) -> None:
+    found = read(X, given, C)
+    assert (found.timestep, found.number, found.conditioning) == (3, "timestep", (C,))
+    assert not found.opaque
+
+
+@pytest.mark.parametrize("given", [[3, 2.5], (3.0, 2.5), [np.float32(3), np.float32(2.5)]], ids=str)
+def test_a_number_for_each_sample(given: Any) -> None:
+    found = read(X, given, C)
+    assert isinstance(found.timestep, Tensor) and found.timestep.tolist() == [3, 2.5]
+    assert (found.number, found.rest) == ("timestep", read(X, [1.0, 1.0], C).rest)
+
+
+@pytest.mark.parametrize("given", [[], [True, False], ["a"], [T, T], True], ids=str)
+def test_what_is_no_timestep(given: Any) -> None:
+    assert read(X, given, C).timestep is None
+
+
+def test_numbers_of_numpy_compare_by_value() -> None:
+    same, other = (read(X, T, C, np.float32(scale)) for scale in (2, 3))
+    assert same.rest == read(X, T, C, np.float32(2)).rest != other.rest
+    assert not same.opaque
 
 
 def test_a_timestep_of_none_is_passed_over() -> None:

@@ -212,6 +212,7 @@ def provable(sampler: Sampler, seen: Seen) -> bool:
     """
     if not sampler.marked:
         cut = sampler.varying and 1 in sampler.pictures[: seen.picture] and (seen.step == 1 or sampler.evaluations > 1)
+        cut = cut or (sampler.evaluations > 1 and sampler.replaced_at < sampler.steps)  # the pair may be two pictures
         return (
             not cut
             and sampler.twins == sampler.windows == 1
@@ -234,10 +235,6 @@ def samplers(draw: st.DrawFn, marked: bool) -> Sampler:
     prompts = draw(st.integers(1, 2))
     windows = draw(st.integers(1, 4 // prompts))
     time = draw(st.sampled_from((*SCHEDULED, *COUNTED) if marked else ("value", "float", "scaled", "index")))
-    replaced = marked and time not in (
-        "unknown",
-        "device",
-    )  # a new prompt tensor may be varying
     return Sampler(
         time=time,
         pictures=tuple(pictures),
@@ -256,7 +253,7 @@ def samplers(draw: st.DrawFn, marked: bool) -> Sampler:
         steady=draw(st.booleans()),
         evaluations=draw(st.sampled_from([1, 1, 2])),
         unguided_from=draw(st.integers(1, 9)),
-        replaced_at=draw(st.sampled_from([2, 9, 9, 9])) if replaced else 9,
+        replaced_at=draw(st.sampled_from([1, 2, 9, 9])),
         rising=draw(st.booleans()),
         marked=marked,
     )
@@ -289,6 +286,20 @@ HARD = {
     "a second picture on an unknown time": Sampler("unknown", pictures=(2, 3), prompts=2, twins=2, replaced_at=2),
     "guidance of the first step, and a prompt that changes": Sampler(
         prompts=2, conditioning=ANEW, steady=True, unguided_from=1, replaced_at=2
+    ),
+    "a prompt that is exchanged in the second step": Sampler(conditioning=ANEW, steady=True, replaced_at=1),
+    "prompts that are exchanged in the second step, beside varying inputs": Sampler(
+        prompts=2, conditioning=ANEW, varying="call", steady=True, replaced_at=1
+    ),
+    "a second-order solver with varying inputs on windows": Sampler(windows=2, varying="call", evaluations=2),
+    "a prompt that is exchanged in the second step, inferred": Sampler(
+        "value", conditioning=ANEW, steady=True, replaced_at=1, marked=False
+    ),
+    "a prompt made anew at each call that is exchanged later, inferred": Sampler(
+        "value", conditioning=ANEW, steady=True, replaced_at=2, marked=False
+    ),
+    "a second-order solver with varying inputs, inferred": Sampler(
+        "value", varying="call", steady=True, evaluations=2, marked=False
     ),
     "perturbed guidance, inferred": Sampler("value", twins=2, marked=False),
     "prompts made anew, inferred": Sampler("value", prompts=2, conditioning=ANEW, steady=True, marked=False),

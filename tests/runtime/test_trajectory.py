@@ -175,6 +175,34 @@ def test_frames_at_several_steps_have_no_noise_of_one() -> None:
     assert found == [(0, 1.0), (1, None), (2, None)]
 
 
+@pytest.mark.parametrize("in_place", [False, True])
+@pytest.mark.parametrize("times", [(1.0, 9.0), (9.5, 9.0)], ids=["before it in time", "behind it"])
+def test_a_warm_up_call_of_another_picture(times: tuple[float, ...], in_place: bool) -> None:
+    """Without a schedule, the first change of the time shows no direction yet: the latent must continue the last."""
+    see, x = explicit(9), latent(0.0)
+
+    def call(turn: float, time: float) -> Any:
+        found = x.copy_(latent(turn)) if in_place else latent(turn)
+        return see(Inputs(found, torch.tensor(time), (C,)))
+
+    call(2.0, times[0])
+    assert call(0.0, times[1]) == (TrajectoryReason.NEW_LATENT, 0, 0)
+    assert call(0.1, 8.0) == (1, 0)
+    assert call(2.0, 7.0) == (2, 0), "then the latent is not read any more"
+
+
+def test_a_time_outside_the_schedule_proves_nothing() -> None:
+    scheduler = SimpleNamespace(timesteps=torch.tensor([9.0, 8.0, 7.0, 6.0, 5.0]))
+    see, t = explicit(scheduler=scheduler), scheduler.timesteps
+    see(inputs(2.0, torch.tensor(1.0)))
+    assert see(inputs(0.0, t[0])) == (TrajectoryReason.NEW_LATENT, 0, 0)
+    assert see(inputs(0.1, t[1])) == (1, 0)
+    assert see(inputs(0.2, t[3])) == (3, 0), "an entry is left out, and the latent goes on"
+    assert see(inputs(2.0, t[4])) == (4, 0), "the next entry needs no latent"
+    assert see(inputs(0.0, t[0])) == (TrajectoryReason.TIMESTEP_TURNED, 0, 0)
+    assert see(inputs(2.0, t[2])) == (TrajectoryReason.NEW_LATENT, 0, 0)
+
+
 def test_a_denoiser_that_joins_late_shares_the_clock() -> None:
     """The second expert of a pipeline starts in the middle of the schedule with an empty cache."""
     scheduler = SimpleNamespace(timesteps=torch.tensor([9.0, 8.0, 7.0, 6.0]))
@@ -243,11 +271,10 @@ def test_inferred_second_evaluation() -> None:
 def test_inferred_conditioning() -> None:
     see, given = inferred(), torch.zeros(3)
     see(inputs(0.0, 9.0, given))
-    assert see(inputs(0.1, 8.0, given.clone())) == (TrajectoryReason.NEW_CONDITIONING, 0, 0)
-    see(inputs(0.0, 9.0, given))
+    assert see(inputs(0.1, 8.0, given.clone())) == (1, 0), "equal by value"
     given.add_(1)
-    assert see(inputs(0.1, 8.0, given)) == (TrajectoryReason.NEW_CONDITIONING, 0, 0)
-    assert see(inputs(0.2, 7.0, given)) == (1, 0)
+    assert see(inputs(0.2, 7.0, given)) == (TrajectoryReason.NEW_CONDITIONING, 0, 0)
+    assert see(inputs(0.3, 6.0, given)) == (1, 0)
 
 
 def test_inferred_latent_of_another_shape() -> None:
@@ -271,7 +298,7 @@ def test_inferred_streams_share_latent_and_timestep() -> None:
     assert see(inputs(0.0, 9.0, U)) == (0, 1)
     assert see(inputs(0.1, 8.0, C)) == (1, 0)
     assert see(inputs(0.1, 8.0, U)) == (1, 1)
-    assert see(inputs(0.1, 7.0, torch.ones(3))) == (TrajectoryReason.NEW_CONDITIONING, 0, 0), "another timestep"
+    assert see(inputs(0.1, 7.0, 2 * torch.ones(3))) == (TrajectoryReason.NEW_CONDITIONING, 0, 0), "another timestep"
 
 
 def test_inferred_stream_of_another_noise_is_a_new_trajectory() -> None:

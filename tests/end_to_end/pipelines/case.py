@@ -57,6 +57,9 @@ class PipelineCase:
     steps_run: Callable[[int], tuple[range, ...]] = every_step
     """Which of the steps asked for each denoiser runs: not all where the pipeline starts late or changes experts."""
     output_type: str = "latent"
+    moving: bool = False
+    """Whether tensors beside the latent are others at each step, such as residuals: this is learned at the second step,
+    which computes."""
 
     def call(self, pipe: Any, steps: int, seed: int = 0, guidance: bool = False, **extra: Any) -> Tensor:
         """The final latents of one run; the seed determines noise and prompt."""

@@ -280,7 +280,7 @@ CASES = (
     PipelineCase("pixart_alpha", partial(build_pixart, True), pixart_arguments, one_call),
     PipelineCase("pixart_sigma", partial(build_pixart, False), pixart_arguments, one_call),
     PipelineCase("sd3", build_sd3_pipeline, sd3_arguments, one_call),
-    PipelineCase("sd3_controlnet", build_sd3_controlnet, sd3_controlnet_arguments, one_call),
+    PipelineCase("sd3_controlnet", build_sd3_controlnet, sd3_controlnet_arguments, one_call, moving=True),
     PipelineCase("sana", build_sana, sana_arguments, one_call),
     PipelineCase("aura_flow", build_aura_flow, aura_flow_arguments, one_call),
     PipelineCase("hidream", build_hidream, hidream_arguments, one_call),

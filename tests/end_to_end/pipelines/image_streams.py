@@ -276,7 +276,7 @@ CASES = (
     PipelineCase("flux", build_flux_pipeline, flux_arguments, two_calls),
     PipelineCase("flux_img2img", build_flux_img2img, flux_img2img_arguments, two_calls, steps_run=second_half),
     PipelineCase("flux_inpaint", build_flux_inpaint, flux_inpaint_arguments, two_calls, steps_run=second_half),
-    PipelineCase("flux_controlnet", build_flux_controlnet, flux_controlnet_arguments, two_calls),
+    PipelineCase("flux_controlnet", build_flux_controlnet, flux_controlnet_arguments, two_calls, moving=True),
     PipelineCase("flux2", partial(build_flux2, 0), flux2_arguments, one_call, guidance=(False,)),
     PipelineCase("flux2_image", partial(build_flux2, 4), flux2_image_arguments, one_call, guidance=(False,)),
     PipelineCase("flux2_klein", build_flux2_klein, flux2_klein_arguments, two_calls),

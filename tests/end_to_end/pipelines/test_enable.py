@@ -38,11 +38,13 @@ def every_second_step(case: PipelineCase) -> Policy:
 def expected(case: PipelineCase, guidance: bool, steps: int) -> dict[str, Counter[tuple[int, str]]]:
     """If every second step reuses, how often each denoiser computes or reuses at each step.
 
-    Even steps compute; odd ones reuse, except for a denoiser's first step, which has nothing to reuse.
+    Even steps compute; odd ones reuse, except for a denoiser's first step, which has nothing to reuse, and the second
+    one where inputs move.
     """
     calls, found = case.calls_a_step(guidance), {}
     for name, indices in zip(case.denoisers, case.steps_run(steps), strict=True):
-        done = {i: "reuse" if i % 2 and i != indices.start else "compute" for i in indices}
+        computed = {indices.start, indices.start + case.moving}
+        done = {i: "reuse" if i % 2 and i not in computed else "compute" for i in indices}
         found[name] = Counter({pair: calls for pair in done.items()})
     return found
 

@@ -59,6 +59,28 @@ def test_orders_of_an_image(order: Order, grid: TokenGrid | None) -> None:
     assert found(image(order)) == [grid]
 
 
+SQUARE = (2, 3, 4, 4)
+
+
+def rows(x: Tensor) -> Tensor:
+    return x.flatten(2).transpose(1, 2)
+
+
+@pytest.mark.parametrize(
+    ("order", "shape"),
+    [
+        (lambda x: rows(x + x.transpose(2, 3)), SQUARE),
+        (lambda x: (x + x.transpose(2, 3)).permute(0, 2, 3, 1).flatten(0, 1), SQUARE),
+        (lambda x: rows(torch.cat([x, x.transpose(2, 3)], 1).unflatten(1, (2, -1)).sum(1)), SQUARE),
+        (lambda x: rows(x) + rows(x.transpose(2, 3)), IMAGE),
+        (lambda x: rows(x + x.transpose(2, 3).reshape(x.shape)), IMAGE),
+    ],
+    ids=["sum", "one row of a sum", "side by side", "sum of tokens", "divided anew"],
+)
+def test_an_image_and_its_transpose_have_no_order(order: Order, shape: tuple[int, ...]) -> None:
+    assert found(image(order, shape)) == [None]
+
+
 def test_windows_of_an_image_are_no_grid_of_it() -> None:
     """Their tokens are a part of the width, which is no axis of the latent."""
     assert found(image(cut, (2, 3, 4, 12))) == [None]
