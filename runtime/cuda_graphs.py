@@ -9,11 +9,13 @@ overwritten while a slot keeps a value in it.
 
 from __future__ import annotations
 
+import threading
 import traceback
 import warnings
 import weakref
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -152,9 +154,8 @@ class StreamGraphs:
         variant.graph = Captured(executable, bound, replay)
         variant.captures += 1
         graphs = (each.graph.bytes for each in self._variants.values() if each.graph is not None)
-        before, self.bytes = self.bytes, self._buffers.bytes + sum(graphs)
+        self.bytes = self._buffers.bytes + sum(graphs)
         self._stats.add("captures")
-        self._stats.add("graph_bytes", self.bytes - before)
 
     def _retry(self, variant: Variant, why: GraphReason) -> None:
         """Drop a graph whose weights have moved. The next call captures it again, unless that happened too often."""
@@ -228,9 +229,42 @@ class Graphs:
         """Drop up to `most` graphs that serve no cache. Returns how many were dropped."""
         free = [each for each in self._all if each is not but and each.is_free][:most]
         self._all = [each for each in self._all if each not in free]
-        self._stats.add("graph_bytes", -sum(each.bytes for each in free))
         return len(free)
+
+    def clear(self) -> None:
+        """Drop all graphs. The next calls capture new ones."""
+        self._all, self._pools = [], {}
 
     @property
     def bytes(self) -> int:
         return sum(each.bytes for each in self._all)
+
+
+class AllGraphs:
+    """The captured graphs of all threads that call one model. A thread owns its graphs, which end with it."""
+
+    def __init__(self, device: Device, stats: Stats, limit: Callable[[], int]) -> None:
+        """Each thread captures by `device`, and its graphs take at most `limit` bytes."""
+        self._make = partial(Graphs, device, stats, limit)
+        self._each: weakref.WeakSet[Graphs] = weakref.WeakSet()
+        self._lock = threading.Lock()
+
+    def of_thread(self) -> Graphs:
+        """Return a new collection of graphs for the calling thread, which has to keep it."""
+        made = self._make()
+        with self._lock:
+            self._each.add(made)
+        return made
+
+    def clear(self) -> None:
+        """Drop the graphs of all threads."""
+        for graphs in self._alive():
+            graphs.clear()
+
+    @property
+    def bytes(self) -> int:
+        return sum(graphs.bytes for graphs in self._alive())
+
+    def _alive(self) -> list[Graphs]:
+        with self._lock:
+            return list(self._each)
