@@ -1,4 +1,4 @@
-"""The public functions that rewrite a model or a pipeline, predict what a policy saves, and undo the rewrite."""
+"""The public functions that rewrite a model or a pipeline, predict the costs of a policy, and undo the rewrite."""
 
 from __future__ import annotations
 
@@ -56,8 +56,8 @@ def compile(
     segments are compiled once, and decisions can be made between them), or "auto": variants unless there are more than
     `max_variants` of them, or a guard measures the call that it decides. Values that depend on the conditioning alone
     are computed once per trajectory, which is exact; `disable_passes=("hoist",)` turns that off. `dump` is a folder for
-    the graph after each pass and the diffs. `timing` measures the time of each call,
-    which `explain` sets beside the prediction; it waits for the device twice per call.
+    the graph after each pass and the diffs. `timing` measures the time of each call, which `explain` sets beside the
+    prediction; it waits for the device twice per call.
 
     `memory_budget` is the maximum number of bytes that the slots of all streams of a trajectory take, by default half
     of the memory of the model's device. If the slots of one stream, or of two where the pipeline names its streams, do

@@ -22,7 +22,7 @@ from dit_rewrite.errors import TorchChanged
 
 
 class Private(NamedTuple):
-    """A private API: the torch versions in which it was found, and what is not possible without it."""
+    """A private API: the torch versions in which it was found, and the task that is not possible without it."""
 
     versions: str
     without: str

@@ -2,8 +2,8 @@
 
 A captured graph reads and writes fixed addresses. Weights are read where they are. Every other input has a buffer that
 is filled before a replay; the value of a slot is copied there once, and the slot keeps it there. New values of slots,
-and values that only the next segment reads, are written to buffers within the graph; whatever else a graph returns is
-copied to new memory. So nothing is read from the memory that graphs share after another graph ran, and no buffer is
+and values that only the next segment reads, are written to buffers within the graph; all other results are copied to
+new memory. So nothing is read from the memory that graphs share after another graph ran, and no buffer is
 overwritten while a slot keeps a value in it.
 """
 
@@ -41,10 +41,10 @@ Key = tuple[int, Stamp, tuple[torch.device, Hashable]]  # the graph, its inputs,
 
 
 class Device(Protocol):
-    """What captures graphs."""
+    """Captures graphs."""
 
     def queue(self, device: torch.device) -> Hashable | GraphReason:
-        """Return which queue of the device work now goes to (a CUDA stream), or why nothing can be captured there."""
+        """Return the queue of the device that now takes work (a CUDA stream), or why nothing can be captured there."""
 
     def pool(self, device: torch.device) -> Pool:
         """Return a new pool, for graphs that run in the current queue."""
@@ -52,7 +52,7 @@ class Device(Protocol):
 
 @dataclass
 class Variant:
-    """What is known of a variant in one stream. ``results``: the layouts of its last results, numbers as they are."""
+    """The state of a variant in one stream. ``results`` are the layouts of its last results, or numbers themselves."""
 
     runs: int = 0
     captures: int = 0
@@ -64,14 +64,14 @@ class Variant:
 class StreamGraphs:
     """The graphs of one captured graph's variants, for one stream and one shape of the inputs.
 
-    Cache by cache, they serve the streams of one trajectory after the other. ``plainly``: whether a segment of the
-    current call ran without its graph.
+    They serve one cache at a time: a stream of this trajectory, then one of the next. ``plainly``: whether a segment of
+    the current call ran without its graph.
     """
 
     def __init__(self, key: Key, roles: Roles, pool: Pool, stats: Stats, owner: Graphs) -> None:
         self.key, self.plainly, self.bytes = key, False, 0
         self._roles, self._pool, self._stats = roles, pool, stats
-        self._owner: Graphs = weakref.proxy(owner)  # without a cycle, memory is free as soon as nobody needs it
+        self._owner: Graphs = weakref.proxy(owner)  # without a cycle, memory is freed as soon as nobody needs it
         self._buffers = Buffers()
         self._variants: dict[tuple[int, DecisionRow], Variant] = {}
         self._cache: weakref.ref[Cache] | None = None
@@ -193,7 +193,7 @@ class Graphs:
     def serve(
         self, graph: int, cache: Cache, stamp: Stamp, wiring: Wiring, sites: Sequence[SiteSpec]
     ) -> StreamGraphs | None:
-        """Return the graphs for a call of graph number `graph` whose inputs have this stamp; None where there are none.
+        """Return the graphs for a call of graph number `graph` whose inputs have this stamp, or None without any.
 
         A call in another queue of the device has other graphs, because graphs of one pool may not run side by side.
         """
@@ -241,7 +241,7 @@ class Graphs:
 
 
 class AllGraphs:
-    """The captured graphs of all threads that call one model. A thread owns its graphs, which end with it."""
+    """The captured graphs of all threads that call one model. A thread owns its graphs; they are freed when it ends."""
 
     def __init__(self, device: Device, stats: Stats, limit: Callable[[], int]) -> None:
         """Each thread captures by `device`, and its graphs take at most `limit` bytes."""
@@ -250,7 +250,7 @@ class AllGraphs:
         self._lock = threading.Lock()
 
     def of_thread(self) -> Graphs:
-        """Return a new collection of graphs for the calling thread, which has to keep it."""
+        """Return a new collection of graphs for the calling thread, which must keep the only reference."""
         made = self._make()
         with self._lock:
             self._each.add(made)

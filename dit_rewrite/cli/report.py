@@ -49,7 +49,7 @@ def run(arguments: argparse.Namespace) -> Outcome:
 
 
 def described(model: nn.Module, arguments: argparse.Namespace) -> dict[str, object]:
-    """Return what the page says about the model."""
+    """Return the facts about the model that the page shows."""
     parameters = list(model.parameters())
     return {
         "model": arguments.model,

@@ -95,7 +95,7 @@ class Rewritten:
 
     @cached_property
     def step_table(self) -> StepTable | None:
-        """What the step table holds and saves, or None if there is none."""
+        """The analysis of the step table, or None if there is none."""
         if self.tables is None or not self.has_table:
             return None
         reused = [value for i in self.reached for value in self.found.sites[i].values]
@@ -165,7 +165,7 @@ class Rewritten:
     def straight(self, row: DecisionRow, with_table: bool = True) -> Variant:
         """Return the whole graph specialised for a row of decisions, as one segment, to print it or to count its FLOPs.
 
-        Without the step table, it computes what a step would read from there.
+        Without the step table, it computes the values that a step would read from there.
         """
         tables = self.tables if with_table else None
         return specialise(self.guarded, row, whole(self.gm, self.partition.sites), tables=tables)

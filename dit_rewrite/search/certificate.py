@@ -62,16 +62,16 @@ class Control:
 
 @dataclass(frozen=True)
 class AutoPolicy:
-    """What `autopolicy` returns.
+    """The result of `autopolicy`.
 
-    ``policy`` is the policy to use; if the control wins it reuses nothing, and ``control`` is what to run. ``bound`` is
+    ``policy`` is the policy to use; if the control wins it reuses nothing, and ``control`` is to be run. ``bound`` is
     the bound as text. ``cost`` is the time or the FLOPs, as ``measure`` says, over those of a run that computes
     everything; ``seconds`` is the time of a run if it was measured. ``cache_bytes`` is the predicted size of all caches
-    and ``peak_bytes`` the largest size in a run, None in older files. ``model``, ``steps`` and ``scheduler`` say what
-    the policy is valid for. ``place``, ``computed`` and ``style`` describe the forecasts: the place, the steps that
-    compute, and the weights. ``predicted`` is the objective of the dynamic programme, ``calibration_error`` the mean
-    error of the images of the search, and ``errors`` those on held-out seeds. ``rank_correlation`` is Spearman's, of
-    predicted and measured errors over the ``trials`` of the search.
+    and ``peak_bytes`` the largest size in a run, None in older files. The policy is valid for ``model``, ``steps`` and
+    ``scheduler``. ``place``, ``computed`` and ``style`` describe the forecasts: the place, the steps that compute, and
+    the weights. ``predicted`` is the objective of the dynamic programme, ``calibration_error`` the mean error of the
+    images of the search, and ``errors`` those on held-out seeds. ``rank_correlation`` is Spearman's, of predicted and
+    measured errors over the ``trials`` of the search.
     """
 
     policy: Policy

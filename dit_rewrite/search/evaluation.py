@@ -1,4 +1,4 @@
-"""The error and the cost of any policy on a model, seed by seed: what `tune` minimises."""
+"""The error and the cost of any policy on a model, seed by seed, which `tune` minimises."""
 
 from __future__ import annotations
 
