@@ -8,8 +8,7 @@ from dit_rewrite import errors, guards, policies
 from dit_rewrite.analysis.analyze import analyze
 from dit_rewrite.analysis.result import Analysis
 from dit_rewrite.analysis.reuse_errors import reuse_errors
-from dit_rewrite.compile import RewrittenModule, compile, predict, restore
-from dit_rewrite.enable import enable
+from dit_rewrite.compile import RewrittenModule, compile, enable, predict, restore
 from dit_rewrite.policy import bases
 from dit_rewrite.policy.rules import Policy, Rule
 from dit_rewrite.policy.strategies import (

@@ -1,4 +1,4 @@
-"""The public functions `compile` and `restore`."""
+"""The public functions that rewrite a model or a pipeline, predict the costs of a policy, and undo the rewrite."""
 
 from __future__ import annotations
 
@@ -6,19 +6,21 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
+from torch import nn
 
-from dit_rewrite.compiler.lowering import InnerBackend
+from dit_rewrite.compiler.backend import Backend
+from dit_rewrite.compiler.lowering import InnerBackend, Lowering
 from dit_rewrite.compiler.request import Tables
-from dit_rewrite.denoiser import compile_denoiser, restore_denoiser
-from dit_rewrite.enable import disable, enable
-from dit_rewrite.errors import NotCaptured, PredictionReason
-from dit_rewrite.module import RewrittenModule, backend_of
+from dit_rewrite.enable import disable, enabled, required_denoisers
+from dit_rewrite.errors import NotAModule, NotCaptured, NotRewritten, PolicyForOtherModel, PredictionReason
+from dit_rewrite.module import RewrittenModule, attach, backend_of, detach, unwrapped
 from dit_rewrite.policies import as_policy
+from dit_rewrite.policy.plan import fingerprint
 from dit_rewrite.policy.rules import Policy
+from dit_rewrite.report.dump import Dump
 from dit_rewrite.report.prediction import Prediction, predict_model
 
-__all__ = ["RewrittenModule", "compile", "predict", "restore"]
+__all__ = ["RewrittenModule", "compile", "enable", "predict", "restore"]
 
 
 def compile(
@@ -54,8 +56,8 @@ def compile(
     segments are compiled once, and decisions can be made between them), or "auto": variants unless there are more than
     `max_variants` of them, or a guard measures the call that it decides. Values that depend on the conditioning alone
     are computed once per trajectory, which is exact; `disable_passes=("hoist",)` turns that off. `dump` is a folder for
-    the graph after each pass and the diffs. `timing` measures the time of each call,
-    which `explain` sets beside the prediction; it waits for the device twice per call.
+    the graph after each pass and the diffs. `timing` measures the time of each call, which `explain` sets beside the
+    prediction; it waits for the device twice per call.
 
     `memory_budget` is the maximum number of bytes that the slots of all streams of a trajectory take, by default half
     of the memory of the model's device. If the slots of one stream, or of two where the pipeline names its streams, do
@@ -78,23 +80,49 @@ def compile(
     The model is compiled at its first call, for inference only. Raises NotAModule if `model` is not a module,
     BadArgument for other invalid arguments, and PlanMismatch for a policy that was searched for another model.
     """
-    given: dict[str, Any] = {
-        "backend": backend,
-        "mode": mode,
-        "options": options,
-        "fullgraph": fullgraph,
-        "dynamic": dynamic,
-        "lowering": lowering,
-        "max_variants": max_variants,
-        "dump": dump,
-        "disable_passes": disable_passes,
-        "memory_budget": memory_budget,
-        "timing": timing,
-        "tables": tables,
-        "release": release,
-        "cuda_graphs": cuda_graphs,
-    }
-    return enable(model, policy, **given) if is_pipeline(model) else compile_denoiser(model, policy, **given)
+    policy = as_policy(policy)
+    lower = Lowering.of(backend, mode, options, lowering, max_variants)
+
+    def rewrite(denoiser: nn.Module) -> RewrittenModule:
+        if policy.made_for is not None and fingerprint(denoiser) != policy.made_for.model:
+            raise PolicyForOtherModel(policy)
+        made = Backend(
+            denoiser,
+            policy,
+            lower,
+            watcher=None if dump is None else Dump(Path(dump)),
+            disable_passes=disable_passes,
+            memory_budget=memory_budget,
+            timing=timing,
+            tables=tables,
+            release=release,
+            cuda_graphs=cuda_graphs,
+        )
+        return attach(denoiser, made, fullgraph, dynamic)
+
+    if not is_pipeline(model):
+        return rewrite(_module(model))
+    for name, denoiser in required_denoisers(model).items():
+        setattr(model, name, rewrite(denoiser))  # also removes torch.compile's wrapper
+    return enabled(model)
+
+
+def enable(pipe: Any, policy: Policy | str | None = None, *, quiet: bool = False, **options: Any) -> Any:
+    """Rewrite every denoiser of a diffusers pipeline in place, and open a trajectory around each call of it.
+
+    Returns `pipe` itself. `options` are those of `compile`. Without a `policy` the denoisers must be rewritten already,
+    as in a pipeline made by `from_pipe`, and keep their policies. After the first run, one line on stderr reports the
+    fraction of reused values, unless `quiet`; a run that reuses nothing gives a warning. `restore` undoes it.
+
+    Raises NoTransformer if the pipeline has no denoiser, NotRewritten if there is no policy, and the errors of
+    `compile`.
+    """
+    found = required_denoisers(pipe)
+    if policy is not None:
+        compile(pipe, policy, **options)
+    elif not all(isinstance(model, RewrittenModule) for model in found.values()):
+        raise NotRewritten(type(pipe).__name__)
+    return enabled(pipe, quiet)
 
 
 def predict(
@@ -114,9 +142,16 @@ def predict(
 
 def restore(model: Any) -> Any:
     """Undo `compile` on a model, or `enable` on a pipeline; returns the same object."""
-    return disable(model) if is_pipeline(model) else restore_denoiser(model)
+    return disable(model) if is_pipeline(model) else detach(_module(model))
 
 
 def is_pipeline(model: object) -> bool:
     """Return whether an object is a pipeline: callable, with named components, and not a module."""
-    return callable(model) and hasattr(model, "components") and not isinstance(model, torch.nn.Module | type)
+    return callable(model) and hasattr(model, "components") and not isinstance(model, nn.Module | type)
+
+
+def _module(model: Any) -> nn.Module:
+    model = unwrapped(model)
+    if not isinstance(model, nn.Module):
+        raise NotAModule(model)
+    return model

@@ -1,4 +1,4 @@
-"""Rewrite the denoisers of a diffusers pipeline, and make each call of the pipeline an explicit trajectory.
+"""Make each call of a diffusers pipeline an explicit trajectory of its rewritten denoisers.
 
 The pipeline stays the same object. Its class is replaced by a subclass of its class, as in torch's `fully_shard`.
 """
@@ -17,19 +17,15 @@ from typing import Any
 
 from torch import nn
 
-from dit_rewrite.denoiser import compile_denoiser
 from dit_rewrite.errors import (
     DecisionReason,
     MissReason,
     NoTransformer,
-    NotRewritten,
     Reason,
     StreamReason,
     UnreachedReason,
 )
 from dit_rewrite.module import RewrittenModule, backend_of, detach, inside, needs_noise, unwrapped
-from dit_rewrite.policies import as_policy
-from dit_rewrite.policy.rules import Policy
 from dit_rewrite.runtime.clock import Clock
 from dit_rewrite.runtime.stats import Stats
 
@@ -81,26 +77,11 @@ class EnabledPipeline:
         return output
 
 
-def enable(pipe: Any, policy: Policy | str | None = None, *, quiet: bool = False, **options: Any) -> Any:
-    """Rewrite every denoiser of a diffusers pipeline in place, and open a trajectory around each call of it.
+def enabled(pipe: Any, quiet: bool = False) -> Any:
+    """Open a trajectory around each call of a pipeline whose denoisers are rewritten. Returns `pipe` itself.
 
-    Returns `pipe` itself. `options` are those of `compile`. Without a `policy` the denoisers must be rewritten already,
-    as in a pipeline made by `from_pipe`, and keep their policies. After the first run, one line on stderr reports the
-    fraction of reused values, unless `quiet`; a run that reuses nothing gives a warning. `restore` undoes it.
-
-    Raises NoTransformer if the pipeline has no denoiser, NotRewritten if there is no policy, and the errors of
-    `compile`.
+    Unless `quiet`, one line on stderr reports the fraction of reused values after the first run.
     """
-    found = denoisers(pipe)
-    if not found:
-        modules = [name for name, part in getattr(pipe, "components", {}).items() if isinstance(part, nn.Module)]
-        raise NoTransformer(type(pipe).__name__, modules)
-    if policy is None and not all(isinstance(model, RewrittenModule) for model in found.values()):
-        raise NotRewritten(type(pipe).__name__)
-    policy = None if policy is None else as_policy(policy)
-    if policy is not None:
-        for name, model in found.items():
-            setattr(pipe, name, compile_denoiser(model, policy, **options))  # also removes torch.compile's wrapper
     plain: Any = type(pipe) if _STATE not in pipe.__dict__ else pipe.__dict__[_STATE].plain
     pipe.__class__ = _subclass(plain)
     pipe.__dict__[_STATE] = _Enabled(plain, quiet)
@@ -108,7 +89,7 @@ def enable(pipe: Any, policy: Policy | str | None = None, *, quiet: bool = False
 
 
 def disable(pipe: Any) -> Any:
-    """Undo `enable`."""
+    """Undo `enabled`, and the rewrite of the denoisers."""
     for model in denoisers(pipe).values():
         detach(model)
     state = pipe.__dict__.pop(_STATE, None)
@@ -122,6 +103,15 @@ def denoisers(pipe: Any) -> dict[str, nn.Module]:
     names = [name for name in getattr(pipe, "components", {}) if name.startswith(_PREFIX)]
     parts = {name: unwrapped(getattr(pipe, name, None)) for name in names}
     return {name: part for name, part in parts.items() if isinstance(part, nn.Module)}
+
+
+def required_denoisers(pipe: Any) -> dict[str, nn.Module]:
+    """Return the denoisers of a pipeline by the names of their components. Raises NoTransformer if there is none."""
+    found = denoisers(pipe)
+    if not found:
+        modules = [name for name, part in getattr(pipe, "components", {}).items() if isinstance(part, nn.Module)]
+        raise NoTransformer(type(pipe).__name__, modules)
+    return found
 
 
 @cache

@@ -132,7 +132,7 @@ class RewrittenModule(nn.Module, metaclass=_IsRewritten):
     def stats(self) -> Stats:
         """Return a copy of the statistics so far. The copy shares the rows of decisions."""
         backend = self._backend
-        return backend.stats.copy(cache_bytes=backend.session.cache_bytes(), released_bytes=backend.weights.bytes)
+        return backend.stats.copy(**backend.sizes())
 
     def reset(self) -> None:
         """Discard all trajectories of the calling thread and their cached values."""
@@ -285,10 +285,10 @@ def _traceable(self: nn.Module) -> Callable[..., Any]:
 
 
 def detach(model: Module) -> Module:
-    """Undo `attach`, and bring released weights back. A module that is not rewritten is returned unchanged."""
+    """Undo `attach`, and close the backend. A module that is not rewritten is returned unchanged."""
     rewrite = model.__dict__.get(_STATE)
     if rewrite is not None:
-        rewrite.backend.weights.bring_back()
+        rewrite.backend.close()
         for name in _ATTRIBUTES:
             del model.__dict__[name]
         set_compiled_call(model, rewrite.compiled_before)

@@ -17,7 +17,7 @@ Key = tuple[str, torch.device]
 
 
 class KeptBlocks(NamedTuple):
-    """How many blocks a site kept, of all that it looked at: each is a block of keys for a tile of queries."""
+    """The number of blocks that a site kept, and of all its blocks: each is a block of keys for a tile of queries."""
 
     kept: int
     total: int

@@ -150,7 +150,7 @@ class Cache:
     def update(
         self, site: int, change: Transition, value: tuple[Tensor, ...] | None, now: Computed, depth: int = 1
     ) -> None:
-        """Apply what a step does to the slot of `site`. A filled slot gets `value`, and keeps at most `depth` values.
+        """Apply a transition to the slot of `site`. A filled slot gets `value`, and keeps at most `depth` values.
 
         A slot that should be filled is emptied if `value` is None.
         """

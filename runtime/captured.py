@@ -21,7 +21,7 @@ Place = tuple[Hashable, ...]  # ("wire", w), ("slot", site, index) or ("column",
 
 class Replay(Protocol):
     """A captured function: calling it runs the function again on the same addresses. ``outputs`` are in memory that
-    the next replay of any graph of the pool may overwrite. ``bytes``: by how much the capture enlarged the pool."""
+    the next replay of any graph of the pool may overwrite. ``bytes``: the bytes that the capture added to the pool."""
 
     outputs: Sequence[Tensor]
     bytes: int
@@ -94,7 +94,7 @@ def apart(value: Any, memory: frozenset[int]) -> Any:
 
 @dataclass
 class Bound:
-    """What each input and each result of a captured variant is bound to, by position.
+    """The memory that each input and each result of a captured variant is bound to, by position.
 
     weights: inputs that are read where they are, with their addresses. numbers: inputs that are no tensors. copied:
     inputs that are copied to a buffer for each replay, unless they are in it. constant: those among them that nobody
@@ -115,8 +115,8 @@ class Bound:
     def of(
         cls, executable: Executable, roles: Roles, buffers: Buffers, inputs: Sequence[Any], results: Sequence[Any]
     ) -> Bound:
-        """Bind the variant's parameters for calls like the one that had these inputs, and results like these: the
-        layouts of tensors, and whatever else as it is."""
+        """Bind the variant's parameters for calls like the one that had these inputs and results. `results` are the
+        layouts of tensors, and all other values themselves."""
         bound, first = cls(), len(executable.inputs)
         for i, value in enumerate(inputs):
             if not isinstance(value, Tensor):

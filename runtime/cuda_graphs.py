@@ -2,18 +2,20 @@
 
 A captured graph reads and writes fixed addresses. Weights are read where they are. Every other input has a buffer that
 is filled before a replay; the value of a slot is copied there once, and the slot keeps it there. New values of slots,
-and values that only the next segment reads, are written to buffers within the graph; whatever else a graph returns is
-copied to new memory. So nothing is read from the memory that graphs share after another graph ran, and no buffer is
+and values that only the next segment reads, are written to buffers within the graph; all other results are copied to
+new memory. So nothing is read from the memory that graphs share after another graph ran, and no buffer is
 overwritten while a slot keeps a value in it.
 """
 
 from __future__ import annotations
 
+import threading
 import traceback
 import warnings
 import weakref
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -39,10 +41,10 @@ Key = tuple[int, Stamp, tuple[torch.device, Hashable]]  # the graph, its inputs,
 
 
 class Device(Protocol):
-    """What captures graphs."""
+    """Captures graphs."""
 
     def queue(self, device: torch.device) -> Hashable | GraphReason:
-        """Return which queue of the device work now goes to (a CUDA stream), or why nothing can be captured there."""
+        """Return the queue of the device that now takes work (a CUDA stream), or why nothing can be captured there."""
 
     def pool(self, device: torch.device) -> Pool:
         """Return a new pool, for graphs that run in the current queue."""
@@ -50,7 +52,7 @@ class Device(Protocol):
 
 @dataclass
 class Variant:
-    """What is known of a variant in one stream. ``results``: the layouts of its last results, numbers as they are."""
+    """The state of a variant in one stream. ``results`` are the layouts of its last results, or numbers themselves."""
 
     runs: int = 0
     captures: int = 0
@@ -62,14 +64,14 @@ class Variant:
 class StreamGraphs:
     """The graphs of one captured graph's variants, for one stream and one shape of the inputs.
 
-    Cache by cache, they serve the streams of one trajectory after the other. ``plainly``: whether a segment of the
-    current call ran without its graph.
+    They serve one cache at a time: a stream of this trajectory, then one of the next. ``plainly``: whether a segment of
+    the current call ran without its graph.
     """
 
     def __init__(self, key: Key, roles: Roles, pool: Pool, stats: Stats, owner: Graphs) -> None:
         self.key, self.plainly, self.bytes = key, False, 0
         self._roles, self._pool, self._stats = roles, pool, stats
-        self._owner: Graphs = weakref.proxy(owner)  # without a cycle, memory is free as soon as nobody needs it
+        self._owner: Graphs = weakref.proxy(owner)  # without a cycle, memory is freed as soon as nobody needs it
         self._buffers = Buffers()
         self._variants: dict[tuple[int, DecisionRow], Variant] = {}
         self._cache: weakref.ref[Cache] | None = None
@@ -152,9 +154,8 @@ class StreamGraphs:
         variant.graph = Captured(executable, bound, replay)
         variant.captures += 1
         graphs = (each.graph.bytes for each in self._variants.values() if each.graph is not None)
-        before, self.bytes = self.bytes, self._buffers.bytes + sum(graphs)
+        self.bytes = self._buffers.bytes + sum(graphs)
         self._stats.add("captures")
-        self._stats.add("graph_bytes", self.bytes - before)
 
     def _retry(self, variant: Variant, why: GraphReason) -> None:
         """Drop a graph whose weights have moved. The next call captures it again, unless that happened too often."""
@@ -192,7 +193,7 @@ class Graphs:
     def serve(
         self, graph: int, cache: Cache, stamp: Stamp, wiring: Wiring, sites: Sequence[SiteSpec]
     ) -> StreamGraphs | None:
-        """Return the graphs for a call of graph number `graph` whose inputs have this stamp; None where there are none.
+        """Return the graphs for a call of graph number `graph` whose inputs have this stamp, or None without any.
 
         A call in another queue of the device has other graphs, because graphs of one pool may not run side by side.
         """
@@ -228,9 +229,42 @@ class Graphs:
         """Drop up to `most` graphs that serve no cache. Returns how many were dropped."""
         free = [each for each in self._all if each is not but and each.is_free][:most]
         self._all = [each for each in self._all if each not in free]
-        self._stats.add("graph_bytes", -sum(each.bytes for each in free))
         return len(free)
+
+    def clear(self) -> None:
+        """Drop all graphs. The next calls capture new ones."""
+        self._all, self._pools = [], {}
 
     @property
     def bytes(self) -> int:
         return sum(each.bytes for each in self._all)
+
+
+class AllGraphs:
+    """The captured graphs of all threads that call one model. A thread owns its graphs; they are freed when it ends."""
+
+    def __init__(self, device: Device, stats: Stats, limit: Callable[[], int]) -> None:
+        """Each thread captures by `device`, and its graphs take at most `limit` bytes."""
+        self._make = partial(Graphs, device, stats, limit)
+        self._each: weakref.WeakSet[Graphs] = weakref.WeakSet()
+        self._lock = threading.Lock()
+
+    def of_thread(self) -> Graphs:
+        """Return a new collection of graphs for the calling thread, which must keep the only reference."""
+        made = self._make()
+        with self._lock:
+            self._each.add(made)
+        return made
+
+    def clear(self) -> None:
+        """Drop the graphs of all threads."""
+        for graphs in self._alive():
+            graphs.clear()
+
+    @property
+    def bytes(self) -> int:
+        return sum(graphs.bytes for graphs in self._alive())
+
+    def _alive(self) -> list[Graphs]:
+        with self._lock:
+            return list(self._each)

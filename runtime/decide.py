@@ -26,7 +26,7 @@ def unmeasured(symbol: str) -> None:
 class Weigh(Protocol):
     """Returns the weights with which a strategy sums the values in a slot, or the reason why it cannot.
 
-    `read` gives what it asks to have measured."""
+    `read` returns a measurement that it asks for."""
 
     def __call__(self, past: Past, moment: Moment, read: Read = unmeasured) -> Weights | Reason: ...
 
@@ -34,7 +34,7 @@ class Weigh(Protocol):
 class Choice(NamedTuple):
     """Whether a site is reused, and why. `weigh` is set if the strategy uses more than the newest value.
 
-    VERIFIED: it computes, and what `weigh` would have made of its slot is compared with that."""
+    VERIFIED: it computes, and the value is compared with the sum that `weigh` gives of its slot."""
 
     reuse: bool
     reason: DecisionReason
@@ -109,7 +109,7 @@ class Decisions:
 
     @cached_property
     def changes(self) -> tuple[tuple[int, Transition], ...]:
-        """What the call does to the slot of each site, without the sites to which it does nothing."""
+        """The sites whose slots the call changes or reads, each with its transition."""
         each = enumerate(map(transition, self.row, self.reasons))
         return tuple((site, change) for site, change in each if change is not Transition.NONE)
 

@@ -1,4 +1,4 @@
-"""The errors of forecasts: what a site computed, beside what its slot would have forecast at that step."""
+"""The errors of forecasts: the value that a site computed, against the forecast from its slot at that step."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 from dit_rewrite.runtime.decide import SiteSpec, Weights
 from dit_rewrite.runtime.measure import Distance, Number, Tracked
 
-Fresh = list[tuple[tuple[int, int], Tensor]]  # what was made for slots, by site and index
+Fresh = list[tuple[tuple[int, int], Tensor]]  # the new tensors of slots, by site and index
 
 
 class ForecastErrors:
@@ -25,14 +25,14 @@ class ForecastErrors:
         return site in self._ratios
 
     def foretell(self, site: int, held: tuple[Tensor, ...] | None, weights: Weights | None) -> list[Tensor]:
-        """The forecast of each tensor that a site is about to make for its slot; nothing where it has none."""
+        """Return the forecast of each tensor that a site is about to compute for its slot; [] if the slot is empty."""
         if held is None or weights is None:
             return []
         width = self._sites[site].width
         return [weighted_sum(held[k::width], weights) for k in range(width)]
 
     def note(self, foretold: Mapping[int, list[Tensor]], fresh: Fresh, tracked: Tracked) -> None:
-        """Keep how far the forecasts were from what was made: of a site the largest."""
+        """Keep the distances between the forecasts and the computed values: for each site the largest."""
         for site, forecasts in foretold.items():
             made = {index: value for (i, index), value in fresh if i == site}
             values = [k for k in range(len(forecasts)) if k != self._sites[site].entropy]
@@ -46,7 +46,7 @@ class ForecastErrors:
 
 
 def weighted_sum(values: Sequence[Tensor], weights: Weights) -> Tensor:
-    """The forecast that weights make of computed values, newest first; one of weight 0 is not looked at."""
+    """Return the weighted sum of computed values, newest first; a value of weight 0 is not read."""
     dtype = torch.promote_types(values[0].dtype, torch.float32)
     total = torch.zeros_like(values[0], dtype=dtype)
     for value, weight in zip(values, weights, strict=False):

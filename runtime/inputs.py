@@ -144,7 +144,7 @@ def _contents(value: Any) -> dict[Hashable, Any] | None:
         parts: dict[Hashable, Any] = {"func": value.func, "args": value.args, "keywords": value.keywords}
         return parts | _state(value)
     if isinstance(value, types.FunctionType):
-        cells = [cell.cell_contents for cell in value.__closure__ or ()]
+        cells = [_cell_contents(cell) for cell in value.__closure__ or ()]
         parts = {"code": id(value.__code__), "cells": cells}
         return parts | {"defaults": value.__defaults__, "keywords": value.__kwdefaults__} | _state(value)
     if isinstance(value, types.BuiltinFunctionType | types.MethodType):
@@ -155,6 +155,14 @@ def _contents(value: Any) -> dict[Hashable, Any] | None:
     if dataclasses.is_dataclass(value):
         return {field.name: getattr(value, field.name, None) for field in dataclasses.fields(value)} | _state(value)
     return _state(value) if hasattr(value, "__dict__") or any(map(_slots, type(value).__mro__)) else None
+
+
+def _cell_contents(cell: types.CellType) -> Any:
+    """Return the value of a variable in a closure, or `inspect.Parameter.empty` if it has none yet."""
+    try:
+        return cell.cell_contents
+    except ValueError:
+        return inspect.Parameter.empty
 
 
 def _state(value: Any) -> dict[Hashable, Any]:

@@ -3,7 +3,7 @@
 A released parameter is the same object with the same metadata and version counter, so Dynamo's guards still hold. Its
 storage maps a temporary file privately: the pages take no memory until something reads them, and the operating system
 may drop them at any time afterwards. Whatever reads the parameter, such as `state_dict`, a copy or a LoRA adapter that
-is fused, gets its values; what is written stays in memory and never reaches the file.
+is fused, gets its values; writes stay in memory and never reach the file.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class Moved:
 class Weights:
     """The weights of one model that step tables have released.
 
-    `lock` must be held by whoever reads weights that may be released, because their storages are replaced.
+    A reader of weights that may be released must hold `lock`, because their storages are replaced.
     """
 
     def __init__(self, stats: Stats) -> None:
@@ -68,7 +68,7 @@ class Weights:
             return sum(tensor.untyped_storage().nbytes() for tensor in self._held(released=True))
 
     def release(self, tensors: Sequence[Tensor]) -> None:
-        """Release weights, except those that are released already. Counts in the statistics those that stay."""
+        """Release weights, except those that are released already. The statistics count those that stay."""
         with self.lock:
             chosen: list[Tensor] = []
             for tensor in {id(tensor): tensor for tensor in tensors}.values():
@@ -112,7 +112,7 @@ class Weights:
 
 
 def _refusal(tensor: Tensor, again: bool) -> TableReason | None:
-    """Return why a weight cannot be released. `again`: it has been before, and was written since."""
+    """Return why a weight cannot be released. `again`: it was released before, and written since."""
     if tensor.device.type != "cpu":
         return TableReason.OFF_CPU
     plain = type(tensor) in (Tensor, torch.nn.Parameter) and tensor.layout is torch.strided
@@ -153,7 +153,7 @@ def _rebind(tensor: Tensor, storage: torch.UntypedStorage) -> None:
 
 
 def _files_in_memory(folder: str) -> bool:
-    """Return whether the files in a folder are in memory themselves. False if the system does not tell."""
+    """Return whether the files in a folder are in memory themselves. False if the system does not say so."""
     try:
         mounts = [line.split()[1:3] for line in Path("/proc/mounts").read_text(encoding="utf-8").splitlines()]
     except OSError:

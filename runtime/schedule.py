@@ -100,7 +100,7 @@ class Schedule:
     def place(self, timestep: Any) -> int | None:
         """Return the entry that a timestep is a view of, which is found without reading it, or None."""
         tensors = isinstance(timestep, Tensor) and isinstance(self.tensor, Tensor)
-        if not tensors or version(self.tensor) != self._version:  # in place, a sampler may divide what it passes
+        if not tensors or version(self.tensor) != self._version:  # a sampler may divide its timesteps in place
             return None
         return _place_in(self.tensor, timestep)
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from dit_rewrite.errors import GraphReason, MissReason, NestedTrajectory, StreamReason
 from dit_rewrite.runtime.cache import Cache, Stamp
-from dit_rewrite.runtime.cuda_graphs import Device, Graphs, StreamGraphs
+from dit_rewrite.runtime.cuda_graphs import AllGraphs, StreamGraphs
 from dit_rewrite.runtime.decide import SiteSpec
 from dit_rewrite.runtime.history import Moment
 from dit_rewrite.runtime.inputs import Inputs
@@ -115,10 +115,10 @@ class Session(threading.local):
     """The runtime state of one thread; each thread that calls the model has its own trajectories and cache."""
 
     def __init__(
-        self, stats: Stats, limit: Callable[[], int] = lambda: sys.maxsize, device: Device | None = None
+        self, stats: Stats, limit: Callable[[], int] = lambda: sys.maxsize, graphs: AllGraphs | None = None
     ) -> None:
-        """Create a session. `limit` returns the maximum size in bytes of the cache of one trajectory. `device` captures
-        CUDA graphs, if the caller asked for them.
+        """Create a session. `limit` returns the maximum size in bytes of the cache of one trajectory. `graphs` are the
+        CUDA graphs of all threads, if the caller asked for them.
         """
         self.stats = stats
         self._explicit: ExplicitTrajectory | None = None
@@ -132,7 +132,7 @@ class Session(threading.local):
         self.director: Callable[[Any, list[Any], Call, Cache], Any] | None = None  # if set, decides and runs each graph
         self._limit = limit
         self._tables: dict[int, Tables] = {}  # by graph
-        self._graphs = None if device is None else Graphs(device, stats, limit)
+        self._graphs = None if graphs is None else graphs.of_thread()
 
     def graphs(
         self, graph: int, cache: Cache, stamp: Stamp, wiring: Wiring, sites: Sequence[SiteSpec]

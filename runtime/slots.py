@@ -1,4 +1,4 @@
-"""What happens to a slot in a step: one table of transitions, for calls that run and for steps that are foreseen."""
+"""The transitions of a slot: one table for calls that run and for steps that are foreseen."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from dit_rewrite.runtime.history import NEVER, Computed, Past, pushed
 
 
 class Transition(Enum):
-    """What a step does to the slot of a site."""
+    """The effect of a step on the slot of a site."""
 
     FILL = "the slot gets the computed value"
-    EMPTY = "the site was computed without its value being kept: older values are of no use any more"
+    EMPTY = "the site was computed without its value being kept: older values are no longer of use"
     USE = "the slot was read, or its value was verified: it stays as it is"
     NONE = "an enclosing site was reused"
 
 
 def transition(reused: bool, reason: Reason) -> Transition:
-    """Return what a decision does to the slot of its site."""
+    """Return the effect of a decision on the slot of its site."""
     if reason is DecisionReason.COVERED:
         return Transition.NONE
     if reason is DecisionReason.UNREAD:

@@ -16,7 +16,7 @@ from dit_rewrite import torch_compat
 
 @dataclass(frozen=True)
 class Layout:
-    """What kernels are compiled for: shape, strides, dtype and device."""
+    """The shape, strides, dtype and device that kernels are compiled for."""
 
     shape: torch.Size
     stride: tuple[int, ...]

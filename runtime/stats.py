@@ -200,7 +200,7 @@ class Stats:
         decided: Decisions,
         when: tuple[int, int, Hashable],
     ) -> None:
-        """Register what a call kept of attention, see `BlockCounts.note`."""
+        """Register the blocks of attention that a call kept, see `BlockCounts.note`."""
         with self.lock:
             self.blocks.note(sites, values, decided, when)
 

@@ -177,7 +177,7 @@ class Tables:
 
         `Cache.fit` has compared the versions of the weights. In the first call of a trajectory their content is
         compared too, which reads the device once if there are rows of another trajectory. For inference tensors, which
-        have no version, the content alone tells.
+        have no version, only the content is compared.
         """
         conditioning = [args[i] for i in self._program.conditioning]
         before, times = bookmark.table, None if clock is None else clock.times

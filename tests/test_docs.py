@@ -133,6 +133,25 @@ def test_fidelity_is_rendered_from_its_results(tmp_path: Path, capsys: pytest.Ca
     assert capsys.readouterr().out in README.read_text(encoding="utf-8")
 
 
+def test_readme_has_the_table_of_the_demo() -> None:
+    """Each forecast has a row, and its control the next one. The text has the numbers of images, steps and threads."""
+    content, demo = README.read_text(encoding="utf-8"), results("demo")
+    rows = [method for method in demo["methods"] if "forecast" in (method["control_of"] or method["name"])]
+    found = re.findall(r"^\| (.+) \| (\d\.\d\d)x \| (0\.\d{4}) \|$", content, re.MULTILINE)
+    assert [row[1:] for row in found] == [(f"{r['speed_up']:.2f}", f"{r['relative_l2']:.4f}") for r in rows]
+    assert [row[0] for row in found if "steps" in row[0]] == [r["name"] for r in rows if r["control_of"]]
+    settings = demo["settings"]
+    assert (settings["images"], settings["steps"], settings["threads"]) == (16, 50, 1)
+    assert "16 images of a small bundled model, 50 DDIM steps, on one CPU thread" in content
+
+
+def test_readme_counts_the_pipelines() -> None:
+    pytest.importorskip("diffusers")
+    from tests.end_to_end.pipelines.registry import PIPELINES
+
+    assert f"\n{len(PIPELINES)} pipelines of diffusers are tested" in README.read_text(encoding="utf-8")
+
+
 def test_models_have_the_figures_of_their_results() -> None:
     """The README's table is a part of the page's table, which has the rows of the results in their order."""
     rows = re.findall(r"^\| [^|]+ \| (\d) \|(.*) (\d+)% \| (\d+) \| (\d+) \|$", read("models.md"), re.MULTILINE)

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import ast
+import importlib
+import re
 import types
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +19,7 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from dit_rewrite import torch_compat
 from dit_rewrite.errors import TorchChanged
+from dit_rewrite.torch_compat import PRIVATE, Private
 
 
 def seen_by(look: Callable[[fx.GraphModule], Any]) -> Any:
@@ -71,20 +75,37 @@ def test_a_renamed_attribute_is_said(
         ask()
 
 
-PRIVATE = sorted(
-    {
-        (str(module), str(name))
-        for node in ast.walk(ast.parse(Path(torch_compat.__file__).read_text(encoding="utf-8")))
-        if isinstance(node, ast.Call) and ast.unparse(node.func) == "_find"
-        for module, name in [[ast.literal_eval(argument) for argument in node.args]]
-    }
-)
+NAMES = [name for name in PRIVATE if name.startswith("torch.")]
 
 
-@pytest.mark.parametrize(("module", "name"), PRIVATE, ids=".".join)
-def test_each_private_name_is_there(module: str, name: str) -> None:
+@pytest.mark.parametrize("name", NAMES)
+def test_each_private_name_is_there(name: str) -> None:
     """Where torch lacks one, this test names it before a user's model fails."""
-    assert torch_compat._find(module, name) is not None
+    assert torch_compat._find(name) is not None
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_an_error_says_what_is_not_possible_without_a_name(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    module, _, attribute = name.rpartition(".")
+    monkeypatch.delattr(importlib.import_module(module), attribute)
+    with pytest.raises(TorchChanged) as raised:
+        torch_compat._find(name)
+    api = PRIVATE[name]
+    said = str(raised.value)
+    assert f"has no {name}, without which dit_rewrite cannot {api.without}. torch {api.versions} has it." in said
+
+
+def test_each_private_name_has_its_versions() -> None:
+    """The table has the names that the file uses, and no others. Each was found in the torch that runs this test."""
+    tree = ast.walk(ast.parse(Path(torch_compat.__file__).read_text(encoding="utf-8")))
+    texts = Counter(str(node.value) for node in tree if isinstance(node, ast.Constant))
+    named = {text: count for text, count in texts.items() if re.fullmatch(r"(torch|[A-Z]\w+)(\.\w+)+", text)}
+    assert set(named) == set(PRIVATE)
+    assert not [name for name, count in named.items() if count == 1], "it is in the table and nowhere else"
+    here = tuple(map(int, torch.__version__.split(".")[:2]))
+    for api in PRIVATE.values():
+        first, last = (tuple(map(int, version.split("."))) for version in api.versions.split(" to "))
+        assert first <= here <= last
 
 
 def test_without_metadata_the_weights_are_not_known() -> None:
@@ -93,6 +114,7 @@ def test_without_metadata_the_weights_are_not_known() -> None:
         torch_compat.static_inputs()
 
 
-def test_a_missing_module_is_said() -> None:
+def test_a_missing_module_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(PRIVATE, "torch._moved.thing", Private("2.11 to 2.14", "move"))  # type: ignore[misc]
     with pytest.raises(TorchChanged, match=r"torch\._moved\.thing"):
-        torch_compat._find("torch._moved", "thing")
+        torch_compat._find("torch._moved.thing")

@@ -70,7 +70,7 @@ def analyze(
     Raises BadArgument, NotAModule, NoTransformer, NothingMeasured, BadAnalysis or OtherAnalysis.
     """
     settings = _settings(distances, keys, heads, window, conditional)
-    components(model)  # raises for what is neither a module nor a pipeline
+    components(model)  # raises if it is neither a module nor a pipeline
     run, given = sampler("analyze", model, sample, prompts, steps)
     lowering = Lowering.of(backend)
 

@@ -17,7 +17,7 @@ from dit_rewrite.analysis.statistics import Row
 from dit_rewrite.report.charts import Chart, line_chart, map_chart
 from dit_rewrite.report.section import Cells, Section
 
-PREDICTORS = 6  # rows of the table of what predicts reuse errors
+PREDICTORS = 6  # rows of the table of measures that predict reuse errors
 
 
 def sections(analyses: Mapping[str, Analysis]) -> Iterator[Section]:

@@ -15,7 +15,7 @@ from dit_rewrite.analysis.result import Analysis
 from dit_rewrite.analysis.statistics import MEASURES, Row
 
 Z = 1.96  # of a normal distribution, for 95 %
-VALUE = "value"  # of a site, which is what reuse replaces: BRANCH of an attention, MLP of an MLP
+VALUE = "value"  # the value of a site, which reuse replaces: BRANCH of an attention, MLP of an MLP
 PREDICTORS = (VALUE, Quantity.KEYS, Quantity.VALUES, Quantity.ATTENTION)
 
 

@@ -36,8 +36,8 @@ class Quantity(str, Enum):
 
     KEYS and VALUES: of an attention. ATTENTION: the output of the attention op alone, before any projection. BRANCH:
     the output of an attention branch, or of a parallel one with its MLP. MLP: the output of an MLP branch; in a
-    parallel branch, what goes into the common projection beside the attention. BLOCK and STACK: the change of the
-    residual stream. OUTPUT: what the model returns. WINDOW and WINDOW_RESIDUAL: window attention, and full less window
+    parallel branch, the input of the common projection beside the attention. BLOCK and STACK: the change of the
+    residual stream. OUTPUT: the output of the model. WINDOW and WINDOW_RESIDUAL: window attention, and full less window
     attention (DiTFastAttn).
     """
 
@@ -74,7 +74,7 @@ class Places:
 
     `keys`: whether keys and values are measured as the attention op reads them ("core", behind norms and rotations), or
     as their projection computes them ("projection"). `window`: the window of WINDOW, or None for none. `whole`: the
-    graph is the whole model. ``refused`` lists what is left out, with the reasons.
+    graph is the whole model. ``refused`` lists the places that are left out, with the reasons.
     """
 
     captured: Captured
@@ -161,7 +161,7 @@ class Places:
         return fitting[0] if fitting else None
 
     def _beside_attention(self, site: Site) -> list[fx.Node]:
-        """Return what a parallel branch joins with its attention: the other parts of a cat, or other summands."""
+        """Return the tensors that a parallel branch joins with its attention: parts of a cat, or summands."""
         depends, inside = self._dependence.depends, self._cores[site.name]
         streams = [self._nodes[name] for name in site.streams]
         joined = [node.all_input_nodes for name in site.closure if packet(node := self._nodes[name]) is aten.cat]

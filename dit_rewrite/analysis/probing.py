@@ -36,7 +36,7 @@ Profile = Mapping[Row, Tensor]  # the measures (steps, measures) of each row, fo
 
 @dataclass(frozen=True)
 class Settings:
-    """What is measured; see `analyze`."""
+    """The settings of a measurement; see `analyze`."""
 
     distances: tuple[int, ...] = (1,)
     keys: Keys = "core"
@@ -162,8 +162,8 @@ class TappedRunner:
     def _before(
         self, values: Sequence[tuple[Tensor, ...] | None], there: Mapping[int, int], lent: Sequence[Tensor] | None
     ) -> list[Tensor]:
-        """Return the earlier tensors of each tap. A tensor of zeros stands for one that does not exist, and what is
-        compared with it is not recorded."""
+        """Return the earlier tensors of each tap. A tensor of zeros stands for one that does not exist, and a
+        comparison with it is not recorded."""
         inputs = []
         for i, (example, stored) in enumerate(zip(self.tapped.examples, values, strict=True)):
             for distance in self.tapped.distances:
@@ -254,5 +254,5 @@ def _labels(tapped: TappedGraph, places: Sequence[Place], parts: Sequence[Sequen
     return found
 
 
-assert LENT == GUIDANCE  # the statistics name the distance after what it means
+assert LENT == GUIDANCE  # the statistics name the distance after its meaning
 assert len(MOMENTS) == 6

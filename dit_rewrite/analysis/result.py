@@ -40,7 +40,7 @@ class Analysis:
     ``model`` is the model's fingerprint and ``name`` its class. ``settings`` are those of the measurement; "keys" says
     where keys and values were tapped. ``table`` has the statistics over the prompts with the numbers ``prompts``.
     ``profiles`` has the measures of each of the first prompts alone, as tensors (rows, steps, measures). ``refused``
-    says what was not measured, and why.
+    names the tensors that were not measured, with the reasons.
     """
 
     model: str
@@ -106,7 +106,7 @@ class Analysis:
 
     @property
     def key(self) -> dict[str, Any]:
-        """What two analyses must share to be continued or merged."""
+        """The model and the settings, which must be equal in analyses that are continued or merged."""
         return {"model": self.model, **self.settings}
 
     def check(self, other: Mapping[str, Any], what: object) -> None:

@@ -43,7 +43,7 @@ def reuse_errors(
 
     Raises BadArgument for unknown sites, NoImage, NotAModule or NoTransformer.
     """
-    components(model)  # raises for what is neither a module nor a pipeline
+    components(model)  # raises if it is neither a module nor a pipeline
     run, given = sampler("reuse_errors", model, sample, prompts, steps)
     if run is replay:
         raise BadArgument("reuse_errors", "sample", "recorded calls", "a function, as reuse must change later inputs")

@@ -22,7 +22,7 @@ def sampler(
     """Return a function that samples for a prompt, and the prompts. Raises BadArgument."""
     if callable(sample):
         if prompts is None or isinstance(prompts, str) or not len(prompts):
-            raise BadArgument(where, "prompts", prompts, "a list of what `sample` is called with, one for each run")
+            raise BadArgument(where, "prompts", prompts, "a list with an argument of `sample` for each run")
         return sample, list(prompts)
     if not isinstance(sample, Sequence) or isinstance(sample, str) or not len(sample):
         raise BadArgument(where, "sample", type(sample).__name__, "a function, or a list of prompts or trajectories")
@@ -62,7 +62,7 @@ def _pipeline_call(pipeline: Any, steps: int | None) -> Run:
 
 
 def image_of(result: Any) -> Tensor:
-    """Return the first tensor of what sampling returned. Raises NoImage."""
+    """Return the first tensor of the result of sampling. Raises NoImage."""
     parts = [result, *(getattr(result, name, None) for name in ("images", "frames"))]
     for part in parts:
         for leaf in tree_leaves(part):

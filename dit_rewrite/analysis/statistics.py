@@ -16,7 +16,7 @@ MEASURES = ("l1", "variance", "relative_l1", "cosine", "mse")
 
 
 class Row(NamedTuple):
-    """What a line of the statistics is about.
+    """The key of a line of the statistics.
 
     ``distance`` is the number of steps between the compared tensors, or `GUIDANCE`. ``head`` is None for all heads
     together. ``stream`` is that of the call, or "cond" and "uncond" for the halves of a batch.

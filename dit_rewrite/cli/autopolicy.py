@@ -16,7 +16,7 @@ from dit_rewrite.cli.outcome import Outcome
 from dit_rewrite.search.autopolicy import autopolicy
 from dit_rewrite.search.trials import WHERE
 
-PLACES = "what may be forecast: the model's output, the change across the stack of blocks, or each branch"
+PLACES = "places that may be forecast: the model's output, the change across the stack of blocks, or each branch"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -1,4 +1,4 @@
-"""``python -m dit_rewrite explain``: the sites of a model, and what a policy is predicted to save."""
+"""``python -m dit_rewrite explain``: the sites of a model, and the predicted costs of a policy."""
 
 from __future__ import annotations
 

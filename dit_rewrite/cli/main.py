@@ -157,7 +157,7 @@ COMMANDS = {
     ),
     "autopolicy": (autopolicy.add_arguments, "dit_rewrite.cli.autopolicy", "find the best policy under one bound"),
     "demo": (_add_demo, "dit_rewrite.cli.demo", "sample images with and without caching, and compare"),
-    "explain": (_add_observed, "dit_rewrite.cli.explain", "show a model's sites, and what a policy saves"),
+    "explain": (_add_observed, "dit_rewrite.cli.explain", "show a model's sites, and the predicted costs of a policy"),
     "generate": (_add_generate, "dit_rewrite.cli.generate", "run a diffusers pipeline with its denoiser rewritten"),
     "latency": (_add_latency, "dit_rewrite.cli.latency", "time the parts of a text-conditional block"),
     "report": (_add_report, "dit_rewrite.cli.report", "write one HTML page about a model under a policy"),

@@ -1,4 +1,4 @@
-"""A progress bar for what takes more than two seconds."""
+"""A progress bar for work that takes more than two seconds."""
 
 from __future__ import annotations
 

@@ -17,6 +17,7 @@ from dit_rewrite.cli.outcome import Outcome
 from dit_rewrite.errors import BadOption
 from dit_rewrite.policy.plan import Plan
 from dit_rewrite.report.section import Section
+from dit_rewrite.search.certificate import AutoPolicy
 
 PICTURES = (".png", ".svg")
 
@@ -41,13 +42,14 @@ def run(arguments: argparse.Namespace) -> Outcome:
         plan,
         front,
         images,
+        read_certificate(arguments.policy),
     )
     page.save(arguments.out)
     return Outcome(f"wrote {arguments.out}", {"file": arguments.out, "sections": [each.id for each in page.sections]})
 
 
 def described(model: nn.Module, arguments: argparse.Namespace) -> dict[str, object]:
-    """Return what the page says about the model."""
+    """Return the facts about the model that the page shows."""
     parameters = list(model.parameters())
     return {
         "model": arguments.model,
@@ -67,6 +69,13 @@ def read_analyses(paths: Sequence[Path]) -> list[Section]:
     stems = [path.stem for path in paths]
     names = stems if len(set(stems)) == len(stems) else [str(path) for path in paths]
     return list(sections({name: Analysis.load(path) for name, path in zip(names, paths, strict=True)}))
+
+
+def read_certificate(policy: str) -> dict[str, str]:
+    """Return the certificate of a policy's file as texts by name; other policies have none. Raises BadCertificate."""
+    if not policy.endswith(".json") or "certificate" not in json.loads(Path(policy).read_text(encoding="utf-8")):
+        return {}
+    return AutoPolicy.load(policy).described()
 
 
 def read_pictures(paths: Sequence[Path]) -> dict[str, bytes | str]:

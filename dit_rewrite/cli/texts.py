@@ -1,4 +1,4 @@
-"""Texts of the help of each command: what it does, and command lines without the name of the program."""
+"""Texts of the help of each command: a description, and command lines without the name of the program."""
 
 DESCRIPTIONS = {
     "analyze": """
@@ -28,8 +28,9 @@ DESCRIPTIONS = {
         predicted beside measured costs, and on request an analysis, a plan, a front and samples.
     """,
     "search": """
-        Search what each attention does at each step: compute, reuse its output, share it across guidance, or attend in
-        a window (DiTFastAttn). Writes a plan, for the policy ditfastattn:plan=FILE. An interrupted search is continued.
+        Search the strategy of each attention at each step: compute, reuse its output, share it across guidance, or
+        attend in a window (DiTFastAttn). Writes a plan, for the policy ditfastattn:plan=FILE. An interrupted search is
+        continued.
     """,
     "tune": """
         Try parameters of a policy, and keep those that no other beats in all objectives. Writes a table of this front,

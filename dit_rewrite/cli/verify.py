@@ -18,10 +18,12 @@ from torch import nn
 from dit_rewrite import policies
 from dit_rewrite.cli.generate import load_pipeline
 from dit_rewrite.cli.outcome import Outcome
+from dit_rewrite.cli.progress import progress
 from dit_rewrite.errors import BadModel, NoTransformer
 from dit_rewrite.proof.verify import Verification, verify
 
 Calls = Sequence[Mapping[str, Any]]
+RUNS = 4  # of the trajectory by `verify`: reuse 0, the original model, and the policy twice
 
 
 class _Recorder(nn.Module):
@@ -105,16 +107,18 @@ def run(arguments: argparse.Namespace) -> Outcome:
     load = from_factory if ":" in arguments.model else from_pipeline
     policy = policies.parse(arguments.policy)
     loaded = load(arguments.model, arguments.steps)
-    result = verify(
-        loaded.model,
-        loaded.calls,
-        policy,
-        backend=arguments.backend,
-        lowering=arguments.lowering,
-        streams=loaded.streams,
-        scheduler=loaded.scheduler,
-        dump=arguments.dump,
-    )
+    with progress("verifying", RUNS * len(loaded.calls)) as tick:
+        result = verify(
+            loaded.model,
+            loaded.calls,
+            policy,
+            backend=arguments.backend,
+            lowering=arguments.lowering,
+            streams=loaded.streams,
+            scheduler=loaded.scheduler,
+            dump=arguments.dump,
+            progress=tick,
+        )
     return Outcome("", as_json(result), 0 if result.passed else 1)
 
 

@@ -167,8 +167,8 @@ def blockwise(
 ) -> Codec | RefusalReason:
     """Return the codec of CachedAttention, or the reason why there is none, see `codec`.
 
-    `condition`: which keys belong to the condition, if the strategy asks and the graph shows it. Keys that do not
-    change, as in cross-attention, are all of them the condition's.
+    `condition`: the keys that belong to the condition, if the strategy asks for them and the graph shows them. In
+    cross-attention, whose keys do not change, all keys belong to the condition.
     """
     if not invariant_mask:
         return RefusalReason.MOVING_MASK

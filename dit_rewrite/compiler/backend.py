@@ -39,6 +39,7 @@ from dit_rewrite.passes.rewrite.hoist import Hoisted
 from dit_rewrite.passes.rewrite.specialise import specialise
 from dit_rewrite.policy.rules import Policy
 from dit_rewrite.runtime.cuda_capture import CudaDevice
+from dit_rewrite.runtime.cuda_graphs import AllGraphs
 from dit_rewrite.runtime.dispatch import CompiledGraph
 from dit_rewrite.runtime.prologue import Prologue
 from dit_rewrite.runtime.released import Weights
@@ -102,7 +103,8 @@ class Backend:
             raise BadArgument(
                 "compile", "cuda_graphs", cuda_graphs, "False, as the options make Inductor capture CUDA graphs"
             )
-        self.session = Session(self.stats, self._limit, CudaDevice() if cuda_graphs else None)
+        self.graphs = AllGraphs(CudaDevice(), self.stats, self._limit) if cuda_graphs else None
+        self.session = Session(self.stats, self._limit, self.graphs)
         self.rewritten: list[Rewritten] = []
         self.breaks: Counter[str] = Counter()  # graph breaks by location and reason
         self._compiles: set[Any] = set()
@@ -122,6 +124,23 @@ class Backend:
     def capturing(self) -> contextlib.AbstractContextManager[Any]:
         """Return a context for a call of the model. It serialises first calls, so that only one thread captures."""
         return contextlib.nullcontext() if self.rewritten else self._first_call
+
+    def sizes(self) -> dict[str, int]:
+        """Return the bytes of the calling thread's cache, of released weights and of CUDA graphs, by names of Stats."""
+        graphs = 0 if self.graphs is None else self.graphs.bytes
+        return {
+            "cache_bytes": self.session.cache_bytes(),
+            "released_bytes": self.weights.bytes,
+            "graph_bytes": graphs,
+        }
+
+    def close(self) -> None:
+        """Free memory: Dynamo keeps this object. Brings released weights back, and drops all CUDA graphs and the cache
+        of the calling thread."""
+        self.weights.bring_back()
+        self.session.forget()
+        if self.graphs is not None:
+            self.graphs.clear()
 
     def _count(self, gm: fx.GraphModule) -> None:
         """Count recompiles and graph breaks. If Dynamo restarts a compilation, the id stays and nothing is counted."""

@@ -152,8 +152,8 @@ def _asked(
 
 
 def _outside(policy: Policy, spans: Mapping[Where, Spans], stacks: Stacks, whole: bool) -> list[Refusal]:
-    """Return what rules for spans leave out: blocks of other stacks, and spans that are undefined in a part of a
-    model."""
+    """Return the places that rules for spans leave out: blocks of other stacks, and spans that are undefined in a part
+    of a model."""
     refused: dict[Refusal, None] = {}
     for where in dict.fromkeys(rule.where for rule in policy.rules if rule.where.part is Part.SPAN):
         selected = spans.get(where)

@@ -13,6 +13,7 @@ from dit_rewrite import torch_compat
 from dit_rewrite.compiler.bind import Bound
 from dit_rewrite.compiler.partition import Partition
 from dit_rewrite.decision_row import DecisionRow
+from dit_rewrite.errors import TableReason
 from dit_rewrite.passes.analysis import cost
 from dit_rewrite.passes.analysis.site import Found
 from dit_rewrite.passes.analysis.step_tables import StepTable, step_table
@@ -67,19 +68,34 @@ class Rewritten:
         return self.tables is not None and bool(self.tables.columns)
 
     @property
-    def may_read_table(self) -> bool:
-        """Whether a compiled variant reads the step table, or none that reuses something is compiled yet.
+    def table_bytes(self) -> int:
+        """The most bytes that a step reads from the step table, 0 if no step reads it.
 
-        A guard that measures its own call is decided after the first segment, which computes what it needs, because the
-        step may turn out to be a computing one.
+        If no variant that reuses something is compiled yet, they are those that a step reads which reuses all sites.
         """
-        reusing = [variant for variant in self.variants.values() if any(variant.row)]
-        read = any(variant.columns for variant in self.variants.values())
-        return read or not reusing or self.step_table is None or not self.step_table.reuse_bytes
+        table, tables = self.step_table, self.tables
+        if table is None or tables is None:
+            return 0
+        read: dict[int, int] = {}  # by segment
+        for (number, _), variant in self.variants.items():
+            if tables.everywhere or any(variant.row):
+                read[number] = max(read.get(number, 0), tables.bytes_of(variant.columns))
+        return sum(read.values()) if read else table.reuse_bytes
+
+    @property
+    def why_unread(self) -> TableReason | None:
+        """The reason why no step reads the step table, or None.
+
+        A guard that measures its own call is decided after the first segment, which computes the values that it needs,
+        because the step may turn out to be a computing one.
+        """
+        if self.step_table is None or self.table_bytes:
+            return None
+        return TableReason.NOT_READ if self.step_table.reuse_bytes else TableReason.NOT_NEEDED
 
     @cached_property
     def step_table(self) -> StepTable | None:
-        """What the step table holds and saves, or None if there is none."""
+        """The analysis of the step table, or None if there is none."""
         if self.tables is None or not self.has_table:
             return None
         reused = [value for i in self.reached for value in self.found.sites[i].values]
@@ -149,7 +165,7 @@ class Rewritten:
     def straight(self, row: DecisionRow, with_table: bool = True) -> Variant:
         """Return the whole graph specialised for a row of decisions, as one segment, to print it or to count its FLOPs.
 
-        Without the step table, it computes what a step would read from there.
+        Without the step table, it computes the values that a step would read from there.
         """
         tables = self.tables if with_table else None
         return specialise(self.guarded, row, whole(self.gm, self.partition.sites), tables=tables)

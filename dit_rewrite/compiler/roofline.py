@@ -43,7 +43,7 @@ Points = tuple[tuple[float, float], ...]  # size and seconds, both ascending
 
 @dataclass(frozen=True)
 class Machine:
-    """What a measurement holds for."""
+    """The device and the software that a measurement is valid for."""
 
     device: str
     threads: int

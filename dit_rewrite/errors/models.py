@@ -86,12 +86,12 @@ class BrokenUp(NoSites):
 
 class TorchChanged(ModelError, RuntimeError):
     template = (
-        "torch {version} has no {name}, which dit_rewrite needs. Install a torch version that dit_rewrite was tested "
-        "with (see its pyproject.toml), or a newer dit_rewrite."
+        "torch {version} has no {name}, without which dit_rewrite cannot {without}. torch {versions} has it. Install "
+        "one of these versions, or a newer dit_rewrite."
     )
 
-    def __init__(self, name: str, version: str) -> None:
-        super().__init__(name=name, version=version)
+    def __init__(self, name: str, version: str, versions: str, without: str) -> None:
+        super().__init__(name=name, version=version, versions=versions, without=without)
 
 
 class PassFailed(ModelError, RuntimeError):

@@ -153,6 +153,7 @@ class TableReason(Reason):
     WHOLE_NUMBER = "the values depend on the conditioning and the timestep is an int, not a tensor: no batch of rows"
     # no step reads it
     NOT_READ = "a segment computes them that runs before the decision to reuse, or in the same way in all steps"
+    NOT_NEEDED = "a step that reuses computes nothing from them"
     # rows are computed anew
     NEW_WEIGHTS = "a weight was replaced or changed in place"
     NEW_CONDITIONING = "the rows belong to other conditioning"

@@ -101,9 +101,9 @@ def CachedAttention(
     bound="paper" is equation 14 as printed, for constant keys; "sound" is a true upper bound. `threshold` is in units
     of the softmax's exponent.
 
-    certify=True bounds the error of the output of each attention at each step, whichever `bound` decides;
-    `stats().certificates` has the numbers. They say nothing of the image, see `BlockwiseReuse`. Raises BadParameter for
-    invalid parameters.
+    certify=True bounds the error of the output of each attention at each step, for either `bound`;
+    `stats().certificates` has the numbers. They do not bound the error of the image, see `BlockwiseReuse`. Raises
+    BadParameter for invalid parameters.
     """
     rule = Rule(step > 0, BlockwiseReuse(threshold, block, bound, certify, keys), Where(kinds))
     given: dict[str, object] = {"threshold": threshold, "block": block, "bound": bound, "kinds": rule.where.kinds}

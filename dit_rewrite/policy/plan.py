@@ -57,7 +57,7 @@ class Plan:
     ``model`` is the model's `fingerprint`, ``scheduler`` the result of `describe_scheduler`. ``table[step][i]`` is the
     choice for ``sites[i]``, in graph order. ``window`` is the window of WA-RS: a fraction of the tokens, or a fraction
     or a distance in tokens along each axis of ``grid``, which is (H, W) for images, (T, H, W) for videos, "latent" for
-    what the graph shows (see `WindowResidual`), and None for a sequence.
+    the grid that the graph shows (see `WindowResidual`), and None for a sequence.
     ``conditional`` is the half of a guided batch that ASC computes. ``window`` and ``conditional`` may be None if no
     choice needs them.
 

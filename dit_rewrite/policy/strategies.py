@@ -247,7 +247,7 @@ class ReuseTiles:
     share the choice, so an image may depend slightly on the others in its batch.
 
     Each token of the output must depend on the branch's input at the same token only, as in cross-attention, whose keys
-    and values are those of a condition, or in an MLP. Where the graph does not show it, as in self-attention, the
+    and values are those of a condition, or in an MLP. If the graph does not show that, as in self-attention, the
     strategy is refused. Raises BadParameter.
     """
 

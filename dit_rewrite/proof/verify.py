@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -30,11 +30,12 @@ from dit_rewrite.torch_compat import tree_leaves, tree_map
 
 @dataclass(frozen=True)
 class Trajectory:
-    """The calls of one trajectory: the keyword arguments and the stream of each."""
+    """The calls of one trajectory: the keyword arguments and the stream of each. ``tick`` is called after each call."""
 
     calls: tuple[Mapping[str, Any], ...]
     streams: tuple[str, ...]
     scheduler: Any = None
+    tick: Callable[[], object] = lambda: None
 
     @property
     def steps(self) -> list[int]:
@@ -95,12 +96,14 @@ def verify(
     streams: Sequence[str] | None = None,
     scheduler: Any = None,
     dump: str | Path | None = None,
+    progress: Callable[[], object] = lambda: None,
 ) -> Verification:
     """Verify the rewrite of `model` under `policy` on one trajectory, and print one line with the result.
 
     `inputs` has the keyword arguments of each call of the trajectory, in order. `streams` names the stream of each call
     if there are several ("cond", "uncond", …). `scheduler` provides noise levels; `lowering` and `dump` are those of
-    `compile`. All runs use the ambient autocast.
+    `compile`. All runs use the ambient autocast. `progress` is called after each call of a model: of each input four
+    times, and more often where results differ by rounding.
 
     (a) *reuse 0*: every site that the policy reaches is guarded and stored, and each decision is forced to compute. The
     outputs must equal those of torch.compile(model, backend) bit for bit. If low precision under Inductor prevents
@@ -112,7 +115,7 @@ def verify(
     Raises UnreachedPolicy if the policy reaches no site, BadArgument for arguments that do not form a trajectory.
     """
     policy = as_policy(policy)
-    trajectory = Trajectory(_calls(model, inputs), _names(inputs, streams), scheduler)
+    trajectory = Trajectory(_calls(model, inputs), _names(inputs, streams), scheduler, progress)
     lower = Lowering.of(backend, partition=lowering)
     with torch.no_grad():
         reuse0, forced, notes = _check_reuse0(model, trajectory, policy, lower)
@@ -159,6 +162,7 @@ def _run(model: Any, trajectory: Trajectory) -> list[list[Tensor]]:
             with model.cache_context(name, step_index=step) if rewritten else one_graph():
                 result = model(**kwargs)
             outputs.append([leaf.clone() for leaf in tree_leaves(result) if isinstance(leaf, Tensor)])
+            trajectory.tick()
     return outputs
 
 

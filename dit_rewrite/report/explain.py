@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from dit_rewrite.compiler.rewritten import Rewritten, row_name
-from dit_rewrite.errors import PredictionReason, Reason, RefusalReason, TableReason, UnreachedReason
+from dit_rewrite.errors import PredictionReason, Reason, RefusalReason, UnreachedReason
 from dit_rewrite.passes.analysis import cost
 from dit_rewrite.passes.analysis.branches import Refusal
 from dit_rewrite.passes.analysis.cost_model import CostModel, model_costs
@@ -160,11 +160,11 @@ class Report:
         for i, rewritten in enumerate(self.rewritten):
             table, tables = rewritten.step_table, rewritten.tables
             if table is not None and tables is not None:
-                if not rewritten.may_read_table:
-                    yield f"table {i}   no step reads the {len(table.values)} values: {TableReason.NOT_READ}"
+                if rewritten.why_unread is not None:
+                    yield f"table {i}   no step reads the {len(table.values)} values: {rewritten.why_unread}"
                     continue
                 who = "all steps read" if tables.everywhere else "reusing steps read"
-                size = f"{_quantity(table.flops)} FLOPs, {_quantity(table.reuse_bytes, 1024)}B per step"
+                size = f"{_quantity(table.flops)} FLOPs, {_quantity(rewritten.table_bytes, 1024)}B per step"
                 weights = f"{_quantity(table.released_bytes, 1024)}B of weights ({table.released_share:.1%})"
                 yield f"table {i}   {who} {len(table.values)} values: {size}; {weights} serve them alone"
             elif tables is not None and rewritten.reached:

@@ -37,7 +37,8 @@ class Page:
 
     ``analysis`` has the sections of a redundancy analysis (`analysis.charts.sections`). ``figures`` are other plots and
     ``images`` are samples, each by its caption; the page shows the samples side by side. ``front`` has the points that
-    tuning found, as values by name; the first two numbers of the points are drawn.
+    tuning found, as values by name; the first two numbers of the points are drawn. ``certificate`` has the texts of an
+    autopolicy's certificate by name.
     """
 
     report: Report
@@ -49,6 +50,7 @@ class Page:
     plan: Plan | None = None
     front: Sequence[Mapping[str, object]] = ()
     images: Mapping[str, Picture] = field(default_factory=dict)
+    certificate: Mapping[str, object] = field(default_factory=dict)
 
     def html(self) -> str:
         """Return the page."""
@@ -68,6 +70,7 @@ class Page:
     def _sections(self) -> Iterator[Section]:
         report = self.report
         yield Section("model", "Model", (f"Policy: {report.policy}",), _pairs(self.model))
+        yield Section("certificate", "Certificate", rows=_pairs(self.certificate))
         yield Section("sites", "Sites", _costs(report), _sites(report))
         yield from self.analysis
         yield Section("figures", "Figures", pictures=_inlined(self.figures))

@@ -96,7 +96,7 @@ class Prediction:
 
     @property
     def attention_shares(self) -> tuple[float, ...]:
-        """The same for each step, over all streams; what is computed once per trajectory counts at step 0."""
+        """The same for each step, over all streams; values that are computed once per trajectory count at step 0."""
         plain = max(len(self.steps) * self.plain.attention_flops, 1)
         spent = [sum(call.attention_flops for call in calls) for calls in zip(*self.steps, strict=True)]
         hoisted = len(self.steps) * self.hoisted.attention_flops

@@ -30,7 +30,7 @@ SHALLOWEST = 2  # values that a forecast reads at least
 
 @dataclass(frozen=True)
 class Bound:
-    """What the user asks for. At least one is given; `speedup` and `max_seconds` are not given together."""
+    """The bounds that the user gives: at least one, and at most one of `speedup`, `max_error` and `max_seconds`."""
 
     speedup: float | None = None
     max_error: float | None = None
@@ -83,10 +83,9 @@ def autopolicy(
     on the final image, measured by replacing its value alone. A dynamic programme minimises it for each number of
     computed steps (`placement`). The best placements and even ones run with several weights, and computed steps are
     moved one at a time while the typical error (the geometric mean) of the images of `calibration_seeds` falls, for
-    `trials` runs (`refine`). Then the error
-    is measured on `held_out_seeds`; for `max_error` the number of computed steps grows until the upper end of the
-    error's 95 % interval is within the bound. `measure="time"` compares the times of compiled runs in alternation;
-    "flops" counts FLOPs, for machines under load. `backend` compiles the models.
+    `trials` runs (`refine`). Then the error is measured on `held_out_seeds`; for `max_error` the number of computed
+    steps grows until the upper end of the error's 95 % interval is within the bound. `measure="time"` compares the
+    times of compiled runs in alternation; "flops" counts FLOPs, for machines under load. `backend` compiles the models.
 
     The control always runs if there is one: `controls` maps names of solvers to functions ``(denoiser, steps, seed) ->
     images``. The best of them at the cost of the policy is compared on the held-out seeds, and returned where it is

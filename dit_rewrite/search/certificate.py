@@ -62,16 +62,16 @@ class Control:
 
 @dataclass(frozen=True)
 class AutoPolicy:
-    """What `autopolicy` returns.
+    """The result of `autopolicy`.
 
-    ``policy`` is the policy to use; if the control wins it reuses nothing, and ``control`` is what to run. ``bound`` is
+    ``policy`` is the policy to use; if the control wins it reuses nothing, and ``control`` is to be run. ``bound`` is
     the bound as text. ``cost`` is the time or the FLOPs, as ``measure`` says, over those of a run that computes
     everything; ``seconds`` is the time of a run if it was measured. ``cache_bytes`` is the predicted size of all caches
-    and ``peak_bytes`` the largest size in a run, None in older files. ``model``, ``steps`` and ``scheduler`` say what
-    the policy is valid for. ``place``, ``computed`` and ``style`` describe the forecasts: the place, the steps that
-    compute, and the weights. ``predicted`` is the objective of the dynamic programme, ``calibration_error`` the mean
-    error of the images of the search, and ``errors`` those on held-out seeds. ``rank_correlation`` is Spearman's, of
-    predicted and measured errors over the ``trials`` of the search.
+    and ``peak_bytes`` the largest size in a run, None in older files. The policy is valid for ``model``, ``steps`` and
+    ``scheduler``. ``place``, ``computed`` and ``style`` describe the forecasts: the place, the steps that compute, and
+    the weights. ``predicted`` is the objective of the dynamic programme, ``calibration_error`` the mean error of the
+    images of the search, and ``errors`` those on held-out seeds. ``rank_correlation`` is Spearman's, of predicted and
+    measured errors over the ``trials`` of the search.
     """
 
     policy: Policy
@@ -118,6 +118,24 @@ class AutoPolicy:
         how = f"{len(self.computed)} of {self.steps} steps compute, {self.style} forecasts of the {self.place}"
         cost = f"{self.speedup:.2f} x by {self.measure}, {self.cost:.3f} of the cost, error {self.errors}"
         return f"{cost}; {how}; {self.cache_bytes:,} bytes in caches predicted{ran}"
+
+    def described(self) -> dict[str, str]:
+        """Return the certificate as texts by name, in the order in which a report shows them."""
+        control = self.control
+        ran = "" if self.peak_bytes is None else f"; {self.peak_bytes:,} measured in a run"
+        return {
+            "bound": self.bound,
+            "speed-up": f"{self.speedup:.2f} by {self.measure}, {self.cost:.3f} of the cost of a full run",
+            "relative L2 error on held-out seeds (95 % interval)": str(self.errors),
+            "control": "none was given" if control is None else f"{control.solver} with {control.steps} steps",
+            "cost of the control": "" if control is None else f"{control.cost:.3f} of the cost of a full run",
+            "error of the control (95 % interval)": "" if control is None else str(control.errors),
+            "winner": self.winner,
+            "computed steps": f"{len(self.computed)} of {self.steps}: {', '.join(map(str, self.computed))}",
+            "forecasts": f"{self.style} forecasts of the {self.place}",
+            "bytes in caches": f"{self.cache_bytes:,} predicted{ran}",
+            "scheduler": self.scheduler or "not known",
+        }
 
     def check(self, model: nn.Module, steps: int, scheduler: object = None) -> None:
         """Raise PlanMismatch if the policy was made for another model, number of steps or scheduler."""

@@ -1,4 +1,4 @@
-"""The error and the cost of any policy on a model, seed by seed: what `tune` minimises."""
+"""The error and the cost of any policy on a model, seed by seed, which `tune` minimises."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from dit_rewrite.compile import compile
 from dit_rewrite.compiler.lowering import InnerBackend
-from dit_rewrite.denoiser import compile_denoiser
 from dit_rewrite.errors import BadParameter
 from dit_rewrite.module import backend_of, twin, unwrapped
 from dit_rewrite.passes.analysis import cost
@@ -42,11 +42,11 @@ class Evaluation:
         if not seeds:
             raise BadParameter("Evaluation", "seeds", seeds, "one or more whole numbers")
         self.model, self.sample, self.seeds, self.time, self.backend = unwrapped(model), sample, seeds, time, backend
-        self._plain: Any = compile_denoiser(twin(self.model), Never(), backend=backend) if time else twin(self.model)
+        self._plain: Any = compile(twin(self.model), Never(), backend=backend) if time else twin(self.model)
         self._images: dict[int, Tensor] = {}
 
     def __call__(self, policy: Policy) -> Iterator[dict[str, float]]:
-        model = compile_denoiser(twin(self.model), policy, backend=self.backend)
+        model = compile(twin(self.model), policy, backend=self.backend)
         rows: Counter[tuple[int, tuple[bool, ...]]] = Counter()
 
         def see(observation: Observation) -> None:

@@ -153,9 +153,9 @@ def greedy(
 
     `orders` gives the candidates of each site, if their costs or the possible choices differ between sites. A candidate
     passes if its `loss` by `metric`, a name of `metrics.METRICS` or a function of two tensors, is below its threshold;
-    NaN does not pass. With a file `partial`, the search saves its progress
-    after each step, and continues from an existing file after replaying its steps; `key` identifies what the other
-    arguments do not. `progress` shows a progress bar.
+    NaN does not pass. With a file `partial`, the search saves its progress after each step, and continues from an
+    existing file after replaying its steps; `key` is a further text in which two searches must agree. `progress` shows
+    a progress bar.
 
     Raises BadParameter for invalid arguments or if the outputs' shapes differ from the reference's, BadPlan for a
     damaged partial file, PlanMismatch for that of another search, and MissingExtra for a progress bar without rich.

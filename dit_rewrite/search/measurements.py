@@ -31,7 +31,7 @@ from dit_rewrite.search.trials import DEPTH, Place, Sample, Trials
 Report = Callable[[str], object]
 STYLES: dict[str, int] = {"fitted": DEPTH, "taylorseer": 3}  # kinds of weights, and the values that each reads
 SMALLEST = 1e-12  # error that counts
-STRIDE = 4  # the influence is measured at one step in so many, and interpolated
+STRIDE = 4  # the influence is measured at every so many steps, and interpolated
 
 
 class Candidate(NamedTuple):
@@ -48,7 +48,7 @@ class Tried(NamedTuple):
 
     ``error`` is the mean of the relative L2 errors of the images, and ``typical`` their geometric mean, by which the
     search compares candidates. A few images are so sensitive that any small error changes them; they decide the mean of
-    a few dozen images by chance, and a candidate that is best by it is not best on others.
+    a few dozen images by chance, so the candidate with the least mean is often not the best on other images.
     """
 
     candidate: Candidate

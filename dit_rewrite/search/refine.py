@@ -27,7 +27,7 @@ def refine(measured: Measurements, start: Tried, trials: int) -> Tried:
     """Improve a candidate by moving one computed step at a time, in at most `trials` runs.
 
     The neighbours run in the order of their predicted errors. The first one that is better than the best so far, by its
-    typical error on the calibration seeds, takes its place, and the search goes on from there.
+    typical error on the calibration seeds, takes its place, and the search continues from there.
     """
     best, left = start, trials
     while left > 0:

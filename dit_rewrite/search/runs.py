@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from dit_rewrite.denoiser import compile_denoiser
+from dit_rewrite.compile import compile
 from dit_rewrite.module import twin
 from dit_rewrite.policies.schedules import StepMask
 from dit_rewrite.policies.static import Never
@@ -49,7 +49,7 @@ class Runs:
     def _compiled(self, candidate: Candidate | None) -> Any:
         """Return a model that was compiled by a run with the policy of a candidate, or without a policy."""
         policy = Never() if candidate is None else self.policy(candidate)
-        model = compile_denoiser(twin(self.measured.model), policy, backend=self.measured.backend)
+        model = compile(twin(self.measured.model), policy, backend=self.measured.backend)
         images_of(self.measured.sample, model, self.measured.seeds[0])
         if candidate is not None:
             self._peaks[candidate] = model.stats().peak_bytes

@@ -76,7 +76,7 @@ class Trials:
         self._rows: dict[tuple[int, tuple[bool, ...]], int] = defaultdict(int)
         self._flops: dict[tuple[int, tuple[bool, ...]], int] = {}
         self.scheduler: str | None = None
-        self._slots = self._others = 0  # bytes: of the slots with DEPTH values, and of what else is stored
+        self._slots = self._others = 0  # bytes: of the slots with DEPTH values, and of all other stored tensors
         self._values: dict[Hashable, list[tuple[Tensor, ...]]] | None = None
         self._backend.session.observer = self._see
 
@@ -94,7 +94,7 @@ class Trials:
     def record(self, seed: int) -> tuple[Tensor, Trial]:
         """Run with every step computed. Returns the Gram matrix of the place's values over the steps, and the run.
 
-        Each tensor of each site and stream is weighed by its mean square, so that all count alike. Raises
+        Each tensor of each site and stream is weighed by its mean square, so that all have equal weight. Raises
         NothingRecorded if the place has no value, or streams were called at different numbers of steps.
         """
         self._values = defaultdict(list)

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 Values = Mapping[str, float]  # objectives by name; all are minimised
 Evaluate = Callable[[Policy], Iterable[Values]]  # yields the values so far, the last time all
-PARTIAL = "values so far"  # the attribute of a trial with what `Evaluate` yielded
+PARTIAL = "values so far"  # the attribute of a trial with the values that `Evaluate` yielded
 HOPELESS = 2.0
 
 
@@ -57,7 +57,7 @@ def tune(
     one.
 
     `storage` is a journal file, or the URL of a database. Several processes or machines that are given the same one
-    share the study, and a study that was interrupted goes on: `trials` counts those that are already in it. No trial
+    share the study, and an interrupted study is continued: `trials` counts those that are already in it. No trial
     begins after `timeout` seconds. Raises BadParameter, and MissingExtra without Optuna.
     """
     optuna = _optuna()

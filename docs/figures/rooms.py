@@ -9,7 +9,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 FOLDERS = ("dit_rewrite", "passes", "kernels", "runtime")  # each is installed inside dit_rewrite
 PASSES = ("passes.guards", "passes.capture", "passes.analysis", "passes.rewrite")
-PUBLIC = ("compile", "denoiser", "enable", "guards", "module")  # single files of dit_rewrite that users import from
+PUBLIC = ("compile", "enable", "guards", "module")  # single files of dit_rewrite that users import from
 LEAVES = ("errors", "torch_compat", "decision_row")
 LANGUAGE = (*LEAVES, "passes.guards", "passes.analysis", "passes.rewrite", "runtime", "policy")
 COMPILER = (*LANGUAGE, "passes.pipeline", "passes.capture", "kernels", "policies", "compiler")

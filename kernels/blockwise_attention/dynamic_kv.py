@@ -36,7 +36,7 @@ def measure_kv_change(state: State, k: Tensor, v: Tensor) -> KVChange:
 
 
 def only_unmoved(change: KVChange) -> KVChange:
-    """Return the change for equation 14, which assumes constant keys: what moved at all counts as infinitely far."""
+    """Return the change for equation 14, which assumes constant keys: any change of a block counts as infinite."""
     moved = (change.k_change != 0).any(-1) | (change.v_change != 0)
     return change._replace(v_relative=torch.where(moved, torch.inf, 0.0))
 

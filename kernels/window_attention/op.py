@@ -38,8 +38,8 @@ def window_refresh(
     dtype and memory layout of `query`. Sums are taken in float32 (float64 for float64).
     window: the largest distance at which a query attends to a key, one number per axis of the grid.
     grid: (H, W) or (T, H, W) of the N - prefix grid tokens in row-major order; None for a sequence.
-    prefix, suffix: number of tokens before and behind the grid (the text in joint attention) that attend to all tokens
-    and that all attend to.
+    prefix, suffix: number of tokens before and after the grid (the text in joint attention). They attend to all tokens,
+    and all tokens attend to them.
     attn_mask: bool (True takes part) or floating point (added to the scores); expands to (B, H, N, N). The mask and
     `scale`, 1/sqrt(d) by default, apply to O and to W.
 

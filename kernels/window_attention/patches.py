@@ -1,4 +1,4 @@
-"""Tiles of a window: patches of the grid, which parts of it each patch of queries sees, and their enumeration.
+"""Tiles of a window: patches of the grid, the patches of keys that each patch of queries sees, and their enumeration.
 
 A tile of queries or of keys is a box of (t, y, x) positions, so that a window of two or three axes reaches few tiles
 that it does not fill; along a sequence it is a run of tokens. Text has tiles of its own. A box of patches is a tuple

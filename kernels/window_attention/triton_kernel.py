@@ -1,7 +1,7 @@
 """Window attention with a residual in Triton, for each tile of queries.
 
 Tiles of keys that all queries of a tile see are attended without masks, those on the window's edges with them. A
-refresh first attends to the window, stores W, and goes on with the same sums over all other keys, so that one
+refresh first attends to the window, stores W, and continues the same sums over all other keys, so that one
 accumulator gives both.
 """
 

@@ -37,7 +37,7 @@ class CostModel:
     """The costs of one captured graph. At the captured sizes they are those of torch's FLOP counter.
 
     ``sizes`` has the captured size of each symbol, None if it depends on data. ``inputs`` has the shapes of the inputs
-    in these symbols, which say what each of them is; ``grid`` is the number of tokens, if they are a grid of patches.
+    in these symbols, which show the meaning of each; ``grid`` is the number of tokens, if they are a grid of patches.
     ``total`` counts each node once, and sites that enclose others include them. ``rest`` is outside of all sites.
     """
 

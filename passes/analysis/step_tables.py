@@ -1,8 +1,8 @@
-"""Step tables: what a step computes from its own inputs, the conditioning and weights, and could read from a table.
+"""Step tables: values that a step computes from its own inputs, the conditioning and weights, or reads from a table.
 
 These are timestep embedders, AdaLN modulation and the final modulation: they depend on the timestep, perhaps on pooled
 text, and never on the latent, so their values at each step of a schedule are known before the trajectory begins. This
-analysis finds the values that a table would store, and what the table saves and costs.
+analysis finds the values that a table would store, and the costs and savings of the table.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class TableValue:
 class StepTable:
     """The values of a graph's step table.
 
-    ``flops`` is what each step spends on them. ``released`` names the weights that nothing else reads, of
+    ``flops`` are those that each step spends on them. ``released`` names the weights that nothing else reads, of
     ``released_bytes``; ``weight_bytes`` is the size of all weights of the graph.
     """
 
@@ -81,7 +81,7 @@ def step_table(
 
     The positions are those of the placeholders that hold weights, conditioning and the step's own inputs (timestep).
     `reused` names the nodes whose values a reusing step takes from the cache: those of all sites. Values of more than
-    `max_vectors` vectors are left out, and what is computed from them: rows with a vector for each token are large.
+    `max_vectors` vectors are left out, with all values computed from them: rows with a vector for each token are large.
     """
     moving = _moving_nodes(graph, {*weights, *conditioning}, step_inputs)
     if max_vectors is not None:
@@ -116,7 +116,7 @@ def containing_columns(column: fx.Node, columns: Collection[fx.Node]) -> frozens
 
 
 def _without_collectives(moving: dict[fx.Node, None]) -> dict[fx.Node, None]:
-    """Return the moving nodes without collectives, and without what is computed from those.
+    """Return the moving nodes without collectives, and without the nodes that are computed from those.
 
     Ranks that fill their tables at different times would wait for each other.
     """
@@ -129,7 +129,7 @@ def _without_collectives(moving: dict[fx.Node, None]) -> dict[fx.Node, None]:
 
 
 def _moving_nodes(graph: fx.Graph, invariant: Iterable[int], step_inputs: Iterable[int]) -> dict[fx.Node, None]:
-    """The nodes that depend on a step input, and otherwise on the invariant inputs alone, in the order of the graph."""
+    """Return the nodes that depend on a step input and on invariant inputs alone, in the order of the graph."""
     invariant = set(invariant)
     steady = invariant_nodes(graph, invariant)
     known = invariant_nodes(graph, invariant | set(step_inputs))
@@ -186,7 +186,7 @@ def _is_part(node: fx.Node) -> bool:
 
 
 def _bases(node: fx.Node) -> list[fx.Node]:
-    """What a part of a contraction's result is a part of, up to the result itself."""
+    """The nodes that a part of a contraction's result is taken from, up to the result itself."""
     bases = []
     while not is_contraction(node):
         node = node.all_input_nodes[0]
@@ -233,7 +233,7 @@ def _priced(
     kept: set[fx.Node],
     weights: Collection[int],
 ) -> StepTable:
-    """The table of these values; `kept` are the nodes that a step still needs which is given them."""
+    """Return the table of these values; a step that reads them still needs the nodes `kept`."""
     known = _at(graph, weights)
     held = [node for node in graph.nodes if node in known]
     released = [node for node in held if node.users and node not in kept]

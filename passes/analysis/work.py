@@ -24,8 +24,8 @@ class Work(NamedTuple):
 def kernels(graph: fx.Graph) -> Iterator[tuple[fx.Node, Work]]:
     """Yield the kernels of a graph, each by the node that it makes.
 
-    Elementwise ops, norms and views are fused with the op that reads them: only what a contraction reads, and what the
-    graph returns, is written to memory.
+    Elementwise ops, norms and views are fused with the op that reads them: only tensors that a contraction reads, or
+    that the graph returns, are written to memory.
     """
     for node in graph.nodes:
         if node.op != "call_function":

@@ -62,7 +62,7 @@ class _Rewriter:
         self.inside = [self._inside(i) for i in range(len(sites))]
 
     def _slots(self, i: int) -> list[Slot]:
-        """Return the slots of a site's values. A CORE has none (its CORE_STATE has), nor has a CFG_SHARED site."""
+        """Return the slots of a site's values. A CORE (whose CORE_STATE has one) and a CFG_SHARED site have none."""
         site, slots = self.sites[i], list[Slot]()
         holds = site.part is Part.DELTA or (site.part is not Part.CORE and self.labels[i].guidance is None)
         for k, name in enumerate(site.values if holds else ()):

@@ -1,4 +1,4 @@
-"""Rules of rows.py: for each op, what of its operands some tokens of its result need.
+"""Rules of rows.py: for each op, the parts of its operands that some tokens of its result need.
 
 A rule gets a call and the place of the tokens in its result. It returns each operand with the place of the tokens in
 it, or with None if the operand is needed as a whole; or it returns None if a token of the result depends on other

@@ -1,6 +1,6 @@
-"""Compute some of the tokens of a branch: an analysis of which values that needs, and the graph that does it.
+"""Compute some of the tokens of a branch: an analysis of the values that these need, and the graph that computes them.
 
-The analysis walks from the value of a branch back to what its closure reads. Some tokens of a value need either the
+The analysis walks from the value of a branch back to the inputs of its closure. Some tokens of a value need either the
 same tokens of an operand, or all of it (weights, or the keys and values of a condition); row_rules.py has the rule for
 each op. A value that is needed in both ways, such as the tokens of self-attention, which are queries and keys, makes
 the tokens depend on one another: then nothing is proven, and the branch cannot be computed in part.
@@ -27,9 +27,9 @@ BEFORE = 2.0**-10  # right before a node, after the nodes that decode a slot for
 
 @dataclass(frozen=True)
 class Tokens:
-    """What some of the ``size`` tokens of a value need, which are in its dimension ``dim``.
+    """The values that some of the ``size`` tokens of a value need. The tokens are in dimension ``dim``.
 
-    ``places``: for each node, where the tokens are of which it needs the same; None if it is needed as a whole.
+    ``places`` maps each needed node to the place of the tokens in it; to None if it is needed as a whole.
     ``tables``: nodes that are computed as a whole, although only some tokens of them are needed. They take no
     contraction, like tables of positions.
     """
@@ -41,7 +41,7 @@ class Tokens:
 
 
 def find_tokens(value: fx.Node, closure: Iterable[fx.Node]) -> Tokens | None:
-    """Return what some tokens of `value` need, or None if it is not proven that they can be computed alone.
+    """Return the values that some tokens of `value` need, or None if these are not proven to be computable alone.
 
     The tokens are in the largest dimension of the value between batch and channels; without a batch, in the first.
     `closure` are the nodes, in graph order, that only the value depends on. Other nodes are read as they are.
@@ -71,7 +71,7 @@ class _Search:
         return Tokens(self.dim, self.size, self.places, frozenset(self.tables))
 
     def _visit(self, node: fx.Node) -> bool:
-        """Note what a node needs of its operands, and return whether that agrees with what others need of them."""
+        """Record the needs of a node, and return whether they agree with those of other readers of its operands."""
         needs = self._needs(node, self.places[node])
         if needs is None and self._is_table(node):
             self.tables.add(node)

@@ -1,7 +1,7 @@
 """Tap tensors of a graph: reduce each one where it is made, against the same tensor of earlier steps.
 
 The tensors of earlier steps are inputs of the new graph, and those of this step are outputs, so that nothing else has
-to be stored. What leaves the graph for statistics are the few moments of each comparison, in one small tensor.
+to be stored. For statistics the graph returns the few moments of each comparison, in one small tensor.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Tiles of tokens: which of them a step recomputes, and what the slot of such a value stores."""
+"""Tiles of tokens: the choice of those that a step recomputes, and the contents of the slot."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from dit_rewrite.passes.rewrite.rows import RowWriter, find_tokens
 class TileCodec:
     """The slot of a value of which each reusing step recomputes ``count`` of ``tiles`` tiles, in place.
 
-    The tokens are in dimension ``dim``; a tile has ``tile`` of them. The slot stores the value and what `choose` reads:
-    if ``by_change`` is False, the first tile of the next step, so that tiles take turns; otherwise, for each tile, its
-    mean absolute change per step when it was last recomputed, and the number of steps since then. The batch shares its
-    tiles. Nothing is read by the host.
+    The tokens are in dimension ``dim``; a tile has ``tile`` of them. The slot stores the value and the state of
+    `choose`. If ``by_change`` is False, that is the first tile of the next step, so that tiles take turns; otherwise,
+    for each tile, its mean absolute change per step when it was last recomputed, and the number of steps since then.
+    The batch shares its tiles. The host reads nothing.
     """
 
     dim: int

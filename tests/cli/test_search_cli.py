@@ -15,7 +15,7 @@ from dit_rewrite.cli.main import FAILED, main
 from dit_rewrite.errors import BadOption
 from dit_rewrite.policy.plan import Choice, Plan
 from tests.helpers import tiny
-from tests.helpers.models import prepare
+from tests.helpers.drawn import prepare
 from tests.report.test_prediction import latent_calls
 
 STEPS = 3

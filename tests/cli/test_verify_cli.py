@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +39,21 @@ def test_a_pipeline_folder_is_proven_on_the_calls_that_it_makes(tmp_path: Path) 
     """Without a factory the calls are recorded from the pipeline itself."""
     build_dit_pipeline().save_pretrained(tmp_path / "dit")
     assert main(["verify", "--model", str(tmp_path / "dit"), "--steps", "4"]) == 0
+
+
+def test_progress_counts_the_calls(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The bar is full at the end: `verify` runs the trajectory as often as the command says."""
+    seen: list[Any] = []
+
+    @contextlib.contextmanager
+    def bar(text: str, total: int) -> Iterator[Any]:
+        ticks: list[None] = []
+        yield lambda: ticks.append(None)
+        seen.append((text, total, len(ticks)))
+
+    monkeypatch.setattr("dit_rewrite.cli.verify.progress", bar)
+    assert main(["verify", "--model", SMALL, "--steps", "2", "--backend", "aot_eager"]) == 0
+    assert seen == [("verifying", 4 * 2, 4 * 2)]
 
 
 def test_what_fails_the_proof_exits_with_1(monkeypatch: pytest.MonkeyPatch) -> None:

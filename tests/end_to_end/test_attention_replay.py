@@ -22,7 +22,7 @@ from dit_rewrite.passes.analysis.site import Part
 from dit_rewrite.proof.compare import Check
 from dit_rewrite.proof.replay import check_replay
 from dit_rewrite.runtime.session import Observation
-from tests.end_to_end.test_attention_strategies import ATTENTION, QUARTER, scheduled
+from tests.helpers.attention import ATTENTION, QUARTER, scheduled
 from tests.helpers.models import MODELS, Case
 
 slow = pytest.mark.slow

@@ -18,7 +18,7 @@ from dit_rewrite.runtime.session import Observation
 from examples.stdit import sincos
 from tests.helpers import tiny
 from tests.helpers.broken import BrokenAttention
-from tests.helpers.models import prepare
+from tests.helpers.drawn import prepare
 
 LAYERS, STEPS = 2, 3
 TENSORS = len(State._fields) - 3

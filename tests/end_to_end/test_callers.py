@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from dit_rewrite import RewrittenModule
 from dit_rewrite.errors import StreamReason, TrajectoryReason
 from tests.helpers import tiny
-from tests.helpers.models import prepare
+from tests.helpers.drawn import prepare
 from tests.helpers.tiny import TinyDiT, calls, condition, rewritten, same
 from tests.references.fora import ModuleCache
 

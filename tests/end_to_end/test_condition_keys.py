@@ -14,7 +14,8 @@ import dit_rewrite
 from dit_rewrite.errors import RefusalReason
 from dit_rewrite.module import RewrittenModule, twin
 from dit_rewrite.policies import CachedAttention
-from tests.helpers.models import MODELS, output, prepare
+from tests.helpers.drawn import prepare
+from tests.helpers.models import MODELS, output
 
 INF = math.inf
 KINDS = ("self", "joint", "parallel")

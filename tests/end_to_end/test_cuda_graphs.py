@@ -5,6 +5,7 @@ On a CPU a fake replays; test_cuda_graphs_cuda.py does the same on a GPU.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -21,8 +22,8 @@ from dit_rewrite.module import RewrittenModule, twin
 from dit_rewrite.policies import FORA, FirstBlockCache, SpeCa, TaylorSeer, TeaCache
 from dit_rewrite.policy.strategies import Forecast, GuidanceDelta, ReuseTiles
 from tests.helpers import fake_graphs, tiny
+from tests.helpers.drawn import prepare
 from tests.helpers.fake_graphs import FakeDevice
-from tests.helpers.models import prepare
 from tests.helpers.runs import interleaved
 from tests.helpers.tiny import calls, condition, same
 
@@ -143,6 +144,19 @@ def test_explain(device: FakeDevice) -> None:
         tiny.outputs(asked, calls(STEPS))
     assert "captured  2 CUDA graphs" in str(asked.explain())
     assert "2 CUDA graphs captured, 5 replays" in str(asked.stats())
+
+
+def test_restore_frees_the_graphs(device: FakeDevice) -> None:
+    """Dynamo keeps the compiled call, but not the buffers of the graphs, nor the cache of the last trajectory."""
+    asked = tiny.rewritten(tiny.build(), cuda_graphs=True)
+    tiny.outputs(asked, calls(STEPS))
+    backend = asked._backend
+    assert backend.graphs is not None
+    captured = [weakref.ref(each) for graphs in backend.graphs._alive() for each in graphs._all]
+    assert len(captured) == 1 and asked.stats().graph_bytes == backend.graphs.bytes > 0
+    dit_rewrite.restore(asked)
+    assert backend.graphs.bytes == backend.session.cache_bytes() == 0
+    assert [each() for each in captured] == [None]
 
 
 def test_inductor_makes_no_graphs_of_its_own() -> None:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from dit_rewrite.errors import MissReason
 from tests.helpers import tiny
 from tests.helpers.broken import broken_blocks
-from tests.helpers.models import prepare
+from tests.helpers.drawn import prepare
 from tests.helpers.tiny import WIDTH, TinyDiT, calls, condition, rewritten, same
 
 STEPS = 5

@@ -20,7 +20,8 @@ from dit_rewrite.errors import MissReason
 from dit_rewrite.policies import FORA, FirstBlockCache
 from dit_rewrite.policy.rules import Policy
 from tests.end_to_end.pipelines.registry import PIPELINES
-from tests.helpers.models import flux_calls, prepare
+from tests.helpers.drawn import prepare
+from tests.helpers.image_models import flux_calls
 from tests.helpers.tiny import same
 
 pytest.importorskip("diffusers")

@@ -24,7 +24,8 @@ from dit_rewrite.proof.compare import Check
 from dit_rewrite.proof.replay import check_replay
 from dit_rewrite.runtime.session import Observation
 from dit_rewrite.runtime.stats import Stats
-from tests.helpers.models import BATCH, MODELS, Case, output
+from tests.helpers.drawn import BATCH
+from tests.helpers.models import MODELS, Case, output
 from tests.references import policies as reference
 from tests.references.fora import computes, fora_outputs, get
 

@@ -15,7 +15,7 @@ from dit_rewrite.guards import drift, sigma, snr
 from dit_rewrite.policy.rules import Policy, Rule
 from dit_rewrite.policy.where import Where
 from tests.helpers import tiny
-from tests.helpers.models import latents
+from tests.helpers.drawn import latents
 
 STEPS = 8
 

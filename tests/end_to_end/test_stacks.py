@@ -18,7 +18,7 @@ from dit_rewrite.guards import step
 from dit_rewrite.module import twin
 from dit_rewrite.passes.analysis.site import Part
 from dit_rewrite.policies import FirstBlockCache
-from tests.helpers.models import falling, prepare, rising
+from tests.helpers.drawn import falling, prepare, rising
 from tests.helpers.streams import Plain
 from tests.helpers.tracing import WIDTH
 

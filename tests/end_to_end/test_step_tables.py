@@ -8,12 +8,15 @@ from typing import Any, Literal
 
 import pytest
 import torch
+from sympy import Ne
 from torch import Tensor, nn
 
 import dit_rewrite
 from benchmarks.step_tables.models import text_to_video
+from dit_rewrite import Forecast, GuidanceDelta, Policy, Rule, Where
 from dit_rewrite.compiler.step_tables import TableProgram
 from dit_rewrite.errors import BadArgument, TableReason
+from dit_rewrite.guards import step
 from dit_rewrite.module import twin
 from dit_rewrite.passes.rewrite.printing import op_counts
 from dit_rewrite.policies import FORA, FirstBlockCache, Never
@@ -173,6 +176,21 @@ def test_segments_that_run_before_the_decision_read_no_table(lag: Literal[0, 1])
     told = f"no step reads the 20 values: {TableReason.NOT_READ}"
     assert (told in str(model.explain())) is (lag == 0)
     assert model.stats().reused == STEPS - 1 - lag
+
+
+@pytest.mark.parametrize("do", [GuidanceDelta("first"), Forecast(1)], ids=["half of the batch", "nothing"])
+def test_explain_says_how_much_a_reusing_step_reads(do: GuidanceDelta | Forecast) -> None:
+    """The step of a difference computes half of the batch, and reads what this half needs; a forecast of the output
+    computes nothing and reads nothing."""
+    policy = Policy((Rule(Ne(step % 2, 0), do, Where(span="output")),))
+    model, calls = compiled(UNCONDITIONED, policy=policy), MODELS[UNCONDITIONED].inputs(STEPS)
+    run(model, calls)
+    said, rewritten = str(model.explain()), model.explain().rewritten[0]
+    assert (model.stats().table_rows > 0) is isinstance(do, GuidanceDelta)
+    assert (f"no step reads the 2 values: {TableReason.NOT_NEEDED}" in said) is isinstance(do, Forecast)
+    if isinstance(do, GuidanceDelta):
+        read = {column for variant in rewritten.variants.values() for column in variant.columns}
+        assert len(read) == 2 and rewritten.table_bytes == rewritten.step_table.row_bytes > 0
 
 
 def test_disabled() -> None:

@@ -17,8 +17,8 @@ from dit_rewrite.guards import step
 from dit_rewrite.module import twin
 from dit_rewrite.policy.serialise import from_json, to_json
 from tests.end_to_end.test_attention_replay import replayed
-from tests.end_to_end.test_attention_strategies import ATTENTION, TOLERANCE, apart, run, scheduled
 from tests.helpers import tiny
+from tests.helpers.attention import ATTENTION, TOLERANCE, apart, run, scheduled
 from tests.helpers.models import MODELS
 from tests.helpers.tracing import Attention, Toy, heads, linear, merged, tokens
 from tests.references.ditfastattn import Paper, box

@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
 from examples.stdit import sincos
-from tests.helpers.models import Case, assemble, falling, latents, prepare
+from tests.helpers.drawn import assemble, falling, latents, prepare
+from tests.helpers.models import Case
 
 
 class BrokenAttention(nn.Module):

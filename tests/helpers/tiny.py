@@ -16,7 +16,7 @@ from dit_rewrite.policies import FORA
 from dit_rewrite.policy.rules import Policy
 from examples.stdit import sincos
 from tests.helpers.broken import BrokenAttention
-from tests.helpers.models import falling, latents, prepare
+from tests.helpers.drawn import falling, latents, prepare
 from tests.references.fora import ModuleCache, computes
 
 WIDTH, CHANNELS = 16, 4

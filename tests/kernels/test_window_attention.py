@@ -2,13 +2,8 @@
 
 from __future__ import annotations
 
-import functools
-import inspect
 import itertools
 import math
-import runpy
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,108 +11,19 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Generator, Tensor
-from torch.utils.flop_counter import FlopCounterMode
+from torch import Tensor
 
-from dit_rewrite.errors import BadOpArgument
-from dit_rewrite.kernels.window_attention import naive, paper_window, window_flops, window_refresh, window_reuse
-from dit_rewrite.kernels.window_attention.geometry import make_window
-from tests.kernels.largest_tensor import LargestTensor
+from dit_rewrite.kernels.window_attention import window_reuse
+from tests.kernels.windows import DTYPES, OPS, TOLERANCE, WINDOWS, Ops, close, expected, qkv, random, triton, visible
 
-KERNELS = Path(__file__).parents[2] / "kernels"
-DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-TOLERANCE = {torch.float32: 3e-6, torch.bfloat16: 3e-2, torch.float16: 4e-3}
 LEAST = torch.finfo(torch.float32).min
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton")  # the interpreter's 0/0
-Ops = tuple[Callable[..., tuple[Tensor, Tensor]], Callable[..., Tensor]]
-WINDOWS: list[tuple[int, dict[str, Any]]] = [
-    (50, {"window": (6,)}),
-    (75, {"window": (0,)}),
-    (61, {"window": (9,), "prefix": 5}),
-    (63, {"window": (1, 2), "grid": (7, 9)}),
-    (70, {"window": (1, 0), "grid": (7, 9), "prefix": 7}),
-    (66, {"window": (0, 1, 1), "grid": (3, 4, 5), "prefix": 6}),
-    (60, {"window": (2, 1, 4), "grid": (3, 4, 5)}),
-    (60, {"window": (0, 3, 1), "grid": (1, 12, 5)}),
-    (60, {"window": (2, 0, 0), "grid": (60, 1, 1)}),
-    (61, {"window": (9,), "suffix": 5}),
-    (96, {"window": (2, 3), "grid": (7, 9), "suffix": 33}),
-    (70, {"window": (1, 0), "grid": (7, 7), "prefix": 17, "suffix": 4}),
-    (150, {"window": (1, 2, 3), "grid": (5, 5, 5), "prefix": 16, "suffix": 9}),
-]
-
-
-def triton(block: tuple[int, int] | None = None) -> Ops:
-    """Return the kernels as functions with the arguments of the ops; `block` is (queries, keys) of a tile."""
-    from dit_rewrite.kernels.window_attention.launch import Tile, launch_refresh, launch_reuse
-
-    tile = None if block is None else Tile(*block)
-
-    def arguments(
-        query: Tensor, window: Any, grid: Any = None, prefix: int = 0, attn_mask: Any = None, scale: Any = None,
-        suffix: int = 0,
-    ):  # fmt: skip
-        return make_window("test", query.shape[2], window, grid, prefix, suffix), attn_mask, scale
-
-    def refresh(query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        return launch_refresh(query, key, value, *arguments(query, *args, **kwargs), tile=tile)
-
-    def reuse(
-        query: Tensor, key: Tensor, value: Tensor, residual: Tensor, *args: Any, subtract: bool = False, **kwargs: Any
-    ) -> Tensor:
-        return launch_reuse(query, key, value, residual, *arguments(query, *args, **kwargs), subtract, tile=tile)
-
-    return refresh, reuse
-
-
-OPS = {"op": (window_refresh, window_reuse), "16x32": triton((16, 32))}
 
 
 @pytest.fixture(params=OPS)
 def ops(request: pytest.FixtureRequest) -> Ops:
     """The registered ops (the naive reference on a CPU), and the Triton kernels with small tiles."""
     return OPS[request.param]
-
-
-@functools.cache
-def visible(
-    tokens: int, window: tuple[int, ...], grid: tuple[int, ...] | None = None, prefix: int = 0, suffix: int = 0
-) -> Tensor:
-    """Return which keys are in the window of each query, from a loop over all pairs."""
-    places = list(itertools.product(*map(range, grid or (tokens - prefix - suffix,))))
-    seen = torch.ones(tokens, tokens, dtype=torch.bool)
-    for (i, a), (j, b) in itertools.product(enumerate(places), repeat=2):
-        seen[prefix + i, prefix + j] = all(abs(x - y) <= w for x, y, w in zip(a, b, window, strict=True))
-    return seen
-
-
-def expected(
-    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, scale: float | None = None, **where: Any
-) -> tuple[Tensor, Tensor]:
-    """Compute O and W in float64; fully masked rows are 0."""
-    query, key, value = query.double(), key.double(), value.double()
-    scores = query @ key.mT * (1 / math.sqrt(query.shape[-1]) if scale is None else scale)
-    if attn_mask is not None and attn_mask.dtype == torch.bool:
-        scores = scores.where(attn_mask, -math.inf)
-    elif attn_mask is not None:
-        scores = scores + attn_mask.double()
-    near = scores.where(visible(query.shape[2], **where).to(query.device), -math.inf)
-    out, window = ((s.softmax(-1).where((s > -math.inf).any(-1, keepdim=True), 0) @ value) for s in (scores, near))
-    return out, window
-
-
-def random(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32, device: str = "cpu") -> Tensor:
-    return torch.randn(shape, generator=Generator().manual_seed(seed), dtype=torch.float64).to(dtype).to(device)
-
-
-def qkv(tokens: int, size: int = 16, batch: int = 1, heads: int = 2, **options: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """Return q, k and v (batch, heads, tokens, size) as views of one fused projection."""
-    query, key, value = random(batch, tokens, 3, heads, size, **options).unbind(2)
-    return query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
-
-
-def close(result: Tensor, reference: Tensor, tolerance: float) -> bool:
-    return bool(((result.double() - reference).abs() <= tolerance * (1 + reference.abs())).all())
 
 
 @pytest.mark.parametrize(
@@ -299,142 +205,6 @@ def test_reuse_skips_far_tiles(device: str, where: dict[str, Any], patches: int)
     k[:, :, away], v[:, :, away] = math.nan, math.nan
     result = triton((16, 16))[1](q, k, v, torch.zeros_like(q), **where)
     assert close(result[:, :, rows], near[:, :, rows], 5e-6)
-
-
-def test_tuning_depends_on_every_argument() -> None:
-    """Only the values of the scale and the signs are not part of the key."""
-    pytest.importorskip("triton")
-    from dit_rewrite.kernels.window_attention.launch import KEY
-    from dit_rewrite.kernels.window_attention.triton_kernel import window_kernel
-
-    tensors = {"query", "key", "value", "mask", "residual", "out"}
-    parameters = inspect.signature(window_kernel.fn).parameters.values()
-    constants = {p.name for p in parameters if p.annotation == "tl.constexpr"}
-    numbers = {p.name for p in parameters} - tensors - constants
-    assert numbers - set(KEY) == {"scale", "turn", "sign"} and set(KEY) - numbers <= constants
-
-
-def test_nothing_is_tuned_inside_a_capture(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A launch that is new inside a capture takes the first tile; one that was called before is tuned already."""
-    pytest.importorskip("triton")
-    from dit_rewrite.kernels.window_attention import launch
-
-    capturing = [False]
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing[0])
-    assert launch._fixed_tile("before", False) is None
-    capturing[0] = True
-    assert launch._fixed_tile("before", False) is None
-    assert launch._fixed_tile("inside", False) == launch.TILES[0]
-    assert launch._fixed_tile("inside", True) == launch.WIDE_TILES[0]
-    capturing[0] = False
-    assert launch._fixed_tile("inside", False) is None
-
-
-def test_naive_reuse_skips_keys(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The naive reference multiplies only keys in the window of a block, and never allocates all scores."""
-    monkeypatch.setattr(naive, "ROWS", 16)
-    q, k, v = qkv(1000, 1, heads=1)
-    shape = make_window("test", 1000, (20,), None, 0)
-    with LargestTensor() as largest, FlopCounterMode(display=False) as counter:
-        naive.window_reuse(q, k, v, q, shape, None, None)
-    multiplied = sum(min(1000, start + 16 + 20) - max(0, start - 20) for start in range(0, 992, 16)) * 16
-    multiplied += 8 * (8 + 20)
-    assert counter.get_total_flops() == 2 * 2 * multiplied
-    with LargestTensor() as refresh:
-        naive.window_refresh(q, k, v, shape, torch.zeros(1000), None)
-    assert largest.numel <= refresh.numel == 16 * 1000
-
-
-@pytest.mark.parametrize(("tokens", "where"), WINDOWS)
-def test_flops(tokens: int, where: dict[str, Any]) -> None:
-    """Reuse counts 4 d per visible pair; refresh counts full attention plus 2 d per visible pair."""
-    q, k, v = qkv(tokens, 8, batch=2, heads=3)
-    pairs = int(visible(tokens, **where).sum())
-    assert window_flops(q.shape, k.shape, **where) == 4 * 8 * (2 * 3) * pairs
-    with FlopCounterMode(display=False) as counter:
-        window_reuse(q, k, v, q, **where)
-    assert counter.get_total_flops() == 4 * 8 * (2 * 3) * pairs
-    with FlopCounterMode(display=False) as counter:
-        window_refresh(q, k, v, **where)
-    assert counter.get_total_flops() == 8 * (2 * 3) * (4 * tokens**2 + 2 * pairs)
-
-
-def test_paper_window() -> None:
-    """An eighth of the tokens on each side: 2/8 of the matrix minus two corners of 1/128 each, 23.4 %."""
-    shape = (1, 1, 4096, 64)
-    assert paper_window(4096) == (512,)
-    assert window_flops(shape, shape, paper_window(4096)) / (4 * 64 * 4096**2) == pytest.approx(30 / 128, abs=1 / 4096)
-
-
-QUERY = torch.ones(1, 2, 12, 8)
-
-
-@pytest.mark.parametrize(
-    ("name", "given"),
-    [
-        ("window", {"window": (12,)}),
-        ("window", {"window": (-1,)}),
-        ("window", {"window": (1, 4), "grid": (3, 4)}),
-        ("window", {"window": (1,), "grid": (3, 4)}),
-        ("window", {"window": (1, 1)}),
-        ("window", {"window": (6,), "prefix": 6}),
-        ("grid", {"window": (1, 1), "grid": (3, 5)}),
-        ("grid", {"window": (1, 1), "grid": (3, 4), "prefix": 2}),
-        ("grid", {"window": (1, 1), "grid": (-3, -4)}),
-        ("grid", {"window": (1, 1, 0, 0), "grid": (3, 4, 1, 1)}),
-        ("prefix", {"window": (0,), "prefix": 12}),
-        ("prefix", {"window": (0,), "prefix": -1}),
-        ("suffix", {"window": (0,), "suffix": -1}),
-        ("suffix", {"window": (0,), "prefix": 6, "suffix": 6}),
-        ("query.ndim", {"query": QUERY[0]}),
-        ("query.dtype", {"query": QUERY.int()}),
-        ("key.shape", {"key": QUERY[:, :, :6]}),
-        ("value.shape", {"value": QUERY[..., :4]}),
-        ("value.dtype", {"value": QUERY.half()}),
-        ("key.device", {"key": QUERY.to("meta")}),
-        ("attn_mask.shape", {"attn_mask": torch.ones(12, 11)}),
-        ("attn_mask.dtype", {"attn_mask": torch.ones(12, 12, dtype=torch.int64)}),
-    ],
-)
-def test_mismatch(name: str, given: dict[str, Any]) -> None:
-    arguments = {"query": QUERY, "key": QUERY, "value": QUERY, "window": (1,), **given}
-    with pytest.raises(BadOpArgument, match=f"window_refresh: {name}="):
-        window_refresh(**arguments)
-    with pytest.raises(BadOpArgument, match=f"window_reuse: {name}="):
-        window_reuse(residual=QUERY, **arguments)
-
-
-@pytest.mark.parametrize("residual", [QUERY[:, :1], QUERY.double(), QUERY.to("meta")])
-def test_residual_mismatch(residual: Tensor) -> None:
-    with pytest.raises(BadOpArgument, match="window_reuse: residual"):
-        window_reuse(QUERY, QUERY, QUERY, residual, (1,))
-
-
-def test_registration() -> None:
-    """`opcheck` accepts the schema, the fake implementation (strides included) and the dispatch."""
-    q, k, v = qkv(12)
-    for where in ({"window": (2,)}, {"window": (1, 2), "grid": (2, 5), "prefix": 2, "attn_mask": torch.zeros(12)}):
-        refresh, reuse = torch.ops.dit_rewrite.window_refresh.default, torch.ops.dit_rewrite.window_reuse.default
-        assert set(torch.library.opcheck(refresh, (q, k, v), where).values()) == {"SUCCESS"}
-        assert set(torch.library.opcheck(reuse, (q, k, v, v), where).values()) == {"SUCCESS"}
-
-
-def test_compiled() -> None:
-    """The ops compile without a graph break and equal eager mode."""
-
-    def step(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        out, residual = window_refresh(query * 2, key, value, (1, 2), grid=(3, 4))
-        return out + window_reuse(query, key, value, residual, (1, 2), grid=(3, 4))
-
-    q, k, v = qkv(12)
-    assert torch.equal(torch.compile(step, backend="aot_eager", fullgraph=True)(q, k, v), step(q, k, v))
-
-
-@pytest.mark.parametrize("name", ["relative_l1", "attention_entropy", "window_attention"])
-def test_import_under_another_name_fails(name: str) -> None:
-    """Importing an op file under another module name fails, because it would register the ops twice."""
-    with pytest.raises(ImportError, match="dit_rewrite.kernels"):
-        runpy.run_path(str(KERNELS / name / "op.py"), run_name=f"kernels.{name}.op")
 
 
 @pytest.mark.cuda

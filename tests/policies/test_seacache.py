@@ -12,7 +12,7 @@ from torch import Tensor
 
 from dit_rewrite.policies import SeaCache
 from tests.helpers import tiny
-from tests.helpers.models import latents
+from tests.helpers.drawn import latents
 from tests.helpers.records import Decided, record, relative, splitting
 from tests.helpers.runs import by_site, the_row
 

@@ -10,7 +10,7 @@ from dit_rewrite import verify
 from dit_rewrite.policies import FORA
 from tests.helpers import tiny
 from tests.helpers.broken import BrokenAttention
-from tests.helpers.models import prepare
+from tests.helpers.drawn import prepare
 
 
 class InPlaceBehindBreak(nn.Module):

@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 import subprocess
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -20,17 +21,20 @@ from dit_rewrite.analysis.places import Quantity
 from dit_rewrite.analysis.result import Analysis, ReuseErrors
 from dit_rewrite.analysis.statistics import MEASURES, Row
 from dit_rewrite.cli.main import FAILED, main
+from dit_rewrite.cli.report import read_certificate
 from dit_rewrite.errors import OtherAnalysis
 from dit_rewrite.policies import FORA
 from dit_rewrite.policy.plan import Choice, Plan
+from dit_rewrite.policy.serialise import to_json
 from dit_rewrite.report.charts import front_charts
 from dit_rewrite.report.page import Page
+from dit_rewrite.search.certificate import AutoPolicy, Control, Errors
 from tests.helpers import tiny
 from tests.report.test_prediction import run
 
 EVIL = '<script src="http://evil.example/x.js">alert(1)</script>'
-SECTIONS = ["model", "sites", "redundancy", "stability", "reuse-errors", "figures", "plan", "front", "images", "graph"]
-SECTIONS += ["decisions", "prediction"]
+SECTIONS = ["model", "certificate", "sites", "redundancy", "stability", "reuse-errors", "figures", "plan", "front"]
+SECTIONS += ["images", "graph", "decisions", "prediction"]
 DOT = '<svg xmlns="http://www.w3.org/2000/svg" width="9" height="9"><circle r="4"/></svg>'
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
 BROWSER = os.environ.get("CHROMIUM") or next(filter(None, map(shutil.which, BROWSERS)), None)
@@ -75,6 +79,15 @@ def analysed(steps: int) -> Analysis:
     return made
 
 
+def certified() -> AutoPolicy:
+    """What `autopolicy` may return."""
+    errors, worse = Errors.of((0.1, 0.2, 0.3)), Errors.of((0.4, 0.5))
+    return AutoPolicy(
+        FORA(3), "speedup=2", "flops", 0.4, None, 1000, errors, Control("DDIM", 20, 0.41, worse), "policy", "model", 50,
+        None, "output", (0, 9), "hermite", 0.1, 0.2, 8, 0.5, 3.0, (0,), (1, 2), 1500,
+    )  # fmt: skip
+
+
 @pytest.fixture(scope="module")
 def page() -> Page:
     """A page with every section, and a script in each text that a user or a model brings."""
@@ -87,7 +100,9 @@ def page() -> Page:
     described = {"class": EVIL}
     analysis = list(sections({"DDIM": analysed(6), "Heun": analysed(4)}))
     decisions = model.stats().decisions
-    return Page(model.explain(), EVIL, described, decisions, analysis, {EVIL: DOT}, plan, front, {EVIL: DOT})
+    pictures = {EVIL: DOT}
+    shown = certified().described() | {"bound": EVIL}
+    return Page(model.explain(), EVIL, described, decisions, analysis, pictures, plan, front, pictures, shown)
 
 
 def test_every_section_is_there(page: Page) -> None:
@@ -209,7 +224,7 @@ def test_the_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert main(["report", *options, "--json"]) == 0
     parsed = Parsed(out.read_text())
     found = [a["id"] for a in parsed.all("section")]
-    assert found == [name for name in SECTIONS if name not in ("stability", "plan", "images")]
+    assert found == [name for name in SECTIONS if name not in ("certificate", "stability", "plan", "images")]
     assert "error over flops" in parsed.text and [a["class"] for a in parsed.all("rect")].count("other") == 1
     assert json.loads(capsys.readouterr().out) == {"file": str(out), "sections": found}
     assert main(["explain", "--steps", "4", "--json"]) == 0
@@ -218,6 +233,22 @@ def test_the_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     front.write_text("[1]")
     assert main(["report", "--front", str(front), "--out", str(out)]) == FAILED
     assert "list of points" in capsys.readouterr().err
+
+
+def test_the_certificate_of_a_policy(page: Page, tmp_path: Path) -> None:
+    """The page shows it for a file of `autopolicy`. A policy's text and a file without a certificate have none."""
+    certified().save(tmp_path / "policy.json")
+    shown = read_certificate(str(tmp_path / "policy.json"))
+    assert shown == certified().described()
+    assert (shown["bound"], shown["winner"]) == ("speedup=2", "policy")
+    assert shown["speed-up"] == "2.50 by flops, 0.400 of the cost of a full run"
+    assert shown["relative L2 error on held-out seeds (95 % interval)"] == "0.2000 (0.0000 to 0.4483, 3 seeds)"
+    assert shown["control"] == "DDIM with 20 steps"
+    assert shown["error of the control (95 % interval)"].startswith("0.4500 (0.0000 to ")
+    assert dict(next(s for s in page.sections if s.id == "certificate").rows)["control"] == "DDIM with 20 steps"
+    (tmp_path / "policy.json").write_text(to_json(FORA(3)))
+    assert read_certificate(str(tmp_path / "policy.json")) == read_certificate("fora:interval=3") == {}
+    assert replace(certified(), control=None).described()["control"] == "none was given"
 
 
 @pytest.mark.skipif(BROWSER is None, reason="needs Chromium: put it on the path, or its path into $CHROMIUM")

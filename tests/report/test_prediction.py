@@ -23,7 +23,7 @@ from dit_rewrite.policy.plan import Choice, Plan, describe_scheduler, fingerprin
 from dit_rewrite.policy.rules import Policy
 from dit_rewrite.report.prediction import Prediction
 from tests.helpers import tiny
-from tests.helpers.models import falling, prepare
+from tests.helpers.drawn import falling, prepare
 
 TOKENS, BATCH, LAYERS = 8, 2, 2
 PROJECTIONS = 8 * TOKENS * tiny.WIDTH**2  # of one sample

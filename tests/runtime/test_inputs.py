@@ -53,6 +53,19 @@ def test_nested_conditioning_and_other_arguments() -> None:
     assert is_(read(X, T, "text"), X, T)
 
 
+def test_a_closure_before_its_variable_has_a_value() -> None:
+    """It is read as another call than the same function with a value."""
+
+    def later() -> Any:
+        return scale
+
+    empty = read(X, T, later)
+    scale = 2.0
+    filled = read(X, T, later)
+    assert not (empty.opaque or filled.opaque)
+    assert empty.rest != filled.rest
+
+
 def test_a_container_of_latents() -> None:
     """Its other tensors may be conditioning."""
     given = read([X, C], T, D)

@@ -13,7 +13,7 @@ from dit_rewrite.policy.strategies import Forecast
 from dit_rewrite.policy.where import Where
 from dit_rewrite.search.trials import Trials
 from tests.helpers import tiny
-from tests.helpers.models import prepare
+from tests.helpers.drawn import prepare
 from tests.search.test_autopolicy import STEPS, sample
 
 

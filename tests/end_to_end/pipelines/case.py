@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Generator, Tensor, nn
 
-from tests.helpers.models import prepare
+from tests.helpers.drawn import prepare
 
 TEXT = (1, 6, 24)  # one prompt of six tokens, 24 wide
 PIXELS = 64  # eight latent rows and columns where the pipeline has no VAE and assumes a factor of 8

@@ -20,7 +20,7 @@ from tests.end_to_end.pipelines.case import (
     prompts,
     quiet,
 )
-from tests.helpers.models import build_omnigen, build_sd3
+from tests.helpers.image_models import build_omnigen, build_sd3
 
 
 def build_dit() -> Any:

@@ -25,7 +25,7 @@ from tests.end_to_end.pipelines.case import (
     second_half,
     two_calls,
 )
-from tests.helpers.models import build_flux
+from tests.helpers.image_models import build_flux
 
 SMALL = {"height": 16, "width": 16}  # eight latent rows where there is a VAE
 

@@ -25,7 +25,7 @@ from tests.end_to_end.pipelines.case import (
     second_half,
     two_calls,
 )
-from tests.helpers.models import build_cogvideox, build_latte, build_mochi, build_wan
+from tests.helpers.video_models import build_cogvideox, build_latte, build_mochi, build_wan
 
 WAN_TEXT = (1, 512, 24)  # with an image, all states before the last 512 are the image's
 
