@@ -6,7 +6,6 @@ import ast
 import importlib
 import re
 import types
-from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from dit_rewrite import torch_compat
 from dit_rewrite.errors import TorchChanged
-from dit_rewrite.torch_compat import PRIVATE, Private
+from dit_rewrite.torch_compat.names import PRIVATE, Private, find
 
 
 def seen_by(look: Callable[[fx.GraphModule], Any]) -> Any:
@@ -81,7 +80,7 @@ NAMES = [name for name in PRIVATE if name.startswith("torch.")]
 @pytest.mark.parametrize("name", NAMES)
 def test_each_private_name_is_there(name: str) -> None:
     """Where torch lacks one, this test names it before a user's model fails."""
-    assert torch_compat._find(name) is not None
+    assert find(name) is not None
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -89,19 +88,17 @@ def test_an_error_says_what_is_not_possible_without_a_name(monkeypatch: pytest.M
     module, _, attribute = name.rpartition(".")
     monkeypatch.delattr(importlib.import_module(module), attribute)
     with pytest.raises(TorchChanged) as raised:
-        torch_compat._find(name)
+        find(name)
     api = PRIVATE[name]
     said = str(raised.value)
     assert f"has no {name}, without which dit_rewrite cannot {api.without}. torch {api.versions} has it." in said
 
 
 def test_each_private_name_has_its_versions() -> None:
-    """The table has the names that the file uses, and no others. Each was found in the torch that runs this test."""
+    """The table has the names that the functions use, and no others, each with a range that includes this torch."""
     tree = ast.walk(ast.parse(Path(torch_compat.__file__).read_text(encoding="utf-8")))
-    texts = Counter(str(node.value) for node in tree if isinstance(node, ast.Constant))
-    named = {text: count for text, count in texts.items() if re.fullmatch(r"(torch|[A-Z]\w+)(\.\w+)+", text)}
-    assert set(named) == set(PRIVATE)
-    assert not [name for name, count in named.items() if count == 1], "it is in the table and nowhere else"
+    texts = {str(node.value) for node in tree if isinstance(node, ast.Constant)}
+    assert {text for text in texts if re.fullmatch(r"(torch|[A-Z]\w+)(\.\w+)+", text)} == set(PRIVATE)
     here = tuple(map(int, torch.__version__.split(".")[:2]))
     for api in PRIVATE.values():
         first, last = (tuple(map(int, version.split("."))) for version in api.versions.split(" to "))
@@ -117,4 +114,4 @@ def test_without_metadata_the_weights_are_not_known() -> None:
 def test_a_missing_module_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(PRIVATE, "torch._moved.thing", Private("2.11 to 2.14", "move"))  # type: ignore[misc]
     with pytest.raises(TorchChanged, match=r"torch\._moved\.thing"):
-        torch_compat._find("torch._moved.thing")
+        find("torch._moved.thing")
