@@ -104,7 +104,7 @@ def _analyze(arguments: argparse.Namespace, path: Path) -> Analysis:
         model,
         sample,
         prompts,
-        steps=None if prompts is not None else arguments.steps,
+        steps=arguments.steps,
         distances=arguments.distances,
         keys=arguments.keys,
         heads=arguments.heads,

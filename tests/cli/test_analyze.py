@@ -35,6 +35,9 @@ def test_an_analysis_is_written_drawn_and_continued(tmp_path: Path, capsys: pyte
     assert {"mlp_lines.png", "mlp_map.png", "keys_lines.png"} <= {path.name for path in tmp_path.iterdir()}
     assert main([*command, "--no-plots"]) == 0
     assert "prompt 1" not in capsys.readouterr().err, "both were there"
+    command[command.index("4")] = "3"
+    assert main([*command, "--no-plots"]) == FAILED
+    assert "steps: 4, not 3" in capsys.readouterr().err
 
 
 def test_a_pipeline_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
