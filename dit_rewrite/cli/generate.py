@@ -33,13 +33,14 @@ if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
 
+FRAMES = ("num_frames", "video_length", "frames")  # the keywords of the pipelines that make videos
 # the options that only some pipelines take, with the keywords that pipelines have for them
 OPTIONS = {
     "guidance": ("guidance_scale",),
     "negative_prompt": ("negative_prompt",),
     "height": ("height",),
     "width": ("width",),
-    "frames": ("num_frames", "video_length"),
+    "frames": FRAMES,
 }
 TRANSPORTS = ("httpx", "httpx2", "requests")  # HTTP clients that versions of huggingface_hub use
 
@@ -158,6 +159,16 @@ def save_pictures(pictures: Sequence[Sequence[Any]], out: Path) -> list[Path]:
     return paths
 
 
+def check_format(pipeline: DiffusionPipeline, out: Path) -> None:
+    """Raise BadOption unless the pictures of a pipeline can be written to a file of this name."""
+    from PIL import Image
+
+    video = any(keyword in inspect.signature(pipeline.__call__).parameters for keyword in FRAMES)
+    formats = Image.registered_extensions()  # also loads the plugins that fill SAVE and SAVE_ALL
+    if formats.get(out.suffix.lower()) not in (Image.SAVE_ALL if video else Image.SAVE):
+        raise BadOption("generate", "out", str(out), f"a file such as {'video.gif' if video else 'image.png'}")
+
+
 def follow_certificate(arguments: argparse.Namespace, policy: dit_rewrite.Policy, pipeline: DiffusionPipeline) -> None:
     """Check the certificate of a policy that `autopolicy` found, and take over the control's solver where that won.
 
@@ -184,6 +195,7 @@ def run(arguments: argparse.Namespace) -> Outcome:
     policy = dit_rewrite.policies.parse(arguments.policy)
     device, dtype = choose_device(arguments.device, arguments.dtype)
     pipeline = load_pipeline(arguments.model, dtype).to(device)
+    check_format(pipeline, arguments.out)
     follow_certificate(arguments, policy, pipeline)
     dit_rewrite.enable(pipeline, policy, backend=arguments.backend)
     asked = call_arguments(pipeline, arguments)
