@@ -35,10 +35,13 @@ class _Recorder(nn.Module):
         self.stream = "main"
 
     @contextlib.contextmanager
-    def cache_context(self, name: str) -> Iterator[None]:
+    def cache_context(self, name: str, **_: Any) -> Iterator[None]:
+        """As diffusers calls it, with fields such as ``step_index``. The replay reads the step from the schedule."""
         before, self.stream = self.stream, name
-        yield
-        self.stream = before
+        try:
+            yield
+        finally:
+            self.stream = before
 
     def __getattr__(self, name: str) -> Any:
         try:

@@ -6,9 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from torch import nn
 
 from dit_rewrite.cli.main import FAILED, main
+from dit_rewrite.cli.verify import _Recorder
 from dit_rewrite.proof.verify import Verification, verify
 from tests.cli.test_generate import build_dit_pipeline
 from tests.helpers import tiny
@@ -37,6 +39,18 @@ def test_a_pipeline_folder_is_proven_on_the_calls_that_it_makes(tmp_path: Path) 
     """Without a factory the calls are recorded from the pipeline itself."""
     build_dit_pipeline().save_pretrained(tmp_path / "dit")
     assert main(["verify", "--model", str(tmp_path / "dit"), "--steps", "4"]) == 0
+
+
+def test_calls_are_recorded_with_their_streams() -> None:
+    """Wan's pipeline gives the context more than a name."""
+    recorder = _Recorder(tiny.build())
+    with pytest.raises(KeyError), recorder.cache_context("cond", step_index=0, sigma=1.0, num_inference_steps=2):
+        recorder(*tiny.calls(1)[0].values())
+        raise KeyError
+    with torch.no_grad():
+        recorder(**tiny.calls(1)[0])
+    assert recorder.streams == ["cond", "main"]
+    assert [list(call) for call in recorder.calls] == [["hidden_states", "timestep", "condition"]] * 2
 
 
 def test_what_fails_the_proof_exits_with_1(monkeypatch: pytest.MonkeyPatch) -> None:
