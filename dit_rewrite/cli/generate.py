@@ -150,7 +150,6 @@ def pictures_of(output: Any) -> list[list[Any]]:
 
 def save_pictures(pictures: Sequence[Sequence[Any]], out: Path) -> list[Path]:
     """Write each picture and return the paths. Frames become one animated file; further pictures get a number."""
-    out.parent.mkdir(parents=True, exist_ok=True)
     paths = []
     for index, (first, *rest) in enumerate(pictures):
         path = out if index == 0 else out.with_stem(f"{out.stem}-{index}")
@@ -160,7 +159,7 @@ def save_pictures(pictures: Sequence[Sequence[Any]], out: Path) -> list[Path]:
 
 
 def check_format(pipeline: DiffusionPipeline, out: Path) -> None:
-    """Raise BadOption unless the pictures of a pipeline can be written to a file of this name."""
+    """Raise BadOption unless the format of this file can have the pictures of a pipeline."""
     from PIL import Image
 
     video = any(keyword in inspect.signature(pipeline.__call__).parameters for keyword in FRAMES)
@@ -196,6 +195,7 @@ def run(arguments: argparse.Namespace) -> Outcome:
     device, dtype = choose_device(arguments.device, arguments.dtype)
     pipeline = load_pipeline(arguments.model, dtype).to(device)
     check_format(pipeline, arguments.out)
+    arguments.out.parent.mkdir(parents=True, exist_ok=True)
     follow_certificate(arguments, policy, pipeline)
     dit_rewrite.enable(pipeline, policy, backend=arguments.backend)
     asked = call_arguments(pipeline, arguments)

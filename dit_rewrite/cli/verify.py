@@ -18,6 +18,7 @@ from torch import nn
 from dit_rewrite import policies
 from dit_rewrite.cli.generate import load_pipeline
 from dit_rewrite.cli.outcome import Outcome
+from dit_rewrite.cli.pipeline_call import parsed_call
 from dit_rewrite.errors import BadModel, NoTransformer
 from dit_rewrite.proof.verify import Verification, verify
 
@@ -85,18 +86,29 @@ def from_factory(text: str, steps: int) -> Loaded:
     return loaded
 
 
-def from_pipeline(model: str, steps: int) -> Loaded:
-    """Load a pipeline from a folder or hub id, and record the calls of its denoiser for one sample."""
+def load(arguments: argparse.Namespace) -> Loaded:
+    """Return the denoiser and the calls that the options name."""
+    if ":" in arguments.model:
+        return from_factory(arguments.model, arguments.steps)
+    return from_pipeline(arguments.model, arguments.steps, arguments.call)
+
+
+def from_pipeline(model: str, steps: int, call: Sequence[str] = ()) -> Loaded:
+    """Load a pipeline from a folder or hub id, and record the calls of its denoiser for one sample.
+
+    `call` has further arguments of the pipeline's call, as text.
+    """
     pipeline = load_pipeline(model, torch.float32)
     denoiser = getattr(pipeline, "transformer", None)
     if denoiser is None:
         raise NoTransformer(type(pipeline).__name__, getattr(pipeline, "components", ()))
+    more = parsed_call(pipeline, call)
     recorder = _Recorder(denoiser)
     pipeline.register_modules(transformer=recorder)
     known = inspect.signature(pipeline.__call__).parameters
     subject = {"class_labels": [0]} if "class_labels" in known else {"prompt": "a cat"}
     with torch.no_grad():
-        pipeline(**subject, num_inference_steps=steps, generator=torch.Generator().manual_seed(0))
+        pipeline(**{**subject, **more}, num_inference_steps=steps, generator=torch.Generator().manual_seed(0))
     return Loaded(denoiser, recorder.calls, recorder.streams, pipeline.scheduler)
 
 
@@ -105,9 +117,8 @@ def run(arguments: argparse.Namespace) -> Outcome:
 
     `verify` itself prints its line.
     """
-    load = from_factory if ":" in arguments.model else from_pipeline
     policy = policies.parse(arguments.policy)
-    loaded = load(arguments.model, arguments.steps)
+    loaded = load(arguments)
     result = verify(
         loaded.model,
         loaded.calls,

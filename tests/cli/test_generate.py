@@ -177,6 +177,10 @@ def test_a_file_that_cannot_be_written_is_refused_before_sampling(dit_folder, tm
         assert generate(dit_folder, tmp_path / name, "--label", "1") == FAILED
         said = capsys.readouterr().err
         assert "is out of range. Give out as a file such as image.png" in said and name in said and "reused" not in said
+    (tmp_path / "file").write_text("no folder")
+    assert generate(dit_folder, tmp_path / "file" / "image.png", "--label", "1") == FAILED
+    said = capsys.readouterr().err
+    assert "error: FileExistsError" in said and "reused" not in said
 
 
 def test_a_file_for_frames_can_be_animated():
@@ -190,5 +194,5 @@ def test_a_file_for_frames_can_be_animated():
 
 def test_frames_become_one_animated_file(tmp_path):
     frames = [Image.new("RGB", (8, 8), colour) for colour in ("red", "green", "blue")]
-    (path,) = save_pictures([frames], tmp_path / "deep" / "video.gif")
+    (path,) = save_pictures([frames], tmp_path / "video.gif")
     assert Image.open(path).n_frames == 3

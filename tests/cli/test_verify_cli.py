@@ -35,10 +35,25 @@ def test_the_bundled_denoiser_is_proven_and_its_graphs_are_left(
     assert {"09_variant0_all_compute.py", "09_variant1_all_reuse.py"} <= set(names)
 
 
-def test_a_pipeline_folder_is_proven_on_the_calls_that_it_makes(tmp_path: Path) -> None:
-    """Without a factory the calls are recorded from the pipeline itself."""
+def test_a_pipeline_folder_is_proven_on_the_calls_that_it_makes(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without a factory the calls are recorded from the pipeline itself, with the arguments that ``--call`` names."""
+    batches: list[int] = []
+    original = _Recorder.forward
+
+    def forward(self: _Recorder, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        batches.append(len(hidden_states))
+        return original(self, hidden_states, *args, **kwargs)
+
+    monkeypatch.setattr(_Recorder, "forward", forward)
     build_dit_pipeline().save_pretrained(tmp_path / "dit")
-    assert main(["verify", "--model", str(tmp_path / "dit"), "--steps", "4"]) == 0
+    command = ["verify", "--model", str(tmp_path / "dit"), "--steps", "4"]
+    assert main([*command, "--call", "class_labels=[1, 2, 3]", "guidance_scale=1"]) == 0
+    for wrong, says in (("height=8", "DiTPipeline takes no height"), ("class_labels", "item='class_labels'")):
+        assert main([*command, "--call", wrong]) == FAILED
+        assert says in capsys.readouterr().err
+    assert batches == [3] * 4, "three images, without guidance"
 
 
 def test_calls_are_recorded_with_their_streams() -> None:
