@@ -240,7 +240,7 @@ class Search:
     def control(self, solvers: Mapping[str, Solver], found: Verified) -> Control | None:
         """Return the best of fewer steps at the cost of the policy."""
         measured = self.measured
-        runner = Controls(measured.model, solvers, measured.calls)
+        runner = Controls(measured.model, solvers, measured.calls, measured.report)
         searched = {seed: measured.reference(seed) for seed in measured.seeds}
         held_out = {seed: measured.reference(seed) for seed in self.held_out}
         return runner.best(found.cost, searched, held_out)

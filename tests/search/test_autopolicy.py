@@ -28,6 +28,7 @@ from dit_rewrite.policies import FORA, Never, parse
 from dit_rewrite.proof.image_metrics import relative_l2
 from dit_rewrite.search.autopolicy import Bound, Search
 from dit_rewrite.search.certificate import AutoPolicy, Errors
+from dit_rewrite.search.controls import Controls
 from dit_rewrite.search.evaluation import Evaluation
 from dit_rewrite.search.measurements import (
     Candidate,
@@ -340,6 +341,21 @@ def test_models_and_images_are_checked() -> None:
         autopolicy(sample, sample, speedup=2)
     with pytest.raises(NotImages):
         autopolicy(tiny.build(), lambda model, seed: [sample(model, seed)], speedup=2, **SETTINGS)  # type: ignore[arg-type, return-value]
+
+
+def test_a_control_that_fails_is_reported_and_left_out(measured: Measurements) -> None:
+    """The search is not lost, and the other controls run."""
+
+    def broken(denoiser: Any, steps: int, seed: int) -> Tensor:
+        raise AttributeError("no set_begin_index")
+
+    said: list[str] = []
+    target = {0: measured.reference(0)}
+    runner = Controls(tiny.build(), {"broken": broken, "DDIM": fewer}, STEPS, said.append)
+    found = runner.best(0.5, target, {5: measured.reference(5)})
+    assert found is not None and (found.solver, found.steps) == ("DDIM", 5)
+    assert said == ["the control broken cannot sample: AttributeError: no set_begin_index"]
+    assert Controls(tiny.build(), {"broken": broken}, STEPS).best(0.5, target, target) is None
 
 
 def test_a_pipeline_is_sampled_by_its_call() -> None:
