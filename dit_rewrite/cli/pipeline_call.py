@@ -1,4 +1,4 @@
-"""Further arguments of a pipeline's call, for commands that run one: ``--call height=256 num_frames=9``."""
+"""Options of commands that run a pipeline: its denoiser, and further arguments of its call."""
 
 from __future__ import annotations
 
@@ -19,6 +19,13 @@ def add_call(parser: argparse.ArgumentParser) -> None:
         default=(),
         metavar="NAME=VALUE",
         help="further arguments of a pipeline's call, such as height=256 num_frames=9 guidance_scale=3",
+    )
+
+
+def add_component(parser: argparse.ArgumentParser) -> None:
+    """Add the option ``--component``."""
+    parser.add_argument(
+        "--component", default="transformer", help="denoiser of a pipeline with several, such as transformer_2"
     )
 
 

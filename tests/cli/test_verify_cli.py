@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 from dit_rewrite.cli.main import FAILED, main
-from dit_rewrite.cli.verify import _Recorder
+from dit_rewrite.cli.verify import _Recorder, from_pipeline
+from dit_rewrite.errors import BadOption
 from dit_rewrite.proof.verify import Verification, verify
 from tests.cli.test_generate import build_dit_pipeline
 from tests.helpers import tiny
@@ -66,6 +67,38 @@ def test_calls_are_recorded_with_their_streams() -> None:
         recorder(**tiny.calls(1)[0])
     assert recorder.streams == ["cond", "main"]
     assert [list(call) for call in recorder.calls] == [["hidden_states", "timestep", "condition"]] * 2
+
+
+class Experts:
+    """A pipeline whose second denoiser runs the last two of three steps."""
+
+    scheduler = None
+
+    def __init__(self) -> None:
+        self.components = {"transformer": tiny.build(), "transformer_2": tiny.build(), "vae": nn.Identity()}
+        self.register_modules(**self.components)
+
+    def register_modules(self, **modules: nn.Module) -> None:
+        self.__dict__.update(modules)
+
+    def __call__(self, prompt: str, num_inference_steps: int, generator: torch.Generator) -> None:
+        for i, call in enumerate(tiny.calls(num_inference_steps)):
+            (self.transformer if i < 1 else self.transformer_2)(**call)  # type: ignore[attr-defined]
+
+
+def test_each_denoiser_of_a_pipeline_can_be_chosen(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pipeline = Experts()
+    monkeypatch.setattr("dit_rewrite.cli.verify.load_pipeline", lambda *_: pipeline)
+    for component, calls in (("transformer", 1), ("transformer_2", 2)):
+        pipeline.register_modules(**pipeline.components)
+        found = from_pipeline("folder", 3, component)
+        assert found.model is pipeline.components[component] and len(found.calls) == calls
+        assert capsys.readouterr().err.startswith(f"{component} of transformer, transformer_2")
+    pipeline.register_modules(**pipeline.components)
+    with pytest.raises(BadOption, match="component='vae' is out of range. Give component as one of transformer, "):
+        from_pipeline("folder", 3, "vae")
 
 
 def test_what_fails_the_proof_exits_with_1(monkeypatch: pytest.MonkeyPatch) -> None:
