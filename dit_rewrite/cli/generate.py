@@ -103,6 +103,8 @@ def call_arguments(pipeline: DiffusionPipeline, arguments: argparse.Namespace) -
     _check_labels(pipeline, arguments.label or ())
     asked = {"prompt": _prompts(arguments)} if arguments.label is None else {"class_labels": arguments.label}
     asked |= _options(name, known, arguments)
+    if "output_type" in known:  # some pipelines return arrays by default
+        asked["output_type"] = "pil"
     return {**asked, "num_inference_steps": arguments.steps, "generator": _generators(arguments)}
 
 

@@ -159,6 +159,16 @@ def raised_from(error: Exception, cause: Exception) -> Exception:
     return error
 
 
+class ArrayPipeline:
+    def __call__(self, prompt, output_type="np", num_inference_steps=1, generator=None):
+        """The arguments of a pipeline that returns arrays, as Wan's does, unless it is asked for pictures."""
+
+
+def test_pictures_are_asked_for():
+    line = build_parser().parse_args(["generate", "--model", "x", "--prompt", "a"])
+    assert call_arguments(ArrayPipeline(), line)["output_type"] == "pil"
+
+
 def test_what_counts_as_unreachable():
     assert is_unreachable(raised_from(OSError("cannot load"), ConnectionRefusedError(111, "refused")))
     assert is_unreachable(raised_from(OSError("cannot load"), TimeoutError("timed out")))
