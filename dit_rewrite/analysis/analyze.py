@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from itertools import zip_longest
@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from dit_rewrite.analysis.places import Keys
 from dit_rewrite.analysis.probing import ProbingBackend, Profile, Settings
@@ -23,7 +23,7 @@ from dit_rewrite.compiler.lowering import InnerBackend, Lowering
 from dit_rewrite.enable import denoisers
 from dit_rewrite.errors import BadArgument, NotAModule, NothingMeasured, NoTransformer
 from dit_rewrite.module import attach, inside, twin, unwrapped
-from dit_rewrite.policy.plan import fingerprint, is_whole
+from dit_rewrite.policy.plan import describe_scheduler, fingerprint, is_whole
 from dit_rewrite.runtime.clock import Clock
 
 Make = Callable[[nn.Module, str], Backend]  # makes the backend of a denoiser; the text begins the names of its sites
@@ -63,7 +63,8 @@ def analyze(
     or the name of the conditional stream, which must be called first; the unconditional tensors are then compared with
     the conditional ones, too.
 
-    With a `path` the analysis is saved there after each prompt, and an existing file is continued. Under `torchrun` the
+    With a `path` the analysis is saved there after each prompt, and an existing file of the same model, settings,
+    prompts, steps and scheduler of the pipeline is continued. Under `torchrun` the
     processes share the prompts, and each writes a file of its own, with its rank in the name; `Analysis.merge` puts
     them together. `progress` is called with the number of each finished prompt.
 
@@ -77,7 +78,7 @@ def analyze(
     def make(denoiser: nn.Module, prefix: str) -> Backend:
         return ProbingBackend(denoiser, lowering, settings, prefix)
 
-    found, target = _begin(model, settings, given, path)
+    found, target = _begin(model, settings, given, steps, path)
     with probed(model, make) as (ours, backends), torch.no_grad():
         for number in _own(len(given)):
             if number in found.prompts:
@@ -119,11 +120,12 @@ def _settings(
 
 
 def _begin(
-    model: Any, settings: Settings, prompts: Sequence[Any], path: str | Path | None
+    model: Any, settings: Settings, prompts: Sequence[Any], steps: int | None, path: str | Path | None
 ) -> tuple[Analysis, Path | None]:
     """Return the analysis to continue, and where to save it."""
     parts = components(model)
-    known = asdict(settings) | {"distances": list(settings.distances), "prompts": _digest(prompts)}
+    known = asdict(settings) | {"distances": list(settings.distances), "prompts": _digest(prompts), "steps": steps}
+    known["scheduler"] = describe_scheduler(getattr(model, "scheduler", None))
     name = " ".join(type(part).__name__ for part in parts.values())
     fresh = Analysis("+".join(fingerprint(part) for part in parts.values()), name, known)
     target = None if path is None else _ranked(Path(path))
@@ -135,9 +137,19 @@ def _begin(
 
 
 def _digest(prompts: Sequence[Any]) -> str:
-    """Return a hash of the prompts that are texts or numbers; of others, only their number counts."""
-    plain = [p if isinstance(p, str | int | float | None) else type(p).__name__ for p in prompts]
-    return hashlib.sha256(repr(plain).encode()).hexdigest()[:16]
+    """Return a hash of the prompts: texts, numbers, tensors, and lists and dicts of them. Of others the type counts."""
+    return hashlib.sha256(repr([_plain(prompt) for prompt in prompts]).encode()).hexdigest()[:16]
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(name): _plain(each) for name, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(each) for each in value]
+    if isinstance(value, Tensor):
+        content = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+        return str(value.dtype), tuple(value.shape), hashlib.sha256(content).hexdigest()
+    return value if isinstance(value, str | int | float | None) else type(value).__name__
 
 
 def _rank() -> tuple[int, int]:

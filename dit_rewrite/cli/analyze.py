@@ -16,6 +16,7 @@ from dit_rewrite.analysis.compare import coefficient_of_variation, predictions, 
 from dit_rewrite.analysis.result import Analysis
 from dit_rewrite.cli.generate import load_pipeline
 from dit_rewrite.cli.outcome import Outcome
+from dit_rewrite.cli.pipeline_call import add_call, parsed_call
 from dit_rewrite.errors import BadModel, BadOption
 
 BUNDLED = "dit_rewrite.demo.shapes.calls:build"
@@ -34,6 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--prompts", default="4", help="number of seeds of a factory, or a text file with a prompt on each line"
     )
     parser.add_argument("--steps", type=int, default=28, help="number of steps of each trajectory")
+    add_call(parser)
     parser.add_argument(
         "--distances", type=int, nargs="+", default=[1], help="distances in steps of the compared tensors"
     )
@@ -97,14 +99,19 @@ def as_json(found: Analysis) -> dict[str, Any]:
 def _analyze(arguments: argparse.Namespace, path: Path) -> Analysis:
     if arguments.steps < 2:
         raise BadOption("analyze", "steps", arguments.steps, "a whole number >= 2")
-    load: Callable[..., tuple[Any, Any, Any]] = _from_factory if ":" in arguments.model else _from_pipeline
-    model, sample, prompts = load(arguments.model, arguments.prompts, arguments.steps)
+    model: Any
+    sample: Any
+    prompts: Sequence[int] | None
+    if ":" in arguments.model:
+        model, sample, prompts = _from_factory(arguments.model, arguments.prompts, arguments.steps)
+    else:
+        model, sample, prompts = _from_pipeline(arguments.model, arguments.prompts, arguments.call)
     print(f"analyzing {len(sample if prompts is None else prompts)} prompts", file=sys.stderr)
     return analyze(
         model,
         sample,
         prompts,
-        steps=None if prompts is not None else arguments.steps,
+        steps=arguments.steps,
         distances=arguments.distances,
         keys=arguments.keys,
         heads=arguments.heads,
@@ -148,7 +155,7 @@ def _number(prompts: str) -> int:
     return int(prompts)
 
 
-def _from_pipeline(model: str, prompts: str, _: int) -> tuple[Any, list[Any], None]:
+def _from_pipeline(model: str, prompts: str, call: Sequence[str]) -> tuple[Any, list[Any], None]:
     """Load a pipeline from a folder or hub id. Its prompts are the lines of a file, or the first classes."""
     import torch
 
@@ -163,4 +170,7 @@ def _from_pipeline(model: str, prompts: str, _: int) -> tuple[Any, list[Any], No
     else:
         raise BadOption("analyze", "prompts", prompts, "a text file with a prompt on each line, for a pipeline")
     pipeline.set_progress_bar_config(disable=True)
+    more = parsed_call(pipeline, call)
+    if more:
+        given = [{"class_labels": [each]} | more if labels else {"prompt": each} | more for each in given]
     return pipeline, given, None

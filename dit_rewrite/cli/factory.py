@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 
 from dit_rewrite.cli.generate import load_pipeline
+from dit_rewrite.cli.pipeline_call import add_call, parsed_call
 from dit_rewrite.errors import BadSampler
 from dit_rewrite.search.controls import Solver
 from dit_rewrite.search.pipeline_sampler import of_pipeline
@@ -35,16 +36,19 @@ def add_model(parser: argparse.ArgumentParser, steps: str = "steps of a pipeline
     parser.add_argument("--prompt", help="prompt, for a text-conditional pipeline")
     parser.add_argument("--label", type=int, nargs="+", help="class numbers, for a class-conditional pipeline")
     parser.add_argument("--steps", type=int, default=50, help=steps)
+    add_call(parser)
 
 
 def load(arguments: argparse.Namespace) -> Loaded:
-    """Return the model and sampler that the options name. Raises BadSampler, or the errors of `load_pipeline`."""
+    """Return the model and sampler that the options name. Raises BadSampler, or the errors of `load_pipeline`
+    and `parsed_call`."""
     if ":" in arguments.model:
         return from_factory(arguments.model)
     pipeline = load_pipeline(arguments.model, torch.float32)
     subject = {"prompt": arguments.prompt} if arguments.label is None else {"class_labels": arguments.label}
     negative = getattr(arguments, "negative_prompt", None)
     subject |= {} if negative is None else {"negative_prompt": negative}
+    subject |= parsed_call(pipeline, getattr(arguments, "call", ()))
     return Loaded(*of_pipeline(pipeline, {**subject, "num_inference_steps": arguments.steps}))
 
 

@@ -33,13 +33,14 @@ if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
 
+FRAMES = ("num_frames", "video_length", "frames")  # the keywords of the pipelines that make videos
 # the options that only some pipelines take, with the keywords that pipelines have for them
 OPTIONS = {
     "guidance": ("guidance_scale",),
     "negative_prompt": ("negative_prompt",),
     "height": ("height",),
     "width": ("width",),
-    "frames": ("num_frames", "video_length"),
+    "frames": FRAMES,
 }
 TRANSPORTS = ("httpx", "httpx2", "requests")  # HTTP clients that versions of huggingface_hub use
 
@@ -102,6 +103,8 @@ def call_arguments(pipeline: DiffusionPipeline, arguments: argparse.Namespace) -
     _check_labels(pipeline, arguments.label or ())
     asked = {"prompt": _prompts(arguments)} if arguments.label is None else {"class_labels": arguments.label}
     asked |= _options(name, known, arguments)
+    if "output_type" in known:  # some pipelines return arrays by default
+        asked["output_type"] = "pil"
     return {**asked, "num_inference_steps": arguments.steps, "generator": _generators(arguments)}
 
 
@@ -149,13 +152,22 @@ def pictures_of(output: Any) -> list[list[Any]]:
 
 def save_pictures(pictures: Sequence[Sequence[Any]], out: Path) -> list[Path]:
     """Write each picture and return the paths. Frames become one animated file; further pictures get a number."""
-    out.parent.mkdir(parents=True, exist_ok=True)
     paths = []
     for index, (first, *rest) in enumerate(pictures):
         path = out if index == 0 else out.with_stem(f"{out.stem}-{index}")
         first.save(path, **({"save_all": True, "append_images": rest} if rest else {}))
         paths.append(path)
     return paths
+
+
+def check_format(pipeline: DiffusionPipeline, out: Path) -> None:
+    """Raise BadOption unless the format of this file can have the pictures of a pipeline."""
+    from PIL import Image
+
+    video = any(keyword in inspect.signature(pipeline.__call__).parameters for keyword in FRAMES)
+    formats = Image.registered_extensions()  # also loads the plugins that fill SAVE and SAVE_ALL
+    if formats.get(out.suffix.lower()) not in (Image.SAVE_ALL if video else Image.SAVE):
+        raise BadOption("generate", "out", str(out), f"a file such as {'video.gif' if video else 'image.png'}")
 
 
 def follow_certificate(arguments: argparse.Namespace, policy: dit_rewrite.Policy, pipeline: DiffusionPipeline) -> None:
@@ -184,6 +196,8 @@ def run(arguments: argparse.Namespace) -> Outcome:
     policy = dit_rewrite.policies.parse(arguments.policy)
     device, dtype = choose_device(arguments.device, arguments.dtype)
     pipeline = load_pipeline(arguments.model, dtype).to(device)
+    check_format(pipeline, arguments.out)
+    arguments.out.parent.mkdir(parents=True, exist_ok=True)
     follow_certificate(arguments, policy, pipeline)
     dit_rewrite.enable(pipeline, policy, backend=arguments.backend)
     asked = call_arguments(pipeline, arguments)

@@ -13,6 +13,7 @@ from typing import NoReturn
 
 from dit_rewrite.cli import analyze, autopolicy, search, tune
 from dit_rewrite.cli.outcome import Outcome
+from dit_rewrite.cli.pipeline_call import add_call, add_component
 from dit_rewrite.cli.texts import DESCRIPTIONS, EXAMPLES
 from dit_rewrite.errors import DitRewriteError
 
@@ -120,6 +121,8 @@ def _add_verify(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--steps", type=positive, default=12, help="number of steps of the replayed trajectory")
     parser.add_argument("--dump", type=Path, help="output folder for the graphs after each pass and their diffs")
+    add_component(parser)
+    add_call(parser)
 
 
 def _add_observed(parser: argparse.ArgumentParser) -> None:
@@ -130,6 +133,8 @@ def _add_observed(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--backend", default="aot_eager", help="backend that compiles the graphs: aot_eager or inductor"
     )
+    add_component(parser)
+    add_call(parser)
 
 
 def _add_report(parser: argparse.ArgumentParser) -> None:

@@ -11,7 +11,7 @@ import torch
 
 from dit_rewrite import policies
 from dit_rewrite.cli.progress import progress
-from dit_rewrite.cli.verify import Loaded, from_factory, from_pipeline
+from dit_rewrite.cli.verify import Loaded, load
 from dit_rewrite.compile import RewrittenModule, compile
 
 
@@ -20,9 +20,8 @@ def observed(arguments: argparse.Namespace, runs: int = 1, timing: bool = False)
 
     Raises BadModel, the errors of `generate` for pipelines, and those of `compile`.
     """
-    load = from_factory if ":" in arguments.model else from_pipeline
     policy = policies.parse(arguments.policy)
-    loaded = load(arguments.model, arguments.steps)
+    loaded = load(arguments)
     model: RewrittenModule = compile(loaded.model, policy, backend=arguments.backend, timing=timing)
     with torch.no_grad(), progress("sampling", runs * len(loaded.calls)) as tick:
         for _ in range(runs):

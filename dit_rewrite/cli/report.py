@@ -29,7 +29,7 @@ def run(arguments: argparse.Namespace) -> Outcome:
     analysis = read_analyses(arguments.analysis)
     plan = None if arguments.plan is None else Plan.load(arguments.plan)
     front = [] if arguments.front is None else read_front(arguments.front)
-    figures = {} if arguments.figures is None else read_pictures(sorted(arguments.figures.iterdir()))
+    figures = {} if arguments.figures is None else read_pictures(pictures_in(arguments.figures))
     images = read_pictures(arguments.images)
     model: Any = observed(arguments, runs=2, timing=True)  # the first trajectory compiles
     page = Page(
@@ -66,9 +66,20 @@ def read_analyses(paths: Sequence[Path]) -> list[Section]:
     """Return the sections of the page about analyses of one model. Raises BadAnalysis, OtherAnalysis or OSError."""
     if not paths:
         return []
+    return list(sections({name: Analysis.load(path) for name, path in named(paths).items()}))
+
+
+def named(paths: Sequence[Path]) -> dict[str, Path]:
+    """Return files by their names without folder and suffix, or by their paths if some of these are equal."""
     stems = [path.stem for path in paths]
-    names = stems if len(set(stems)) == len(stems) else [str(path) for path in paths]
-    return list(sections({name: Analysis.load(path) for name, path in zip(names, paths, strict=True)}))
+    return dict(zip(stems if len(set(stems)) == len(stems) else map(str, paths), paths, strict=True))
+
+
+def pictures_in(folder: Path) -> list[Path]:
+    """Return the PNG and SVG files of a folder in the order of their names. Raises BadOption."""
+    if not folder.is_dir():
+        raise BadOption("report", "figures", str(folder), "a folder with PNG or SVG files")
+    return sorted(path for path in folder.iterdir() if path.suffix in PICTURES)
 
 
 def read_certificate(policy: str) -> dict[str, str]:
@@ -79,12 +90,14 @@ def read_certificate(policy: str) -> dict[str, str]:
 
 
 def read_pictures(paths: Sequence[Path]) -> dict[str, bytes | str]:
-    """Return pictures by the names of their files. Files of other formats are left out. Raises BadOption."""
+    """Return pictures by the names of their files. Raises BadOption."""
+    for path in paths:
+        if path.suffix not in PICTURES:
+            raise BadOption("report", "pictures", str(path), "PNG or SVG files")
     try:
         return {
-            path.stem: path.read_text(encoding="utf-8") if path.suffix == ".svg" else path.read_bytes()
-            for path in paths
-            if path.suffix in PICTURES
+            name: path.read_text(encoding="utf-8") if path.suffix == ".svg" else path.read_bytes()
+            for name, path in named(paths).items()
         }
     except (OSError, UnicodeDecodeError) as error:
         raise BadOption("report", "pictures", str(error), "PNG or SVG files that can be read") from error

@@ -18,8 +18,10 @@ from torch import nn
 from dit_rewrite import policies
 from dit_rewrite.cli.generate import load_pipeline
 from dit_rewrite.cli.outcome import Outcome
+from dit_rewrite.cli.pipeline_call import parsed_call
 from dit_rewrite.cli.progress import progress
-from dit_rewrite.errors import BadModel, NoTransformer
+from dit_rewrite.enable import denoisers
+from dit_rewrite.errors import BadModel, BadOption, NoTransformer
 from dit_rewrite.proof.verify import Verification, verify
 
 Calls = Sequence[Mapping[str, Any]]
@@ -37,10 +39,13 @@ class _Recorder(nn.Module):
         self.stream = "main"
 
     @contextlib.contextmanager
-    def cache_context(self, name: str) -> Iterator[None]:
+    def cache_context(self, name: str, **_: Any) -> Iterator[None]:
+        """As diffusers calls it, with fields such as ``step_index``. The replay reads the step from the schedule."""
         before, self.stream = self.stream, name
-        yield
-        self.stream = before
+        try:
+            yield
+        finally:
+            self.stream = before
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -84,18 +89,34 @@ def from_factory(text: str, steps: int) -> Loaded:
     return loaded
 
 
-def from_pipeline(model: str, steps: int) -> Loaded:
-    """Load a pipeline from a folder or hub id, and record the calls of its denoiser for one sample."""
+def load(arguments: argparse.Namespace) -> Loaded:
+    """Return the denoiser and the calls that the options name."""
+    if ":" in arguments.model:
+        return from_factory(arguments.model, arguments.steps)
+    return from_pipeline(arguments.model, arguments.steps, arguments.component, arguments.call)
+
+
+def from_pipeline(model: str, steps: int, component: str = "transformer", call: Sequence[str] = ()) -> Loaded:
+    """Load a pipeline from a folder or hub id, and record the calls of a denoiser for one sample.
+
+    `call` has further arguments of the pipeline's call, as text.
+    """
     pipeline = load_pipeline(model, torch.float32)
-    denoiser = getattr(pipeline, "transformer", None)
-    if denoiser is None:
+    known = denoisers(pipeline)
+    if not known:
         raise NoTransformer(type(pipeline).__name__, getattr(pipeline, "components", ()))
+    if component not in known:
+        raise BadOption("--component", "component", component, f"one of {', '.join(known)}")
+    if len(known) > 1:
+        print(f"{component} of {', '.join(known)} (--component chooses)", file=sys.stderr)
+    denoiser = known[component]
+    more = parsed_call(pipeline, call)
     recorder = _Recorder(denoiser)
-    pipeline.register_modules(transformer=recorder)
-    known = inspect.signature(pipeline.__call__).parameters
-    subject = {"class_labels": [0]} if "class_labels" in known else {"prompt": "a cat"}
+    pipeline.register_modules(**{component: recorder})
+    labels = "class_labels" in inspect.signature(pipeline.__call__).parameters
+    subject: dict[str, Any] = {"class_labels": [0]} if labels else {"prompt": "a cat"}
     with torch.no_grad():
-        pipeline(**subject, num_inference_steps=steps, generator=torch.Generator().manual_seed(0))
+        pipeline(**{**subject, **more}, num_inference_steps=steps, generator=torch.Generator().manual_seed(0))
     return Loaded(denoiser, recorder.calls, recorder.streams, pipeline.scheduler)
 
 
@@ -104,9 +125,8 @@ def run(arguments: argparse.Namespace) -> Outcome:
 
     `verify` itself prints its line.
     """
-    load = from_factory if ":" in arguments.model else from_pipeline
     policy = policies.parse(arguments.policy)
-    loaded = load(arguments.model, arguments.steps)
+    loaded = load(arguments)
     with progress("verifying", RUNS * len(loaded.calls)) as tick:
         result = verify(
             loaded.model,

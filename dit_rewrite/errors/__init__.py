@@ -77,6 +77,7 @@ from dit_rewrite.errors.policy import (
     UnreachedPolicy,
     UnwritableBasis,
     UnwritableGuard,
+    UnwritableStrategy,
 )
 from dit_rewrite.errors.reasons import (
     DecisionReason,
@@ -193,5 +194,6 @@ __all__ = [
     "UnreachedReason",
     "UnwritableBasis",
     "UnwritableGuard",
+    "UnwritableStrategy",
     "WrongInput",
 ]

@@ -112,6 +112,13 @@ class UnwritableBasis(PolicyError):
     )
 
 
+class UnwritableStrategy(PolicyError):
+    template = (
+        "A policy with the strategy {strategy!r:.100} cannot be saved: its class has no name. Give it one in "
+        "dit_rewrite.policy.serialise.STRATEGIES."
+    )
+
+
 class BadPolicyText(PolicyError):
     template = (
         "This is not a policy in JSON: {where} {problem:.300}. Write it with dit_rewrite.policy.serialise.to_json."

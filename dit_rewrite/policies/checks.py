@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Sequence
+from numbers import Real
 from typing import Any
 
 from dit_rewrite.errors import BadParameter
 from dit_rewrite.policy.bases import Basis
-from dit_rewrite.policy.core_strategies import is_number
 from dit_rewrite.policy.plan import is_whole
 from dit_rewrite.policy.strategies import Forecast, Reuse, Store
 
@@ -17,8 +17,12 @@ LONG = 60  # maximum characters of a parameter in a name
 
 def real(policy: str, name: str, value: object, fits: Callable[[Any], bool], allowed: str) -> None:
     """Raise BadParameter unless `value` is a number (not a bool) for which `fits` returns True."""
-    if not is_number(value) or not fits(value):
+    if not _is_real(value) or not fits(value):
         raise BadParameter(policy, name, value, allowed)
+
+
+def _is_real(value: object) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool)
 
 
 def threshold_of(policy: str, value: object) -> None:
@@ -45,7 +49,7 @@ def numbers(policy: str, name: str, value: object, fits: Callable[[float], bool]
     Raises BadParameter unless it is a non-empty sequence of finite numbers for which `fits` returns True.
     """
     items = value if isinstance(value, Sequence) and not isinstance(value, str | bytes) else ()
-    if not items or not all(is_number(item) and math.isfinite(item) and fits(item) for item in items):
+    if not items or not all(_is_real(item) and math.isfinite(item) and fits(item) for item in items):
         raise BadParameter(policy, name, value, allowed)
     return tuple(map(float, items))
 

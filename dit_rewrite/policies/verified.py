@@ -60,7 +60,7 @@ def SpeCa(
     whole("SpeCa", "warmup", warmup, 1)
     one_of("SpeCa", "error", error, ("elementwise", "mean"))
     _forecasts("SpeCa", span, store)
-    most = Max(Float(floor), Float(threshold) * Float(decay) ** (step / num_steps))
+    most = Max(Float(float(floor)), Float(float(threshold)) * Float(float(decay)) ** (step / num_steps))
     first = max(min_streak, 1)  # the first consecutive forecast that is verified
     on = (step >= warmup) & (streak < max_streak)
     right = on & (streak > first) & (forecast_error(elementwise=error == "elementwise") <= most)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from numbers import Real
 from typing import Literal
 
 from dit_rewrite.errors import BadParameter
@@ -63,8 +62,8 @@ class WindowResidual(Core):
 
 
 def is_number(value: object) -> bool:
-    """Return whether `value` is a real number, and not a bool."""
-    return isinstance(value, Real) and type(value) is not bool
+    """Return whether `value` is an int or a float, which JSON can store, and not a bool."""
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _is_grid(grid: object) -> bool:

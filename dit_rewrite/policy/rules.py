@@ -118,7 +118,7 @@ class Policy:
     def __post_init__(self, warmup: int, cooldown: int) -> None:
         _whole("Policy", "warmup", warmup, 0)
         _whole("Policy", "cooldown", cooldown, 0)
-        if isinstance(self.lag, bool) or self.lag not in (0, 1):
+        if type(self.lag) is not int or self.lag not in (0, 1):
             raise BadParameter("Policy", "lag", self.lag, "0 or 1")
         if not isinstance(self.rules, tuple | list) or not all(isinstance(rule, Rule) for rule in self.rules):
             raise BadParameter("Policy", "rules", self.rules, "a tuple of rules: Policy((rule,))")

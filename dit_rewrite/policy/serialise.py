@@ -9,7 +9,7 @@ import typing
 from dataclasses import asdict, replace
 from typing import Any
 
-from dit_rewrite.errors import BadPolicyText, UnknownVersion, UnwritableBasis
+from dit_rewrite.errors import BadPolicyText, UnknownVersion, UnwritableBasis, UnwritableStrategy
 from dit_rewrite.policy.guard_text import guard_text, parse_guard
 from dit_rewrite.policy.measured_bases import MEASURED_KINDS as KINDS
 from dit_rewrite.policy.rules import MadeFor, Policy, Rule
@@ -40,7 +40,10 @@ Record = typing.TypeVar("Record")
 
 
 def to_json(policy: Policy) -> str:
-    """Return the policy as JSON. Raises UnwritableGuard for a guard, or UnwritableBasis for a basis, without a text."""
+    """Return the policy as JSON.
+
+    Raises UnwritableGuard, UnwritableBasis or UnwritableStrategy for a guard, a basis or a strategy without a text.
+    """
     rules = [{"when": guard_text(rule.when), "do": _do(rule.do), "where": asdict(rule.where)} for rule in policy.rules]
     made_for = {} if policy.made_for is None else {"made_for": asdict(policy.made_for)}
     fields = {"version": VERSION, "name": policy.name, "lag": policy.lag, **made_for, "rules": rules}
@@ -50,7 +53,9 @@ def to_json(policy: Policy) -> str:
 def _do(strategy: Strategy | tuple[Strategy, ...]) -> Any:
     if isinstance(strategy, tuple):
         return [_do(each) for each in strategy]
-    name = next(name for name, kind in STRATEGIES.items() if type(strategy) is kind)
+    name = next((name for name, kind in STRATEGIES.items() if type(strategy) is kind), None)
+    if name is None:
+        raise UnwritableStrategy(strategy)
     own = {"basis": _basis(strategy.basis)} if isinstance(strategy, Forecast) else {}
     own |= {"do": _do(strategy.do)} if isinstance(strategy, GuidanceDelta) else {}
     return {

@@ -9,17 +9,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from torch import nn
-
 from dit_rewrite.compiler.lowering import InnerBackend
-from dit_rewrite.errors import BadParameter, NotAModule, NothingFits
-from dit_rewrite.module import unwrapped
+from dit_rewrite.errors import BadParameter, NothingFits
 from dit_rewrite.policies.static import Never
 from dit_rewrite.policy.plan import fingerprint
 from dit_rewrite.search.certificate import AutoPolicy, Control, Errors
 from dit_rewrite.search.controls import Controls, Solver, is_better
 from dit_rewrite.search.measurements import STYLES, Candidate, Measurements, Report, Tried
-from dit_rewrite.search.pipeline_sampler import of_pipeline
+from dit_rewrite.search.pipeline_sampler import resolved
 from dit_rewrite.search.refine import first_guess, refine
 from dit_rewrite.search.runs import Runs
 from dit_rewrite.search.trials import DEPTH, WHERE, Place, Sample
@@ -94,14 +91,11 @@ def autopolicy(
     Raises BadParameter, NotAModule, NothingRecorded, NotImages, and NothingFits if no placement keeps the bound.
     """
     bound = Bound(speedup, max_error, max_seconds, max_bytes)
-    if isinstance(sample, Mapping):
-        model, sample, derived = of_pipeline(model, sample)
-        controls = derived if controls is None else controls
+    model, sample, derived = resolved("autopolicy", model, sample)
+    controls = derived if controls is None else controls
     if measure not in ("time", "flops") or (max_seconds is not None and measure != "time"):
         raise BadParameter("autopolicy", "measure", measure, '"time", or "flops" without max_seconds')
-    if not isinstance(unwrapped(model), nn.Module):
-        raise NotAModule(model)
-    if measurements is not None and fingerprint(measurements.model) != fingerprint(unwrapped(model)):
+    if measurements is not None and fingerprint(measurements.model) != fingerprint(model):
         raise BadParameter("autopolicy", "measurements", "…", "those of this model")
     calibration_seeds = calibration_seeds if measurements is None else measurements.seeds
     if set(calibration_seeds) & set(held_out_seeds) or not calibration_seeds or len(held_out_seeds) < 2:
@@ -110,10 +104,10 @@ def autopolicy(
     if not places or any(place not in WHERE for place in places):
         raise BadParameter("autopolicy", "places", places, f"some of {', '.join(WHERE)}")
     began = time.perf_counter()
-    measured = measurements or Measurements(unwrapped(model), sample, places, calibration_seeds, backend, report)
+    measured = measurements or Measurements(model, sample, places, calibration_seeds, backend, report)
     search = Search(measured, bound, tuple(held_out_seeds), trials, measure)
     found = search.run()
-    control = search.control(controls or {}, found)
+    control = search.control(controls, found)
     chosen = search.result(found, control, time.perf_counter() - began)
     if path is not None:
         chosen.save(path)
@@ -245,7 +239,7 @@ class Search:
     def control(self, solvers: Mapping[str, Solver], found: Verified) -> Control | None:
         """Return the best of fewer steps at the cost of the policy."""
         measured = self.measured
-        runner = Controls(measured.model, solvers, measured.calls)
+        runner = Controls(measured.model, solvers, measured.calls, measured.report)
         searched = {seed: measured.reference(seed) for seed in measured.seeds}
         held_out = {seed: measured.reference(seed) for seed in self.held_out}
         return runner.best(found.cost, searched, held_out)

@@ -106,7 +106,7 @@ class AutoPolicy:
     def __str__(self) -> str:
         lines = [f"autopolicy, {self.bound}: {self._summary()}"]
         if self.control is None:
-            lines.append("no control was given: fewer steps of a solver may be better")
+            lines.append("no control ran: fewer steps of a solver may be better")
         else:
             c = self.control
             lines.append(f"control, {c.solver} with {c.steps} steps: {c.cost:.3f} of the cost, error {c.errors}")

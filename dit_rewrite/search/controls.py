@@ -20,8 +20,14 @@ Solver = Callable[[Any, int, int], Tensor]  # (denoiser, steps, seed) -> images
 class Controls:
     """Runs the plain model with fewer steps of several solvers, and counts the calls of the model."""
 
-    def __init__(self, model: nn.Module, solvers: Mapping[str, Solver], full_calls: int) -> None:
-        self.solvers, self.full_calls = dict(solvers), full_calls
+    def __init__(
+        self,
+        model: nn.Module,
+        solvers: Mapping[str, Solver],
+        full_calls: int,
+        report: Callable[[str], object] = lambda _: None,
+    ) -> None:
+        self.solvers, self.full_calls, self.report = dict(solvers), full_calls, report
         self._model = twin(model)
         self._calls = 0
         self._model.register_forward_hook(self._count)
@@ -35,13 +41,17 @@ class Controls:
         """Return the solver with the least error on the images `search`, by seed, among those that cost at most `cost`,
         with its errors on the images `held_out`; None if none is as cheap.
 
-        Each solver runs with the most steps that it may take.
+        Each solver runs with the most steps that it may take. One that fails is reported and left out: diffusers calls
+        schedulers compatible that a pipeline cannot use.
         """
         ranked = []
         for name in self.solvers:
-            steps, calls = self._most_steps(name, cost + slack, next(iter(search)))
-            if steps:
-                ranked.append((self._error(name, steps, search), name, steps, calls))
+            try:
+                steps, calls = self._most_steps(name, cost + slack, next(iter(search)))
+                if steps:
+                    ranked.append((self._error(name, steps, search), name, steps, calls))
+            except Exception as error:
+                self.report(f"the control {name} cannot sample: {type(error).__name__}: {error}")
         if not ranked:
             return None
         _, name, steps, calls = min(ranked)

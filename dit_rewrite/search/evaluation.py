@@ -5,35 +5,37 @@ from __future__ import annotations
 import statistics
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from dit_rewrite.compile import compile
 from dit_rewrite.compiler.lowering import InnerBackend
 from dit_rewrite.errors import BadParameter
-from dit_rewrite.module import backend_of, twin, unwrapped
+from dit_rewrite.module import backend_of, twin
 from dit_rewrite.passes.analysis import cost
 from dit_rewrite.policies.static import Never
 from dit_rewrite.policy.rules import Policy
 from dit_rewrite.proof.image_metrics import relative_l2
 from dit_rewrite.runtime.session import Observation
+from dit_rewrite.search.pipeline_sampler import resolved
 from dit_rewrite.search.trials import Sample, images_of
 
 
 class Evaluation:
-    """Runs a sampler with policies. After each seed it yields the means so far over the seeds:
+    """Runs a sampler with policies: a module with its sampler, or a pipeline with the arguments of its call, as in
+    `autopolicy`. After each seed it yields the means so far over the seeds:
 
     "error": the relative L2 error to the images of the model that computes everything; "flops": the FLOPs over those of
     its run; with `time`, "time": the seconds over those of its run, in alternation. Equal seeds must give equal noise.
-    Raises BadParameter without seeds.
+    Raises BadParameter without seeds, and the errors of `autopolicy` for models and samplers.
     """
 
     def __init__(
         self,
-        model: nn.Module,
-        sample: Sample,
+        model: Any,
+        sample: Sample | Mapping[str, Any],
         seeds: Sequence[int] = (0, 1),
         *,
         time: bool = False,
@@ -41,7 +43,8 @@ class Evaluation:
     ) -> None:
         if not seeds:
             raise BadParameter("Evaluation", "seeds", seeds, "one or more whole numbers")
-        self.model, self.sample, self.seeds, self.time, self.backend = unwrapped(model), sample, seeds, time, backend
+        self.model, self.sample, _ = resolved("Evaluation", model, sample)
+        self.seeds, self.time, self.backend = seeds, time, backend
         self._plain: Any = compile(twin(self.model), Never(), backend=backend) if time else twin(self.model)
         self._images: dict[int, Tensor] = {}
 

@@ -1,4 +1,4 @@
-"""The sampler and the controls of a diffusers pipeline, for `autopolicy`."""
+"""The sampler and the controls of a diffusers pipeline, for `autopolicy` and `Evaluation`."""
 
 from __future__ import annotations
 
@@ -12,15 +12,31 @@ import torch
 from torch import Tensor, nn
 
 from dit_rewrite.enable import denoisers
-from dit_rewrite.errors import BadParameter
-from dit_rewrite.module import RewrittenModule
+from dit_rewrite.errors import BadParameter, NotAModule
+from dit_rewrite.module import RewrittenModule, unwrapped
 from dit_rewrite.search.controls import Solver
 from dit_rewrite.search.trials import Sample
 
 CONTROLS = ("DDIMScheduler", "DPMSolverMultistepScheduler", "UniPCMultistepScheduler", "EulerDiscreteScheduler")
 
 
-def of_pipeline(pipe: Any, call: Mapping[str, Any]) -> tuple[nn.Module, Sample, dict[str, Solver]]:
+def resolved(where: str, model: Any, sample: Any) -> tuple[nn.Module, Sample, dict[str, Solver]]:
+    """Return the denoiser, its sampler and the controls, given a module with its sampler, which has no controls, or a
+    pipeline with the arguments of its call. Raises NotAModule or BadParameter."""
+    if isinstance(sample, Mapping):
+        return of_pipeline(model, sample, where)
+    if denoisers(model):
+        allowed = "the arguments of the pipeline's call; a function belongs to its denoiser, such as pipe.transformer"
+        raise BadParameter(where, "sample", sample, allowed)
+    model = unwrapped(model)
+    if not isinstance(model, nn.Module):
+        raise NotAModule(model)
+    return model, sample, {}
+
+
+def of_pipeline(
+    pipe: Any, call: Mapping[str, Any], where: str = "autopolicy"
+) -> tuple[nn.Module, Sample, dict[str, Solver]]:
     """Return the denoiser of a pipeline, its sampler, and the controls, by the class names of their schedulers.
 
     `call` has the arguments of the pipeline's call without `generator`; `num_inference_steps` must be among them. A
@@ -29,9 +45,9 @@ def of_pipeline(pipe: Any, call: Mapping[str, Any]) -> tuple[nn.Module, Sample, 
     """
     found = denoisers(pipe)
     if len(found) != 1:
-        raise BadParameter("autopolicy", "model", type(pipe).__name__, "a pipeline with one denoiser")
+        raise BadParameter(where, "model", type(pipe).__name__, "a pipeline with one denoiser")
     if "num_inference_steps" not in call:
-        raise BadParameter("autopolicy", "sample", dict(call), "a call with num_inference_steps")
+        raise BadParameter(where, "sample", list(call), "a call with num_inference_steps")
     (name, denoiser) = next(iter(found.items()))
 
     def sample(model: Any, seed: int) -> Tensor:
@@ -50,13 +66,13 @@ def compatible(scheduler: Any) -> list[type]:
 
 
 def run(pipe: Any, name: str, model: Any, seed: int, call: Mapping[str, Any], kind: Any) -> Tensor:
-    """Run a copy of a pipeline with another denoiser and a new scheduler, and return its images or frames."""
+    """Run a copy of a pipeline with another denoiser and a new scheduler, and return its images, frames or audio."""
     copied = copy.copy(pipe)
     copied.scheduler = kind.from_config(pipe.scheduler.config)
     setattr(copied, name, model)
     copied.set_progress_bar_config(disable=True)
-    given = {**call, "generator": torch.Generator().manual_seed(seed), "output_type": "np"}
+    given = {**call, "generator": torch.Generator().manual_seed(seed), "output_type": "np", "return_dict": True}
     rewritten = isinstance(model, RewrittenModule)
     with model.trajectory(scheduler=copied.scheduler) if rewritten else contextlib.nullcontext():
         output = copied(**given)
-    return torch.as_tensor(output.frames if hasattr(output, "frames") else output.images)
+    return torch.as_tensor(next(iter(output.values())))

@@ -1,4 +1,4 @@
-"""Costs of nodes: FLOPs by ATen's formulas, bytes by storage."""
+"""Costs of nodes: FLOPs by ATen's formulas, bytes by storage. Of sizes that depend on data they are upper bounds."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, fx
 from torch.utils.flop_counter import flop_registry, sdpa_flop_count
 
+from dit_rewrite import torch_compat
 from dit_rewrite.passes.analysis.graph import PRODUCTS, operands, packet
 from dit_rewrite.passes.capture import opaque_attention
 from dit_rewrite.torch_compat import tree_map
@@ -20,6 +21,14 @@ def hint(size: int | torch.SymInt) -> int:
     if isinstance(size, int):
         return size
     return int(size.node.hint) if size.node.hint is not None else 0
+
+
+def largest(size: int | torch.SymInt) -> int:
+    """Return `size` or its hint; for a size that depends on data, its maximum (0 if there is none)."""
+    if isinstance(size, int) or size.node.hint is not None:
+        return hint(size)
+    most = torch_compat.value_bounds(size)[1]
+    return int(most) if most.is_Integer else 0
 
 
 def position(index: int | torch.SymInt | fx.Node | None, size: int) -> int:
@@ -64,18 +73,18 @@ def _product_flops(node: fx.Node, shape_of: Callable[[fx.Node], Sequence[Any]]) 
 
 
 def _shape(node: fx.Node) -> torch.Size:
-    return torch.Size(shape(node.meta["val"]))
+    return torch.Size(map(largest, node.meta["val"].shape))
 
 
 def numel(value: Tensor) -> int:
-    """Return the number of elements of `value`, with hints for symbolic sizes."""
-    return torch.Size(shape(value)).numel()
+    """Return the number of elements of `value`, as `largest` gives its symbolic sizes."""
+    return torch.Size(map(largest, value.shape)).numel()
 
 
 def stored_bytes(node: fx.Node) -> int:
     """Return the bytes of the storage of the node's value, which a slot keeps alive. It may exceed those of a view."""
     value = node.meta["val"]
-    return hint(value.untyped_storage().nbytes())
+    return largest(value.untyped_storage().nbytes())
 
 
 def tensor_bytes(node: fx.Node) -> int:

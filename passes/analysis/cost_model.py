@@ -89,8 +89,7 @@ def _flops(node: fx.Node, dimensions: Dimensions) -> sympy.Expr:
         found = sympy.expand(cost.contraction_flops(node, dimensions.shape))
     except (AssertionError, RuntimeError):  # the formula compares sizes that are equal, but not as expressions
         return number
-    depends = any(size is None for size in map(dimensions.captured.get, found.free_symbols))
-    return found if depends or dimensions.at_capture(found) == number else number
+    return found if _depends_on_data(found, dimensions) or dimensions.at_capture(found) == number else number
 
 
 def _bytes(node: fx.Node, dimensions: Dimensions) -> sympy.Expr:
@@ -100,7 +99,12 @@ def _bytes(node: fx.Node, dimensions: Dimensions) -> sympy.Expr:
     base = _base(node)
     expression = sympy.expand(math.prod(dimensions.shape(base)) * base.meta["val"].element_size())
     stored = cost.stored_bytes(node)
-    return expression if dimensions.at_capture(expression) == stored else sympy.Integer(stored)
+    follows = _depends_on_data(expression, dimensions) or dimensions.at_capture(expression) == stored
+    return expression if follows else sympy.Integer(stored)
+
+
+def _depends_on_data(expression: sympy.Expr, dimensions: Dimensions) -> bool:
+    return any(size is None for size in map(dimensions.captured.get, expression.free_symbols))
 
 
 def _base(node: fx.Node) -> fx.Node:

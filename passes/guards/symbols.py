@@ -34,6 +34,7 @@ TOTALS = frozenset({"num_steps", "progress"})
 NOISE = frozenset({"sigma", "snr"})
 FORESEEN = frozenset({"step", "num_steps", "progress", "layer"})  # known for future steps
 ENTROPY = "entropy"
+DOUBLE = 53  # bits of the floats in guards, as text has them
 KNOWN = (*SYMBOLS, *(f"{s}({', '.join(ERRORS if s == ERROR else PROBES)})" for s in STATISTICS))  # for error messages
 
 Value = int | float | Fraction | None
@@ -140,7 +141,8 @@ def check(guard: object) -> Boolean:
     foreign += [str(call.func) for call in expression.atoms(AppliedUndef)]
     if foreign:
         raise UnknownSymbol(sorted(foreign), guard, KNOWN)
-    return expression
+    others = [number for number in expression.atoms(sympy.Float) if number._prec < DOUBLE]  # such as numpy's float32
+    return expression.xreplace({number: sympy.Float(float(number)) for number in others}) if others else expression
 
 
 def _is_proposition(expression: object) -> bool:

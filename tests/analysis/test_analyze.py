@@ -347,6 +347,28 @@ def test_a_file_of_another_analysis_is_not_continued(tmp_path: Path) -> None:
         analyze(Planted(), [planted_calls(2)], path=path, keys="projection")
     with pytest.raises(OtherAnalysis, match="model: "):
         analyze(Planted(rates=(1.0,)), [planted_calls(2)], path=path)
+    for other in (planted_calls(2, seed=1), planted_calls(3)):
+        with pytest.raises(OtherAnalysis, match="prompts: "):
+            analyze(Planted(), [other], path=path)
+
+
+def test_a_file_of_another_run_of_a_pipeline_is_not_continued(tmp_path: Path) -> None:
+    """Other prompts as dicts, another number of steps, or another scheduler."""
+    from diffusers import DPMSolverMultistepScheduler
+
+    from tests.cli.test_generate import build_dit_pipeline
+
+    pipeline, path, prompt = build_dit_pipeline(), tmp_path / "a.safetensors", {"class_labels": [2]}
+    pipeline.set_progress_bar_config(disable=True)
+    analyze(pipeline, [prompt], steps=2, path=path)
+    assert analyze(pipeline, [dict(prompt)], steps=2, path=path).prompts == [0]
+    with pytest.raises(OtherAnalysis, match="prompts: "):
+        analyze(pipeline, [{"class_labels": [3]}], steps=2, path=path)
+    with pytest.raises(OtherAnalysis, match="steps: 2, not 3"):
+        analyze(pipeline, [prompt], steps=3, path=path)
+    pipeline.scheduler = DPMSolverMultistepScheduler()
+    with pytest.raises(OtherAnalysis, match="scheduler: 'DDIMScheduler:.*, not 'DPMSolver"):
+        analyze(pipeline, [prompt], steps=2, path=path)
 
 
 def test_a_pipeline(tmp_path: Path) -> None:

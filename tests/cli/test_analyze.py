@@ -35,6 +35,9 @@ def test_an_analysis_is_written_drawn_and_continued(tmp_path: Path, capsys: pyte
     assert {"mlp_lines.png", "mlp_map.png", "keys_lines.png"} <= {path.name for path in tmp_path.iterdir()}
     assert main([*command, "--no-plots"]) == 0
     assert "prompt 1" not in capsys.readouterr().err, "both were there"
+    command[command.index("4")] = "3"
+    assert main([*command, "--no-plots"]) == FAILED
+    assert "steps: 4, not 3" in capsys.readouterr().err
 
 
 def test_a_pipeline_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -43,10 +46,13 @@ def test_a_pipeline_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     build_dit_pipeline().save_pretrained(tmp_path / "dit")
     (tmp_path / "classes.txt").write_text("3\n\n1\n")
     command = ["analyze", "--model", str(tmp_path / "dit"), "--steps", "3", "--no-plots", "--out", str(tmp_path)]
-    assert main([*command, "--prompts", str(tmp_path / "classes.txt")]) == 0
+    command += ["--prompts", str(tmp_path / "classes.txt")]
+    assert main([*command, "--call", "guidance_scale=1.0"]) == 0
     found = Analysis.load(tmp_path / "analysis.safetensors")
     assert (found.prompts, found.steps) == ([0, 1], 3)
     assert "analyzing 2 prompts" in capsys.readouterr().err
+    assert main(command) == FAILED, "with guidance it is another analysis"
+    assert "prompts: " in capsys.readouterr().err
 
 
 def test_merged_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,9 +11,9 @@ from PIL import Image
 
 diffusers = pytest.importorskip("diffusers")
 
-from dit_rewrite.cli.generate import call_arguments, causes, is_unreachable, save_pictures  # noqa: E402
+from dit_rewrite.cli.generate import call_arguments, causes, check_format, is_unreachable, save_pictures  # noqa: E402
 from dit_rewrite.cli.main import FAILED, build_parser, main  # noqa: E402
-from dit_rewrite.errors import WrongInput  # noqa: E402
+from dit_rewrite.errors import BadOption, WrongInput  # noqa: E402
 
 STEPS = 6
 LABELS = ["3", "7"]
@@ -159,6 +159,16 @@ def raised_from(error: Exception, cause: Exception) -> Exception:
     return error
 
 
+class ArrayPipeline:
+    def __call__(self, prompt, output_type="np", num_inference_steps=1, generator=None):
+        """The arguments of a pipeline that returns arrays, as Wan's does, unless it is asked for pictures."""
+
+
+def test_pictures_are_asked_for():
+    line = build_parser().parse_args(["generate", "--model", "x", "--prompt", "a"])
+    assert call_arguments(ArrayPipeline(), line)["output_type"] == "pil"
+
+
 def test_what_counts_as_unreachable():
     assert is_unreachable(raised_from(OSError("cannot load"), ConnectionRefusedError(111, "refused")))
     assert is_unreachable(raised_from(OSError("cannot load"), TimeoutError("timed out")))
@@ -167,7 +177,32 @@ def test_what_counts_as_unreachable():
     assert [str(c) for c in causes(raised_from(OSError("a"), OSError("b")))] == ["a", "b"]
 
 
+class VideoPipeline:
+    def __call__(self, prompt, frames=81):
+        """The arguments of a text-to-video pipeline."""
+
+
+def test_a_file_that_cannot_be_written_is_refused_before_sampling(dit_folder, tmp_path, capsys):
+    for name in ("image.mp4", "image"):
+        assert generate(dit_folder, tmp_path / name, "--label", "1") == FAILED
+        said = capsys.readouterr().err
+        assert "is out of range. Give out as a file such as image.png" in said and name in said and "reused" not in said
+    (tmp_path / "file").write_text("no folder")
+    assert generate(dit_folder, tmp_path / "file" / "image.png", "--label", "1") == FAILED
+    said = capsys.readouterr().err
+    assert "error: FileExistsError" in said and "reused" not in said
+
+
+def test_a_file_for_frames_can_be_animated():
+    for name in ("video.gif", "video.png", "video.WEBP"):
+        check_format(VideoPipeline(), Path(name))
+    for name in ("video.jpg", "video.mp4"):
+        with pytest.raises(BadOption, match="a file such as video.gif"):
+            check_format(VideoPipeline(), Path(name))
+    check_format(TextPipeline(), Path("image.jpg"))
+
+
 def test_frames_become_one_animated_file(tmp_path):
     frames = [Image.new("RGB", (8, 8), colour) for colour in ("red", "green", "blue")]
-    (path,) = save_pictures([frames], tmp_path / "deep" / "video.gif")
+    (path,) = save_pictures([frames], tmp_path / "video.gif")
     assert Image.open(path).n_frames == 3

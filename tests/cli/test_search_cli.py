@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from dit_rewrite.cli import factory, search
-from dit_rewrite.cli.main import FAILED, main
+from dit_rewrite.cli.main import FAILED, build_parser, main
 from dit_rewrite.errors import BadOption
 from dit_rewrite.policy.plan import Choice, Plan
 from tests.helpers import tiny
@@ -84,3 +84,18 @@ def test_the_negative_prompt_reaches_the_pipeline(monkeypatch: pytest.MonkeyPatc
     factory.load(given)
     expected = {"prompt": "a cat", "num_inference_steps": 4}
     assert seen == [expected if negative is None else {**expected, "negative_prompt": negative}]
+
+
+def test_further_arguments_reach_the_pipeline(monkeypatch: pytest.MonkeyPatch) -> None:
+    """``--call`` of the commands that search: literals, or else texts."""
+
+    class Pipeline:
+        def __call__(self, prompt: str, height: int, output: str) -> None: ...
+
+    seen: list[dict[str, Any]] = []
+    monkeypatch.setattr(factory, "load_pipeline", lambda *_: Pipeline())
+    monkeypatch.setattr(factory, "of_pipeline", lambda _, call: seen.append(call) or (torch.nn.Identity(), None, {}))
+    for command in (["autopolicy"], ["tune", "--policy", "fora", "--space", "interval=2|3"], ["search"]):
+        line = [*command, "--model", "m", "--prompt", "a", "--steps", "4", "--call", "height=8", "output=raw"]
+        factory.load(build_parser().parse_args(line))
+    assert seen == [{"prompt": "a", "height": 8, "output": "raw", "num_inference_steps": 4}] * 3

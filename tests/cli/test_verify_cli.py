@@ -8,9 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from torch import nn
 
 from dit_rewrite.cli.main import FAILED, main
+from dit_rewrite.cli.verify import _Recorder, from_pipeline
+from dit_rewrite.errors import BadOption
 from dit_rewrite.proof.verify import Verification, verify
 from tests.cli.test_generate import build_dit_pipeline
 from tests.helpers import tiny
@@ -35,10 +38,69 @@ def test_the_bundled_denoiser_is_proven_and_its_graphs_are_left(
     assert {"09_variant0_all_compute.py", "09_variant1_all_reuse.py"} <= set(names)
 
 
-def test_a_pipeline_folder_is_proven_on_the_calls_that_it_makes(tmp_path: Path) -> None:
-    """Without a factory the calls are recorded from the pipeline itself."""
+def test_a_pipeline_folder_is_proven_on_the_calls_that_it_makes(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without a factory the calls are recorded from the pipeline itself, with the arguments that ``--call`` names."""
+    batches: list[int] = []
+    original = _Recorder.forward
+
+    def forward(self: _Recorder, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        batches.append(len(hidden_states))
+        return original(self, hidden_states, *args, **kwargs)
+
+    monkeypatch.setattr(_Recorder, "forward", forward)
     build_dit_pipeline().save_pretrained(tmp_path / "dit")
-    assert main(["verify", "--model", str(tmp_path / "dit"), "--steps", "4"]) == 0
+    command = ["verify", "--model", str(tmp_path / "dit"), "--steps", "4"]
+    assert main([*command, "--call", "class_labels=[1, 2, 3]", "guidance_scale=1"]) == 0
+    for wrong, says in (("height=8", "DiTPipeline takes no height"), ("class_labels", "item='class_labels'")):
+        assert main([*command, "--call", wrong]) == FAILED
+        assert says in capsys.readouterr().err
+    assert batches == [3] * 4, "three images, without guidance"
+
+
+def test_calls_are_recorded_with_their_streams() -> None:
+    """Wan's pipeline gives the context more than a name."""
+    recorder = _Recorder(tiny.build())
+    with pytest.raises(KeyError), recorder.cache_context("cond", step_index=0, sigma=1.0, num_inference_steps=2):
+        recorder(*tiny.calls(1)[0].values())
+        raise KeyError
+    with torch.no_grad():
+        recorder(**tiny.calls(1)[0])
+    assert recorder.streams == ["cond", "main"]
+    assert [list(call) for call in recorder.calls] == [["hidden_states", "timestep", "condition"]] * 2
+
+
+class Experts:
+    """A pipeline whose second denoiser runs the last two of three steps."""
+
+    scheduler = None
+
+    def __init__(self) -> None:
+        self.components = {"transformer": tiny.build(), "transformer_2": tiny.build(), "vae": nn.Identity()}
+        self.register_modules(**self.components)
+
+    def register_modules(self, **modules: nn.Module) -> None:
+        self.__dict__.update(modules)
+
+    def __call__(self, prompt: str, num_inference_steps: int, generator: torch.Generator) -> None:
+        for i, call in enumerate(tiny.calls(num_inference_steps)):
+            (self.transformer if i < 1 else self.transformer_2)(**call)  # type: ignore[attr-defined]
+
+
+def test_each_denoiser_of_a_pipeline_can_be_chosen(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pipeline = Experts()
+    monkeypatch.setattr("dit_rewrite.cli.verify.load_pipeline", lambda *_: pipeline)
+    for component, calls in (("transformer", 1), ("transformer_2", 2)):
+        pipeline.register_modules(**pipeline.components)
+        found = from_pipeline("folder", 3, component)
+        assert found.model is pipeline.components[component] and len(found.calls) == calls
+        assert capsys.readouterr().err.startswith(f"{component} of transformer, transformer_2")
+    pipeline.register_modules(**pipeline.components)
+    with pytest.raises(BadOption, match="component='vae' is out of range. Give component as one of transformer, "):
+        from_pipeline("folder", 3, "vae")
 
 
 def test_progress_counts_the_calls(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -125,7 +125,7 @@ def test_warmup_and_cooldown_out_of_range(name: str, value: Any) -> None:
         Policy((Rule(step > 2),), **{name: value})
 
 
-@pytest.mark.parametrize("lag", [2, -1, 0.5, None, "1"])
+@pytest.mark.parametrize("lag", [2, -1, 0.5, 1.0, None, "1"])
 def test_lag_out_of_range(lag: Any) -> None:
     with pytest.raises(BadParameter, match="Policy: lag="):
         Policy((), lag=lag)

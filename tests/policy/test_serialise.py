@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import time
+from fractions import Fraction
 from typing import Any
 
+import numpy as np
 import pytest
 import sympy
 from sympy import ITE, And, Eq, Max, Min, Mod, Ne, Or, Rational, Xor, ceiling, floor
@@ -19,10 +21,11 @@ from dit_rewrite.errors import (
     PolicyError,
     UnknownVersion,
     UnwritableGuard,
+    UnwritableStrategy,
 )
 from dit_rewrite.guards import age, layer, num_layers, num_steps, progress, step, streak
 from dit_rewrite.passes.guards import symbols
-from dit_rewrite.policies import DQAR, FORA, FirstBlockCache, Never
+from dit_rewrite.policies import DQAR, FORA, CachedAttention, FirstBlockCache, Never, SpeCa
 from dit_rewrite.policy import serialise
 from dit_rewrite.policy.guard_text import guard_text, parse_guard
 from dit_rewrite.policy.rules import Policy, Rule
@@ -226,6 +229,26 @@ def test_json() -> None:
 def test_policies(policy: Policy) -> None:
     """A policy comes back equal, its name included."""
     assert from_json(to_json(policy)) == policy
+
+
+def test_numbers_of_other_types() -> None:
+    """A number of numpy in a guard becomes a float. A strategy, whose numbers are stored as they are, refuses it."""
+    for number in (np.float32(0.1), np.float64(0.1), Fraction(1, 3)):
+        policy = FirstBlockCache(number)  # type: ignore[arg-type]
+        assert from_json(to_json(policy)) == policy
+    assert SpeCa(Fraction(1, 3)).rules == SpeCa(1 / 3).rules  # type: ignore[arg-type]
+    for number in (np.float32(0.1), Fraction(1, 3)):
+        with pytest.raises(BadParameter, match="threshold="):
+            CachedAttention(number)  # type: ignore[arg-type]
+
+
+class Halved(Reuse):
+    """A strategy of a user, without a name in JSON."""
+
+
+def test_strategy_without_a_name() -> None:
+    with pytest.raises(UnwritableStrategy, match="Halved"):
+        to_json(Policy((Rule(step > 0, Halved()),)))
 
 
 def test_missing_place() -> None:

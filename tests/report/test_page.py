@@ -21,8 +21,8 @@ from dit_rewrite.analysis.places import Quantity
 from dit_rewrite.analysis.result import Analysis, ReuseErrors
 from dit_rewrite.analysis.statistics import MEASURES, Row
 from dit_rewrite.cli.main import FAILED, main
-from dit_rewrite.cli.report import read_certificate
-from dit_rewrite.errors import OtherAnalysis
+from dit_rewrite.cli.report import pictures_in, read_certificate, read_pictures
+from dit_rewrite.errors import BadOption, OtherAnalysis
 from dit_rewrite.policies import FORA
 from dit_rewrite.policy.plan import Choice, Plan
 from dit_rewrite.policy.serialise import to_json
@@ -103,6 +103,21 @@ def page() -> Page:
     pictures = {EVIL: DOT}
     shown = certified().described() | {"bound": EVIL}
     return Page(model.explain(), EVIL, described, decisions, analysis, pictures, plan, front, pictures, shown)
+
+
+def test_pictures_are_named(tmp_path: Path) -> None:
+    """Two files of one name are told apart by their folders, and what is no picture is refused."""
+    paths = [tmp_path / folder / "out.png" for folder in ("a", "b")]
+    for path in paths:
+        path.parent.mkdir()
+        path.write_bytes(path.parent.name.encode())
+    assert list(read_pictures(paths).values()) == [b"a", b"b"]
+    (tmp_path / "a" / "notes.txt").write_text("no picture")
+    assert list(read_pictures(pictures_in(tmp_path / "a"))) == ["out"]
+    with pytest.raises(BadOption, match="jpg"):
+        read_pictures([tmp_path / "out.jpg"])
+    with pytest.raises(BadOption, match="figures"):
+        pictures_in(tmp_path / "nowhere")
 
 
 def test_every_section_is_there(page: Page) -> None:

@@ -24,10 +24,12 @@ from dit_rewrite.errors import (
     PolicyForOtherScheduler,
     PolicyForOtherSteps,
 )
-from dit_rewrite.policies import Never, parse
+from dit_rewrite.policies import FORA, Never, parse
 from dit_rewrite.proof.image_metrics import relative_l2
 from dit_rewrite.search.autopolicy import Bound, Search
 from dit_rewrite.search.certificate import AutoPolicy, Errors
+from dit_rewrite.search.controls import Controls
+from dit_rewrite.search.evaluation import Evaluation
 from dit_rewrite.search.measurements import (
     Candidate,
     Measurements,
@@ -36,6 +38,7 @@ from dit_rewrite.search.measurements import (
     image_errors,
     rank_correlation,
 )
+from dit_rewrite.search.pipeline_sampler import run
 from dit_rewrite.search.refine import first_guess, refine
 from dit_rewrite.search.trials import DEPTH, Place
 from tests.helpers import tiny
@@ -338,6 +341,55 @@ def test_models_and_images_are_checked() -> None:
         autopolicy(sample, sample, speedup=2)
     with pytest.raises(NotImages):
         autopolicy(tiny.build(), lambda model, seed: [sample(model, seed)], speedup=2, **SETTINGS)  # type: ignore[arg-type, return-value]
+
+
+def test_a_control_that_fails_is_reported_and_left_out(measured: Measurements) -> None:
+    """The search is not lost, and the other controls run."""
+
+    def broken(denoiser: Any, steps: int, seed: int) -> Tensor:
+        raise AttributeError("no set_begin_index")
+
+    said: list[str] = []
+    target = {0: measured.reference(0)}
+    runner = Controls(tiny.build(), {"broken": broken, "DDIM": fewer}, STEPS, said.append)
+    found = runner.best(0.5, target, {5: measured.reference(5)})
+    assert found is not None and (found.solver, found.steps) == ("DDIM", 5)
+    assert said == ["the control broken cannot sample: AttributeError: no set_begin_index"]
+    assert Controls(tiny.build(), {"broken": broken}, STEPS).best(0.5, target, target) is None
+
+
+def test_a_pipeline_is_sampled_by_its_call() -> None:
+    """In `Evaluation` as in `autopolicy`. A function samples with a denoiser, and not with the pipeline."""
+    from tests.cli.test_generate import build_dit_pipeline
+
+    pipeline, call = build_dit_pipeline(), {"class_labels": [3], "num_inference_steps": 4, "return_dict": False}
+    (found,) = Evaluation(pipeline, call, seeds=(0,), backend="aot_eager")(FORA(2))
+    assert found["error"] > 0 and 0.5 < found["flops"] < 0.7
+    for function in (autopolicy, Evaluation):
+        with pytest.raises(BadParameter, match=f"{function.__name__}: sample=.* such as pipe.transformer"):
+            function(pipeline, sample, **({} if function is Evaluation else {"speedup": 2}))  # type: ignore[operator]
+        with pytest.raises(BadParameter, match=f"{function.__name__}: model='TinyDiT'"):
+            function(tiny.build(), call, **({} if function is Evaluation else {"speedup": 2}))  # type: ignore[operator]
+
+
+def test_any_output_of_a_pipeline_is_compared() -> None:
+    """Images, frames or sounds: the first value of what the call returns."""
+    from diffusers import DiTPipeline
+    from diffusers.pipelines.pipeline_utils import AudioPipelineOutput
+
+    from tests.cli.test_generate import build_dit_pipeline
+
+    class Sounds(DiTPipeline):
+        def __call__(self, *args: Any, **kwargs: Any) -> AudioPipelineOutput:
+            return AudioPipelineOutput(audios=super().__call__(*args, **kwargs).images)
+
+    plain = build_dit_pipeline()
+    calls = {"class_labels": [3], "num_inference_steps": 2}
+    heard, seen = (
+        run(kind(**plain.components), "transformer", plain.transformer, 0, calls, DDIMScheduler)
+        for kind in (Sounds, DiTPipeline)
+    )
+    assert torch.equal(heard, seen)
 
 
 def test_cheap_candidates_come_first() -> None:

@@ -7,9 +7,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dit_rewrite import torch_compat
 from dit_rewrite.passes.analysis import cost
-from dit_rewrite.passes.analysis.graph import packet
+from dit_rewrite.passes.analysis.graph import is_contraction, packet
 from dit_rewrite.passes.capture import opaque_attention
+from dit_rewrite.passes.capture.capture import one_graph
 from tests.helpers.tracing import Attention, Toy, linear, mlp, norm, tokens, trace
 
 aten = torch.ops.aten
@@ -76,6 +78,17 @@ def test_bytes() -> None:
     traced = trace(Toy(body, wide=linear(8, 32)), (tokens(),))
     returned = traced.gm.graph.output_node().args[0]
     assert [cost.stored_bytes(node) for node in returned] == [4 * 8, 4 * (8 * 32), 2 * (8 * 32), 1 * (8 * 8)]
+
+
+def test_sizes_that_depend_on_data_count_as_their_maximum() -> None:
+    """A mask selects some of 2 x 4 tokens: the costs are those of all."""
+    model = Toy(lambda m, x: m.a(x[x[..., 0] > 0]), a=linear(8, 12, False))
+    with one_graph():
+        graph = trace(model, (tokens(),)).gm.graph
+    (product,) = (node for node in graph.nodes if is_contraction(node))
+    assert torch_compat.unbacked_symbols(product.meta["val"])
+    assert cost.total_flops(graph) == 2 * (2 * 4) * 8 * 12
+    assert cost.stored_bytes(product) == cost.tensor_bytes(product) == 4 * (2 * 4) * 12
 
 
 def test_symbolic_sizes_add_no_guard() -> None:
