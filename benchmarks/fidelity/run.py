@@ -122,7 +122,7 @@ class Bench:
         return self._result(recipe, images, *flops_of(model), **more)
 
     def count(self, policy: Policy) -> Entry:
-        """Count what a policy computes, on one image: its decisions must not depend on measurements."""
+        """Count the FLOPs of a policy on one image: its decisions must not depend on measurements."""
         model = self._rewritten(policy)
         self.toy.run(model, 1, self.steps)
         computed, flops = flops_of(model)

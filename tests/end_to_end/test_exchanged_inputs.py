@@ -13,7 +13,7 @@ from torch import Tensor
 from dit_rewrite.errors import StreamReason, TrajectoryReason
 from dit_rewrite.policies import FORA
 from tests.helpers import tiny
-from tests.helpers.models import prepare
+from tests.helpers.drawn import prepare
 from tests.helpers.tiny import calls, condition, fora, outputs, rewritten, row, same
 
 STEPS = 6

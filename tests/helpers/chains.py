@@ -107,7 +107,7 @@ def call_caches(session: Session) -> list[Any]:
 
 
 class Expected:
-    """What a chain returns, computed by hand."""
+    """The outputs of a chain, computed by hand."""
 
     def __init__(self) -> None:
         self.step, self.values = 0, (torch.empty(0), torch.empty(0))

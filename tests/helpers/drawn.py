@@ -33,7 +33,7 @@ def redraw(model: nn.Module, seed: int = 0) -> None:
 
 
 def prepare(model: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """Redraw the parameters, freeze them, and cast what `from_pretrained(torch_dtype=dtype)` would cast."""
+    """Redraw the parameters, freeze them, and cast those that `from_pretrained(torch_dtype=dtype)` would cast."""
     redraw(model)
     model.eval().requires_grad_(False)
     keep = getattr(model, "_keep_in_fp32_modules", None) or ()

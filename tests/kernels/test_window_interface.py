@@ -1,4 +1,4 @@
-"""Window attention as ops: arguments, registration, FLOPs, tuning, and what the naive reference computes."""
+"""Window attention as ops: arguments, registration, FLOPs, tuning, and the work of the naive reference."""
 
 from __future__ import annotations
 

@@ -80,7 +80,7 @@ def analysed(steps: int) -> Analysis:
 
 
 def certified() -> AutoPolicy:
-    """What `autopolicy` may return."""
+    """A result of `autopolicy`, by hand."""
     errors, worse = Errors.of((0.1, 0.2, 0.3)), Errors.of((0.4, 0.5))
     return AutoPolicy(
         FORA(3), "speedup=2", "flops", 0.4, None, 1000, errors, Control("DDIM", 20, 0.41, worse), "policy", "model", 50,
@@ -106,7 +106,7 @@ def page() -> Page:
 
 
 def test_pictures_are_named(tmp_path: Path) -> None:
-    """Two files of one name are told apart by their folders, and what is no picture is refused."""
+    """Two files of one name are told apart by their folders, and other files than pictures are refused."""
     paths = [tmp_path / folder / "out.png" for folder in ("a", "b")]
     for path in paths:
         path.parent.mkdir()

@@ -373,7 +373,7 @@ def test_a_pipeline_is_sampled_by_its_call() -> None:
 
 
 def test_any_output_of_a_pipeline_is_compared() -> None:
-    """Images, frames or sounds: the first value of what the call returns."""
+    """Images, frames or sounds: the first value of the call's result."""
     from diffusers import DiTPipeline
     from diffusers.pipelines.pipeline_utils import AudioPipelineOutput
 
