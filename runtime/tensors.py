@@ -127,8 +127,10 @@ def relative_change(now: Tensor, before: Tensor) -> Tensor:
         return torch.zeros((), dtype=torch.float64, device=now.device)
     if now.ndim < 2 or now.numel() == 0:
         now, before = now.reshape(1, -1), before.reshape(1, -1)
+    if now.is_complex():
+        now, before = (torch.view_as_real(latent.resolve_conj()) for latent in (now, before))
     now, before, dims = now.detach(), before.detach(), tuple(range(1, now.ndim))
-    if not (now.is_floating_point() or now.is_complex()):
+    if not now.is_floating_point():
         return (2 * (now != before).to(torch.float64).mean(dims)).sqrt().max()
     change = torch.linalg.vector_norm(now - before, dim=dims, dtype=torch.float32)
     size = torch.linalg.vector_norm(before, dim=dims, dtype=torch.float32)

@@ -122,7 +122,8 @@ class Returning(nn.Module):
 def test_a_branch_that_is_returned_may_be_changed_in_place(broken: bool) -> None:
     model = Returning(broken).requires_grad_(False)
     compiled = rewritten(model, FORA(4))
-    inputs = [torch.randn(2, 4) for _ in range(4)]
+    start, move = torch.randn(2, 2, 4)
+    inputs = [start + 0.05 * step * move for step in range(4)]
     branch = model.linear(inputs[0])
     with compiled.trajectory(4):
         for step, x in enumerate(inputs):

@@ -48,3 +48,13 @@ def test_tokens_are_compared_as_one_hot_vectors(dtype: torch.dtype) -> None:
     now[0] = 1
     one_hot = [torch.nn.functional.one_hot(t.long(), 2).double() for t in (now, before)]
     assert relative_change(now, before) == torch.linalg.vector_norm(one_hot[0] - one_hot[1]) / one_hot[1].norm()
+
+
+def test_the_change_of_a_batch_is_the_largest_of_a_sample() -> None:
+    before = torch.tensor([[3.0, 4.0], [0.0, 0.0], [1.0, 0.0]])
+    now = torch.tensor([[3.0, 4.0], [0.0, 0.0], [1.0, 0.5]])
+    assert relative_change(now, before) == 0.5, "a sample of zeros stays one"
+    assert relative_change(now.to(torch.complex64), before.to(torch.complex64).conj()) == 0.5
+    assert relative_change(now[2], before[2]) == 0.5, "one dimension is one sample"
+    assert relative_change(now + torch.tensor([[0.0], [1.0], [0.0]]), before) == torch.inf
+    assert relative_change(torch.zeros(3), torch.zeros(3)).isnan()

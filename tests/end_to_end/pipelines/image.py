@@ -285,5 +285,5 @@ CASES = (
     PipelineCase("aura_flow", build_aura_flow, aura_flow_arguments, one_call),
     PipelineCase("hidream", build_hidream, hidream_arguments, one_call),
     PipelineCase("omnigen", build_omnigen_pipeline, omnigen_arguments, one_call, guidance=(True,)),
-    PipelineCase("z_image", build_z_image, z_image_arguments, one_call),
+    PipelineCase("z_image", build_z_image, z_image_arguments, one_call, moving=True),
 )
