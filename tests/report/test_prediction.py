@@ -130,9 +130,10 @@ class PerCall(Counting):
 def latent_calls(steps: int) -> list[dict[str, Any]]:
     """Images of 6 x 8 for the tiny model with patches of 2 x 2: tokens in 3 rows of 4."""
     generator, given = torch.Generator().manual_seed(0), tiny.condition()
-    times = falling(steps)
+    latent, drift = (torch.randn(2, 3, 6, 8, generator=generator) for _ in range(2))
     return [
-        {"latent": torch.randn(2, 3, 6, 8, generator=generator), "timestep": time, "condition": given} for time in times
+        {"latent": latent + 0.1 * step * drift, "timestep": time, "condition": given}
+        for step, time in enumerate(falling(steps))
     ]
 
 

@@ -43,7 +43,7 @@ class Doubling:
     ) -> None:
         self.session = Session(Stats())
         self.session.enter(Clock(9))
-        self.admits, self.leak = admits, leak
+        self.admits, self.leak, self.time = admits, leak, 0.0
         self.compiled: list[DecisionRow] = []
         site = SiteSpec("product", "mlp", 0, None, choose)
         self.outputs = (2, 3) if leak else (2,)
@@ -66,8 +66,9 @@ class Doubling:
 
     def __call__(self, x: float | Tensor, w: Tensor = W) -> list[Tensor]:
         args = [x if isinstance(x, Tensor) else torch.tensor([x]), w]
-        self.time = getattr(self, "time", 0.0) - 1.0
-        call = self.session.begin(Inputs(args[0], self.time, ()))
+        self.time -= 1.0
+        latent = torch.tensor([100.0 + self.time])  # continues from call to call, as that of a sampler does
+        call = self.session.begin(Inputs(latent, self.time, ()))
         outputs = self.graph(args)
         self.session.end(call)
         assert args == [], "the inputs from AOTAutograd are released"
@@ -312,7 +313,7 @@ def test_after_a_failure_that_the_model_catches_the_slot_is_a_miss() -> None:
     run = Recording()
     run(1.0), run(2.0)
     run.fails = True
-    call = run.session.begin(Inputs(torch.tensor([3.0]), 0.0, ()))
+    call = run.session.begin(Inputs(torch.tensor([97.5]), run.time - 0.5, ()))
     with pytest.raises(RuntimeError, match="out of memory"):
         run.graph([torch.tensor([3.0]), W])
     run.session.end(call)
