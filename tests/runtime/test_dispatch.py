@@ -35,6 +35,8 @@ def unmeasured(now: Tensor, before: Tensor) -> Tensor:
 class Doubling:
     """A graph ``x, w -> x + x * w`` whose only site is the product; records the compiled variants."""
 
+    time = 0.0
+
     def __init__(
         self,
         admits: Callable[[Sequence[Any]], bool] | None = None,
@@ -43,7 +45,7 @@ class Doubling:
     ) -> None:
         self.session = Session(Stats())
         self.session.enter(Clock(9))
-        self.admits, self.leak, self.time = admits, leak, 0.0
+        self.admits, self.leak = admits, leak
         self.compiled: list[DecisionRow] = []
         site = SiteSpec("product", "mlp", 0, None, choose)
         self.outputs = (2, 3) if leak else (2,)
