@@ -71,6 +71,8 @@ def analyze(
     Raises BadArgument, NotAModule, NoTransformer, NothingMeasured, BadAnalysis or OtherAnalysis.
     """
     settings = _settings(distances, keys, heads, window, conditional)
+    if steps is not None and not is_whole(steps, 2):
+        raise BadArgument("analyze", "steps", steps, "a whole number >= 2, or None")
     components(model)  # raises if it is neither a module nor a pipeline
     run, given = sampler("analyze", model, sample, prompts, steps)
     lowering = Lowering.of(backend)
@@ -87,8 +89,13 @@ def analyze(
             profiles = _taken(backends)
             if not any(row.distance for profile in profiles for row in profile):
                 raise NothingMeasured(number)
+            streams = dict.fromkeys(row.stream for profile in profiles for row in profile)
+            if settings.lender is not None and settings.lender not in streams:
+                allowed = f'"first", "second", or one of the streams {", ".join(streams)}'
+                raise BadArgument("analyze", "conditional", conditional, allowed)
             found.add(number, profiles)
-            refused = (f"{r.path or r.node}: {r.reason}" for b in backends for r in getattr(b, "refused", ()))
+            probes = [backend for backend in backends if isinstance(backend, ProbingBackend)]
+            refused = (f"{b.prefix}{r.path or r.node}: {r.reason}" for b in probes for r in b.refused)
             found.refused = list(dict.fromkeys([*found.refused, *refused]))
             if target is not None:
                 found.save(target)

@@ -190,11 +190,17 @@ def _lines(analysis: Analysis) -> Iterator[str]:
         if rows:
             changes = torch.stack([analysis.mean(row, "relative_l1").nanmean() for row in rows])
             most, least = rows[int(changes.argmax())], rows[int(changes.argmin())]
+            over_prompts = (
+                ""
+                if count < 2
+                else (
+                    f"; L1 varies over prompts by {coefficient_of_variation(analysis, quantity)} of its mean; rank "
+                    f"correlation between prompts {prompt_stability(analysis, quantity).mean:.2f}"
+                )
+            )
             yield (
                 f"{quantity}: relative L1 per step {float(changes.nanmean()):.4f}, from {float(changes.min()):.4f} at "
-                f"{least.site} to {float(changes.max()):.4f} at {most.site}; L1 varies over prompts by "
-                f"{coefficient_of_variation(analysis, quantity)} of its mean; rank correlation between prompts "
-                f"{prompt_stability(analysis, quantity).mean:.2f}"
+                f"{least.site} to {float(changes.max()):.4f} at {most.site}{over_prompts}"
             )
     for best in predictions(analysis)[:1]:
         yield f"best predictor of reuse errors: {best.measure} of {best.quantity}, rank correlation {best.overall:.2f}"

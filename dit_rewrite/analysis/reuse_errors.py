@@ -41,7 +41,7 @@ def reuse_errors(
     are the steps to try, by default all but the first; `sites` the names of the sites, by default all branches. In a
     model with several streams, the site is reused in each of them. The result belongs into `Analysis.errors`.
 
-    Raises BadArgument for unknown sites, NoImage, NotAModule or NoTransformer.
+    Raises BadArgument for unknown sites or steps, NoImage, NotAModule or NoTransformer.
     """
     components(model)  # raises if it is neither a module nor a pipeline
     run, given = sampler("reuse_errors", model, sample, prompts, steps)
@@ -64,6 +64,11 @@ def reuse_errors(
             image = image_of(run(ours, prompt)).clone()
             names = _sites(director.names, sites)
             last = director.last_step
+            for step in at or ():
+                if not 1 <= step <= last:
+                    raise BadArgument(
+                        "reuse_errors", "at", step, f"steps from 1 to {last}: step 0 has nothing to reuse"
+                    )
             for site in names:
                 for step in range(1, last + 1) if at is None else at:
                     director.chosen = site, step

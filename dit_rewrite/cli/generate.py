@@ -17,6 +17,7 @@ import torch
 
 import dit_rewrite
 from dit_rewrite.cli.outcome import Outcome
+from dit_rewrite.enable import denoisers
 from dit_rewrite.errors import (
     BadOption,
     HubUnreachable,
@@ -26,6 +27,8 @@ from dit_rewrite.errors import (
     UnknownInput,
     WrongInput,
 )
+from dit_rewrite.module import RewrittenModule
+from dit_rewrite.runtime.stats import Stats
 from dit_rewrite.search.certificate import AutoPolicy
 from dit_rewrite.search.pipeline_sampler import compatible
 
@@ -42,6 +45,7 @@ OPTIONS = {
     "width": ("width",),
     "frames": FRAMES,
 }
+COUNTS = ("calls", "computed", "reused", "peak_bytes")  # of all denoisers together
 TRANSPORTS = ("httpx", "httpx2", "requests")  # HTTP clients that versions of huggingface_hub use
 
 
@@ -191,6 +195,11 @@ def follow_certificate(arguments: argparse.Namespace, policy: dit_rewrite.Policy
         print(f"the control won: {found.control.solver} with {found.control.steps} steps, nothing is reused")
 
 
+def told(pipeline: DiffusionPipeline) -> dict[str, Stats]:
+    """Return the statistics of each denoiser of a pipeline, by its name."""
+    return {name: part.stats() for name, part in denoisers(pipeline).items() if isinstance(part, RewrittenModule)}
+
+
 def run(arguments: argparse.Namespace) -> Outcome:
     """Run ``python -m dit_rewrite generate``."""
     policy = dit_rewrite.policies.parse(arguments.policy)
@@ -205,7 +214,8 @@ def run(arguments: argparse.Namespace) -> Outcome:
     with torch.no_grad():
         output = pipeline(**asked)
     seconds = time.perf_counter() - began
-    paths, stats = save_pictures(pictures_of(output), arguments.out), pipeline.transformer.stats()
-    counts = {name: getattr(stats, name) for name in ("calls", "computed", "reused", "peak_bytes")}
-    lines = [*(f"wrote {path}" for path in paths), f"{seconds:.1f} s with compilation; {stats}"]
+    paths, stats = save_pictures(pictures_of(output), arguments.out), told(pipeline)
+    counts = {name: sum(getattr(s, name) for s in stats.values()) for name in COUNTS}
+    own = [f"{name}: {each}" if len(stats) > 1 else str(each) for name, each in stats.items()]
+    lines = [*(f"wrote {path}" for path in paths), f"{seconds:.1f} s with compilation; {own[0]}", *own[1:]]
     return Outcome("\n".join(lines), {"files": paths, "seconds": seconds, **counts})

@@ -89,6 +89,7 @@ def maker(text: str) -> Callable[..., Policy]:
         items = ",".join(f"{name}={value}" for name, value in parameters.items())
         return parse(f"{text}{',' if ':' in text else ':'}{items}")
 
+    make.__qualname__ = text  # the study is known by it
     return make
 
 

@@ -23,6 +23,13 @@ class OtherSearch(PlanMismatch):
     )
 
 
+class OtherStudy(PlanMismatch):
+    template = (
+        "The study {study!r} was made with other arguments ({differences:.300}). Give the same ones, another name of a "
+        "study, or another storage."
+    )
+
+
 class PlanForOtherModel(PlanMismatch):
     template = (
         "The plan was made for another model (its fingerprint is {fingerprint:.12}, that of this {model} is "

@@ -143,8 +143,9 @@ def predict_model(
 ) -> Prediction | PredictionReason:
     """Predict the costs of a policy for the captured graphs of a rewritten model; the policy may be another one.
 
-    The number of steps is `num_steps`, or that of `scheduler`, that of the policy's plan, or that of the trajectory in
-    which the model was captured.
+    The streams are those that the rules name, or as many as the last trajectory had. The number of steps is
+    `num_steps`, or that of `scheduler`, that of the policy's plan, or that of the trajectory in which the model was
+    captured.
     """
     known: Request = backend.rewritten[-1].context[Request]
     steps, levels = known.num_steps, list(known.levels)
@@ -155,7 +156,10 @@ def predict_model(
     reason = unforeseeable(policy, steps, levels)
     if reason is not None:
         return reason
-    return predict(backend.rewritten, Counter(backend.session.ran), policy, steps, levels, roofline_of(model))
+    found = predict(backend.rewritten, Counter(backend.session.ran), policy, steps, levels, roofline_of(model))
+    if isinstance(found, Prediction) and len(found.steps) == 1:  # the rules name no stream: all decide alike
+        return replace(found, steps=found.steps * max(backend.session.num_streams, 1))
+    return found
 
 
 def predict(

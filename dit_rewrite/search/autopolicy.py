@@ -12,7 +12,7 @@ from typing import Any, Literal
 from dit_rewrite.compiler.lowering import InnerBackend
 from dit_rewrite.errors import BadParameter, NothingFits
 from dit_rewrite.policies.static import Never
-from dit_rewrite.policy.plan import fingerprint
+from dit_rewrite.policy.plan import fingerprint, is_whole
 from dit_rewrite.search.certificate import AutoPolicy, Control, Errors
 from dit_rewrite.search.controls import Controls, Solver, is_better
 from dit_rewrite.search.measurements import STYLES, Candidate, Measurements, Report, Tried
@@ -98,11 +98,20 @@ def autopolicy(
     if measurements is not None and fingerprint(measurements.model) != fingerprint(model):
         raise BadParameter("autopolicy", "measurements", "…", "those of this model")
     calibration_seeds = calibration_seeds if measurements is None else measurements.seeds
+    for name, seeds in (("calibration_seeds", calibration_seeds), ("held_out_seeds", held_out_seeds)):
+        if not isinstance(seeds, Sequence):
+            raise BadParameter("autopolicy", name, seeds, "a list of seeds")
+    if not is_whole(trials, 0):
+        raise BadParameter("autopolicy", "trials", trials, "a whole number >= 0")
+    if not isinstance(controls, Mapping):
+        raise BadParameter("autopolicy", "controls", controls, "a dict of solvers by their names")
     if set(calibration_seeds) & set(held_out_seeds) or not calibration_seeds or len(held_out_seeds) < 2:
         allowed = "two or more seeds that are not among calibration_seeds, of which there is one or more"
         raise BadParameter("autopolicy", "held_out_seeds", held_out_seeds, allowed)
     if not places or any(place not in WHERE for place in places):
         raise BadParameter("autopolicy", "places", places, f"some of {', '.join(WHERE)}")
+    if path is not None:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)  # what cannot be written is found before the search
     began = time.perf_counter()
     measured = measurements or Measurements(model, sample, places, calibration_seeds, backend, report)
     search = Search(measured, bound, tuple(held_out_seeds), trials, measure)

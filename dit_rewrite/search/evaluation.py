@@ -16,6 +16,7 @@ from dit_rewrite.errors import BadParameter
 from dit_rewrite.module import backend_of, twin
 from dit_rewrite.passes.analysis import cost
 from dit_rewrite.policies.static import Never
+from dit_rewrite.policy.plan import fingerprint
 from dit_rewrite.policy.rules import Policy
 from dit_rewrite.proof.image_metrics import relative_l2
 from dit_rewrite.runtime.session import Observation
@@ -47,6 +48,11 @@ class Evaluation:
         self.seeds, self.time, self.backend = seeds, time, backend
         self._plain: Any = compile(twin(self.model), Never(), backend=backend) if time else twin(self.model)
         self._images: dict[int, Tensor] = {}
+
+    @property
+    def key(self) -> dict[str, str]:
+        """The model and the seeds, which all trials of a study share."""
+        return {"model": fingerprint(self.model), "seeds": repr(list(self.seeds))}
 
     def __call__(self, policy: Policy) -> Iterator[dict[str, float]]:
         model = compile(twin(self.model), policy, backend=self.backend)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
 import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
-from dit_rewrite.errors import BadParameter, MissingExtra, PolicyError
+from dit_rewrite.errors import BadParameter, MissingExtra, OtherStudy, PolicyError
 from dit_rewrite.policy.rules import Policy
 from dit_rewrite.search.front import Front, Point
 
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 Values = Mapping[str, float]  # objectives by name; all are minimised
 Evaluate = Callable[[Policy], Iterable[Values]]  # yields the values so far, the last time all
 PARTIAL = "values so far"  # the attribute of a trial with the values that `Evaluate` yielded
+KEY = "arguments"  # the attribute of a study with the arguments that its trials share
 HOPELESS = 2.0
 
 
@@ -58,10 +60,11 @@ def tune(
 
     `storage` is a journal file, or the URL of a database. Several processes or machines that are given the same one
     share the study, and an interrupted study is continued: `trials` counts those that are already in it. No trial
-    begins after `timeout` seconds. Raises BadParameter, and MissingExtra without Optuna.
+    begins after `timeout` seconds. Raises BadParameter, OtherStudy for a study with other arguments, and MissingExtra
+    without Optuna.
     """
     optuna = _optuna()
-    _check(space, objectives, sampler, trials)
+    _check(make_policy, space, objectives, sampler, trials)
     count = trials or len(list(itertools.product(*space.values())))
     found = optuna.create_study(
         study_name=study,
@@ -70,6 +73,7 @@ def tune(
         directions=["minimize"] * len(objectives),
         load_if_exists=True,
     )
+    _claim(found, _key(make_policy, space, evaluate, objectives))
 
     def objective(trial: Any) -> tuple[float, ...]:
         parameters = {name: _suggest(trial, name, values) for name, values in space.items()}
@@ -98,17 +102,54 @@ def _optuna() -> Any:
     return optuna
 
 
-def _check(space: Space, objectives: Sequence[str], sampler: str, trials: int | None) -> None:
+def _key(
+    make_policy: Callable[..., Policy], space: Space, evaluate: Evaluate, objectives: Sequence[str]
+) -> dict[str, str]:
+    """Return what all trials of a study share, as text. `evaluate` may add a ``key``, as `Evaluation` does."""
+    policy = getattr(make_policy, "__qualname__", type(make_policy).__name__)
+    key = {"policy": policy, "objectives": ", ".join(objectives), **getattr(evaluate, "key", {})}
+    return key | {f"space of {name}": repr(values) for name, values in space.items()}
+
+
+def _claim(study: Any, key: dict[str, str]) -> None:
+    """Write the key into a new study. Raises OtherStudy for a study with another one."""
+    known = study.user_attrs.get(KEY, {})
+    if not known and not study.get_trials(deepcopy=False):
+        study.set_user_attr(KEY, key)
+    elif known != key:
+        differing = sorted(name for name in {*known, *key} if known.get(name) != key.get(name))
+        differences = (f"{name}: {known.get(name)!s:.40}, not {key.get(name)!s:.40}" for name in differing)
+        raise OtherStudy(study.study_name, "; ".join(differences))
+
+
+def _check(
+    make_policy: Callable[..., Policy], space: Space, objectives: Sequence[str], sampler: str, trials: int | None
+) -> None:
+    if not callable(make_policy):
+        raise BadParameter("tune", "make_policy", make_policy, "a function such as dit_rewrite.policies.FORA")
     if sampler not in ("grid", "tpe", "nsga2"):
         raise BadParameter("tune", "sampler", sampler, '"grid", "tpe" or "nsga2"')
     ranges = [name for name, values in space.items() if isinstance(values, Range)]
     if not space or any(not values for values in space.values()) or (sampler == "grid" and ranges):
         allowed = "values for each parameter; a grid takes no Range"
         raise BadParameter("tune", "space", dict(space), allowed)
+    for name, values in space.items():
+        if isinstance(values, Range) and not (values.low <= values.high and (values.low > 0 or not values.log)):
+            raise BadParameter("tune", f"space[{name!r}]", values, "low <= high, and low > 0 with log")
+    _check_names(make_policy, space)
     if not objectives or len(set(objectives)) < len(objectives):
         raise BadParameter("tune", "objectives", objectives, "one or more names, each once")
     if sampler != "grid" and (not isinstance(trials, int) or trials < 1):
         raise BadParameter("tune", "trials", trials, "a whole number >= 1; only a grid needs none")
+
+
+def _check_names(make_policy: Callable[..., Policy], space: Space) -> None:
+    """Raise BadParameter for a parameter that the policy does not have."""
+    known = inspect.signature(make_policy).parameters
+    if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in known.values()):
+        for name in space:
+            if name not in known:
+                raise BadParameter("tune", "space", name, f"parameters of the policy: {', '.join(known)}")
 
 
 def _storage(optuna: Any, storage: str | Path | None) -> Any:
@@ -140,6 +181,9 @@ def _evaluated(
     """Follow an evaluation to its end. Raises TrialPruned if a finished trial makes it hopeless."""
     optuna, partial = _optuna(), []
     for values in yielded:
+        if not isinstance(values, Mapping) or not set(objectives) <= values.keys():
+            allowed = f"names that `evaluate` yields: {', '.join(values)}"
+            raise BadParameter("tune", "objectives", objectives, allowed)
         partial.append([float(values[name]) for name in objectives])
         trial.set_user_attr(PARTIAL, partial)
         if prune and is_hopeless(partial, [t.user_attrs.get(PARTIAL, []) for t in _finished(trial.study)]):

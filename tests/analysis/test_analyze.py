@@ -320,10 +320,13 @@ def test_inductor_measures_the_same() -> None:
         ({"keys": "norm"}, "keys"),
         ({"window": 1.0}, "window"),
         ({"conditional": ""}, "conditional"),
+        ({"conditional": "cond"}, "conditional='cond' .* one of the streams 0"),
+        ({"steps": 1}, "steps"),
+        ({"steps": 2.5}, "steps"),
     ],
 )
 def test_arguments_out_of_range(options: dict[str, Any], named: str) -> None:
-    with pytest.raises(BadArgument, match=f"analyze: {named}="):
+    with pytest.raises(BadArgument, match=f"analyze: {named}{'' if '=' in named else '='}"):
         analyze(Planted(), [planted_calls(2)], **options)
 
 
@@ -369,6 +372,26 @@ def test_a_file_of_another_run_of_a_pipeline_is_not_continued(tmp_path: Path) ->
     pipeline.scheduler = DPMSolverMultistepScheduler()
     with pytest.raises(OtherAnalysis, match="scheduler: 'DDIMScheduler:.*, not 'DPMSolver"):
         analyze(pipeline, [prompt], steps=2, path=path)
+
+
+class Experts:
+    """A pipeline of two denoisers, each of which runs two steps with one sample."""
+
+    def __init__(self) -> None:
+        self.components = {"transformer": Planted(), "transformer_2": Planted()}
+        self.__dict__.update(self.components)
+
+    def __call__(self, prompt: Any, generator: torch.Generator) -> None:
+        for name in self.components:
+            for call in planted_calls(2):
+                getattr(self, name)(call["latent"][:1], call["timestep"])
+
+
+def test_refusals_name_the_denoiser() -> None:
+    """A batch of one sample has no halves."""
+    found = analyze(Experts(), [0], conditional="first")
+    assert {row.site.partition(".")[0] for row in found.rows()} == {"transformer", "transformer_2"}
+    assert {text.partition(".")[0] for text in found.refused} == {"transformer", "transformer_2"}
 
 
 def test_a_pipeline(tmp_path: Path) -> None:

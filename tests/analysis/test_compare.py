@@ -105,6 +105,8 @@ def test_the_summary_names_where_keys_were_tapped() -> None:
     assert summary(found).startswith("Model: 3 prompts, 4 steps; keys and values behind norms and rotations")
     found.settings["keys"] = "projection"
     assert "keys and values as projected" in summary(found)
+    assert "varies over prompts" in summary(found) and "nan" not in summary(found)
+    assert "over prompts" not in summary(analysis([torch.rand(2, 4)])), "one prompt says nothing of it"
 
 
 def test_rows_are_selected_by_their_fields() -> None:

@@ -78,6 +78,9 @@ def test_what_cannot_be_measured() -> None:
     model = tiny.build()
     with pytest.raises(BadArgument, match="sites='blocks.9' .*blocks.0.attn"):
         reuse_errors(model, sample, [0], backend="aot_eager", sites=["blocks.9"])
+    for step in (0, 99):
+        with pytest.raises(BadArgument, match=f"at={step} is out of range. Give at as steps from 1 to "):
+            reuse_errors(model, sample, [0], backend="aot_eager", at=(step,))
     with pytest.raises(BadArgument, match="recorded calls"):
         reuse_errors(model, [tiny.calls(2)], backend="aot_eager")
     with pytest.raises(NoImage, match="sampling returned NoneType"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,9 +12,17 @@ from PIL import Image
 
 diffusers = pytest.importorskip("diffusers")
 
-from dit_rewrite.cli.generate import call_arguments, causes, check_format, is_unreachable, save_pictures  # noqa: E402
+from dit_rewrite.cli.generate import (  # noqa: E402
+    call_arguments,
+    causes,
+    check_format,
+    is_unreachable,
+    save_pictures,
+    told,
+)
 from dit_rewrite.cli.main import FAILED, build_parser, main  # noqa: E402
 from dit_rewrite.errors import BadOption, WrongInput  # noqa: E402
+from tests.helpers import tiny  # noqa: E402
 
 STEPS = 6
 LABELS = ["3", "7"]
@@ -167,6 +176,13 @@ class ArrayPipeline:
 def test_pictures_are_asked_for():
     line = build_parser().parse_args(["generate", "--model", "x", "--prompt", "a"])
     assert call_arguments(ArrayPipeline(), line)["output_type"] == "pil"
+
+
+def test_the_statistics_are_those_of_all_denoisers():
+    models = {name: tiny.rewritten(tiny.build()) for name in ("transformer", "transformer_2")}
+    tiny.outputs(models["transformer"], tiny.calls(2))
+    pipeline = SimpleNamespace(components=models, **models)
+    assert {name: stats.calls for name, stats in told(pipeline).items()} == {"transformer": 2, "transformer_2": 0}
 
 
 def test_what_counts_as_unreachable():

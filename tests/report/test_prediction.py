@@ -74,6 +74,20 @@ def test_flops_and_counts_of_a_run(policy: Policy) -> None:
     assert found.plain_flops == 12 * sum(each.at(each.total) for each in model.explain().costs)
 
 
+def test_flops_of_two_calls_a_step() -> None:
+    """Those of both streams. The counts are those of one stream, as FORA's are."""
+    counting = Counting()
+    model = dit_rewrite.compile(tiny.build(), FORA(3), backend=counting)
+    with model.trajectory(6):
+        for call in tiny.calls(6):
+            for stream in ("cond", "uncond"):
+                with model.cache_context(stream):
+                    tiny.outputs(model, [call])
+    found = predicted(model)
+    assert found.flops == counting.flops and len(found.steps) == 2
+    assert found.counts == dict.fromkeys((Kind.SELF, Kind.MLP), (2 * LAYERS, 6 * LAYERS))
+
+
 def test_counts_of_fora() -> None:
     """FORA's table 3 counts computations per kind: 100 steps of 28 blocks are 2,800. The first step always computes, so
     that an interval of 3 computes 34 of 100 steps."""

@@ -329,11 +329,22 @@ def test_interval_and_ranks() -> None:
         {"speedup": 2, "held_out_seeds": (0, 5)},
         {"speedup": 2, "places": ("blocks",)},
         {"speedup": 2, "measure": "steps"},
+        {"speedup": 2, "trials": -1},
+        {"speedup": 2, "trials": 2.5},
+        {"speedup": 2, "held_out_seeds": 3},
+        {"speedup": 2, "calibration_seeds": 3},
+        {"speedup": 2, "controls": [fewer]},
     ],
 )
 def test_invalid_arguments_are_refused(given: dict[str, Any]) -> None:
     with pytest.raises(BadParameter):
         autopolicy(tiny.build(), sample, **SETTINGS | given)
+
+
+def test_a_file_that_cannot_be_written_is_found_before_the_search(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("no folder")
+    with pytest.raises(FileExistsError):
+        autopolicy(tiny.build(), lambda *_: pytest.fail("it sampled"), speedup=2, path=tmp_path / "file" / "p.json")
 
 
 def test_models_and_images_are_checked() -> None:

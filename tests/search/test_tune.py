@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from dit_rewrite import Evaluation, Range, tune
-from dit_rewrite.errors import BadParameter, MissingExtra
+from dit_rewrite.errors import BadParameter, MissingExtra, OtherStudy
 from dit_rewrite.policies import FORA, parse
 from dit_rewrite.policy.rules import Policy
 from dit_rewrite.search.front import Front, Point
@@ -69,6 +69,43 @@ def test_a_study_goes_on_from_its_journal(tmp_path: Path) -> None:
     assert tune(made, SPACE, known, sampler="tpe", trials=6, storage=journal) == again and known.calls == 6
     tune(made, SPACE, known, sampler="tpe", trials=1, storage=journal, study="other")
     assert known.calls == 7
+
+
+def test_a_study_with_other_arguments_is_not_continued(tmp_path: Path) -> None:
+    """Otherwise its trials would get the names of other objectives, or lack parameters."""
+    arguments = {"space": SPACE, "objectives": ("error", "flops"), "make_policy": made, "evaluate": Known()}
+    stored: dict[str, Any] = {"sampler": "grid", "storage": tmp_path / "a.journal"}
+    tune(**arguments, **stored)
+
+    def other(**parameters: Any) -> Policy:
+        return made(**parameters)
+
+    for name, value, says in (
+        ("objectives", ("flops", "error"), "objectives: error, flops, not flops, error"),
+        ("space", SPACE | {"x": [1, 2]}, r"space of x: \[1, 2, 4\], not \[1, 2\]"),
+        ("make_policy", other, "policy: made, not .*other"),
+        ("evaluate", Evaluation(tiny.build(), sample, seeds=(3,)), r"model: None.*seeds: None, not \[3\]"),
+    ):
+        with pytest.raises(OtherStudy, match=f"'dit_rewrite' was made with other arguments .*{says}"):
+            tune(**arguments | {name: value}, **stored)
+    assert len(tune(**arguments, **stored).points) == 6
+
+
+def test_arguments_that_fail_in_a_trial_are_refused() -> None:
+    def run(make_policy: Any = FORA, space: Any = None, objectives: Any = ("error", "flops")) -> Front:
+        return tune(make_policy, space or {"interval": [2]}, lambda _: [{"error": 1.0, "flops": 1.0}], trials=1,
+                    objectives=objectives)  # fmt: skip
+
+    assert len(run().points) == 1
+    for given, says in (
+        ({"make_policy": "fora"}, "make_policy='fora'"),
+        ({"space": {"intervall": [2]}}, "parameters of the policy: interval, kinds"),
+        ({"space": {"interval": Range(5, 2)}}, "low <= high"),
+        ({"space": {"interval": Range(0.0, 1.0, log=True)}}, "low > 0 with log"),
+        ({"objectives": ("error", "lpips")}, "names that `evaluate` yields: error, flops"),
+    ):
+        with pytest.raises(BadParameter, match=says):
+            run(**given)
 
 
 def test_no_trial_begins_after_the_timeout(tmp_path: Path) -> None:
