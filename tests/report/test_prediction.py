@@ -23,7 +23,7 @@ from dit_rewrite.policy.plan import Choice, Plan, describe_scheduler, fingerprin
 from dit_rewrite.policy.rules import Policy
 from dit_rewrite.report.prediction import Prediction
 from tests.helpers import tiny
-from tests.helpers.models import falling, prepare
+from tests.helpers.models import falling, latents, prepare
 
 TOKENS, BATCH, LAYERS = 8, 2, 2
 PROJECTIONS = 8 * TOKENS * tiny.WIDTH**2  # of one sample
@@ -130,10 +130,8 @@ class PerCall(Counting):
 def latent_calls(steps: int) -> list[dict[str, Any]]:
     """Images of 6 x 8 for the tiny model with patches of 2 x 2: tokens in 3 rows of 4."""
     generator, given = torch.Generator().manual_seed(0), tiny.condition()
-    times = falling(steps)
-    return [
-        {"latent": torch.randn(2, 3, 6, 8, generator=generator), "timestep": time, "condition": given} for time in times
-    ]
+    path = latents((3, 6, 8), steps, torch.float32, generator)
+    return [{"latent": x, "timestep": t, "condition": given} for x, t in zip(path, falling(steps), strict=True)]
 
 
 def test_attention_of_each_step_by_torchs_counter() -> None:
