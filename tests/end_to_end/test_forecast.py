@@ -295,11 +295,11 @@ def test_histories_of_streams_stay_apart() -> None:
 def test_another_shape_starts_a_history_of_its_own() -> None:
     """When the number of tokens changes in mid-trajectory, no older value is read: the order falls to reuse."""
     model = rewritten(build(), every(2, Forecast(1), Where(span="output")))
-    _, condition = inputs()
+    (start, condition), (move, _) = inputs(0), inputs(1)
     outputs = []
     with torch.no_grad(), model.trajectory(num_steps=8):
         for i in range(8):
-            latent = torch.randn(2, 8 if i < 4 else 6, CHANNELS, generator=torch.Generator().manual_seed(i))
+            latent = (start + 0.1 * i * move)[:, : 8 if i < 4 else 6]
             outputs.append(model(latent, torch.full((2,), 900.0 - 40 * i), condition).clone())
     assert torch.equal(outputs[5], outputs[4]), "one value of this shape: reuse"
     torch.testing.assert_close(outputs[7], outputs[6] + (outputs[6] - outputs[4]) / 2)

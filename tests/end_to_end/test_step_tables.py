@@ -330,7 +330,8 @@ def test_a_reusing_step_of_hunyuan_video_computes_no_attention() -> None:
         "return_dict": False,
     }
     times = [torch.tensor([900.0 - 100 * i]) for i in range(3)]
-    calls = [{"hidden_states": torch.randn(1, 9, 2, 4, 4), "timestep": time, **given} for time in times]
+    start, move = torch.randn(2, 1, 9, 2, 4, 4)
+    calls = [{"hidden_states": start + 0.1 * i * move, "timestep": time, **given} for i, time in enumerate(times)]
     model = dit_rewrite.compile(module.eval().requires_grad_(False), FORA(3), backend="aot_eager")
     plain = without_tables(model)
     with text_to_video():
