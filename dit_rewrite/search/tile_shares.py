@@ -22,7 +22,7 @@ from dit_rewrite.policies import TileReuse
 from dit_rewrite.policy.rules import Policy, Rule
 from dit_rewrite.policy.strategies import ReuseTiles
 from dit_rewrite.policy.where import Where
-from dit_rewrite.proof.image_metrics import relative_l2
+from dit_rewrite.proof.image_metrics import mean_squared_error
 from dit_rewrite.runtime.session import Observation
 
 FACTORS = (0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 4.0)  # candidates, as multiples of the mean share
@@ -54,11 +54,11 @@ def calibrate_tiles(
     """Return `TileReuse` with a share of its own for each branch, at no more FLOPs than with `refresh` everywhere.
 
     `sample` runs the sampler, for one or more pictures, with the denoiser that it takes; this run computes everything.
-    Beside it, the slot of each branch is kept for several shares as a reusing run would keep it, and its relative L2
-    distance from the computed value is averaged over the steps. The shares give the least sum of these errors that a
-    greedy search finds, or are all `refresh` if that is less. The error is that of the branches for exact inputs, and
-    not of the image. `weights` has for each branch the cost of a relative error of 1; 1 by default. It may come from
-    `ReuseErrors` of an analysis: the error of the image if the branch alone is reused, over its change in a step.
+    Beside it, the slot of each branch is kept for several shares as a reusing run would keep it, and its mean squared
+    distance from the computed value is averaged over the steps. All branches add to the residual stream, so their
+    distances are in the same units. The shares give the least sum of these errors that a greedy search finds, or are
+    all `refresh` if that is less. The error is that of the branches for exact inputs, and not of the image. `weights`
+    has for each branch what its squared error costs, 1 by default.
 
     Takes the memory of a copy of the branches' outputs for each of 8 shares. Raises BadParameter, also if no branch can
     be computed in tiles, or TooFewSteps.
@@ -126,7 +126,7 @@ class Replays:
         for codec, slot, errors in zip(codecs, self._slots[key], by_share, strict=True):
             chosen, rows = codec.choose(slot)
             kept = codec.update(slot, chosen, rows, value.index_select(codec.dim, rows))
-            errors.append(0.0 if torch.equal(kept, value) else relative_l2(kept, value))
+            errors.append(mean_squared_error(kept, value))
 
 
 def choose(errors: Sequence[Sequence[float]], costs: Sequence[Sequence[float]]) -> list[int]:
