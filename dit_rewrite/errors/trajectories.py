@@ -75,9 +75,8 @@ class SearchCalledTwice(BadTrajectory):
 
 class SearchOtherStreams(BadTrajectory):
     template = (
-        "At step {step} the denoiser was called for the stream {found} instead of {expected}. A plan is searched over "
-        "trajectories whose steps all make the same calls, in the same order, with the same arguments except latent "
-        "and timestep."
+        "At step {step} the denoiser was called for the stream {found} instead of {expected}. Search over trajectories "
+        "whose steps all make the same calls, in the same order, with the same arguments except latent and timestep."
     )
 
 
