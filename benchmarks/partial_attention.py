@@ -6,9 +6,9 @@ tokens, with two static rules: the same blocks kept in all but every n-th step, 
 many steps as have at most that share.
 
 Cross-attention (the bundled text-to-shapes model, a small PixArt): tiles of tokens (`TileReuse`) against FORA, which
-reuses the whole branch in all but every n-th step, at no more FLOPs; and, with each token as old on average, at more
-FLOPs, since the first step computes all tokens. The FLOPs of a policy are those of its branches over the trajectory, as
-shares of those without reuse.
+reuses the whole branch in all but every n-th step, at no more FLOPs; with each token as old on average, at more FLOPs,
+since the first step computes all tokens; and with a share of tiles for each branch (`calibrate_tiles`). The FLOPs of a
+policy are those of its branches over the trajectory, as shares of those without reuse.
 
 Errors are relative L2 distances from the uncached images. Thresholds are found by bisection on other captions and
 noise. Nothing is timed. Each result is written at once; a rerun measures what is missing. `--page` writes the tables
@@ -53,6 +53,7 @@ from dit_rewrite.policy.rules import Policy, Rule
 from dit_rewrite.policy.strategies import BlockwiseReuse, Reuse
 from dit_rewrite.policy.where import Where
 from dit_rewrite.proof.image_metrics import relative_l2
+from dit_rewrite.search.tile_shares import calibrate_tiles
 
 INTERVALS = (4, 2)
 TILE, TILES = 2, 32  # of the 64 tokens: as many tiles as 4,096 tokens have tiles of 128
@@ -188,7 +189,17 @@ def tile_rows(toy: Toy, record: Record, tick: Callable[[], object]) -> list[Row]
         for name, share in (("turns", count / TILES), ("change", count / TILES), ("often", 1 / interval)):
             order: Any = "change" if name == "change" else "turns"
             rows.append(row(f"{name} {interval}", interval, TileReuse(share, TILE, order)))
+        rows.append(row(f"shares {interval}", interval, shares_by_branch(toy, count / TILES)))
     return rows
+
+
+def shares_by_branch(toy: Toy, share: float) -> Policy:
+    """Return the calibrated shares of tiles, on other captions and noise."""
+
+    def sample(model: nn.Module) -> Tensor:
+        return toy.sample(model, toy.others, CALIBRATION_NOISE)
+
+    return calibrate_tiles(twin(toy.model.denoiser), sample, share, TILE, backend="aot_eager").policy
 
 
 def judge(joint: Sequence[Row], tiles: Sequence[Row]) -> list[Claim]:
@@ -200,6 +211,7 @@ def judge(joint: Sequence[Row], tiles: Sequence[Row]) -> list[Claim]:
         ("Tiles in turns beat the whole branch in fixed steps", tiles, "turns", "whole"),
         ("Tiles in turns, each as often, beat the whole branch in fixed steps", tiles, "often", "whole"),
         ("Tiles that changed most beat tiles in turns", tiles, "change", "turns"),
+        ("Tiles with a share for each branch beat equal shares", tiles, "shares", "turns"),
     )
     for text, rows, ours, theirs in pairs:
         named = {row.name: row for row in rows}
@@ -216,7 +228,7 @@ def _closer(a: Row, b: Row) -> dict[str, Any]:
 TEXTS = {
     "static blocks": "the text's blocks in all but every n-th step", "blocks": "the text's blocks within their bound",
     "whole": "the whole branch in fixed steps", "turns": "tiles in turns", "change": "tiles that changed most",
-    "often": "tiles in turns, each as often as the whole branch",
+    "often": "tiles in turns, each as often as the whole branch", "shares": "tiles in turns, a share for each branch",
 }  # fmt: skip
 
 
@@ -262,7 +274,7 @@ def main(argv: list[str] | None = None) -> None:
     settings = {name: getattr(arguments, name) for name in ("captions", "steps", "batch", "threads")}
     settings["weights"] = [digest(WEIGHTS / f"{name}_denoiser.safetensors") for name in ("text", "flow")]
     record = Record.open(arguments.out, {"settings": settings, "machine": machine(), "versions": versions()})
-    with open_progress() as bar, bar("rows", 7 * len(INTERVALS)) as tick:
+    with open_progress() as bar, bar("rows", 8 * len(INTERVALS)) as tick:
         tiles = tile_rows(Toy(load_text_model(), sample_captions, sample_captioned, arguments), record, tick)
         joint = joint_rows(Toy(load_flow_model(), sample_relations, sample_related, arguments), record, tick)
     claims = judge(joint, tiles)

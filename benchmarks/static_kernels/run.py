@@ -5,9 +5,10 @@ table gives, for each launch, registers and spills, shared memory, occupancy, th
 instructions of the main loop, and its issue: the instructions that each of a multiprocessor's four schedulers issues
 for 128 x 64 scores. The main loop is the one without masks where there are several.
 
-The exit code is 1 if a limit is missed. The limits hold for 16-bit window attention and entropy with heads of up to
-128 channels on sm_90: no spills, tensor cores, an asynchronous copy in every loop with tensor cores, and window
-attention that issues at most 0.55 of what the first version of these kernels did (`baseline` in the results file).
+The exit code is 1 if a limit is missed. The limits hold for 16-bit window attention, blockwise attention and entropy
+with heads of up to 128 channels on sm_90: no spills, tensor cores, an asynchronous copy in every loop with tensor
+cores, and an issue of at most 0.55 of that of the first version of these kernels (`baseline` in the results file). The
+kernels without tensor cores, blockwise attention's estimate and the relative change, must not spill.
 
 The full run writes results/static_kernels.json. `--quick` compiles one shape for each kernel for sm_90, in under two
 minutes on one core, and writes nothing.
@@ -58,7 +59,7 @@ def row(case: Case, capability: int, found: Figures, baseline: dict[str, Any]) -
         "kernel": case.name, "sm": capability, "registers": found.registers, "spills": max(found.stack, found.spills),
         "shared": found.shared, "occupancy": found.occupancy, "tensor": main.tensor if main else 0,
         "copies": main.copies if main else 0, "issue": issue, "share": share,
-        "missed": missed(case, found, share) if case.strict and capability == 90 else [], "figures": found.content(),
+        "missed": missed(case, found, share) if capability == 90 else [], "figures": found.content(),
     }  # fmt: skip
 
 
@@ -69,9 +70,9 @@ def missed(case: Case, found: Figures, share: float | None) -> list[str]:
         "spills": not found.stack and not found.spills,
         "tensor cores": bool(loops),
         "copies": all(loop.copies for loop in loops),
-        "issue": share is None or not case.kind.startswith("window") or share <= ISSUE,
+        "issue": share is None or share <= ISSUE,
     }
-    return [name for name, held in limits.items() if not held]
+    return [name for name in case.limits if not limits[name]]
 
 
 def show(rows: Iterable[dict[str, Any]]) -> None:

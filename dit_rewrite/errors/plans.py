@@ -102,7 +102,7 @@ class PoorFit(NotCalibrated):
 
 class TooFewSteps(NotCalibrated):
     template = (
-        "MagCache cannot be calibrated: it needs values of 2 steps, but saw {count}. Call the denoiser that `sample` "
+        "The policy cannot be calibrated: it needs values of 2 steps, but saw {count}. Call the denoiser that `sample` "
         "receives, at every step."
     )
 

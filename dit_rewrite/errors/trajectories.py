@@ -67,8 +67,16 @@ class SearchOverGraphs(BadTrajectory):
 class SearchCalledTwice(BadTrajectory):
     template = (
         "The denoiser was called more than once at step {step}: guidance makes a call for each stream, or the solver "
-        "evaluates the model twice. A plan has one choice per step. Give both halves of the guidance in one batch, "
-        'with conditional="first" or "second", and use a solver with one call per step.'
+        "evaluates the model twice. A plan has one choice per step and stream. Give both halves of the guidance in one "
+        'batch, with conditional="first" or "second", or name each call, `with model.cache_context("cond"):`. Use a '
+        "solver with one call per step."
+    )
+
+
+class SearchOtherStreams(BadTrajectory):
+    template = (
+        "At step {step} the denoiser was called for the stream {found} instead of {expected}. Search over trajectories "
+        "whose steps all make the same calls, in the same order, with the same arguments except latent and timestep."
     )
 
 

@@ -138,12 +138,13 @@ def DiTFastAttn(plan: Plan | str | Path) -> Policy:
     plan = plan if isinstance(plan, Plan) else _load(plan)
     strategies = strategies_of(plan.window, plan.conditional, plan.grid)
     rules = []
-    for i, site in enumerate(plan.sites):
+    for i, (stream, site) in enumerate(plan.columns):
+        where = Where(names=escape(site), streams=None if stream is None else (stream,))
         for choice, do in strategies.items():
             steps = [s for s, row in enumerate(plan.table) if row[i] is choice]
             if steps:
                 when = Eq(num_steps, plan.steps) & _among(steps)
-                rules.append(Rule(when, do, Where(names=escape(site))))
+                rules.append(Rule(when, do, where))
     by = "" if plan.metric == "relative_error" else f", metric={plan.metric}"
     return Policy(tuple(rules), f"DiTFastAttn(delta={plan.delta}{by})", made_for=MadeFor(plan.model, plan.steps))
 

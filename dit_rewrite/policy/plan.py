@@ -1,7 +1,7 @@
 """Plans: a table with the choice for each step and attention site (DiTFastAttn, Yuan et al. 2024, section 3.5).
 
 A plan can be saved, drawn (`dit_rewrite.report.plan_picture`), compared and loaded. Its file is JSON with a version
-number, and has a line of text for each step: the names of the choices, one for each site.
+number, and has a line of text for each step: the names of the choices, one for each site, stream after stream.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from torch import Tensor, nn
 from dit_rewrite.errors import BadParameter, BadPlan, PlanForOtherModel, PlanForOtherSteps
 from dit_rewrite.policy.core_strategies import GRIDS
 
-VERSION = 3
-SINCE = {"grid": 2, "notes": 2, "metric": 3, "attention": 3}  # the first version that has the field
+VERSION = 4
+SINCE = {"grid": 2, "notes": 2, "metric": 3, "attention": 3, "streams": 4}  # the first version that has the field
 
-_LISTS = ("window", "grid", "notes", "attention")  # fields that may be tuples
+_LISTS = ("window", "grid", "notes", "attention", "streams")  # fields that may be tuples
 
 
 class Choice(str, Enum):
@@ -55,9 +55,11 @@ class Plan:
     """The choice of each site at each step of a trajectory, for one model. Raises BadParameter for invalid fields.
 
     ``model`` is the model's `fingerprint`, ``scheduler`` the result of `describe_scheduler`. ``table[step][i]`` is the
-    choice for ``sites[i]``, in graph order. ``window`` is the window of WA-RS: a fraction of the tokens, or a fraction
-    or a distance in tokens along each axis of ``grid``, which is (H, W) for images, (T, H, W) for videos, "latent" for
-    the grid that the graph shows (see `WindowResidual`), and None for a sequence.
+    choice for ``sites[i]``, in graph order. If guidance takes several calls a step, ``streams`` has their names (see
+    `cache_context`), and a row has the choices of all sites for the first stream, then those for the next.
+    ``window`` is the window of WA-RS: a fraction of the tokens, or a fraction or a distance in tokens along each axis
+    of ``grid``, which is (H, W) for images, (T, H, W) for videos, "latent" for the grid that the graph shows
+    (see `WindowResidual`), and None for a sequence.
     ``conditional`` is the half of a guided batch that ASC computes. ``window`` and ``conditional`` may be None if no
     choice needs them.
 
@@ -82,12 +84,14 @@ class Plan:
     notes: tuple[str, ...] = ()
     metric: str = "relative_error"
     attention: tuple[float, ...] = ()
+    streams: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         self._require("model", _is_name(self.model), "the text that fingerprint(model) gives")
         self._require("steps", is_whole(self.steps, 1), "a whole number >= 1")
         self._require("scheduler", _is_name(self.scheduler), "the text that describe_scheduler gives")
         self._require("sites", are_names(self.sites), "a tuple of names, each once")
+        self._require("streams", self.streams == () or are_names(self.streams), "a tuple of names, each once, or ()")
         self._check_table()
         self._require("delta", is_real(self.delta), "a number >= 0")
         self._check_window()
@@ -113,8 +117,9 @@ class Plan:
         for step, row in enumerate(self.table):
             if not (isinstance(row, tuple) and all(isinstance(choice, Choice) for choice in row)):
                 raise BadParameter("Plan", f"table[{step}]", row, "a tuple of Choice")
-            if len(row) != len(self.sites):
-                raise BadParameter("Plan", f"len(table[{step}])", len(row), f"{len(self.sites)}, one for each site")
+            if len(row) != len(self.columns):
+                each = "site and stream" if self.streams else "site"
+                raise BadParameter("Plan", f"len(table[{step}])", len(row), f"{len(self.columns)}, one for each {each}")
 
     def _check_window(self) -> None:
         check_window("Plan", self.window, self.grid)
@@ -125,14 +130,19 @@ class Plan:
         return any(choice in choices for row in self.table for choice in row)
 
     @property
+    def columns(self) -> tuple[tuple[str | None, str], ...]:
+        """The stream and the site of each choice of a row. The stream is None if the choice holds for all streams."""
+        return tuple((stream, site) for stream in self.streams or (None,) for site in self.sites)
+
+    @property
     def counts(self) -> dict[Choice, int]:
-        """The number of (step, site) pairs with each choice. All choices are keys, in the order of `Choice`."""
+        """The number of entries of the table with each choice. All choices are keys, in the order of `Choice`."""
         counted = Counter(choice for row in self.table for choice in row)
         return {choice: counted[choice] for choice in Choice}
 
     def fraction(self, choice: Choice) -> float:
-        """Return the fraction of (step, site) pairs with this choice."""
-        return self.counts[choice] / (self.steps * len(self.sites))
+        """Return the fraction of the table's entries with this choice."""
+        return self.counts[choice] / (self.steps * len(self.columns))
 
     @property
     def attention_share(self) -> float | None:

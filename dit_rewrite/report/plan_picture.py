@@ -5,6 +5,7 @@ Importing the module needs matplotlib, and raises MissingExtra without it.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from dit_rewrite.errors import MissingExtra
@@ -30,22 +31,22 @@ COLOURS: dict[Choice, str] = {
 LEGEND = 1.6  # width in inches of a choice and its share
 
 
-def panels(sites: tuple[str, ...]) -> dict[str, list[int]]:
-    """Return the indices of the sites of each kind, in graph order.
+def panels(columns: Sequence[tuple[str | None, str]]) -> dict[str, list[int]]:
+    """Return the indices of the sites of each stream and kind, in graph order.
 
     Sites whose names differ only in numbers are of one kind: ``blocks.3.attn1`` is a layer of ``blocks.attn1``.
     """
     found: dict[str, list[int]] = {}
-    for index, site in enumerate(sites):
+    for index, (stream, site) in enumerate(columns):
         name = site.split("#")[0]  # `passes.naming.unique` numbers equal names by a suffix
         kind = ".".join(part for part in name.split(".") if not part.isdigit())
-        found.setdefault(kind, []).append(index)
+        found.setdefault(kind if stream is None else f"{kind}, {stream}", []).append(index)
     return found
 
 
 def draw(plan: Plan) -> Figure:
-    """Draw a panel per kind of site, with its layers from the bottom up. The legend has the share of each choice."""
-    kinds = panels(plan.sites)
+    """Draw a panel per stream and kind of site, its layers from the bottom up. The legend has the choices' shares."""
+    kinds = panels(plan.columns)
     layers = [len(indices) for indices in kinds.values()]
     height = sum(0.6 + 0.12 * count for count in layers)
     used = [choice for choice, count in plan.counts.items() if count]

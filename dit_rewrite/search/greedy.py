@@ -8,6 +8,7 @@ candidate that keeps the model's output close to that of the uncompressed model.
   separate uncompressed sampling. So errors of earlier steps do not count for the current one.
 - While candidates of site i are tried, earlier sites use the choices made so far, and later sites full attention.
 - Step 0 is not compressed, because there is no earlier output or residual.
+- If guidance takes several calls a step, each is searched as a step of its own: it has its own choices and thresholds.
 """
 
 from __future__ import annotations
@@ -50,9 +51,9 @@ STRATEGIES = (
 class Runner(Protocol):
     """Interface of the model and its sampler, which run all trajectories step by step, side by side.
 
-    Each step is one call of `replay`; or `begin`, `reference`, then for each site in order any number of `attempt` and
-    one `fix`, and `finish`. The outputs are those of the model, one tensor of any shape for each trajectory. They are
-    valid until the next call.
+    Each call of the model is one of `replay`; or `begin`, `reference`, then for each site in order any number of
+    `attempt` and one `fix`, and `finish`. The outputs are those of the model, one tensor of any shape for each
+    trajectory. They are valid until the next call.
     """
 
     @property
@@ -60,10 +61,10 @@ class Runner(Protocol):
         """Runs of the network so far. A run for all trajectories counts 1, a partial run counts its fraction."""
 
     def replay(self, row: PlanRow) -> None:
-        """Run the next step (from 0) with these choices, one for each site."""
+        """Run the next call of the model (from 0) with these choices, one for each site."""
 
-    def begin(self, step: int) -> None:
-        """Begin a step. Its input is the result of the compressed sampling so far."""
+    def begin(self, number: int) -> None:
+        """Begin a call. Its input is the result of the compressed sampling so far."""
 
     def reference(self) -> Sequence[Tensor]:
         """Return the outputs with full attention at every site."""
@@ -72,18 +73,19 @@ class Runner(Protocol):
         """Return the outputs with `choice` at site `index`, fixed choices before it, and full attention after it."""
 
     def fix(self, index: int, choice: Choice) -> None:
-        """Fix the choice of site `index` in this step."""
+        """Fix the choice of site `index` in this call."""
 
     def finish(self) -> None:
-        """End the step with the fixed choices, and continue the sampler with its outputs."""
+        """End the call with the fixed choices, and continue the sampler with its outputs."""
 
 
 @dataclass(frozen=True)
 class Search:
     """The settings of a search. Raises BadParameter for values out of range.
 
-    ``choices`` are the candidates in ascending cost; ``orders``, if given, has the candidates of each site. ``key``
-    identifies everything else that the result depends on, such as the model's fingerprint and the trajectories.
+    ``calls`` is how many calls of the model a step has. ``choices`` are the candidates in ascending cost; ``orders``,
+    if given, has the candidates of each site. ``key`` identifies everything else that the result depends on, such as
+    the model's fingerprint and the trajectories.
     ``metric`` is the name of the loss.
     """
 
@@ -94,11 +96,13 @@ class Search:
     key: str | Mapping[str, str] = ""
     orders: tuple[tuple[Choice, ...], ...] = ()
     metric: str = "relative_error"
+    calls: int = 1
 
     def __post_init__(self) -> None:
         self._require("sites", are_names(self.sites), "names, each once")
         self._require("steps", is_whole(self.steps, 1), "a whole number >= 1")
         self._require("delta", is_real(self.delta), "a number >= 0, such as one of DELTAS")
+        self._require("calls", is_whole(self.calls, 1), "a whole number >= 1")
         known = [choice for choice in self.choices if isinstance(choice, Choice) and choice is not Choice.FULL]
         once = len(set(known)) == len(self.choices) > 0
         self._require("choices", once, "some Choice in ascending cost, each once and without Choice.FULL")
@@ -121,7 +125,7 @@ class Search:
 
 @dataclass(frozen=True)
 class Found:
-    """The choices of the steps so far, the number of candidates that were tried, and the runs of the network.
+    """The choices of the calls so far, the number of candidates that were tried, and the runs of the network.
 
     ``work`` includes references, candidates, the steps themselves and their replays, also those of earlier, interrupted
     searches.
@@ -132,7 +136,7 @@ class Found:
     work: float = 0.0
 
     def share(self, candidates: int) -> float:
-        """Return the work as a fraction of a full run for each candidate, step and site (appendix A.2)."""
+        """Return the work as a fraction of a full run for each candidate, call and site (appendix A.2)."""
         return self.work / (candidates * sum(len(row) for row in self.table))
 
 
@@ -145,6 +149,7 @@ def greedy(
     *,
     orders: Sequence[Sequence[Choice]] = (),
     metric: str | Metric = "relative_error",
+    calls: int = 1,
     partial: Path | None = None,
     key: str | Mapping[str, str] = "",
     progress: bool = False,
@@ -153,34 +158,37 @@ def greedy(
 
     `orders` gives the candidates of each site, if their costs or the possible choices differ between sites. A candidate
     passes if its `loss` by `metric`, a name of `metrics.METRICS` or a function of two tensors, is below its threshold;
-    NaN does not pass. With a file `partial`, the search saves its progress after each step, and continues from an
-    existing file after replaying its steps; `key` is a further text in which two searches must agree. `progress` shows
-    a progress bar.
+    NaN does not pass. The table has a row for each of the `calls` of a step, those of the first step without
+    compression. With a file `partial`, the search saves its progress after each row, and continues from an existing
+    file after replaying its rows; `key` is a further text in which two searches must agree. `progress` shows a progress
+    bar.
 
     Raises BadParameter for invalid arguments or if the outputs' shapes differ from the reference's, BadPlan for a
     damaged partial file, PlanMismatch for that of another search, and MissingExtra for a progress bar without rich.
     """
     name, function = metric_of(metric)
-    search = Search(tuple(sites), steps, delta, tuple(choices), key, tuple(map(tuple, orders)), name)
-    found = Found(((Choice.FULL,) * len(search.sites),))
+    search = Search(tuple(sites), steps, delta, tuple(choices), key, tuple(map(tuple, orders)), name, calls)
+    found = Found(((Choice.FULL,) * len(search.sites),) * calls)
     if partial is not None and partial.exists():
         found = _read(partial, search)
-    missing = range(len(found.table), steps)
-    with _bar(steps, len(missing), len(search.sites), progress and len(missing) > 0) as tick:
+    missing = range(len(found.table), steps * calls)
+    with _bar((steps - 1) * calls, len(missing), len(search.sites), progress and len(missing) > 0) as tick:
         before = runner.work - found.work
         for row in found.table if missing else ():
             runner.replay(row)
-        for step in missing:
-            row, tried = _choose(runner, step, search, function, tick)
+        for number in missing:
+            row, tried = _choose(runner, number, search, function, tick)
             found = Found((*found.table, row), found.evaluations + tried, runner.work - before)
             if partial is not None:
                 _write(partial, search, found)
     return found
 
 
-def _choose(runner: Runner, step: int, search: Search, metric: Metric, tick: Callable[[], None]) -> tuple[PlanRow, int]:
-    """Search one step. Returns its choices, and the number of candidates that were tried."""
-    runner.begin(step)
+def _choose(
+    runner: Runner, number: int, search: Search, metric: Metric, tick: Callable[[], None]
+) -> tuple[PlanRow, int]:
+    """Search one call. Returns its choices, and the number of candidates that were tried."""
+    runner.begin(number)
     reference = [output.clone() for output in runner.reference()]
     row: PlanRow = ()
     evaluations = 0
@@ -231,8 +239,9 @@ def _read(path: Path, search: Search) -> Found:
     if content["search"] != wanted:
         raise OtherSearch(path, _differences(content["search"], wanted))
     rows, tried, work = content["table"], content["evaluations"], content["work"]
-    if not (isinstance(rows, list) and 1 <= len(rows) <= search.steps and is_whole(tried, 0) and is_real(work)):
-        raise BadPlan(path, f"it lacks a count, or a table of 1 to {search.steps} rows")
+    least, most = search.calls, search.steps * search.calls
+    if not (isinstance(rows, list) and least <= len(rows) <= most and is_whole(tried, 0) and is_real(work)):
+        raise BadPlan(path, f"it lacks a count, or a table of {least} to {most} rows")
     try:
         table = tuple(parse_row(row) for row in rows)
     except BadParameter as error:
@@ -257,8 +266,8 @@ def _differences(there: object, here: dict[str, Any]) -> str:
 
 
 @contextmanager
-def _bar(steps: int, missing: int, sites: int, shown: bool) -> Iterator[Callable[[], None]]:
-    """Show a progress bar if `shown`. Yields ``tick()``, to be called for each site of the missing steps."""
+def _bar(rows: int, missing: int, sites: int, shown: bool) -> Iterator[Callable[[], None]]:
+    """Show a progress bar over `rows` if `shown`. Yields ``tick()``, to be called for each site of the missing ones."""
     if not shown:
         yield lambda: None
         return
@@ -269,5 +278,5 @@ def _bar(steps: int, missing: int, sites: int, shown: bool) -> Iterator[Callable
         raise MissingExtra("rich", "the progress bar", "demo") from error
     columns = (TextColumn("plan search"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True)) as bar:
-        task = bar.add_task("", total=(steps - 1) * sites, completed=(steps - 1 - missing) * sites)
+        task = bar.add_task("", total=rows * sites, completed=(rows - missing) * sites)
         yield lambda: bar.advance(task)

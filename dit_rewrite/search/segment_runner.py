@@ -3,6 +3,9 @@
 The paper runs the whole network |S| |M| times per step. Here the segments before a site have already run with the
 choices made for them when the site's candidates are tried. A candidate of site i runs the segments from i on, on
 average (|M| + 1) / 2 of |M|, so a step takes at most |S| (|M| + 1) / 2 + 2 runs. `Plan.work` has the actual number.
+
+If guidance takes several named calls a step, each stream has choices of its own, which are searched when it is called:
+the sampler needs its outputs before the next stream is called. ASC then has no batch to share in.
 """
 
 from __future__ import annotations
@@ -16,16 +19,7 @@ from torch import Tensor, nn
 
 from dit_rewrite.compiler.backend import Backend
 from dit_rewrite.compiler.lowering import InnerBackend, Lowering
-from dit_rewrite.errors import (
-    BadParameter,
-    DecisionReason,
-    NoSites,
-    SearchCalledTwice,
-    SearchOutsideTrajectory,
-    SearchOverGraphs,
-    SearchRecompiled,
-    SearchRestarted,
-)
+from dit_rewrite.errors import BadParameter, DecisionReason, NoSites, SearchOverGraphs
 from dit_rewrite.guards import step as step_symbol
 from dit_rewrite.module import RewrittenModule, attach, twin
 from dit_rewrite.passes.analysis.site import Found
@@ -48,11 +42,10 @@ from dit_rewrite.policy.strategies import Strategy
 from dit_rewrite.policy.where import Where
 from dit_rewrite.report.prediction import Prediction, predict
 from dit_rewrite.runtime.decide import Decisions
-from dit_rewrite.runtime.session import Call
 from dit_rewrite.search.candidates import REPLACED, Candidates
 from dit_rewrite.search.greedy import DELTAS, STRATEGIES, greedy
 from dit_rewrite.search.metrics import Metric, metric_of
-from dit_rewrite.search.stepped_sampler import Arrival, Sampling, State, digest
+from dit_rewrite.search.stepped_sampler import Arrival, Samplers, Sampling, State, digest
 
 __all__ = ["DELTAS", "STRATEGIES", "greedy_plan"]
 
@@ -82,7 +75,9 @@ def greedy_plan(
 
     `trajectories` are functions that sample with the denoiser that they take. Each calls it once per step for `steps`
     steps, inside ``with denoiser.trajectory(num_steps=steps)``, with both halves of the guidance in one batch of which
-    `conditional` is one half; the other may have a negative prompt. They run side by side, each in a thread. `delta`
+    `conditional` is one half; the other may have a negative prompt. Or each calls it for the same streams in all steps,
+    each call inside ``with denoiser.cache_context(name)``: then each stream has its own choices, without ASC, which
+    needs both halves in one batch. They run side by side, each in a thread. `delta`
     bounds the loss of the model's output by `metric`: the mean relative absolute error, another of `metrics.METRICS`,
     or a function of two tensors. `strategies` are the candidates: a set is tried at each attention in ascending cost,
     in FLOPs for the sizes of the inputs; a sequence is tried in its order. `window` and `grid` are those of
@@ -110,9 +105,14 @@ def greedy_plan(
         candidates.check_grid(grid)
         orders = candidates.orders(by_cost)
         key |= {"inputs": runner.inputs()}
+        streams = runner.open_streams() if steps > 1 else ()
+        if streams and SHARED & set(strategies):
+            allowed = f"None, and strategies without ASC: each step has calls of its own for {', '.join(streams)}"
+            raise BadParameter("greedy_plan", "conditional", conditional, allowed)
+        calls = max(1, len(streams))
         found = greedy(
-            runner, runner.places, steps, delta, strategies, orders=orders, metric=metric, partial=partial, key=key,
-            progress=progress,
+            runner, runner.places, steps, delta, strategies, orders=orders, metric=metric, calls=calls, partial=partial,
+            key=key | {"streams": " ".join(streams)}, progress=progress,
         )  # fmt: skip
     finally:
         runner.close()
@@ -122,7 +122,7 @@ def greedy_plan(
         steps,
         describe_scheduler(scheduler),
         runner.places,
-        found.table,
+        tuple(sum(found.table[i : i + calls], ()) for i in range(0, steps * calls, calls)),
         delta,
         window if used & WINDOWED else None,
         conditional if used & SHARED else None,
@@ -131,10 +131,12 @@ def greedy_plan(
         grid if used & WINDOWED else None,
         candidates.notes(kinds),
         metric_of(metric)[0],
+        streams=streams,
     )
     predicted = predict([candidates.rewritten], {}, DiTFastAttn(plan), steps)
     if isinstance(predicted, Prediction):
-        plan = replace(plan, attention=predicted.attention_shares)
+        named = predicted.steps[1:] if streams else predicted.steps  # the first is that of streams without a name
+        plan = replace(plan, attention=replace(predicted, steps=named).attention_shares)
     if found_path is not None:
         plan.save(found_path)
     return plan
@@ -164,20 +166,18 @@ class SegmentRunner:
     """The runner of `greedy`: it runs compiled segments for several samplers side by side."""
 
     def __init__(self, compiled: RewrittenModule, samplings: Sequence[Sampling], strategies: Sequence[Choice]) -> None:
-        self.compiled, self.samplings, self.strategies = compiled, samplings, strategies
+        self.compiled, self.samplers, self.strategies = compiled, Samplers(samplings), strategies
         self.work = 0.0
-        self.step = 0
+        self._ahead = 0  # rows of the first step that `replay` passes over
         self.states: list[State] = []
         self.row: list[Choice] = []
         self.places: tuple[str, ...] = ()
         self._waiting: list[Arrival] | None = None
-        self._calls: list[Call | None] = [None] * len(samplings)  # the last call of each sampler
 
     def open(self, kinds: Sequence[str]) -> Candidates:
         """Run all samplers up to their first call, which compiles the model, and return the candidates."""
-        self._waiting = self._arrive()
-        self._graph = self._waiting[0].graph
-        rewritten = self.compiled._backend.rewritten[self._graph.index]
+        self._waiting = self.samplers.next()
+        rewritten = self.compiled._backend.rewritten[self._waiting[0].graph.index]
         if not rewritten.captured.complete:
             raise SearchOverGraphs
         candidates = Candidates(rewritten, self.strategies)
@@ -199,53 +199,48 @@ class SegmentRunner:
             has = dict.fromkeys(str(site.kind) for site in found.sites)
             raise BadParameter("greedy_plan", "kinds", kinds, f"kinds of the model's branches: {', '.join(has)}")
         self._sites, self._first = [], []
-        self.replay(())
-        self._arrive()
+        self._run(())
+        self.samplers.next()
         raise NoSites(type(self.compiled).__name__, [f"{p.path or p.node}: {p.reason}" for p in found.refused])
+
+    def open_streams(self) -> tuple[str, ...]:
+        """Run the first step, which is not compressed, and return the names of its streams, or () if it is one call.
+        `replay` then passes over its rows."""
+        waiting = self._arrivals()
+        while waiting[0].call.trajectory.step == 0:
+            self._waiting = waiting
+            self._run([Choice.FULL] * len(self.places))
+            waiting = self.samplers.next()
+        self._waiting, self._ahead, self.work = waiting, self.samplers.done, 0.0
+        return self.samplers.streams if self.samplers.done > 1 else ()
 
     def inputs(self) -> str:
         """Return the digest of the inputs of the samplers' first calls."""
         return digest(self._waiting or ())
 
-    def _arrive(self) -> list[Arrival]:
-        """Wait for the next call of every sampler. Raises BadTrajectory unless it is the next step of the search."""
-        arrivals = []
-        for i, sampling in enumerate(self.samplings):
-            arrivals.append(sampling.next())
-            self._refuse(arrivals[-1], arrivals[0], self._calls[i])
-            self._calls[i] = arrivals[-1].call
-        return arrivals
-
-    def _refuse(self, arrival: Arrival, first: Arrival, before: Call | None) -> None:
-        call, found = arrival.call, arrival.call.trajectory.step
-        if not call.explicit:
-            raise SearchOutsideTrajectory
-        if call is before:
-            raise SearchOverGraphs
-        if found != self.step:
-            again = before is not None and call.trajectory is before.trajectory
-            raise SearchCalledTwice(self.step - 1) if again else SearchRestarted(self.step, found)
-        if arrival.graph is not (first.graph if self.step == 0 else self._graph):
-            raise SearchRecompiled(found)
-
     def close(self) -> None:
         """End the samplers."""
-        for sampling in self.samplings:
-            sampling.close()
+        self.samplers.close()
 
     def _arrivals(self) -> list[Arrival]:
         """Return the next call of every sampler."""
-        arrivals = self._waiting if self._waiting is not None else self._arrive()
+        arrivals = self._waiting if self._waiting is not None else self.samplers.next()
         self._waiting = None
         return arrivals
 
     def replay(self, row: PlanRow) -> None:
-        """Run the next step with these choices."""
-        self.begin(-1)
+        """Run the next call with these choices."""
+        if self._ahead:
+            self._ahead, self.work = self._ahead - 1, self.work + 1
+        else:
+            self._run(row)
+
+    def _run(self, row: Sequence[Choice]) -> None:
+        self.begin(self.samplers.done)
         self.row = list(row)
         self.finish()
 
-    def begin(self, step: int) -> None:
+    def begin(self, number: int) -> None:
         self.states = [State(arrival) for arrival in self._arrivals()]
         self.row = [Choice.FULL] * len(self.places)
 
@@ -264,9 +259,7 @@ class SegmentRunner:
     def finish(self) -> None:
         self._advance(len(self.states[0].graph.segments))
         decided = self._decisions()
-        for sampling, state in zip(self.samplings, self.states, strict=True):
-            sampling.answer(decided, state.finish(decided))
-        self.step += 1
+        self.samplers.answer(decided, [state.finish(decided) for state in self.states])
 
     def _advance(self, until: int) -> None:
         for state in self.states:

@@ -4,14 +4,22 @@ from __future__ import annotations
 
 import hashlib
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from queue import SimpleQueue
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from dit_rewrite.errors import SamplerEnded
+from dit_rewrite.errors import (
+    SamplerEnded,
+    SearchCalledTwice,
+    SearchOtherStreams,
+    SearchOutsideTrajectory,
+    SearchOverGraphs,
+    SearchRecompiled,
+    SearchRestarted,
+)
 from dit_rewrite.module import RewrittenModule
 from dit_rewrite.runtime.cache import Cache
 from dit_rewrite.runtime.decide import Decisions
@@ -133,3 +141,73 @@ class Sampling:
         if answer is None:
             raise _Closed
         return answer
+
+
+class Samplers:
+    """Samplers side by side, each in the same step and stream as the others.
+
+    ``streams`` has the names of a step's streams in the order of their calls, as the first sampler's first step makes
+    them. ``done`` is the number of calls that each sampler has made so far.
+    """
+
+    def __init__(self, samplings: Sequence[Sampling]) -> None:
+        self.samplings = samplings
+        self.streams: tuple[Any, ...] = ()
+        self.done = 0
+        self._graph: CompiledGraph | None = None
+        self._calls: list[Call | None] = [None] * len(samplings)  # the last call of each
+
+    def next(self) -> list[Arrival]:
+        """Wait for the next call of every sampler. Raises BadTrajectory unless all are the call that is due."""
+        arrivals: list[Arrival] = []
+        for i, sampling in enumerate(self.samplings):
+            arrivals.append(sampling.next())
+            self._check(arrivals[-1], arrivals[0], self._calls[i])
+            self._calls[i] = arrivals[-1].call
+        return arrivals
+
+    def answer(self, decided: Decisions, outputs: Iterable[Sequence[Any]]) -> None:
+        """Let the call of each sampler return its outputs."""
+        for sampling, own in zip(self.samplings, outputs, strict=True):
+            sampling.answer(decided, own)
+        self.done += 1
+
+    def close(self) -> None:
+        """End the samplers."""
+        for sampling in self.samplings:
+            sampling.close()
+
+    def _check(self, arrival: Arrival, first: Arrival, before: Call | None) -> None:
+        call, step = arrival.call, arrival.call.trajectory.step
+        if not call.explicit:
+            raise SearchOutsideTrajectory
+        if call is before:
+            raise SearchOverGraphs
+        if step > 0 if before is None else call.trajectory is not before.trajectory:
+            raise SearchRestarted(self.done // max(1, len(self.streams)), step)
+        if arrival is first and step == 0:
+            self._learn(call.stream.name)
+        self._check_stream(call)
+        if before is None:
+            self._graph = first.graph
+        if arrival.graph is not self._graph:
+            raise SearchRecompiled(step)
+        if step > 0 and call.stream.calls == 1:
+            name = repr(call.stream.name)
+            raise SearchOtherStreams(step, f"{name} with other arguments", "one of the first step")
+
+    def _learn(self, name: Hashable) -> None:
+        """Add a stream of the first step. A plan knows several of them by their names."""
+        self.streams = (*self.streams, name)
+        names = {stream for stream in self.streams if isinstance(stream, str)}
+        if self.done > 0 and len(names) <= self.done:
+            raise SearchCalledTwice(0)
+
+    def _check_stream(self, call: Call) -> None:
+        """Check that a call is that of the step and stream that is due."""
+        step, name = call.trajectory.step, call.stream.name
+        due, place = divmod(self.done, len(self.streams))
+        if step != due and len(self.streams) == 1:
+            raise SearchCalledTwice(due - 1)
+        if (step, name) != (due, self.streams[place]) and len(self.streams) > 1:
+            raise SearchOtherStreams(step, repr(name), repr(self.streams[place]))

@@ -1,7 +1,10 @@
-"""Blockwise attention in Triton: one pass over the key blocks, with a branch for each (query tile, key block).
+"""Blockwise attention in Triton: the blocks to recompute one after the other, then a merge of all blocks.
 
-A program handles ROWS queries of a tile. For each block it either recomputes the partial output in steps of KEYS keys
-or loads it. If the tile is fully kept, the program loads only the merged output. Heads have two pieces, see heads.py.
+A program handles ROWS queries of a tile. It computes the chosen blocks in steps of KEYS keys and stores their partial
+outputs, and then loads those of all blocks. A merge on the way would need a second accumulator in the loop over the
+keys, whose registers would spill. So a recomputed block is rounded before the merge, as a kept one is, and the output
+does not depend on which blocks were kept if nothing changed. If the tile is fully kept, the program loads only the
+merged output. Heads have two pieces, see heads.py.
 """
 
 # Arguments of Triton kernels have no Python types.
@@ -70,100 +73,103 @@ def attention_kernel(
     b, h = group // heads, group % heads
     channel = tl.arange(0, D1)[None, :]
     tail = D1 + tl.arange(0, D2 if D2 > 0 else 16)[None, :]
-    inside = chunk * ROWS + tl.arange(0, ROWS)
-    row = (tile * TILE + inside).to(tl.int64)
-    row_valid = row < queries
-    row_inside = row_valid[:, None]
+    row = tl.arange(0, ROWS)
+    start = chunk * ROWS  # a scalar, so that the loops keep no offset for each row in registers
+    first_row = tile * TILE + start
+    row_valid = row < queries - first_row
+    row_inside, far_row = row_valid[:, None], row[:, None].to(tl.int64)
     valid, tail_valid = row_inside & (channel < D), row_inside & (tail < D)
-    base = (group * tiles + tile) * TILE * D
+    base = ((group * tiles + tile) * TILE + start) * D
     merged += base
     if not OWN:
         q_ref += base
-    out += b * (out_b * UNIT) + h * (out_h * UNIT) + row[:, None] * (out_n * UNIT)
-    q += b * (q_b * UNIT) + h * (q_h * UNIT)
+    q += b * (q_b * UNIT) + h * (q_h * UNIT) + first_row.to(tl.int64) * (q_n * UNIT)
     k += b * (k_b * UNIT) + h * (k_h * UNIT)
     v += b * (v_b * UNIT) + h * (v_h * UNIT)
+    out += b * (out_b * UNIT) + h * (out_h * UNIT) + first_row.to(tl.int64) * (out_n * UNIT)
     mask += b * mask_b + h * mask_h
     if not ONE_ROW:
-        mask += row[:, None] * mask_n
-    kept_at = inside[:, None] * D
+        mask += (first_row + far_row) * mask_n
+    kept_at = row[:, None] * D
     pairs = (group * tiles + tile) * blocks
     busy = 0
     for j in range(0, blocks):
         busy += tl.load(recompute + pairs + j)
     if busy == 0:
+        out_at = out + far_row * (out_n * UNIT)
         whole, rest = load_pieces(merged, kept_at, 1, 1, row_inside, D, D1, D2, True)
-        tl.store(out + channel * out_d, whole, mask=valid)
+        tl.store(out_at + channel * out_d, whole, mask=valid)
         if D2 > 0:
-            tl.store(out + tail * out_d, rest, mask=tail_valid)
+            tl.store(out_at + tail * out_d, rest, mask=tail_valid)
     else:
-        query, query_tail = load_pieces(q, row[:, None] * (q_n * UNIT), 1, q_d, row_inside, D, D1, D2, True)
+        query, query_tail = load_pieces(q, far_row * (q_n * UNIT), 1, q_d, row_inside, D, D1, D2, True)
+        if OWN:
+            for j in range(0, blocks):
+                if tl.load(recompute + pairs + j) != 0:
+                    kept = q_ref + ((pairs + j) * TILE + start) * D + kept_at
+                    tl.store(kept + channel, query, mask=valid)
+                    if D2 > 0:
+                        tl.store(kept + tail, query_tail, mask=tail_valid)
+        else:
+            tl.store(q_ref + kept_at + channel, query, mask=valid)
+            if D2 > 0:
+                tl.store(q_ref + kept_at + tail, query_tail, mask=tail_valid)
         turned, turned_tail = (query.to(tl.float32) * turn).to(query.dtype), query_tail
         if D2 > 0:
             turned_tail = (query_tail.to(tl.float32) * turn).to(query.dtype)
-        peak = tl.full((ROWS,), float("-inf"), tl.float32)
-        total = tl.zeros((ROWS,), tl.float32)
-        summed = tl.zeros((ROWS, D1), tl.float32)
-        summed_tail = tl.zeros((ROWS, D2 if D2 > 0 else 16), tl.float32)
         for j in range(0, blocks):
-            again = tl.load(recompute + pairs + j)
-            at = (pairs + j) * TILE + inside
-            partial_at = partial + (pairs + j) * (TILE * D) + kept_at
-            if again != 0:
+            if tl.load(recompute + pairs + j) != 0:
                 first = j * block
                 end = tl.where(j + 1 == blocks, keys, first + block)
                 m_j, l_j, t_j, tail_j = attend_block(
                     turned, turned_tail, k, v, mask, row_inside, first, end, scale,
                     k_n * UNIT, k_d, v_n * UNIT, v_d, mask_m, D, D1, D2, ROWS, KEYS, MASK, ONE_ROW,
                 )  # fmt: skip
+                at = (pairs + j) * TILE + start + row
+                partial_at = partial + ((pairs + j) * TILE + start) * D + kept_at
                 tl.store(row_max + at, m_j, mask=row_valid)
                 tl.store(row_sum + at, l_j, mask=row_valid)
                 divisor = tl.where(l_j == 0, 1.0, l_j)[:, None]
                 tl.store(partial_at + channel, (t_j / divisor).to(query.dtype), mask=valid)
                 if D2 > 0:
                     tl.store(partial_at + tail, (tail_j / divisor).to(query.dtype), mask=tail_valid)
-            else:
-                m_j = tl.load(row_max + at, mask=row_valid, other=float("-inf"))
-                l_j = tl.load(row_sum + at, mask=row_valid, other=0.0)
-                t_j = tl.load(partial_at + channel, mask=valid, other=0.0).to(tl.float32) * l_j[:, None]
-                tail_j = summed_tail
-                if D2 > 0:
-                    tail_j = tl.load(partial_at + tail, mask=tail_valid, other=0.0).to(tl.float32) * l_j[:, None]
+        tl.debug_barrier()  # the blocks were stored by other threads
+        peak = tl.full((ROWS,), float("-inf"), tl.float32)
+        total = tl.zeros((ROWS,), tl.float32)
+        summed = tl.zeros((ROWS, D1), tl.float32)
+        summed_tail = tl.zeros((ROWS, D2 if D2 > 0 else 16), tl.float32)
+        for j in range(0, blocks):
+            at = (pairs + j) * TILE + start + row
+            partial_at = partial + ((pairs + j) * TILE + start) * D + kept_at
+            m_j = tl.load(row_max + at, mask=row_valid, other=float("-inf"))
+            l_j = tl.load(row_sum + at, mask=row_valid, other=0.0)
+            t_j = tl.load(partial_at + channel, mask=valid, other=0.0).to(tl.float32)
             higher = tl.maximum(peak, m_j)
             top = tl.where(higher == float("-inf"), 0.0, higher)
-            old, new = tl.exp(peak - top), tl.exp(m_j - top)
-            total = old * total + new * l_j
+            old, new = tl.exp(peak - top), tl.exp(m_j - top) * l_j
+            total = old * total + new
             summed = old[:, None] * summed + new[:, None] * t_j
             if D2 > 0:
+                tail_j = tl.load(partial_at + tail, mask=tail_valid, other=0.0).to(tl.float32)
                 summed_tail = old[:, None] * summed_tail + new[:, None] * tail_j
             peak = higher
             if chunk == 0:  # one program per tile updates q_moved and computed, which this launch does not read
                 if not OWN:
+                    again = tl.load(recompute + pairs + j)
                     entry = tl.arange(0, WP)
                     summary = (pairs + j) * (2 * D + 1) + entry
                     moved = tl.load(change + summary, mask=entry < 2 * D + 1, other=0.0)
                     tl.store(q_moved + summary, tl.where(again != 0, 0.0, moved), mask=entry < 2 * D + 1)
-                tl.store(computed + pairs + j, (again * 0 + 1).to(tl.uint8))
+                tl.store(computed + pairs + j, tl.full((), 1, tl.uint8))
+        out_at = out + far_row * (out_n * UNIT)
         divisor = tl.where(total == 0, 1.0, total)[:, None]
         result = (summed / divisor).to(query.dtype)
-        tl.store(out + channel * out_d, result, mask=valid)
+        tl.store(out_at + channel * out_d, result, mask=valid)
         tl.store(merged + kept_at + channel, result, mask=valid)
         if D2 > 0:
             result = (summed_tail / divisor).to(query.dtype)
-            tl.store(out + tail * out_d, result, mask=tail_valid)
+            tl.store(out_at + tail * out_d, result, mask=tail_valid)
             tl.store(merged + kept_at + tail, result, mask=tail_valid)
-        # The queries are loaded again: registers that keep them through the loop would spill.
-        query, query_tail = load_pieces(q, row[:, None] * (q_n * UNIT), 1, q_d, row_inside, D, D1, D2, True)
-        for j in range(0, blocks if OWN else 1):
-            kept = q_ref + kept_at
-            again = 1
-            if OWN:
-                kept += (pairs + j) * (TILE * D)
-                again = tl.load(recompute + pairs + j)
-            if again != 0:
-                tl.store(kept + channel, query, mask=valid)
-                if D2 > 0:
-                    tl.store(kept + tail, query_tail, mask=tail_valid)
 
 
 def attend(

@@ -64,11 +64,13 @@ def test_judgement_and_page() -> None:
         *rows("blocks", ([0.1, 0.1], [0.1, 0.3]), 0.5),
         *rows("whole", ([0.4, 0.4], [0.4, 0.4])),
     ]
-    tiles = [row for name in ("whole", "turns", "change", "often") for row in rows(name, ([0.2, 0.2], [0.2, 0.2]))]
+    names = ("whole", "turns", "change", "often", "shares")
+    tiles = [row for name in names for row in rows(name, ([0.2, 0.2], [0.2, 0.2]))]
     claims = judge(joint, tiles)
     assert [[each["held"] for each in claim.evidence] for claim in claims] == [
         [True, False],
         [True, True],
+        [False, False],
         [False, False],
         [False, False],
         [False, False],

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from benchmarks.static_kernels import run
-from benchmarks.static_kernels.cases import Case, every, quick
+from benchmarks.static_kernels.cases import LIMITS, Case, every, quick
 from benchmarks.static_kernels.compile import Figures, Launch, Loop, figures, innermost_loops, instructions, resident
 
 pytest.importorskip("triton")
@@ -66,10 +66,12 @@ def good(**changes: object) -> Figures:
 )
 def test_limits(changes: dict[str, object], baseline: int, missed: list[str]) -> None:
     """The issue of the loop is 10, which 0.55 of 20 allows and 0.55 of 18 does not."""
-    case = Case("a window", lambda: Launch(None, (), {}), 128 * 64, "window reuse, d=64", strict=True)
+    case = Case("a window", lambda: Launch(None, (), {}), 128 * 64, "window reuse, d=64", LIMITS)
     before = {"window reuse, d=64, sm_90": {"issue": baseline}}
     assert run.row(case, 90, good(**changes), before)["missed"] == missed
     assert run.row(case, 80, good(**changes), before)["missed"] == []
+    spills = dataclasses.replace(case, limits=("spills",))
+    assert run.row(spills, 90, good(**changes), before)["missed"] == missed[: "spills" in missed]
 
 
 def test_exit_code(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -32,6 +32,10 @@ PLAN = Plan(
     notes=("2 cross not searched (kinds: self)",),
 )
 
+TWO_STREAMS = replace(
+    PLAN, table=tuple((*row, *(FULL, AST, FULL, FULL)) for row in PLAN.table), streams=("cond", "uncond")
+)
+
 
 def saved(path: Path, plan: Plan = PLAN) -> dict[str, Any]:
     """The JSON that `save` writes."""
@@ -52,6 +56,7 @@ def test_counts_and_fractions():
     assert PLAN.fraction(AST) == 3 / 12
     bare = replace(PLAN, table=((FULL,) * 4,) * 3)
     assert (bare.fraction(FULL), bare.fraction(AST), bare.counts[WA_RS]) == (1, 0, 0)
+    assert (TWO_STREAMS.counts[AST], TWO_STREAMS.fraction(AST)) == (6, 6 / 24)
 
 
 @pytest.mark.parametrize(
@@ -68,6 +73,9 @@ def test_counts_and_fractions():
         ({"sites": ("a", "b", "c", 4)}, "sites=.*a tuple of names, each once"),
         ({"sites": "abcd"}, "sites='abcd'"),
         ({"sites": ("a", "b", "c")}, r"len\(table\[0\]\)=4.*3, one for each site"),
+        ({"streams": ("cond", "uncond")}, r"len\(table\[0\]\)=4.*8, one for each site and stream"),
+        ({"streams": ("cond", "cond")}, r"streams=\('cond', 'cond'\).*each once"),
+        ({"streams": ["cond"]}, "streams="),
         ({"table": [(FULL,) * 4] * 3}, "table=.*a tuple of 3 rows"),
         ({"table": ((FULL,) * 4, (FULL,) * 4, ("full",) * 4)}, r"table\[2\]=.*a tuple of Choice"),
         ({"delta": -0.1}, "delta=-0.1"),
@@ -121,7 +129,7 @@ def test_save_and_load(tmp_path: Path):
     assert Plan.load(str(path)) == PLAN
     assert [entry.name for entry in path.parent.iterdir()] == ["plan.json"]
     content = json.loads(path.read_text())
-    assert content["version"] == 3
+    assert content["version"] == 4
     assert content["table"] == ["full full full full", "full AST WA-RS full", "AST AST WA-RS+ASC ASC"]
 
 
@@ -141,7 +149,10 @@ def plans(draw: st.DrawFn) -> Plan:
     delta, work = draw(st.floats(0, 1)), draw(st.floats(0, 2))
     tried, notes = draw(st.integers(0, 10**6)), tuple(draw(st.lists(st.text(), max_size=2)))
     metric, attention = draw(st.sampled_from(["ssim", "a.b"])), draw(st.sampled_from([(), (0.5,) * len(table)]))
-    return Plan("m", len(table), "none", sites, table, delta, window, half, tried, work, grid, notes, metric, attention)
+    streams = draw(st.sampled_from([(), ("cond",), ("cond", "uncond")]))
+    table = tuple(row * max(1, len(streams)) for row in table)
+    known = (delta, window, half, tried, work, grid, notes, metric, attention, streams)
+    return Plan("m", len(table), "none", sites, table, *known)
 
 
 @settings(deadline=None, max_examples=30)
@@ -187,10 +198,11 @@ def test_a_plan_that_cannot_be_written_leaves_the_old_one(tmp_path: Path, monkey
         ({"window": "1/8"}, "window='1/8'"),
         ({"conditional": ["first"]}, r"conditional=\['first'\]"),
         ({"delta": float("nan")}, "delta=nan"),
-        ({"version": 4}, "its version is 4, and this dit_rewrite reads version 3"),
+        ({"version": 5}, "its version is 5, and this dit_rewrite reads version 4"),
         ({"version": 0}, "its version is 0"),
-        ({"version": 1}, "has unknown fields attention, grid, metric, notes"),
-        ({"version": 2}, "has unknown fields attention, metric"),
+        ({"version": 1}, "has unknown fields attention, grid, metric, notes, streams"),
+        ({"version": 2}, "has unknown fields attention, metric, streams"),
+        ({"version": 3}, "has unknown fields streams"),
         ({"grid": {"H": 4}}, "grid={'H': 4}"),
         ({"version": True}, "its version is True"),
         ({"version": None}, "its version is None"),
@@ -216,10 +228,15 @@ def test_files_that_lack_a_field(tmp_path: Path):
 
 
 @pytest.mark.parametrize(
-    ("version", "lacks"), [(1, ("attention", "grid", "metric", "notes")), (2, ("attention", "metric"))]
+    ("version", "lacks"),
+    [
+        (1, ("attention", "grid", "metric", "notes", "streams")),
+        (2, ("attention", "metric", "streams")),
+        (3, ("streams",)),
+    ],
 )
 def test_files_of_earlier_versions(tmp_path: Path, version: int, lacks: tuple[str, ...]):
-    """The first had no grid and no notes, the second no metric and no FLOPs."""
+    """The first had no grid and no notes, the second no metric and no FLOPs, the third no streams."""
     path = tmp_path / "plan.json"
     old = {key: value for key, value in saved(path).items() if key not in lacks}
     path.write_text(json.dumps(old | {"version": version}))
@@ -341,11 +358,13 @@ def test_panels_by_kind():
     pytest.importorskip("matplotlib")
     from dit_rewrite.report.plan_picture import panels
 
-    assert panels(PLAN.sites) == {"blocks.attn1": [0, 2], "blocks.attn2": [1, 3]}
-    assert panels(("blocks.0.attn", "single.0.attn", "blocks.1.attn", "blocks.1.attn#1")) == {
-        "blocks.attn": [0, 2, 3],
-        "single.attn": [1],
-    }
+    assert panels(PLAN.columns) == {"blocks.attn1": [0, 2], "blocks.attn2": [1, 3]}
+    sites = ("blocks.0.attn", "single.0.attn", "blocks.1.attn", "blocks.1.attn#1")
+    assert panels([(None, site) for site in sites]) == {"blocks.attn": [0, 2, 3], "single.attn": [1]}
+    assert panels(TWO_STREAMS.columns) == {
+        "blocks.attn1, cond": [0, 2], "blocks.attn2, cond": [1, 3],
+        "blocks.attn1, uncond": [4, 6], "blocks.attn2, uncond": [5, 7],
+    }  # fmt: skip
 
 
 def test_the_picture_shows_the_table():

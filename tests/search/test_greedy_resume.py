@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import json
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from dit_rewrite.errors import BadPlan, MissingExtra, PlanMismatch
+from dit_rewrite.errors import BadParameter, BadPlan, MissingExtra, PlanMismatch
 from dit_rewrite.search.greedy import Found, greedy
-from tests.search.known_losses import AST, Fake, Interrupted, drawn, names
+from tests.search.known_losses import ASC, AST, FULL, WA_RS, WA_RS_ASC, Fake, Interrupted, drawn, listed, names
 
 
 def resumed(partial: Path, stop_at: tuple[int, int], seed: int = 5) -> tuple[Found, Fake, Fake]:
@@ -129,3 +130,22 @@ def test_no_bar_without_rich(monkeypatch: pytest.MonkeyPatch):
     with pytest.raises(MissingExtra, match=r"the progress bar needs rich.*dit_rewrite\[demo\]"):
         greedy(Fake(drawn(5), 2), names(2), 3, 0.125, progress=True)
     assert len(greedy(Fake(drawn(5), 2), names(2), 3, 0.125).table) == 3
+
+
+@pytest.mark.parametrize("stop_at", [None, (2, 0), (4, 1)], ids=str)
+def test_each_call_of_a_step_is_searched(tmp_path: Path, stop_at: tuple[int, int] | None):
+    """The calls of the first step are not compressed, each other is a row of algorithm 1, also when interrupted."""
+    partial, settings = tmp_path / "p", {"calls": 2, "partial": tmp_path / "p"}
+    large = [Fraction(1), Fraction(1)]
+    passing = listed({AST: [Fraction(1, 32), Fraction(1)], WA_RS_ASC: large, WA_RS: large, ASC: large})
+    fake = Fake(passing, 2, stop_at)
+    if stop_at is not None:
+        with pytest.raises(Interrupted):
+            greedy(fake, names(2), 3, 0.125, **settings)
+        fake = Fake(passing, 2)
+    found = greedy(fake, names(2), 3, 0.125, **settings)
+    assert found.table == ((FULL, FULL),) * 2 + ((AST, FULL),) * 4
+    with pytest.raises(PlanMismatch, match="calls: 2 there, 3 here"):
+        greedy(Fake(passing, 2), names(2), 3, 0.125, calls=3, partial=partial)
+    with pytest.raises(BadParameter, match="calls=0"):
+        greedy(Fake(passing, 2), names(2), 3, 0.125, calls=0)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from dit_rewrite.policy.plan import SHARED, WINDOWED, Choice, Plan, PlanRow
 from dit_rewrite.policy.serialise import from_json, to_json
 from dit_rewrite.policy.strategies import WindowResidual
 from dit_rewrite.search.candidates import Candidates
-from dit_rewrite.search.segment_runner import SegmentRunner, greedy_plan
+from dit_rewrite.search.segment_runner import ALL, SegmentRunner, greedy_plan
 from tests.helpers import tiny
 from tests.helpers.broken import broken_blocks
 from tests.helpers.models import MODELS, output
@@ -26,6 +26,7 @@ from tests.helpers.models import MODELS, output
 STEPS = 5
 CASE = MODELS["dit"]
 SETTINGS: dict[str, Any] = {"steps": STEPS, "conditional": "first", "window": 0.25, "backend": "aot_eager"}
+WITHOUT_ASC: dict[str, Any] = {"conditional": None, "strategies": ALL - SHARED}
 
 
 class Sampler:
@@ -55,6 +56,20 @@ class Conditioned(Sampler):
     def __init__(self, seed: int) -> None:
         super().__init__(seed)
         self.inputs = [{**given, "class_labels": given["class_labels"] + 1} for given in self.inputs]
+
+
+class Guided(Sampler):
+    """Guidance in two named calls a step: the other class belongs to the unconditional one."""
+
+    def _loop(self, model: Any) -> None:
+        change: Tensor | float = 0.0
+        for given in self.inputs:
+            latent = given["hidden_states"] + change
+            for name, labels in (("cond", given["class_labels"]), ("uncond", given["class_labels"] + 1)):
+                with model.cache_context(name):
+                    found = output(model(**{**given, "hidden_states": latent, "class_labels": labels}))
+                self.outputs.append(found.clone())
+            change = 0.05 * (3 * self.outputs[-2] - 2 * self.outputs[-1])[:, : latent.shape[1]]
 
 
 def sampling(calls: list[dict[str, Any]], steps: int = 3) -> Callable[[Any], None]:
@@ -91,6 +106,32 @@ def test_the_policy_runs_what_the_search_ran() -> None:
     assert model.stats().misses == {}
     # at most |S| (|M| + 1) / 2 attempts, a reference and the step itself, against |S| |M|; the first step only itself
     assert 0 < plan.work <= (STEPS * (4 * (3 + 1) / 2 + 2)) / (4 * 3 * STEPS)
+
+
+def test_guidance_in_two_calls(tmp_path: Path) -> None:
+    """Each stream has choices of its own, and the plan's policy runs what the search ran, bit for bit."""
+    samplers = [Guided(0), Guided(1)]
+    plan = search(samplers, 0.25, **WITHOUT_ASC, path=tmp_path / "plan.json")
+    assert (plan.streams, len(plan.sites), plan.steps) == (("cond", "uncond"), 3, STEPS)
+    assert plan.table[0] == (Choice.FULL,) * 6
+    first, second = ([row[i : i + 3] for row in plan.table] for i in (0, 3))
+    assert first != second and all(len(set(sum(half, ()))) > 1 for half in (first, second)), "two plans of some choices"
+    assert plan.attention[0] >= 1 > min(plan.attention)
+    assert 0 < plan.work <= (2 * (3 + 1) / 2 + 2) / (2 * 3)
+    searched = [list(sampler.outputs) for sampler in samplers]
+    torch.compiler.reset()
+    policy = DiTFastAttn(tmp_path / "plan.json")
+    model = dit_rewrite.compile(CASE.build(), policy, backend="aot_eager", lowering="segments")
+    for sampler, expected in zip(samplers, searched, strict=True):
+        with torch.no_grad():
+            sampler(model)
+        assert len(expected) == 2 * STEPS and all(map(torch.equal, sampler.outputs, expected))
+    assert model.stats().misses == {}
+
+
+def test_half_a_batch_is_not_shared_between_calls() -> None:
+    with pytest.raises(BadParameter, match="conditional='first'.*without ASC: each step has calls of its own for co"):
+        search([Guided(0)], 0.1)
 
 
 def test_thresholds() -> None:
@@ -293,16 +334,16 @@ def test_refusals(build: Callable[[], Plan], error: type[Exception], says: str) 
         build()
 
 
-def guided(named: bool) -> Callable[[Any], None]:
-    """Guidance in two calls a step, told apart by their conditioning, and by name if `named`."""
-    other = tiny.condition(7)
+def guided(*names: Sequence[str | None]) -> Callable[[Any], None]:
+    """Guidance in several calls a step, told apart by their conditioning. `names` has the names of each step's calls,
+    None without one; the last holds for the other steps."""
 
     def sample(model: Any) -> None:
         with model.trajectory(num_steps=3):
-            for arguments in tiny.calls(3):
-                for name, given in (("cond", arguments), ("uncond", {**arguments, "condition": other})):
-                    with model.cache_context(name) if named else nullcontext():
-                        model(**given)
+            for step, arguments in enumerate(tiny.calls(3)):
+                for place, name in enumerate(names[min(step, len(names) - 1)]):
+                    with nullcontext() if name is None else model.cache_context(name):
+                        model(**{**arguments, "condition": tiny.condition(7 + place)})
 
     return sample
 
@@ -319,18 +360,24 @@ def resized(model: Any) -> None:
 @pytest.mark.parametrize(
     ("samplers", "says"),
     [
-        ([guided(named=False)], "called more than once at step 0: .*Give both halves of the guidance in one batch"),
-        ([guided(named=True)], "called more than once at step 0: .*Give both halves of the guidance in one batch"),
+        ([guided((None, None))], "called more than once at step 0: .*Give both halves of the guidance in one batch"),
+        ([guided(("a", None))], "called more than once at step 0: .*name each call"),
+        ([guided(("a", "a"))], "called more than once at step 0: "),
+        ([guided(("a",), ("a", "b"))], "called more than once at step 1: "),
+        ([guided(("a", "b"), ("a", "b", "c"))], "At step 1 the denoiser was called for the stream 'c' instead of 'a'"),
+        ([guided(("a", "b"), ("a",))], "At step 2 the denoiser was called for the stream 'a' instead of 'b'"),
+        ([guided(("a", "b"), ("b", "a"))], "At step 1 the denoiser was called for the stream 'b' instead of 'a'"),
+        ([guided((None,), ("a",))], "At step 1 .* called for the stream 'a' with other arguments instead of one"),
+        ([guided(("a", "b")), guided(("b", "a"))], "At step 0 the denoiser was called for the stream 'a' instead of"),
         ([restarted], "call for step 1 belongs to step 0 of another trajectory"),
         ([resized], "At step 2 the denoiser was compiled again, for other shapes"),
         ([sampling(tiny.calls(3)), sampling(tiny.calls(3, tokens=12))], "At step 0 the denoiser was compiled again"),
     ],
-    ids=["two calls", "two named calls", "two trajectories", "another size", "another size of another sampler"],
 )
 def test_samplers_that_call_otherwise(samplers: list[Any], says: str) -> None:
     """The error names the fault and says what to do."""
     with pytest.raises(BadTrajectory, match=says):
-        greedy_plan(tiny.build(), samplers, 0.1, **{**SETTINGS, "steps": 3})
+        greedy_plan(tiny.build(), samplers, 0.1, **{**SETTINGS, **WITHOUT_ASC, "steps": 3})
 
 
 class Halves(torch.nn.Module):
