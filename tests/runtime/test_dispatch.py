@@ -191,6 +191,8 @@ class InSegments:
     """``a = x * w; b = a + 1; c = b * w`` in three segments. The values of the first site are a and b, that of the
     second is c. The graph returns c, x and None. The second segment has nothing to run if the first site is reused."""
 
+    time = 0.0
+
     def __init__(
         self, reuse: Callable[[int, int], bool], admits: Callable[[Sequence[Any]], bool] | None = None
     ) -> None:
