@@ -21,10 +21,15 @@ UNCACHED = "uncached"
 NUMBERS = (8, 10, 11, 13, 14, 17, 18, 25, 26, 34)  # calls of the denoiser by the controls of 50 steps
 PLACES = {"branches": Where(), "stack": Where(span="stack"), "output": Where(span="output")}
 INTERVALS = (2, 3, 4, 5)
-PLANS = (  # searched on the clipped class toy from other noise, by moving single steps of an even plan
+PLACED = (0, 7, 10, 14, 16, 19, 21, 23, 25, 27, 29, 32, 35, 38, 42, 45, 47, 49)
+PLANS = (  # searched on the clipped class toy
+    # from other noise, by moving single steps of an even plan
     (0, 2, 8, 10, 14, 19, 21, 24, 28, 31, 35, 39, 42, 43, 45, 48, 49),
     (0, 1, 7, 13, 17, 22, 27, 31, 33, 39, 43, 48, 49),
     (0, 1, 11, 14, 22, 27, 32, 37, 43, 48),
+    # by `benchmarks.fidelity.plans` on other noise: as placed by the dynamic programme, and after moving single steps
+    PLACED,
+    (0, 5, 10, 14, 16, 19, 21, 23, 25, 27, 29, 32, 35, 37, 40, 45, 47, 49),
 )
 
 
@@ -64,7 +69,7 @@ class Result:
     computed: calls of the denoiser in which no site was reused. flops: FLOPs of all calls over those of the uncached
     run. error: relative L2 distance to the uncached images of the same sampler with the same number of steps.
     reference_error: relative L2 distance to the images of the reference. Both also exist for each image, for paired
-    comparisons. counted: how FLOPs were counted (`fidelity_flops.COUNTED`).
+    comparisons. counted: how FLOPs were counted (`fidelity.flops.COUNTED`).
     """
 
     key: dict[str, Any]
@@ -169,14 +174,15 @@ def even_plan(count: int, steps: int = 50) -> str:
     return _plan(tuple(round(i * (steps - 1) / (count - 1)) for i in range(count)), steps)
 
 
-def found_plan(computed: tuple[int, ...]) -> str:
+def found_plan(computed: tuple[int, ...], **how: Any) -> str:
     """Return a plan of `PLANS`."""
-    return _plan(computed, 50)
+    return _plan(computed, 50, **how)
 
 
-def _plan(computed: tuple[int, ...], steps: int) -> str:
-    listed = ",".join(map(str, computed))
-    return f"step_mask:computed=({listed}),num_steps={steps},order=2,basis=taylorseer"
+def _plan(computed: tuple[int, ...], steps: int, order: int = 2, basis: str = "taylorseer", **more: Any) -> str:
+    parameters = {"order": order, "basis": basis, **more}
+    named = ",".join(f"{name}={value}" for name, value in parameters.items())
+    return f"step_mask:computed=({','.join(map(str, computed))}),num_steps={steps},{named}"
 
 
 def policies() -> list[Recipe]:
@@ -188,6 +194,7 @@ def policies() -> list[Recipe]:
         *from_text(*(f"dual_block_cache:front=1,warmup=4,threshold={t},forecast=taylorseer" for t in (0.05, 0.1, 0.2))),
         *from_text("taylorseer:interval=3,order=2,warmup=3", "taylorseer:interval=5,order=2,warmup=3"),
         *from_text(*map(even_plan, (10, 13, 17, 25)), *map(found_plan, PLANS)),
+        *from_text(*(found_plan(PLACED, order=1, basis=basis, span=None) for basis in ("taylor", "bdf"))),
         *from_text("hicache:interval=3", "hicache:interval=5", "foca:interval=3", "foca:interval=5"),
         *from_text("spectrum", "spectrum:span=output", "pyramid_attention_broadcast"),
         *from_text(*(f"dicache:threshold={t}" for t in (0.1, 0.2, 0.4))),

@@ -31,16 +31,18 @@ from torch import Tensor, nn
 
 import dit_rewrite
 from benchmarks.fidelity.claims import judge
-from benchmarks.fidelity.flops import COUNTED, flops_of
+from benchmarks.fidelity.flops import COUNTED, flops_of, foresee
 from benchmarks.fidelity.report import draw, show, summary, write_page
 from benchmarks.fidelity.rows import UNCACHED, Recipe, Result, Row, Timing, recipes
 from benchmarks.fidelity.toys import CALIBRATION_SEED, TOYS, Toy, calls
 from benchmarks.record import Claim, Record
 from benchmarks.timing import RESULTS, Spread, alternate, machine, ratio, seconds
 from dit_rewrite.compiler.lowering import isolated
+from dit_rewrite.compiler.rewritten import Rewritten
 from dit_rewrite.demo.report import console, versions
-from dit_rewrite.module import RewrittenModule, twin
+from dit_rewrite.module import RewrittenModule, backend_of, twin
 from dit_rewrite.passes.guards.symbols import measured
+from dit_rewrite.policies import as_policy
 from dit_rewrite.policy.rules import Policy
 from dit_rewrite.proof.image_metrics import relative_l2
 from dit_rewrite.search.calibrate import calibrate
@@ -121,11 +123,19 @@ class Bench:
         more = {"cache_bytes": held, "misses": {str(reason): count for reason, count in misses.items()}}
         return self._result(recipe, images, *flops_of(model), **more)
 
-    def count(self, policy: Policy) -> Entry:
-        """Count the FLOPs of a policy on one image: its decisions must not depend on measurements."""
-        model = self._rewritten(policy)
+    @cached_property
+    def captured(self) -> Rewritten:
+        """The captured graph, to count what policies compute without a run."""
+        model = self._rewritten(as_policy("fora:interval=2"))
         self.toy.run(model, 1, self.steps)
-        computed, flops = flops_of(model)
+        (graph,) = backend_of(model).rewritten
+        return graph
+
+    def count(self, policy: Policy) -> Entry:
+        """Count what a policy computes whose decisions do not depend on measurements."""
+        scheduler = self.toy.solvers[self.toy.sampler]()
+        scheduler.set_timesteps(self.steps)
+        computed, flops = foresee(self.captured, policy, scheduler)
         return {"computed": computed, "flops": flops, "counted": COUNTED}
 
     def _rewritten(self, policy: Policy, backend: str = "aot_eager") -> RewrittenModule:
@@ -285,9 +295,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--backend", default="inductor", help="under which is timed")
     parser.add_argument("--rows", nargs="+", metavar="PATTERN", help="by name or family, such as 'Forecast'")
-    parser.add_argument(
-        "--recount", action="store_true", help="count the FLOPs of the rows in --out again, if outdated"
-    )
+    parser.add_argument("--recount", action="store_true", help="count the FLOPs in --out again where outdated")
     parser.add_argument("--out", type=Path, default=RESULTS / "fidelity.json")
     parser.add_argument("--docs", type=Path, default=Path("docs"), help="where the page and the pictures go")
     parser.add_argument("--page", action="store_true", help="only render the page and the README's table from --out")
