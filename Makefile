@@ -53,7 +53,8 @@ GPU_JOBS ?= 8
 GPU_SECONDS ?= 530
 GPU_TESTS_tests := tests/kernels/test_attention_entropy.py tests/kernels/test_relative_l1.py tests/cli/test_latency.py \
 	tests/end_to_end/test_strategies_cuda.py tests/end_to_end/test_cuda_graphs_cuda.py
-GPU_TESTS_tests_window := $(addprefix tests/kernels/test_window_,attention.py interface.py) tests/compiler/test_fuse_window_refresh.py
+GPU_TESTS_tests_window := tests/kernels/test_window_attention.py tests/kernels/test_window_interface.py \
+	tests/compiler/test_fuse_window_refresh.py
 GPU_TESTS_tests_blockwise := $(addprefix tests/kernels/test_blockwise_,attention.py bounds.py graph_ops.py interface.py queries.py)
 PIP_INSTALL := $(PYTHON) -m pip install --quiet --disable-pip-version-check --no-deps
 comma := ,

@@ -89,7 +89,8 @@ class Chain:
 
     def __call__(self, x: Tensor, w: Tensor, n: int = 2) -> list[Tensor]:
         self.time -= 1.0
-        call = self.session.begin(Inputs(x, self.time, ()))
+        latent = torch.tensor([100.0 + self.time])  # continues from call to call, as that of a sampler does
+        call = self.session.begin(Inputs(latent, self.time, (), number="timestep"))
         outputs = self.graph([x, w, n])
         self.session.end(call)
         self.device.poison()
