@@ -120,7 +120,7 @@ class Bench:
         model = self._rewritten(self.policy(recipe))
         images, place = self._run(model, recipe), model.explain().sites
         held, misses = sum(p.bytes for p in place if p.reachable), model.stats().misses
-        more = {"cache_bytes": held, "misses": {str(reason): count for reason, count in misses.items()}}
+        more: Entry = {"cache_bytes": held, "misses": {str(reason): count for reason, count in misses.items()}}
         return self._result(recipe, images, *flops_of(model), **more)
 
     @cached_property

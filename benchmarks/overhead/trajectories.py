@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from functools import partial
-from itertools import chain
 from statistics import fmean
 from typing import Any
 
@@ -61,7 +60,7 @@ def measure_trajectory(device: str, rounds: int) -> list[Row]:
     speedups = [
         row for n, share in SHARES.items() for row in _speedups(ratio(samples, "plain", f"FORA({n})"), n, share)
     ]
-    return [*_steps(each), *chain.from_iterable(speedups)]
+    return [*_steps(each), *speedups]
 
 
 def _steps(each: dict[str, Run]) -> Iterator[Row]:
