@@ -185,3 +185,14 @@ def test_readme_quotes_the_results() -> None:
         f"{found['host time added to a call, explicit trajectory'] / 1000:.2f} ms",
     ):
         assert quoted in cost
+
+
+def test_readme_counts_the_comparisons_by_time() -> None:
+    claims = {claim["claim"]: claim["evidence"] for claim in results("fidelity")["claims"]}
+    counts = []
+    for toy in ("class", "text", "flow"):
+        evidence = claims[f"{toy}: A policy beats fewer steps at equal time"]
+        counts.append(f"{sum(each['held'] for each in evidence)} of {len(evidence)}")
+    by_class, by_text, flow = counts
+    content = " ".join(README.read_text(encoding="utf-8").split())
+    assert f"{by_class} comparisons by class, {by_text} by text, {flow} with flow matching" in content
