@@ -18,6 +18,7 @@ from itertools import pairwise
 from typing import Literal, Protocol, get_args, runtime_checkable
 
 from dit_rewrite.errors import BadParameter
+from dit_rewrite.policy.core_strategies import is_number
 
 
 @runtime_checkable
@@ -79,7 +80,7 @@ class Hermite(_Polynomial):
     scale: float = 0.5
 
     def __post_init__(self) -> None:
-        _require(self, "scale", _is_number(self.scale) and 0 < self.scale <= 1, "a number above 0, at most 1")
+        _require(self, "scale", _is_finite(self.scale) and 0 < self.scale <= 1, "a number above 0, at most 1")
 
     def weights(self, places: Sequence[float], place: float, order: int) -> list[float]:
         places = places[: order + 1]
@@ -116,11 +117,11 @@ class Chebyshev:
     domain: tuple[float, float] | None = (0, 50)
 
     def __post_init__(self) -> None:
-        _require(self, "ridge", _is_number(self.ridge) and self.ridge > 0, "a number above 0")
-        _require(self, "blend", _is_number(self.blend) and 0 <= self.blend <= 1, "a number from 0 to 1")
+        _require(self, "ridge", _is_finite(self.ridge) and self.ridge > 0, "a number above 0")
+        _require(self, "blend", _is_finite(self.blend) and 0 <= self.blend <= 1, "a number from 0 to 1")
         _require(self, "taylor_order", type(self.taylor_order) is int and 1 <= self.taylor_order <= 3, "1, 2 or 3")
         ends = self.domain if isinstance(self.domain, tuple) else ()
-        fits = self.domain is None or (len(ends) == 2 and all(map(_is_number, ends)) and ends[0] < ends[1])
+        fits = self.domain is None or (len(ends) == 2 and all(map(_is_finite, ends)) and ends[0] < ends[1])
         _require(self, "domain", fits, "(first, last) with first < last, or None")
 
     def history(self, order: int) -> int:
@@ -214,7 +215,7 @@ class Magnitude:
 
     def __post_init__(self) -> None:
         table = self.ratios if isinstance(self.ratios, tuple) else ()
-        fits = table and all(_is_number(ratio) and ratio > 0 for ratio in table)
+        fits = table and all(_is_finite(ratio) and ratio > 0 for ratio in table)
         _require(self, "ratios", fits, "a tuple of numbers above 0, one for each step")
 
     def history(self, order: int) -> int:
@@ -308,8 +309,8 @@ def _steps(place: float, places: Sequence[float]) -> list[int]:
     return steps
 
 
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and -math.inf < value < math.inf
+def _is_finite(value: object) -> bool:
+    return is_number(value) and -math.inf < value < math.inf
 
 
 def _require(basis: Basis, name: str, fits: object, allowed: str) -> None:

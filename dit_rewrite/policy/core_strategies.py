@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, TypeGuard
 
 from dit_rewrite.errors import BadParameter
 
@@ -61,7 +61,7 @@ class WindowResidual(Core):
         )
 
 
-def is_number(value: object) -> bool:
+def is_number(value: object) -> TypeGuard[int | float]:
     """Return whether `value` is an int or a float, which JSON can store, and not a bool."""
     return isinstance(value, int | float) and not isinstance(value, bool)
 
