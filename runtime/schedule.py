@@ -200,10 +200,12 @@ def numbers(timestep: Tensor, schedule: Schedule | None = None) -> list[float] |
 
 class OnHost(NamedTuple):
     """A timestep on the host. value: None if reading it would synchronise with a device. For a timestep per frame or
-    token it is the mean if these are at different steps (``uneven``), and the largest one otherwise."""
+    token it is the mean if these are at different steps (``uneven``), and the largest one otherwise. ``numbers``: its
+    elements."""
 
     value: float | None
     uneven: bool = False
+    numbers: list[float] | None = None
 
 
 def on_host(timestep: Any) -> OnHost:
@@ -213,7 +215,8 @@ def on_host(timestep: Any) -> OnHost:
     if not isinstance(timestep, Tensor) or timestep.device.type != "cpu" or timestep.numel() == 0:
         return OnHost(None)
     if not any(timestep.stride()):  # one number, perhaps expanded
-        return OnHost(timestep[(0,) * timestep.ndim].item())
+        value = timestep[(0,) * timestep.ndim].item()
+        return OnHost(value, numbers=[value] * timestep.numel())
     numbers = timestep.flatten().tolist()  # each call asks: no op on a few numbers
     uneven = len(set(filter(None, numbers))) > 1
-    return OnHost(float(sum(numbers) / len(numbers) if uneven else max(numbers)), uneven)
+    return OnHost(float(sum(numbers) / len(numbers) if uneven else max(numbers)), uneven, numbers)

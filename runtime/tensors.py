@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+CHUNK, WHOLE = 64, 8192  # words of a checksum
 
 
 def version(tensor: Tensor) -> int | None:
@@ -73,32 +76,28 @@ class Memoized:
 
 
 def checksum(tensors: Sequence[Tensor]) -> Tensor:
-    """Return sums of each tensor that are weighted by row and by column, as a float64 vector.
+    """Return the sums, modulo 2**64, of every CHUNK words of 8 bytes of the tensors' memory, as an int64 vector.
 
-    It notices changes that leave the version counter as it is: those of `tensor.data`, by which adapters are merged. A
-    change that the sums round away would change the rows of a table by rounding alone.
+    It notices changes that leave the version counter as it is: those of `tensor.data`, by which adapters are merged. It
+    reads the memory once, at its speed. Tensors of at most WHOLE words are copied. In others it does not notice words
+    that change places within a chunk.
     """
-    numbers: list[Tensor] = []
-    for tensor in tensors:
-        plain = tensor.detach()
-        if plain.is_complex():
-            plain = torch.view_as_real(plain)
-        matrix = plain.flatten(1) if plain.ndim > 1 else plain.reshape(1, -1)
-        if plain.dtype in (torch.float32, torch.float64):  # one pass over the memory, at its speed
-            rows = matrix @ torch.linspace(1, 2, matrix.shape[1], dtype=plain.dtype, device=plain.device)
-            numbers.append(_weighted_sum(rows.double()))
-        elif plain.is_floating_point() and plain.itemsize > 1:
-            numbers += [_weighted_sum(matrix.sum(dim, dtype=torch.float32).double()) for dim in (0, 1)]
-            numbers.append(torch.linalg.vector_norm(plain, dtype=torch.float32).double())
-        else:  # integers, and 8-bit floats, for which there is no sum
-            whole = matrix.view(torch.uint8) if plain.itemsize == 1 else matrix
-            numbers += [_weighted_sum(whole.sum(dim, dtype=torch.int64)) for dim in (0, 1)]
-    return torch.stack([number.to(numbers[0].device) for number in numbers]) if numbers else torch.zeros(0)
+    sums = [sums for tensor in tensors for sums in _sums(_words(tensor))]
+    return torch.cat([each.to(sums[0].device) for each in sums]) if sums else torch.zeros(0)
 
 
-def _weighted_sum(vector: Tensor) -> Tensor:
-    """Return the sum of a vector, with weights that differ between its elements, as a 0-d float64 tensor."""
-    return (vector * torch.arange(1, len(vector) + 1, dtype=vector.dtype, device=vector.device)).sum().double()
+def _words(tensor: Tensor) -> Tensor:
+    """Return the memory of a tensor as a vector of the widest integers that fit its size and address."""
+    plain = tensor.detach().contiguous()
+    octets = (torch.view_as_real(plain.resolve_conj()) if plain.is_complex() else plain).flatten().view(torch.uint8)
+    width = math.gcd(len(octets), octets.storage_offset(), 8)
+    return octets.view({1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[width])
+
+
+def _sums(words: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the sums of all whole chunks of a vector, and the words behind them."""
+    summed = len(words) // CHUNK * CHUNK if len(words) > WHOLE else 0
+    return words[:summed].view(-1, CHUNK).sum(1, dtype=torch.int64), words[summed:].long()
 
 
 def alike(a: Tensor, b: Tensor) -> bool:

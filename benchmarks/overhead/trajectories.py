@@ -6,10 +6,15 @@ computing steps. Within a trajectory, a reusing step follows the step that fille
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, nullcontext
 from functools import partial
 from statistics import fmean
+from time import perf_counter
 from typing import Any
+from unittest import mock
+
+import torch
 
 import dit_rewrite
 from benchmarks.timing import Row, Spread, alternate, ratio, seconds
@@ -17,21 +22,31 @@ from benchmarks.workload import STEPS, build, calls, scheduler
 from dit_rewrite.compiler.lowering import isolated
 from dit_rewrite.module import RewrittenModule, twin
 from dit_rewrite.policies import FORA, TaylorSeer
+from dit_rewrite.runtime import dispatch
+from dit_rewrite.runtime.dispatch import CompiledGraph
+from dit_rewrite.runtime.inputs import Reader
+from dit_rewrite.runtime.session import Session
 
 SHARES = {3: 0.96, 5: 0.93}  # of the ideal speed-up, by interval
 ORDERS = (1, 2)
+UNGUARDED = "FORA(3) without Dynamo's guards"
+PARTS = ("compiled code", "torch.compile's entry: Dynamo's guards", "telling calls apart", "decisions and slots")
 
 
 class Run:
-    """Runs trajectories of a rewritten model, and records the seconds of each step."""
+    """Runs trajectories of a rewritten model, and records the seconds of each step.
 
-    def __init__(self, model: RewrittenModule, inputs: list[dict[str, Any]]) -> None:
+    `unguarded`: Dynamo skips its guards, as a user may ask for who changes nothing of the model between two steps.
+    """
+
+    def __init__(self, model: RewrittenModule, inputs: list[dict[str, Any]], unguarded: bool = False) -> None:
         self.model, self.inputs = model, inputs
+        self.stance = partial(torch.compiler.set_stance, skip_guard_eval_unsafe=True) if unguarded else nullcontext
         self.reusing: list[float] = []  # the mean seconds of a reusing step, by trajectory
         self.computing: list[float] = []
 
     def __call__(self) -> None:
-        with self.model.trajectory(scheduler=scheduler()):
+        with self.stance(), self.model.trajectory(scheduler=scheduler()):
             spent = [seconds(partial(self.model, **kwargs)) for kwargs in self.inputs]
         done = list(self.model.stats().decisions)[-STEPS:]
         computes = ["compute" in each.strategies.values() for each in done]
@@ -53,28 +68,80 @@ def measure_trajectory(device: str, rounds: int) -> list[Row]:
 
     policies = {f"FORA({n})": FORA(n) for n in SHARES} | {f"order {n}": TaylorSeer(3, order=n) for n in ORDERS}
     each = {name: Run(dit_rewrite.compile(twin(model), policy), inputs) for name, policy in policies.items()}
+    each[UNGUARDED] = Run(each["FORA(3)"].model, inputs, unguarded=True)
     runs: dict[str, Callable[[], object]] = {"plain": run_plain, **each}
     for run in runs.values():
         run()
     samples = alternate(runs, rounds)
+    parts = measure_parts(each["FORA(3)"].model, inputs, rounds)
     speedups = [
         row for n, share in SHARES.items() for row in _speedups(ratio(samples, "plain", f"FORA({n})"), n, share)
     ]
-    return [*_steps(each), *speedups]
+    return [*_steps(each), *parts, *speedups]
 
 
 def _steps(each: dict[str, Run]) -> Iterator[Row]:
     """Yield the costs of steps within a trajectory, without the first one."""
-    for name in (f"FORA({n})" for n in SHARES):
+    for name in (*(f"FORA({n})" for n in SHARES), UNGUARDED):
         pairs = zip(each[name].reusing[1:], each[name].computing[1:], strict=True)
         share = Spread.of([reused / computed for reused, computed in pairs])
         what = f"reusing step / computing step, in a trajectory of {name}"
-        yield Row(what, share, "", "<= 0.02", share.median <= 0.02)
+        bound, held = ("", True) if name == UNGUARDED else ("<= 0.02", share.median <= 0.02)
+        yield Row(what, share, "", bound, held)
     for order in ORDERS:
         pairs = zip(each[f"order {order}"].reusing[1:], each["FORA(3)"].reusing[1:], strict=True)
         share = Spread.of([forecast / reused for forecast, reused in pairs])
         what = f"step of a forecast, order {order} / reusing step, in trajectories of interval 3"
         yield Row(what, share, "", "<= 1.1", share.median <= 1.1)
+
+
+class Timer:
+    """Adds up the seconds of a function."""
+
+    def __init__(self, owner: Any, name: str) -> None:
+        self.owner, self.name, self.run = owner, name, getattr(owner, name)
+        self.seconds = 0.0
+
+    def patched(self) -> Any:
+        """Return a context in which calls of the function are timed."""
+
+        def timed(*args: Any, **kwargs: Any) -> Any:
+            began = perf_counter()
+            try:
+                return self.run(*args, **kwargs)
+            finally:
+                self.seconds += perf_counter() - began
+
+        return mock.patch.object(self.owner, self.name, timed)
+
+
+def measure_parts(model: RewrittenModule, inputs: list[dict[str, Any]], rounds: int) -> list[Row]:
+    """Measure where the time of a reusing step goes, within trajectories: four parts that add up to the step."""
+    read, begin = Timer(Reader, "read"), Timer(Session, "begin")
+    graph, code = Timer(CompiledGraph, "__call__"), Timer(dispatch, "execute")
+    timers, shares = (read, begin, graph, code), []
+    with ExitStack() as stack:
+        for timer in timers:
+            stack.enter_context(timer.patched())
+        for _ in range(rounds):
+            with model.trajectory(scheduler=scheduler()):
+                spent = [_parts(timers, partial(model, **kwargs)) for kwargs in inputs]
+            done = list(model.stats().decisions)[-STEPS:]
+            reusing = [s for s, each in zip(spent, done, strict=True) if "compute" not in each.strategies.values()]
+            shares += [[part / sum(step) for part in step] for step in reusing]
+    return [
+        Row(f"share of a reusing step in FORA(3): {name}", Spread.of(list(share)), "", "", True)
+        for name, share in zip(PARTS, zip(*shares, strict=True), strict=True)
+    ]
+
+
+def _parts(timers: Sequence[Timer], call: Callable[[], object]) -> list[float]:
+    """Run a call, and return the seconds of each of PARTS."""
+    for timer in timers:
+        timer.seconds = 0.0
+    whole = seconds(call)
+    read, begin, graph, code = (timer.seconds for timer in timers)
+    return [code, whole - read - begin - graph, read + begin, graph - code]
 
 
 def _speedups(speedup: Spread, interval: int, bound: float) -> list[Row]:

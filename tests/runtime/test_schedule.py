@@ -89,7 +89,8 @@ def test_a_first_timestep_that_fits_several_units_begins_where_the_scheduler_say
     ],
 )
 def test_a_timestep_on_the_host(timestep: Tensor | float | None, value: float | None, uneven: bool) -> None:
-    assert on_host(timestep) == OnHost(value, uneven)
+    numbers = timestep.flatten().tolist() if isinstance(timestep, Tensor) and timestep.numel() else None
+    assert on_host(timestep) == OnHost(value, uneven, numbers)
 
 
 def test_a_schedule_that_the_sampler_divides_in_place() -> None:

@@ -121,6 +121,20 @@ def test_a_timestep_that_is_not_scheduled_gets_its_own_row() -> None:
     assert (run.program.single, run.program.batches) == (1, [4])
 
 
+@pytest.mark.parametrize("inference", [False, True])
+def test_a_timestep_that_the_model_changes_is_read_again(inference: bool) -> None:
+    """The clock has read it before; eager code between two graphs may change it in place."""
+    run = Steps()
+    with torch.inference_mode(inference):
+        timestep = torch.full((2,), 600)
+        run.clock.enter(run.clock.read(timestep, Named()), timestep, Named(), "stream")
+        timestep -= 300
+        run.program.add(("a",))
+        args = [timestep, run.weight, run.condition, 2]
+        (found,) = run.tables.read(("a",), args, run.bookmark, True, run.clock)
+    assert torch.equal(found, Product.column("a", timestep, args))
+
+
 def test_without_a_schedule_rows_are_computed_when_they_are_read() -> None:
     run = Steps(scheduled=False)
     for value in (600, 300, 600):
