@@ -17,6 +17,7 @@ from typing import Any
 
 from dit_rewrite.cli.factory import add_model, load
 from dit_rewrite.cli.outcome import Outcome
+from dit_rewrite.cli.paths import add_output
 from dit_rewrite.errors import BadOption
 from dit_rewrite.policy.plan import SHARED, Choice, Plan
 from dit_rewrite.search.metrics import METRICS
@@ -51,7 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--kinds", nargs="+", default=["self", "joint", "parallel"], help="kinds of attention")
     parser.add_argument("--seeds", type=int, default=1, help="number of trajectories that the search samples")
     parser.add_argument("--backend", default="inductor", help="backend that compiles the graphs: inductor or aot_eager")
-    parser.add_argument("--out", type=Path, default=Path("plan.json"), help="output file for the plan")
+    add_output(parser, "--out", default=Path("plan.json"), help="output file for the plan")
 
 
 def run(arguments: argparse.Namespace) -> Outcome:

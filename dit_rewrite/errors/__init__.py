@@ -16,6 +16,7 @@ from dit_rewrite.errors.base import DitRewriteError
 from dit_rewrite.errors.cli import (
     BadModel,
     BadOption,
+    BadPath,
     BadSampler,
     CommandError,
     HubUnreachable,
@@ -42,6 +43,7 @@ from dit_rewrite.errors.models import (
 from dit_rewrite.errors.plans import (
     BadCertificate,
     BadPlan,
+    BadStorage,
     NotCalibrated,
     NothingFits,
     NothingRecorded,
@@ -62,6 +64,7 @@ from dit_rewrite.errors.plans import (
 from dit_rewrite.errors.policy import (
     BadGuardText,
     BadParameter,
+    BadPolicyFile,
     BadPolicyText,
     ForeignName,
     LayersOutside,
@@ -118,9 +121,12 @@ __all__ = [
     "BadOpArgument",
     "BadOption",
     "BadParameter",
+    "BadPath",
     "BadPlan",
+    "BadPolicyFile",
     "BadPolicyText",
     "BadSampler",
+    "BadStorage",
     "BadTrajectory",
     "BrokenUp",
     "CommandError",
