@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import importlib
 import inspect
 import sys
 from collections.abc import Callable, Sequence
+from functools import wraps
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +15,11 @@ from dit_rewrite.analysis.analyze import analyze
 from dit_rewrite.analysis.compare import coefficient_of_variation, predictions, prompt_stability, summary
 from dit_rewrite.analysis.result import Analysis
 from dit_rewrite.cli.generate import load_pipeline
+from dit_rewrite.cli.modules import factory_of
 from dit_rewrite.cli.outcome import Outcome
 from dit_rewrite.cli.paths import add_output
 from dit_rewrite.cli.pipeline_call import add_call, parsed_call
-from dit_rewrite.errors import BadModel, BadOption
+from dit_rewrite.errors import BadOption
 
 BUNDLED = "dit_rewrite.demo.shapes.calls:build"
 FILE = "analysis.safetensors"
@@ -126,21 +127,15 @@ def _analyze(arguments: argparse.Namespace, path: Path) -> Analysis:
 
 def _from_factory(text: str, prompts: str, steps: int) -> tuple[Any, Callable[[Any, Any], None], Sequence[int]]:
     """Call the factory ``module:factory`` with the steps and each seed. Raises BadModel, or BadOption."""
-    module, _, name = text.partition(":")
-    sys.path.insert(0, str(Path.cwd()))
-    try:
-        factory = getattr(importlib.import_module(module), name)
+    with factory_of(text) as factory:
         takes = len(inspect.signature(factory).parameters)
         model, calls, *_ = factory(steps, 0) if takes > 1 else factory(steps)
         list(calls)
-    except (ImportError, AttributeError, TypeError, ValueError) as error:
-        raise BadModel(text, f"{type(error).__name__}: {error}") from error
-    finally:
-        sys.path.pop(0)
     count = _number(prompts)
     if takes < 2 and count > 1:
-        raise BadOption("analyze", "prompts", prompts, f"1, or let {name} take (steps, seed)")
+        raise BadOption("analyze", "prompts", prompts, f"1, or let {text} take (steps, seed)")
 
+    @wraps(factory)
     def sample(ours: Any, seed: int) -> None:
         _, calls, *rest = factory(steps, seed) if takes > 1 else factory(steps)
         with ours.trajectory(steps, *rest):

@@ -20,6 +20,7 @@ from dit_rewrite.cli.outcome import Outcome
 from dit_rewrite.cli.paths import add_output
 from dit_rewrite.errors import BadOption
 from dit_rewrite.policy.plan import SHARED, Choice, Plan
+from dit_rewrite.proof.callers import calling
 from dit_rewrite.search.metrics import METRICS
 from dit_rewrite.search.segment_runner import ALL, DELTAS, greedy_plan
 from dit_rewrite.search.trials import Sample
@@ -81,7 +82,8 @@ def run(arguments: argparse.Namespace) -> Outcome:
 
 
 def _sampled(sample: Sample, seed: int, denoiser: Any) -> object:
-    return sample(denoiser, seed)
+    with calling(sample, f"with seed {seed}"):
+        return sample(denoiser, seed)
 
 
 def as_text(plan: Plan, path: Path) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
+from functools import wraps
 from typing import Any
 
 from torch import Tensor, nn
@@ -50,7 +51,8 @@ class Controls:
                 steps, calls = self._most_steps(name, cost + slack, next(iter(search)))
                 if steps:
                     ranked.append((self._error(name, steps, search), name, steps, calls))
-            except Exception as error:
+            except Exception as failed:
+                error = failed.__cause__ or failed
                 self.report(f"the control {name} cannot sample: {type(error).__name__}: {error}")
         if not ranked:
             return None
@@ -72,8 +74,9 @@ class Controls:
         return statistics.fmean(relative_l2(self._run(name, steps, seed), t) for seed, t in targets.items())
 
     def _run(self, name: str, steps: int, seed: int) -> Tensor:
-        self._calls = 0
-        return images_of(lambda model, s: self.solvers[name](model, steps, s), self._model, seed)
+        self._calls, solver = 0, self.solvers[name]
+        sample = wraps(solver)(lambda model, seed: solver(model, steps, seed))
+        return images_of(sample, self._model, seed, f"{name} in {steps} steps")
 
 
 def is_better(control: Control, errors: Sequence[float]) -> bool:

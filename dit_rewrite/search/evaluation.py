@@ -63,11 +63,11 @@ class Evaluation:
 
         backend_of(model).session.observer = see
         if self.time:
-            self._run(model, self.seeds[0])  # compiles
+            self._run(model, self.seeds[0], policy)  # compiles
             rows.clear()
         found: dict[str, list[float]] = {"error": [], **({"time": []} if self.time else {})}
         for seed in self.seeds:
-            images, seconds = self._run(model, seed)
+            images, seconds = self._run(model, seed, policy)
             found["error"].append(relative_l2(images, self._reference(seed)))
             if self.time:
                 found["time"].append(seconds / self._run(self._plain, seed)[1])
@@ -78,9 +78,9 @@ class Evaluation:
             self._images[seed] = self._run(self._plain, seed)[0]
         return self._images[seed]
 
-    def _run(self, model: Any, seed: int) -> tuple[Tensor, float]:
+    def _run(self, model: Any, seed: int, policy: object = None) -> tuple[Tensor, float]:
         began = time.perf_counter()
-        images = images_of(self.sample, model, seed)
+        images = images_of(self.sample, model, seed, policy)
         return images, time.perf_counter() - began
 
 

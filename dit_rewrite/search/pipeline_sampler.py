@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 from collections.abc import Mapping
-from functools import partial
+from functools import partial, wraps
 from typing import Any
 
 import torch
@@ -50,9 +50,11 @@ def of_pipeline(
         raise BadParameter(where, "sample", list(call), "a call with num_inference_steps")
     (name, denoiser) = next(iter(found.items()))
 
+    @wraps(type(pipe).__call__)  # errors name it
     def sample(model: Any, seed: int) -> Tensor:
         return run(pipe, name, model, seed, call, type(pipe.scheduler))
 
+    @wraps(type(pipe).__call__)
     def fewer(kind: type, model: Any, steps: int, seed: int) -> Tensor:
         return run(pipe, name, model, seed, {**call, "num_inference_steps": steps}, kind)
 

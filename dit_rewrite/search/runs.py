@@ -50,7 +50,7 @@ class Runs:
         """Return a model that was compiled by a run with the policy of a candidate, or without a policy."""
         policy = Never() if candidate is None else self.policy(candidate)
         model = compile(twin(self.measured.model), policy, backend=self.measured.backend)
-        images_of(self.measured.sample, model, self.measured.seeds[0])
+        images_of(self.measured.sample, model, self.measured.seeds[0], policy)
         if candidate is not None:
             self._peaks[candidate] = model.stats().peak_bytes
         return model

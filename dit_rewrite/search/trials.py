@@ -22,6 +22,7 @@ from dit_rewrite.policy.plan import describe_scheduler
 from dit_rewrite.policy.rules import Policy, Rule
 from dit_rewrite.policy.strategies import Forecast
 from dit_rewrite.policy.where import Where
+from dit_rewrite.proof.callers import calling
 from dit_rewrite.runtime.session import Observation
 
 Place = Literal["output", "stack", "branches"]
@@ -30,9 +31,10 @@ WHERE: dict[Place, Where] = {"output": Where(span="output"), "stack": Where(span
 DEPTH = 4  # computed values that a forecast may read
 
 
-def images_of(sample: Sample, model: Any, seed: int) -> Tensor:
-    """Run a sampler. Raises NotImages unless it returns a tensor."""
-    with torch.no_grad():
+def images_of(sample: Sample, model: Any, seed: int, policy: object = None) -> Tensor:
+    """Run a sampler; errors name `policy`. Raises NotImages unless it returns a tensor, and FunctionFailed."""
+    run = f"with seed {seed}" if policy is None else f"with seed {seed} under {policy}"
+    with torch.no_grad(), calling(sample, run):
         images = sample(model, seed)
     if not isinstance(images, Tensor) or not images.is_floating_point():
         raise NotImages(type(images).__name__)
@@ -87,7 +89,7 @@ class Trials:
             rewritten.graph.forget_decisions()
         self._rows.clear()
         began, calls = time.perf_counter(), self._backend.stats.calls
-        images = images_of(self.sample, self.model, seed)
+        images = images_of(self.sample, self.model, seed, None if table is None else self._backend.policy)
         seconds = time.perf_counter() - began
         return Trial(images, self._share(), seconds, self._backend.stats.calls - calls)
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from dit_rewrite.errors import BadParameter, BadStorage, MissingExtra, OtherStudy, PolicyError
 from dit_rewrite.policy.rules import Policy
+from dit_rewrite.proof.callers import calling
 from dit_rewrite.search.front import Front, Point
 
 if TYPE_CHECKING:
@@ -61,8 +62,8 @@ def tune(
 
     `storage` is a journal file, or the URL of a database. Several processes or machines that are given the same one
     share the study, and an interrupted study is continued: `trials` counts those that are already in it. No trial
-    begins after `timeout` seconds. Raises BadParameter, BadStorage, OtherStudy for a study with other arguments, and
-    MissingExtra without Optuna.
+    begins after `timeout` seconds. Raises BadParameter, BadStorage, OtherStudy for a study with other arguments,
+    FunctionFailed for an exception of `make_policy` or `evaluate`, and MissingExtra without Optuna.
     """
     optuna = _optuna()
     _check(make_policy, space, objectives, sampler, trials)
@@ -81,10 +82,12 @@ def tune(
     def objective(trial: Any) -> tuple[float, ...]:
         parameters = {name: _suggest(trial, name, values) for name, values in space.items()}
         try:
-            policy = make_policy(**parameters)
+            with calling(make_policy, f"with {parameters}"):
+                policy = make_policy(**parameters)
         except PolicyError as error:
             raise optuna.TrialPruned(str(error)) from error
-        return _evaluated(trial, evaluate(policy), objectives, prune)
+        with calling(evaluate, f"with {policy}", optuna.TrialPruned):
+            return _evaluated(trial, evaluate(policy), objectives, prune)
 
     def told(_: Any, trial: Any) -> None:
         values = "pruned" if not trial.values else ", ".join(f"{v:.4g}" for v in trial.values)
@@ -101,7 +104,7 @@ def _optuna() -> Any:
         import optuna
     except ImportError as error:
         raise MissingExtra("optuna", "tune", "tune") from error
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    optuna.logging.set_verbosity(optuna.logging.ERROR)  # a failed trial raises its error
     return optuna
 
 

@@ -12,8 +12,16 @@ from torch import Tensor
 import dit_rewrite
 from dit_rewrite.analysis import analyze as module
 from dit_rewrite.analysis.result import KEPT, Analysis
+from dit_rewrite.analysis.reuse_errors import reuse_errors
 from dit_rewrite.analysis.statistics import MEASURES, Row, Table
-from dit_rewrite.errors import BadArgument, NotAModule, NothingMeasured, OtherAnalysis, OverlappingAnalyses
+from dit_rewrite.errors import (
+    BadArgument,
+    FunctionFailed,
+    NotAModule,
+    NothingMeasured,
+    OtherAnalysis,
+    OverlappingAnalyses,
+)
 from tests.helpers import tiny
 from tests.helpers.broken import broken_blocks
 from tests.helpers.planted import CHANNELS, KEY_RATE, RATES, VALUE_RATE, Planted, numbers, planted_calls
@@ -409,3 +417,19 @@ def test_a_pipeline(tmp_path: Path) -> None:
     finite: list[Tensor] = [found.mean(row)[1:] for row in found.rows(quantity="keys")]
     assert finite
     assert all(bool((values > 0).all()) for values in finite)
+
+
+def test_a_failing_sampler_is_named() -> None:
+    """With its prompt; without one the pipeline is named."""
+
+    def sample(model: Any, prompt: str) -> None:
+        raise ZeroDivisionError("no guidance")
+
+    says = r"test_analyze\.test_a_failing_sampler_is_named\.<locals>\.sample failed for "
+    with pytest.raises(FunctionFailed, match=says + r"prompt 0 \(ZeroDivisionError: no guidance\)") as caught:
+        analyze(Planted(), sample, ["a"])
+    assert isinstance(caught.value.__cause__, ZeroDivisionError)
+    with pytest.raises(FunctionFailed, match=says + "the prompt 'a', reusing nothing"):
+        reuse_errors(Planted(), sample, ["a"], backend="aot_eager")
+    with pytest.raises(FunctionFailed, match=r"test_analyze\.Experts failed for prompt 0 \(TypeError: .*seed"):
+        analyze(Experts(), [{"seed": 0}])
