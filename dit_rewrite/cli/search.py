@@ -15,6 +15,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from dit_rewrite.cli.factory import add_model, load
 from dit_rewrite.cli.outcome import Outcome
 from dit_rewrite.cli.paths import add_output
@@ -63,6 +65,8 @@ def run(arguments: argparse.Namespace) -> Outcome:
         raise BadOption("search", "seeds", arguments.seeds, "a whole number >= 1")
     window, grid = window_of(arguments.window), grid_of(arguments.grid)
     loaded = load(arguments)
+    if isinstance(loaded.model, nn.ModuleDict):
+        raise BadOption("search", "model", arguments.model, "a pipeline with one denoiser")
     plan = greedy_plan(
         loaded.model,
         [partial(_sampled, loaded.sample, seed) for seed in range(arguments.seeds)],

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from dit_rewrite.module import twin
 from dit_rewrite.proof.image_metrics import relative_l2
 from dit_rewrite.search.certificate import Control, Errors
+from dit_rewrite.search.denoisers import parts_of
 from dit_rewrite.search.trials import images_of
 
 Solver = Callable[[Any, int, int], Tensor]  # (denoiser, steps, seed) -> images
@@ -31,7 +32,8 @@ class Controls:
         self.solvers, self.full_calls, self.report = dict(solvers), full_calls, report
         self._model = twin(model)
         self._calls = 0
-        self._model.register_forward_hook(self._count)
+        for part in parts_of(self._model).values():
+            part.register_forward_hook(self._count)
 
     def _count(self, *_: object) -> None:
         self._calls += 1
