@@ -97,7 +97,7 @@ def analyze(
                 raise BadArgument("analyze", "conditional", conditional, allowed)
             found.add(number, profiles)
             probes = [backend for backend in backends if isinstance(backend, ProbingBackend)]
-            refused = (f"{b.prefix}{r.path or r.node}: {r.reason}" for b in probes for r in b.refused)
+            refused = (reason for each in probes for reason in each.reasons())
             found.refused = list(dict.fromkeys([*found.refused, *refused]))
             if target is not None:
                 found.save(target)
