@@ -16,9 +16,10 @@ def calling(function: object, run: str, *others: type[Exception]) -> Iterator[No
 
     Errors of the catalogue, which may come from the model that the function calls, and `others` are passed on.
     """
+    passed: tuple[type[Exception], ...] = (DitRewriteError, *others)
     try:
         yield
-    except (DitRewriteError, *others):
+    except passed:
         raise
     except Exception as error:
         raise FunctionFailed(name_of(function), run, error) from error
