@@ -11,7 +11,7 @@ from typing import Any
 from dit_rewrite.errors import BadPath
 
 REMEDIES: dict[type[OSError], str] = {
-    FileNotFoundError: "Give the path of an existing file",
+    FileNotFoundError: "Give a path that exists, or for an output one that can be made",
     IsADirectoryError: "Give the path of a file",
     NotADirectoryError: "Give a path in which only the last name may be that of a file",
     FileExistsError: "Give the path of a folder",
@@ -63,9 +63,12 @@ def explained(error: Exception, arguments: argparse.Namespace) -> Exception:
 
 
 def _names(value: Any, path: Path) -> bool:
-    """Return whether the value of an option is this path, or has it among its parents or in its folder."""
+    """Return whether the value of an option is this path, or one of them is within the other.
+
+    A file beside an output has its name with a suffix. Text, such as that of a storage, may be no path at all.
+    """
     if isinstance(value, list | tuple):
         return any(_names(each, path) for each in value)
     if not isinstance(value, Path):
-        return isinstance(value, str) and value == str(path)
+        return isinstance(value, str) and (value == str(path) or path in Path(value).parents)
     return value == path or value in path.parents or path in value.parents or str(path).startswith(str(value))

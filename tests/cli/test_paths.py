@@ -153,3 +153,9 @@ def test_tune_refuses_policies_and_parameters_that_do_not_exist(
 ) -> None:
     """They would be pruned in every trial."""
     assert says in refused(capsys, *shortest("tune"), "--sampler", "grid", option, value)
+
+
+def test_a_storage_whose_folder_cannot_be_made(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").touch()
+    line = [*shortest("tune"), "--sampler", "grid", "--storage", str(tmp_path / "file" / "new" / "journal")]
+    assert f"--storage: {tmp_path}/file/new cannot be used (not a directory). Give" in refused(capsys, *line)
