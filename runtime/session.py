@@ -68,11 +68,12 @@ class Call:
         sigma, snr = trajectory.noise(trajectory.step)
         return Moment(trajectory.step, trajectory.num_steps, self.layers, stream.num_layers, sigma, snr, stream.name)
 
-    def enter(self, graph: int, num_sites: int) -> tuple[int, Cache, MissReason | None]:
+    def enter(self, graph: int, num_sites: int, ordered: bool = True) -> tuple[int, Cache, MissReason | None]:
         """Count a call of `graph`.
 
         Returns its occurrence number within this call, its cache, and the reason why the cache was cleared: the graph
-        sequence differs from that of the stream's last call. The reason is None if it does not.
+        sequence differs from that of the stream's last call. The reason is None if it does not, or without `ordered`,
+        for callers that tell a block by its weights.
         """
         occurrence = self._occurrences.get(graph, 0)
         self._occurrences[graph] = occurrence + 1
@@ -82,7 +83,7 @@ class Call:
         if cache is None:
             cache = self.stream.caches[graph, occurrence] = Cache(num_sites)
         before = self.stream.sequence
-        if before is not None and before[position : position + 1] != (graph,):
+        if ordered and before is not None and before[position : position + 1] != (graph,):
             cache.clear()
             cache.stamp = None
             return occurrence, cache, MissReason.CHANGED_GRAPH

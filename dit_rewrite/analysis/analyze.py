@@ -17,13 +17,14 @@ from torch import Tensor, nn
 from dit_rewrite.analysis.places import Keys
 from dit_rewrite.analysis.probing import ProbingBackend, Profile, Settings
 from dit_rewrite.analysis.result import Analysis
-from dit_rewrite.analysis.sampling import Sample, sampler
+from dit_rewrite.analysis.sampling import Sample, blamed, sampler
 from dit_rewrite.compiler.backend import Backend
 from dit_rewrite.compiler.lowering import InnerBackend, Lowering
 from dit_rewrite.enable import denoisers
 from dit_rewrite.errors import BadArgument, NotAModule, NothingMeasured, NoTransformer
 from dit_rewrite.module import attach, inside, twin, unwrapped
 from dit_rewrite.policy.plan import describe_scheduler, fingerprint, is_whole
+from dit_rewrite.proof.callers import calling
 from dit_rewrite.runtime.clock import Clock
 
 Make = Callable[[nn.Module, str], Backend]  # makes the backend of a denoiser; the text begins the names of its sites
@@ -68,7 +69,7 @@ def analyze(
     processes share the prompts, and each writes a file of its own, with its rank in the name; `Analysis.merge` puts
     them together. `progress` is called with the number of each finished prompt.
 
-    Raises BadArgument, NotAModule, NoTransformer, NothingMeasured, BadAnalysis or OtherAnalysis.
+    Raises BadArgument, NotAModule, NoTransformer, NothingMeasured, FunctionFailed, BadAnalysis or OtherAnalysis.
     """
     settings = _settings(distances, keys, heads, window, conditional)
     if steps is not None and not is_whole(steps, 2):
@@ -85,7 +86,8 @@ def analyze(
         for number in _own(len(given)):
             if number in found.prompts:
                 continue
-            run(ours, given[number])
+            with calling(blamed(model, sample), f"for prompt {number}"):
+                run(ours, given[number])
             profiles = _taken(backends)
             if not any(row.distance for profile in profiles for row in profile):
                 raise NothingMeasured(number)
@@ -95,7 +97,7 @@ def analyze(
                 raise BadArgument("analyze", "conditional", conditional, allowed)
             found.add(number, profiles)
             probes = [backend for backend in backends if isinstance(backend, ProbingBackend)]
-            refused = (f"{b.prefix}{r.path or r.node}: {r.reason}" for b in probes for r in b.refused)
+            refused = (reason for each in probes for reason in each.reasons())
             found.refused = list(dict.fromkeys([*found.refused, *refused]))
             if target is not None:
                 found.save(target)

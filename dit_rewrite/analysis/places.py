@@ -211,6 +211,8 @@ class Places:
         wanted = [(Quantity.BLOCK, (layer,)) for layer in sorted({site.layer for site in self.found.sites})]
         if len(stack) > 1:
             wanted.append((Quantity.STACK, tuple(stack)))
+        elif not self.whole:
+            self.refused.append(Refusal("", str(Quantity.STACK), RefusalReason.SPAN_PER_GRAPH))
         for quantity, layers in wanted:
             name = block_range(self.found, layers[0], layers[-1])
             pairs = stream.pairs(layers[0], layers[-1] + 1, layers)
@@ -221,7 +223,10 @@ class Places:
                 yield self._place(site, quantity, value, None, [base], lambda after, before: after - before)
 
     def _outputs(self) -> Iterator[Place]:
-        sites, _ = find_output(self.gm, (), less_latent=False) if self.whole else ([], [])
+        if not self.whole:
+            self.refused.append(Refusal("", str(Quantity.OUTPUT), RefusalReason.OUTPUT_IN_PART))
+            return
+        sites, _ = find_output(self.gm, (), less_latent=False)
         for site in sites:
             for name in site.values:
                 if self._nodes[name].meta["val"].is_floating_point():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -127,7 +127,8 @@ class TappedRunner:
         if call is None:
             self.session.stats.miss(MissReason.OUTSIDE_CALL)
             return self._outputs(self.run(*args, *self._before([None] * count, {}, None)))
-        occurrence, cache, _ = call.enter(self.index, count)
+        # a model may run other graphs between its blocks at each step, such as experts for other numbers of tokens
+        occurrence, cache, _ = call.enter(self.index, count, ordered=not self._static)
         numbers = call.inputs.number is None
         cache.fit(stamp_of([args[i] for i in self._data], numbers), tuple(args[i] for i in self._static))
         step, lender = call.trajectory.step, self.settings.lender
@@ -189,6 +190,13 @@ class ProbingBackend(Backend):
         self.collector = Collector()
         self.refused: dict[Refusal, None] = {}
         self.runners: list[TappedRunner] = []
+
+    def reasons(self) -> Iterator[str]:
+        """Yield the tensors that are not measured, with the reasons, and the graph breaks that divide branches."""
+        for refused in self.refused:
+            yield f"{self.prefix}{refused.path or refused.node}: {refused.reason}"
+        for place in self.breaks:
+            yield f"{self.prefix}{place}: {RefusalReason.GRAPH_BREAK}"
 
     def _rewrite_alone(self, captured: Captured) -> TappedRunner:  # type: ignore[override]
         found = find_sites(captured.gm, captured.static, captured.conditioning)

@@ -11,12 +11,13 @@ from torch import Tensor, nn
 
 from dit_rewrite.analysis.analyze import components, probed
 from dit_rewrite.analysis.result import ReuseErrors
-from dit_rewrite.analysis.sampling import Sample, image_of, replay, sampler
+from dit_rewrite.analysis.sampling import Sample, blamed, image_of, replay, sampler
 from dit_rewrite.compiler.backend import Backend
 from dit_rewrite.compiler.lowering import InnerBackend, Lowering
 from dit_rewrite.errors import BadArgument, DecisionReason
 from dit_rewrite.guards import step as step_symbol
 from dit_rewrite.policy.rules import Policy, Rule
+from dit_rewrite.proof.callers import calling
 from dit_rewrite.proof.image_metrics import relative_l2
 from dit_rewrite.runtime.cache import Cache
 from dit_rewrite.runtime.decide import Decisions
@@ -41,12 +42,18 @@ def reuse_errors(
     are the steps to try, by default all but the first; `sites` the names of the sites, by default all branches. In a
     model with several streams, the site is reused in each of them. The result belongs into `Analysis.errors`.
 
-    Raises BadArgument for unknown sites or steps, NoImage, NotAModule or NoTransformer.
+    Raises BadArgument for unknown sites or steps, NoImage, FunctionFailed, NotAModule or NoTransformer.
     """
     components(model)  # raises if it is neither a module nor a pipeline
     run, given = sampler("reuse_errors", model, sample, prompts, steps)
     if run is replay:
         raise BadArgument("reuse_errors", "sample", "recorded calls", "a function, as reuse must change later inputs")
+
+    def sampled(ours: Any, prompt: Any) -> Any:
+        reuse = "nothing" if director.chosen is None else "{} at step {}".format(*director.chosen)
+        with calling(blamed(model, sample), f"for the prompt {prompt!r:.60}, reusing {reuse}"):
+            return run(ours, prompt)
+
     lowering = Lowering.of(backend, partition="segments")
     policy = Policy((Rule(step_symbol > 0),), "reuse one site")
     director = _Director()
@@ -61,7 +68,7 @@ def reuse_errors(
     with probed(model, make) as (ours, _), torch.no_grad():
         for prompt in given:
             director.chosen = None
-            image = image_of(run(ours, prompt)).clone()
+            image = image_of(sampled(ours, prompt)).clone()
             names = _sites(director.names, sites)
             last = director.last_step
             for step in at or ():
@@ -72,7 +79,7 @@ def reuse_errors(
             for site in names:
                 for step in range(1, last + 1) if at is None else at:
                     director.chosen = site, step
-                    totals.setdefault((site, step), []).append(relative_l2(image_of(run(ours, prompt)), image))
+                    totals.setdefault((site, step), []).append(relative_l2(image_of(sampled(ours, prompt)), image))
                     if progress is not None:
                         progress(site, step)
     return ReuseErrors(names, _table(names, last + 1, totals), len(given))

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from dit_rewrite.errors import BadArgument, NoImage
+from dit_rewrite.module import unwrapped
 from dit_rewrite.torch_compat import tree_leaves
 
 Sample = Callable[[Any, Any], Any] | Sequence[Any]
@@ -35,6 +36,11 @@ def sampler(
                 raise BadArgument(where, f"sample[{i}]", type(calls).__name__, "a list with the arguments of each call")
         return replay, list(sample)
     return _pipeline_call(model, steps), list(sample)
+
+
+def blamed(model: Any, sample: Sample) -> object:
+    """Return what an error of sampling names: `sample`, or the call of the model or pipeline without one."""
+    return sample if callable(sample) else type(unwrapped(model))
 
 
 def replay(model: Any, calls: Sequence[Mapping[str, Any]]) -> None:

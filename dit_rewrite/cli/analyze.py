@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import importlib
 import inspect
 import sys
 from collections.abc import Callable, Sequence
+from functools import wraps
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +15,11 @@ from dit_rewrite.analysis.analyze import analyze
 from dit_rewrite.analysis.compare import coefficient_of_variation, predictions, prompt_stability, summary
 from dit_rewrite.analysis.result import Analysis
 from dit_rewrite.cli.generate import load_pipeline
+from dit_rewrite.cli.modules import factory_of
 from dit_rewrite.cli.outcome import Outcome
+from dit_rewrite.cli.paths import add_output
 from dit_rewrite.cli.pipeline_call import add_call, parsed_call
-from dit_rewrite.errors import BadModel, BadOption
+from dit_rewrite.errors import BadOption
 
 BUNDLED = "dit_rewrite.demo.shapes.calls:build"
 FILE = "analysis.safetensors"
@@ -49,7 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--backend", default="aot_eager", help="backend that compiles the graphs: aot_eager or inductor"
     )
-    parser.add_argument("--out", type=Path, default=Path("analysis"), help="output folder for the analysis and plots")
+    add_output(parser, "--out", folder=True, default=Path("analysis"), help="output folder for the analysis and plots")
     parser.add_argument("--no-plots", dest="plots", action="store_false", help="write no plots")
     parser.add_argument(
         "--merge",
@@ -125,21 +127,15 @@ def _analyze(arguments: argparse.Namespace, path: Path) -> Analysis:
 
 def _from_factory(text: str, prompts: str, steps: int) -> tuple[Any, Callable[[Any, Any], None], Sequence[int]]:
     """Call the factory ``module:factory`` with the steps and each seed. Raises BadModel, or BadOption."""
-    module, _, name = text.partition(":")
-    sys.path.insert(0, str(Path.cwd()))
-    try:
-        factory = getattr(importlib.import_module(module), name)
+    with factory_of(text) as factory:
         takes = len(inspect.signature(factory).parameters)
         model, calls, *_ = factory(steps, 0) if takes > 1 else factory(steps)
         list(calls)
-    except (ImportError, AttributeError, TypeError, ValueError) as error:
-        raise BadModel(text, f"{type(error).__name__}: {error}") from error
-    finally:
-        sys.path.pop(0)
     count = _number(prompts)
     if takes < 2 and count > 1:
-        raise BadOption("analyze", "prompts", prompts, f"1, or let {name} take (steps, seed)")
+        raise BadOption("analyze", "prompts", prompts, f"1, or let {text} take (steps, seed)")
 
+    @wraps(factory)
     def sample(ours: Any, seed: int) -> None:
         _, calls, *rest = factory(steps, seed) if takes > 1 else factory(steps)
         with ours.trajectory(steps, *rest):
@@ -155,6 +151,18 @@ def _number(prompts: str) -> int:
     return int(prompts)
 
 
+def _read(path: Path, kind: type) -> list[Any]:
+    """Return the lines of a file as prompts or class numbers. Raises BadOption for any other content."""
+    try:
+        found = [kind(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except ValueError:  # not UTF-8, or not a number
+        found = []
+    if not found:
+        allowed = "a text file in UTF-8 with a prompt, or for this pipeline a class number, on each line"
+        raise BadOption("analyze", "prompts", str(path), allowed)
+    return found
+
+
 def _from_pipeline(model: str, prompts: str, call: Sequence[str]) -> tuple[Any, list[Any], None]:
     """Load a pipeline from a folder or hub id. Its prompts are the lines of a file, or the first classes."""
     import torch
@@ -163,8 +171,7 @@ def _from_pipeline(model: str, prompts: str, call: Sequence[str]) -> tuple[Any, 
     labels = "class_labels" in inspect.signature(pipeline.__call__).parameters
     path = Path(prompts)
     if path.is_file():
-        given: list[Any] = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-        given = [int(line) for line in given] if labels else given
+        given: list[Any] = _read(path, int if labels else str)
     elif labels:
         given = list(range(_number(prompts)))
     else:

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from dit_rewrite.cli.factory import add_model, load
 from dit_rewrite.cli.outcome import Outcome
+from dit_rewrite.cli.paths import add_output
 from dit_rewrite.search.autopolicy import autopolicy
 from dit_rewrite.search.trials import WHERE
 
@@ -45,9 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="cost that is bounded; FLOPs do not depend on other load",
     )
     parser.add_argument("--backend", default="inductor", help="backend that compiles the graphs: inductor or aot_eager")
-    parser.add_argument(
-        "--out", type=Path, default=Path("policy.json"), help="output file for the policy and its certificate"
-    )
+    add_output(parser, "--out", default=Path("policy.json"), help="output file for the policy and its certificate")
 
 
 def run(arguments: argparse.Namespace) -> Outcome:

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import argparse
-import importlib
-import sys
 from collections.abc import Mapping
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
 from dit_rewrite.cli.generate import load_pipeline
+from dit_rewrite.cli.modules import factory_of
 from dit_rewrite.cli.pipeline_call import add_call, parsed_call
-from dit_rewrite.errors import BadSampler
 from dit_rewrite.search.controls import Solver
 from dit_rewrite.search.pipeline_sampler import of_pipeline
 from dit_rewrite.search.trials import Sample
@@ -54,14 +51,6 @@ def load(arguments: argparse.Namespace) -> Loaded:
 
 def from_factory(text: str) -> Loaded:
     """Call the factory ``module:factory``, which returns (model, sample) or (model, sample, controls)."""
-    module, _, name = text.partition(":")
-    sys.path.insert(0, str(Path.cwd()))
-    try:
-        made: Any = getattr(importlib.import_module(module), name)()
-        model, sample, *controls = made
-        loaded = Loaded(model, sample, *(controls or [{}]))
-    except (ImportError, AttributeError, TypeError, ValueError) as error:
-        raise BadSampler(text, f"{type(error).__name__}: {error}") from error
-    finally:
-        sys.path.pop(0)
-    return loaded
+    with factory_of(text, sampler=True) as factory:
+        model, sample, *controls = factory()
+        return Loaded(model, sample, *(controls or [{}]))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import inspect
-import json
 import socket
 import time
 import warnings
@@ -181,10 +180,9 @@ def follow_certificate(arguments: argparse.Namespace, policy: dit_rewrite.Policy
     """
     if policy.made_for is not None and arguments.steps != policy.made_for.steps:
         raise PolicyForOtherSteps(policy, policy.made_for.steps, arguments.steps)
-    path = Path(arguments.policy)
-    if path.suffix != ".json" or "certificate" not in json.loads(path.read_text(encoding="utf-8")):
+    found = AutoPolicy.of(arguments.policy)
+    if found is None:
         return
-    found = AutoPolicy.load(path)
     found.check(pipeline.transformer, arguments.steps, pipeline.scheduler)
     if found.winner == "control" and found.control is not None:
         kinds: dict[str, Any] = {kind.__name__: kind for kind in compatible(pipeline.scheduler)}

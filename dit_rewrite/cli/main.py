@@ -11,7 +11,7 @@ from pathlib import Path
 from textwrap import fill
 from typing import NoReturn
 
-from dit_rewrite.cli import analyze, autopolicy, search, tune
+from dit_rewrite.cli import analyze, autopolicy, paths, search, tune
 from dit_rewrite.cli.outcome import Outcome
 from dit_rewrite.cli.pipeline_call import add_call, add_component
 from dit_rewrite.cli.texts import DESCRIPTIONS, EXAMPLES
@@ -52,7 +52,9 @@ def lengths(text: str) -> tuple[int, ...]:
 
 
 def _add_demo(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--out", type=Path, default=Path("demo"), help="output folder for images, graphs and results")
+    paths.add_output(
+        parser, "--out", folder=True, default=Path("demo"), help="output folder for images, graphs and results"
+    )
     parser.add_argument("--images", type=positive, default=16, help="number of images that each method samples")
     parser.add_argument(
         "--steps", type=positive, default=50, help="DDIM steps of the uncached reference and of the policies"
@@ -88,7 +90,7 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
         default="auto",
         help="dtype of the weights; auto: bfloat16 on a GPU, float32 on a CPU",
     )
-    parser.add_argument("--out", type=Path, default=Path("image.png"), help="the image; further images get a number")
+    paths.add_output(parser, "--out", default=Path("image.png"), help="the image; further images get a number")
 
 
 def _add_latency(parser: argparse.ArgumentParser) -> None:
@@ -107,7 +109,9 @@ def _add_latency(parser: argparse.ArgumentParser) -> None:
         help="dtype of the weights; auto: bfloat16 on a GPU, float32 on a CPU",
     )
     parser.add_argument("--threads", type=positive, default=1, help="CPU threads; other load disturbs one thread least")
-    parser.add_argument("--out", type=Path, default=Path("latency"), help="output folder for the plot and the times")
+    paths.add_output(
+        parser, "--out", folder=True, default=Path("latency"), help="output folder for the plot and the times"
+    )
 
 
 def _add_verify(parser: argparse.ArgumentParser) -> None:
@@ -120,7 +124,7 @@ def _add_verify(parser: argparse.ArgumentParser) -> None:
         "--lowering", default="auto", help="how the graphs are compiled: variants, segments, or auto to choose"
     )
     parser.add_argument("--steps", type=positive, default=12, help="number of steps of the replayed trajectory")
-    parser.add_argument("--dump", type=Path, help="output folder for the graphs after each pass and their diffs")
+    paths.add_output(parser, "--dump", folder=True, help="output folder for the graphs after each pass and their diffs")
     add_component(parser)
     add_call(parser)
 
@@ -151,7 +155,7 @@ def _add_report(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--front", type=Path, help="front.json of `tune`, or another JSON list of points")
     parser.add_argument("--figures", type=Path, help="folder with further plots, as SVG or PNG")
     parser.add_argument("--images", type=Path, nargs="+", default=(), help="samples to show side by side, PNG or SVG")
-    parser.add_argument("--out", type=Path, default=Path("report.html"), help="the page")
+    paths.add_output(parser, "--out", default=Path("report.html"), help="the page")
 
 
 COMMANDS = {
@@ -215,6 +219,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     _, module, _ = COMMANDS[arguments.command]
     try:
         with redirect_stdout(sys.stderr) if arguments.json else nullcontext():
+            paths.check_outputs(arguments)
             outcome: Outcome = import_module(module).run(arguments)
         text = outcome.to_json() if arguments.json else outcome.text
         if text:
@@ -226,7 +231,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:
         if arguments.debug:
             raise
-        known = isinstance(error, DitRewriteError)
-        text = str(error) if known else f"{type(error).__name__}: {error} (--debug shows where)"
-        print(f"error: {' '.join(text.split()) if not known else text}", file=sys.stderr)
+        print(f"error: {_line(paths.explained(error, arguments))}", file=sys.stderr)
         return FAILED
+
+
+def _line(error: Exception) -> str:
+    text = " ".join(str(error).split())
+    return text if isinstance(error, DitRewriteError) else f"{type(error).__name__}: {text} (--debug shows where)"

@@ -20,6 +20,7 @@ from dit_rewrite.report.section import Section
 from dit_rewrite.search.certificate import AutoPolicy
 
 PICTURES = (".png", ".svg")
+PNG = b"\x89PNG\r\n\x1a\n"  # the first bytes of a PNG file
 
 
 def run(arguments: argparse.Namespace) -> Outcome:
@@ -31,6 +32,7 @@ def run(arguments: argparse.Namespace) -> Outcome:
     front = [] if arguments.front is None else read_front(arguments.front)
     figures = {} if arguments.figures is None else read_pictures(pictures_in(arguments.figures))
     images = read_pictures(arguments.images)
+    certificate = read_certificate(arguments.policy)
     model: Any = observed(arguments, runs=2, timing=True)  # the first trajectory compiles
     page = Page(
         model.explain(),
@@ -42,7 +44,7 @@ def run(arguments: argparse.Namespace) -> Outcome:
         plan,
         front,
         images,
-        read_certificate(arguments.policy),
+        certificate,
     )
     page.save(arguments.out)
     return Outcome(f"wrote {arguments.out}", {"file": arguments.out, "sections": [each.id for each in page.sections]})
@@ -76,17 +78,14 @@ def named(paths: Sequence[Path]) -> dict[str, Path]:
 
 
 def pictures_in(folder: Path) -> list[Path]:
-    """Return the PNG and SVG files of a folder in the order of their names. Raises BadOption."""
-    if not folder.is_dir():
-        raise BadOption("report", "figures", str(folder), "a folder with PNG or SVG files")
+    """Return the PNG and SVG files of a folder in the order of their names."""
     return sorted(path for path in folder.iterdir() if path.suffix in PICTURES)
 
 
 def read_certificate(policy: str) -> dict[str, str]:
     """Return the certificate of a policy's file as texts by name; other policies have none. Raises BadCertificate."""
-    if not policy.endswith(".json") or "certificate" not in json.loads(Path(policy).read_text(encoding="utf-8")):
-        return {}
-    return AutoPolicy.load(policy).described()
+    found = AutoPolicy.of(policy)
+    return {} if found is None else found.described()
 
 
 def read_pictures(paths: Sequence[Path]) -> dict[str, bytes | str]:
@@ -94,13 +93,18 @@ def read_pictures(paths: Sequence[Path]) -> dict[str, bytes | str]:
     for path in paths:
         if path.suffix not in PICTURES:
             raise BadOption("report", "pictures", str(path), "PNG or SVG files")
+    return {name: _picture(path) for name, path in named(paths).items()}
+
+
+def _picture(path: Path) -> bytes | str:
+    content = path.read_bytes()
     try:
-        return {
-            name: path.read_text(encoding="utf-8") if path.suffix == ".svg" else path.read_bytes()
-            for name, path in named(paths).items()
-        }
-    except (OSError, UnicodeDecodeError) as error:
-        raise BadOption("report", "pictures", str(error), "PNG or SVG files that can be read") from error
+        svg = content.decode() if path.suffix == ".svg" else ""
+    except UnicodeDecodeError:
+        svg = ""
+    if "<svg" not in svg and not content.startswith(PNG):
+        raise BadOption("report", "pictures", str(path), f"PNG or SVG files; this is no {path.suffix[1:].upper()}")
+    return svg or content
 
 
 def read_front(path: Path) -> list[Mapping[str, object]]:
@@ -110,7 +114,7 @@ def read_front(path: Path) -> list[Mapping[str, object]]:
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (ValueError, RecursionError) as error:
         raise BadOption("report", "front", str(path), f"a JSON file with a list of points ({error})") from error
     lists = [content] if isinstance(content, list) else [*content.values()] if isinstance(content, dict) else []
     points: list[Any] = next((each for each in lists if isinstance(each, list) and each and _are_objects(each)), [])

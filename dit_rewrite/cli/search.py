@@ -15,10 +15,14 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from dit_rewrite.cli.factory import add_model, load
 from dit_rewrite.cli.outcome import Outcome
+from dit_rewrite.cli.paths import add_output
 from dit_rewrite.errors import BadOption
 from dit_rewrite.policy.plan import SHARED, Choice, Plan
+from dit_rewrite.proof.callers import calling
 from dit_rewrite.search.metrics import METRICS
 from dit_rewrite.search.segment_runner import ALL, DELTAS, greedy_plan
 from dit_rewrite.search.trials import Sample
@@ -51,7 +55,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--kinds", nargs="+", default=["self", "joint", "parallel"], help="kinds of attention")
     parser.add_argument("--seeds", type=int, default=1, help="number of trajectories that the search samples")
     parser.add_argument("--backend", default="inductor", help="backend that compiles the graphs: inductor or aot_eager")
-    parser.add_argument("--out", type=Path, default=Path("plan.json"), help="output file for the plan")
+    add_output(parser, "--out", default=Path("plan.json"), help="output file for the plan")
 
 
 def run(arguments: argparse.Namespace) -> Outcome:
@@ -61,6 +65,8 @@ def run(arguments: argparse.Namespace) -> Outcome:
         raise BadOption("search", "seeds", arguments.seeds, "a whole number >= 1")
     window, grid = window_of(arguments.window), grid_of(arguments.grid)
     loaded = load(arguments)
+    if isinstance(loaded.model, nn.ModuleDict):
+        raise BadOption("search", "model", arguments.model, "a pipeline with one denoiser")
     plan = greedy_plan(
         loaded.model,
         [partial(_sampled, loaded.sample, seed) for seed in range(arguments.seeds)],
@@ -80,7 +86,8 @@ def run(arguments: argparse.Namespace) -> Outcome:
 
 
 def _sampled(sample: Sample, seed: int, denoiser: Any) -> object:
-    return sample(denoiser, seed)
+    with calling(sample, f"with seed {seed}"):
+        return sample(denoiser, seed)
 
 
 def as_text(plan: Plan, path: Path) -> str:

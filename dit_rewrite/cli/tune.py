@@ -16,8 +16,10 @@ from typing import Any
 
 from dit_rewrite.cli.factory import add_model, load
 from dit_rewrite.cli.outcome import Outcome
+from dit_rewrite.cli.paths import add_output
 from dit_rewrite.errors import BadOption
 from dit_rewrite.policies import parse
+from dit_rewrite.policies.text import signature_of
 from dit_rewrite.policy.rules import Policy
 from dit_rewrite.search.evaluation import Evaluation
 from dit_rewrite.search.tune import Range, tune
@@ -53,7 +55,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="also finish trials that are much worse than others after their first seeds",
     )
     parser.add_argument("--backend", default="inductor", help="backend that compiles the graphs: inductor or aot_eager")
-    parser.add_argument("--out", type=Path, default=Path("front"), help="folder for the front and its policies")
+    add_output(parser, "--out", folder=True, default=Path("front"), help="folder for the front and its policies")
 
 
 def run(arguments: argparse.Namespace) -> Outcome:
@@ -61,13 +63,13 @@ def run(arguments: argparse.Namespace) -> Outcome:
     space = dict(map(parse_values, arguments.space))
     if len(space) < len(arguments.space):
         raise BadOption("tune", "space", " ".join(arguments.space), "each parameter once")
-    loaded = load(arguments)
+    make, loaded = maker(arguments.policy), load(arguments)
     wants_time = "time" in arguments.objectives
     evaluate = Evaluation(
         loaded.model, loaded.sample, range(arguments.seeds), time=wants_time, backend=arguments.backend
     )
     front = tune(
-        maker(arguments.policy),
+        make,
         space,
         evaluate,
         objectives=arguments.objectives,
@@ -83,13 +85,15 @@ def run(arguments: argparse.Namespace) -> Outcome:
 
 
 def maker(text: str) -> Callable[..., Policy]:
-    """Return a function of further parameters of the policy `text`."""
+    """Return a function of further parameters of the policy `text`. Raises UnknownPolicy."""
+    signature = signature_of(text)
 
     def make(**parameters: Any) -> Policy:
         items = ",".join(f"{name}={value}" for name, value in parameters.items())
         return parse(f"{text}{',' if ':' in text else ':'}{items}")
 
     make.__qualname__ = text  # the study is known by it
+    make.__signature__ = signature  # type: ignore[attr-defined]
     return make
 
 

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import importlib
 import inspect
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,11 +15,12 @@ from torch import nn
 
 from dit_rewrite import policies
 from dit_rewrite.cli.generate import load_pipeline
+from dit_rewrite.cli.modules import factory_of
 from dit_rewrite.cli.outcome import Outcome
 from dit_rewrite.cli.pipeline_call import parsed_call
 from dit_rewrite.cli.progress import progress
 from dit_rewrite.enable import denoisers
-from dit_rewrite.errors import BadModel, BadOption, NoTransformer
+from dit_rewrite.errors import BadOption, NoTransformer
 from dit_rewrite.proof.verify import Verification, verify
 
 Calls = Sequence[Mapping[str, Any]]
@@ -75,18 +74,9 @@ def from_factory(text: str, steps: int) -> Loaded:
 
     The factory returns (model, calls), or (model, calls, scheduler) for policies that need the noise level.
     """
-    module, _, name = text.partition(":")
-    sys.path.insert(0, str(Path.cwd()))
-    try:
-        factory = getattr(importlib.import_module(module), name)
-        made = factory(steps) if inspect.signature(factory).parameters else factory()
-        model, calls, *scheduler = made
-        loaded = Loaded(model, list(calls)[:steps], None, *scheduler)
-    except (ImportError, AttributeError, TypeError, ValueError) as error:
-        raise BadModel(text, f"{type(error).__name__}: {error}") from error
-    finally:
-        sys.path.pop(0)
-    return loaded
+    with factory_of(text) as factory:
+        model, calls, *scheduler = factory(steps) if inspect.signature(factory).parameters else factory()
+        return Loaded(model, list(calls)[:steps], None, *scheduler)
 
 
 def load(arguments: argparse.Namespace) -> Loaded:

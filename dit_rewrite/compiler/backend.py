@@ -215,9 +215,10 @@ class Backend:
 
     def _is_whole(self, captured: Captured) -> bool:
         """Return whether the graph is the whole model: it has only the model's parameters, no graph break, and is the
-        first graph of the call."""
-        call = self.session.call
-        rooted = captured.parameter_names <= self._names()
+        first graph of the call. One that reads no parameter is a function that a model in parts calls first."""
+        call, names = self.session.call, self._names()
+        reads = any(captured.placeholders[i].users for i in captured.static)
+        rooted = captured.parameter_names <= names and (reads or not names)
         return captured.complete and rooted and (call is None or not call.graphs)
 
     def _limit(self) -> int:

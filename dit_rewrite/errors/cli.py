@@ -13,6 +13,10 @@ class BadOption(CommandError, ValueError):
     template = "{where}: {name}={value!r} is out of range. Give {name} as {allowed}."
 
 
+class BadPath(CommandError, OSError):
+    template = "{option}: {path} cannot be used ({problem}). {remedy}."
+
+
 class WrongInput(CommandError, ValueError):
     template = "{pipeline} takes no {given}. Give {wanted} instead."
 

@@ -15,6 +15,13 @@ class BadArgument(ModelError, ValueError):
     template = "{where}: {name}={value!r} is out of range. Give {name} as {allowed}."
 
 
+class FunctionFailed(ModelError, RuntimeError):
+    template = (
+        "{function} failed {run} ({cause.__class__.__name__}: {cause!s:.300}). Check it with the exception that is the "
+        "cause of this error."
+    )
+
+
 class NotAModule(ModelError, TypeError):
     template = (
         "{what} is not a model. Give compile a torch.nn.Module such as pipe.transformer, or a diffusers pipeline."

@@ -30,6 +30,13 @@ class OtherStudy(PlanMismatch):
     )
 
 
+class BadStorage(PolicyError):
+    template = (
+        "The storage {storage} cannot be opened ({problem:.300}). Give a journal file that Optuna wrote, a path for a "
+        "new one, or the URL of a database that SQLAlchemy can reach."
+    )
+
+
 class PlanForOtherModel(PlanMismatch):
     template = (
         "The plan was made for another model (its fingerprint is {fingerprint:.12}, that of this {model} is "

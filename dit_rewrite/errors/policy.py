@@ -125,6 +125,12 @@ class BadPolicyText(PolicyError):
     )
 
 
+class BadPolicyFile(BadPolicyText):
+    template = (
+        "{path} cannot be used as a policy ({problem!s:.400}). Give a file that tune, autopolicy or to_json wrote."
+    )
+
+
 class UnknownVersion(BadPolicyText):
     template = (
         "This policy in JSON cannot be read: its version is {version!r:.100}, and this dit_rewrite reads version "

@@ -27,6 +27,8 @@ class RefusalReason(Reason):
     NO_COUNTERPART = "the stream after the span has no counterpart of its shape before it"
     SPAN_IN_PART = "the graph is a part of the model, so the positions of its layers are not known"
     SPAN_PER_GRAPH = "the graph is a part of the model: the span has only the blocks of this part"
+    OUTPUT_IN_PART = "the graph is a part of the model, so its output need not be that of the model"
+    GRAPH_BREAK = "a graph break: a branch that begins in one graph and ends in another is not measured"
     NO_LATENT = "the output does not have the latent's shape and dtype, so their difference is not defined"
     OTHER_STACK = "the blocks are not in the stack with most FLOPs: select their stack with Where(stack=…)"
     NO_STACK = "no block of the graph is in this container, or none adds to a stream"

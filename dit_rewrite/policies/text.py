@@ -10,7 +10,7 @@ from pathlib import Path
 
 from torch import nn
 
-from dit_rewrite.errors import BadParameter, BadPolicyText, NotAPolicy, UnknownPolicy
+from dit_rewrite.errors import BadParameter, BadPolicyFile, NotAPolicy, UnknownPolicy
 from dit_rewrite.policies.attention import DQAR, CachedAttention, DiTFastAttn, TileReuse
 from dit_rewrite.policies.guidance import CFGGate
 from dit_rewrite.policies.measured import (
@@ -91,16 +91,13 @@ def parse(text: str) -> Policy:
 
     Join kinds by ``+``: ``fora:interval=3,kinds=self+mlp``. Put sequences in parentheses: ``dpcache:plan=(0,1,2,6)``.
     ``ditfastattn:plan=plan.json`` reads a plan. A path that ends in ``.json`` reads a policy that was saved with
-    `serialise.to_json`. Raises UnknownPolicy, BadParameter, BadPlan for an invalid plan, or BadPolicyText for an
+    `serialise.to_json`. Raises UnknownPolicy, BadParameter, BadPlan for an invalid plan, or BadPolicyFile for an
     invalid file.
     """
+    if (path := file_of(text)) is not None:
+        return _saved(path)
     name, _, rest = text.partition(":")
-    build = _POLICIES.get(name.strip().lower())
-    if build is None and text.endswith(".json"):
-        return _saved(text)
-    if build is None:
-        raise UnknownPolicy(text, sorted(_POLICIES))
-    allowed = inspect.signature(build).parameters
+    allowed = signature_of(text).parameters
     parameters: dict[str, object] = {}
     for item in filter(None, _COMMA.split(rest)):
         key, equals, value = (part.strip() for part in item.partition("="))
@@ -112,15 +109,30 @@ def parse(text: str) -> Policy:
     missing = [p.name for p in allowed.values() if p.default is p.empty and p.name not in parameters]
     if missing:
         raise BadParameter(name, missing[0], None, f"{name}:{missing[0]}=…")
-    return build(**parameters)
+    return _POLICIES[_name(text)](**parameters)
 
 
-def _saved(path: str) -> Policy:
+def file_of(text: str) -> Path | None:
+    """Return the path of a saved policy that `parse` would read, or None for the text of a policy."""
+    return Path(text) if text.endswith(".json") and _name(text) not in _POLICIES else None
+
+
+def signature_of(text: str) -> inspect.Signature:
+    """Return the signature of the policy that a text names. Raises UnknownPolicy."""
+    if _name(text) not in _POLICIES:
+        raise UnknownPolicy(text, sorted(_POLICIES))
+    return inspect.signature(_POLICIES[_name(text)])
+
+
+def _name(text: str) -> str:
+    return text.partition(":")[0].strip().lower()
+
+
+def _saved(path: Path) -> Policy:
     try:
-        text = Path(path).read_text(encoding="utf-8")
-    except (OSError, ValueError) as error:  # ValueError: an invalid path, or not UTF-8
-        raise BadPolicyText(path, f"cannot be read ({getattr(error, 'strerror', None) or error})") from error
-    return from_json(text)
+        return from_json(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:  # ValueError: an invalid path, not UTF-8, or not a policy
+        raise BadPolicyFile(path, getattr(error, "strerror", None) or error) from error
 
 
 def _value(key: str, text: str) -> object:

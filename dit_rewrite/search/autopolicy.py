@@ -12,9 +12,10 @@ from typing import Any, Literal
 from dit_rewrite.compiler.lowering import InnerBackend
 from dit_rewrite.errors import BadParameter, NothingFits
 from dit_rewrite.policies.static import Never
-from dit_rewrite.policy.plan import fingerprint, is_whole
+from dit_rewrite.policy.plan import is_whole
 from dit_rewrite.search.certificate import AutoPolicy, Control, Errors
 from dit_rewrite.search.controls import Controls, Solver, is_better
+from dit_rewrite.search.denoisers import identity
 from dit_rewrite.search.measurements import STYLES, Candidate, Measurements, Report, Tried
 from dit_rewrite.search.pipeline_sampler import resolved
 from dit_rewrite.search.refine import first_guess, refine
@@ -70,7 +71,9 @@ def autopolicy(
 
     `sample(denoiser, seed)` runs the sampler with the denoiser that it takes and returns the images, or latents, as a
     tensor; equal seeds give equal noise. For a diffusers pipeline, `sample` has the arguments of its call, and the
-    controls are its compatible schedulers. `model` itself is not changed. The bound is one number: the least `speedup`,
+    controls are its compatible schedulers. Its denoisers, which must have one structure, run under one policy: where
+    several share a schedule, each forecasts from its own values, and computes at its first step. `model` itself is not
+    changed. The bound is one number: the least `speedup`,
     the most `max_error` (relative L2 error to the images of the same sampler that computes everything, averaged over
     seeds) or the most `max_seconds` of a run. `max_bytes` limits the size of all caches, and may stand beside one of
     them or alone, where the speed-up is 2: forecasts read fewer values if needed, and the size is measured in a run.
@@ -92,10 +95,10 @@ def autopolicy(
     """
     bound = Bound(speedup, max_error, max_seconds, max_bytes)
     model, sample, derived = resolved("autopolicy", model, sample)
-    controls = derived if controls is None else controls
+    controls, made = derived if controls is None else controls, identity("autopolicy", model)
     if measure not in ("time", "flops") or (max_seconds is not None and measure != "time"):
         raise BadParameter("autopolicy", "measure", measure, '"time", or "flops" without max_seconds')
-    if measurements is not None and fingerprint(measurements.model) != fingerprint(model):
+    if measurements is not None and identity("autopolicy", measurements.model) != made:
         raise BadParameter("autopolicy", "measurements", "…", "those of this model")
     calibration_seeds = calibration_seeds if measurements is None else measurements.seeds
     for name, seeds in (("calibration_seeds", calibration_seeds), ("held_out_seeds", held_out_seeds)):
@@ -269,7 +272,7 @@ class Search:
             errors=found.errors,
             control=control,
             winner="control" if loses else "policy",
-            model=fingerprint(measured.model),
+            model=identity("autopolicy", measured.model),
             steps=measured.steps,
             scheduler=measured.scheduler,
             place=candidate.place,

@@ -22,6 +22,7 @@ from dit_rewrite.policies.checks import one_of, real, threshold_of
 from dit_rewrite.policies.measured import MagCache, TeaCache
 from dit_rewrite.policy.rules import Policy, Rule
 from dit_rewrite.policy.where import Where
+from dit_rewrite.proof.callers import calling
 from dit_rewrite.runtime.session import Observation
 
 DEGREE = 4  # of TeaCache's polynomial
@@ -185,7 +186,7 @@ def grown(now: Tensor, before: Tensor) -> float:
 
 
 def _run(model: Any, sample: Callable[[Any], object]) -> None:
-    with torch.no_grad():
+    with torch.no_grad(), calling(sample, "in the calibration"):
         sample(model)
 
 

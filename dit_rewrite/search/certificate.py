@@ -14,11 +14,12 @@ from torch import nn
 
 from dit_rewrite.errors import (
     BadCertificate,
-    BadPolicyText,
+    PolicyError,
     PolicyForOtherModel,
     PolicyForOtherScheduler,
     PolicyForOtherSteps,
 )
+from dit_rewrite.policies.text import file_of, parse
 from dit_rewrite.policy.plan import describe_scheduler, fingerprint, write_whole
 from dit_rewrite.policy.rules import Policy
 from dit_rewrite.policy.serialise import from_json, to_json
@@ -156,12 +157,24 @@ class AutoPolicy:
     @classmethod
     def load(cls, path: str | Path) -> AutoPolicy:
         """Read a file that `save` wrote. Raises BadCertificate for other content, OSError if it cannot be read."""
-        text = Path(path).read_text(encoding="utf-8")
         try:
+            text = Path(path).read_text(encoding="utf-8")
             policy, found = from_json(text), json.loads(text).get("certificate")
             return cls(policy, **_fields(found))
-        except (BadPolicyText, TypeError, ValueError, KeyError) as error:
+        except (PolicyError, TypeError, ValueError, KeyError) as error:
             raise BadCertificate(path, str(error) or type(error).__name__) from error
+
+    @classmethod
+    def of(cls, policy: str) -> AutoPolicy | None:
+        """Return the certificate of the text or path of a policy; only files that `save` wrote have one.
+
+        Raises BadCertificate, or the errors of `parse`.
+        """
+        path = file_of(policy)
+        parse(policy)
+        if path is None or "certificate" not in json.loads(path.read_text(encoding="utf-8")):
+            return None
+        return cls.load(path)
 
 
 def _fields(found: Any) -> dict[str, Any]:

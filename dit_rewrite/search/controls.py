@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
+from functools import wraps
 from typing import Any
 
 from torch import Tensor, nn
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from dit_rewrite.module import twin
 from dit_rewrite.proof.image_metrics import relative_l2
 from dit_rewrite.search.certificate import Control, Errors
+from dit_rewrite.search.denoisers import parts_of
 from dit_rewrite.search.trials import images_of
 
 Solver = Callable[[Any, int, int], Tensor]  # (denoiser, steps, seed) -> images
@@ -30,7 +32,8 @@ class Controls:
         self.solvers, self.full_calls, self.report = dict(solvers), full_calls, report
         self._model = twin(model)
         self._calls = 0
-        self._model.register_forward_hook(self._count)
+        for part in parts_of(self._model).values():
+            part.register_forward_hook(self._count)
 
     def _count(self, *_: object) -> None:
         self._calls += 1
@@ -50,7 +53,8 @@ class Controls:
                 steps, calls = self._most_steps(name, cost + slack, next(iter(search)))
                 if steps:
                     ranked.append((self._error(name, steps, search), name, steps, calls))
-            except Exception as error:
+            except Exception as failed:
+                error = failed.__cause__ or failed
                 self.report(f"the control {name} cannot sample: {type(error).__name__}: {error}")
         if not ranked:
             return None
@@ -72,8 +76,9 @@ class Controls:
         return statistics.fmean(relative_l2(self._run(name, steps, seed), t) for seed, t in targets.items())
 
     def _run(self, name: str, steps: int, seed: int) -> Tensor:
-        self._calls = 0
-        return images_of(lambda model, s: self.solvers[name](model, steps, s), self._model, seed)
+        self._calls, solver = 0, self.solvers[name]
+        sample = wraps(solver)(lambda model, seed: solver(model, steps, seed))
+        return images_of(sample, self._model, seed, f"{name} in {steps} steps")
 
 
 def is_better(control: Control, errors: Sequence[float]) -> bool:

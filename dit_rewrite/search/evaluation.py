@@ -6,11 +6,11 @@ import statistics
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from torch import Tensor
 
-from dit_rewrite.compile import compile
 from dit_rewrite.compiler.lowering import InnerBackend
 from dit_rewrite.errors import BadParameter
 from dit_rewrite.module import backend_of, twin
@@ -20,13 +20,17 @@ from dit_rewrite.policy.plan import fingerprint
 from dit_rewrite.policy.rules import Policy
 from dit_rewrite.proof.image_metrics import relative_l2
 from dit_rewrite.runtime.session import Observation
+from dit_rewrite.search.denoisers import parts_of, rewritten
 from dit_rewrite.search.pipeline_sampler import resolved
 from dit_rewrite.search.trials import Sample, images_of
+
+Rows = Counter[tuple[str, int, tuple[bool, ...]]]  # calls by denoiser, graph and row of decisions
 
 
 class Evaluation:
     """Runs a sampler with policies: a module with its sampler, or a pipeline with the arguments of its call, as in
-    `autopolicy`. After each seed it yields the means so far over the seeds:
+    `autopolicy`. All denoisers of a pipeline have the policy. After each seed it yields the means so far over the
+    seeds:
 
     "error": the relative L2 error to the images of the model that computes everything; "flops": the FLOPs over those of
     its run; with `time`, "time": the seconds over those of its run, in alternation. Equal seeds must give equal noise.
@@ -46,7 +50,7 @@ class Evaluation:
             raise BadParameter("Evaluation", "seeds", seeds, "one or more whole numbers")
         self.model, self.sample, _ = resolved("Evaluation", model, sample)
         self.seeds, self.time, self.backend = seeds, time, backend
-        self._plain: Any = compile(twin(self.model), Never(), backend=backend) if time else twin(self.model)
+        self._plain: Any = rewritten(self.model, Never(), backend) if time else twin(self.model)
         self._images: dict[int, Tensor] = {}
 
     @property
@@ -55,19 +59,20 @@ class Evaluation:
         return {"model": fingerprint(self.model), "seeds": repr(list(self.seeds))}
 
     def __call__(self, policy: Policy) -> Iterator[dict[str, float]]:
-        model = compile(twin(self.model), policy, backend=self.backend)
-        rows: Counter[tuple[int, tuple[bool, ...]]] = Counter()
+        model = rewritten(self.model, policy, self.backend)
+        rows: Rows = Counter()
 
-        def see(observation: Observation) -> None:
-            rows[observation.graph, observation.record.row] += 1
+        def see(name: str, observation: Observation) -> None:
+            rows[name, observation.graph, observation.record.row] += 1
 
-        backend_of(model).session.observer = see
+        for name, part in parts_of(model).items():
+            backend_of(part).session.observer = partial(see, name)
         if self.time:
-            self._run(model, self.seeds[0])  # compiles
+            self._run(model, self.seeds[0], policy)  # compiles
             rows.clear()
         found: dict[str, list[float]] = {"error": [], **({"time": []} if self.time else {})}
         for seed in self.seeds:
-            images, seconds = self._run(model, seed)
+            images, seconds = self._run(model, seed, policy)
             found["error"].append(relative_l2(images, self._reference(seed)))
             if self.time:
                 found["time"].append(seconds / self._run(self._plain, seed)[1])
@@ -78,14 +83,14 @@ class Evaluation:
             self._images[seed] = self._run(self._plain, seed)[0]
         return self._images[seed]
 
-    def _run(self, model: Any, seed: int) -> tuple[Tensor, float]:
+    def _run(self, model: Any, seed: int, policy: object = None) -> tuple[Tensor, float]:
         began = time.perf_counter()
-        images = images_of(self.sample, model, seed)
+        images = images_of(self.sample, model, seed, policy)
         return images, time.perf_counter() - began
 
 
-def _share(model: Any, rows: Counter[tuple[int, tuple[bool, ...]]]) -> float:
+def _share(model: Any, rows: Rows) -> float:
     """Return the FLOPs of calls with these rows of decisions, over those of as many calls that compute everything."""
-    graphs = backend_of(model).rewritten
-    spent = sum(n * cost.total_flops(graphs[graph].straight(row).gm.graph) for (graph, row), n in rows.items())
-    return spent / sum(n * cost.total_flops(graphs[graph].bound.gm.graph) for (graph, _), n in rows.items())
+    graphs = {(name, i): r for name, part in parts_of(model).items() for i, r in enumerate(backend_of(part).rewritten)}
+    spent = sum(n * cost.total_flops(graphs[name, i].straight(row).gm.graph) for (name, i, row), n in rows.items())
+    return spent / sum(n * cost.total_flops(graphs[name, i].bound.gm.graph) for (name, i, _), n in rows.items())

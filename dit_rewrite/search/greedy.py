@@ -36,6 +36,7 @@ from dit_rewrite.policy.plan import (
     row_text,
     write_whole,
 )
+from dit_rewrite.proof.callers import calling
 from dit_rewrite.search.metrics import Metric, metric_of, relative_error
 
 VERSION = 2  # version of the file of an unfinished search
@@ -193,7 +194,7 @@ def _choose(
     row: PlanRow = ()
     evaluations = 0
     for index in range(len(search.sites)):
-        choice, tried = _first_passing(runner, index, reference, search, metric)
+        choice, tried = _first_passing(runner, number // search.calls, index, reference, search, metric)
         runner.fix(index, choice)
         row, evaluations = (*row, choice), evaluations + tried
         tick()
@@ -202,13 +203,15 @@ def _choose(
 
 
 def _first_passing(
-    runner: Runner, index: int, reference: Sequence[Tensor], search: Search, metric: Metric
+    runner: Runner, step: int, index: int, reference: Sequence[Tensor], search: Search, metric: Metric
 ) -> tuple[Choice, int]:
     """Return the first candidate that passes at a site, or FULL, and the number of candidates that were tried."""
     candidates = search.candidates(index)
     for tried, choice in enumerate(candidates, start=1):
-        if loss(reference, runner.attempt(index, choice), metric) < search.threshold(index):
-            return choice, tried
+        output = runner.attempt(index, choice)
+        with calling(metric, f"at step {step}, {search.sites[index]}, {choice}"):
+            if loss(reference, output, metric) < search.threshold(index):
+                return choice, tried
     return Choice.FULL, len(candidates)
 
 

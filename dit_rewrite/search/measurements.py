@@ -85,8 +85,9 @@ class Measurements:
         self.calls = 0  # of the model in a full run
         self.runs: list[Tried] = []
         self.places: dict[Place, Measured] = {name: self._record(name) for name in places}
-        self.steps = len(next(iter(self.places.values())).gram)
-        self.scheduler = next(iter(self.places.values())).trials.scheduler
+        first = next(iter(self.places.values()))
+        self.steps, self.scheduler = len(first.gram), first.trials.scheduler
+        self.begins = first.trials.begins  # the first steps of the denoisers, in order
         for found in self.places.values():
             self._weigh(found)
 
@@ -104,12 +105,12 @@ class Measurements:
     def _weigh(self, found: Measured) -> None:
         """Measure the influence of each step: the typical final error per error of its value, if it alone is replaced.
 
-        The value is replaced by the one two steps before, or by that of step 0. The influence is tempered: its
-        geometric mean with a uniform one, since it is measured with the images of one seed.
+        The value is replaced by the one two steps before, or by the first value of the denoiser. The influence is
+        tempered: its geometric mean with a uniform one, since it is measured with the images of one seed.
         """
         seed, known = self.seeds[0], {}
-        for step in sorted({1, *range(2, self.steps, STRIDE), self.steps - 1}):
-            row = (1.0,) if step == 1 else (0.0, 1.0)
+        for step in self._sampled():
+            row = (1.0,) if step - 1 in self.begins else (0.0, 1.0)
             rows = tuple(row if i == step else () for i in range(self.steps))
             images = found.trials.run(Fitted(rows), seed).images
             error = math.sqrt(squared_error(found.gram, step, anchors_of(step, range(self.steps), len(row)), row))
@@ -119,7 +120,19 @@ class Measurements:
         found.influence = (measured * measured.mean()).sqrt()
         uniform = torch.full_like(measured, float(measured.mean()))
         for influence, power in ((found.influence, 1.0), (found.influence, 2.0), (uniform, 1.0)):
-            found.placements.append(place(gap_costs(found.gram, influence, power), self.steps))
+            found.placements.append(place(gap_costs(found.gram, influence, power, self.begins), self.steps))
+
+    def _sampled(self) -> list[int]:
+        """Return the steps whose influence is measured: some of each denoiser, its second and its last among them."""
+        ends = (*self.begins[1:], self.steps)
+        spans = zip(self.begins, ends, strict=True)
+        found = (step for a, end in spans for step in (a + 1, *range(a + 2, end, STRIDE), end - 1) if a < step < end)
+        return sorted(set(found))
+
+    def _anchors(self, step: int, computed: Sequence[int], depth: int) -> list[int]:
+        """Return the last `depth` computed steps before `step` of the denoiser that runs there, newest first."""
+        begin = max(each for each in self.begins if each <= step)
+        return anchors_of(step, [each for each in computed if each >= begin], depth)
 
     def reference(self, seed: int) -> Tensor:
         """Return the images of the model that computes every step."""
@@ -132,7 +145,7 @@ class Measurements:
         gram, depth = self.places[candidate.place].gram, min(STYLES[candidate.style], candidate.depth)
         rows: list[tuple[float, ...]] = []
         for step in range(self.steps):
-            anchors = anchors_of(step, candidate.computed, depth)
+            anchors = self._anchors(step, candidate.computed, depth)
             if step in candidate.computed:
                 rows.append(())
             elif candidate.style == "taylorseer":
@@ -177,8 +190,9 @@ class Measurements:
         """
         found = [placements[count - 1].computed for placements in self.places[name].placements]
         found.append(even(count, self.steps))
-        starts = [Candidate(name, computed, "fitted", depth) for computed in found]
-        others = (found[0], found[-1], every(count, self.steps))
+        found = [tuple(sorted({*self.begins, *computed})) for computed in (*found, every(count, self.steps))]
+        starts = [Candidate(name, computed, "fitted", depth) for computed in found[:-1]]
+        others = (found[0], found[-2], found[-1])
         return list(dict.fromkeys([*starts, *(Candidate(name, computed, "taylorseer", depth) for computed in others)]))
 
     def rank_correlation(self) -> float | None:
@@ -203,8 +217,8 @@ def interpolate(known: dict[int, float], steps: int) -> Tensor:
     places = sorted(known)
     values = [0.0]
     for step in range(1, steps):
-        low = max(p for p in places if p <= step)
-        high = min(p for p in places if p >= step)
+        low = max((p for p in places if p <= step), default=places[0])
+        high = min((p for p in places if p >= step), default=places[-1])
         share = 0.0 if low == high else (step - low) / (high - low)
         values.append(known[low] * (1 - share) + known[high] * share)
     return torch.tensor(values, dtype=torch.float64)

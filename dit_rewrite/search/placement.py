@@ -63,11 +63,14 @@ def predict(
     return total
 
 
-def gap_costs(gram: Tensor, influence: Tensor, power: float = 1.0) -> Tensor:
+def gap_costs(gram: Tensor, influence: Tensor, power: float = 1.0, begins: Sequence[int] = (0,)) -> Tensor:
     """Return the cost of the steps between two computed ones, with the best weights of two values.
 
     ``costs[a, b, c]`` is the sum over the steps after `a` and before `c`, which are forecast from the values at `a` and
     at `b` before it. ``b`` = number of steps means that `a` is the only value, and ``c`` = number of steps the end.
+
+    At the steps `begins`, of which the first is 0, a denoiser begins, which has no value of the one before: these steps
+    compute, and forecasts read no values from before them.
     """
     steps = len(gram)
     costs = torch.full((steps, steps + 1, steps + 1), math.inf, dtype=gram.dtype)
@@ -83,6 +86,9 @@ def gap_costs(gram: Tensor, influence: Tensor, power: float = 1.0) -> Tensor:
             each = (influence[a + 1 :] * (left.clamp_min(0) / scale).sqrt()) ** power
             costs[a, b, a + 1] = 0.0
             costs[a, b, a + 2 :] = each.cumsum(0)
+    for begin in begins[1:]:
+        costs[:begin, :, begin + 1 :] = math.inf
+        costs[begin:, :begin] = costs[begin:, steps:]
     return costs
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 
 from dit_rewrite.search.measurements import Candidate, Measurements, Tried
 from dit_rewrite.search.trials import Place
@@ -52,14 +52,14 @@ def refine(measured: Measurements, start: Tried, trials: int) -> Tried:
 
 def neighbours(measured: Measurements, candidate: Candidate) -> list[Candidate]:
     """Return the candidates in which one computed step is moved, the least predicted error first."""
-    found = dict.fromkeys(_moved(candidate, measured.steps))
+    found = dict.fromkeys(_moved(candidate, measured.steps, measured.begins))
     return sorted(found, key=measured.predicted)
 
 
-def _moved(candidate: Candidate, steps: int) -> Iterator[Candidate]:
+def _moved(candidate: Candidate, steps: int, begins: Collection[int]) -> Iterator[Candidate]:
     computed = candidate.computed
-    for position in range(1, len(computed)):
+    for step in (each for each in computed if each not in begins):
         for shift in SHIFTS:
-            moved = computed[position] + shift
+            moved = step + shift
             if 0 < moved < steps and moved not in computed:
-                yield candidate._replace(computed=tuple(sorted({*computed, moved} - {computed[position]})))
+                yield candidate._replace(computed=tuple(sorted({*computed, moved} - {step})))

@@ -10,12 +10,10 @@ from typing import Any
 
 from torch import Tensor
 
-from dit_rewrite.compile import compile
-from dit_rewrite.module import twin
 from dit_rewrite.policies.schedules import StepMask
 from dit_rewrite.policies.static import Never
-from dit_rewrite.policy.plan import fingerprint
 from dit_rewrite.policy.rules import MadeFor, Policy
+from dit_rewrite.search.denoisers import identity, parts_of, rewritten
 from dit_rewrite.search.measurements import Candidate, Measurements
 from dit_rewrite.search.trials import WHERE, images_of
 
@@ -36,7 +34,7 @@ class Runs:
             computed=candidate.computed, num_steps=measured.steps, order=table.history(1) - 1, basis=table
         )
         rule = replace(policy.rules[0], where=WHERE[candidate.place])
-        made_for = MadeFor(fingerprint(measured.model), measured.steps, measured.scheduler)
+        made_for = MadeFor(identity("autopolicy", measured.model), measured.steps, measured.scheduler)
         name = f"autopolicy({len(candidate.computed)} of {measured.steps} steps, {candidate.style}, {candidate.place})"
         return Policy((rule,), name, made_for=made_for)
 
@@ -49,10 +47,10 @@ class Runs:
     def _compiled(self, candidate: Candidate | None) -> Any:
         """Return a model that was compiled by a run with the policy of a candidate, or without a policy."""
         policy = Never() if candidate is None else self.policy(candidate)
-        model = compile(twin(self.measured.model), policy, backend=self.measured.backend)
-        images_of(self.measured.sample, model, self.measured.seeds[0])
+        model = rewritten(self.measured.model, policy, self.measured.backend)
+        images_of(self.measured.sample, model, self.measured.seeds[0], policy)
         if candidate is not None:
-            self._peaks[candidate] = model.stats().peak_bytes
+            self._peaks[candidate] = sum(part.stats().peak_bytes for part in parts_of(model).values())
         return model
 
     def seconds(self, candidate: Candidate | None) -> tuple[float, float]:

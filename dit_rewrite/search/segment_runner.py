@@ -84,7 +84,8 @@ def greedy_plan(
     `WindowResidual`, for WA-RS. `scheduler` is only recorded in the plan. With a `path` the plan is saved there, and an
     interrupted search is continued if it has the same model, settings and inputs.
 
-    Raises BadParameter, BadTrajectory if the model is called in another way, and the errors of `greedy`.
+    Raises BadParameter, BadTrajectory if the model is called in another way, FunctionFailed, and the errors of
+    `greedy`.
     """
     _check(strategies, window, grid, conditional)
     metric_of(metric)
@@ -95,7 +96,8 @@ def greedy_plan(
     compiled = attach(
         twin(model), Backend(model, _candidates([known[choice] for choice in strategies], kinds), lowering)
     )
-    runner = SegmentRunner(compiled, [Sampling(compiled, sample) for sample in trajectories], strategies)
+    samplings = [Sampling(compiled, sample, number) for number, sample in enumerate(trajectories)]
+    runner = SegmentRunner(compiled, samplings, strategies)
     found_path = None if path is None else Path(path)
     partial = None if found_path is None else partial_path(found_path)
     key = {"model": fingerprint(model), "scheduler": describe_scheduler(scheduler), "kinds": " ".join(kinds)}

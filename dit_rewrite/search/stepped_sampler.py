@@ -21,6 +21,7 @@ from dit_rewrite.errors import (
     SearchRestarted,
 )
 from dit_rewrite.module import RewrittenModule
+from dit_rewrite.proof.callers import calling
 from dit_rewrite.runtime.cache import Cache
 from dit_rewrite.runtime.decide import Decisions
 from dit_rewrite.runtime.dispatch import CompiledGraph
@@ -97,14 +98,14 @@ class Sampling:
     slots.
     """
 
-    def __init__(self, model: RewrittenModule, sample: Callable[[Any], object]) -> None:
-        self._model, self._sample = model, sample
+    def __init__(self, model: RewrittenModule, sample: Callable[[Any], object], number: int = 0) -> None:
+        self._model, self._sample, self._number = model, sample, number
         self._arrivals: SimpleQueue[Arrival | BaseException | None] = SimpleQueue()
         self._answers: SimpleQueue[tuple[Decisions, Sequence[Any]] | None] = SimpleQueue()
         self._thread = threading.Thread(target=self._run, daemon=True)
 
     def next(self) -> Arrival:
-        """Wait for the next call. Raises the sampler's exception if it failed, and SamplerEnded if it returned."""
+        """Wait for the next call. Raises FunctionFailed if the sampler failed, and SamplerEnded if it returned."""
         if self._thread.ident is None:  # not started yet
             self._thread.start()
         arrival = self._arrivals.get()
@@ -127,7 +128,7 @@ class Sampling:
     def _run(self) -> None:
         self._model._backend.session.director = self._wait  # set for this thread only
         try:
-            with torch.no_grad():
+            with torch.no_grad(), calling(self._sample, f"in trajectory {self._number}"):
                 self._sample(self._model)
             self._arrivals.put(None)
         except _Closed:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import inspect
 import itertools
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
-from dit_rewrite.errors import BadParameter, MissingExtra, OtherStudy, PolicyError
+from dit_rewrite.errors import BadParameter, BadStorage, MissingExtra, OtherStudy, PolicyError
 from dit_rewrite.policy.rules import Policy
+from dit_rewrite.proof.callers import calling
 from dit_rewrite.search.front import Front, Point
 
 if TYPE_CHECKING:
@@ -60,28 +62,32 @@ def tune(
 
     `storage` is a journal file, or the URL of a database. Several processes or machines that are given the same one
     share the study, and an interrupted study is continued: `trials` counts those that are already in it. No trial
-    begins after `timeout` seconds. Raises BadParameter, OtherStudy for a study with other arguments, and MissingExtra
-    without Optuna.
+    begins after `timeout` seconds. Raises BadParameter, BadStorage, OtherStudy for a study with other arguments,
+    FunctionFailed for an exception of `make_policy` or `evaluate`, and MissingExtra without Optuna.
     """
     optuna = _optuna()
     _check(make_policy, space, objectives, sampler, trials)
     count = trials or len(list(itertools.product(*space.values())))
-    found = optuna.create_study(
-        study_name=study,
-        storage=_storage(optuna, storage),
-        sampler=_sampler(optuna, sampler, space, seed),
-        directions=["minimize"] * len(objectives),
-        load_if_exists=True,
-    )
+    chooser, directions = _sampler(optuna, sampler, space, seed), ["minimize"] * len(objectives)
+    with _opening(storage):
+        found = optuna.create_study(
+            storage=_storage(optuna, storage),
+            sampler=chooser,
+            study_name=study,
+            directions=directions,
+            load_if_exists=True,
+        )
     _claim(found, _key(make_policy, space, evaluate, objectives))
 
     def objective(trial: Any) -> tuple[float, ...]:
         parameters = {name: _suggest(trial, name, values) for name, values in space.items()}
         try:
-            policy = make_policy(**parameters)
+            with calling(make_policy, f"with {parameters}"):
+                policy = make_policy(**parameters)
         except PolicyError as error:
             raise optuna.TrialPruned(str(error)) from error
-        return _evaluated(trial, evaluate(policy), objectives, prune)
+        with calling(evaluate, f"with {policy}", optuna.TrialPruned):
+            return _evaluated(trial, evaluate(policy), objectives, prune)
 
     def told(_: Any, trial: Any) -> None:
         values = "pruned" if not trial.values else ", ".join(f"{v:.4g}" for v in trial.values)
@@ -98,7 +104,7 @@ def _optuna() -> Any:
         import optuna
     except ImportError as error:
         raise MissingExtra("optuna", "tune", "tune") from error
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    optuna.logging.set_verbosity(optuna.logging.ERROR)  # a failed trial raises its error
     return optuna
 
 
@@ -150,6 +156,17 @@ def _check_names(make_policy: Callable[..., Policy], space: Space) -> None:
         for name in space:
             if name not in known:
                 raise BadParameter("tune", "space", name, f"parameters of the policy: {', '.join(known)}")
+
+
+@contextmanager
+def _opening(storage: object) -> Iterator[None]:
+    """Raise BadStorage for a damaged journal, or a database that cannot be used, and OSError for a file."""
+    try:
+        yield
+    except OSError:
+        raise
+    except Exception as error:  # of Optuna, SQLAlchemy, the database's driver, or of what a damaged journal holds
+        raise BadStorage(storage, f"{type(error).__name__}: {error}") from error
 
 
 def _storage(optuna: Any, storage: str | Path | None) -> Any:

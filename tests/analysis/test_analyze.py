@@ -2,20 +2,31 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import dit_rewrite
 from dit_rewrite.analysis import analyze as module
 from dit_rewrite.analysis.result import KEPT, Analysis
+from dit_rewrite.analysis.reuse_errors import reuse_errors
 from dit_rewrite.analysis.statistics import MEASURES, Row, Table
-from dit_rewrite.errors import BadArgument, NotAModule, NothingMeasured, OtherAnalysis, OverlappingAnalyses
+from dit_rewrite.errors import (
+    BadArgument,
+    FunctionFailed,
+    NotAModule,
+    NothingMeasured,
+    OtherAnalysis,
+    OverlappingAnalyses,
+    RefusalReason,
+)
 from tests.helpers import tiny
 from tests.helpers.broken import broken_blocks
+from tests.helpers.drawn import falling, latents, prepare
 from tests.helpers.planted import CHANNELS, KEY_RATE, RATES, VALUE_RATE, Planted, numbers, planted_calls
 
 STEPS = 5
@@ -409,3 +420,90 @@ def test_a_pipeline(tmp_path: Path) -> None:
     finite: list[Tensor] = [found.mean(row)[1:] for row in found.rows(quantity="keys")]
     assert finite
     assert all(bool((values > 0).all()) for values in finite)
+
+
+def test_a_failing_sampler_is_named() -> None:
+    """With its prompt; without one the pipeline is named."""
+
+    def sample(model: Any, prompt: str) -> None:
+        raise ZeroDivisionError("no guidance")
+
+    says = r"test_analyze\.test_a_failing_sampler_is_named\.<locals>\.sample failed for "
+    with pytest.raises(FunctionFailed, match=says + r"prompt 0 \(ZeroDivisionError: no guidance\)") as caught:
+        analyze(Planted(), sample, ["a"])
+    assert isinstance(caught.value.__cause__, ZeroDivisionError)
+    with pytest.raises(FunctionFailed, match=says + "the prompt 'a', reusing nothing"):
+        reuse_errors(Planted(), sample, ["a"], backend="aot_eager")
+    with pytest.raises(FunctionFailed, match=r"test_analyze\.Experts failed for prompt 0 \(TypeError: .*seed"):
+        analyze(Experts(), [{"seed": 0}])
+
+
+class Expert(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(tiny.WIDTH, tiny.WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.sin(self.linear(x))
+
+
+class Routed(nn.Module):
+    """Two blocks, and between them an expert, whose graphs and calls are others at each step: they depend on data."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(tiny.TinyBlock() for _ in range(2))
+        self.expert = Expert()
+
+    def begin(self, x: Tensor) -> Tensor:
+        """A graph of its own, without weights and with the shape of the output: the forward breaks off before it."""
+        torch._dynamo.graph_break()
+        return torch.sin(x)
+
+    def route(self, x: Tensor, timestep: Tensor) -> Tensor:
+        done = []
+        for tokens in x.split(int(timestep[0] % 7) + 1, dim=1):
+            torch._dynamo.graph_break()
+            done.append(self.expert(tokens))
+        return torch.cat(done, dim=1)
+
+    def forward(self, hidden_states: Tensor, timestep: Tensor, condition: Tensor) -> Tensor:
+        x = self.blocks[0](self.begin(hidden_states), condition)
+        torch._dynamo.graph_break()
+        x = self.route(x, timestep)
+        torch._dynamo.graph_break()
+        return self.blocks[1](x, condition)
+
+
+def test_blocks_behind_graphs_that_change_are_measured() -> None:
+    """A block is told by its weights, whatever graphs run before it. What graph breaks divide is named."""
+    model, given = prepare(Routed(), torch.float32), tiny.condition()
+    path = latents((8, tiny.WIDTH), 4, torch.float32, torch.Generator().manual_seed(0))
+    calls = [
+        {"hidden_states": latent, "timestep": timestep, "condition": given}
+        for latent, timestep in zip(path, falling(4), strict=True)
+    ]
+    kept: list[list[Tensor]] = [[], []]
+    hooks = [
+        block.mlp.register_forward_hook(lambda _, __, result, own=own: own.append(result))  # type: ignore[union-attr]
+        for block, own in zip(model.blocks, kept, strict=True)  # type: ignore[arg-type]
+    ]
+    sizes: list[int] = []
+    hooks.append(model.expert.register_forward_hook(lambda _, inputs, __: sizes.append(inputs[0].shape[1])))
+    with torch.no_grad():
+        for call in calls:
+            model(**call)
+    for hook in hooks:
+        hook.remove()
+    assert sizes == [6, 2, *[1] * 8, 3, 3, 2, 5, 3]
+    found = analyze(model, [calls])
+    rows = sorted(found.rows(quantity="mlp"), key=lambda each: each.layer)
+    assert [each.layer for each in rows] == [0, 1]
+    for own, each in zip(kept, rows, strict=True):
+        expected = [float((after - before).abs().mean()) for before, after in itertools.pairwise(own)]
+        assert found.mean(each)[1:].tolist() == pytest.approx(expected, rel=1e-3)
+    assert not found.rows(quantity="output")
+    assert f"output: {RefusalReason.OUTPUT_IN_PART}" in found.refused
+    assert f"stack: {RefusalReason.SPAN_PER_GRAPH}" in found.refused
+    breaks = [text for text in found.refused if text.endswith(str(RefusalReason.GRAPH_BREAK))]
+    assert breaks and all("test_analyze.py:" in text for text in breaks)

@@ -12,7 +12,7 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from dit_rewrite.errors import BadParameter, BadPlan, BadPolicyText, DitRewriteError, NotAPolicy
+from dit_rewrite.errors import BadParameter, BadPlan, BadPolicyFile, DitRewriteError, NotAPolicy
 from dit_rewrite.guards import step
 from dit_rewrite.policies import DQAR, FORA, CachedAttention, DiTFastAttn, FirstBlockCache, Never, as_policy, parse
 from dit_rewrite.policy.plan import Choice, Plan
@@ -193,10 +193,10 @@ def test_files(tmp_path: Path) -> None:
     """A missing file gives a one-line error with the reason; text and paths are both accepted."""
     with pytest.raises(BadPlan, match=r"none\.json cannot be used as a plan: it cannot be read \(No such file"):
         parse("ditfastattn:plan=none.json")
-    with pytest.raises(BadPolicyText, match=r"none\.json cannot be read \(No such file"):
+    with pytest.raises(BadPolicyFile, match=r"none\.json cannot be used as a policy \(No such file"):
         as_policy(tmp_path / "none.json")
     (tmp_path / "bytes.json").write_bytes(b"\xff\xfe")
-    with pytest.raises(BadPolicyText, match=r"bytes\.json cannot be read \('utf-8' codec"):
+    with pytest.raises(BadPolicyFile, match=r"bytes\.json cannot be used as a policy \('utf-8' codec"):
         as_policy(str(tmp_path / "bytes.json"))
     (tmp_path / "good.json").write_text(to_json(FORA(3)))
     assert as_policy(tmp_path / "good.json") == as_policy(str(tmp_path / "good.json")) == FORA(3)

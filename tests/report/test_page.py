@@ -21,7 +21,7 @@ from dit_rewrite.analysis.places import Quantity
 from dit_rewrite.analysis.result import Analysis, ReuseErrors
 from dit_rewrite.analysis.statistics import MEASURES, Row
 from dit_rewrite.cli.main import FAILED, main
-from dit_rewrite.cli.report import pictures_in, read_certificate, read_pictures
+from dit_rewrite.cli.report import PNG, pictures_in, read_certificate, read_pictures
 from dit_rewrite.errors import BadOption, OtherAnalysis
 from dit_rewrite.policies import FORA
 from dit_rewrite.policy.plan import Choice, Plan
@@ -110,14 +110,15 @@ def test_pictures_are_named(tmp_path: Path) -> None:
     paths = [tmp_path / folder / "out.png" for folder in ("a", "b")]
     for path in paths:
         path.parent.mkdir()
-        path.write_bytes(path.parent.name.encode())
-    assert list(read_pictures(paths).values()) == [b"a", b"b"]
+        path.write_bytes(PNG + path.parent.name.encode())
+    assert list(read_pictures(paths).values()) == [PNG + b"a", PNG + b"b"]
     (tmp_path / "a" / "notes.txt").write_text("no picture")
     assert list(read_pictures(pictures_in(tmp_path / "a"))) == ["out"]
     with pytest.raises(BadOption, match="jpg"):
         read_pictures([tmp_path / "out.jpg"])
-    with pytest.raises(BadOption, match="figures"):
-        pictures_in(tmp_path / "nowhere")
+    paths[1].write_bytes(b"GIF89a")
+    with pytest.raises(BadOption, match=r"b/out\.png.*this is no PNG"):
+        read_pictures(paths)
 
 
 def test_every_section_is_there(page: Page) -> None:

@@ -54,6 +54,20 @@ def test_occurrences_have_banks_of_their_own() -> None:
     assert [again.enter(graph, 2)[1] for graph in (0, 1, 1, 0, 1)] == [cache for _, cache, _ in entered]
 
 
+def test_without_an_order_other_graphs_between_are_no_miss() -> None:
+    """The order itself is still noted, and counts for the callers that ask for it."""
+    session = explicit()
+    for graphs in ((0, 1, 0), (0, 2, 3, 0)):
+        ran.time -= 1.0  # type: ignore[attr-defined]
+        under_way = session.begin(given(0.0, ran.time))  # type: ignore[attr-defined]
+        entered = [under_way.enter(graph, 1, ordered=False) for graph in graphs]
+        assert [reason for _, _, reason in entered] == [None] * len(graphs)
+        caches = [cache for graph, (_, cache, _) in zip(graphs, entered, strict=True) if graph == 0]
+        assert len(caches) == 2 and all(cache.values == [None] for cache in caches)
+        session.end(under_way)
+    assert ran(session, 0, 1)[1] is MissReason.CHANGED_GRAPH
+
+
 def test_another_graph_at_a_place_is_a_miss_from_there_on() -> None:
     session = explicit()
     assert ran(session, 0, 1, 1) == [None] * 3

@@ -205,7 +205,7 @@ def test_other_models_steps_and_schedules_are_refused(measured: Measurements) ->
 class Made:
     """Measurements whose error is 1 / count² on the calibration seeds, and three times that on held-out seeds."""
 
-    steps, seeds = 20, (0,)
+    steps, seeds, begins = 20, (0,), (0,)
 
     def __init__(self, excess: float = 3.0) -> None:
         self.runs: list[Tried] = []
@@ -397,7 +397,7 @@ def test_any_output_of_a_pipeline_is_compared() -> None:
     plain = build_dit_pipeline()
     calls = {"class_labels": [3], "num_inference_steps": 2}
     heard, seen = (
-        run(kind(**plain.components), "transformer", plain.transformer, 0, calls, DDIMScheduler)
+        run(kind(**plain.components), {"transformer": plain.transformer}, 0, calls, DDIMScheduler)
         for kind in (Sounds, DiTPipeline)
     )
     assert torch.equal(heard, seen)
