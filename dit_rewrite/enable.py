@@ -30,7 +30,7 @@ from dit_rewrite.runtime.clock import Clock
 from dit_rewrite.runtime.stats import Stats
 
 _STATE = "_dit_rewrite"
-_PREFIX = "transformer"  # diffusers names denoisers transformer, transformer_2, …
+_WORD = "transformer"  # diffusers names denoisers transformer, transformer_2, unconditional_transformer
 
 
 @dataclass
@@ -100,7 +100,7 @@ def disable(pipe: Any) -> Any:
 
 def denoisers(pipe: Any) -> dict[str, nn.Module]:
     """Return the denoisers of a pipeline by the names of their components."""
-    names = [name for name in getattr(pipe, "components", {}) if name.startswith(_PREFIX)]
+    names = [name for name in getattr(pipe, "components", {}) if _WORD in name.split("_")]
     parts = {name: unwrapped(getattr(pipe, name, None)) for name in names}
     return {name: part for name, part in parts.items() if isinstance(part, nn.Module)}
 

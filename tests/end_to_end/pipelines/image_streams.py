@@ -6,7 +6,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from tests.end_to_end.pipelines.case import (
     PIXELS,
@@ -14,6 +14,7 @@ from tests.end_to_end.pipelines.case import (
     STRENGTH,
     TEXT,
     PipelineCase,
+    draw,
     frozen,
     image_vae,
     masked_prompts,
@@ -272,6 +273,41 @@ def cogview4_arguments(seed: int, guidance: bool) -> dict[str, Any]:
     return {**prompts(seed, guidance, prompt_embeds=TEXT), **SIZE, "guidance_scale": 5.0 if guidance else 1.0}
 
 
+def build_ideogram4() -> Any:
+    """Ideogram 4: the unconditional call of a step has a denoiser of its own. Text arrives as embeddings here too."""
+    from diffusers import FlowMatchEulerDiscreteScheduler, Ideogram4Pipeline, Ideogram4Transformer2DModel
+
+    def encode_prompt(prompt: list[Tensor], grid_h: int, grid_w: int, **_: Any) -> tuple[Tensor, ...]:
+        text = torch.cat(prompt)
+        batch, tokens, width = text.shape
+        layout = Ideogram4Pipeline._prepare_ids([tokens] * batch, grid_h, grid_w, tokens, text.device)
+        return torch.cat([text, torch.zeros(batch, grid_h * grid_w, width)], dim=1), *layout
+
+    denoisers = [
+        Ideogram4Transformer2DModel(
+            in_channels=16,
+            num_layers=2,
+            attention_head_dim=16,
+            num_attention_heads=2,
+            intermediate_size=64,
+            adaln_dim=16,
+            llm_features_dim=24,
+            mrope_section=(2, 2, 2),
+        )
+        for _ in range(2)
+    ]
+    found = parts(frozen(denoisers[0]), FlowMatchEulerDiscreteScheduler())
+    pipe = quiet(Ideogram4Pipeline(**found, unconditional_transformer=frozen(denoisers[1])))
+    pipe.encode_prompt, pipe.check_inputs = encode_prompt, lambda **_: None
+    return pipe
+
+
+def ideogram4_arguments(seed: int, guidance: bool) -> dict[str, Any]:
+    """One prompt, with a weight of the guidance that is the same in each step."""
+    size = {"height": 2 * PIXELS, "width": 2 * PIXELS, "max_sequence_length": TEXT[1]}
+    return {"prompt": [draw(seed, *TEXT)], **size, "guidance_scale": 5.0, "guidance_schedule": None}
+
+
 CASES = (
     PipelineCase("flux", build_flux_pipeline, flux_arguments, two_calls),
     PipelineCase("flux_img2img", build_flux_img2img, flux_img2img_arguments, two_calls, steps_run=second_half),
@@ -284,4 +320,13 @@ CASES = (
     PipelineCase("lumina2", build_lumina2, lumina2_arguments, two_calls),
     PipelineCase("chroma", build_chroma, chroma_arguments, two_calls),
     PipelineCase("cogview4", build_cogview4, cogview4_arguments, two_calls),
+    PipelineCase(
+        "ideogram4",
+        build_ideogram4,
+        ideogram4_arguments,
+        one_call,
+        denoisers=("transformer", "unconditional_transformer"),
+        guidance=(True,),
+        steps_run=lambda steps: (range(steps), range(steps)),
+    ),
 )
