@@ -12,7 +12,7 @@ from concurrent.futures import Future
 from contextlib import contextmanager
 from typing import Any
 
-from dit_rewrite.torch_compat.names import find
+from dit_rewrite.torch_compat.names import find, get
 
 _lock = threading.Lock()
 _started = threading.local()  # ``builds``: those of this thread, within `KernelBuilds.started`
@@ -57,7 +57,7 @@ class KernelBuilds:
         with _lock:
             KernelBuilds._installed += 1
             if KernelBuilds._installed == 1:
-                KernelBuilds._original = compiler.wait
+                KernelBuilds._original = get(compiler, "AsyncCompile.wait")
                 compiler.wait = _wait
         try:
             yield
