@@ -16,7 +16,7 @@ from dit_rewrite.analysis.compare import coefficient_of_variation, predictions, 
 from dit_rewrite.analysis.result import Analysis
 from dit_rewrite.cli.generate import load_pipeline
 from dit_rewrite.cli.outcome import Outcome
-from dit_rewrite.cli.pipeline_call import add_call, parsed_call
+from dit_rewrite.cli.pipeline_call import add_call, parsed_call, refuse_for_factory
 from dit_rewrite.errors import BadModel, BadOption
 
 BUNDLED = "dit_rewrite.demo.shapes.calls:build"
@@ -103,6 +103,7 @@ def _analyze(arguments: argparse.Namespace, path: Path) -> Analysis:
     sample: Any
     prompts: Sequence[int] | None
     if ":" in arguments.model:
+        refuse_for_factory(arguments.model, call=arguments.call)
         model, sample, prompts = _from_factory(arguments.model, arguments.prompts, arguments.steps)
     else:
         model, sample, prompts = _from_pipeline(arguments.model, arguments.prompts, arguments.call)

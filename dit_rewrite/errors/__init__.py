@@ -60,6 +60,7 @@ from dit_rewrite.errors.plans import (
     UnevenStreams,
 )
 from dit_rewrite.errors.policy import (
+    AllRefused,
     BadGuardText,
     BadParameter,
     BadPolicyText,
@@ -110,6 +111,7 @@ from dit_rewrite.errors.trajectories import (
 )
 
 __all__ = [
+    "AllRefused",
     "BadAnalysis",
     "BadArgument",
     "BadCertificate",
