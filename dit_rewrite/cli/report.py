@@ -17,7 +17,7 @@ from dit_rewrite.cli.outcome import Outcome
 from dit_rewrite.errors import BadOption
 from dit_rewrite.policy.plan import Plan
 from dit_rewrite.report.section import Section
-from dit_rewrite.search.certificate import AutoPolicy
+from dit_rewrite.search.certificate import AutoPolicy, check_writable
 
 PICTURES = (".png", ".svg")
 
@@ -31,6 +31,7 @@ def run(arguments: argparse.Namespace) -> Outcome:
     front = [] if arguments.front is None else read_front(arguments.front)
     figures = {} if arguments.figures is None else read_pictures(pictures_in(arguments.figures))
     images = read_pictures(arguments.images)
+    check_writable(arguments.out)
     model: Any = observed(arguments, runs=2, timing=True)  # the first trajectory compiles
     page = Page(
         model.explain(),

@@ -61,6 +61,7 @@ def run(arguments: argparse.Namespace) -> Outcome:
     space = dict(map(parse_values, arguments.space))
     if len(space) < len(arguments.space):
         raise BadOption("tune", "space", " ".join(arguments.space), "each parameter once")
+    arguments.out.mkdir(parents=True, exist_ok=True)  # raises before the search if it is a file
     loaded = load(arguments)
     wants_time = "time" in arguments.objectives
     evaluate = Evaluation(
