@@ -111,6 +111,14 @@ class Schedule:
             return None
         return _place_in(self.tensor, timestep)
 
+    def shared(self, timestep: Tensor) -> float | None:
+        """Return the only number in a timestep for each frame or token that is in the schedule, None if several are.
+
+        Frames at other times are conditions: they keep their noise.
+        """
+        found = [n for n in dict.fromkeys(timestep.flatten().tolist()) if n and self._of_value(timestep, n)]
+        return found[0] if len(found) == 1 else None
+
     def given(self, timestep: Tensor, entry: int) -> list[Tensor]:
         """Return the timesteps of all steps, on the CPU, in the form in which the model is given them.
 
