@@ -54,6 +54,8 @@ def test_a_window_that_fits_no_attention(tmp_path: Path, capsys: pytest.CaptureF
     asked = ["--window", "1,1,1", "--grid", "latent", "--out", str(tmp_path / "plan.json")]
     assert main([*COMMAND, *asked]) == FAILED
     assert "greedy_plan: grid='latent'" in capsys.readouterr().err
+    assert main([*COMMAND, "--out", str(tmp_path)]) == FAILED
+    assert f"It is a folder; give a file: '{tmp_path}'" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
