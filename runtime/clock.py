@@ -123,7 +123,8 @@ class Clock:
         time = timestep if timestep is not None else named.timestep
         entry = None if self.schedule is None or self._uneven else self.schedule.place(time)
         value, uneven = on_host(time) if entry is None else OnHost(None)  # a view of the schedule is not read
-        if uneven and self.schedule is not None and (shared := self.schedule.shared(time)) is not None:
+        shared = self.schedule.shared(time) if uneven and self.schedule is not None else None
+        if shared is not None:
             value, uneven = shared, False
         self._uneven = self._uneven or uneven
         if entry is None and self.schedule is not None and not self._uneven:

@@ -111,7 +111,7 @@ class Schedule:
             return None
         return _place_in(self.tensor, timestep)
 
-    def shared(self, timestep: Tensor) -> float | None:
+    def shared(self, timestep: Any) -> float | None:
         """Return the only number in a timestep for each frame or token that is in the schedule, None if several are.
 
         Frames at other times are conditions: they keep their noise.

@@ -54,6 +54,10 @@ def test_a_window_that_fits_no_attention(tmp_path: Path, capsys: pytest.CaptureF
     asked = ["--window", "1,1,1", "--grid", "latent", "--out", str(tmp_path / "plan.json")]
     assert main([*COMMAND, *asked]) == FAILED
     assert "greedy_plan: grid='latent'" in capsys.readouterr().err
+
+
+def test_a_plan_that_cannot_be_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """This is found out before the search."""
     assert main([*COMMAND, "--out", str(tmp_path)]) == FAILED
     assert f"It is a folder; give a file: '{tmp_path}'" in capsys.readouterr().err
 
