@@ -12,7 +12,7 @@ from dit_rewrite.compiler.backend import Backend
 from dit_rewrite.compiler.lowering import InnerBackend, Lowering
 from dit_rewrite.compiler.request import Tables
 from dit_rewrite.enable import disable, enabled, required_denoisers
-from dit_rewrite.errors import NotAModule, NotCaptured, NotRewritten, PolicyForOtherModel, PredictionReason
+from dit_rewrite.errors import BadArgument, NotAModule, NotCaptured, NotRewritten, PolicyForOtherModel, PredictionReason
 from dit_rewrite.module import RewrittenModule, attach, backend_of, detach, unwrapped
 from dit_rewrite.policies import as_policy
 from dit_rewrite.policy.plan import fingerprint
@@ -82,6 +82,8 @@ def compile(
     """
     policy = as_policy(policy)
     lower = Lowering.of(backend, mode, options, lowering, max_variants)
+    if dump is not None and Path(dump).exists() and not Path(dump).is_dir():
+        raise BadArgument("compile", "dump", str(dump), "a folder, which need not exist yet")
 
     def rewrite(denoiser: nn.Module) -> RewrittenModule:
         if policy.made_for is not None and fingerprint(denoiser) != policy.made_for.model:
@@ -132,8 +134,11 @@ def predict(
 
     `policy` may be another one than that of the model, which is the default. Without `num_steps`, the number of steps
     is that of a `scheduler` whose timesteps are set, or that of the trajectory of the first call. Returns the reason if
-    the decisions cannot be foreseen. Raises NotRewritten, or NotCaptured before the first call.
+    the decisions cannot be foreseen. Raises BadArgument for a pipeline, which may have several denoisers, NotRewritten,
+    or NotCaptured before the first call.
     """
+    if is_pipeline(model):
+        raise BadArgument("predict", "model", type(model).__name__, "a denoiser, such as pipe.transformer")
     backend = backend_of(model)
     if not backend.rewritten:
         raise NotCaptured("predict")

@@ -75,7 +75,7 @@ class Rewrite:
 
 class _IsRewritten(type):
     def __instancecheck__(cls, instance: object) -> bool:
-        return _STATE in getattr(instance, "__dict__", ())
+        return isinstance(instance, nn.Module) and _STATE in instance.__dict__  # pipelines have such a state too
 
 
 class RewrittenModule(nn.Module, metaclass=_IsRewritten):

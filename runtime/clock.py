@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from dit_rewrite.errors import NoSteps, NoTimesteps, NumStepsNotWhole, TrajectoryReason
-from dit_rewrite.runtime.schedule import OnHost, Schedule, numbers, on_host
+from dit_rewrite.runtime.schedule import SEVERAL, OnHost, Schedule, numbers, on_host
 from dit_rewrite.runtime.tensors import version
 
 
@@ -129,12 +129,16 @@ class Clock:
         entry = None if self.schedule is None or self._uneven else self.schedule.place(time)
         value, uneven, values = self._on_host(time, entry)
         self._numbers = (time, version(time), values) if isinstance(time, Tensor) and values is not None else None
+        shared = self.schedule.shared(time) if uneven and self.schedule is not None else None
+        if shared is not None:
+            value, uneven = shared, False
         self._uneven = self._uneven or uneven
         if entry is None and self.schedule is not None and not self._uneven:
-            entry = self.schedule.entry(time, value, self._entry)
+            entry = self.schedule.entry(time, value, self._last_entry)
         if entry is None and self.schedule is not None and not (started or self._uneven):
             entry = self.schedule.begin_index
         value = value if entry is None else None
+        entry = None if entry == SEVERAL else entry  # steps are counted
         repeats = None if self.schedule is None else entry is not None and self.schedule.repeats(entry)
         same, follows = self._compared(entry, value, timestep, named) if started else (False, True)
         if follows is None and restart is None:
@@ -160,15 +164,25 @@ class Clock:
             return named.step_index == self.step, None if named.step_index < self.step else True
         if entry is not None and self.schedule is not None:
             # a scheduler has no step_index until it has stepped: the trajectory is taken to begin with the schedule
-            last = self.step if self._entry is None else self.schedule.rank(self._entry)
+            last = (self._begin or 0) + self.step if self._entry is None else self.schedule.rank(self._entry)
             moved = self.schedule.rank(entry) - last
             if self._entry is None:
                 return False, moved == 1
             return moved == 0, None if moved < 0 else moved <= 1
+        if self._uneven and self._entry is not None:  # frames were at one step: another trajectory may have begun
+            return None, False
         if value is not None and self._value is not None:
             change = value - self._value
             return change == 0, None if change * self._direction < 0 else change == 0 or self._direction != 0
         return (True if self._is_last(timestep) else None), True
+
+    @property
+    def _last_entry(self) -> int | None:
+        """The entry of the last call, or of the step that was counted for it, or None if it is unknown."""
+        if self._entry is not None or self.schedule is None or self._begin is None or not self.started:
+            return self._entry
+        entry = self.schedule.entry_at(self._begin + self.step)
+        return None if entry < 0 else entry
 
     def _is_last(self, timestep: Any) -> bool:
         """Return whether `timestep` is the same tensor object as in the last call, unmodified since."""
@@ -202,7 +216,8 @@ class Clock:
         self._value, self._entry, self.sigma = reading.value, reading.entry, named.sigma
         self._last = (timestep, version(timestep) if isinstance(timestep, Tensor) else None)
         if self.explicit_num_steps is None:
-            left = None if self.schedule is None else self.schedule.num_steps - (self._begin or 0)
+            schedule = None if self._uneven else self.schedule  # frames that wait for others make further steps
+            left = None if schedule is None else schedule.num_steps - (self._begin or 0)
             self.num_steps = named.num_inference_steps or left
 
     def _find_begin(self, reading: Reading, step: int, starts: bool) -> None:

@@ -79,7 +79,7 @@ class CompiledGraph:
         self._ambient, self._unknown = chosen(sorted(wiring.ambient)), chosen(sorted(wiring.unknown))
         num_given = wiring.num_inputs - wiring.num_hoisted
         self._passed = tuple(i for i, out in enumerate(wiring.outputs) if out in range(num_given, wiring.num_inputs))
-        self._data = chosen([i for i in range(num_given) if i not in wiring.static])
+        self._data = chosen([i for i in range(num_given) if i not in wiring.static | wiring.unread])
         self._blockwise = [(i, site) for i, site in enumerate(self.sites) if site.counters is not None]
         forecasting = {i for i, site in enumerate(self.sites) if site.depth > 1}
         self._forecasting = tuple(tuple(i for i in segment.sites if i in forecasting) for segment in self.segments)

@@ -122,7 +122,11 @@ def _refusal(tensor: Tensor, again: bool) -> TableReason | None:
     whole = tensor.storage_offset() == 0 and storage.nbytes() == tensor.nbytes and storage.nbytes() > 0
     if not (whole and (again or storage.resizable()) and torch_compat.is_unshared(storage)):
         return TableReason.SHARED_STORAGE
-    return TableReason.FILES_IN_MEMORY if _files_in_memory(tempfile.gettempdir()) else None
+    try:
+        folder = tempfile.gettempdir()
+    except OSError:  # the process can write to none
+        return TableReason.NO_SPACE
+    return TableReason.FILES_IN_MEMORY if _files_in_memory(folder) else None
 
 
 def _mapped(storages: Sequence[torch.UntypedStorage]) -> list[torch.UntypedStorage]:

@@ -19,6 +19,8 @@ from torch import Tensor
 from dit_rewrite.runtime.noise import NoiseLevels, noise_levels, setting
 from dit_rewrite.runtime.tensors import storage_address, version
 
+SEVERAL = -1  # in place of an entry: several entries are rounded to the timestep of a call
+
 # The units in which pipelines pass a timestep t of a scheduler with n training steps.
 _UNITS: tuple[Callable[[Any, float], Any], ...] = (
     lambda t, n: t,
@@ -51,6 +53,7 @@ class Schedule:
         self._unit: Sequence[float] | None = None  # the timesteps in the unit that the model is given
         self._exact: dict[float, list[int]] = {}  # the entries of each of them
         self._forms: dict[torch.dtype, list[Tensor]] = {}  # the timesteps as the model may be given them
+        self._rounded: dict[torch.dtype, list[list[float]]] = {}  # the same, none left out
 
     @property
     def begin_index(self) -> int | None:
@@ -85,7 +88,8 @@ class Schedule:
         """Return the entry of a call, or None if it is unknown.
 
         value: the timestep on the host, if it is there. last: the entry of the previous call; of several matches, the
-        first one that is not before it is returned. A timestep that has a `place` in the schedule is not for this.
+        first one that is not before it is returned, or SEVERAL if it may be the next step too, because different
+        timesteps have been rounded to one. A timestep that has a `place` in the schedule is not for this.
         """
         index = self._step_index(value)
         fitting = self._of_value(timestep, value) if value is not None else []
@@ -95,7 +99,10 @@ class Schedule:
             return None
         if last is None and self.begin_index in fitting:
             return self.begin_index
-        return next((i for i in fitting if last is None or i >= last), fitting[0])
+        ahead = fitting if last is None else [i for i in fitting if i >= last]
+        if _is_coarse(timestep) and last in ahead and self.rank(ahead[-1]) > self.rank(ahead[0]):
+            return SEVERAL
+        return (*ahead, fitting[0])[0]
 
     def place(self, timestep: Any) -> int | None:
         """Return the entry that a timestep is a view of, which is found without reading it, or None."""
@@ -103,6 +110,14 @@ class Schedule:
         if not tensors or version(self.tensor) != self._version:  # a sampler may divide its timesteps in place
             return None
         return _place_in(self.tensor, timestep)
+
+    def shared(self, timestep: Any) -> float | None:
+        """Return the only number in a timestep for each frame or token that is in the schedule, None if several are.
+
+        Frames at other times are conditions: they keep their noise.
+        """
+        found = [n for n in dict.fromkeys(timestep.flatten().tolist()) if n and self._of_value(timestep, n)]
+        return found[0] if len(found) == 1 else None
 
     def given(self, timestep: Tensor, entry: int) -> list[Tensor]:
         """Return the timesteps of all steps, on the CPU, in the form in which the model is given them.
@@ -112,12 +127,22 @@ class Schedule:
         right one, because rows are found by the values of a call's own timestep.
         """
         if timestep.dtype not in self._forms:
-            times = torch.tensor(self.times, dtype=self.tensor.dtype if isinstance(self.tensor, Tensor) else None)
-            self._forms[timestep.dtype] = [form(times, self._total) for form in _forms(timestep.dtype)]
+            self._forms[timestep.dtype] = self._formed(timestep.dtype)
         fits = [t for t in self._forms[timestep.dtype] if torch.equal(t[entry].expand(timestep.shape), timestep)]
         self._forms[timestep.dtype] = fits
         entries = map(self.entry_at, range(self.num_steps)) if fits else ()
         return [fits[0][i].expand(timestep.shape) for i in entries]
+
+    def _formed(self, dtype: torch.dtype) -> list[Tensor]:
+        """Return the timesteps in each of the forms of `_forms`, on the CPU."""
+        times = torch.tensor(self.times, dtype=self.tensor.dtype if isinstance(self.tensor, Tensor) else None)
+        return [form(times, self._total) for form in _forms(dtype)]
+
+    def _rounded_to(self, value: float, dtype: torch.dtype, entries: Sequence[int]) -> list[int]:
+        """Return those of `entries` whose timestep equals `value` in some form; all of them if none does."""
+        if dtype not in self._rounded:
+            self._rounded[dtype] = [form.tolist() for form in self._formed(dtype)]
+        return [i for i in entries if any(form[i] == value for form in self._rounded[dtype])] or list(entries)
 
     @property
     def _total(self) -> float:
@@ -140,8 +165,9 @@ class Schedule:
         return index
 
     def _of_value(self, timestep: Tensor | float | None, value: float) -> list[int]:
-        """Return the entries whose timestep equals `value`. If it fits in several units, the unit stays unknown."""
-        coarse = isinstance(timestep, Tensor) and timestep.is_floating_point() and timestep.dtype.itemsize < 4
+        """Return the entries whose timestep equals `value`, in the precision of `timestep`. If it fits in several
+        units, the unit stays unknown."""
+        coarse = _is_coarse(timestep)
         if not coarse and value in self._exact:  # the usual case, in every call: no scan
             return self._exact[value]
         precision = torch.finfo(timestep.dtype).eps if coarse else 1e-6  # type: ignore[union-attr]
@@ -150,7 +176,10 @@ class Schedule:
         for unit in units if self._unit is None else (self._unit,):
             fitting = [i for i, t in enumerate(unit) if abs(t - value) <= precision * max(abs(t), 1.0)]
             nearest = min((abs(unit[i] - value) for i in fitting), default=0.0)
-            found[unit] = fitting if coarse else [i for i in fitting if abs(unit[i] - value) == nearest]
+            if coarse:
+                found[unit] = self._rounded_to(value, timestep.dtype, fitting)  # type: ignore[union-attr]
+            else:
+                found[unit] = [i for i in fitting if abs(unit[i] - value) == nearest]
         matched = [unit for unit, fitting in found.items() if fitting]
         if len(matched) == 1:
             self._use(matched[0])
@@ -162,6 +191,11 @@ class Schedule:
             self._unit = unit
             for entry, time in enumerate(unit):
                 self._exact.setdefault(time, []).append(entry)
+
+
+def _is_coarse(timestep: Any) -> bool:
+    """Return whether different timesteps may be rounded to one number."""
+    return isinstance(timestep, Tensor) and timestep.is_floating_point() and timestep.dtype.itemsize < 4
 
 
 def _times(timesteps: Any) -> tuple[float, ...]:

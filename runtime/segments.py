@@ -60,8 +60,9 @@ class Wiring:
     """The wires of a graph. Wires below ``num_inputs`` are its inputs, the last ``num_hoisted`` of them hoisted.
 
     ``outputs`` has an entry for each result: a wire, or a 1-tuple with a constant. Among the inputs, ``static`` are
-    weights, ``steady`` trajectory-invariant conditioning, ``ambient`` tensor attributes of the model, and ``unknown``
-    tensors that are none of these, no other argument and no result of an earlier graph.
+    weights, ``steady`` trajectory-invariant conditioning, ``ambient`` tensor attributes of the model, ``unknown``
+    tensors that are none of these, no other argument and no result of an earlier graph, and ``unread`` numbers that no
+    op reads.
     """
 
     num_wires: int
@@ -72,6 +73,7 @@ class Wiring:
     ambient: frozenset[int] = frozenset()
     unknown: frozenset[int] = frozenset()
     num_hoisted: int = 0
+    unread: frozenset[int] = frozenset()
 
 
 class SizesNotCompiled(Exception):

@@ -19,7 +19,7 @@ from dit_rewrite.errors import TableReason
 from dit_rewrite.runtime.clock import Clock
 from dit_rewrite.runtime.schedule import numbers
 from dit_rewrite.runtime.stats import Stats
-from dit_rewrite.runtime.tensors import Memoized, checksum
+from dit_rewrite.runtime.tensors import Memoized
 
 SHARE = 8  # the rows of a graph take at most this part of the memory that caches may take, and so does computing them
 BATCH = 64  # rows that are computed at once
@@ -54,6 +54,9 @@ class Program(Protocol):
 
     def rows(self, columns: Columns, args: Sequence[Any], timesteps: Tensor) -> Sequence[Tensor] | None:
         """Return the values of `columns` for each of `timesteps`, stacked; None if an op cannot be batched."""
+
+    def checksum(self, args: Sequence[Any]) -> Tensor:
+        """Return the checksum of the weights, see `tensors.checksum`."""
 
     def release(self, args: Sequence[Any]) -> None:
         """Release the weights that only rows are computed from, if the caller asked for that."""
@@ -177,7 +180,8 @@ class Tables:
 
         `Cache.fit` has compared the versions of the weights. In the first call of a trajectory their content is
         compared too, which reads the device once if there are rows of another trajectory. For inference tensors, which
-        have no version, only the content is compared.
+        have no version, only the content is compared. The table of conditioning that changes from call to call is not
+        kept for other trajectories: the checksum reads all weights.
         """
         conditioning = [args[i] for i in self._program.conditioning]
         before, times = bookmark.table, None if clock is None else clock.times
@@ -191,14 +195,15 @@ class Tables:
         fitting = [table for table in same if table.times == times]
         if before is not None and not same:
             self._stats.dropped(TableReason.NEW_CONDITIONING)
-        content = checksum(weights)
+        fleeting = not fitting and bookmark.count >= STEADY
+        content = torch.zeros(0) if fleeting else self._program.checksum(args)
         if fitting and not torch.equal(fitting[0].content, content):
             self._stats.dropped(TableReason.NEW_WEIGHTS)
             current, fitting = [table for table in current if table is not fitting[0]], []
         new = Table(Memoized.of(weights, ()), content, Memoized.of(conditioning, ()), times)
         found = fitting[0] if fitting else new
         alive = [table for table in current if table is not found and table.conditioning.is_alive]
-        self._tables = [*alive, found][-MOST:]
+        self._tables = alive if fleeting else [*alive, found][-MOST:]
         bookmark.table, bookmark.count = found, bookmark.count + 1
         return found
 

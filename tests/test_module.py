@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import dit_rewrite
-from dit_rewrite.errors import NotAModule, NotRewritten
+from dit_rewrite.errors import BadArgument, NotAModule, NotRewritten
 from dit_rewrite.module import backend_of, twin
 from dit_rewrite.policies import FORA
 from tests.helpers import tiny
@@ -65,6 +65,27 @@ def test_restoring() -> None:
     assert dit_rewrite.restore(model) is model, "restoring a plain module does nothing"
     with pytest.raises(NotRewritten, match="was not given to dit_rewrite.compile"):
         backend_of(model)
+
+
+class SmallPipeline:
+    """An object that counts as a pipeline."""
+
+    def __init__(self) -> None:
+        self.transformer = tiny.build()
+        self.components = {"transformer": self.transformer}
+
+    def __call__(self) -> None: ...
+
+
+def test_arguments_that_are_refused(tmp_path: Path) -> None:
+    """An enabled pipeline is no model, and a dump needs a folder."""
+    pipe = dit_rewrite.enable(SmallPipeline(), FORA(2))
+    assert not isinstance(pipe, dit_rewrite.RewrittenModule)
+    with pytest.raises(BadArgument, match=r"predict: model='SmallPipeline'.*such as pipe\.transformer"):
+        dit_rewrite.predict(pipe)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(BadArgument, match="Give dump as a folder"):
+        dit_rewrite.compile(tiny.build(), FORA(2), dump=tmp_path / "file")
 
 
 class Residual(nn.Module):

@@ -74,6 +74,8 @@ def analyze(
     settings = _settings(distances, keys, heads, window, conditional)
     if steps is not None and not is_whole(steps, 2):
         raise BadArgument("analyze", "steps", steps, "a whole number >= 2, or None")
+    if steps is not None and min(settings.distances) >= steps:
+        raise BadArgument("analyze", "distances", distances, f"numbers of which one is below the {steps} steps")
     components(model)  # raises if it is neither a module nor a pipeline
     run, given = sampler("analyze", model, sample, prompts, steps)
     lowering = Lowering.of(backend)

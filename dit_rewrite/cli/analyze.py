@@ -18,7 +18,7 @@ from dit_rewrite.cli.generate import load_pipeline
 from dit_rewrite.cli.modules import factory_of
 from dit_rewrite.cli.outcome import Outcome
 from dit_rewrite.cli.paths import add_output
-from dit_rewrite.cli.pipeline_call import add_call, parsed_call
+from dit_rewrite.cli.pipeline_call import add_call, parsed_call, refuse_for_factory
 from dit_rewrite.errors import BadOption
 
 BUNDLED = "dit_rewrite.demo.shapes.calls:build"
@@ -105,6 +105,7 @@ def _analyze(arguments: argparse.Namespace, path: Path) -> Analysis:
     sample: Any
     prompts: Sequence[int] | None
     if ":" in arguments.model:
+        refuse_for_factory(arguments.model, call=arguments.call)
         model, sample, prompts = _from_factory(arguments.model, arguments.prompts, arguments.steps)
     else:
         model, sample, prompts = _from_pipeline(arguments.model, arguments.prompts, arguments.call)

@@ -10,7 +10,7 @@ import torch
 
 from dit_rewrite.cli.generate import load_pipeline
 from dit_rewrite.cli.modules import factory_of
-from dit_rewrite.cli.pipeline_call import add_call, parsed_call
+from dit_rewrite.cli.pipeline_call import add_call, parsed_call, refuse_for_factory
 from dit_rewrite.search.controls import Solver
 from dit_rewrite.search.pipeline_sampler import of_pipeline
 from dit_rewrite.search.trials import Sample
@@ -37,15 +37,18 @@ def add_model(parser: argparse.ArgumentParser, steps: str = "steps of a pipeline
 
 
 def load(arguments: argparse.Namespace) -> Loaded:
-    """Return the model and sampler that the options name. Raises BadSampler, or the errors of `load_pipeline`
-    and `parsed_call`."""
+    """Return the model and sampler that the options name. Raises BadSampler, UnknownInput for options
+    of pipelines beside a factory, or the errors of `load_pipeline` and `parsed_call`."""
+    negative = getattr(arguments, "negative_prompt", None)
+    call = getattr(arguments, "call", ())
     if ":" in arguments.model:
+        given = {"prompt": arguments.prompt, "label": arguments.label, "negative_prompt": negative, "call": call}
+        refuse_for_factory(arguments.model, **given)
         return from_factory(arguments.model)
     pipeline = load_pipeline(arguments.model, torch.float32)
     subject = {"prompt": arguments.prompt} if arguments.label is None else {"class_labels": arguments.label}
-    negative = getattr(arguments, "negative_prompt", None)
     subject |= {} if negative is None else {"negative_prompt": negative}
-    subject |= parsed_call(pipeline, getattr(arguments, "call", ()))
+    subject |= parsed_call(pipeline, call)
     return Loaded(*of_pipeline(pipeline, {**subject, "num_inference_steps": arguments.steps}))
 
 

@@ -29,6 +29,13 @@ def add_component(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def refuse_for_factory(factory: str, **given: Any) -> None:
+    """Raise UnknownInput if an option of pipelines is given beside a factory, which makes its own calls."""
+    for name, value in given.items():
+        if value:
+            raise UnknownInput(factory, f"--{name.replace('_', '-')}")
+
+
 def parsed_call(pipeline: Any, items: Sequence[str]) -> dict[str, Any]:
     """Return the arguments that ``--call`` has: Python literals, or else texts.
 

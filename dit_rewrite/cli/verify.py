@@ -17,7 +17,7 @@ from dit_rewrite import policies
 from dit_rewrite.cli.generate import load_pipeline
 from dit_rewrite.cli.modules import factory_of
 from dit_rewrite.cli.outcome import Outcome
-from dit_rewrite.cli.pipeline_call import parsed_call
+from dit_rewrite.cli.pipeline_call import parsed_call, refuse_for_factory
 from dit_rewrite.cli.progress import progress
 from dit_rewrite.enable import denoisers
 from dit_rewrite.errors import BadOption, NoTransformer
@@ -82,6 +82,7 @@ def from_factory(text: str, steps: int) -> Loaded:
 def load(arguments: argparse.Namespace) -> Loaded:
     """Return the denoiser and the calls that the options name."""
     if ":" in arguments.model:
+        refuse_for_factory(arguments.model, call=arguments.call)
         return from_factory(arguments.model, arguments.steps)
     return from_pipeline(arguments.model, arguments.steps, arguments.component, arguments.call)
 

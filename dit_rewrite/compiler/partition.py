@@ -91,7 +91,7 @@ class Partition:
         )
         num_inputs = sum(node.op == "placeholder" for node in self._nodes)
         kinds = captured.static, captured.conditioning, captured.ambient, captured.unknown
-        return Wiring(len(self._wires), num_inputs, outputs, *kinds, num_hoisted)
+        return Wiring(len(self._wires), num_inputs, outputs, *kinds, num_hoisted, captured.unread)
 
     def wired(self, specs: Sequence[SiteSpec]) -> list[SiteSpec]:
         """Return `specs` with the wires of the values that their guards measure."""

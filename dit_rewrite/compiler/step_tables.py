@@ -17,6 +17,7 @@ from dit_rewrite.passes.pipeline import Context
 from dit_rewrite.passes.rewrite.step_tables import StepTables, tabulate
 from dit_rewrite.runtime.released import Weights
 from dit_rewrite.runtime.step_tables import Columns
+from dit_rewrite.runtime.tensors import checksum
 from dit_rewrite.runtime.trajectory import Trajectory
 
 _PROGRAMS = 8  # graphs that are kept, one for each set of columns
@@ -74,6 +75,11 @@ class TableProgram:
                 return [value.contiguous() for value in torch.vmap(gm, dims)(*given)]
             except (RuntimeError, ValueError):  # an op has no batching rule
                 return None
+
+    def checksum(self, args: Sequence[Any]) -> Tensor:
+        """Return the checksum of the weights."""
+        with self._lock:
+            return checksum([args[i] for i in self.weights])
 
     def release(self, args: Sequence[Any]) -> None:
         """Release the weights that only rows are computed from."""

@@ -63,6 +63,7 @@ from dit_rewrite.errors.plans import (
     UnevenStreams,
 )
 from dit_rewrite.errors.policy import (
+    AllRefused,
     BadGuardText,
     BadParameter,
     BadPolicyFile,
@@ -114,6 +115,7 @@ from dit_rewrite.errors.trajectories import (
 )
 
 __all__ = [
+    "AllRefused",
     "BadAnalysis",
     "BadArgument",
     "BadCertificate",

@@ -15,6 +15,13 @@ class BadParameter(PolicyError):
     template = "{where}: {name}={value!r} is out of range. Give {name} as {allowed}."
 
 
+class AllRefused(PolicyError):
+    template = (
+        "The policy refused the parameters of all {count} trials. Give values that it takes, and its other parameters. "
+        "The last reason: {reason}"
+    )
+
+
 class UnknownSymbol(PolicyError):
     template = (
         "The guard `{guard}` uses {names}, which guards do not have. Use the symbols of dit_rewrite.guards: {known}."

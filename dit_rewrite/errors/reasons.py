@@ -167,7 +167,7 @@ class TableReason(Reason):
     NOT_PLAIN = "a weight is a tensor subclass, not strided, or an inference tensor, so it is not released"
     SHARED_STORAGE = "a weight shares its storage with another tensor or fills only a part of it, so it is not released"
     FILES_IN_MEMORY = "the folder of temporary files is in memory, so weights are not released: set TMPDIR"
-    NO_SPACE = "the folder of temporary files has no space, so weights are not released"
+    NO_SPACE = "the folder of temporary files is full or cannot be written, so weights are not released: set TMPDIR"
     PART_OF_MODEL = "a captured graph is not the whole model, so it is unknown who reads its weights: none is released"
 
 

@@ -116,6 +116,7 @@ def verify(
     """
     policy = as_policy(policy)
     trajectory = Trajectory(_calls(model, inputs), _names(inputs, streams), scheduler, progress)
+    model = twin(model) if isinstance(model, RewrittenModule) else model  # the reference is the model as it was
     lower = Lowering.of(backend, partition=lowering)
     with torch.no_grad():
         reuse0, forced, notes = _check_reuse0(model, trajectory, policy, lower)

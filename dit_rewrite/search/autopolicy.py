@@ -13,7 +13,7 @@ from dit_rewrite.compiler.lowering import InnerBackend
 from dit_rewrite.errors import BadParameter, NothingFits
 from dit_rewrite.policies.static import Never
 from dit_rewrite.policy.plan import is_whole
-from dit_rewrite.search.certificate import AutoPolicy, Control, Errors
+from dit_rewrite.search.certificate import AutoPolicy, Control, Errors, check_writable
 from dit_rewrite.search.controls import Controls, Solver, is_better
 from dit_rewrite.search.denoisers import identity
 from dit_rewrite.search.measurements import STYLES, Candidate, Measurements, Report, Tried
@@ -114,7 +114,7 @@ def autopolicy(
     if not places or any(place not in WHERE for place in places):
         raise BadParameter("autopolicy", "places", places, f"some of {', '.join(WHERE)}")
     if path is not None:
-        Path(path).parent.mkdir(parents=True, exist_ok=True)  # what cannot be written is found before the search
+        check_writable(Path(path))  # before the search, which takes long
     began = time.perf_counter()
     measured = measurements or Measurements(model, sample, places, calibration_seeds, backend, report)
     search = Search(measured, bound, tuple(held_out_seeds), trials, measure)

@@ -43,6 +43,7 @@ from dit_rewrite.policy.where import Where
 from dit_rewrite.report.prediction import Prediction, predict
 from dit_rewrite.runtime.decide import Decisions
 from dit_rewrite.search.candidates import REPLACED, Candidates
+from dit_rewrite.search.certificate import check_writable
 from dit_rewrite.search.greedy import DELTAS, STRATEGIES, greedy
 from dit_rewrite.search.metrics import Metric, metric_of
 from dit_rewrite.search.stepped_sampler import Arrival, Samplers, Sampling, State, digest
@@ -99,6 +100,8 @@ def greedy_plan(
     samplings = [Sampling(compiled, sample, number) for number, sample in enumerate(trajectories)]
     runner = SegmentRunner(compiled, samplings, strategies)
     found_path = None if path is None else Path(path)
+    if found_path is not None:
+        check_writable(found_path)  # before the search, which takes long
     partial = None if found_path is None else partial_path(found_path)
     key = {"model": fingerprint(model), "scheduler": describe_scheduler(scheduler), "kinds": " ".join(kinds)}
     key |= {"window": str(window), "grid": str(grid), "conditional": str(conditional)}

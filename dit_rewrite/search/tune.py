@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
-from dit_rewrite.errors import BadParameter, BadStorage, MissingExtra, OtherStudy, PolicyError
+from dit_rewrite.errors import AllRefused, BadParameter, BadStorage, MissingExtra, OtherStudy, PolicyError
 from dit_rewrite.policy.rules import Policy
 from dit_rewrite.proof.callers import calling
 from dit_rewrite.search.front import Front, Point
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 Values = Mapping[str, float]  # objectives by name; all are minimised
 Evaluate = Callable[[Policy], Iterable[Values]]  # yields the values so far, the last time all
 PARTIAL = "values so far"  # the attribute of a trial with the values that `Evaluate` yielded
+REFUSED = "refused"  # the attribute of a trial with the reason why the policy refused its parameters
 KEY = "arguments"  # the attribute of a study with the arguments that its trials share
 HOPELESS = 2.0
 
@@ -63,7 +64,8 @@ def tune(
     `storage` is a journal file, or the URL of a database. Several processes or machines that are given the same one
     share the study, and an interrupted study is continued: `trials` counts those that are already in it. No trial
     begins after `timeout` seconds. Raises BadParameter, BadStorage, OtherStudy for a study with other arguments,
-    FunctionFailed for an exception of `make_policy` or `evaluate`, and MissingExtra without Optuna.
+    AllRefused if the policy refused the parameters of all trials, FunctionFailed for an exception of `make_policy` or
+    `evaluate`, and MissingExtra without Optuna.
     """
     optuna = _optuna()
     _check(make_policy, space, objectives, sampler, trials)
@@ -85,13 +87,14 @@ def tune(
             with calling(make_policy, f"with {parameters}"):
                 policy = make_policy(**parameters)
         except PolicyError as error:
+            trial.set_user_attr(REFUSED, str(error))
             raise optuna.TrialPruned(str(error)) from error
         with calling(evaluate, f"with {policy}", optuna.TrialPruned):
             return _evaluated(trial, evaluate(policy), objectives, prune)
 
     def told(_: Any, trial: Any) -> None:
-        values = "pruned" if not trial.values else ", ".join(f"{v:.4g}" for v in trial.values)
-        report(f"trial {trial.number} of {count}: {trial.params}: {values}")
+        values = ", ".join(f"{v:.4g}" for v in trial.values or ())
+        report(f"trial {trial.number} of {count}: {trial.params}: {values or trial.user_attrs.get(REFUSED, 'pruned')}")
 
     left = count - len(_ended(found))
     if left > 0:
@@ -231,8 +234,11 @@ def _ended(study: Any) -> list[Any]:
 
 
 def _front(study: Any, make_policy: Callable[..., Policy], objectives: tuple[str, ...]) -> Front:
-    points = []
+    points, ended = [], _ended(study)
+    refused = [trial.user_attrs[REFUSED] for trial in ended if REFUSED in trial.user_attrs]
+    if refused and len(refused) == len(ended):
+        raise AllRefused(len(refused), refused[-1])
     for trial in _finished(study):
         values = dict(zip(objectives, trial.values, strict=True))
         points.append(Point(trial.number, trial.params, values, make_policy(**trial.params)))
-    return Front(objectives, tuple(points), len(_ended(study)) - len(points))
+    return Front(objectives, tuple(points), len(ended) - len(points))

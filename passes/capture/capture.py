@@ -50,6 +50,12 @@ class Captured:
     def placeholders(self) -> list[fx.Node]:
         return self.gm.graph.find_nodes(op="placeholder")
 
+    @property
+    def unread(self) -> frozenset[int]:
+        """The positions of numbers that nothing reads, such as the offset of a tensor in the storage that it views."""
+        numbers = ((i, node) for i, node in enumerate(self.placeholders) if not hasattr(node.meta.get("val"), "dtype"))
+        return frozenset(i for i, node in numbers if not node.users)
+
 
 class one_graph:
     """Context manager under which Dynamo captures a model in as few graphs as possible.

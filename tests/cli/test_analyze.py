@@ -74,6 +74,8 @@ def test_merged_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         (["--model", FACTORY, "--prompts", "none"], "prompts='none'"),
         (["--model", ONE, "--prompts", "2"], "prompts='2'"),
         (["--model", ONE, "--prompts", "1", "--steps", "1"], "steps=1"),
+        (["--model", ONE, "--prompts", "1", "--steps", "3", "--distances", "3", "4"], "one is below the 3 steps"),
+        (["--model", ONE, "--prompts", "1", "--call", "height=8"], f"{ONE} takes no --call"),
     ],
 )
 def test_options_that_cannot_be_used(

@@ -135,3 +135,15 @@ def test_spaces_are_parsed() -> None:
         with pytest.raises(BadOption):
             parse_values(text)
     assert maker("fora:anchor=paper")(interval=3) == FORA(3, anchor="paper") and maker("fora")(interval=2) == FORA(2)
+
+
+def test_what_cannot_be_written_is_found_before_the_search(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").write_text("mine")
+    model = ["--model", f"{__name__}:factory", *QUICK]
+    policy = ["autopolicy", *model, "--speedup", "2", "--out"]
+    front = ["tune", *model, "--policy", "fora", "--space", "interval=2|3", "--sampler", "grid", "--out"]
+    for command, out in ((policy, tmp_path), (policy, tmp_path / "file" / "x"), (front, tmp_path / "file")):
+        assert main([*command, str(out)]) == FAILED
+        said = capsys.readouterr().err
+        assert str(tmp_path) in said and said.count("\n") == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]

@@ -56,6 +56,12 @@ def test_a_window_that_fits_no_attention(tmp_path: Path, capsys: pytest.CaptureF
     assert "greedy_plan: grid='latent'" in capsys.readouterr().err
 
 
+def test_a_plan_that_cannot_be_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """This is found out before the search."""
+    assert main([*COMMAND, "--out", str(tmp_path)]) == FAILED
+    assert f"It is a folder; give a file: '{tmp_path}'" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("text", "window"),
     [("0.125", 0.125), ("4", (4,)), ("4,4", (4, 4)), ("0.25, 2", (0.25, 2)), ("1,2,3", (1, 2, 3))],

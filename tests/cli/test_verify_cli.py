@@ -130,6 +130,14 @@ def test_what_fails_the_proof_exits_with_1(monkeypatch: pytest.MonkeyPatch) -> N
     assert main(["verify", "--model", SMALL, "--steps", "2"]) == 1
 
 
+def test_a_factory_makes_its_own_calls(capsys: pytest.CaptureFixture[str]) -> None:
+    for command in (["verify"], ["tune", "--policy", "fora", "--space", "interval=2|3"]):
+        assert main([*command, "--model", SMALL, "--call", "height=8"]) == FAILED
+        assert f"{SMALL} takes no --call" in capsys.readouterr().err
+    assert main(["autopolicy", "--model", SMALL, "--speedup", "2", "--prompt", "a cat"]) == FAILED
+    assert f"{SMALL} takes no --prompt" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("model", ["no.such.module:build", "dit_rewrite.demo.shapes.calls:nothing", "math:pi"])
 def test_a_factory_that_cannot_be_used_is_named(model: str, capsys: pytest.CaptureFixture[str]) -> None:
     """The message names the model, and says what a factory must return."""

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import dit_rewrite
+from dit_rewrite.compiler import step_tables
 from dit_rewrite.errors import BadArgument, TableReason
 from dit_rewrite.policies import FORA
 from tests.end_to_end.test_step_tables import CONDITIONED, STEPS, UNCONDITIONED, close, compiled, run, scheduler
@@ -191,6 +192,21 @@ def test_threads() -> None:
     assert len(found) == len(threads)
     for outputs in found:
         close(outputs, expected)
+
+
+def test_weights_are_compared_under_the_lock(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The checksum reads the weights, which another thread may be releasing."""
+    model, calls = releasing(UNCONDITIONED)
+    lock, held, compare = model._backend.weights.lock, list[bool](), step_tables.checksum
+
+    def checked(tensors: list[Tensor]) -> Tensor:
+        held.append(lock._is_owned())
+        return compare(tensors)
+
+    monkeypatch.setattr(step_tables, "checksum", checked)
+    for _ in range(2):
+        run(model, calls)
+    assert held == [True, True]
 
 
 def test_release_needs_all_steps_to_read_tables() -> None:

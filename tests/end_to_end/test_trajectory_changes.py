@@ -70,6 +70,22 @@ def test_batch_size_changed_midway(mode: str) -> None:
     assert [len(result) for result in found] == [2, 2, 2, 1, 1, 1]
 
 
+@pytest.mark.parametrize("dynamic", [None, True], ids=["second run dynamic", "dynamic"])
+def test_timesteps_that_are_views_of_the_schedule(dynamic: bool | None) -> None:
+    """Where sizes are dynamic, Dynamo passes the place of each timestep in the schedule too, which differs at every
+    step. No op reads it. Image to image begins in the middle of the schedule; here, the second run with one sample."""
+    compiled = rewritten(tiny.build(), dynamic=dynamic)
+    schedule = SimpleNamespace(timesteps=torch.linspace(900, 100, 9).to(torch.int64))
+    for samples in (2, 1):
+        given, latents = condition()[:samples], [call["hidden_states"][:samples] for call in calls(6)]
+        with compiled.trajectory(scheduler=schedule):
+            for time, latent in zip(schedule.timesteps[3:], latents, strict=True):
+                arguments = {"hidden_states": latent, "timestep": time.expand(samples), "condition": given}
+                outputs(compiled, [arguments])
+        assert row(compiled, 6) == "CRRCRR"
+    assert compiled.stats().misses == {}
+
+
 @MODES
 def test_other_dtype_midway(mode: str) -> None:
     """A latent in float64: another graph, a recorded miss, and the model's own output."""

@@ -11,7 +11,7 @@ import sympy
 import torch
 from torch import fx
 
-from dit_rewrite import Policy, Rule, Verification, verify
+from dit_rewrite import Policy, RewrittenModule, Rule, Verification, verify
 from dit_rewrite.compiler import backend, pipeline
 from dit_rewrite.errors import BadArgument, MissReason, NotAPolicy, UnreachedPolicy
 from dit_rewrite.passes.rewrite.cache_or_compute import cache_or_compute
@@ -195,6 +195,14 @@ def test_streams_are_verified_apart(capsys: pytest.CaptureFixture[str]) -> None:
         "ok: reuse 0 exact (4 sites forced, 4 values exported), replay exact "
         "(8 calls, 16 of 32 decisions reused), max abs error 0\n"
     )
+
+
+def test_a_rewritten_model_is_verified_as_it_was() -> None:
+    """The reference is the model without its rewrite, which stays, and is not called."""
+    model = tiny.rewritten(tiny.build(), FORA(2))
+    assert verify(model, tiny.calls(4), FORA(3), backend="aot_eager").exact
+    assert not model.stats().decisions
+    assert isinstance(model, RewrittenModule)
 
 
 def test_a_policy_that_reaches_no_site_is_refused() -> None:

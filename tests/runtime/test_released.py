@@ -171,6 +171,14 @@ def test_files_in_memory_are_of_no_use(weights: Weights, monkeypatch: pytest.Mon
     assert weights._stats.tables == {TableReason.FILES_IN_MEMORY: 1}
 
 
+def test_without_a_folder_that_can_be_written_weights_stay(weights: Weights, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    monkeypatch.setattr(tempfile, "_candidate_tempdir_list", lambda: ["/proc/none"])
+    weights.release(parameters())
+    assert weights._stats.tables == {TableReason.NO_SPACE: len(SHAPES)}
+    assert weights.bytes == 0
+
+
 def test_without_space_weights_stay(weights: Weights, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_: object) -> None:
         raise OSError("no space left on device")

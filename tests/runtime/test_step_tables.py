@@ -13,7 +13,8 @@ from torch import Tensor
 from dit_rewrite.errors import TableReason
 from dit_rewrite.runtime.clock import Clock, Named
 from dit_rewrite.runtime.stats import Stats
-from dit_rewrite.runtime.step_tables import BATCH, MOST, SHARE, Bookmark, Tables
+from dit_rewrite.runtime.step_tables import BATCH, MOST, SHARE, STEADY, Bookmark, Tables
+from dit_rewrite.runtime.tensors import checksum
 
 TIMESTEPS = torch.tensor([900, 600, 300, 0])
 ROW_BYTES = 2 * 3 * 4
@@ -27,7 +28,7 @@ class Product:
     def __init__(self, batched: bool = True) -> None:
         self.batched, self.single, self.batches = batched, 0, list[int]()
         self.columns: tuple[str, ...] = ()
-        self.released, self.peak = 0, 0
+        self.released, self.peak, self.checksums = 0, 0, 0
 
     def add(self, columns: tuple[str, ...]) -> None:
         self.columns = tuple(dict.fromkeys((*self.columns, *columns)))
@@ -46,6 +47,10 @@ class Product:
         self.batches += [len(timesteps)]
         one = [[self.column(name, t, args) for t in timesteps] for name in columns]
         return [torch.stack(column) for column in one] if self.batched else None
+
+    def checksum(self, args: Sequence[Any]) -> Tensor:
+        self.checksums += 1
+        return checksum([args[1]])
 
     def release(self, args: Sequence[Any]) -> None:
         self.released += 1
@@ -232,6 +237,11 @@ def test_conditioning_that_changes_in_every_call_stops_the_batches() -> None:
         run.condition = run.condition + 1
         run(value)
     assert (run.program.batches, run.program.single) == ([4, 4], 2)
+    assert run.program.checksums == STEADY  # each reads all weights
+    rows = run.tables.bytes
+    run.begin()
+    run(0)  # the condition is that of the last call, and its row belongs to that trajectory alone
+    assert (run.program.checksums, run.tables.bytes) == (STEADY + 1, rows + 4 * ROW_BYTES)
 
 
 def test_an_op_that_cannot_be_batched() -> None:

@@ -173,6 +173,45 @@ def test_frames_at_several_steps_have_no_noise_of_one() -> None:
         trajectory = place(inputs(0.1 * step, scheduler.timesteps[entries]), NOBODY).trajectory
         found.append((trajectory.step, trajectory.noise(trajectory.step)[0]))
     assert found == [(0, 1.0), (1, None), (2, None)]
+    assert trajectory.num_steps is None
+
+
+@pytest.mark.parametrize("another", [True, False])
+def test_frames_that_part_may_be_another_video(another: bool) -> None:
+    """A chunk whose frames are at several steps may follow a finished one; the latent shows whether it continues it."""
+    see = explicit(scheduler=(scheduler := SimpleNamespace(timesteps=torch.tensor([900.0, 600.0, 300.0]))))
+    for step in range(3):
+        see(inputs(0.1 * step, scheduler.timesteps[[step, step]]))
+    parted = inputs(2.0 if another else 0.3, scheduler.timesteps[[1, 0]])
+    assert see(parted) == ((TrajectoryReason.NEW_LATENT, 0, 0) if another else (3, 0))
+
+
+def test_frames_that_keep_their_noise_are_conditions() -> None:
+    """Given frames stay at a time of their own until the others have reached it: LTX's min(t, 1000 (1 - strength))."""
+    scheduler = FlowMatchEulerDiscreteScheduler()
+    scheduler.set_timesteps(sigmas=[1.0, 0.8, 0.6, 0.05])
+    place, found = ExplicitTrajectory(Clock(scheduler=scheduler, noise=True)).place, []
+    for step in (0, 1, 2, 3, 0):
+        time = torch.minimum(scheduler.timesteps[step], torch.tensor([[100.0, 0.0, 1000.0]]))
+        trajectory = place(inputs(0.1 * step, time), NOBODY).trajectory
+        noise = trajectory.noise(trajectory.step)[0]
+        found.append((trajectory.why, trajectory.step, trajectory.num_steps, round(noise or 0, 6)))
+    turned = TrajectoryReason.TIMESTEP_TURNED
+    assert found == [(None, 0, 4, 1.0), (None, 1, 4, 0.8), (None, 2, 4, 0.6), (None, 3, 4, 0.05), (turned, 0, 4, 1.0)]
+
+
+@pytest.mark.parametrize("begin", [0, 4])
+@pytest.mark.parametrize("form", [lambda t: t.to(torch.bfloat16), lambda t: (t / 1000).to(torch.bfloat16)])
+@pytest.mark.parametrize("conditions", [(C,), (C, U)])
+def test_timesteps_that_are_rounded_to_one_number(conditions: tuple[Tensor, ...], form: Any, begin: int) -> None:
+    """A sampler of one's own does not advance the scheduler's step_index. Some timesteps are equal in bfloat16:
+    then a second call of a stream begins the next step."""
+    times = torch.tensor([1000.0, 997.1, 994.1, 990.9, 987.6, 984.0])
+    assert len(set(times.to(torch.bfloat16).tolist())) < len(times)
+    see = explicit(scheduler=SimpleNamespace(timesteps=times))
+    calls = [(i, time, c) for i, time in enumerate(times[begin:]) for c in conditions]
+    found = [see(inputs(0.01 * step, form(time).expand(2), c))[-2:] for step, time, c in calls]
+    assert found == [(step, stream) for step in range(len(times) - begin) for stream in range(len(conditions))]
 
 
 @pytest.mark.parametrize("in_place", [False, True])

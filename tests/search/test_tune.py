@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from dit_rewrite import Evaluation, Range, tune
-from dit_rewrite.errors import BadParameter, MissingExtra, OtherStudy
+from dit_rewrite.errors import AllRefused, BadParameter, MissingExtra, OtherStudy
 from dit_rewrite.policies import FORA, parse
 from dit_rewrite.policy.rules import Policy
 from dit_rewrite.search.front import Front, Point
@@ -154,6 +154,19 @@ def test_hopeless() -> None:
 def test_refused_parameters_are_pruned() -> None:
     front = tune(FORA, {"interval": [0, 2]}, lambda policy: [{"error": 1.0, "flops": 1.0}], sampler="grid")
     assert [p.parameters for p in front.points] == [{"interval": 2}] and front.pruned == 1
+
+
+def test_the_reason_for_a_refusal_is_reported() -> None:
+    """If all trials were refused, there is no front: an error has the reason."""
+    lines: list[str] = []
+
+    def never(policy: Policy) -> list[dict[str, float]]:
+        raise AssertionError(policy)
+
+    for space in ({"interval": [0, 2.5]}, {"interval": Range(2.1, 2.9)}):
+        with pytest.raises(AllRefused, match=r"all 2 trials\..*The last reason: FORA: interval=.* is out of range"):
+            tune(FORA, space, never, sampler="tpe", trials=2, report=lines.append)
+    assert all("interval as a whole number" in line for line in lines) and len(lines) == 4
 
 
 def test_files_of_a_front(tmp_path: Path) -> None:
