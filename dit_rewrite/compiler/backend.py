@@ -13,7 +13,6 @@ from collections.abc import Callable, Collection, Sequence
 from functools import partial
 from typing import Any, Protocol, get_args
 
-import sympy
 import torch
 from torch import fx
 
@@ -47,6 +46,7 @@ from dit_rewrite.runtime.segments import Executable
 from dit_rewrite.runtime.session import Session
 from dit_rewrite.runtime.stats import Stats
 from dit_rewrite.runtime.trajectory import Trajectory
+from dit_rewrite.torch_compat.kernel_builds import KernelBuilds
 
 NAMED_STREAMS = 2  # a pipeline that names its streams has a conditional and an unconditional one
 
@@ -161,28 +161,36 @@ class Backend:
         call = self.session.call
         trajectory = call.trajectory if call is not None else Trajectory(None)
         known = (False, False) if call is None else timesteps_known(trajectory, call.inputs.timestep)
-        hoist = "hoist" not in self.disabled
         levels = tuple(map(trajectory.noise, range(num_foreseen(trajectory.num_steps))))
         streams = 1 if self.session.named.name is None else NAMED_STREAMS
         free = self._limit() - streams * sum(each.stored_bytes for each in self.rewritten)
         limit = sys.maxsize if self.force else free
         whole, steps = self._is_whole(captured), trajectory.num_steps
+        hoist = "hoist" not in self.disabled
         request = Request(whole, steps, levels, hoist, self.force, limit, streams, *known, self.tables)
         ctx = Context(captured, self.policy, self.lowering, request)
         runs: list[PassRun] = []
         watch = None if self.watcher is None else self.watcher.begin(len(self.rewritten), captured)
         run_passes(PASSES, captured.gm, ctx, runs, self.disabled, watch)
         rewritten = self._dispatched(captured, ctx, runs)
-        if rewritten.hoisted is not None:
-            rewritten.graph.prologue = Prologue(self._compile_prologue(rewritten, rewritten.hoisted), self.session)
-        if rewritten.tables is not None and rewritten.has_table:
-            released = partial(self._released, rewritten)
-            weights = self.weights if self.release else None
-            rewritten.graph.program = TableProgram(rewritten.tables, weights, released)
-        for number, row in ctx[Partition].foreseen(ctx[Foreseen].rows):
-            rewritten.graph.add_variant(number, row)
+        self._compile_ahead(rewritten)
         self.rewritten.append(rewritten)
         return rewritten.graph
+
+    def _compile_ahead(self, rewritten: Rewritten) -> None:
+        """Compile the prologue and the variants that are foreseen. Their kernels are built at the same time."""
+        graph = rewritten.graph
+        rewritten.builds = builds = KernelBuilds()
+        if rewritten.hoisted is not None:
+            graph.prologue = Prologue(self._compile_prologue(rewritten, rewritten.hoisted), self.session)
+        if rewritten.tables is not None and rewritten.has_table:
+            weights = self.weights if self.release else None
+            graph.program = TableProgram(rewritten.tables, weights, partial(self._released, rewritten))
+        for number, row in rewritten.partition.foreseen(rewritten.context[Foreseen].rows):
+            graph.add_variant(number, row)
+        start, rewritten.builds = time.perf_counter(), None
+        builds.finish()
+        rewritten.runs.append(_timed("build", start, rewritten.captured.gm, rewritten.captured.gm))
 
     def _released(self, rewritten: Rewritten) -> tuple[int, ...]:
         """Return the positions of the weights that only rows of step tables are computed from, in every graph."""
@@ -258,7 +266,8 @@ class Backend:
             self.stats.add("variants")
         _, run = rewritten.compiled[key]
         late = not torch_compat.is_compiling()
-        admits = _size_check(rewritten.captured, lowering.new_guards(fake_mode, before)) if late else None
+        assumed = lowering.new_guards(fake_mode, before) if late else ()
+        admits = lowering.admits(assumed, rewritten.captured.placeholders) if assumed else None
         wire = partition.wire
         if variant.columns and rewritten.graph.program is not None:
             rewritten.graph.program.add(variant.columns)
@@ -286,7 +295,7 @@ class Backend:
         gm = copied(gm)  # passes, and lowering, may change it in place
         gm = run_passes(STRAIGHT_LINE_PASSES, gm, rewritten.context, rewritten.runs, self.disabled, watch)
         start = time.perf_counter()
-        run = self.lowering.lower(gm, rewritten.captured.fake_mode)
+        run = self.lowering.lower(gm, rewritten.captured.fake_mode, rewritten.builds)
         rewritten.runs.append(_timed("lower", start, gm, gm))
         return run
 
@@ -295,21 +304,9 @@ def _timed(name: str, start: float, before: fx.GraphModule, after: fx.GraphModul
     return PassRun(name, time.perf_counter() - start, len(before.graph.nodes), len(after.graph.nodes))
 
 
-def _size_check(captured: Captured, assumed: tuple[sympy.Basic, ...]) -> Callable[[Sequence[Any]], bool] | None:
-    """Return a check of the sizes that a late compilation assumed, or None if it assumed none."""
-    symbols = {i: s for i, node in enumerate(captured.placeholders) if (s := _symbol(node)) is not None}
-    return lowering.admits(assumed, symbols) if assumed else None
-
-
 def half_of_memory(model: torch.nn.Module | None) -> int:
     """Return half of the memory of the model's device, in bytes."""
     parameter = next(model.parameters(), None) if model is not None else None
     if parameter is not None and parameter.is_cuda:
         return torch.cuda.mem_get_info(parameter.device)[1] // 2
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
-
-
-def _symbol(node: fx.Node) -> sympy.Symbol | None:
-    value = node.meta.get("val")
-    expression = value.node.expr if isinstance(value, torch.SymInt) else None
-    return expression if isinstance(expression, sympy.Symbol) else None

@@ -16,6 +16,7 @@ from dit_rewrite import torch_compat
 from dit_rewrite.errors import BadArgument
 from dit_rewrite.passes.analysis import unbacked
 from dit_rewrite.torch_compat import FakeTensorMode
+from dit_rewrite.torch_compat.kernel_builds import KernelBuilds
 
 InnerBackend = str | Callable[[fx.GraphModule, list[Any]], Callable[..., Any]]
 Compiled = Callable[..., Sequence[Any]]
@@ -71,13 +72,18 @@ class Lowering:
         """Whether the backend chooses strides within the graph; otherwise ops need the strides of the trace."""
         return self.backend == "inductor"
 
-    def lower(self, gm: fx.GraphModule, fake_mode: FakeTensorMode | None) -> Compiled:
-        """Compile a straight-line graph for the fake inputs in its placeholders' metadata."""
+    def lower(
+        self, gm: fx.GraphModule, fake_mode: FakeTensorMode | None, builds: KernelBuilds | None = None
+    ) -> Compiled:
+        """Compile a straight-line graph for the fake inputs in its placeholders' metadata.
+
+        Kernels that are not built yet are added to `builds`, if that is given.
+        """
         if self.backend == "aot_eager":
             return gm.forward
         unbacked.bind_inputs(gm, fake_mode)
         inputs = [node.meta["val"] for node in gm.graph.find_nodes(op="placeholder")]
-        with _quiet(fake_mode):
+        with _quiet(fake_mode), contextlib.nullcontext() if builds is None else builds.started():
             run = self._compile(gm, inputs)
         return run if self.owns_outputs else _cloning(run)
 
@@ -115,16 +121,21 @@ def count_guards(fake_mode: FakeTensorMode | None) -> int:
     return len(torch_compat.size_guards(fake_mode))
 
 
-def admits(
-    expressions: tuple[sympy.Basic, ...], symbols: Mapping[int, sympy.Symbol]
-) -> Callable[[Sequence[Any]], bool]:
-    """Return a check of `expressions` for a graph's inputs; `symbols` maps positions of inputs to their symbols."""
+def admits(expressions: tuple[sympy.Basic, ...], placeholders: Sequence[fx.Node]) -> Callable[[Sequence[Any]], bool]:
+    """Return a check of `expressions`, which a late compilation assumed, for the inputs of a graph."""
+    symbols = {i: symbol for i, node in enumerate(placeholders) if (symbol := _symbol(node)) is not None}
 
     def check(args: Sequence[Any]) -> bool:
         sizes = {symbol: args[i] for i, symbol in symbols.items()}
         return all(expression.subs(sizes) == sympy.true for expression in expressions)
 
     return check
+
+
+def _symbol(node: fx.Node) -> sympy.Symbol | None:
+    value = node.meta.get("val")
+    expression = value.node.expr if isinstance(value, torch.SymInt) else None
+    return expression if isinstance(expression, sympy.Symbol) else None
 
 
 def isolated(model: Any, backend: InnerBackend, fullgraph: bool = False, dynamic: bool | None = None) -> Any:

@@ -26,6 +26,7 @@ from dit_rewrite.passes.rewrite.specialise import Variant, specialise
 from dit_rewrite.passes.rewrite.step_tables import StepTables
 from dit_rewrite.policy.site_rules import SiteRules
 from dit_rewrite.runtime.dispatch import CompiledGraph
+from dit_rewrite.torch_compat.kernel_builds import KernelBuilds
 
 
 @dataclass
@@ -41,6 +42,7 @@ class Rewritten:
     graph: CompiledGraph
     variants: dict[tuple[int, DecisionRow], Variant] = field(default_factory=dict)
     compiled: dict[Any, tuple[Variant, Callable[..., Any]]] = field(default_factory=dict)  # by structure
+    builds: KernelBuilds | None = None  # of the variants that are compiled ahead, while they are
 
     @property
     def bound(self) -> Bound:
