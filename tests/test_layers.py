@@ -7,7 +7,7 @@ import ast
 import networkx as nx
 import pytest
 
-from docs.figures.rooms import FILES, FOLDERS, MAY_IMPORT, ROOT, edges, imports, room_of
+from docs.figures.rooms import FILES, FOLDERS, MAY_IMPORT, ROOT, edges, imports, room_of, tree
 
 
 def test_files_are_there() -> None:
@@ -65,14 +65,14 @@ def test_passes_know_no_device_code() -> None:
     foreign = ("triton", "diffusers", "torch.cuda", "torch._inductor", "torch.distributed", "torch.xpu", "torch.mps")
     for path in (path for module, path in FILES.items() if module.startswith("passes")):
         assert not {m for m in imports(path) if m.startswith(foreign)}
-        names = {ast.unparse(node) for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Attribute)}
+        names = {ast.unparse(node) for node in ast.walk(tree(path)) if isinstance(node, ast.Attribute)}
         assert not {name for name in names if name.startswith(foreign)}
 
 
 def test_private_torch_has_one_room() -> None:
     """Only torch_compat imports or names torch's private attributes."""
     for module, path in FILES.items():
-        attributes = (node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Attribute))
+        attributes = (node for node in ast.walk(tree(path)) if isinstance(node, ast.Attribute))
         names = imports(path) | {ast.unparse(node) for node in attributes}
         private = {name for name in names if name.startswith("torch.") and "._" in name and "__" not in name}
         assert not private or module == "torch_compat", (module, private)
@@ -81,7 +81,7 @@ def test_private_torch_has_one_room() -> None:
 def test_diffusers_is_imported_lazily() -> None:
     """Importing the package loads neither diffusers nor transformers: no file imports them at the top level."""
     for path in FILES.values():
-        body = ast.parse(path.read_text()).body
+        body = tree(path).body
         names = {alias.name for node in body if isinstance(node, ast.Import) for alias in node.names}
         names |= {node.module or "" for node in body if isinstance(node, ast.ImportFrom)}
         assert not {name for name in names if name.split(".")[0] in ("diffusers", "transformers")}, path

@@ -4,6 +4,7 @@ and imports.py draws it."""
 from __future__ import annotations
 
 import ast
+from functools import cache
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
@@ -48,16 +49,23 @@ def module_of(path: Path) -> str:
 FILES = {module_of(path): path for folder in FOLDERS for path in sorted((ROOT / folder).rglob("*.py"))}
 
 
-def imports(path: Path) -> set[str]:
+@cache
+def tree(path: Path) -> ast.Module:
+    """The syntax tree of a file, which is parsed once."""
+    return ast.parse(path.read_text(encoding="utf-8"))
+
+
+@cache
+def imports(path: Path) -> frozenset[str]:
     """Every module that a file imports, at its top or inside a function; of `from a import b` both a and a.b."""
     found: set[str] = set()
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    for node in ast.walk(tree(path)):
         if isinstance(node, ast.Import):
             found.update(alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}: a relative import"
             found.update({node.module or "", *(f"{node.module}.{alias.name}" for alias in node.names)})
-    return found
+    return frozenset(found)
 
 
 def read_files(path: Path) -> set[str]:
@@ -75,5 +83,7 @@ def room_of(module: str) -> str | None:
     return rooms[0] if rooms else None
 
 
-def edges() -> set[tuple[str, str]]:
-    return {(module, other) for module, path in FILES.items() for other in read_files(path) if other != module}
+@cache
+def edges() -> frozenset[tuple[str, str]]:
+    found = ((module, other) for module, path in FILES.items() for other in read_files(path))
+    return frozenset((module, other) for module, other in found if other != module)

@@ -20,8 +20,7 @@ from dit_rewrite.errors import MissReason
 from dit_rewrite.policies import FORA, FirstBlockCache
 from dit_rewrite.policy.rules import Policy
 from tests.end_to_end.pipelines.registry import PIPELINES
-from tests.helpers.drawn import prepare
-from tests.helpers.image_models import flux_calls
+from tests.helpers.image_models import build_flux, flux_calls
 from tests.helpers.tiny import same
 
 pytest.importorskip("diffusers")
@@ -29,26 +28,9 @@ peft = pytest.importorskip("peft")
 pytestmark = pytest.mark.filterwarnings("ignore:Already found a `peft_config` attribute")
 
 STEPS = 4
-TARGETS = ["context_embedder", "to_q", "to_out.0", "ff.net.2", "proj_out"]
+TARGETS = ["context_embedder", "to_q", "ff.net.2", "proj_out"]
 Action = Callable[[Any], Any]
-
-
-def build() -> Any:
-    """FLUX.1 with one double and one single block: sites of two self-attentions and two MLPs."""
-    from diffusers import FluxTransformer2DModel
-
-    model = FluxTransformer2DModel(
-        in_channels=8,
-        num_layers=1,
-        num_single_layers=1,
-        attention_head_dim=16,
-        num_attention_heads=2,
-        joint_attention_dim=24,
-        pooled_projection_dim=24,
-        guidance_embeds=True,
-        axes_dims_rope=(4, 6, 6),
-    )
-    return prepare(model, torch.float32)
+build: Callable[[], Any] = partial(build_flux, layers=1)  # sites of two self-attentions and two MLPs
 
 
 def add(model: Any, name: str = "one", seed: int = 0, rank: int = 2) -> None:

@@ -127,14 +127,14 @@ def sd3_calls(steps: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> 
 # --- FLUX.1: joint blocks, then single-stream blocks ------------------------------------------------------------------
 
 
-def build_flux(dtype: torch.dtype = torch.float32) -> nn.Module:
-    """FLUX.1-dev with 2 double and 2 single blocks, 16 image tokens and 6 text tokens."""
+def build_flux(dtype: torch.dtype = torch.float32, layers: int = 2) -> nn.Module:
+    """FLUX.1-dev with `layers` double and as many single blocks, 16 image tokens and 6 text tokens."""
     from diffusers import FluxTransformer2DModel
 
     model = FluxTransformer2DModel(
         in_channels=8,
-        num_layers=2,
-        num_single_layers=2,
+        num_layers=layers,
+        num_single_layers=layers,
         attention_head_dim=16,
         num_attention_heads=2,
         joint_attention_dim=24,

@@ -16,6 +16,7 @@ from torch import Tensor
 from dit_rewrite.kernels.window_attention import window_reuse
 from tests.kernels.windows import DTYPES, OPS, TOLERANCE, WINDOWS, Ops, close, expected, qkv, random, triton, visible
 
+SIZES = st.lists(st.integers(1, 5), min_size=1, max_size=3).filter(lambda sizes: math.prod(sizes) <= 60)
 LEAST = torch.finfo(torch.float32).min
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton")  # the interpreter's 0/0
 
@@ -28,7 +29,7 @@ def ops(request: pytest.FixtureRequest) -> Ops:
 
 @pytest.mark.parametrize(
     ("dtype", "tokens", "where"),
-    [(dtype, *case) for dtype in DTYPES for case in (WINDOWS if dtype == torch.float32 else WINDOWS[::3])],
+    [(dtype, *case) for dtype in DTYPES for case in (WINDOWS if dtype == torch.float32 else WINDOWS[1::4])],
 )
 def test_definition(device: str, ops: Ops, tokens: int, where: dict[str, Any], dtype: torch.dtype) -> None:
     """The ops give O, R = O - W, and W + R (DiTFastAttn, equations 1 and 2)."""
@@ -48,7 +49,7 @@ def test_definition(device: str, ops: Ops, tokens: int, where: dict[str, Any], d
 @pytest.mark.parametrize("name", ["op", "16x32"])
 @settings(max_examples=12, deadline=None)
 @given(
-    sizes=st.lists(st.integers(1, 5), min_size=1, max_size=3), prefix=st.integers(0, 20), suffix=st.integers(0, 20),
+    sizes=SIZES, prefix=st.integers(0, 20), suffix=st.integers(0, 20),
     data=st.data(),
     size=st.sampled_from([1, 16, 40]), mask=st.sampled_from(["none", "boolean", "additive", "padding", "column"]),
     scale=st.sampled_from([None, 0.5, -1.0, 0.0]), seed=st.integers(0, 99),
@@ -87,11 +88,11 @@ def test_as_precise_as_attention(device: str, ops: Ops, size: int, dtype: torch.
     before they multiply the values, which PyTorch's own GPU kernels do as well.
     """
     where = {"window": (9,), "prefix": 3}
-    q, k, v = qkv(75, size, dtype=dtype, device=device)
+    q, k, v = qkv(51, size, dtype=dtype, device=device)
     full, near = expected(q, k, v, **where)
     out, _ = ops[0](q, k, v, **where)
     result = ops[1](q, k, v, torch.zeros_like(q), **where)
-    seen = visible(75, **where).to(device)
+    seen = visible(51, **where).to(device)
     assert distance(out, full) <= 2 * distance(F.scaled_dot_product_attention(q, k, v), full)
     assert distance(result, near) <= 2 * distance(F.scaled_dot_product_attention(q, k, v, attn_mask=seen), near)
 

@@ -30,7 +30,7 @@ WINDOWS: list[tuple[int, dict[str, Any]]] = [
     (61, {"window": (9,), "suffix": 5}),
     (96, {"window": (2, 3), "grid": (7, 9), "suffix": 33}),
     (70, {"window": (1, 0), "grid": (7, 7), "prefix": 17, "suffix": 4}),
-    (150, {"window": (1, 2, 3), "grid": (5, 5, 5), "prefix": 16, "suffix": 9}),
+    (100, {"window": (1, 2, 3), "grid": (3, 5, 5), "prefix": 16, "suffix": 9}),
 ]
 
 

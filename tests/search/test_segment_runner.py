@@ -21,6 +21,7 @@ from dit_rewrite.search.candidates import Candidates
 from dit_rewrite.search.segment_runner import ALL, SegmentRunner, greedy_plan
 from tests.helpers import tiny
 from tests.helpers.broken import broken_blocks
+from tests.helpers.image_models import build_flux, flux_calls
 from tests.helpers.models import MODELS, output
 
 STEPS = 5
@@ -32,8 +33,11 @@ WITHOUT_ASC: dict[str, Any] = {"conditional": None, "strategies": ALL - SHARED}
 class Sampler:
     """Calls the model once a step and keeps its outputs. Each call's latent depends on the output before."""
 
+    build: Callable[[], Any] = staticmethod(CASE.build)
+    calls: Callable[..., list[dict[str, Any]]] = staticmethod(CASE.inputs)
+
     def __init__(self, seed: int, steps: int = STEPS, told: int | None = STEPS) -> None:
-        self.inputs, self.told, self.outputs = CASE.inputs(steps, seed=seed), told, list[Tensor]()
+        self.inputs, self.told, self.outputs = self.calls(steps, seed=seed), told, list[Tensor]()
 
     def __call__(self, model: Any) -> None:
         self.outputs = []
@@ -50,12 +54,18 @@ class Sampler:
             self.outputs.append(output(model(**{**arguments, "hidden_states": moved})).clone())
 
 
-class Conditioned(Sampler):
-    """The same latents, with another class."""
+class Tiny(Sampler):
+    """Calls a smaller model: it compiles sooner."""
+
+    build, calls = staticmethod(tiny.build), staticmethod(tiny.calls)
+
+
+class Conditioned(Tiny):
+    """The same latents, with another condition."""
 
     def __init__(self, seed: int) -> None:
         super().__init__(seed)
-        self.inputs = [{**given, "class_labels": given["class_labels"] + 1} for given in self.inputs]
+        self.inputs = [{**given, "condition": given["condition"] + 1} for given in self.inputs]
 
 
 class Guided(Sampler):
@@ -85,7 +95,7 @@ def sampling(calls: list[dict[str, Any]], steps: int = 3) -> Callable[[Any], Non
 
 def search(samplers: list[Sampler], delta: float, **more: Any) -> Plan:
     torch.compiler.reset()
-    return greedy_plan(CASE.build(), samplers, delta, **{**SETTINGS, **more})
+    return greedy_plan(samplers[0].build(), samplers, delta, **{**SETTINGS, **more})
 
 
 def test_the_policy_runs_what_the_search_ran() -> None:
@@ -136,16 +146,16 @@ def test_half_a_batch_is_not_shared_between_calls() -> None:
 
 def test_thresholds() -> None:
     """Nothing passes a threshold of zero; everything passes one above the largest loss, and the cheapest is taken."""
-    assert search([Sampler(0)], 0.0).counts[Choice.FULL] == 3 * STEPS
-    cheapest = search([Sampler(0)], 100.0)
-    assert cheapest.counts == {**dict.fromkeys(Choice, 0), Choice.FULL: 3, Choice.AST: 3 * (STEPS - 1)}
-    assert cheapest.evaluations == 3 * (STEPS - 1)
+    assert search([Tiny(0)], 0.0).counts[Choice.FULL] == 2 * STEPS
+    cheapest = search([Tiny(0)], 100.0)
+    assert cheapest.counts == {**dict.fromkeys(Choice, 0), Choice.FULL: 2, Choice.AST: 2 * (STEPS - 1)}
+    assert cheapest.evaluations == 2 * (STEPS - 1)
 
 
 def test_without_guidance() -> None:
     """Fewer candidates: windows alone."""
-    plan = search([Sampler(0)], 100.0, strategies=(Choice.WA_RS,), conditional=None)
-    assert plan.counts[Choice.WA_RS] == 3 * (STEPS - 1)
+    plan = search([Tiny(0)], 100.0, strategies=(Choice.WA_RS,), conditional=None)
+    assert plan.counts[Choice.WA_RS] == 2 * (STEPS - 1)
     assert (plan.conditional, plan.window) == (None, 0.25)
 
 
@@ -268,18 +278,17 @@ def test_windows_of_a_grid(tmp_path: Path, grid: Any) -> None:
 def test_settings_that_do_not_fit(changes: dict[str, Any], says: str) -> None:
     """The error comes before any step is searched."""
     with pytest.raises(BadParameter, match=says):
-        search([Sampler(0)], 0.1, **changes)
+        search([Tiny(0)], 0.1, **changes)
 
 
 def test_parallel_blocks_are_searched_too() -> None:
     """Those of FLUX have attention and MLP in one projection: AST reuses both, a window replaces the attention only."""
-    case = MODELS["flux"]
     settings = {**SETTINGS, "steps": 2, "conditional": None}
+    joint = parallel = 1
     for choice, kinds in ((Choice.AST, None), (Choice.WA_RS, None), (Choice.AST, ("joint",))):
         torch.compiler.reset()
-        more = {} if kinds is None else {"kinds": kinds}
-        plan = greedy_plan(case.build(), [sampling(case.inputs(2), 2)], 100.0, strategies=(choice,), **settings, **more)
-        joint, parallel = case.sites["joint"], case.sites["parallel"]
+        more = {"strategies": (choice,), **({} if kinds is None else {"kinds": kinds})}
+        plan = greedy_plan(build_flux(layers=1), [sampling(flux_calls(2), 2)], 100.0, **settings, **more)
         if kinds is None:
             assert plan.counts[choice] == joint + parallel == len(plan.sites)
             assert plan.notes == ()
@@ -293,9 +302,9 @@ def test_parallel_blocks_are_searched_too() -> None:
 
 def test_an_interrupted_search_goes_on(tmp_path: Path) -> None:
     """The sampler fails in its fourth call; a second search replays the finished steps, and finds the same plan."""
-    whole = search([Sampler(0)], 0.4)
+    whole = search([Tiny(0)], 0.4)
 
-    class Failing(Sampler):
+    class Failing(Tiny):
         def _loop(self, model: Any) -> None:
             self.inputs = self.inputs[:3]
             super()._loop(model)
@@ -310,10 +319,10 @@ def test_an_interrupted_search_goes_on(tmp_path: Path) -> None:
         ({"conditional": "second"}, "conditional: 'first' there, 'second' here; inputs:"),
     ):
         with pytest.raises(PlanMismatch, match=rf"another search \({says}"):
-            search([Sampler(1)], 0.4, path=path, **others)
+            search([Tiny(1)], 0.4, path=path, **others)
     with pytest.raises(PlanMismatch, match="inputs: "):
         search([Conditioned(0)], 0.4, path=path)
-    resumed = search([Sampler(0)], 0.4, path=path)
+    resumed = search([Tiny(0)], 0.4, path=path)
     assert resumed.table == whole.table
     assert resumed.evaluations == whole.evaluations
     assert Plan.load(path) == resumed
@@ -323,9 +332,9 @@ def test_an_interrupted_search_goes_on(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("build", "error", "says"),
     [
-        (lambda: search([Sampler(0)], 0.1, conditional=None), BadParameter, "conditional=None"),
-        (lambda: search([Sampler(0, told=None)], 0.1), BadTrajectory, "searched only in explicit trajectories"),
-        (lambda: search([Sampler(0, steps=2)], 0.1), BadTrajectory, "ended before the last step"),
+        (lambda: search([Tiny(0)], 0.1, conditional=None), BadParameter, "conditional=None"),
+        (lambda: search([Tiny(0, told=None)], 0.1), BadTrajectory, "searched only in explicit trajectories"),
+        (lambda: search([Tiny(0, steps=2)], 0.1), BadTrajectory, "ended before the last step"),
     ],
     ids=["no half", "not told", "too short"],
 )

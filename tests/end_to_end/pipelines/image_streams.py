@@ -36,7 +36,7 @@ def flux_parts(vae: nn.Module | None) -> dict[str, Any]:
     from diffusers import FlowMatchEulerDiscreteScheduler
 
     scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
-    return parts(build_flux(), scheduler, vae, encoders=2)
+    return parts(build_flux(layers=1), scheduler, vae, encoders=2)
 
 
 def build_flux_pipeline() -> Any:
@@ -66,8 +66,8 @@ def build_flux_controlnet() -> Any:
 
     controlnet = FluxControlNetModel(
         in_channels=8,
-        num_layers=2,
-        num_single_layers=2,
+        num_layers=1,
+        num_single_layers=1,
         attention_head_dim=16,
         num_attention_heads=2,
         joint_attention_dim=24,
@@ -107,13 +107,13 @@ def flux_controlnet_arguments(seed: int, guidance: bool) -> dict[str, Any]:
 
 
 def flux2_parts(guidance_embeds: bool, vae: nn.Module | None) -> dict[str, Any]:
-    """The components that FLUX.2 and FLUX.2 Klein share: two double and two single blocks with shared modulation."""
+    """The components that FLUX.2 and FLUX.2 Klein share: a double and a single block with shared modulation."""
     from diffusers import FlowMatchEulerDiscreteScheduler, Flux2Transformer2DModel
 
     transformer = Flux2Transformer2DModel(
         in_channels=8,
-        num_layers=2,
-        num_single_layers=2,
+        num_layers=1,
+        num_single_layers=1,
         attention_head_dim=16,
         num_attention_heads=2,
         joint_attention_dim=24,
@@ -206,7 +206,7 @@ def build_lumina2() -> Any:
         in_channels=4,
         hidden_size=32,
         num_layers=2,
-        num_refiner_layers=2,
+        num_refiner_layers=1,
         num_attention_heads=2,
         num_kv_heads=1,
         multiple_of=16,
@@ -229,8 +229,8 @@ def build_chroma() -> Any:
 
     transformer = ChromaTransformer2DModel(
         in_channels=8,
-        num_layers=2,
-        num_single_layers=2,
+        num_layers=1,
+        num_single_layers=1,
         attention_head_dim=16,
         num_attention_heads=2,
         joint_attention_dim=24,
