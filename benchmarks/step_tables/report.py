@@ -49,7 +49,7 @@ release=True)` releases their memory once the rows of a schedule were computed b
   model reads. A graph that is compiled later brings all of them back first, as it may read them. None is released if a
   graph is not the whole model, because the readers of its weights are then unknown, nor if rows are computed one by
   one. A weight that shares its storage stays, and so does everything if the folder of temporary files (`TMPDIR`) is in
-  memory or full. `stats().tables` counts the reasons.
+  memory, full or cannot be written. `stats().tables` counts the reasons.
 - **How much.** `stats().released_bytes` and `explain()` say how many bytes are released now.
 - **GPUs.** Weights on a GPU are not released. An emptied storage there would make whatever reads it fail or crash.
 - **Threads.** Tables lock the weights while they compute rows. Other code must not read a weight in one thread at the

@@ -129,7 +129,7 @@ def test_a_class_that_the_model_does_not_have_is_named(dit_folder, tmp_path, cap
         (["--policy", "dqar:snr_threshold=abc"], "error: DQAR: snr_threshold='abc' is out of range"),
         (["--policy", "fora:interval=True"], "error: FORA: interval=True is out of range. Give interval as a whole"),
         (["--policy", "ditfastattn:plan=none.json"], "error: none.json cannot be used as a plan: it cannot be read"),
-        (["--policy", "none.json"], "none.json cannot be read (No such file"),
+        (["--policy", "none.json"], "none.json cannot be used as a policy (No such file"),
         (["--device", "cuda"], "device='cuda' is out of range"),
     ],
     ids=lambda value: value[-1] if isinstance(value, list) else "",
@@ -206,7 +206,7 @@ def test_a_file_that_cannot_be_written_is_refused_before_sampling(dit_folder, tm
     (tmp_path / "file").write_text("no folder")
     assert generate(dit_folder, tmp_path / "file" / "image.png", "--label", "1") == FAILED
     said = capsys.readouterr().err
-    assert "error: FileExistsError" in said and "reused" not in said
+    assert "cannot be used (not a directory)" in said and "reused" not in said
 
 
 def test_a_file_for_frames_can_be_animated():

@@ -59,7 +59,7 @@ def test_a_window_that_fits_no_attention(tmp_path: Path, capsys: pytest.CaptureF
 def test_a_plan_that_cannot_be_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """This is found out before the search."""
     assert main([*COMMAND, "--out", str(tmp_path)]) == FAILED
-    assert f"It is a folder; give a file: '{tmp_path}'" in capsys.readouterr().err
+    assert f"--out: {tmp_path} cannot be used (is a directory)" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
