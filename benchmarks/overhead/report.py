@@ -36,10 +36,8 @@ EXPLANATION = """## What is missed, and why
 - **The first trajectory of a conditioning** computes the rows of its step table, all steps in one batched call. The
   class is in this DiT's modulation, so its rows belong to a conditioning. Rows that depend on the timestep alone are
   computed once for all trajectories.
-- **The first call of a deep model by segments** compiles five segments instead of one graph of 28 blocks. On a CPU each
-  costs runs of the C++ compiler, and Dynamo and AOTAutograd trace all blocks either way. A further cut, between the
-  embedding and block 0, would spare two of the five, and would cost STDiT and Mochi the equal bits that they have by
-  segments.
+- **The first call of a deep model by segments** compiles five segments instead of one graph of 28 blocks, and builds
+  their kernels at the same time. Dynamo and AOTAutograd trace all blocks either way.
 - **Host time** is Python. Decisions are kept from one trajectory to the next. What is left is telling calls apart,
   checking inputs, and handing a hundred tensors on."""
 
