@@ -48,7 +48,7 @@ from dit_rewrite.guards import step
 from dit_rewrite.module import RewrittenModule, twin
 from dit_rewrite.passes.analysis import cost
 from dit_rewrite.policies import FORA, CachedAttention, TileReuse
-from dit_rewrite.policy.plan import write_whole
+from dit_rewrite.policy.files import write_whole
 from dit_rewrite.policy.rules import Policy, Rule
 from dit_rewrite.policy.strategies import BlockwiseReuse, Reuse
 from dit_rewrite.policy.where import Where

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from dit_rewrite.demo.report import console
-from dit_rewrite.policy.plan import write_whole
+from dit_rewrite.policy.files import write_whole
 
 Evidence = dict[str, Any]
 VERDICTS = {True: "held", False: "NOT held", None: "open"}

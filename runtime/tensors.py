@@ -82,8 +82,8 @@ def checksum(tensors: Sequence[Tensor]) -> Tensor:
     reads the memory once, at its speed. Tensors of at most WHOLE words are copied. In others it does not notice words
     that change places within a chunk.
     """
-    sums = [sums for tensor in tensors for sums in _sums(_words(tensor))]
-    return torch.cat([each.to(sums[0].device) for each in sums]) if sums else torch.zeros(0)
+    parts = [part for tensor in tensors for part in _sums(_words(tensor))]
+    return torch.cat([part.to(parts[0].device) for part in parts]) if parts else torch.zeros(0)
 
 
 def _words(tensor: Tensor) -> Tensor:

@@ -44,7 +44,8 @@ from dit_rewrite.demo.shapes.text_sampling import sample_captions
 from dit_rewrite.kernels.window_attention.geometry import make_window
 from dit_rewrite.module import twin
 from dit_rewrite.policies import DiTFastAttn
-from dit_rewrite.policy.plan import Choice, Plan, write_whole
+from dit_rewrite.policy.files import write_whole
+from dit_rewrite.policy.plan import Choice, Plan
 from dit_rewrite.proof.image_metrics import relative_l2, ssim
 from dit_rewrite.search.greedy import DELTAS
 from dit_rewrite.search.segment_runner import ALL, greedy_plan

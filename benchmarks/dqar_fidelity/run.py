@@ -41,7 +41,7 @@ from dit_rewrite.demo.shapes.data import NUM_CLASSES, sample
 from dit_rewrite.demo.shapes.model import Classifier, accuracy, load_classifier, load_denoiser
 from dit_rewrite.demo.shapes.sampling import GUIDANCE, sample_images
 from dit_rewrite.module import twin
-from dit_rewrite.policy.plan import write_whole
+from dit_rewrite.policy.files import write_whole
 from dit_rewrite.proof.image_metrics import frechet_distance, relative_l2, ssim
 
 REAL_IMAGES, REAL_SEED, CHUNK = 20_000, 1, 500

@@ -27,7 +27,7 @@ from dit_rewrite.demo.shapes.data import NULL_CLASS, NUM_CLASSES
 from dit_rewrite.demo.shapes.model import build_scheduler, load_denoiser
 from dit_rewrite.demo.shapes.sampling import GUIDANCE
 from dit_rewrite.policy.bases import BASES
-from dit_rewrite.policy.plan import write_whole
+from dit_rewrite.policy.files import write_whole
 from dit_rewrite.search.measurements import interpolate
 from dit_rewrite.search.placement import anchors_of, even, gap_costs, place
 

@@ -15,7 +15,7 @@ from benchmarks.fidelity.rows import STEPS, Row
 from benchmarks.record import VERDICTS, Claim, print_claims
 from dit_rewrite.demo.report import print_table
 from dit_rewrite.errors import MissingExtra
-from dit_rewrite.policy.plan import write_whole
+from dit_rewrite.policy.files import write_whole
 from dit_rewrite.search.measurements import geometric_mean
 
 HEADINGS = ("computed", "FLOPs", "time", "quartiles", "to uncached", "typical", "to reference", "KiB held")

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.timing import RESULTS
-from dit_rewrite.policy.plan import write_whole
+from dit_rewrite.policy.files import write_whole
 
 PAGE = Path("docs") / "overhead.md"
 INTRODUCTION = """# What it costs

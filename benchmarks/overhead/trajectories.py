@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, nullcontext
 from functools import partial
+from itertools import compress
+from operator import not_
 from statistics import fmean
 from time import perf_counter
 from typing import Any
@@ -48,10 +50,14 @@ class Run:
     def __call__(self) -> None:
         with self.stance(), self.model.trajectory(scheduler=scheduler()):
             spent = [seconds(partial(self.model, **kwargs)) for kwargs in self.inputs]
-        done = list(self.model.stats().decisions)[-STEPS:]
-        computes = ["compute" in each.strategies.values() for each in done]
-        self.computing.append(fmean(time for time, computed in zip(spent, computes, strict=True) if computed))
-        self.reusing.append(fmean(time for time, computed in zip(spent, computes, strict=True) if not computed))
+        reused = reusing_steps(self.model)
+        self.computing.append(fmean(compress(spent, map(not_, reused))))
+        self.reusing.append(fmean(compress(spent, reused)))
+
+
+def reusing_steps(model: RewrittenModule) -> list[bool]:
+    """Return which steps of the last trajectory computed no site."""
+    return ["compute" not in each.strategies.values() for each in list(model.stats().decisions)[-STEPS:]]
 
 
 def measure_trajectory(device: str, rounds: int) -> list[Row]:
@@ -126,9 +132,7 @@ def measure_parts(model: RewrittenModule, inputs: list[dict[str, Any]], rounds: 
         for _ in range(rounds):
             with model.trajectory(scheduler=scheduler()):
                 spent = [_parts(timers, partial(model, **kwargs)) for kwargs in inputs]
-            done = list(model.stats().decisions)[-STEPS:]
-            reusing = [s for s, each in zip(spent, done, strict=True) if "compute" not in each.strategies.values()]
-            shares += [[part / sum(step) for part in step] for step in reusing]
+            shares += [[part / sum(step) for part in step] for step in compress(spent, reusing_steps(model))]
     return [
         Row(f"share of a reusing step in FORA(3): {name}", Spread.of(list(share)), "", "", True)
         for name, share in zip(PARTS, zip(*shares, strict=True), strict=True)

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 from dit_rewrite.kernels import common, window_attention
-from dit_rewrite.policy.plan import write_whole
+from dit_rewrite.policy.files import write_whole
 
 
 def choose(

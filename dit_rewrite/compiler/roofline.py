@@ -27,7 +27,8 @@ from typing import Any
 import torch
 
 from dit_rewrite.passes.analysis.work import Work
-from dit_rewrite.policy.plan import is_real, write_whole
+from dit_rewrite.policy.files import write_whole
+from dit_rewrite.policy.plan import is_real
 
 VERSION = 2
 SIDES = {"cpu": (16, 64, 192, 512, 1024), "cuda": (64, 512, 1024, 2048, 4096)}  # of the square matrices

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from dit_rewrite.errors import BadParameter, BadPlan, PlanForOtherModel, PlanForOtherSteps
 from dit_rewrite.policy.core_strategies import GRIDS
+from dit_rewrite.policy.files import write_whole
 
 VERSION = 4
 SINCE = {"grid": 2, "notes": 2, "metric": 3, "attention": 3, "streams": 4}  # the first version that has the field
@@ -232,14 +233,6 @@ def parse_row(text: object) -> PlanRow:
 def partial_path(path: Path) -> Path:
     """Return the file in which a search for the plan at `path` saves its progress."""
     return path.with_name(f"{path.name}.partial")
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write a file atomically: readers, also after a crash, see either the old or the new content."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f"{path.name}.writing")
-    unfinished.write_text(text, encoding="utf-8")
-    unfinished.replace(path)
 
 
 def read_fields(

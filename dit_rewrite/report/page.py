@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from dit_rewrite.errors import MissingExtra
-from dit_rewrite.policy.plan import Plan, write_whole
+from dit_rewrite.policy.files import write_whole
+from dit_rewrite.policy.plan import Plan
 from dit_rewrite.report.charts import decision_charts, front_charts, graph_folds, time_charts
 from dit_rewrite.report.comparison import comparison, side_by_side
 from dit_rewrite.report.explain import Report

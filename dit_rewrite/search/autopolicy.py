@@ -12,8 +12,9 @@ from typing import Any, Literal
 from dit_rewrite.compiler.lowering import InnerBackend
 from dit_rewrite.errors import BadParameter, NothingFits
 from dit_rewrite.policies.static import Never
+from dit_rewrite.policy.files import check_writable
 from dit_rewrite.policy.plan import is_whole
-from dit_rewrite.search.certificate import AutoPolicy, Control, Errors, check_writable
+from dit_rewrite.search.certificate import AutoPolicy, Control, Errors
 from dit_rewrite.search.controls import Controls, Solver, is_better
 from dit_rewrite.search.denoisers import identity
 from dit_rewrite.search.measurements import STYLES, Candidate, Measurements, Report, Tried
@@ -73,10 +74,12 @@ def autopolicy(
     tensor; equal seeds give equal noise. For a diffusers pipeline, `sample` has the arguments of its call, and the
     controls are its compatible schedulers. Its denoisers, which must have one structure, run under one policy: where
     several share a schedule, each forecasts from its own values, and computes at its first step. `model` itself is not
-    changed. The bound is one number: the least `speedup`,
-    the most `max_error` (relative L2 error to the images of the same sampler that computes everything, averaged over
-    seeds) or the most `max_seconds` of a run. `max_bytes` limits the size of all caches, and may stand beside one of
-    them or alone, where the speed-up is 2: forecasts read fewer values if needed, and the size is measured in a run.
+    changed.
+
+    The bound is one number: the least `speedup`, the most `max_error` (relative L2 error to the images of the same
+    sampler that computes everything, averaged over seeds) or the most `max_seconds` of a run. `max_bytes` limits the
+    size of all caches, and may stand beside one of them or alone, where the speed-up is 2: forecasts read fewer values
+    if needed, and the size is measured in a run.
 
     The policy forecasts one of `places` between computed steps that are placed freely. Objective: the sum over the
     forecast steps of the error of the forecast, computed from the values of full runs, times the influence of the step

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import math
 import statistics
@@ -21,21 +20,12 @@ from dit_rewrite.errors import (
     PolicyForOtherSteps,
 )
 from dit_rewrite.policies.text import file_of, parse
-from dit_rewrite.policy.plan import describe_scheduler, fingerprint, write_whole
+from dit_rewrite.policy.files import write_whole
+from dit_rewrite.policy.plan import describe_scheduler, fingerprint
 from dit_rewrite.policy.rules import Policy
 from dit_rewrite.policy.serialise import from_json, to_json
 
 T_QUANTILES = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23)  # Student's, 97.5 %, by degrees of freedom
-
-
-def check_writable(path: Path) -> None:
-    """Make the folder of a file that will be written later. Raises OSError if it cannot be written there."""
-    if path.is_dir():
-        raise IsADirectoryError(errno.EISDIR, "It is a folder; give a file", str(path))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f"{path.name}.writing")
-    unfinished.touch()
-    unfinished.unlink()
 
 
 @dataclass(frozen=True)

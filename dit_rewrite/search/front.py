@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from dit_rewrite.errors import MissingExtra
-from dit_rewrite.policy.plan import write_whole
+from dit_rewrite.policy.files import write_whole
 from dit_rewrite.policy.rules import Policy
 from dit_rewrite.policy.serialise import to_json
 

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from dit_rewrite.errors import BadParameter, BadPlan, MissingExtra, OtherSearch
+from dit_rewrite.policy.files import write_whole
 from dit_rewrite.policy.plan import (
     Choice,
     PlanRow,
@@ -34,7 +35,6 @@ from dit_rewrite.policy.plan import (
     parse_row,
     read_fields,
     row_text,
-    write_whole,
 )
 from dit_rewrite.proof.callers import calling
 from dit_rewrite.search.metrics import Metric, metric_of, relative_error

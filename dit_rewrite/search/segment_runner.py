@@ -24,6 +24,7 @@ from dit_rewrite.guards import step as step_symbol
 from dit_rewrite.module import RewrittenModule, attach, twin
 from dit_rewrite.passes.analysis.site import Found
 from dit_rewrite.policies import DiTFastAttn, strategies_of
+from dit_rewrite.policy.files import check_writable
 from dit_rewrite.policy.plan import (
     SHARED,
     WINDOWED,
@@ -43,7 +44,6 @@ from dit_rewrite.policy.where import Where
 from dit_rewrite.report.prediction import Prediction, predict
 from dit_rewrite.runtime.decide import Decisions
 from dit_rewrite.search.candidates import REPLACED, Candidates
-from dit_rewrite.search.certificate import check_writable
 from dit_rewrite.search.greedy import DELTAS, STRATEGIES, greedy
 from dit_rewrite.search.metrics import Metric, metric_of
 from dit_rewrite.search.stepped_sampler import Arrival, Samplers, Sampling, State, digest
