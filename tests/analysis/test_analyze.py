@@ -1,4 +1,4 @@
-"""`analyze`: known rates of change, resumed and merged runs, streams, heads, and arguments."""
+"""`analyze`: known rates of change, streams, heads, and pipelines."""
 
 from __future__ import annotations
 
@@ -11,38 +11,20 @@ import torch
 from torch import Tensor, nn
 
 import dit_rewrite
-from dit_rewrite.analysis import analyze as module
-from dit_rewrite.analysis.result import KEPT, Analysis
+from dit_rewrite.analysis.result import Analysis
 from dit_rewrite.analysis.reuse_errors import reuse_errors
-from dit_rewrite.analysis.statistics import MEASURES, Row, Table
+from dit_rewrite.analysis.statistics import Row
 from dit_rewrite.errors import (
-    BadArgument,
     FunctionFailed,
-    NotAModule,
-    NothingMeasured,
-    OtherAnalysis,
-    OverlappingAnalyses,
     RefusalReason,
 )
 from tests.helpers import tiny
+from tests.helpers.analyses import analyze, two_streams
 from tests.helpers.broken import broken_blocks
 from tests.helpers.drawn import falling, latents, prepare
 from tests.helpers.planted import CHANNELS, KEY_RATE, RATES, VALUE_RATE, Planted, numbers, planted_calls
 
 STEPS = 5
-
-
-def analyze(model: Any, sample: Any, *args: Any, **options: Any) -> Analysis:
-    return dit_rewrite.analyze(model, sample, *args, backend="aot_eager", **options)
-
-
-def same(a: Analysis, b: Analysis) -> bool:
-    """Whether two analyses are equal bit for bit."""
-    tables = (a.table.count, a.table.mean, a.table.squares), (b.table.count, b.table.mean, b.table.squares)
-    kept = a.profiles.keys() == b.profiles.keys()
-    kept = kept and all(torch.equal(a._profile(p).nan_to_num(), b._profile(p).nan_to_num()) for p in a.profiles)
-    equal = all(map(torch.equal, *tables))
-    return equal and kept and (a.table.rows, a.prompts, a.settings) == (b.table.rows, b.prompts, b.settings)
 
 
 def row(found: Analysis, **conditions: Any) -> Row:
@@ -114,110 +96,7 @@ def test_the_model_is_left_alone() -> None:
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
-# --- many prompts -----------------------------------------------------------------------------------------------------
-
-
-def test_a_killed_run_goes_on_to_the_same_result(tmp_path: Path) -> None:
-    """It is killed after the second of four prompts, and continued from its file in another call."""
-    sample = [planted_calls(3, seed) for seed in range(4)]
-    whole = analyze(Planted(), sample)
-
-    def kill(number: int) -> None:
-        if number == 1:
-            raise KeyboardInterrupt
-
-    path = tmp_path / "a.safetensors"
-    with pytest.raises(KeyboardInterrupt):
-        analyze(Planted(), sample, path=path, progress=kill)
-    assert Analysis.load(path).prompts == [0, 1]
-    ran: list[int] = []
-    found = analyze(Planted(), sample, path=path, progress=ran.append)
-    assert ran == [2, 3]
-    assert same(found, whole)
-    assert same(Analysis.load(path), whole)
-
-
-def test_processes_share_the_prompts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each rank of torchrun writes a file of its own prompts; merged, they are those of a single process."""
-    sample = [planted_calls(3, seed) for seed in range(5)]
-    whole = analyze(Planted(), sample)
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    parts = []
-    for rank in range(2):
-        monkeypatch.setenv("RANK", str(rank))
-        analyze(Planted(), sample, path=tmp_path / "a.safetensors")
-        parts.append(Analysis.load(tmp_path / f"a.{rank}-of-2.safetensors"))
-    assert [part.prompts for part in parts] == [[0, 2, 4], [1, 3]]
-    merged = Analysis.merge(parts)
-    assert (merged.prompts, merged.table.rows) == (whole.prompts, whole.table.rows)
-    assert torch.equal(merged.table.count, whole.table.count)
-    assert torch.allclose(merged.table.mean, whole.table.mean, rtol=1e-12)
-    assert torch.allclose(merged.table.squares, whole.table.squares, rtol=1e-9, atol=1e-15)
-    assert all(torch.equal(merged._profile(p).nan_to_num(), whole._profile(p).nan_to_num()) for p in range(5))
-    with pytest.raises(OverlappingAnalyses, match="both have prompt 0"):
-        Analysis.merge([whole, parts[0]])
-
-
-def test_memory_does_not_grow_with_prompts(tmp_path: Path) -> None:
-    """100 observations take as much as 20: the profiles of 16 prompts are kept."""
-    sizes = []
-    found = Analysis("f", "Model", {"keys": "core"})
-    rows = [Row(f"site {i}", "mlp", i, "mlp", "all", "0", None, 1) for i in range(10)]
-    for prompt in range(100):
-        found.add(prompt, [{row: torch.rand(20, len(MEASURES), dtype=torch.float64) for row in rows}])
-        found.save(tmp_path / "a.safetensors")
-        sizes.append((tmp_path / "a.safetensors").stat().st_size)
-    assert len(found.profiles) == KEPT
-    assert sizes[99] - sizes[20] < 600, "the numbers of 79 more prompts in the header"
-
-
-def test_only_the_steps_that_are_compared_with_are_stored() -> None:
-    """The cache holds the tensors of two steps at most, however long the trajectory is."""
-    peaks = []
-    for steps in (3, 9):
-        with module.probed(Planted(), _backend(distances=(1, 2))) as (model, (backend,)), torch.no_grad():
-            with model.trajectory(steps):
-                for call in planted_calls(steps):
-                    model(**call)
-            peaks.append(model.stats().peak_bytes)
-            tensor = 2 * 4 * CHANNELS * 4
-            held = len(backend.runners[0].tapped.taps)
-    assert peaks[0] == peaks[1]
-    assert 0 < peaks[1] <= 2 * held * tensor
-
-
-def _backend(**settings: Any) -> Any:
-    from dit_rewrite.analysis.probing import ProbingBackend, Settings
-    from dit_rewrite.compiler.lowering import Lowering
-
-    return lambda model, prefix: ProbingBackend(model, Lowering.of("aot_eager"), Settings(**settings), prefix)
-
-
-def test_chan_merge_equals_the_direct_formulas() -> None:
-    values = torch.randn(7, 3, len(MEASURES), dtype=torch.float64)
-    values[2, 1, 0] = float("nan")
-    only = Row("a", "mlp", 0, "mlp", "all", "0", None, 1)
-    table = Table()
-    for value in values:
-        table.add({only: value})
-    expected = values.nanmean(0)
-    assert torch.allclose(table.means[0], expected)
-    assert table.count[0, 1, 0] == 6
-    kept = values[[0, 1, 3, 4, 5, 6], 1, 0]
-    assert table.deviations[0, 1, 0] == pytest.approx(float(kept.std()))
-
-
 # --- streams ----------------------------------------------------------------------------------------------------------
-
-
-def two_streams(model: Any, steps: int) -> None:
-    """Each step calls the model for a conditional and an unconditional stream, whose numbers differ by 1."""
-    with model.trajectory(steps):
-        for call in planted_calls(steps):
-            with model.cache_context("cond"):
-                model(**call)
-            with model.cache_context("uncond"):
-                model(call["latent"] + torch.eye(CHANNELS)[0], call["timestep"])
 
 
 def test_streams_are_measured_apart_and_against_each_other() -> None:
@@ -318,71 +197,6 @@ def test_inductor_measures_the_same() -> None:
     assert compiled.table.rows == eager.table.rows
     assert torch.equal(compiled.table.count, eager.table.count)
     assert torch.allclose(compiled.table.mean, eager.table.mean, rtol=1e-3, atol=1e-5)
-
-
-# --- arguments --------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("options", "named"),
-    [
-        ({"distances": ()}, "distances"),
-        ({"distances": (0,)}, "distances"),
-        ({"keys": "norm"}, "keys"),
-        ({"window": 1.0}, "window"),
-        ({"conditional": ""}, "conditional"),
-        ({"conditional": "cond"}, "conditional='cond' .* one of the streams 0"),
-        ({"steps": 1}, "steps"),
-        ({"steps": 2.5}, "steps"),
-    ],
-)
-def test_arguments_out_of_range(options: dict[str, Any], named: str) -> None:
-    with pytest.raises(BadArgument, match=f"analyze: {named}{'' if '=' in named else '='}"):
-        analyze(Planted(), [planted_calls(2)], **options)
-
-
-def test_what_cannot_be_sampled() -> None:
-    model = Planted()
-    for sample, prompts in (("a cat", None), ([], None), (two_streams, None), (two_streams, []), ([3], None)):
-        with pytest.raises(BadArgument, match="analyze: "):
-            analyze(model, sample, prompts)
-    with pytest.raises(NotAModule):
-        analyze(3, [planted_calls(2)])
-    with pytest.raises(NothingMeasured, match="prompt 0 never called the denoiser at two steps"):
-        analyze(model, lambda *_: None, [0])
-
-
-def test_a_file_of_another_analysis_is_not_continued(tmp_path: Path) -> None:
-    path = tmp_path / "a.safetensors"
-    analyze(Planted(), [planted_calls(2)], path=path)
-    with pytest.raises(
-        OtherAnalysis, match=r"a\.safetensors belongs to another analysis \(keys: 'core', not 'projection'"
-    ):
-        analyze(Planted(), [planted_calls(2)], path=path, keys="projection")
-    with pytest.raises(OtherAnalysis, match="model: "):
-        analyze(Planted(rates=(1.0,)), [planted_calls(2)], path=path)
-    for other in (planted_calls(2, seed=1), planted_calls(3)):
-        with pytest.raises(OtherAnalysis, match="prompts: "):
-            analyze(Planted(), [other], path=path)
-
-
-def test_a_file_of_another_run_of_a_pipeline_is_not_continued(tmp_path: Path) -> None:
-    """Other prompts as dicts, another number of steps, or another scheduler."""
-    from diffusers import DPMSolverMultistepScheduler
-
-    from tests.cli.test_generate import build_dit_pipeline
-
-    pipeline, path, prompt = build_dit_pipeline(), tmp_path / "a.safetensors", {"class_labels": [2]}
-    pipeline.set_progress_bar_config(disable=True)
-    analyze(pipeline, [prompt], steps=2, path=path)
-    assert analyze(pipeline, [dict(prompt)], steps=2, path=path).prompts == [0]
-    with pytest.raises(OtherAnalysis, match="prompts: "):
-        analyze(pipeline, [{"class_labels": [3]}], steps=2, path=path)
-    with pytest.raises(OtherAnalysis, match="steps: 2, not 3"):
-        analyze(pipeline, [prompt], steps=3, path=path)
-    pipeline.scheduler = DPMSolverMultistepScheduler()
-    with pytest.raises(OtherAnalysis, match="scheduler: 'DDIMScheduler:.*, not 'DPMSolver"):
-        analyze(pipeline, [prompt], steps=2, path=path)
 
 
 class Experts:

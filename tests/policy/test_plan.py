@@ -1,4 +1,4 @@
-"""Plans: their contents, their file, the model that they belong to, and their picture."""
+"""Plans: their contents, and their file."""
 
 from __future__ import annotations
 
@@ -8,33 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import nn
 
-from dit_rewrite.errors import BadParameter, BadPlan, DitRewriteError, MissingExtra, PlanMismatch
-from dit_rewrite.policy.plan import Choice, Plan, describe_scheduler, fingerprint, partial_path
-
-FULL, AST, ASC, WA_RS, WA_RS_ASC = Choice
-
-PLAN = Plan(
-    model="0123456789abcdef",
-    steps=3,
-    scheduler="DDIMScheduler:1234",
-    sites=("blocks.0.attn1", "blocks.0.attn2", "blocks.1.attn1", "blocks.1.attn2"),
-    table=((FULL, FULL, FULL, FULL), (FULL, AST, WA_RS, FULL), (AST, AST, WA_RS_ASC, ASC)),
-    delta=0.05,
-    window=0.125,
-    conditional="second",
-    evaluations=23,
-    work=0.4,
-    notes=("2 cross not searched (kinds: self)",),
-)
-
-TWO_STREAMS = replace(
-    PLAN, table=tuple((*row, *(FULL, AST, FULL, FULL)) for row in PLAN.table), streams=("cond", "uncond")
-)
+from dit_rewrite.errors import BadParameter, BadPlan
+from dit_rewrite.policy.plan import Choice, Plan, partial_path
+from tests.helpers.plans import ASC, AST, FULL, PLAN, TWO_STREAMS, WA_RS, WA_RS_ASC
 
 
 def saved(path: Path, plan: Plan = PLAN) -> dict[str, Any]:
@@ -267,168 +246,3 @@ def test_files_that_are_no_object_or_not_there(tmp_path: Path):
         Plan.load(path)
     with pytest.raises(FileNotFoundError):
         Plan.load(tmp_path / "other.json")
-
-
-# --- the model that it belongs to -------------------------------------------------------------------------------------
-
-
-class Block(nn.Module):
-    def __init__(self, width: int = 4, bias: bool = True) -> None:
-        super().__init__()
-        self.proj = nn.Linear(width, width, bias=bias)
-        self.act: nn.Module = nn.GELU()
-        self.register_buffer("scale", torch.ones(2))
-        self.register_buffer("table", torch.ones(3), persistent=False)
-
-
-class Other(Block):
-    """The same tensors in a module of another class."""
-
-
-def same_size_other_activation() -> Block:
-    block = Block()
-    block.act = nn.SiLU()
-    return block
-
-
-def renamed() -> Block:
-    block = Block()
-    block.projection = block.proj
-    del block.proj
-    return block
-
-
-def test_fingerprints_of_equal_models():
-    """Other values, a compiled copy and tables for another size do not change the fingerprint."""
-    model = Block()
-    compiled = torch.compile(Block(), backend="eager")
-    longer = Block()
-    longer.register_buffer("table", torch.ones(9), persistent=False)
-    assert len(fingerprint(model)) == 64
-    assert {fingerprint(m) for m in (model, Block(), compiled, longer)} == {fingerprint(model)}
-
-
-def test_shared_modules_count_as_often_as_they_stand():
-    shared = Block()
-    assert fingerprint(nn.Sequential(shared, shared)) == fingerprint(nn.Sequential(Block(), Block()))
-
-
-def test_fingerprints_of_other_models():
-    """Class, width, parameter, name, activation, dtype, buffer and number of blocks each change the fingerprint."""
-    more_scale = Block()
-    more_scale.register_buffer("scale", torch.ones(5))
-    others = [
-        *(Other(), Block(8), Block(bias=False), renamed(), same_size_other_activation(), Block().half(), more_scale),
-        *(nn.Sequential(Block()), nn.Sequential(Block(), Block())),
-    ]
-    assert len({fingerprint(model) for model in (Block(), *others)}) == 1 + len(others)
-
-
-def test_a_plan_knows_its_model_and_number_of_steps():
-    plan = replace(PLAN, model=fingerprint(Block()))
-    plan.check(Block(), num_steps=3)
-    with pytest.raises(PlanMismatch, match=r"another model \(its fingerprint is .* this Other is .* search one"):
-        plan.check(Other(), num_steps=3)
-    with pytest.raises(PlanMismatch, match="The plan has 3 steps, and the trajectory has 2. Sample with 3 steps"):
-        plan.check(Block(), num_steps=2)
-    with pytest.raises(PlanMismatch, match="The plan has 3 steps, and the trajectory has 4"):
-        plan.check(Block(), num_steps=4)
-    assert issubclass(PlanMismatch, DitRewriteError)
-
-
-class Scheduler:
-    def __init__(self, **config: Any) -> None:
-        self.config = config
-
-
-def test_schedulers_as_text():
-    text = describe_scheduler(Scheduler(beta=0.1, name="linear", betas=torch.ones(2)))
-    assert text.startswith("Scheduler:")
-    assert describe_scheduler(Scheduler(name="linear", betas=torch.ones(2), beta=0.1, _version="2")) == text
-    assert describe_scheduler(Scheduler(beta=0.2, name="linear", betas=torch.ones(2))) != text
-    assert describe_scheduler(Scheduler(beta=0.1, name="linear", betas=torch.zeros(2))) != text
-    assert describe_scheduler(object()).startswith("object:")
-    assert describe_scheduler(None) == "none"
-
-
-# --- its picture ------------------------------------------------------------------------------------------------------
-
-
-def test_panels_by_kind():
-    pytest.importorskip("matplotlib")
-    from dit_rewrite.report.plan_picture import panels
-
-    assert panels(PLAN.columns) == {"blocks.attn1": [0, 2], "blocks.attn2": [1, 3]}
-    sites = ("blocks.0.attn", "single.0.attn", "blocks.1.attn", "blocks.1.attn#1")
-    assert panels([(None, site) for site in sites]) == {"blocks.attn": [0, 2, 3], "single.attn": [1]}
-    assert panels(TWO_STREAMS.columns) == {
-        "blocks.attn1, cond": [0, 2], "blocks.attn2, cond": [1, 3],
-        "blocks.attn1, uncond": [4, 6], "blocks.attn2, uncond": [5, 7],
-    }  # fmt: skip
-
-
-def test_the_picture_shows_the_table():
-    """Each cell of the image has its choice's colour, layers go upwards, and the legend gives the shares."""
-    colors = pytest.importorskip("matplotlib.colors")
-    from dit_rewrite.report.plan_picture import COLOURS, draw
-
-    figure = draw(PLAN)
-    assert [axes.get_title() for axes in figure.axes] == ["blocks.attn1", "blocks.attn2"]
-    seen = set()
-    for first, axes in enumerate(figure.axes):
-        (image,) = axes.images
-        shown = image.to_rgba(image.get_array())
-        assert shown.shape == (2, 3, 4)
-        assert image.origin == "lower"
-        for layer in range(2):
-            for step in range(3):
-                expected = colors.to_rgba(COLOURS[PLAN.table[step][2 * layer + first]])
-                assert shown[layer, step] == pytest.approx(expected)
-        seen |= {tuple(colour) for colour in shown.reshape(-1, 4)}
-    assert len(seen) == 5
-    labels = [text.get_text() for text in figure.legends[0].get_texts()]
-    assert labels == ["full 50.0%", "AST 25.0%", "ASC 8.3%", "WA-RS 8.3%", "WA-RS+ASC 8.3%"]
-    title = draw(replace(PLAN, attention=(1.0, 0.5, 0.3))).get_suptitle()
-    assert "3 steps, 60.0% of the attention FLOPs, scheduler" in title and "FLOPs" not in figure.get_suptitle()
-
-
-def test_the_legend_of_a_short_plan_is_whole():
-    """Five choices of three steps: the figure is wide enough for the shares."""
-    pytest.importorskip("matplotlib")
-    from dit_rewrite.report.plan_picture import draw
-
-    figure = draw(PLAN)
-    figure.draw_without_rendering()
-    legend = figure.legends[0].get_window_extent()
-    assert figure.bbox.x0 <= legend.x0 < legend.x1 <= figure.bbox.x1
-
-
-def test_the_legend_has_only_what_the_plan_has():
-    pytest.importorskip("matplotlib")
-    from dit_rewrite.report.plan_picture import draw
-
-    figure = draw(replace(PLAN, table=((FULL,) * 4, (FULL,) * 4, (AST, FULL, FULL, FULL))))
-    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["full 91.7%", "AST 8.3%"]
-
-
-def test_the_saved_picture(tmp_path: Path):
-    """The file's pixels have the colours of the plan's choices, and no other colours."""
-    image = pytest.importorskip("matplotlib.image")
-    from matplotlib.colors import to_rgba
-
-    from dit_rewrite.report.plan_picture import COLOURS, save_picture
-
-    plan = replace(PLAN, table=((FULL,) * 4, (FULL,) * 4, (AST, ASC, ASC, FULL)))
-    save_picture(plan, tmp_path / "new" / "plan.png")
-    pixels = {tuple(pixel) for pixel in (255 * image.imread(tmp_path / "new" / "plan.png")).round().reshape(-1, 4)}
-    found = {c for c, colour in COLOURS.items() if tuple(round(255 * part) for part in to_rgba(colour)) in pixels}
-    assert found == {FULL, AST, ASC}
-
-
-def test_no_picture_without_matplotlib(monkeypatch: pytest.MonkeyPatch):
-    import sys
-
-    monkeypatch.delitem(sys.modules, "dit_rewrite.report.plan_picture", raising=False)
-    monkeypatch.setitem(sys.modules, "matplotlib.axes", None)
-    with pytest.raises(MissingExtra, match=r"needs matplotlib. Install it: pip install 'dit_rewrite\[benchmark\]'"):
-        import dit_rewrite.report.plan_picture  # noqa: F401
