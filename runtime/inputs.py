@@ -103,7 +103,7 @@ class _Leaves:
 
     def add(self, value: Any, name: Hashable, depth: int = 0) -> None:
         """Add a value and its contents; `name` is its key in the container."""
-        if isinstance(value, _BY_VALUE):
+        if not isinstance(value, Tensor) and isinstance(value, _BY_VALUE):
             self.rest.append((name, type(value), repr(value)))  # 1, 1.0 and True are different
         elif value is self.timestep:
             self.rest.append(name)

@@ -228,7 +228,12 @@ def numbers(timestep: Tensor, schedule: Schedule | None = None) -> list[float] |
     place = None if schedule is None else schedule.place(timestep)
     if schedule is not None and place is not None:
         return [schedule.times[place]] * timestep.numel()
-    found: list[float] | None = timestep.flatten().tolist() if timestep.device.type == "cpu" else None
+    return _elements(timestep) if timestep.device.type == "cpu" else None
+
+
+def _elements(tensor: Tensor) -> list[float]:
+    """Return the elements of a tensor. Each call of a model asks for those of its timestep, so no op runs for a few."""
+    found: list[float] = tensor.tolist() if tensor.ndim == 1 else tensor.flatten().tolist()
     return found
 
 
@@ -249,8 +254,8 @@ def on_host(timestep: Any) -> OnHost:
     if not isinstance(timestep, Tensor) or timestep.device.type != "cpu" or timestep.numel() == 0:
         return OnHost(None)
     if not any(timestep.stride()):  # one number, perhaps expanded
-        value = timestep[(0,) * timestep.ndim].item()
+        value = timestep.item() if timestep.ndim == 0 else timestep[(0,) * timestep.ndim].item()
         return OnHost(value, numbers=[value] * timestep.numel())
-    numbers = timestep.flatten().tolist()  # each call asks: no op on a few numbers
+    numbers = _elements(timestep)
     uneven = len(set(filter(None, numbers))) > 1
     return OnHost(float(sum(numbers) / len(numbers) if uneven else max(numbers)), uneven, numbers)
