@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.overhead.trajectories import KEEP
 from benchmarks.timing import RESULTS
 from dit_rewrite.policy.files import write_whole
 
@@ -31,6 +32,11 @@ EXPLANATION = """## What is missed, and why
   caches full of a computing step's tensors, and takes longer than in the loop that measures *host time*. Whoever
   changes nothing of a model between two steps may run it under `torch.compiler.set_stance(skip_guard_eval_unsafe=True)`
   after a first run; torch calls this unsafe because it does not notice a change.
+- **FORA(3)** computes in a third of its steps. Before a step computes, the old values of all slots are freed, so that
+  old and new ones do not fill the memory together. On a CPU, glibc returns such memory to the system once some
+  megabytes are free in a row, and the new values are written to pages that the system has to provide anew. Whether
+  this happens depends on what else the process holds: the row *page faults* tells. An allocator that keeps freed memory
+  avoids it (rows *freed memory kept*): jemalloc, tcmalloc, or glibc under {keep}. On a GPU, torch's allocator keeps it.
 - **A step of a forecast** is bound by memory: one of order n reads n + 1 values of each slot. Forecasting the output
   alone (`span="output"`) reads n + 1 small tensors.
 - **The first trajectory of a conditioning** computes the rows of its step table, all steps in one batched call. The
@@ -47,7 +53,8 @@ def render(content: Mapping[str, Any]) -> str:
     machine = content["machine"]
     where = machine["gpu"] or machine["cpu"]
     head = INTRODUCTION.format(model=content["model"], where=where, **machine)
-    return "\n".join([head, "", *table(content["rows"]), "", EXPLANATION]) + "\n"
+    keep = " ".join(f"`{name}={value}`" for name, value in KEEP.items())
+    return "\n".join([head, "", *table(content["rows"]), "", EXPLANATION.format(keep=keep)]) + "\n"
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:

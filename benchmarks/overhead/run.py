@@ -19,7 +19,7 @@ import dit_rewrite
 from benchmarks.overhead import report as page
 from benchmarks.overhead import segments
 from benchmarks.overhead.geometries import measure_geometries
-from benchmarks.overhead.trajectories import measure_trajectory
+from benchmarks.overhead.trajectories import measure_trajectory, measure_with_kept_memory
 from benchmarks.overhead.warm_start import measure_warm_start
 from benchmarks.timing import Row, Spread, alternate, ratio, report, seconds
 from benchmarks.workload import ALWAYS, STEPS, Stepper, alternate_steps, build, calls, cold, instant, scheduler
@@ -140,6 +140,8 @@ def main() -> None:
     with torch.no_grad():
         rows = measure_steps(arguments.device, arguments.rounds)
         rows += measure_trajectory(arguments.device, max(arguments.rounds // 8, 3))
+        if arguments.device == "cpu":
+            rows += measure_with_kept_memory(max(arguments.rounds // 8, 3))
         rows += measure_host(arguments.device, arguments.rounds)
         rows += measure_compile(arguments.device, arguments.compiles)
         rows += measure_geometries(arguments.device, arguments.rounds)

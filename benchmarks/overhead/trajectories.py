@@ -6,8 +6,14 @@ computing steps. Within a trajectory, a reusing step follows the step that fille
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import json
+import os
+import resource
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, nullcontext
+from dataclasses import asdict
 from functools import partial
 from itertools import compress
 from operator import not_
@@ -31,6 +37,7 @@ from dit_rewrite.runtime.session import Session
 
 SHARES = {3: 0.96, 5: 0.93}  # of the ideal speed-up, by interval
 ORDERS = (1, 2)
+KEEP = {"MALLOC_TRIM_THRESHOLD_": str(1 << 30), "MALLOC_MMAP_THRESHOLD_": str(32 << 20)}  # glibc's settings
 UNGUARDED = "FORA(3) without Dynamo's guards"
 PARTS = ("compiled code", "torch.compile's entry: Dynamo's guards", "telling calls apart", "decisions and slots")
 
@@ -46,13 +53,24 @@ class Run:
         self.stance = partial(torch.compiler.set_stance, skip_guard_eval_unsafe=True) if unguarded else nullcontext
         self.reusing: list[float] = []  # the mean seconds of a reusing step, by trajectory
         self.computing: list[float] = []
+        self.faults: list[float] = []  # the page faults of a computing step
 
     def __call__(self) -> None:
+        spent, faults = list[float](), list[int]()
         with self.stance(), self.model.trajectory(scheduler=scheduler()):
-            spent = [seconds(partial(self.model, **kwargs)) for kwargs in self.inputs]
+            for kwargs in self.inputs:
+                before = page_faults()
+                spent.append(seconds(partial(self.model, **kwargs)))
+                faults.append(page_faults() - before)
         reused = reusing_steps(self.model)
         self.computing.append(fmean(compress(spent, map(not_, reused))))
         self.reusing.append(fmean(compress(spent, reused)))
+        self.faults.append(fmean(compress(faults, map(not_, reused))))
+
+
+def page_faults() -> int:
+    """Return how often this process has touched memory that the system had not given to it yet."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 
 
 def reusing_steps(model: RewrittenModule) -> list[bool]:
@@ -65,40 +83,67 @@ def measure_trajectory(device: str, rounds: int) -> list[Row]:
 
     The first trajectory of each is not measured: it compiles, and fills the step tables.
     """
+    policies = {f"FORA({n})": FORA(n) for n in SHARES} | {f"order {n}": TaylorSeer(3, order=n) for n in ORDERS}
     model, inputs = build(device), calls(device)
+    each = {name: Run(dit_rewrite.compile(twin(model), policy), inputs) for name, policy in policies.items()}
+    each[UNGUARDED] = Run(each["FORA(3)"].model, inputs, unguarded=True)
+    samples = _sampled(model, inputs, each, rounds)
+    parts = measure_parts(each["FORA(3)"].model, inputs, rounds)
+    return [*_steps(each), *_forecasts(each), *parts, *_speedups(samples), _faults(each)]
+
+
+def measure_with_kept_memory(rounds: int) -> list[Row]:
+    """Measure FORA in a process whose allocator keeps freed memory, instead of returning it to the system."""
+    command = [sys.executable, "-m", "benchmarks.overhead.trajectories", str(rounds), str(torch.get_num_threads())]
+    environment = {**os.environ, **KEEP}
+    printed = subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout
+    found = [{**row, "value": Spread(**row["value"])} for row in json.loads(printed.splitlines()[-1])]
+    return [Row(**{**row, "what": f"{row['what']}, freed memory kept"}) for row in found]
+
+
+def _in_this_process(rounds: int) -> list[Row]:
+    model, inputs = build("cpu"), calls("cpu")
+    each = {f"FORA({n})": Run(dit_rewrite.compile(twin(model), FORA(n)), inputs) for n in SHARES}
+    samples = _sampled(model, inputs, each, rounds)
+    return [*_steps(each), *_speedups(samples), _faults(each)]
+
+
+def _sampled(
+    model: torch.nn.Module, inputs: list[dict[str, Any]], each: Mapping[str, Run], rounds: int
+) -> dict[str, list[float]]:
+    """Return the seconds of trajectories of plain torch.compile and of each model in alternation."""
     plain = isolated(model, "inductor")
 
     def run_plain() -> None:
         for kwargs in inputs:
             plain(**kwargs)
 
-    policies = {f"FORA({n})": FORA(n) for n in SHARES} | {f"order {n}": TaylorSeer(3, order=n) for n in ORDERS}
-    each = {name: Run(dit_rewrite.compile(twin(model), policy), inputs) for name, policy in policies.items()}
-    each[UNGUARDED] = Run(each["FORA(3)"].model, inputs, unguarded=True)
     runs: dict[str, Callable[[], object]] = {"plain": run_plain, **each}
     for run in runs.values():
         run()
-    samples = alternate(runs, rounds)
-    parts = measure_parts(each["FORA(3)"].model, inputs, rounds)
-    speedups = [
-        row for n, share in SHARES.items() for row in _speedups(ratio(samples, "plain", f"FORA({n})"), n, share)
-    ]
-    return [*_steps(each), *parts, *speedups]
+    return alternate(runs, rounds)
 
 
-def _steps(each: dict[str, Run]) -> Iterator[Row]:
-    """Yield the costs of steps within a trajectory, without the first one."""
-    for name in (*(f"FORA({n})" for n in SHARES), UNGUARDED):
+def _steps(each: Mapping[str, Run]) -> Iterator[Row]:
+    """Yield the costs of reusing steps within a trajectory, without the first one."""
+    for name in (name for name in each if name.startswith("FORA")):
         pairs = zip(each[name].reusing[1:], each[name].computing[1:], strict=True)
         share = Spread.of([reused / computed for reused, computed in pairs])
         what = f"reusing step / computing step, in a trajectory of {name}"
         bound, held = ("", True) if name == UNGUARDED else ("<= 0.02", share.median <= 0.02)
         yield Row(what, share, "", bound, held)
+
+
+def _forecasts(each: Mapping[str, Run]) -> Iterator[Row]:
     for order in ORDERS:
         pairs = zip(each[f"order {order}"].reusing[1:], each["FORA(3)"].reusing[1:], strict=True)
         share = Spread.of([forecast / reused for forecast, reused in pairs])
         what = f"step of a forecast, order {order} / reusing step, in trajectories of interval 3"
         yield Row(what, share, "", "<= 1.1", share.median <= 1.1)
+
+
+def _faults(each: Mapping[str, Run]) -> Row:
+    return Row("page faults of a computing step of FORA(3)", Spread.of(each["FORA(3)"].faults[1:]), "", "", True)
 
 
 class Timer:
@@ -148,10 +193,21 @@ def _parts(timers: Sequence[Timer], call: Callable[[], object]) -> list[float]:
     return [code, whole - read - begin - graph, read + begin, graph - code]
 
 
-def _speedups(speedup: Spread, interval: int, bound: float) -> list[Row]:
-    ideal = STEPS / len(range(0, STEPS, interval))
-    share = Spread(speedup.median / ideal, speedup.low / ideal, speedup.high / ideal, speedup.runs)
-    return [
-        Row(f"FORA({interval}), {STEPS} steps: speed-up", speedup, "", f"ideal {ideal:.3f}", True),
-        Row("… as a share of the ideal", share, "", f">= {bound}", share.median >= bound),
-    ]
+def _speedups(samples: Mapping[str, list[float]]) -> Iterator[Row]:
+    for interval, bound in SHARES.items():
+        speedup, ideal = ratio(samples, "plain", f"FORA({interval})"), STEPS / len(range(0, STEPS, interval))
+        share = Spread(speedup.median / ideal, speedup.low / ideal, speedup.high / ideal, speedup.runs)
+        yield Row(f"FORA({interval}), {STEPS} steps: speed-up", speedup, "", f"ideal {ideal:.3f}", True)
+        what = f"FORA({interval}), as a share of the ideal"
+        yield Row(what, share, "", f">= {bound}", share.median >= bound)
+
+
+def main() -> None:
+    """Print the rows of FORA in this process as JSON."""
+    torch.set_num_threads(int(sys.argv[2]))
+    with torch.no_grad():
+        print(json.dumps([asdict(row) for row in _in_this_process(int(sys.argv[1]))]))
+
+
+if __name__ == "__main__":
+    main()
