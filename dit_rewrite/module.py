@@ -158,8 +158,9 @@ def _call(model: nn.Module, rewrite: Rewrite, args: tuple[Any, ...], kwargs: dic
         raise
     session.end(call)
     if rewrite.checked != len(rewrite.backend.rewritten):
+        if rewrite.checked >= 0:  # not after the first call
+            gc.collect()  # see `first_call`
         rewrite.checked = len(rewrite.backend.rewritten)
-        gc.collect()  # reference cycles of compilation keep the call's inputs alive, as if the caller did
         _check_policy(model, rewrite.backend, call.trajectory)
     return output
 

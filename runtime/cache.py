@@ -28,7 +28,7 @@ def stamp_of(arguments: Sequence[Any], numbers: bool = True) -> Stamp:
 
     Other inputs are included by value if `numbers` is True, and as None otherwise.
     """
-    return tuple((a.shape, a.dtype, a.device) if isinstance(a, Tensor) else a if numbers else None for a in arguments)
+    return tuple([(a.shape, a.dtype, a.device) if isinstance(a, Tensor) else a if numbers else None for a in arguments])
 
 
 @lru_cache(maxsize=1024)

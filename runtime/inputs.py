@@ -54,20 +54,22 @@ class Reader:
         self._names = [p.name for p in parameters if p.kind in positional]
         self._named = functools.lru_cache(maxsize=64)(self._name)  # a model is called in few ways, many times
 
-    def _name(self, num_args: int, keywords: tuple[str, ...]) -> tuple[list[str], list[str]]:
-        """Return names of the positional arguments, and the keywords in the order of the parameters of `forward`."""
-        names = [*self._names, *map(str, range(num_args - len(self._names)))]
+    def _name(self, num_args: int, keywords: tuple[str, ...]) -> tuple[list[str], list[str], list[str]]:
+        """Return names of the positional arguments, the keywords in the order of the parameters of `forward`, and the
+        arguments that may be the time."""
+        names = [*self._names, *map(str, range(num_args - len(self._names)))][:num_args]
         order = {name: i for i, name in enumerate(self._names)}
-        return names[:num_args], sorted(keywords, key=lambda name: order.get(name, len(order)))
+        clocks = [name for name in TIMESTEP_NAMES if name in names or name in keywords]
+        return names, sorted(keywords, key=lambda name: order.get(name, len(order))), clocks
 
     def read(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Inputs:
         """Return the inputs of a call, in the order of the parameters of `forward`."""
-        names, keywords = self._named(len(args), tuple(kwargs))
+        names, keywords, clocks = self._named(len(args), tuple(kwargs))
         values = dict(zip(names, args, strict=True))
         for name in keywords:
             values[name] = kwargs[name]
-        times = ((name, _time(values[name])) for name in TIMESTEP_NAMES if name in values)
-        clock, timestep = next((pair for pair in times if pair[1] is not None), (None, None))
+        times = [(name, time) for name in clocks if (time := _time(values[name])) is not None]
+        clock, timestep = times[0] if times else (None, None)
         leaves = _Leaves(None if clock is None else values.pop(clock))
         for name, value in values.items():
             leaves.add(value, name)

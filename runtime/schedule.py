@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from dit_rewrite.runtime.noise import NoiseLevels, noise_levels, setting
-from dit_rewrite.runtime.tensors import storage_address, version
+from dit_rewrite.runtime.tensors import address, version
 
 SEVERAL = -1  # in place of an entry: several entries are rounded to the timestep of a call
 
@@ -212,15 +212,15 @@ def _ranks(times: Sequence[float]) -> list[int]:
 
 def _place_in(schedule: Tensor, timestep: Tensor) -> int | None:
     """Return the entry of `schedule` that `timestep` is a (possibly expanded) view of, without a device read."""
-    if timestep.dtype != schedule.dtype or timestep.device != schedule.device or schedule.ndim != 1:
+    if schedule.ndim != 1 or not address(schedule):
         return None
-    if any(stride and size > 1 for stride, size in zip(timestep.stride(), timestep.shape, strict=True)):
+    entry, rest = divmod(address(timestep) - address(schedule), (schedule.stride(0) or 1) * schedule.itemsize)
+    if rest or not 0 <= entry < len(schedule):  # most timesteps of a call are in memory of their own
         return None
-    if timestep.numel() == 0 or storage_address(timestep) != storage_address(schedule):
+    if timestep.numel() == 0 or timestep.dtype != schedule.dtype or timestep.device != schedule.device:
         return None
-    offset = timestep.storage_offset() - schedule.storage_offset()
-    entry, rest = divmod(int(offset), schedule.stride(0) or 1)
-    return entry if rest == 0 and 0 <= entry < len(schedule) else None
+    expanded = not any(stride and size > 1 for stride, size in zip(timestep.stride(), timestep.shape, strict=True))
+    return entry if expanded else None
 
 
 def numbers(timestep: Tensor, schedule: Schedule | None = None) -> list[float] | None:
@@ -228,7 +228,7 @@ def numbers(timestep: Tensor, schedule: Schedule | None = None) -> list[float] |
     place = None if schedule is None else schedule.place(timestep)
     if schedule is not None and place is not None:
         return [schedule.times[place]] * timestep.numel()
-    return _elements(timestep) if timestep.device.type == "cpu" else None
+    return _elements(timestep) if timestep.is_cpu else None
 
 
 def _elements(tensor: Tensor) -> list[float]:
@@ -251,7 +251,7 @@ def on_host(timestep: Any) -> OnHost:
     """Read a timestep, unless that would synchronise with a device. Zeros mark clean frames, which have no step."""
     if isinstance(timestep, (int, float)):
         return OnHost(float(timestep))
-    if not isinstance(timestep, Tensor) or timestep.device.type != "cpu" or timestep.numel() == 0:
+    if not isinstance(timestep, Tensor) or not timestep.is_cpu or timestep.numel() == 0:
         return OnHost(None)
     if not any(timestep.stride()):  # one number, perhaps expanded
         value = timestep.item() if timestep.ndim == 0 else timestep[(0,) * timestep.ndim].item()

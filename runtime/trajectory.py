@@ -112,14 +112,17 @@ class ExplicitTrajectory:
         before, trajectory.step = trajectory.step, clock.step
         stream.note(inputs, clock.step, reading.entry)
         lapsed = streams.lapse(clock.step) if clock.step != before else []
-        timed = any(time is not None for time in (inputs.timestep, named.timestep, named.step_index))
-        # without a time, the first step may never end
-        expected = first and stream in streams.all and timed and why is not StreamReason.MOVED_ONCE
+        expected = first and stream in streams.all and why is not StreamReason.MOVED_ONCE and _is_timed(inputs, named)
         return Place(trajectory, stream, None if expected else why, len(lapsed))
 
     def _follow_clock(self, why: TrajectoryReason | None) -> None:
         self._run = self.clock.run
         self.trajectory = Trajectory(why, self.clock)
+
+
+def _is_timed(inputs: Inputs, named: Named) -> bool:
+    """Return whether a call has a time. Without one, the first step may never end."""
+    return any(time is not None for time in (inputs.timestep, named.timestep, named.step_index))
 
 
 class InferredTrajectory:

@@ -23,7 +23,14 @@ Ratios are those of alternating runs in one process. The A/A row, plain torch.co
 ratio can be trusted. First calls are timed with empty caches. *Reuse 0* is the rewritten model with every site stored
 and every decision forced to compute; a *reusing step* reuses every site. Rows of single steps alternate between models,
 so that each finds its values evicted from the CPU's caches by the other models; rows *in a trajectory* time the steps
-where they run, behind the step that filled the slots."""
+where they run, behind the step that filled the slots.
+
+On a CPU, the allocator counts. Before a step computes, the old values of all slots are freed, so that old and new ones
+do not fill the memory together. By default, glibc returns memory to the system once some megabytes are free in a row,
+and the new values are written to pages that the system provides anew. Whether it does depends on what else the process
+holds; the row *page faults* tells. Allocators that keep freed memory do not have this cost: jemalloc, tcmalloc, torch's
+on a GPU, and glibc under {keep}, which these figures were measured with.
+Rows *glibc's default* are those of a process without these settings."""
 EXPLANATION = """## What is missed, and why
 
 - **A reusing step** is short enough for its Python to count; the rows have its shares. The compiled code reads every
@@ -32,11 +39,6 @@ EXPLANATION = """## What is missed, and why
   caches full of a computing step's tensors, and takes longer than in the loop that measures *host time*. Whoever
   changes nothing of a model between two steps may run it under `torch.compiler.set_stance(skip_guard_eval_unsafe=True)`
   after a first run; torch calls this unsafe because it does not notice a change.
-- **FORA(3)** computes in a third of its steps. Before a step computes, the old values of all slots are freed, so that
-  old and new ones do not fill the memory together. On a CPU, glibc returns such memory to the system once some
-  megabytes are free in a row, and the new values are written to pages that the system has to provide anew. Whether
-  this happens depends on what else the process holds: the row *page faults* tells. An allocator that keeps freed memory
-  avoids it (rows *freed memory kept*): jemalloc, tcmalloc, or glibc under {keep}. On a GPU, torch's allocator keeps it.
 - **A step of a forecast** is bound by memory: one of order n reads n + 1 values of each slot. Forecasting the output
   alone (`span="output"`) reads n + 1 small tensors.
 - **The first trajectory of a conditioning** computes the rows of its step table, all steps in one batched call. The
@@ -52,9 +54,9 @@ def render(content: Mapping[str, Any]) -> str:
     """Render the page from the content of ``overhead.json``."""
     machine = content["machine"]
     where = machine["gpu"] or machine["cpu"]
-    head = INTRODUCTION.format(model=content["model"], where=where, **machine)
-    keep = " ".join(f"`{name}={value}`" for name, value in KEEP.items())
-    return "\n".join([head, "", *table(content["rows"]), "", EXPLANATION.format(keep=keep)]) + "\n"
+    keep = f"`{' '.join(f'{name}={value}' for name, value in KEEP.items())}`"
+    head = INTRODUCTION.format(model=content["model"], where=where, keep=keep, **machine)
+    return "\n".join([head, "", *table(content["rows"]), "", EXPLANATION]) + "\n"
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:

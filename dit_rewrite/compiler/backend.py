@@ -20,6 +20,7 @@ from dit_rewrite import torch_compat
 from dit_rewrite.compiler import lowering
 from dit_rewrite.compiler.bind import Bound
 from dit_rewrite.compiler.capturable import refusal
+from dit_rewrite.compiler.first_call import first_call
 from dit_rewrite.compiler.foresee import Foreseen
 from dit_rewrite.compiler.lowering import Compiled, Lowering
 from dit_rewrite.compiler.partition import Partition
@@ -122,8 +123,9 @@ class Backend:
         return capture(gm, example_inputs, self._rewrite, *told)
 
     def capturing(self) -> contextlib.AbstractContextManager[Any]:
-        """Return a context for a call of the model. It serialises first calls, so that only one thread captures."""
-        return contextlib.nullcontext() if self.rewritten else self._first_call
+        """Return a context for a call of the model. It serialises first calls, so that only one thread captures, and
+        pauses the garbage collector in them."""
+        return contextlib.nullcontext() if self.rewritten else first_call(self._first_call)
 
     def sizes(self) -> dict[str, int]:
         """Return the bytes of the calling thread's cache, of released weights and of CUDA graphs, by names of Stats."""

@@ -151,7 +151,8 @@ class Partition:
             parts = [tuple(row[i] for i in depends) for row in rows]
             never = (False,) * len(depends)
             counted = sorted(set(parts) - {never}, key=lambda row: (any(row), -parts.count(row)))
-            yield from ((number, row) for row in (never, *counted[: self.max_variants - 1]))
+            chosen = (never, *counted[: self.max_variants - 1])
+            yield from ((number, row) for row in sorted(chosen, key=sum, reverse=True))
 
     def full_row(self, number: int, row: DecisionRow) -> DecisionRow:
         """Extend a segment's row to all sites. The other sites compute; they do not affect the segment's code."""
