@@ -67,6 +67,8 @@ class Cache:
         self.ambient: tuple[tuple[Tensor, int | None, Tensor], ...] = ()  # with an alias that keeps the address
         self.unknown: list[tuple[weakref.ref[Tensor], int | None]] = []
         self._versions: tuple[int | None, ...] = ()  # of the weights
+        self._highest: int | None = None  # the site whose slot has the highest address in the CPU's memory
+        self._behind: tuple[Tensor, ...] = ()  # the value of that slot while its site computes, see `release`
 
     def fit(
         self,
@@ -123,6 +125,7 @@ class Cache:
         self.hoisted = None
         self.bookmark.table = None  # compares the weights again
         self.tracked = Tracked()
+        self._behind = ()
         self.values = [None] * len(self.values)
         self.past = [NEVER] * len(self.past)
 
@@ -142,9 +145,14 @@ class Cache:
         return None if before is None else MissReason.CHANGED_CONDITIONING
 
     def release(self, site: int, width: int, depth: int) -> None:
-        """Free the oldest of the `depth` values of a slot before a new one is computed. A value has `width` tensors."""
+        """Free the oldest of the `depth` values of a slot before a new one is computed. A value has `width` tensors.
+
+        Of several slots, the one with the highest address is freed later: glibc returns free memory behind the last
+        object to the system, and all new values would be written to pages that the system has to provide anew.
+        """
         tensors = self.values[site]
         if tensors is not None:
+            self._behind = tensors if site == self._highest else self._behind
             self.values[site] = tensors[: width * (depth - 1)] or None
 
     def update(
@@ -185,6 +193,8 @@ class Cache:
             if sites[site].differs and sites[site].borrows != moment.stream:
                 made = self.less_lent(site, made)
             self.update(site, change, made, now, sites[site].kept(moment.stream))
+        ends = {i: max(map(address, values)) for i, values in enumerate(self.values) if values and values[0].is_cpu}
+        self._highest, self._behind = max(ends, key=ends.__getitem__) if len(ends) > 1 else None, ()
 
     def weighted(self, site: int, weights: Weights, width: int) -> tuple[Tensor, ...]:
         """Return the inputs of a weighted sum over a slot: one value for each weight, then the weights as a tensor.

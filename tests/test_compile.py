@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -59,7 +60,7 @@ def test_a_callable_lowers_the_graphs() -> None:
         assert isinstance(gm, fx.GraphModule)
         assert all(isinstance(value, FakeTensor) for value in inputs)
         assert len(inputs) == len(gm.graph.find_nodes(op="placeholder"))
-    computing, reusing = (sum(n.op == "call_function" for n in gm.graph.nodes) for gm, _ in given)
+    reusing, computing = (sum(n.op == "call_function" for n in gm.graph.nodes) for gm, _ in given)
     assert reusing < computing / 2
 
 
@@ -94,7 +95,8 @@ def test_the_dump_is_numbered_by_graph_and_pass(tmp_path: Path) -> None:
     ]
     for folder in tmp_path.iterdir():
         names = {path.name for path in folder.iterdir()}
-        assert {"00_captured.py", "01_find_sites.txt", "08_partition.txt", "09_variant0_all_compute.py"} <= names
+        assert {"00_captured.py", "01_find_sites.txt", "08_partition.txt"} <= names
+        assert any(re.fullmatch(r"09_variant\d_all_compute\.py", name) for name in names)
         guarded = any(
             case_.found.sites for case_ in compiled.explain().rewritten if folder.name == f"graph{case_.graph.index}"
         )

@@ -7,7 +7,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.overhead.trajectories import KEEP
 from benchmarks.timing import RESULTS
 from dit_rewrite.policy.files import write_whole
 
@@ -23,14 +22,8 @@ Ratios are those of alternating runs in one process. The A/A row, plain torch.co
 ratio can be trusted. First calls are timed with empty caches. *Reuse 0* is the rewritten model with every site stored
 and every decision forced to compute; a *reusing step* reuses every site. Rows of single steps alternate between models,
 so that each finds its values evicted from the CPU's caches by the other models; rows *in a trajectory* time the steps
-where they run, behind the step that filled the slots.
-
-On a CPU, the allocator counts. Before a step computes, the old values of all slots are freed, so that old and new ones
-do not fill the memory together. By default, glibc returns memory to the system once some megabytes are free in a row,
-and the new values are written to pages that the system provides anew. Whether it does depends on what else the process
-holds; the row *page faults* tells. Allocators that keep freed memory do not have this cost: jemalloc, tcmalloc, torch's
-on a GPU, and glibc under {keep}, which these figures were measured with.
-Rows *glibc's default* are those of a process without these settings."""
+where they run, behind the step that filled the slots. A *page fault* is the first use of memory that the system has
+provided anew; each one interrupts the step."""
 EXPLANATION = """## What is missed, and why
 
 - **A reusing step** is short enough for its Python to count; the rows have its shares. The compiled code reads every
@@ -54,8 +47,7 @@ def render(content: Mapping[str, Any]) -> str:
     """Render the page from the content of ``overhead.json``."""
     machine = content["machine"]
     where = machine["gpu"] or machine["cpu"]
-    keep = f"`{' '.join(f'{name}={value}' for name, value in KEEP.items())}`"
-    head = INTRODUCTION.format(model=content["model"], where=where, keep=keep, **machine)
+    head = INTRODUCTION.format(model=content["model"], where=where, **machine)
     return "\n".join([head, "", *table(content["rows"]), "", EXPLANATION]) + "\n"
 
 

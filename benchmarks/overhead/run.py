@@ -10,8 +10,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import os
-import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -21,7 +19,7 @@ import dit_rewrite
 from benchmarks.overhead import report as page
 from benchmarks.overhead import segments
 from benchmarks.overhead.geometries import measure_geometries
-from benchmarks.overhead.trajectories import KEEP, measure_by_default, measure_trajectory
+from benchmarks.overhead.trajectories import measure_trajectory
 from benchmarks.overhead.warm_start import measure_warm_start
 from benchmarks.timing import Row, Spread, alternate, ratio, report, seconds
 from benchmarks.workload import ALWAYS, STEPS, Stepper, alternate_steps, build, calls, cold, instant, scheduler
@@ -138,14 +136,10 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=1, help="more than the idle cores spin against each other")
     arguments = parser.parse_args()
-    if arguments.device == "cpu" and not KEEP.items() <= os.environ.items():  # read when a process starts
-        os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], {**os.environ, **KEEP})
     torch.set_num_threads(arguments.threads)
     with torch.no_grad():
         rows = measure_steps(arguments.device, arguments.rounds)
         rows += measure_trajectory(arguments.device, max(arguments.rounds // 8, 3))
-        if arguments.device == "cpu":
-            rows += measure_by_default(max(arguments.rounds // 8, 3))
         rows += measure_host(arguments.device, arguments.rounds)
         rows += measure_compile(arguments.device, arguments.compiles)
         rows += measure_geometries(arguments.device, arguments.rounds)

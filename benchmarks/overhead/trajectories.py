@@ -6,14 +6,9 @@ computing steps. Within a trajectory, a reusing step follows the step that fille
 
 from __future__ import annotations
 
-import json
-import os
 import resource
-import subprocess
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, nullcontext
-from dataclasses import asdict
 from functools import partial
 from itertools import compress
 from operator import not_
@@ -37,7 +32,6 @@ from dit_rewrite.runtime.session import Session
 
 SHARES = {3: 0.96, 5: 0.93}  # of the ideal speed-up, by interval
 ORDERS = (1, 2)
-KEEP = {"MALLOC_TRIM_THRESHOLD_": str(1 << 30), "MALLOC_MMAP_THRESHOLD_": str(32 << 20)}  # glibc's settings
 UNGUARDED = "FORA(3) without Dynamo's guards"
 PARTS = ("compiled code", "torch.compile's entry: Dynamo's guards", "telling calls apart", "decisions and slots")
 
@@ -90,22 +84,6 @@ def measure_trajectory(device: str, rounds: int) -> list[Row]:
     samples = _sampled(model, inputs, each, rounds)
     parts = measure_parts(each["FORA(3)"].model, inputs, rounds)
     return [*_steps(each), *_forecasts(each), *parts, *_speedups(samples), *_computing(each, samples)]
-
-
-def measure_by_default(rounds: int) -> list[Row]:
-    """Measure FORA in a process with glibc's default settings, by which it returns freed memory to the system."""
-    command = [sys.executable, "-m", "benchmarks.overhead.trajectories", str(rounds), str(torch.get_num_threads())]
-    environment = {name: value for name, value in os.environ.items() if name not in KEEP}
-    printed = subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout
-    found = [{**row, "value": Spread(**row["value"])} for row in json.loads(printed.splitlines()[-1])]
-    return [Row(**{**row, "what": f"{row['what']}, glibc's default"}) for row in found]
-
-
-def _in_this_process(rounds: int) -> list[Row]:
-    model, inputs = build("cpu"), calls("cpu")
-    each = {f"FORA({n})": Run(dit_rewrite.compile(twin(model), FORA(n)), inputs) for n in SHARES}
-    samples = _sampled(model, inputs, each, rounds)
-    return [*_steps(each), *_speedups(samples), *_computing(each, samples)]
 
 
 def _sampled(
@@ -204,14 +182,3 @@ def _speedups(samples: Mapping[str, list[float]]) -> Iterator[Row]:
         yield Row(f"FORA({interval}), {STEPS} steps: speed-up", speedup, "", f"ideal {ideal:.3f}", True)
         what = f"FORA({interval}), as a share of the ideal"
         yield Row(what, share, "", f">= {bound}", share.median >= bound)
-
-
-def main() -> None:
-    """Print the rows of FORA in this process as JSON."""
-    torch.set_num_threads(int(sys.argv[2]))
-    with torch.no_grad():
-        print(json.dumps([asdict(row) for row in _in_this_process(int(sys.argv[1]))]))
-
-
-if __name__ == "__main__":
-    main()

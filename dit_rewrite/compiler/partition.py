@@ -145,8 +145,9 @@ class Partition:
             yield f"segment {number}: {', '.join(self.sites[i].name for i in depends) or 'no site'}"
 
     def foreseen(self, rows: Sequence[DecisionRow]) -> Iterator[tuple[int, DecisionRow]]:
-        """Yield (segment, row) for the variants that the foreseen rows need: first the computing one, then the most
-        frequent ones, at most `max_variants` per segment."""
+        """Yield (segment, row) for the variants that the foreseen rows need: the computing one and the most frequent
+        ones, at most `max_variants` per segment. The smallest come first: their kernels are built while others are
+        lowered."""
         for number, depends in enumerate(self.depends):
             parts = [tuple(row[i] for i in depends) for row in rows]
             never = (False,) * len(depends)

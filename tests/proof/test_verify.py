@@ -250,10 +250,10 @@ def test_what_the_dump_holds(tmp_path: Path) -> None:
         "graph0/05_insert_guards.py",
         "graph0/06_foresee.txt",
         "graph0/08_partition.txt",
-        "graph0/09_variant0_all_compute.py",
-        "graph0/09_variant0_all_compute_unmark_attention.diff",
-        "graph0/09_variant0_all_compute_unmark_attention.py",
-        "graph0/09_variant1_all_reuse.py",
+        "graph0/09_variant0_all_reuse.py",
+        "graph0/09_variant1_all_compute.py",
+        "graph0/09_variant1_all_compute_unmark_attention.diff",
+        "graph0/09_variant1_all_compute_unmark_attention.py",
     ]
     assert (tmp_path / "graph0/05_insert_guards.py").read_text().count("cache_or_compute(") == tiny.SITES
     assert (tmp_path / "graph0/06_foresee.txt").read_text().split("\n")[1].split() == ["1", "R" * tiny.SITES]

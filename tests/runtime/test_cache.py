@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import weakref
+
 import pytest
 import torch
 
-from dit_rewrite.errors import MissReason
+from dit_rewrite.errors import DecisionReason, MissReason
 from dit_rewrite.runtime.cache import Cache, stamp_of
-from dit_rewrite.runtime.history import Computed
+from dit_rewrite.runtime.decide import Decisions, SiteSpec
+from dit_rewrite.runtime.history import Computed, Moment
 from dit_rewrite.runtime.slots import Transition
 from dit_rewrite.runtime.step_tables import Table
 from dit_rewrite.runtime.tensors import Memoized
@@ -97,6 +100,25 @@ def test_a_history_keeps_the_newest_values_and_when_they_were_computed() -> None
     )
     assert [computed.step for computed in cache.past[0].computed] == [30, 20, 10]
     assert cache.bytes == 3 * 8
+
+
+@pytest.mark.parametrize(("device", "kept"), [("cpu", [1]), ("meta", [])])
+def test_all_memory_but_the_highest_is_freed_before_the_sites_compute(device: str, kept: list[int]) -> None:
+    """glibc returns memory behind the last object in use to the system. Other devices have other allocators."""
+    sites = [SiteSpec(str(i), "mlp", i, None, lambda *_: None) for i in range(3)]  # type: ignore[arg-type,return-value]
+    memory = torch.zeros(30, device=device)
+    cache, moment = Cache(3), Moment(0, 9)
+    decided = Decisions((False,) * 3, (DecisionReason.NO_RULE,) * 3, ())
+    values = [memory[10:20], memory[20:], memory[:10]]
+    alive = [weakref.ref(value) for value in values]
+    cache.commit(sites, [((i, 0), value) for i, value in enumerate(values)], moment, decided)
+    values.clear()
+    for i in range(3):
+        cache.release(i, width=1, depth=1)
+    assert cache.values == [None] * 3, "no step can read the old values"
+    assert [i for i, value in enumerate(alive) if value() is not None] == kept
+    cache.commit(sites, [((i, 0), torch.zeros(10)) for i in range(3)], moment, decided)
+    assert all(value() is None for value in alive)
 
 
 def test_a_value_of_weight_0_is_not_read() -> None:
