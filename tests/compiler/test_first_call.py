@@ -48,3 +48,15 @@ def test_a_collector_that_the_caller_disabled_stays_disabled() -> None:
     with first_call(threading.RLock()):
         assert not gc.isenabled()
     assert not gc.isenabled()
+
+
+def test_models_may_be_compiled_at_the_same_time() -> None:
+    dynamo = torch_compat.dynamo_config()
+    before = dynamo.run_gc_after_compile
+    first, second = first_call(threading.RLock()), first_call(threading.RLock())
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert not gc.isenabled() and not dynamo.run_gc_after_compile
+    second.__exit__(None, None, None)
+    assert gc.isenabled() and dynamo.run_gc_after_compile is before
