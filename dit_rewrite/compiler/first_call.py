@@ -17,13 +17,14 @@ def first_call(lock: contextlib.AbstractContextManager[Any]) -> Iterator[None]:
 
     A compilation creates millions of objects and keeps most of them until it ends, so that the collector would look at
     them again and again. At the end it must run: reference cycles keep the call's inputs alive, as if the caller did.
+    All of these objects are young then, so it need not look at those of the rest of the process.
     """
     with lock:
         _Paused.enter()
         try:
             yield
         finally:
-            gc.collect()
+            gc.collect(1)
             _Paused.leave()
 
 
