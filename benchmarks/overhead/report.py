@@ -24,7 +24,7 @@ and every decision forced to compute; a *reusing step* reuses every site. Rows o
 so that each finds its values evicted from the CPU's caches by the other models; rows *in a trajectory* time the steps
 where they run, behind the step that filled the slots. A *page fault* is the first use of memory that the system has
 provided anew; each one interrupts the step."""
-EXPLANATION = """## What is missed, and why
+EXPLANATION = """## Where the time goes
 
 - **A reusing step** is short enough for its Python to count; the rows have its shares. The compiled code reads every
   slot once, here twelve tensors of 0.8 MB. The entry is that of every compiled model: Dynamo's guards look at each
@@ -37,8 +37,8 @@ EXPLANATION = """## What is missed, and why
 - **The first trajectory of a conditioning** computes the rows of its step table, all steps in one batched call. The
   class is in this DiT's modulation, so its rows belong to a conditioning. Rows that depend on the timestep alone are
   computed once for all trajectories.
-- **The first call** of FORA(3) lowers two graphs instead of one. Their kernels are built while the second is lowered, as
-  far as there are idle cores.
+- **The first call** of FORA(3) lowers two graphs instead of one. Kernels of the first are built while the second is
+  lowered. Garbage is collected once, at the end; a compilation keeps most objects until then.
 - **The first call of a deep model by segments** compiles five segments instead of one graph of 28 blocks, and builds
   their kernels at the same time. Dynamo and AOTAutograd trace all blocks either way.
 - **Host time** is Python. Decisions are kept from one trajectory to the next. What is left is telling calls apart,
