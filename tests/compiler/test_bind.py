@@ -216,6 +216,7 @@ CASES = [
 @pytest.mark.parametrize(("name", "lowering"), CASES)
 def test_verified(name: str, lowering: str) -> None:
     """Reuse 0 and the replay are exact for every kind of rule, and something is reused."""
+    torch.manual_seed(0)  # how much the blocks change decides what is reused
     model = Denoiser(single(2), 2).eval().requires_grad_(False)
     found = verify(model, steps("single", 6), policy=POLICIES[name], backend="aot_eager", lowering=lowering)
     assert found.exact
