@@ -158,8 +158,8 @@ def _call(model: nn.Module, rewrite: Rewrite, args: tuple[Any, ...], kwargs: dic
         raise
     session.end(call)
     if rewrite.checked != len(rewrite.backend.rewritten):
-        if rewrite.checked >= 0:  # not after the first call
-            gc.collect()  # see `first_call`
+        if rewrite.checked >= 0:  # at the end of the first call, `first_call` does
+            gc.collect()
         rewrite.checked = len(rewrite.backend.rewritten)
         _check_policy(model, rewrite.backend, call.trajectory)
     return output

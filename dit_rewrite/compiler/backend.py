@@ -123,9 +123,11 @@ class Backend:
         return capture(gm, example_inputs, self._rewrite, *told)
 
     def capturing(self) -> contextlib.AbstractContextManager[Any]:
-        """Return a context for a call of the model. It serialises first calls, so that only one thread captures, and
-        pauses the garbage collector in them."""
-        return contextlib.nullcontext() if self.rewritten else first_call(self._first_call)
+        """Return a context for a call of the model. It serialises calls until one has captured, and pauses the garbage
+        collector in the first call; a model that Dynamo does not capture has many without a graph."""
+        if self.rewritten:
+            return contextlib.nullcontext()
+        return self._first_call if self.stats.calls else first_call(self._first_call)
 
     def sizes(self) -> dict[str, int]:
         """Return the bytes of the calling thread's cache, of released weights and of CUDA graphs, by names of Stats."""

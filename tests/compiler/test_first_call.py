@@ -8,9 +8,11 @@ import weakref
 from collections.abc import Iterator
 
 import pytest
+import torch
 
 from dit_rewrite import torch_compat
 from dit_rewrite.compiler.first_call import first_call
+from tests.helpers import tiny
 
 
 @pytest.fixture(autouse=True)
@@ -60,3 +62,12 @@ def test_models_may_be_compiled_at_the_same_time() -> None:
     assert not gc.isenabled() and not dynamo.run_gc_after_compile
     second.__exit__(None, None, None)
     assert gc.isenabled() and dynamo.run_gc_after_compile is before
+
+
+def test_a_model_that_is_not_captured_pauses_the_collector_once() -> None:
+    model, enabled = tiny.rewritten(tiny.build()), list[bool]()
+    model.register_forward_pre_hook(lambda *_: enabled.append(gc.isenabled()))
+    with torch.no_grad(), torch.compiler.set_stance("force_eager"), pytest.warns(match="no effect"):
+        for call in tiny.calls(3):
+            model(**call)
+    assert enabled == [False, True, True]
