@@ -147,8 +147,8 @@ class Cache:
     def release(self, site: int, width: int, depth: int) -> None:
         """Free the oldest of the `depth` values of a slot before a new one is computed. A value has `width` tensors.
 
-        Of several slots, the one with the highest address is freed later: glibc returns free memory behind the last
-        object to the system, and all new values would be written to pages that the system has to provide anew.
+        Of several slots, the memory of the one with the highest address is freed when the new values exist: glibc
+        returns free memory behind the last object to the system, which would have to provide pages for them anew.
         """
         tensors = self.values[site]
         if tensors is not None:

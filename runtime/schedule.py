@@ -232,7 +232,7 @@ def numbers(timestep: Tensor, schedule: Schedule | None = None) -> list[float] |
 
 
 def _elements(tensor: Tensor) -> list[float]:
-    """Return the elements of a tensor. Each call of a model asks for those of its timestep, so no op runs for a few."""
+    """Return the elements of a tensor. A vector is read without an op, because each call reads its timestep."""
     found: list[float] = tensor.tolist() if tensor.ndim == 1 else tensor.flatten().tolist()
     return found
 
